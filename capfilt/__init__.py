@@ -1,0 +1,1 @@
+"""capfilt: web image-text pairs in, a bootstrapped corpus and retrained vision-language models out."""

@@ -1,0 +1,1 @@
+"""DuckDB views over a workspace, and the HTML report."""

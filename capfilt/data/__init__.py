@@ -1,0 +1,1 @@
+"""Rows to tensors: bounded decoding, transforms, tokenizers, batches."""

@@ -1,0 +1,11 @@
+"""The two ways capfilt stops: the user's input is wrong, or the run failed. Faults of single rows are not errors."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """An option, part, column, checkpoint or recipe key is missing or wrong. One line; the CLI exits with 2."""
+
+
+class RunError(Exception):
+    """The run itself failed (a full disk, a dead worker after its retries). One line; the CLI exits with 1."""

@@ -1,0 +1,1 @@
+"""Runs a stage over shards: with Ray, or inline in this process."""

@@ -1,0 +1,1 @@
+"""The captioner and filter engines."""

@@ -1,0 +1,1 @@
+"""One file per stage; knows tables and engines, not how it is scheduled."""

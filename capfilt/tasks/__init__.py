@@ -1,0 +1,1 @@
+"""Downstream evaluations, written against what a model can do."""
