@@ -1,0 +1,248 @@
+"""The contracts: what columns each table has, what they mean, and the closed lists their values come from.
+
+This is the source of `schemas/*.sql`. How rows get on disk is in `shards.py`. Column names are API: img2dataset's
+where it has one. A change of a column's name, type or meaning raises the contract's version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from capfilt.errors import UserError
+
+SOURCES = ("web", "human", "synthetic")
+SPLITS = ("train", "val", "test")
+
+STATUSES = ("success", "failed_to_download", "failed_to_resize")
+"""img2dataset's three values (img2dataset README, "Output format")."""
+
+DOWNLOAD_FAILURES = (
+    "not_found", "timeout", "dns", "connection", "blocked_address", "bad_url", "too_many_redirects", "rate_limited",
+    "http_error", "too_large", "hash_mismatch", "opted_out", "worker_died",
+)  # fmt: skip
+IMAGE_FAILURES = (
+    "no_image", "not_an_image", "truncated", "too_many_pixels", "too_small", "bad_aspect_ratio", "decode_error",
+    "file_missing",
+)  # fmt: skip
+TEXT_FAILURES = ("empty_text", "too_long", "not_finite")
+FAILURES = DOWNLOAD_FAILURES + IMAGE_FAILURES + TEXT_FAILURES
+"""Why a row failed: the closed list of every `failure` column."""
+
+MAX_TEXT_CHARACTERS = 10_000
+"""A text longer than this is a row with the failure `too_long`; shorter ones are cut to the model's token limit."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What one table promises: its columns in order, and which of them identify a row.
+
+    Attributes:
+        name: the table's name, the first directory under a workspace.
+        version: raised whenever a column changes; part of every fingerprint.
+        schema: the Arrow schema; each field's metadata has a `doc` entry.
+        key: the columns that are unique together within a part.
+        doc: what one row is.
+        open: whether further columns may follow the contract's own.
+    """
+
+    name: str
+    version: int
+    schema: pa.Schema
+    key: tuple[str, ...]
+    doc: str
+    open: bool = False
+
+    def conform(self, table: pa.Table) -> pa.Table:
+        """Return `table` with this contract's columns first, in order and type.
+
+        Nullable columns that are absent are filled with nulls. Raises UserError naming the first column that is
+        missing, of a type that does not cast, or null where the contract says it never is.
+        """
+        arrays = []
+        for field in self.schema:
+            if field.name in table.column_names:
+                column = table.column(field.name)
+                if column.type != field.type:
+                    try:
+                        column = column.cast(field.type)
+                    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                        raise UserError(
+                            f"table {self.name}: column {field.name!r} is {column.type}, the contract says {field.type}"
+                        ) from error
+            elif field.nullable:
+                column = pa.nulls(table.num_rows, field.type)
+            else:
+                raise UserError(f"table {self.name}: column {field.name!r} is missing ({_doc(field)})")
+            if not field.nullable and column.null_count:
+                raise UserError(f"table {self.name}: column {field.name!r} has {column.null_count} nulls")
+            arrays.append(column)
+        own = set(self.schema.names)
+        extra = [field for field in table.schema if field.name not in own]
+        if extra and not self.open:
+            raise UserError(f"table {self.name}: column {extra[0].name!r} is not in the contract")
+        schema = pa.schema([*self.schema, *extra], metadata=self.schema.metadata)
+        return pa.Table.from_arrays([*arrays, *(table.column(field.name) for field in extra)], schema=schema)
+
+    def table(self, rows: list[dict[str, object]]) -> pa.Table:
+        """Return `rows` as an Arrow table of this contract; extra keys become extra columns where it is open."""
+        known = set(self.schema.names)
+        names = list(dict.fromkeys(name for row in rows for name in row if name not in known)) if self.open else []
+        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in self.schema]
+        columns += [pa.array([row.get(name) for row in rows]) for name in names]
+        table = pa.table(columns, names=[*self.schema.names, *names])
+        return self.conform(table)
+
+
+def _doc(field: pa.Field) -> str:
+    return (field.metadata or {}).get(b"doc", b"").decode()
+
+
+def _field(name: str, type_: pa.DataType, doc: str, *, null: bool = False) -> pa.Field:
+    return pa.field(name, type_, nullable=null, metadata={"doc": doc})
+
+
+IMAGE_TYPE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+"""The struct that `datasets` decodes as an Image feature (a plain binary column it does not)."""
+
+TEXT_TYPE = pa.struct(
+    [
+        pa.field("text", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("itm_score", pa.float32()),
+        pa.field("weight", pa.float32()),
+    ]
+)
+
+# Without this key `datasets` shows the struct as a dict instead of decoding a picture.
+_DECODES_IMAGE = {"huggingface": '{"info": {"features": {"image": {"_type": "Image"}}}}'}
+
+_IMAGE_ID = _field("image_id", pa.string(), "128-bit hash of (dataset, key), 32 hex digits; unique across datasets")
+_TEXT_ID = _field(
+    "text_id", pa.string(), "128-bit hash of (image_id, source, text, generator, sample index), 32 hex digits"
+)
+_FOLD = _field("fold", pa.int32(), "fold of the image in cross-fitting; null where one checkpoint judged all", null=True)
+_FAILURE = _field("failure", pa.string(), "why the row failed, from the closed list; null where it did not", null=True)
+_ITM = _field(
+    "itm_score",
+    pa.float32(),
+    "softmax(itm_logits)[1] of the image-grounded encoder fed [ENC], in [0, 1]",
+    null=True,
+)
+_ITC = _field("itc_score", pa.float32(), "cosine of the unimodal image and text embeddings, in [-1, 1]", null=True)
+
+IMAGES = Contract(
+    "images",
+    1,
+    pa.schema(
+        [
+            _IMAGE_ID,
+            _field("dataset", pa.string(), "named source of the image, the first level under images/"),
+            _field("key", pa.string(), "the image's key within its dataset, in img2dataset's form where it made it"),
+            _field("url", pa.string(), "where the image was asked for; null for local files", null=True),
+            _field("source", pa.string(), "who wrote `captions`: web or human"),
+            _field("captions", pa.list_(pa.string()), "the texts as found, untouched; may be empty"),
+            _field("split", pa.string(), "train, val or test; null where the source has no splits", null=True),
+            _field("status", pa.string(), "success, failed_to_download or failed_to_resize"),
+            _FAILURE,
+            _field("error_message", pa.string(), "the failure in words", null=True),
+            _field("image", IMAGE_TYPE, "the encoded picture; null where there is none", null=True),
+            _field("width", pa.int32(), "pixels, as stored", null=True),
+            _field("height", pa.int32(), "pixels, as stored", null=True),
+            _field("original_width", pa.int32(), "pixels, as received", null=True),
+            _field("original_height", pa.int32(), "pixels, as received", null=True),
+            _field("sha256", pa.string(), "SHA-256 of the body as received, hex", null=True),
+            _field("phash", pa.string(), "64-bit DCT perceptual hash of the picture, 16 hex digits", null=True),
+            _field("license", pa.string(), "licence as stated by the source", null=True),
+        ],
+        metadata=_DECODES_IMAGE,
+    ),
+    ("image_id",),
+    "a requested image, failures too",
+    open=True,
+)
+
+CAPTIONS = Contract(
+    "captions",
+    1,
+    pa.schema(
+        [
+            _TEXT_ID,
+            _IMAGE_ID,
+            _field("text", pa.string(), "the synthetic text, without the prompt; null where it failed", null=True),
+            _field("sample_index", pa.int32(), "which of the image's synthetic texts, from 0"),
+            _field("captioner", pa.string(), "the part's name: which captioner wrote the text"),
+            _field("decoding", pa.string(), "nucleus, beam or greedy"),
+            _field("logprob", pa.float32(), "sum of the tokens' log-probabilities under the captioner", null=True),
+            _FOLD,
+            _FAILURE,
+        ]
+    ),
+    ("text_id",),
+    "a synthetic text",
+)
+
+SCORES = Contract(
+    "scores",
+    1,
+    pa.schema(
+        [
+            _TEXT_ID,
+            _IMAGE_ID,
+            _ITM,
+            _ITC,
+            _field("itm_probability", pa.float32(), "itm_score calibrated to a probability, else null", null=True),
+            _FOLD,
+            _FAILURE,
+        ]
+    ),
+    ("text_id",),
+    "a text under one filter",
+)
+
+SIGNALS = Contract(
+    "signals",
+    1,
+    pa.schema([_IMAGE_ID, _field("text_id", pa.string(), "the text, where the test is of a text", null=True)]),
+    ("image_id", "text_id"),
+    "an image (or a text) under a cheap test; typed columns of the test follow",
+    open=True,
+)
+
+VERDICTS = Contract(
+    "verdicts",
+    1,
+    pa.schema(
+        [
+            _TEXT_ID,
+            _IMAGE_ID,
+            _field("source", pa.string(), "web, human or synthetic"),
+            _field("text", pa.string(), "the text as found or as written", null=True),
+            _ITM,
+            _ITC,
+            _field("keep", pa.bool_(), "the verdict"),
+            _field("reason", pa.string(), "the clause that decided, or the failure"),
+        ]
+    ),
+    ("text_id",),
+    "a text under one rule, no pixels",
+)
+
+PAIRS = Contract(
+    "pairs",
+    1,
+    pa.schema(
+        [
+            _IMAGE_ID,
+            _field("image", IMAGE_TYPE, "the encoded picture"),
+            _field("texts", pa.list_(TEXT_TYPE), "the kept texts with source, itm_score and sampling weight"),
+            _field("split", pa.string(), "train, val or test; null where the source has no splits", null=True),
+        ],
+        metadata=_DECODES_IMAGE,
+    ),
+    ("image_id",),
+    "a kept image with its kept texts: the corpus",
+)
+
+CONTRACTS = {contract.name: contract for contract in (IMAGES, CAPTIONS, SCORES, SIGNALS, VERDICTS, PAIRS)}
