@@ -235,7 +235,8 @@ PAIRS = Contract(
     pa.schema(
         [
             _IMAGE_ID,
-            _field("image", IMAGE_TYPE, "the encoded picture"),
+            # Nullable, though never null: `datasets` decodes only a column that is nullable on disk.
+            _field("image", IMAGE_TYPE, "the encoded picture; never null", null=True),
             _field("texts", pa.list_(TEXT_TYPE), "the kept texts with source, itm_score and sampling weight"),
             _field("split", pa.string(), "train, val or test; null where the source has no splits", null=True),
         ],
