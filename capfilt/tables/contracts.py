@@ -96,7 +96,7 @@ class Contract:
 
 
 def _doc(field: pa.Field) -> str:
-    return (field.metadata or {}).get(b"doc", b"").decode()
+    return str((field.metadata or {}).get(b"doc", b"").decode())
 
 
 def _field(name: str, type_: pa.DataType, doc: str, *, null: bool = False) -> pa.Field:

@@ -1,0 +1,121 @@
+"""What a stage is: an object that says what it reads, and makes one output shard from the same-numbered input shards.
+
+Scheduling, retries and progress are the business of `execution/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from capfilt.tables.contracts import Contract
+from capfilt.tables.shards import Counts, Part, fingerprint
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What `process` made of one shard: the rows to commit, and the account of the input rows."""
+
+    table: pa.Table
+    counts: Counts
+
+
+class ShardStage(ABC):
+    """A stage that works shard by shard.
+
+    It is pickled to workers before `setup`, so models are loaded there and never in `__init__`.
+
+    Attributes:
+        name: the stage's name, as in `capfilt NAME`.
+        version: raised when the code changes the rows it makes; part of the fingerprint.
+        contract: the table it writes.
+        uses_gpu: whether a worker wants a GPU where there is one.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    contract: ClassVar[Contract]
+    uses_gpu: ClassVar[bool] = False
+
+    output: Part
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """Everything the rows depend on beside input shards: options, input parts, checkpoints. JSON-able."""
+
+    @abstractmethod
+    def shards(self) -> list[int]:
+        """The numbers of the output's shards."""
+
+    def inputs(self, shard: int) -> list[str]:
+        """The hashes of the input shards that `shard` is made from."""
+        return []
+
+    def setup(self) -> None:  # noqa: B027
+        """Load what every shard needs (models); called once in each worker."""
+
+    @abstractmethod
+    def process(self, shard: int) -> Produced:
+        """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""
+
+    def begin(self) -> str:
+        """Create or continue the output part. Returns its fingerprint. Raises UserError on another identity."""
+        return self.output.begin(self.contract, self.name, {"version": self.version, **self.identity()})
+
+    def shard_fingerprint(self, part: str, shard: int) -> str:
+        """The fingerprint of one shard: the part's, and the bytes it is made from."""
+        return fingerprint({"part": part, "shard": shard, "inputs": self.inputs(shard)})
+
+
+Report = Callable[[int, Mapping[str, Any]], None]
+"""Called with the number of steps done and the latest figures."""
+
+
+class ModelStage(ABC):
+    """A stage from parts to a checkpoint directory, or to one result file. It runs as one piece of work."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    unit: ClassVar[str] = "steps"
+
+    output: Path
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """Everything the result depends on: options, digests of input parts, checkpoints. JSON-able."""
+
+    def fingerprint(self) -> str:
+        return fingerprint({"stage": self.name, "version": self.version, **self.identity()})
+
+    @abstractmethod
+    def total(self) -> int:
+        """How many steps `run` will report; 0 where that is not known beforehand."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether the output stands. Raises UserError when it was made with another identity."""
+
+    @abstractmethod
+    def run(self, report: Report) -> Mapping[str, Any]:
+        """Do the work and publish the result. Returns figures for the summary."""
+
+
+def option_values(options: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options that decide what rows come out, as JSON-able values; names of inputs and outputs are left out."""
+    values = asdict(options)
+    for name, description in type(options).__dataclass_fields__.items():
+        if description.metadata.get("kind") or name in ("out", *without):
+            values.pop(name, None)
+    return {name: str(value) if value == float("inf") else value for name, value in values.items()}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,236 @@
+"""What each stage can be told: one frozen dataclass per stage, the source of the CLI's flags and of recipes' keys.
+
+Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy.
+A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
+"images", "captions", "scores", "verdicts", "pairs" (parts), "model" (a checkpoint), "path" (a file or directory).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _option(default: Any, help: str, *, kind: str = "", flag: str = "") -> Any:  # noqa: A002
+    metadata = {"help": help, "kind": kind, "flag": flag}
+    if isinstance(default, tuple):
+        return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+REQUIRED = ""
+"""The default of an option that must be given: an empty string is never a valid name or path."""
+
+
+@dataclass(frozen=True)
+class DownloadOptions:
+    """Fetch a list of URLs into an images part, one row per URL, failures included."""
+
+    url_list: str = _option(REQUIRED, "file of URLs: txt, csv, tsv, json, jsonl or parquet", kind="path")
+    dataset: str = _option("web", "name of the images part to write")
+    input_format: str = _option("auto", "auto, txt, csv, tsv, json, jsonl or parquet")
+    # Flag names and defaults are img2dataset's (its README, "API"), except where a comment says why not.
+    url_col: str = _option("url", "column of the URLs")
+    caption_col: str = _option("caption", "column of the texts; empty for none")
+    save_additional_columns: tuple[str, ...] = _option((), "further columns of the list to carry through")
+    image_size: int = _option(256, "target size in pixels")
+    resize_mode: str = _option("keep_ratio", "border, keep_ratio, keep_ratio_largest, center_crop or no")
+    resize_only_if_bigger: bool = _option(True, "leave smaller pictures as they are")
+    encode_format: str = _option("jpg", "jpg, png or webp")
+    encode_quality: int = _option(95, "quality of the stored picture, 0 to 100")
+    min_image_size: int = _option(0, "shorter sides below this many pixels are the failure too_small")
+    max_aspect_ratio: float = _option(float("inf"), "longer to shorter side above this is the failure bad_aspect_ratio")
+    number_sample_per_shard: int = _option(1000, "rows per shard: the unit of resume")
+    thread_count: int = _option(32, "fetches in flight per worker")
+    timeout: float = _option(10.0, "seconds a connection may be silent")
+    # img2dataset retries 0 times by default and does not tell transient failures apart.
+    retries: int = _option(0, "further attempts at each URL")
+    max_bytes: int = _option(50_000_000, "a body above this many bytes is the failure too_large")
+    max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
+    user_agent_token: str = _option("capfilt", "named in the User-Agent header and in opt-out headers")
+    disallowed_header_directives: tuple[str, ...] = _option(
+        ("noai", "noimageai", "noindex", "noimageindex"), "X-Robots-Tag values that mean hands off"
+    )
+    allow_host: tuple[str, ...] = _option((), "HOST:PORT that may have a private address; repeatable")
+    allow_private: bool = _option(False, "allow every private address (intranets)")
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """Bring images and captions made by other tools into an images part."""
+
+    source_path: str = _option(
+        REQUIRED, "COCO or Karpathy captions JSON, a folder of images, or img2dataset's output folder", kind="path"
+    )
+    dataset: str = _option(REQUIRED, "name of the images part to write")
+    format: str = _option("auto", "auto, coco, karpathy, folder, img2dataset or webdataset")
+    images: str = _option("", "folder of the pictures a captions JSON names; default: `images` beside it", kind="path")
+    source: str = _option("human", "who wrote the texts: human or web")
+    splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
+    split: str = _option("", "put every row into this split, where the source names none")
+    limit: int = _option(0, "only the first so many images; 0 for all")
+    shard_size: int = _option(1000, "rows per shard: the unit of resume")
+    max_side: int = _option(0, "shrink pictures whose longer side is above this many pixels; 0 keeps the bytes as found")
+    max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The architecture, where a model is made from scratch."""
+
+    preset: str = _option("small", "tiny, small, base or large")
+    image_size: int = _option(0, "pixels; 0 for the preset's")
+    vocab: str = _option("corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path")
+    vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus")
+    vision_init: str = _option("", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path")
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """How long and how to train."""
+
+    steps: int = _option(0, "optimiser steps; 0: use `epochs`")
+    epochs: float = _option(20.0, "passes over the texts, where `steps` is 0 (BLIP, section 4.1: 20)")
+    batch_size: int = _option(64, "texts per step")
+    learning_rate: float = _option(3e-4, "peak (BLIP, section 4.1: 3e-4 for ViT-B)")
+    min_lr: float = _option(1e-6, "the schedule's end (BLIP's released pretraining configuration)")
+    warmup_steps: int = _option(100, "linear warm-up")
+    weight_decay: float = _option(0.05, "AdamW's (BLIP, section 4.1)")
+    clip_norm: float = _option(1.0, "largest gradient norm; 0 for none")
+    max_text_tokens: int = _option(30, "texts are cut to this many tokens (BLIP's released code: 30)")
+    augment: bool = _option(True, "random resized crops")
+    crop_scale: float = _option(0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)")
+    flip: bool = _option(False, "random horizontal flips, left and right swapped in the text")
+    freeze_vision: bool = _option(False, "keep the vision tower as it is")
+    cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
+    precision: str = _option("auto", "auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16")
+    save_every: int = _option(500, "steps between the states that an interrupted run continues from; 0 for none")
+    seed: int = _option(0, "of initialisation, order, crops and negatives")
+
+
+@dataclass(frozen=True)
+class PretrainingObjectiveOptions:
+    """ITC, ITM and LM (BLIP, section 3.2)."""
+
+    queue_size: int = _option(57600, "momentum features kept as candidates (BLIP's released code: 57600)")
+    momentum: float = _option(0.995, "of the momentum towers (BLIP's released code); 0 for none")
+    alpha: float = _option(0.4, "weight of the momentum towers' soft targets (BLIP's released code)")
+    alpha_ramp_epochs: float = _option(2.0, "alpha grows over this many epochs (BLIP's released code: 2)")
+    label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
+
+
+@dataclass(frozen=True)
+class PretrainOptions(ModelOptions, OptimisationOptions, PretrainingObjectiveOptions):
+    """Step 1: train a BLIP on noisy web pairs and human pairs with ITC, ITM and LM."""
+
+    human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
+    web: tuple[str, ...] = _option((), "images parts with web texts; repeatable", kind="images")
+    out: str = _option("pretrained", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class FinetuneCaptionerOptions(OptimisationOptions):
+    """Step 2: finetune the captioner (LM) on human pairs."""
+
+    init: str = _option("pretrained", "checkpoint to start from", kind="model")
+    human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
+    prompt: str = _option("a picture of ", "put before every text, not learned (BLIP's caption configuration)")
+    label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
+    learning_rate: float = _option(1e-5, "peak (BLIP's caption configuration: 1e-5 for ViT-B)")
+    min_lr: float = _option(0.0, "the schedule's end (BLIP's caption configuration: 0)")
+    epochs: float = _option(5.0, "passes over the texts, where `steps` is 0 (BLIP's caption configuration: 5)")
+    max_text_tokens: int = _option(40, "texts are cut to this many tokens (BLIP's released code: 40)")
+    out: str = _option("captioner", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
+    """Step 2: finetune the filter (ITC and ITM) on human pairs."""
+
+    init: str = _option("pretrained", "checkpoint to start from", kind="model")
+    human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
+    learning_rate: float = _option(1e-5, "peak (BLIP's retrieval configuration: 1e-5 for ViT-B)")
+    min_lr: float = _option(0.0, "the schedule's end (BLIP's retrieval configuration: 0)")
+    epochs: float = _option(6.0, "passes over the texts, where `steps` is 0 (BLIP's retrieval configuration: 6)")
+    max_text_tokens: int = _option(35, "texts are cut to this many tokens (BLIP's released code: 35)")
+    alpha_ramp_epochs: float = _option(1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)")
+    out: str = _option("filter", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """Step 2: write synthetic texts for every image of a part."""
+
+    captioner: str = _option("captioner", "checkpoint of the captioner", kind="model")
+    images: str = _option(REQUIRED, "images part to caption", kind="images")
+    out: str = _option("", "name of the captions part to write; default: the captioner's")
+    method: str = _option("nucleus", "nucleus, beam or greedy (BLIP, section 4.2: nucleus)")
+    top_p: float = _option(0.9, "nucleus: share of the probability to draw from (BLIP, section 4.2)")
+    num_beams: int = _option(3, "beam: width (BLIP's caption configuration: 3)")
+    samples: int = _option(1, "texts per image (BLIP: 1)")
+    prompt: str = _option("a picture of ", "put before the text, not part of it (BLIP's caption configuration)")
+    # BLIP's 20 and 5 count its 4 prompt slots; these do not.
+    max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded")
+    min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
+    repetition_penalty: float = _option(1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)")
+    batch_size: int = _option(64, "images per batch")
+    seed: int = _option(0, "of sampling; each text has its own stream")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Step 2: judge web and synthetic texts alike with the filter."""
+
+    filter: str = _option("filter", "checkpoint of the filter", kind="model")
+    images: str = _option(REQUIRED, "images part whose texts to score", kind="images")
+    captions: tuple[str, ...] = _option((), "captions parts of the same images; repeatable", kind="captions")
+    out: str = _option("", "name of the scores part to write; default: the filter's")
+    max_text_tokens: int = _option(35, "texts are cut to this many tokens (BLIP's released code: 35)")
+    batch_size: int = _option(64, "images per batch")
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """Step 2: turn scores into verdicts and into the corpus. No model, no GPU."""
+
+    images: str = _option(REQUIRED, "images part", kind="images")
+    captions: tuple[str, ...] = _option((), "captions parts; repeatable", kind="captions")
+    scores: str = _option("filter", "scores part", kind="scores")
+    out: str = _option("capfilt", "name of the rule: of the verdicts part and the pairs part")
+    by: str = _option("itm_score", "itm_score, itc_score or itm_probability")
+    threshold: float = _option(0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)")
+    keep_fraction: float = _option(0.0, "instead: keep this share of all scored texts (a global quantile); 0 for none")
+    sources: tuple[str, ...] = _option(("web", "synthetic"), "which texts may be kept")
+    pairs: bool = _option(True, "also write the pairs part, with pictures")
+
+
+@dataclass(frozen=True)
+class RetrainOptions(PretrainOptions):
+    """Step 3: train a new model on human, kept web and kept synthetic pairs."""
+
+    pairs: tuple[str, ...] = _option((), "pairs parts; repeatable", kind="pairs")
+    verdicts: tuple[str, ...] = _option(
+        (), "IMAGES=VERDICTS: images part joined with a verdicts part, in place of pairs; repeatable"
+    )
+    model: str = _option("blip", "which model to train: blip")
+    continue_from: str = _option("", "checkpoint to continue from, in place of a new initialisation", kind="model")
+    out: str = _option("retrained", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a checkpoint: retrieval and captioning on one split of an images part."""
+
+    model: str = _option("retrained", "checkpoint", kind="model")
+    images: str = _option(REQUIRED, "images part with human captions", kind="images")
+    split: str = _option("test", "split to evaluate on; empty for every row")
+    tasks: tuple[str, ...] = _option(("retrieval", "captioning"), "retrieval, captioning")
+    rerank: int = _option(128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128); 0: rank by ITC alone")
+    method: str = _option("beam", "captioning: beam, greedy or nucleus")
+    num_beams: int = _option(3, "captioning: beams (BLIP's caption configuration: 3)")
+    prompt: str = _option("", "captioning: prompt; pretrained models learned none")
+    max_new_tokens: int = _option(20, "captioning: longest text in tokens")
+    limit: int = _option(0, "only the first so many images; 0 for all")
+    batch_size: int = _option(64, "images per batch")
+    out: str = _option("", "name of the result in runs/; default: the model's")
+    seed: int = _option(0, "of the bootstrap intervals")
