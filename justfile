@@ -1,0 +1,46 @@
+# `just` comes with the dev extra: .venv/bin/just check
+
+python := env("PYTHON", if path_exists(".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" })
+
+# list the recipes
+default:
+    @just --justfile "{{ justfile() }}" --list
+
+# everything CI checks besides the tests: lint, format, types, floors
+check:
+    {{ python }} -m ruff check .
+    {{ python }} -m ruff format --check .
+    {{ python }} -m mypy
+    {{ python }} -c "import sys; from importlinter.cli import lint_imports_command as run; sys.exit(run())"
+
+# the tests; `just test tests/tables -x` passes its arguments on
+test *args:
+    {{ python }} -m pytest {{ args }}
+
+# the tests that take minutes
+test-slow *args:
+    {{ python }} -m pytest -m slow {{ args }}
+
+# the whole loop on the generated world, into DIR
+quickstart dir="quickstart":
+    {{ python }} -m capfilt quickstart --out "{{ dir }}"
+
+# every benchmark at its quick size; each prints its own table and fails on a missed target
+bench:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    status=0
+    for script in benchmarks/[a-z]*.py; do
+        echo "== ${script}"
+        {{ python }} "${script}" --quick || status=1
+    done
+    exit "${status}"
+
+# write schemas/*.sql from the contracts
+schemas:
+    {{ python }} -m capfilt.tables.ddl --write schemas
+
+# put imports and layout in order
+format:
+    {{ python }} -m ruff check --fix .
+    {{ python }} -m ruff format .
