@@ -1,0 +1,196 @@
+"""BLIP: a vision tower and a text transformer that embeds, matches and writes (MED; arXiv 2201.12086, sec. 3.1).
+
+What is trained against what lives in objectives.py; sampling and batching live in capfilt.inference. The captioner is
+`visual_encoder` + `text_decoder`; the filter is `visual_encoder` + `text_encoder` + `vision_proj`, `text_proj`,
+`itm_head`. Encoder and decoder share every module but self-attention (table 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capfilt.errors import UserError
+from capfilt.models.layers import Pair, full_precision, init_truncated
+from capfilt.models.text import SelfCache, TextConfig, TextDecoder, TextTransformer
+from capfilt.models.vision import VisionConfig, VisionTower, resize_position_embedding
+
+CAPTIONER_PARTS = ("visual_encoder", "text_decoder")
+FILTER_PARTS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head")
+
+
+@dataclass(frozen=True)
+class BlipConfig:
+    """Everything that decides the shape of a Blip; `to_dict`/`from_dict` go through JSON unchanged."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embed_dim: int = 256  # BLIP, sec. 3.2, code: width of the ITC space
+    max_text_tokens: int = 35  # BLIP, code: longest text in retrieval, so of the filter
+    prompt: str = "a picture of "  # BLIP, sec. 4.1, code: prompt of the captioner
+
+    @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict of the fields, nested as the dataclasses are."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BlipConfig:
+        """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
+        rest = dict(values)
+        vision = _fields(VisionConfig, rest.pop("vision", {}), "vision.")
+        text = _fields(TextConfig, rest.pop("text", {}), "text.")
+        return cls(vision=VisionConfig(**vision), text=TextConfig(**text), **_fields(cls, rest, ""))
+
+
+def _fields(kind: type, values: Any, prefix: str) -> dict[str, Any]:
+    known = {each.name for each in dataclasses.fields(kind)}
+    if not isinstance(values, Mapping):
+        raise UserError(f"model config: {prefix.rstrip('.')} is {values!r}, not a table of fields")
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"model config: unknown fields {', '.join(prefix + name for name in unknown)}")
+    return dict(values)
+
+
+class Blip(nn.Module):
+    """See the module's docstring. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
+
+    Texts are `ids` int64 [B, L] = [CLS] ... [SEP] and padding, `mask` bool [B, L], as the tokenizer gives them: position
+    0 is overwritten here where a mode wants [ENC] or [DEC].
+    """
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.vision)
+        self.text_encoder = TextTransformer(config.text, config.vision.width)
+        self.text_decoder = TextDecoder(config.text, config.vision.width, shared=self.text_encoder)
+        self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
+        self.text_proj = nn.Linear(config.text.width, config.embed_dim)
+        self.itm_head = nn.Linear(config.text.width, 2)
+        for head in (self.vision_proj, self.text_proj, self.itm_head):
+            init_truncated(head)
+        # BLIP, sec. 3.2, code: learned, starts at 0.07; the objective clamps it to [0.001, 0.5] in place.
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    # Images and texts by themselves.
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
+        out: Tensor = self.visual_encoder(images)
+        return out
+
+    def embed_image(self, image_tokens: Tensor) -> Tensor:
+        """fp32 unit vectors [B, E] from the [CLS] of image tokens [B, N, Dv]."""
+        return project(self.vision_proj, image_tokens)
+
+    def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """States [B, L, D] of texts read without an image; [CLS] stays at position 0."""
+        out: Tensor = self.text_encoder(ids, mask)
+        return out
+
+    def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """fp32 unit vectors [B, E] of texts."""
+        return project(self.text_proj, self.encode_text(ids, mask))
+
+    # Texts against images.
+
+    def match_logits(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        image_tokens: Tensor | Sequence[Pair],
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """fp32 logits [B, 2], index 1 = match, of texts i with images i.
+
+        image_tokens: [B, N, Dv], or their `prefill_cross`. image_mask: bool [B, N], false tokens are not attended to.
+        """
+        cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
+        states = self.text_encoder(self._start(ids, self.config.text.enc_id), mask, cross, image_mask)
+        with full_precision(states):
+            return F.linear(states[:, 0].float(), self.itm_head.weight.float(), self.itm_head.bias.float())
+
+    def lm_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor | Sequence[Pair]) -> Tensor:
+        """fp32 logits [B, L, V]; position t predicts token t + 1 from the image and tokens 0..t."""
+        cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
+        states = self.text_decoder.bert(self._start(ids, self.config.text.dec_id), mask, cross, causal=True)
+        return self.text_decoder.logits(states)
+
+    # Writing, token by token.
+
+    def prefill_cross(self, image_tokens: Tensor) -> list[Pair]:
+        """Cross-attention keys and values of image tokens [B, N, Dv] for all layers, computed once per image."""
+        return self.text_encoder.cross_keys_values(image_tokens)
+
+    def new_cache(self, rows: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
+        """A static self-attention cache for `rows` texts of at most `max_length` tokens, [DEC] and prompt included."""
+        if max_length > self.config.text.max_positions:
+            raise UserError(
+                f"{max_length} tokens (prompt included) are more than this model's {self.config.text.max_positions}"
+                " positions: lower max_new_tokens"
+            )
+        return self.text_decoder.bert.new_cache(rows, max_length, like=cross[0][0])
+
+    def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
+        """fp32 logits [R, V] of the token after `ids` int64 [R, T], which continue what the cache holds.
+
+        The first call's position 0 becomes [DEC]. R may be K times the images in `cross`: rows i*K .. i*K+K-1 then belong
+        to image i. Updates the cache.
+        """
+        if cache.length == 0:
+            ids = self._start(ids, self.config.text.dec_id)
+        states = self.text_decoder.bert(ids, cross=cross, cache=cache)
+        return self.text_decoder.logits(states[:, -1])
+
+    # Changing an existing model.
+
+    def resize_image(self, image_size: int) -> None:
+        """Takes images of another size from now on: the position embedding is resized, everything else stays."""
+        vision = dataclasses.replace(self.config.vision, image_size=image_size)
+        tower = self.visual_encoder
+        if vision.trunk and image_size != self.config.image_size:
+            raise UserError("a model with a convolutional trunk keeps the image size it was built for")
+        tower.pos_embed = nn.Parameter(resize_position_embedding(tower.pos_embed.detach(), vision.grid))
+        tower.config = vision
+        self.config = dataclasses.replace(self.config, vision=vision)
+
+    @staticmethod
+    def _start(ids: Tensor, token: int) -> Tensor:
+        ids = ids.clone()
+        ids[:, 0] = token
+        return ids
+
+
+def project(head: nn.Linear, states: Tensor) -> Tensor:
+    """fp32 unit vectors [B, E]: the head on position 0 of states [B, L, D], L2-normalised; free of autocast."""
+    with full_precision(states):
+        return F.normalize(F.linear(states[:, 0].float(), head.weight.float(), head.bias.float()), dim=-1)
+
+
+def build(config: BlipConfig, seed: int = 0) -> Blip:
+    """A freshly initialised Blip: the same config and seed give the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Blip(config)
+
+
+def parameters_of(model: Blip, parts: Sequence[str] | None = None) -> int:
+    """How many parameters the named parts hold together, shared ones counted once; all of them by default."""
+    modules = [getattr(model, part) for part in parts] if parts is not None else [model]
+    unique = {id(each): each.numel() for module in modules for each in module.parameters()}
+    return sum(unique.values())

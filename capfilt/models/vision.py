@@ -1,0 +1,169 @@
+"""The vision tower: pixels (or cached trunk features) to tokens, the first of which is [CLS].
+
+A ViT as published, or a convolutional trunk whose feature map becomes the tokens. Decoding, resizing and augmenting
+images is capfilt.data's; only normalisation happens here, so that batches travel as uint8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capfilt.errors import UserError
+from capfilt.models.layers import PreNormBlock, init_truncated
+from capfilt.models.trunk import TRUNKS, Trunk
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # BLIP, arXiv 2201.12086, code: CLIP's constants
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Geometry of the vision tower; the defaults are ViT-B/16 at 224 px (BLIP, sec. 3.1)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    drop_path: float = 0.0
+    stem: str = "patch"  # "patch": one convolution; "conv": a stack of 3x3 stride-2 ones (arXiv 2106.14881)
+    trunk: str = ""  # "" for a ViT, or the name of a pretrained convolutional trunk
+    trunk_frozen: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stem not in ("patch", "conv"):
+            raise UserError(f"vision.stem is {self.stem!r}: use 'patch' or 'conv'")
+        if self.trunk and self.trunk not in TRUNKS:
+            raise UserError(f"vision.trunk is {self.trunk!r}: use '' (a ViT) or one of {', '.join(TRUNKS)}")
+        if not self.trunk and self.image_size % self.patch_size:
+            raise UserError(
+                f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side."""
+        if self.trunk:
+            return -(-self.image_size // TRUNKS[self.trunk].stride)
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image, [CLS] included."""
+        return self.grid**2 + 1
+
+
+def resize_position_embedding(embedding: Tensor, grid: int) -> Tensor:
+    """[1, 1 + G*G, D] -> [1, 1 + grid*grid, D]: the [CLS] row kept, the rest bicubic without antialiasing, as BLIP does."""
+    side = round((embedding.shape[1] - 1) ** 0.5)
+    if side * side + 1 != embedding.shape[1]:
+        raise UserError(f"a position embedding of {embedding.shape[1]} rows is no square grid plus [CLS]")
+    if side == grid:
+        return embedding
+    rows = embedding[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    rows = F.interpolate(rows, size=(grid, grid), mode="bicubic", align_corners=False)
+    rows = rows.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).to(embedding.dtype)
+    return torch.cat([embedding[:, :1], rows], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Pixels [B, 3, S, S] to patch tokens [B, G*G, D]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        if config.stem == "patch":
+            self.proj: nn.Module = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        else:
+            self.proj = conv_stem(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.proj(pixels).flatten(2).transpose(1, 2)
+        return out
+
+
+def conv_stem(config: VisionConfig) -> nn.Sequential:
+    """3x3 stride-2 convolutions down to the patch size, then a 1x1: learns faster than one patch convolution."""
+    halvings = config.patch_size.bit_length() - 1
+    if 1 << halvings != config.patch_size or halvings == 0:
+        raise UserError(f"vision.stem 'conv' needs a power of two as patch_size, not {config.patch_size}")
+    steps: list[nn.Module] = []
+    channels = 3
+    for step in range(halvings):
+        out = max(config.width >> (halvings - step), 16)
+        steps += [nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.GroupNorm(1, out), nn.GELU()]
+        channels = out
+    return nn.Sequential(*steps, nn.Conv2d(channels, config.width, 1))
+
+
+class VisionTower(nn.Module):
+    """Tokens [B, 1 + G*G, D] after the final LayerNorm; position 0 is [CLS]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
+        self.trunk: Trunk | None = None
+        mean, std = CLIP_MEAN, CLIP_STD
+        if config.trunk:
+            recipe = TRUNKS[config.trunk]
+            mean, std = recipe.mean, recipe.std
+            self.trunk = Trunk(recipe, config.image_size, config.trunk_frozen)
+            self.trunk_norm = nn.LayerNorm(recipe.channels, eps=1e-6)
+            self.trunk_proj = nn.Linear(recipe.channels, config.width)
+        else:
+            self.patch_embed = PatchEmbed(config)
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(
+            PreNormBlock(config.width, config.heads, config.hidden, rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        # Constants, not weights: they follow the device and stay out of the checkpoint.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        init_truncated(self.blocks)
+        if config.trunk:
+            init_truncated(self.trunk_proj)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
+        if pixels.dtype == torch.uint8:
+            return (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return pixels
+
+    @torch.no_grad()
+    def trunk_features(self, pixels: Tensor) -> Tensor:
+        """The frozen trunk's map of pixels [B, 3, S, S] as float16 [B, G*G, C], to be cached and given back to forward."""
+        if self.trunk is None or not self.config.trunk_frozen:
+            raise UserError(
+                "features can be cached for a frozen trunk only: set vision.trunk and vision.trunk_frozen"
+            )
+        features: Tensor = self.trunk(self.normalise(pixels))
+        return features.to(torch.float16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: pixels [B, 3, S, S] (uint8, or normalised floats), or trunk features [B, G*G, C] (floating)."""
+        if self.trunk is None:
+            if images.dim() != 4:
+                raise UserError(f"this vision tower takes pixels [B, 3, S, S], not {list(images.shape)}")
+            x = self.patch_embed(self.normalise(images))
+            cls = self.cls_token.expand(x.shape[0], -1, -1)
+        else:
+            features = self.trunk(self.normalise(images)) if images.dim() == 4 else images
+            x = self.trunk_proj(self.trunk_norm(features.to(self.trunk_proj.weight.dtype)))
+            cls = self.cls_token + x.mean(dim=1, keepdim=True)
+        x = torch.cat([cls.to(x.dtype), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.norm(x)
+        return out
