@@ -60,6 +60,9 @@ class ShardStage(ABC):
     def setup(self) -> None:  # noqa: B027
         """Load what every shard needs (models); called once in each worker."""
 
+    def teardown(self) -> None:  # noqa: B027
+        """Let go of what `setup` took, where leaving it to the end of the process is not enough."""
+
     @abstractmethod
     def process(self, shard: int) -> Produced:
         """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""

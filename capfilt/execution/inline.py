@@ -1,0 +1,32 @@
+"""Runs a stage in this process, one shard after the other. For debugging, and for machines without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from capfilt.execution.run import process_and_commit
+from capfilt.stages.base import ModelStage, Report, ShardStage
+from capfilt.tables.shards import Manifest
+
+
+class InlineExecutor:
+    """The executor without a cluster."""
+
+    def __enter__(self) -> InlineExecutor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+    def shards(self, stage: ShardStage, mark: str, todo: list[int]) -> Iterator[Manifest]:
+        stage.setup()
+        try:
+            for shard in todo:
+                yield process_and_commit(stage, mark, shard)
+        finally:
+            stage.teardown()
+
+    def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
+        return stage.run(report)

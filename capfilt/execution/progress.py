@@ -1,0 +1,66 @@
+"""Progress on standard error: a bar with rates in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 15.0
+"""Seconds between lines where standard error is not a terminal."""
+
+
+class StageProgress:
+    """One stage's progress; a context manager. `update` may be called as often as one likes."""
+
+    def __init__(self, name: str, total: int, unit: str, *, quiet: bool = False) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self._start = time.monotonic()
+        self._rows = 0
+        self._last_line = self._start
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description:<18}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(name, total=total or None, text=f"starting, {total:,} {unit}")
+
+    def __enter__(self) -> StageProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, *, rows: int | None = None, figures: Mapping[str, Any] | None = None) -> None:
+        """`done` units of `total` are done; `rows` is the number of rows behind them, for the rate."""
+        now = time.monotonic()
+        amount, unit = (done, self.unit) if rows is None else (rows, "rows")
+        rate = amount / max(now - self._start, 1e-9)
+        text = f"{done:,}/{self.total:,} {self.unit}  {rate:,.1f} {unit}/s"
+        if figures:
+            text += "  " + "  ".join(f"{key} {_number(value)}" for key, value in list(figures.items())[:4])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif not self._quiet and now - self._last_line > LINE_EVERY:
+            self._last_line = now
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,178 @@
+"""Runs a stage on Ray: a cluster that stands (RAY_ADDRESS), or a local one started and stopped for the user.
+
+The only module that imports Ray. Shards are handed out one at a time to a fixed pool of workers, so that what is in
+flight is bounded by the pool; a worker that dies is replaced and its shard tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+# Before the import: Ray reads it once.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+
+from capfilt.errors import RunError, UserError
+from capfilt.execution.run import process_and_commit
+from capfilt.stages.base import ModelStage, Report, ShardStage
+from capfilt.tables.shards import Manifest
+
+SHARD_ATTEMPTS = 3
+"""How many workers may die on one shard before the run stops."""
+
+
+class _Worker:
+    """An actor: one stage set up once, then shard after shard."""
+
+    def __init__(self, stage: ShardStage) -> None:
+        self.stage = stage
+        stage.setup()
+
+    def work(self, mark: str, shard: int) -> Manifest:
+        return process_and_commit(self.stage, mark, shard)
+
+
+class _Board:
+    """An actor without a processor, on which a piece of work posts how far it is."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, dict[str, Any]] = (0, {})
+
+    def post(self, step: int, figures: dict[str, Any]) -> None:
+        self.latest = (step, figures)
+
+    def read(self) -> tuple[int, dict[str, Any]]:
+        return self.latest
+
+
+def _run_model(stage: ModelStage, board: Any) -> Mapping[str, Any]:
+    last = 0.0
+
+    def report(step: int, figures: Mapping[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.5:
+            last = time.monotonic()
+            board.post.remote(step, dict(figures))
+
+    return stage.run(report)
+
+
+def _reraise(error: RayTaskError, what: str) -> None:
+    cause = error.cause
+    if isinstance(cause, UserError | RunError):
+        raise cause from None
+    raise RunError(f"{what}: {type(cause).__name__}: {cause}") from error
+
+
+class RayExecutor:
+    """The executor on a Ray cluster."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address or os.environ.get("RAY_ADDRESS") or None
+        self._started = False
+
+    def __enter__(self) -> RayExecutor:
+        if not ray.is_initialized():
+            options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+            if self.address is None:
+                options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
+            try:
+                ray.init(address=self.address, **options)
+            except ConnectionError as error:
+                raise UserError(f"no Ray cluster answers at {self.address}: {str(error).splitlines()[0]}") from error
+            self._started = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._started:
+            ray.shutdown()
+
+    def shards(self, stage: ShardStage, mark: str, todo: list[int]) -> Iterator[Manifest]:
+        resources = ray.cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        if stage.uses_gpu and gpus:
+            size = min(gpus, len(todo))
+            options: dict[str, Any] = {"num_cpus": max(1, cpus // gpus // 2), "num_gpus": 1}
+        else:
+            size = max(1, min(cpus, len(todo)))
+            options = {"num_cpus": max(1, cpus // size)}
+        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(options["num_cpus"])}}
+        actor = ray.remote(_Worker).options(**options)
+        stage_reference = ray.put(stage)
+
+        queue = list(reversed(todo))
+        attempts = dict.fromkeys(todo, 0)
+        workers = [actor.remote(stage_reference) for _ in range(size)]
+        running: dict[Any, tuple[int, Any]] = {}
+        try:
+            for worker in workers:
+                if queue:
+                    shard = queue.pop()
+                    running[worker.work.remote(mark, shard)] = (shard, worker)
+            while running:
+                ready, _ = ray.wait(list(running), num_returns=1)
+                shard, worker = running.pop(ready[0])
+                try:
+                    yield ray.get(ready[0])
+                except RayTaskError as error:
+                    _reraise(error, f"{stage.name}, shard {shard:05d}")
+                except (RayActorError, WorkerCrashedError) as error:
+                    cause = getattr(error, "cause", None)
+                    if isinstance(cause, RayTaskError):
+                        _reraise(cause, f"{stage.name}, setting up a worker")
+                    attempts[shard] += 1
+                    if attempts[shard] >= SHARD_ATTEMPTS:
+                        raise RunError(
+                            f"{stage.name}: {SHARD_ATTEMPTS} workers died on shard {shard:05d} "
+                            f"({str(error).splitlines()[0]}); what was committed is valid, run again to go on"
+                        ) from error
+                    queue.append(shard)
+                    worker = actor.remote(stage_reference)
+                if queue:
+                    shard = queue.pop()
+                    running[worker.work.remote(mark, shard)] = (shard, worker)
+                else:
+                    ray.kill(worker)
+        finally:
+            for _, worker in running.values():
+                ray.kill(worker)
+
+    def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
+        resources = ray.cluster_resources()
+        # One piece of work runs on one node: ask for the largest node's processors, not the cluster's.
+        cpus = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        gpus = 1 if resources.get("GPU", 0) >= 1 else 0
+        board = ray.remote(_Board).options(num_cpus=0).remote()
+        task = (
+            ray.remote(_run_model)
+            .options(
+                num_cpus=cpus,
+                num_gpus=gpus,
+                max_retries=2,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
+            )
+            .remote(stage, board)
+        )
+        try:
+            while True:
+                ready, _ = ray.wait([task], timeout=0.5)
+                step, figures = ray.get(board.read.remote())
+                if step:
+                    report(step, figures)
+                if ready:
+                    return dict(ray.get(task))
+        except RayTaskError as error:
+            _reraise(error, stage.name)
+            raise AssertionError from error
+        except WorkerCrashedError as error:
+            raise RunError(f"{stage.name}: its worker died three times; run again to go on from its last state") from error
+        except KeyboardInterrupt:
+            ray.cancel(task, force=True)
+            raise

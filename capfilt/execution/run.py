@@ -1,0 +1,171 @@
+"""Running a stage: what is done already, what is to do, and the account at the end.
+
+`inline.py` and `ray.py` do the work; this module says which, and never imports Ray itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from capfilt.errors import UserError
+from capfilt.execution.progress import StageProgress
+from capfilt.stages.base import ModelStage, Report, ShardStage
+from capfilt.tables.shards import Counts, Manifest
+
+EXECUTIONS = ("ray", "inline")
+
+
+class Executor(Protocol):
+    """Does the work of a stage somewhere."""
+
+    def shards(self, stage: ShardStage, mark: str, todo: list[int]) -> Iterator[Manifest]:
+        """Process and commit `todo`, yielding each manifest as it is committed, in any order."""
+
+    def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
+        """Run a stage that is one piece of work."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What happened to one stage.
+
+    Attributes:
+        counts: in the stage's input rows; None for a stage that writes a checkpoint or a result.
+        rows_out: rows of the output part.
+        seconds: wall time of this run; near 0 where everything was done before.
+        done_before: units (shards, or 1) that stood already.
+        done_now: units done by this run.
+        figures: what else the stage has to say.
+    """
+
+    stage: str
+    output: str
+    seconds: float
+    counts: Counts | None = None
+    rows_out: int = 0
+    done_before: int = 0
+    done_now: int = 0
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """One line for people."""
+        name = f"{self.stage:<18}"
+        if self.counts is None:
+            state = "done before" if not self.done_now else f"{self.seconds:,.1f} s"
+            figures = "  ".join(f"{key} {_short(value)}" for key, value in self.figures.items())
+            return f"{name} {self.output}  {state}  {figures}".rstrip()
+        counts = self.counts
+        text = f"{name} {counts.rows_in:,} in = {counts.kept:,} kept"
+        text += f" + {sum(counts.dropped.values()):,} dropped{_reasons(counts.dropped)}"
+        text += f" + {sum(counts.failed.values()):,} failed{_reasons(counts.failed)}; {self.rows_out:,} rows out"
+        if self.done_now:
+            return f"{text}  {self.seconds:,.1f} s"
+        return f"{text}  done before"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return ""
+    parts = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return " (" + ", ".join(f"{name} {count:,}" for name, count in parts[:6]) + ")"
+
+
+def executor(execution: str, *, address: str | None = None) -> AbstractContextManager[Executor]:
+    """The executor called `execution`, started on entering and stopped on leaving the context."""
+    if execution == "inline":
+        from capfilt.execution.inline import InlineExecutor
+
+        return InlineExecutor()
+    if execution == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise UserError("Ray is not installed: pip install ray, or use --execution inline")
+        from capfilt.execution.ray import RayExecutor
+
+        return RayExecutor(address)
+    raise UserError(f"--execution {execution!r}: choose {' or '.join(EXECUTIONS)}")
+
+
+def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
+    """The shards of `stage` that are to do and those that stand. Raises UserError where the output does not agree."""
+    shards = stage.shards()
+    committed = set(stage.output.shards())
+    foreign = sorted(committed - set(shards))
+    if foreign:
+        raise UserError(
+            f"{stage.output.path}: holds shard {foreign[0]:05d}, which the input has not; name another output, or "
+            "remove the part to make it again"
+        )
+    missing, standing = [], []
+    for shard in shards:
+        manifest = stage.output.manifest(shard) if shard in committed else None
+        if manifest is None:
+            missing.append(shard)
+            continue
+        problem = stage.output.problem(manifest)
+        if problem is not None:
+            raise UserError(f"{problem}; restore it, or remove the shard and its manifest and run again")
+        if manifest.fingerprint != stage.shard_fingerprint(mark, shard):
+            raise UserError(
+                f"{stage.output.path}: shard {shard:05d} was made from other input rows than stand now; name another "
+                "output, or remove the part to make it again"
+            )
+        standing.append(shard)
+    return missing, standing
+
+
+def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Summary:
+    """Do what is missing of `stage`. Returns the account of the whole part."""
+    start = time.monotonic()
+    mark = stage.begin()
+    missing, standing = todo(stage, mark)
+    if missing:
+        rows = 0
+        with StageProgress(stage.name, len(missing) + len(standing), "shards", quiet=quiet) as progress:
+            for number, manifest in enumerate(work.shards(stage, mark, missing), start=1):
+                rows += manifest.counts.rows_in
+                progress.update(len(standing) + number, rows=rows)
+        stage.output.write_index()
+    return Summary(
+        stage.name,
+        str(stage.output.path),
+        time.monotonic() - start,
+        stage.output.counts(),
+        stage.output.rows,
+        len(standing),
+        len(missing),
+    )
+
+
+def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summary:
+    """Run `stage` unless its output stands."""
+    start = time.monotonic()
+    if stage.done():
+        return Summary(stage.name, str(stage.output), time.monotonic() - start, done_before=1)
+    with StageProgress(stage.name, stage.total(), stage.unit, quiet=quiet) as progress:
+        figures = work.model(stage, lambda step, latest: progress.update(step, figures=latest))
+    return Summary(stage.name, str(stage.output), time.monotonic() - start, done_now=1, figures=figures)
+
+
+def run_stage(stage: ShardStage | ModelStage, work: Executor, *, quiet: bool = False) -> Summary:
+    """Run a stage of either kind."""
+    if isinstance(stage, ShardStage):
+        return run_shards(stage, work, quiet=quiet)
+    return run_model(stage, work, quiet=quiet)
+
+
+def process_and_commit(stage: ShardStage, mark: str, shard: int) -> Manifest:
+    """What a worker does with one shard, wherever it runs."""
+    start = time.monotonic()
+    produced = stage.process(shard)
+    return stage.output.commit(
+        shard, produced.table, produced.counts, stage.shard_fingerprint(mark, shard), time.monotonic() - start
+    )
