@@ -1,0 +1,31 @@
+"""What shard stages share about the parts they read: which shards line up, and what bytes they hold."""
+
+from __future__ import annotations
+
+from capfilt.errors import UserError
+from capfilt.tables.shards import Part
+
+
+def shards_of(first: Part, *others: Part) -> list[int]:
+    """The committed shards of `first`. Raises UserError when there is none or another part lacks one of them."""
+    shards = first.shards()
+    if not shards:
+        raise UserError(f"{first.path}: has no committed shard; run the stage that writes it first")
+    for part in others:
+        missing = sorted(set(shards) - set(part.shards()))
+        if missing:
+            raise UserError(
+                f"{part.path}: shard {missing[0]:05d} of {first.path} is not in it; run the stage that writes it to the end"
+            )
+    return shards
+
+
+def input_hashes(shard: int, *parts: Part) -> list[str]:
+    """SHA-256 of the given shard of each part, as its manifest has it."""
+    hashes = []
+    for part in parts:
+        manifest = part.manifest(shard)
+        if manifest is None:
+            raise UserError(f"{part.path}: shard {shard:05d} is not committed; run the stage that writes it to the end")
+        hashes.append(manifest.sha256)
+    return hashes

@@ -1,0 +1,178 @@
+"""`select`: a rule turns scores into verdicts, and verdicts into the corpus. Pure data work: no model, no GPU.
+
+Two shard stages: `Select` writes verdicts (no pixels), `WritePairs` the kept images with their kept texts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from capfilt.errors import UserError
+from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.inputs import input_hashes, shards_of
+from capfilt.stages.options import SelectOptions
+from capfilt.tables.contracts import PAIRS, SOURCES, VERDICTS
+from capfilt.tables.shards import Counts, Part
+from capfilt.tables.texts import FOUND_COLUMNS, texts_of
+from capfilt.tables.workspace import Workspace
+
+SCORE_COLUMNS = ("itm_score", "itc_score", "itm_probability")
+
+
+class Select(ShardStage):
+    """Writes a verdict for every text: keep or drop, with the reason.
+
+    Web and synthetic texts are judged independently; both, one or none of an image's texts may be kept (BLIP,
+    section 3.3, and its author's answers on the threshold).
+    """
+
+    name = "select"
+    version = 1
+    contract = VERDICTS
+
+    def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
+        if options.by not in SCORE_COLUMNS:
+            raise UserError(f"--by {options.by!r}: choose one of {', '.join(SCORE_COLUMNS)}")
+        if not 0 <= options.keep_fraction <= 1:
+            raise UserError(f"--keep-fraction {options.keep_fraction}: give a share between 0 and 1")
+        unknown = [source for source in options.sources if source not in SOURCES]
+        if unknown or not options.sources:
+            raise UserError(f"--sources {unknown[0] if unknown else ''!r}: choose among {', '.join(SOURCES)}")
+        self.options = options
+        self.images = workspace.part("images", options.images).expect("images")
+        self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
+        self.scores = workspace.part("scores", options.scores).expect("scores")
+        self.output = output or workspace.part("verdicts", options.out)
+
+    @cached_property
+    def threshold(self) -> float:
+        """The score from which a text is kept: given, or the global quantile that keeps `keep_fraction`.
+
+        With ties at the quantile every tied text is kept, so a little more than the fraction may be.
+        """
+        if not self.options.keep_fraction:
+            return self.options.threshold
+        import duckdb
+
+        files = [str(self.scores.path / manifest.file) for manifest in self.scores.check().manifests()]
+        with duckdb.connect() as connection:
+            # The k-th largest score, counted exactly: a quantile function would interpolate or round.
+            row = connection.execute(
+                f"SELECT count({self.options.by}) FROM read_parquet(?, union_by_name=true)",  # noqa: S608
+                [files],
+            ).fetchone()
+            count = int(row[0]) if row else 0
+            if not count:
+                raise UserError(f"{self.scores.path}: no text has an {self.options.by}, so there is no quantile of it")
+            place = max(1, round(self.options.keep_fraction * count))
+            row = connection.execute(
+                f"SELECT {self.options.by} FROM read_parquet(?, union_by_name=true) "  # noqa: S608
+                f"WHERE {self.options.by} IS NOT NULL ORDER BY 1 DESC LIMIT 1 OFFSET ?",
+                [files, place - 1],
+            ).fetchone()
+        assert row is not None
+        return float(row[0])
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "options": option_values(self.options, without=("pairs",)),
+            "threshold": self.threshold,
+            "images": self.images.info["fingerprint"],
+            "captions": [part.info["fingerprint"] for part in self.captions],
+            "scores": self.scores.info["fingerprint"],
+        }
+
+    def shards(self) -> list[int]:
+        return shards_of(self.images, *self.captions, self.scores)
+
+    def inputs(self, shard: int) -> list[str]:
+        return input_hashes(shard, self.images, *self.captions, self.scores)
+
+    def process(self, shard: int) -> Produced:
+        images = self.images.read(shard, [*FOUND_COLUMNS, "status", "failure"])
+        rows = texts_of(images, (part.read(shard) for part in self.captions)).to_pylist()
+        fetched = dict(zip(images["image_id"].to_pylist(), images["status"].to_pylist(), strict=True))
+        scores = {row["text_id"]: row for row in self.scores.read(shard).to_pylist()}
+        dropped: Counter[str] = Counter()
+        failed: Counter[str] = Counter()
+        kept = 0
+        for row in rows:
+            score = scores.get(row["text_id"], {})
+            failure = row.pop("failure") or score.get("failure")
+            row["itm_score"], row["itc_score"] = score.get("itm_score"), score.get("itc_score")
+            row["keep"], row["reason"] = False, ""
+            value = score.get(self.options.by)
+            if failure:
+                row["reason"] = failure
+                failed[failure] += 1
+                continue
+            if fetched.get(row["image_id"]) != "success":
+                row["reason"] = "no_image"
+            elif row["source"] not in self.options.sources:
+                row["reason"] = "source_not_selected"
+            elif value is None:
+                row["reason"] = "no_score"
+            elif value < self.threshold:
+                row["reason"] = f"{self.options.by}_below_threshold"
+            else:
+                row["keep"], row["reason"] = True, f"{self.options.by}_at_threshold"
+                kept += 1
+                continue
+            dropped[row["reason"]] += 1
+        return Produced(VERDICTS.table(rows), Counts(len(rows), kept, dict(dropped), dict(failed)))
+
+
+class WritePairs(ShardStage):
+    """Writes the corpus: each image with at least one kept text, its pixels and its kept texts."""
+
+    name = "select-pairs"
+    version = 1
+    contract = PAIRS
+
+    def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
+        self.images = workspace.part("images", options.images).expect("images")
+        self.verdicts = workspace.part("verdicts", options.out)
+        self.output = output or workspace.part("pairs", options.out)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "images": self.images.info["fingerprint"],
+            "verdicts": self.verdicts.expect("verdicts").info["fingerprint"],
+        }
+
+    def shards(self) -> list[int]:
+        return shards_of(self.images, self.verdicts)
+
+    def inputs(self, shard: int) -> list[str]:
+        return input_hashes(shard, self.images, self.verdicts)
+
+    def process(self, shard: int) -> Produced:
+        texts: dict[str, list[dict[str, Any]]] = {}
+        verdicts = self.verdicts.read(shard)
+        for row in verdicts.filter(verdicts["keep"]).to_pylist():
+            texts.setdefault(row["image_id"], []).append(
+                {"text": row["text"], "source": row["source"], "itm_score": row["itm_score"], "weight": 1.0}
+            )
+        tables = []
+        dropped: Counter[str] = Counter()
+        rows_in = kept = 0
+        for batch in self.images.batches(shard, ["image_id", "image", "split", "status", "failure"]):
+            table = pa.Table.from_batches([batch])
+            rows_in += table.num_rows
+            mask = []
+            for image, status in zip(table["image_id"].to_pylist(), table["status"].to_pylist(), strict=True):
+                keep = image in texts and status == "success"
+                mask.append(keep)
+                kept += keep
+                if not keep:
+                    dropped["no_kept_text" if status == "success" else "no_image"] += 1
+            table = table.filter(pa.array(mask, pa.bool_())).select(["image_id", "image", "split"])
+            column = pa.array([texts[image] for image in table["image_id"].to_pylist()], PAIRS.schema.field("texts").type)
+            tables.append(table.append_column("texts", column))
+        table = PAIRS.conform(pa.concat_tables(tables)) if tables else PAIRS.table([])
+        return Produced(table, Counts(rows_in, kept, dict(dropped)))
