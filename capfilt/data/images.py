@@ -1,0 +1,247 @@
+"""Encoded bytes to pictures, within limits: bounded decoding of hostile images, encoding, perceptual and exact hashes.
+
+Not here: resizing to a model's input (`transforms.py`), or fetching bytes (`stages/download`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from capfilt.tables.contracts import FAILURES
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = (
+    64_000_000  # 192 MB as RGB, above any consumer camera; Pillow's own hard limit is about 179 million
+)
+MAX_BYTES = 50_000_000
+JPEG_QUALITY = 95  # img2dataset's default encode_quality
+
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):  # noqa: N818 - what a row's picture is, not an error of the run
+    """A picture that cannot be used: `.failure` from the closed list of failures, `.message` in words."""
+
+    def __init__(self, failure: str, message: str) -> None:
+        if failure not in FAILURES:
+            raise ValueError(f"{failure!r} is not in the closed list of failures")
+        super().__init__(f"{failure}: {message}")
+        self.failure = failure
+        self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (BadImage, (self.failure, self.message))
+
+
+def decode(
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    min_size: int = 0,
+    draft_size: int | None = None,
+) -> Image.Image:
+    """The picture in `data` as RGB: upright by its EXIF, alpha laid on white, the first frame of an animation.
+
+    Size limits are checked on the header, before a pixel is decoded. Colour profiles are ignored, broken or not.
+
+    Args:
+        data: an encoded JPEG, PNG, WebP, GIF, BMP or TIFF.
+        max_pixels: width times height allowed; `too_many_pixels` above it.
+        max_bytes: encoded bytes allowed; `too_large` above it.
+        min_size: shorter side required, in pixels; `too_small` below it.
+        draft_size: where given, JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size, with both sides still at
+            least this many pixels: several times faster when a small picture is wanted.
+
+    Raises:
+        BadImage: with the failure `not_an_image`, `truncated`, `too_many_pixels`, `too_small`, `too_large` or
+            `decode_error`; nothing else, whatever the bytes.
+    """
+    if len(data) > max_bytes:
+        raise BadImage("too_large", f"{len(data)} bytes, more than {max_bytes}")
+    if size := _webp_size(
+        data
+    ):  # Pillow before 12 allocates a WebP's canvas before anyone can ask for its size
+        _check_size(size, max_pixels, min_size)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too_many_pixels", str(error)) from None
+    except UnidentifiedImageError:
+        kind = _kind(data)
+        if kind is None:
+            raise BadImage("not_an_image", f"{_describe(data)} is none of {', '.join(FORMATS)}") from None
+        raise BadImage(*_fault(data, kind, f"the {kind} header cannot be read")) from None
+    except Exception as error:  # noqa: BLE001 - decoders raise anything on hostile bytes; a bad image is a row
+        raise BadImage(*_fault(data, _kind(data), f"{type(error).__name__}: {error}")) from None
+    _check_size(image.size, max_pixels, min_size)
+    kind = image.format or _kind(data)
+    try:
+        if draft_size is not None:
+            image.draft(None, (draft_size, draft_size))
+        image.load()
+        picture = _to_rgb(image)
+        turn = _ORIENTATIONS.get(_orientation(image))
+        return picture if turn is None else picture.transpose(turn)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise BadImage(*_fault(data, kind, f"{type(error).__name__}: {error}")) from None
+
+
+def encode_jpeg(image: Image.Image, quality: int = JPEG_QUALITY) -> bytes:
+    """The picture as a JPEG: RGB, no metadata, the same bytes each time for the same Pillow."""
+    buffer = io.BytesIO()
+    _to_rgb(image).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of the bytes, 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def phash(image: Image.Image) -> str:
+    """64-bit DCT perceptual hash, 16 hex digits; near-duplicates differ in few bits (see `hamming`).
+
+    Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), sec. 3.2.1, in the form the
+    ImageHash package made common: grey, 32x32 by Lanczos, DCT-II both ways, the 8x8 lowest frequencies (DC included),
+    one bit each for being above their median, row by row, most significant bit first.
+    """
+    grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    low = _DCT @ np.asarray(grey, dtype=np.float64) @ _DCT.T
+    bits = (low > np.median(low)).ravel()
+    return np.packbits(bits).tobytes().hex()
+
+
+def hamming(one: str, other: str) -> int:
+    """In how many bits two hashes of `phash` differ, 0 to 64."""
+    return (int(one, 16) ^ int(other, 16)).bit_count()
+
+
+def _dct_rows(low: int, size: int) -> npt.NDArray[np.float64]:
+    """The first `low` rows of the unnormalised DCT-II matrix: 2 cos(pi k (2n + 1) / (2 size))."""
+    k, n = np.arange(low)[:, None], np.arange(size)[None, :]
+    return 2.0 * np.cos(math.pi * k * (2 * n + 1) / (2 * size))
+
+
+_DCT = _dct_rows(8, 32)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, min_size: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width}x{height} pixels, more than {max_pixels}")
+    if width < 1 or height < 1:
+        raise BadImage("decode_error", f"{width}x{height} pixels")
+    if min(width, height) < min_size:
+        raise BadImage("too_small", f"{width}x{height} pixels, the shorter side under {min_size}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        # An ImageFile keeps its source and metadata alive; a plain copy-free Image does not.
+        return image if type(image) is Image.Image else image.convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return Image.fromarray(_to_eight_bits(image))
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Deep grey pixels as RGB uint8 [H, W, 3]; Pillow's own conversion clips everything above 255 to white.
+
+    16-bit values are scaled from [0, 65535]. Wider ones have no agreed range: values within [0, 1] (floats), [0, 255]
+    or [0, 65535] are taken as such, anything else is stretched from its minimum to its maximum.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;"):
+        low, span = 0.0, 65535.0
+    elif low >= 0 and image.mode == "F" and high <= 1:
+        low, span = 0.0, 1.0
+    elif low >= 0 and high <= 255:
+        low, span = 0.0, 255.0
+    elif low >= 0 and high <= 65535:
+        low, span = 0.0, 65535.0
+    else:
+        span = high - low or 1.0
+    grey = np.rint((values - low) * (255.0 / span)).clip(0, 255).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - broken EXIF says nothing about the pixels
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _kind(data: bytes) -> str | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    # "BM" alone begins many a text; a bitmap also has four reserved zero bytes.
+    if data.startswith(b"BM") and data[6:10] == b"\0\0\0\0":
+        return "BMP"
+    return None
+
+
+def _fault(data: bytes, kind: str | None, message: str) -> tuple[str, str]:
+    """The failure of bytes that start like a picture but do not decode: cut off, or broken."""
+    cut = "truncated" in message.lower()
+    if kind in ("JPEG", "MPO"):
+        cut = cut or b"\xff\xd9" not in data[-1024:]
+    elif kind == "PNG":
+        cut = cut or b"IEND" not in data[-1024:]
+    elif kind == "GIF":
+        cut = cut or b"\x3b" not in data[-64:]
+    elif kind == "WEBP":
+        cut = cut or int.from_bytes(data[4:8], "little") + 8 > len(data)
+    elif kind == "BMP":
+        cut = cut or int.from_bytes(data[2:6], "little") > len(data)
+    return ("truncated" if cut else "decode_error"), message[:500]
+
+
+def _describe(data: bytes) -> str:
+    return f"a body of {len(data)} bytes beginning {data[:12]!r}" if data else "an empty body"
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Canvas size from a WebP's first chunk (WebP container specification, RFC 9649), None for anything else."""
+    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1
+    if chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return None

@@ -1,0 +1,275 @@
+"""Pictures to model input: the square uint8 array, normalisation, and augmentation of batches and of single pictures.
+
+Not here: decoding bytes (`images.py`), or which pictures make a batch (`corpus.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from capfilt.data.images import MAX_PIXELS, decode
+
+# CLIP's statistics (arXiv 2103.00020, official code), which BLIP's official code uses for every task.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+FILL = (128, 128, 128)  # BLIP, official code: what RandAugment shifts in from outside the picture
+
+
+def to_uint8(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """The picture as uint8 [3, size, size]: bicubic, antialiased, aspect not kept, no crop (BLIP's evaluation)."""
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def decode_uint8(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Encoded bytes as uint8 [3, size, size]: `decode`, then `to_uint8`; large JPEGs are first scaled by their decoder.
+
+    The decoder leaves both sides at least twice `size`, so the bicubic filter still decides. Raises BadImage.
+    """
+    return to_uint8(decode(data, max_pixels=max_pixels, draft_size=2 * size), size)
+
+
+@lru_cache(maxsize=32)
+def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(MEAN, dtype=torch.float64) * 255.0
+    scale = 1.0 / (torch.tensor(STD, dtype=torch.float64) * 255.0)
+    return mean.to(device, dtype)[:, None, None], scale.to(device, dtype)[:, None, None]
+
+
+def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (or float on the 0..255 scale) [..., 3, H, W] to float: (x / 255 - MEAN) / STD, on the same device.
+
+    Computed in float32, returned as `dtype`.
+    """
+    mean, scale = _statistics(pixels.device, torch.float32)
+    return ((pixels.to(torch.float32) - mean) * scale).to(dtype)
+
+
+# ---------------------------------------------------------------------- batches, on any device
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What `augment` may do to a training batch; the defaults are a mild crop and nothing else.
+
+    Attributes:
+        scale: share of the picture's area a crop keeps, drawn uniformly. BLIP pretrains with 0.2 to 1.0 and finetunes
+            with 0.5 to 1.0 (official code).
+        ratio: aspect ratio of the crop, drawn log-uniformly (torchvision's RandomResizedCrop default, which BLIP uses).
+        flip: chance of a left-right flip. 0 by default, though BLIP uses 0.5: a flip makes "on the left" false.
+        translate: largest shift in each direction, as a share of the side; grey comes in from outside.
+        brightness: largest relative change of brightness, 0.2 meaning factors from 0.8 to 1.2.
+        contrast: largest relative change of contrast around the picture's mean grey.
+    """
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    translate: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale} is not 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio} is not 0 < low <= high")
+        for name in ("flip", "translate", "brightness", "contrast"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not within [0, 1]")
+
+
+def augment(
+    pixels: Tensor,
+    generator: torch.Generator,
+    options: Augmentation | None = None,
+    *,
+    size: int | None = None,
+    keep_sides: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A random view of every picture of a batch, in one resampling.
+
+    Args:
+        pixels: uint8 [B, 3, H, W] on any device.
+        generator: a CPU generator: the same seed gives the same views on every device.
+        options: what may happen; `Augmentation()` where None.
+        size: side of the views; H and W stay where None. Store pictures larger than the model's input to lose no
+            detail to crops.
+        keep_sides: bool [B], True where a text names left or right (`mentions_sides`): never flipped.
+
+    Returns:
+        views, uint8 [B, 3, size, size], and which were flipped, bool [B] on the CPU.
+    """
+    options = options or Augmentation()
+    count, _, height, width = pixels.shape
+    out = (size or height, size or width)
+    centre_x, centre_y, half_w, half_h = _crops(count, options, generator, width / height)
+    # Everything is drawn whether it is used or not, so that switching one change off leaves the others as they were.
+    draws = torch.rand((5, count), generator=generator)
+    flipped = draws[0] < options.flip
+    if keep_sides is not None:
+        flipped &= ~keep_sides.to("cpu", torch.bool)
+    shift_x = (draws[1] * 2 - 1) * 2 * options.translate
+    shift_y = (draws[2] * 2 - 1) * 2 * options.translate
+    theta = torch.zeros((count, 2, 3))
+    theta[:, 0, 0] = torch.where(flipped, -half_w, half_w)
+    theta[:, 1, 1] = half_h
+    theta[:, 0, 2] = centre_x + shift_x
+    theta[:, 1, 2] = centre_y + shift_y
+    grid = F.affine_grid(theta, [count, 3, *out], align_corners=False).to(pixels.device)
+    # grid_sample pads with zeros: take the fill away first, so that zero means the fill.
+    fill = torch.tensor(FILL, dtype=torch.float32, device=pixels.device)[:, None, None]
+    crop_is_inside = options.translate == 0
+    views = F.grid_sample(
+        pixels.to(torch.float32) - fill,
+        grid,
+        mode="bilinear",
+        padding_mode="border" if crop_is_inside else "zeros",
+        align_corners=False,
+    )
+    views = views + fill
+    if options.brightness:
+        factor = 1 + (draws[3] * 2 - 1) * options.brightness
+        views = (views * factor.to(views.device)[:, None, None, None]).clamp(0, 255)
+    if options.contrast:
+        factor = 1 + (draws[4] * 2 - 1) * options.contrast
+        grey = (views * _LUMA.to(views.device)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        views = grey + (views - grey) * factor.to(views.device)[:, None, None, None]
+    return views.round_().clamp_(0, 255).to(torch.uint8), flipped
+
+
+_LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601, as Pillow's "L"
+_TRIES = 10  # torchvision's RandomResizedCrop: draws before it settles for a central crop
+
+
+def _crops(
+    count: int, options: Augmentation, generator: torch.Generator, aspect: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centres and half sides [count] of crops in grid_sample's coordinates, where the picture spans -1 to 1."""
+    draws = torch.rand((count, _TRIES, 2), generator=generator)
+    place = torch.rand((count, 2), generator=generator)
+    area = options.scale[0] + (options.scale[1] - options.scale[0]) * draws[..., 0]
+    low, high = math.log(options.ratio[0]), math.log(options.ratio[1])
+    ratio = torch.exp(low + (high - low) * draws[..., 1])
+    widths = torch.sqrt(area * ratio / aspect)
+    heights = torch.sqrt(area / ratio * aspect)
+    fits = (widths <= 1) & (heights <= 1)
+    first = fits.to(torch.int8).argmax(1, keepdim=True)
+    found = fits.any(1)
+    nearest = min(max(aspect, options.ratio[0]), options.ratio[1])
+    half_w = torch.where(found, widths.gather(1, first)[:, 0], torch.tensor(min(1.0, nearest / aspect)))
+    half_h = torch.where(found, heights.gather(1, first)[:, 0], torch.tensor(min(1.0, aspect / nearest)))
+    place = torch.where(found[:, None], place * 2 - 1, torch.zeros(()))
+    return place[:, 0] * (1 - half_w), place[:, 1] * (1 - half_h), half_w, half_h
+
+
+# ---------------------------------------------------------------------- left and right in texts
+
+_SIDES = re.compile(r"\b(left|right)(?=(?:most|wards?)?\b)", re.IGNORECASE)
+
+
+def mentions_sides(text: str) -> bool:
+    """Whether the text names left or right, so that flipping its picture would make it false."""
+    return _SIDES.search(text) is not None
+
+
+def swap_left_right(text: str) -> str:
+    """The text of a flipped picture: left and right (leftmost, rightwards, ...) exchanged, capitals kept."""
+    return _SIDES.sub(_other_side, text)
+
+
+def _other_side(match: re.Match[str]) -> str:
+    word = match[0]
+    other = "right" if word.lower() == "left" else "left"
+    if word.isupper():
+        return other.upper()
+    return other.capitalize() if word[0].isupper() else other
+
+
+# ---------------------------------------------------------------------- RandAugment, one picture at a time
+
+_MAX_LEVEL = 10  # BLIP, official code: levels run from 0 to 10
+
+
+def _signed(value: float, rng: np.random.Generator) -> float:
+    return -value if rng.random() > 0.5 else value
+
+
+def _affine(image: Image.Image, *inverse: float) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, inverse, resample=Image.Resampling.BILINEAR, fillcolor=FILL
+    )
+
+
+def _shear_x(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+    return _affine(image, 1, -_signed(0.3 * m / _MAX_LEVEL, rng), 0, 0, 1, 0)
+
+
+def _shear_y(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+    return _affine(image, 1, 0, 0, -_signed(0.3 * m / _MAX_LEVEL, rng), 1, 0)
+
+
+def _translate_x(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+    return _affine(image, 1, 0, _signed(10 * m / _MAX_LEVEL, rng), 0, 1, 0)
+
+
+def _translate_y(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+    return _affine(image, 1, 0, 0, 0, 1, _signed(10 * m / _MAX_LEVEL, rng))
+
+
+def _rotate(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+    angle = _signed(30 * m / _MAX_LEVEL, rng)
+    return image.rotate(angle, resample=Image.Resampling.BILINEAR, fillcolor=FILL)
+
+
+def _enhance_level(m: float) -> float:
+    return 1.8 * m / _MAX_LEVEL + 0.1
+
+
+# BLIP's ten operations with BLIP's level maps (official code).
+_OPERATIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.Image]] = {
+    "Identity": lambda image, *_: image,
+    "AutoContrast": lambda image, *_: ImageOps.autocontrast(image),
+    "Brightness": lambda image, m, _: ImageEnhance.Brightness(image).enhance(_enhance_level(m)),
+    "Sharpness": lambda image, m, _: ImageEnhance.Sharpness(image).enhance(_enhance_level(m)),
+    "Equalize": lambda image, *_: ImageOps.equalize(image),
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateX": _translate_x,
+    "TranslateY": _translate_y,
+    "Rotate": _rotate,
+}
+OPERATIONS = tuple(_OPERATIONS)
+
+
+def rand_augment(image: Image.Image, rng: np.random.Generator, n: int = 2, m: float = 5) -> Image.Image:
+    """`n` operations drawn with replacement, each applied with chance 0.5 at level `m` of 10 (BLIP: n=2, m=5).
+
+    At m=5 the enhancement factor is exactly 1, so Brightness and Sharpness do nothing, as in BLIP's official code.
+    Returns an RGB picture of the same size.
+    """
+    image = image.convert("RGB")
+    for name in rng.choice(OPERATIONS, size=n):
+        if rng.random() <= 0.5:
+            image = apply_operation(image, str(name), m, rng)
+    return image
+
+
+def apply_operation(image: Image.Image, name: str, m: float, rng: np.random.Generator) -> Image.Image:
+    """One of `OPERATIONS` at level `m` (0 to 10); `rng` draws the sign of shears, shifts and turns."""
+    return _OPERATIONS[name](image, m, rng)
