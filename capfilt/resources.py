@@ -58,7 +58,9 @@ def _directory(name: str) -> Path:
     # In site-packages a sibling called `schemas` would be somebody else's package; only a checkout has this file.
     if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
         return checkout / name
-    raise RunError(f"{name}/ is missing from this installation of capfilt in {_PACKAGE}; install capfilt again")
+    raise RunError(
+        f"{name}/ is missing from this installation of capfilt in {_PACKAGE}; install capfilt again"
+    )
 
 
 def _suggestion(name: str) -> str:
