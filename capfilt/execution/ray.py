@@ -16,13 +16,16 @@ from typing import Any
 # Before the import: Ray reads it once.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import ray
+import ray as _ray
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
 from capfilt.errors import RunError, UserError
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.tables.shards import Manifest
+
+# Ray's stubs know the types of remote functions but not those of actors' methods.
+ray: Any = _ray
 
 SHARD_ATTEMPTS = 3
 """How many workers may die on one shard before the run stops."""

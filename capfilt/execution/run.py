@@ -8,14 +8,16 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from capfilt.errors import UserError
 from capfilt.execution.progress import StageProgress
 from capfilt.stages.base import ModelStage, Report, ShardStage
-from capfilt.tables.shards import Counts, Manifest
+from capfilt.stages.registry import StageCommand
+from capfilt.tables.shards import Counts, Manifest, Part
+from capfilt.tables.workspace import Workspace
 
 EXECUTIONS = ("ray", "inline")
 
@@ -122,6 +124,18 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
     return missing, standing
 
 
+def outlook(stage: ShardStage | ModelStage) -> str:
+    """What running `stage` would do, in words. Writes nothing."""
+    if isinstance(stage, ModelStage):
+        return "done" if stage.done() else f"to do: {stage.total():,} {stage.unit} -> {stage.output}"
+    mark = stage.output.identity_fingerprint(stage.contract, stage.name, stage.full_identity())
+    missing, standing = todo(stage, mark)
+    rows = sum(stage.expected_rows(shard) for shard in missing)
+    if not missing:
+        return f"done: {len(standing):,} shards, {stage.output.rows:,} rows"
+    return f"to do: {len(missing):,} of {len(missing) + len(standing):,} shards, {rows:,} rows -> {stage.output.path}"
+
+
 def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Summary:
     """Do what is missing of `stage`. Returns the account of the whole part."""
     start = time.monotonic()
@@ -160,6 +174,28 @@ def run_stage(stage: ShardStage | ModelStage, work: Executor, *, quiet: bool = F
     if isinstance(stage, ShardStage):
         return run_shards(stage, work, quiet=quiet)
     return run_model(stage, work, quiet=quiet)
+
+
+def run_command(
+    command: StageCommand,
+    options: Any,
+    workspace: Workspace,
+    execution: str | Executor,
+    *,
+    output: Part | None = None,
+    quiet: bool = False,
+) -> Iterator[Summary]:
+    """Run the stages behind one command, yielding the account of each.
+
+    The first stage checks its options before a cluster is started for it.
+    """
+    first, *rest = command.classes(options)
+    stage = command.build(first, options, workspace, output)
+    context = executor(execution) if isinstance(execution, str) else nullcontext(execution)
+    with context as work:
+        yield run_stage(stage, work, quiet=quiet)
+        for path in rest:
+            yield run_stage(command.build(path, options, workspace), work, quiet=quiet)
 
 
 def process_and_commit(stage: ShardStage, mark: str, shard: int) -> Manifest:

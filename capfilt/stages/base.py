@@ -67,9 +67,19 @@ class ShardStage(ABC):
     def process(self, shard: int) -> Produced:
         """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""
 
+    def expected_rows(self, shard: int) -> int:
+        """How many input rows `shard` is made from: those of the stage's `images` part, unless it says otherwise."""
+        images: Part = self.images  # type: ignore[attr-defined]
+        manifest = images.manifest(shard)
+        return manifest.rows if manifest else 0
+
+    def full_identity(self) -> Mapping[str, Any]:
+        """`identity` and the version of the code."""
+        return {"version": self.version, **self.identity()}
+
     def begin(self) -> str:
         """Create or continue the output part. Returns its fingerprint. Raises UserError on another identity."""
-        return self.output.begin(self.contract, self.name, {"version": self.version, **self.identity()})
+        return self.output.begin(self.contract, self.name, self.full_identity())
 
     def shard_fingerprint(self, part: str, shard: int) -> str:
         """The fingerprint of one shard: the part's, and the bytes it is made from."""

@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def _option(default: Any, help: str, *, kind: str = "", flag: str = "") -> Any:  # noqa: A002
-    metadata = {"help": help, "kind": kind, "flag": flag}
-    if isinstance(default, tuple):
-        return field(default=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+REQUIRED = "\0"
+"""The default of an option that must be given; never a valid name or path."""
 
 
-REQUIRED = ""
-"""The default of an option that must be given: an empty string is never a valid name or path."""
+def _option(default: Any, help: str, *, kind: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "kind": kind})
+
+
+def missing(options: Any) -> list[str]:
+    """The names of the options that must be given and were not."""
+    return [name for name in type(options).__dataclass_fields__ if getattr(options, name) == REQUIRED]
 
 
 @dataclass(frozen=True)
@@ -233,4 +235,38 @@ class EvaluateOptions:
     limit: int = _option(0, "only the first so many images; 0 for all")
     batch_size: int = _option(64, "images per batch")
     out: str = _option("", "name of the result in runs/; default: the model's")
+    seed: int = _option(0, "of the bootstrap intervals")
+
+
+@dataclass(frozen=True)
+class SubsetOptions:
+    """Take a share of an images part, and plant known noise in its texts: for measuring a filter where truth is known.
+
+    The column `planted` of the new part says of each text what was done to it: true, other_image, truncated or
+    file_name. Nothing but `grade` reads it.
+    """
+
+    images: str = _option(REQUIRED, "images part to take from", kind="images")
+    dataset: str = _option(REQUIRED, "name of the images part to write")
+    role: str = _option("human", "human or web: what the new part's texts count as")
+    splits: tuple[str, ...] = _option((), "keep only these splits; default: all")
+    share_from: float = _option(0.0, "keep images whose place in [0, 1), by a hash, is at least this")
+    share_to: float = _option(1.0, "keep images whose place in [0, 1), by a hash, is below this")
+    texts: int = _option(0, "keep at most so many texts per image; 0 for all")
+    wrong: float = _option(0.0, "share of images whose texts are replaced by another image's")
+    truncated: float = _option(0.0, "share of images whose texts are cut short")
+    file_name: float = _option(0.0, "share of images whose texts become a camera's file name")
+    seed: int = _option(0, "of the planted noise")
+
+
+@dataclass(frozen=True)
+class GradeOptions:
+    """Grade scores and verdicts against known truth: planted noise, expert ratings."""
+
+    images: str = _option(REQUIRED, "images part with a `planted` column", kind="images")
+    verdicts: str = _option("capfilt", "verdicts part over the same images", kind="verdicts")
+    filter: str = _option("", "checkpoint of the filter, where expert ratings are to be scored", kind="model")
+    expert: str = _option("", "JSON Lines of image, caption, ratings (Flickr8k-Expert)", kind="path")
+    expert_root: str = _option("", "folder that the images of `expert` are relative to", kind="path")
+    out: str = _option("grade", "name of the result in runs/")
     seed: int = _option(0, "of the bootstrap intervals")

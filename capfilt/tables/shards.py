@@ -181,8 +181,7 @@ class Part:
         Raises UserError when the part was written with another identity: rows of different options, inputs,
         checkpoints or code are never mixed.
         """
-        identity = json.loads(json.dumps(identity))
-        mark = fingerprint({"stage": stage, "contract": [contract.name, contract.version], **identity})
+        mark = self.identity_fingerprint(contract, stage, identity)
         info = {
             "table": contract.name,
             "contract_version": contract.version,
@@ -190,12 +189,23 @@ class Part:
             "identity": identity,
             "fingerprint": mark,
         }
-        self.path.mkdir(parents=True, exist_ok=True)
-        data = (json.dumps(info, indent=1, sort_keys=True) + "\n").encode()
         if not self.exists:
-            publish_new_bytes(self.path / "_part.json", data)
+            if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
+                raise UserError(f"{self.path}: is not empty and not a part; name another output")
+            self.path.mkdir(parents=True, exist_ok=True)
+            publish_new_bytes(self.path / "_part.json", (json.dumps(info, indent=1, sort_keys=True) + "\n").encode())
         self.__dict__.pop("info", None)
-        if self.info["fingerprint"] != mark:
+        # Another process may have begun the part between the two looks.
+        return self.identity_fingerprint(contract, stage, identity)
+
+    def identity_fingerprint(self, contract: Contract, stage: str, identity: Mapping[str, Any]) -> str:
+        """The fingerprint the part has, or would have, under this identity. Writes nothing.
+
+        Raises UserError when the part stands and was written with another identity.
+        """
+        identity = json.loads(json.dumps(identity))
+        mark = fingerprint({"stage": stage, "contract": [contract.name, contract.version], **identity})
+        if self.exists and self.info["fingerprint"] != mark:
             change = _first_difference(self.info.get("identity", {}), identity)
             raise UserError(
                 f"{self.path}: was written with another identity ({change}); name another output, or remove the part "

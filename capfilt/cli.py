@@ -1,0 +1,212 @@
+"""The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, report
+and doctor.
+
+Only typer and the standard library are imported here; what a command needs is imported when it runs. Options are
+declared once, in `stages/options.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from capfilt.errors import RunError, UserError
+from capfilt.stages import options as stage_options
+from capfilt.stages.registry import STAGES, StageCommand
+
+WORKSPACE_HELP = "directory of everything of a run: images/ captions/ scores/ verdicts/ pairs/ models/ runs/"
+
+
+OTHERS = {
+    "run": "Run a recipe: its stages in order, skipping what is done.",
+    "quickstart": "Run the whole loop on a generated world, end to end, on this machine.",
+    "query": "Ask a workspace in SQL.",
+    "report": "Write one HTML file about a workspace.",
+    "doctor": "Check this machine, and a workspace's shards against their manifests.",
+    "recipes": "List the recipes, or print one.",
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parameters(command: StageCommand) -> list[inspect.Parameter]:
+    """The typer parameters of a stage: its options, then those every stage has."""
+    hints = get_type_hints(command.options)
+    parameters = []
+    for field in dataclasses.fields(command.options):
+        kind: Any = hints[field.name]
+        text = field.metadata["help"]
+        default: Any = field.default
+        if kind == tuple[str, ...]:
+            kind, default = list[str], list(field.default)
+        if field.name == command.positional:
+            annotation: Any = Annotated[kind, typer.Argument(help=text, show_default=False, metavar=field.name.upper())]
+            default = ...
+        else:
+            declaration = f"{_flag(field.name)}/--no-{field.name.replace('_', '-')}" if kind is bool else _flag(field.name)
+            required = field.default == stage_options.REQUIRED
+            show = bool(default) or kind in (int, float, bool)
+            annotation = Annotated[kind, typer.Option(declaration, help=text, show_default=show)]
+            if required:
+                default = ...
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
+    shared: list[tuple[str, Any, Any]] = [
+        ("workspace", Annotated[str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)], "."),
+        ("execution", Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")], "ray"),
+        ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
+    ]
+    if command.out:
+        out = Annotated[str, typer.Option("--out", help="directory to write the part to, in place of the workspace's", show_default=False)]
+        shared.insert(0, ("out", out, ""))
+    for name, annotation, default in shared:
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
+    # typer wants parameters without a default first among equals only for positionals; keyword-only ones need no order.
+    return parameters
+
+
+def _stage_function(command: StageCommand) -> Callable[..., None]:
+    def run(**values: Any) -> None:
+        workspace, execution, quiet = values.pop("workspace"), values.pop("execution"), values.pop("quiet")
+        out = values.pop("out", "") if command.out else ""
+        chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        run_stages(command, command.options(**chosen), workspace, execution=execution, quiet=quiet, out=out)
+
+    run.__signature__ = inspect.Signature(_parameters(command))  # type: ignore[attr-defined]
+    run.__doc__ = inspect.getdoc(command.options)
+    return run
+
+
+def run_stages(
+    command: StageCommand, options: Any, workspace: str, *, execution: str, quiet: bool = False, out: str = ""
+) -> None:
+    """Run one command's stages and print a line about each."""
+    from capfilt.execution.run import run_command
+    from capfilt.tables.shards import Part
+    from capfilt.tables.workspace import Workspace
+
+    output = Part(out) if out else None
+    for summary in run_command(command, options, Workspace(workspace), execution, output=output, quiet=quiet):
+        typer.echo(summary.line())
+
+
+def _epilog(examples: Sequence[str]) -> str:
+    # \b keeps click from re-wrapping the lines.
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        # Fingers know img2dataset's --url_col; --url-col is the same option.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    }
+
+
+def _app(help_text: str) -> typer.Typer:
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings=_settings(),
+    )
+
+
+def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """The typer application.
+
+    Only the command that `arguments` begin with gets its options: building all of them costs more time than help may
+    take, and the overview shows none.
+    """
+    from capfilt import commands
+
+    app = _app("Noisy web image-text pairs in, a bootstrapped corpus and retrained models out (BLIP's CapFilt).")
+    words = tuple(argument for argument in arguments if not argument.startswith("-"))
+
+    @app.callback(invoke_without_command=True)
+    def main_callback(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    ) -> None:
+        if version:
+            import capfilt
+
+            typer.echo(f"capfilt {capfilt.__version__}")
+            raise typer.Exit
+
+    finetune = _app("Step 2: finetune the captioner or the filter on clean pairs.")
+    for command in STAGES:
+        target = finetune if len(command.words) == 2 else app
+        name = command.words[-1]
+        wanted = words[: len(command.words)] == command.words
+        function = _stage_function(command) if wanted else _without_options(command)
+        target.command(name, epilog=_epilog(command.examples), no_args_is_help=False)(function)
+    app.add_typer(finetune, name="finetune")
+    for name, text in OTHERS.items():
+        function = getattr(commands, name) if words[:1] == (name,) else _bare(text)
+        app.command(name, help=text, epilog=_epilog(commands.EXAMPLES[name]))(function)
+    return app
+
+
+def _bare(text: str) -> Callable[[], None]:
+    def command() -> None:
+        raise AssertionError
+
+    command.__doc__ = text
+    return command
+
+
+def _without_options(command: StageCommand) -> Callable[[], None]:
+    return _bare(inspect.getdoc(command.options) or "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Exit codes: 0 done, 1 the run failed, 2 the call was wrong."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    app = build_app(arguments)
+    try:
+        result = app(args=list(arguments), prog_name="capfilt", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as error:
+        return error.exit_code
+    except UserError as error:
+        print(f"capfilt: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"capfilt: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        print("capfilt: interrupted; what was committed is valid, run the same command again to go on", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) went away; not a failure, and Python must not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # typer's usage errors (its own click or the installed one, by version) share this method.
+        if hasattr(error, "format_message"):
+            print(f"capfilt: {_usage(error)}", file=sys.stderr)
+            return 2
+        raise
+
+
+def _usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    where = context.command_path.removeprefix("capfilt").strip() if context is not None else ""
+    text = " ".join(error.format_message().split())
+    return f"{where}: {text} (see capfilt {where} --help)" if where else f"{text} (see capfilt --help)"

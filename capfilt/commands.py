@@ -1,0 +1,140 @@
+"""The commands that are not stages: run, quickstart, query, report, doctor, recipes.
+
+Light: each imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+WORKSPACE = Annotated[
+    str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run")
+]
+EXECUTION = Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")]
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+SETTINGS = Annotated[
+    list[str] | None, typer.Option("--set", help="INPUT=VALUE or STEP.OPTION=VALUE; repeatable", show_default=False)
+]
+
+EXAMPLES = {
+    "run": (
+        "capfilt run photographs --set data=../shared/data -w photographs",
+        "capfilt run my-recipe.yaml --from score --set select.threshold=0.4",
+        "capfilt run photographs --set data=DIR --dry-run",
+    ),
+    "quickstart": ("capfilt quickstart --out quickstart", "capfilt quickstart --out quickstart --size small"),
+    "query": (
+        'capfilt query "SELECT source, count(*), avg(itm_score) FROM texts JOIN scores USING (text_id) GROUP BY 1"',
+        'capfilt query "SELECT quantile_cont(itm_score, 0.3) FROM scores" --format json',
+        "capfilt query",
+    ),
+    "report": ("capfilt report -w quickstart --out report.html",),
+    "doctor": ("capfilt doctor", "capfilt doctor -w quickstart --verify"),
+    "recipes": ("capfilt recipes", "capfilt recipes photographs --set data=DIR"),
+}
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="name of a recipe that comes with capfilt, or a YAML file")],
+    only: Annotated[list[str] | None, typer.Option("--only", help="only this step; repeatable", show_default=False)] = None,
+    start: Annotated[str, typer.Option("--from", help="this step and those after it", show_default=False)] = "",
+    settings: SETTINGS = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")] = False,
+    workspace: WORKSPACE = ".",
+    execution: EXECUTION = "ray",
+    quiet: QUIET = False,
+) -> None:
+    """Run a recipe: its stages in order, skipping what is done."""
+    from capfilt import recipe as recipes
+    from capfilt.tables.workspace import Workspace
+
+    name, content = recipes.load_recipe(recipe)
+    steps = recipes.chosen_steps(recipes.resolve(content, settings or []), only or [], start)
+    place = Workspace(workspace)
+    if dry_run:
+        for line in recipes.dry_run(steps, place):
+            typer.echo(line)
+        return
+    for _, summary in recipes.run_recipe(name, steps, place, execution, quiet=quiet):
+        typer.echo(summary.line())
+
+
+def quickstart(
+    out: Annotated[str, typer.Option("--out", help="directory to make the workspace in")] = "quickstart",
+    size: Annotated[str, typer.Option("--size", help="full (about 12 minutes on 2 cores) or small (about 3)")] = "full",
+    seed: Annotated[int, typer.Option("--seed", help="of the generated world and of the training")] = 0,
+    execution: EXECUTION = "ray",
+    quiet: QUIET = False,
+) -> None:
+    """Run the whole loop on a generated world, end to end, on this machine."""
+    from capfilt.quickstart.run import run_quickstart
+
+    run_quickstart(out, size=size, seed=seed, execution=execution, quiet=quiet)
+
+
+def query(
+    sql: Annotated[str, typer.Argument(help="a query over the views; without one, the views and their columns")] = "",
+    format: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
+    workspace: WORKSPACE = ".",
+) -> None:
+    """Ask a workspace in SQL. Views: images texts scores verdicts pairs funnel."""
+    from capfilt.catalog.query import print_query
+    from capfilt.tables.workspace import Workspace
+
+    print_query(Workspace(workspace), sql, format, sys.stdout)
+
+
+def report(
+    out: Annotated[str, typer.Option("--out", help="file to write; default: report.html in the workspace")] = "",
+    workspace: WORKSPACE = ".",
+) -> None:
+    """Write one self-contained HTML file: funnel, scores, samples, learning curves, evaluations, lineage."""
+    from pathlib import Path
+
+    from capfilt.catalog.report import write_report
+    from capfilt.tables.workspace import Workspace
+
+    place = Workspace(workspace)
+    path = Path(out) if out else place.path / "report.html"
+    write_report(place, path)
+    typer.echo(f"wrote {path}")
+
+
+def doctor(
+    workspace: Annotated[
+        str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="also check its shards", show_default=False)
+    ] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="read and hash every byte of every shard")] = False,
+) -> None:
+    """Check this machine, and a workspace's shards against their manifests."""
+    from capfilt import doctor as checks
+
+    healthy = True
+    for line in checks.machine():
+        typer.echo(line)
+    if workspace:
+        for good, line in checks.workspace(workspace, full=verify):
+            healthy &= good
+            typer.echo(line)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def recipes(
+    name: Annotated[str, typer.Argument(help="print this recipe with every option resolved", show_default=False)] = "",
+    settings: SETTINGS = None,
+) -> None:
+    """List the recipes, or print one."""
+    from capfilt import recipe as module
+    from capfilt.resources import list_recipes
+
+    if name:
+        _, content = module.load_recipe(name)
+        typer.echo(module.show(content, settings or []), nl=False)
+        return
+    for each in list_recipes():
+        _, content = module.load_recipe(each)
+        typer.echo(f"{each:<24} {' '.join(content.description.split())}")

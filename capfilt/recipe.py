@@ -1,0 +1,237 @@
+"""Recipes: YAML files that name stages and their options. Parsing, validation, `--set`, and running one.
+
+A recipe has no machine's paths in it: what differs between machines is an `input`, given by `--set NAME=VALUE` and
+written `${NAME}` where it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from capfilt.errors import UserError
+from capfilt.execution.run import Executor, Summary, executor, outlook, run_command
+from capfilt.resources import find_recipe
+from capfilt.stages.options import REQUIRED
+from capfilt.stages.registry import stage_command
+from capfilt.tables.publish import replace
+from capfilt.tables.workspace import Workspace
+
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class Input(BaseModel):
+    """Something a recipe needs from outside: a folder of data, say."""
+
+    model_config = ConfigDict(extra="forbid")
+    help: str
+    default: str | int | float | bool | None = None
+
+
+class Step(BaseModel):
+    """One stage of a recipe. `name` tells two steps of one stage apart; by default it is the stage's."""
+
+    model_config = ConfigDict(extra="forbid")
+    stage: str
+    name: str = ""
+    options: dict[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        return self.name or self.stage
+
+
+class Recipe(BaseModel):
+    """A recipe file."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[1]
+    description: str = ""
+    inputs: dict[str, Input] = {}
+    stages: list[Step]
+
+
+def load_recipe(name_or_path: str) -> tuple[str, Recipe]:
+    """The recipe's name and content. Raises UserError with one line that names the file and the key."""
+    path = find_recipe(name_or_path)
+    try:
+        content = yaml.safe_load(path.read_text())
+        recipe = Recipe.model_validate(content)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(piece) for piece in first["loc"]) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']}") from error
+    labels = [step.label for step in recipe.stages]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise UserError(f"{path}: two steps are called {twice!r}; give one a `name`")
+    return path.stem, recipe
+
+
+def resolve(recipe: Recipe, settings: Sequence[str]) -> list[tuple[Step, Any]]:
+    """Each step with its options as the stage's dataclass, inputs and `--set` filled in. Raises UserError."""
+    values = {name: item.default for name, item in recipe.inputs.items()}
+    overrides: dict[str, dict[str, Any]] = {}
+    labels = [step.label for step in recipe.stages]
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write NAME=VALUE or STAGE.OPTION=VALUE")
+        value = yaml.safe_load(text) if text else ""
+        label, dot, option = key.rpartition(".")
+        if not dot:
+            if key not in values:
+                raise UserError(f"--set {key}: the recipe has no such input{_near(key, values)}")
+            values[key] = value if not isinstance(value, list | dict) else text
+        elif label not in labels:
+            raise UserError(f"--set {key}: the recipe has no step {label!r}{_near(label, labels)}")
+        else:
+            overrides.setdefault(label, {})[option.replace("-", "_")] = value
+    absent = [name for name, value in values.items() if value is None and _is_used(recipe, name)]
+    if absent:
+        raise UserError(f"the recipe needs --set {absent[0]}=VALUE: {recipe.inputs[absent[0]].help}")
+    steps = []
+    for step in recipe.stages:
+        chosen = {**_fill(step.options, values), **overrides.get(step.label, {})}
+        steps.append((step, _options(step, chosen)))
+    return steps
+
+
+def _is_used(recipe: Recipe, name: str) -> bool:
+    return f"${{{name}}}" in json.dumps([step.options for step in recipe.stages])
+
+
+def _near(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names) or 'none'}"
+
+
+def _fill(value: Any, values: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill(item, values) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fill(item, values) for item in value]
+    if isinstance(value, str):
+        whole = _REFERENCE.fullmatch(value)
+        if whole and whole[1] in values:
+            return values[whole[1]]  # a number stays a number
+        for name in _REFERENCE.findall(value):
+            if name not in values:
+                raise UserError(f"the recipe uses ${{{name}}}, which is not among its inputs{_near(name, values)}")
+        return _REFERENCE.sub(lambda match: str(values[match[1]]), value)
+    return value
+
+
+def _options(step: Step, chosen: dict[str, Any]) -> Any:
+    kind = stage_command(step.stage).options
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in chosen:
+        if name not in fields:
+            raise UserError(f"step {step.label!r}: the stage {step.stage} has no option {name!r}{_near(name, fields)}")
+    chosen = {
+        name: (value,) if str(fields[name].type).startswith("tuple") and isinstance(value, str) else value
+        for name, value in chosen.items()
+    }
+    try:
+        options = TypeAdapter(kind).validate_python(chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(piece) for piece in first["loc"])
+        raise UserError(f"step {step.label!r}: option {where}: {first['msg']}, got {first['input']!r}") from error
+    missing = [name for name in fields if getattr(options, name) == REQUIRED]
+    if missing:
+        raise UserError(f"step {step.label!r}: option {missing[0]!r} must be given")
+    return options
+
+
+def show(recipe: Recipe, settings: Sequence[str]) -> str:
+    """The whole resolved recipe as YAML: every option of every step, defaults included."""
+    steps = []
+    for step, options in resolve(recipe, settings):
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(options).items()}
+        steps.append({"stage": step.stage, "name": step.label, "options": values})
+    return str(yaml.safe_dump({"version": recipe.version, "stages": steps}, sort_keys=False, allow_unicode=True))
+
+
+def chosen_steps(
+    steps: list[tuple[Step, Any]], only: Sequence[str] = (), start: str = ""
+) -> list[tuple[Step, Any]]:
+    """The steps that `--only` and `--from` leave. Raises UserError for a step that is not in the recipe."""
+    labels = [step.label for step, _ in steps]
+    for name in [*only, *([start] if start else [])]:
+        if name not in labels:
+            raise UserError(f"the recipe has no step {name!r}{_near(name, labels)}")
+    if only:
+        return [(step, options) for step, options in steps if step.label in only]
+    return steps[labels.index(start) :] if start else steps
+
+
+def run_recipe(
+    name: str,
+    steps: list[tuple[Step, Any]],
+    workspace: Workspace,
+    execution: str | Executor,
+    *,
+    quiet: bool = False,
+) -> Iterator[tuple[Step, Summary]]:
+    """Run the steps in order, yielding the account of each stage; `runs/<name>.summary.json` keeps them all."""
+    record: dict[str, Any] = {}
+    context = executor(execution) if isinstance(execution, str) else None
+    work: Executor = context.__enter__() if context is not None else execution  # type: ignore[assignment]
+    try:
+        for step, options in steps:
+            for summary in run_command(stage_command(step.stage), options, workspace, work, quiet=quiet):
+                key = step.label if summary.stage == step.stage or step.label != step.stage else summary.stage
+                while key in record:
+                    key += "-pairs" if summary.stage.endswith("-pairs") else "+"
+                record[key] = account(summary)
+                yield step, summary
+                (workspace.path / "runs").mkdir(parents=True, exist_ok=True)
+                path: Path = workspace.path / "runs" / f"{name}.summary.json"
+                replace(path, (json.dumps(record, indent=1) + "\n").encode())
+    finally:
+        if context is not None:
+            context.__exit__(None, None, None)
+
+
+def account(summary: Summary) -> dict[str, Any]:
+    """A stage's account as JSON-able values."""
+    values: dict[str, Any] = {"stage": summary.stage, "output": summary.output, "seconds": round(summary.seconds, 3)}
+    if summary.counts is not None:
+        values |= {
+            "rows_in": summary.counts.rows_in,
+            "kept": summary.counts.kept,
+            "dropped": summary.counts.dropped,
+            "failed": summary.counts.failed,
+            "rows_out": summary.rows_out,
+        }
+    return {**values, "figures": dict(summary.figures)}
+
+
+def dry_run(steps: list[tuple[Step, Any]], workspace: Workspace) -> Iterator[str]:
+    """A line per stage: done, to do on how many rows, or waiting for what is not there yet. Writes nothing."""
+    pending: set[str] = set()
+    for step, options in steps:
+        command = stage_command(step.stage)
+        for path in command.classes(options):
+            label = f"{step.label:<20}"
+            try:
+                stage = command.build(path, options, workspace)
+                text = outlook(stage)
+            except UserError as error:
+                if not pending:
+                    raise
+                text = f"waits for an earlier step ({error})"
+            if not text.startswith("done"):
+                pending.add(step.label)
+            yield f"{label} {text}"

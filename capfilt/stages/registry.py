@@ -1,0 +1,163 @@
+"""Which stages there are: the words that call each, its options, its classes by name, its examples.
+
+Light: nothing of a stage is imported before it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from capfilt.errors import UserError
+from capfilt.stages import options as stage_options
+
+if TYPE_CHECKING:
+    from capfilt.stages.base import ModelStage, ShardStage
+    from capfilt.tables.shards import Part
+    from capfilt.tables.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """How one stage is called: its words, the classes it runs in order, its examples."""
+
+    words: tuple[str, ...]
+    options: type
+    stages: tuple[str, ...]
+    examples: tuple[str, ...]
+    positional: str = ""
+    out: bool = False  # whether --out names a directory (the option dataclass has none of its own)
+    without: str = ""  # a boolean option that, when off, leaves out all stages but the first
+
+    @property
+    def name(self) -> str:
+        """The words joined by `-`, as recipes write them."""
+        return "-".join(self.words)
+
+    def classes(self, options: Any) -> tuple[str, ...]:
+        """The classes to run with these options, in order."""
+        return self.stages[:1] if self.without and not getattr(options, self.without) else self.stages
+
+    def build(
+        self, path: str, options: Any, workspace: Workspace, output: Part | None = None
+    ) -> ShardStage | ModelStage:
+        """An instance of the class at "module:Class". Raises UserError for an option that must be given and was not."""
+        missing = stage_options.missing(options)
+        if missing:
+            raise UserError(f"{self.name}: {missing[0]} must be given (see capfilt {' '.join(self.words)} --help)")
+        module, _, name = path.partition(":")
+        stage: ShardStage | ModelStage = getattr(importlib.import_module(module), name)(options, workspace, output)
+        return stage
+
+
+STAGES = (
+    StageCommand(
+        ("download",),
+        stage_options.DownloadOptions,
+        ("capfilt.stages.download:Download",),
+        (
+            "capfilt download urls.parquet --dataset cc12m --image-size 384",
+            "capfilt download urls.tsv --url-col URL --caption-col TEXT --out images/laion",
+        ),
+        positional="url_list",
+        out=True,
+    ),
+    StageCommand(
+        ("ingest",),
+        stage_options.IngestOptions,
+        ("capfilt.stages.ingest:Ingest",),
+        (
+            "capfilt ingest captions_train2017.json --images train2017 --dataset coco",
+            "capfilt ingest img2dataset_output --dataset cc3m --source web",
+        ),
+        positional="source_path",
+        out=True,
+    ),
+    StageCommand(
+        ("subset",),
+        stage_options.SubsetOptions,
+        ("capfilt.stages.subset:Subset",),
+        (
+            "capfilt subset flickr --dataset human --share-to 0.15 --splits train",
+            "capfilt subset flickr --dataset web --share-from 0.15 --wrong 0.5 --role web",
+        ),
+        positional="images",
+        out=True,
+    ),
+    StageCommand(
+        ("pretrain",),
+        stage_options.PretrainOptions,
+        ("capfilt.stages.train:Pretrain",),
+        ("capfilt pretrain --human coco --web cc12m --preset base --epochs 20",),
+    ),
+    StageCommand(
+        ("finetune", "captioner"),
+        stage_options.FinetuneCaptionerOptions,
+        ("capfilt.stages.train:FinetuneCaptioner",),
+        ("capfilt finetune captioner --init pretrained --human coco",),
+    ),
+    StageCommand(
+        ("finetune", "filter"),
+        stage_options.FinetuneFilterOptions,
+        ("capfilt.stages.train:FinetuneFilter",),
+        ("capfilt finetune filter --init pretrained --human coco",),
+    ),
+    StageCommand(
+        ("caption",),
+        stage_options.CaptionOptions,
+        ("capfilt.stages.caption:CaptionStage",),
+        (
+            "capfilt caption --images cc12m --captioner captioner",
+            "capfilt caption --images cc12m --method beam --num-beams 3 --out captioner-beam",
+        ),
+    ),
+    StageCommand(
+        ("score",),
+        stage_options.ScoreOptions,
+        ("capfilt.stages.score:ScoreStage",),
+        ("capfilt score --images cc12m --captions captioner --filter filter",),
+    ),
+    StageCommand(
+        ("select",),
+        stage_options.SelectOptions,
+        ("capfilt.stages.select:Select", "capfilt.stages.select:WritePairs"),
+        (
+            "capfilt select --images cc12m --captions captioner --scores filter --threshold 0.5",
+            "capfilt select --images cc12m --captions captioner --keep-fraction 0.3 --out top30 --no-pairs",
+        ),
+        without="pairs",
+    ),
+    StageCommand(
+        ("retrain",),
+        stage_options.RetrainOptions,
+        ("capfilt.stages.train:Retrain",),
+        (
+            "capfilt retrain --human coco --pairs capfilt --preset base",
+            "capfilt retrain --human coco --verdicts cc12m=top30 --out retrained-top30",
+        ),
+    ),
+    StageCommand(
+        ("evaluate",),
+        stage_options.EvaluateOptions,
+        ("capfilt.stages.evaluate:Evaluate",),
+        (
+            "capfilt evaluate --model retrained --images coco --split test",
+            "capfilt evaluate --model filter --images coco --tasks retrieval --rerank 256",
+        ),
+    ),
+    StageCommand(
+        ("grade",),
+        stage_options.GradeOptions,
+        ("capfilt.stages.grade:Grade",),
+        ("capfilt grade --images web --verdicts capfilt --expert itm_expert/data.jsonl --filter filter",),
+    ),
+)
+
+
+def stage_command(name: str) -> StageCommand:
+    """The stage called `name`, its words joined by `-`. Raises UserError naming the stages there are."""
+    for command in STAGES:
+        if command.name == name:
+            return command
+    raise UserError(f"no stage is called {name!r}; the stages are {', '.join(command.name for command in STAGES)}")
