@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import capfilt
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -68,7 +70,10 @@ def metadata(wheel):
 
 def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {"capfilt", "capfilt-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {
+        "capfilt",
+        f"capfilt-{capfilt.__version__}.dist-info",
+    }
     assert not [name for name in names if "constraints" in name]
     assert "capfilt/py.typed" in names
 
