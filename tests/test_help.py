@@ -33,14 +33,14 @@ HEAVY = (
 
 COMMANDS = """
 import json, typer
-from capfilt.cli import app
+from capfilt.cli import build_app
 
 def walk(command, path):
     yield path
     for name, child in getattr(command, "commands", {}).items():
         yield from walk(child, [*path, name])
 
-print(json.dumps(list(walk(typer.main.get_command(app), []))))
+print(json.dumps(list(walk(typer.main.get_command(build_app()), []))))
 """
 
 HELP = f"""
