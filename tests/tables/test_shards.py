@@ -1,0 +1,315 @@
+"""Catches what loses or mixes rows: a half shard that counts as done, a zombie that overwrites, a changed option that is
+reused silently, rows that do not add up, a crash at any point of a commit that a rerun cannot finish."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capfilt.errors import RunError, UserError
+from capfilt.tables import publish
+from capfilt.tables.contracts import CAPTIONS, SIGNALS
+from capfilt.tables.shards import Counts, Part, fingerprint
+
+
+def rows(count, start=0):
+    return CAPTIONS.table(
+        [
+            {"text_id": f"t{i}", "image_id": f"i{i}", "text": f"text {i}", "sample_index": 0, "captioner": "c",
+             "decoding": "greedy", "logprob": -1.0}
+            for i in range(start, start + count)
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def part(tmp_path):
+    return Part(tmp_path / "captions" / "c")
+
+
+def begin(part, **identity):
+    return part.begin(CAPTIONS, "test", identity or {"a": 1})
+
+
+def test_a_committed_shard_reads_back_and_no_attempt_is_left(part):
+    mark = begin(part)
+    manifest = part.commit(3, rows(5), Counts(7, 5, {"why": 1}, {"truncated": 1}), mark, 0.5)
+    assert part.shards() == [3]
+    assert part.read(3).equals(rows(5))
+    assert part.read(3, ["text"]).column_names == ["text"]
+    assert manifest.rows == part.rows == 5
+    assert part.counts() == Counts(7, 5, {"why": 1}, {"truncated": 1})
+    assert part.check().problem(manifest, full=True) is None
+    assert sorted(os.listdir(part.path)) == ["00003.manifest.json", "00003.parquet", "00003_stats.json", "_part.json"]
+
+
+def test_rows_that_do_not_add_up_are_refused(part):
+    mark = begin(part)
+    with pytest.raises(RunError, match="7 in, but 5 kept"):
+        part.commit(0, rows(5), Counts(7, 5, {"why": 1}), mark, 0.1)
+    assert part.shards() == []
+
+
+@given(st.lists(st.tuples(st.dictionaries(st.sampled_from("abc"), st.integers(0, 9)), st.integers(0, 9)), max_size=5))
+def test_counts_add_up_however_they_are_added(items):
+    each = [Counts(kept + sum(dropped.values()), kept, dropped) for dropped, kept in items]
+    total = sum(each, Counts(0, 0))
+    total.check()
+    assert total.rows_in == sum(counts.rows_in for counts in each)
+
+
+def test_a_late_attempt_never_replaces_a_committed_shard(part):
+    mark = begin(part)
+    first = part.commit(0, rows(2), Counts(2, 2), mark, 0.1)
+    before = (part.path / "00000.parquet").read_bytes()
+    assert part.commit(0, rows(4), Counts(4, 4), mark, 0.1) == first
+    assert (part.path / "00000.parquet").read_bytes() == before
+
+
+def test_a_changed_identity_is_named_and_refused(part):
+    begin(part, options={"seed": 0, "top_p": 0.9})
+    with pytest.raises(UserError, match=r"options\.top_p was 0\.9, is now 0\.8"):
+        begin(Part(part.path), options={"seed": 0, "top_p": 0.8})
+    begin(Part(part.path), options={"top_p": 0.9, "seed": 0})  # key order is no change
+
+
+def test_same_rows_give_the_same_bytes(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        part = Part(tmp_path / name)
+        part.commit(0, rows(50), Counts(50, 50), begin(part), 0.1 if name == "a" else 7.0)
+        files.append((part.path / "00000.parquet").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "grow"])
+def test_a_file_that_does_not_agree_with_its_manifest_is_refused_by_name(part, damage):
+    part.commit(0, rows(500), Counts(500, 500), begin(part), 0.1)
+    path = part.path / "00000.parquet"
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.write_bytes(data[:-9] if damage == "truncate" else data + b"x")
+    with pytest.raises(UserError, match=r"00000\.parquet"):
+        part.check()
+    with pytest.raises(UserError, match=r"00000\.parquet"):
+        part.read(0)
+
+
+def test_a_byte_flipped_far_from_the_footer_is_found_by_the_full_check(part):
+    table = SIGNALS.table([{"image_id": os.urandom(64).hex()} for _ in range(5000)])
+    mark = part.begin(SIGNALS, "test", {})
+    manifest = part.commit(0, table, Counts(5000, 5000), mark, 0.1)
+    path = part.path / "00000.parquet"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    assert part.problem(manifest) is None  # the cheap check looks at the size and the last 64 KiB
+    assert "bytes" in part.problem(manifest, full=True)
+
+
+def test_unreadable_descriptions_are_named(part):
+    with pytest.raises(UserError, match="no such part"):
+        part.read(0) if part.exists else part.info
+    part.commit(0, rows(1), Counts(1, 1), begin(part), 0.1)
+    (part.path / "00000.manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"00000\.manifest\.json"):
+        Part(part.path).check()
+    (part.path / "_part.json").write_text("[]")
+    with pytest.raises(UserError, match=r"_part\.json"):
+        _ = Part(part.path).info
+
+
+def test_a_directory_of_other_things_is_not_made_a_part(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        begin(Part(tmp_path))
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+CALLS = ("open", "fsync", "link", "unlink", "replace", "stat")
+
+
+def test_a_crash_at_every_system_call_leaves_a_part_that_a_rerun_completes(tmp_path, monkeypatch):
+    """The n-th call dies, for all n; afterwards every manifest agrees with its file and the rerun ends complete."""
+
+    class Killed(BaseException):
+        pass
+
+    real = {name: getattr(os, name) for name in ("fsync", "link", "replace")}
+    real_unlink = Path.unlink
+    crash_points = 0
+    for die_at in range(1, 100):
+        part = Part(tmp_path / f"part{die_at}")
+        calls = 0
+
+        def dying(name, die_at=die_at):
+            def call(*arguments, **named):
+                nonlocal calls
+                calls += 1
+                if calls >= die_at:  # and everything after: a dead process cleans nothing up
+                    raise Killed
+                return real[name](*arguments, **named)
+
+            return call
+
+        def dying_unlink(self, missing_ok=False, die_at=die_at):
+            if calls >= die_at:
+                raise Killed
+            return real_unlink(self, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(publish.os, name, dying(name))
+            patch.setattr(Path, "unlink", dying_unlink)
+            try:
+                mark = begin(part)
+                part.commit(0, rows(3), Counts(3, 3), mark, 0.1)
+                part.commit(1, rows(4, 3), Counts(4, 4), mark, 0.1)
+                finished = True
+            except Killed:
+                finished = False
+        again = Part(part.path)
+        if again.exists:
+            again.check()
+        mark = begin(again)
+        for shard, table in ((0, rows(3)), (1, rows(4, 3))):
+            if again.manifest(shard) is None:
+                again.commit(shard, table, Counts(len(table), len(table)), mark, 0.1)
+        assert again.check().shards() == [0, 1]
+        assert again.read(0).equals(rows(3))
+        assert again.read(1).equals(rows(4, 3))
+        visible = sorted(name for name in os.listdir(part.path) if name.endswith(".parquet"))
+        assert [name for name in visible if not name.startswith(".")] == ["00000.parquet", "00001.parquet"]
+        if finished:
+            break
+        crash_points += 1
+    assert crash_points >= 10  # else the sweep swept nothing
+
+
+def test_an_orphan_of_another_identity_is_not_adopted(part):
+    mark = begin(part)
+    part.commit(0, rows(2), Counts(2, 2), mark, 0.1)
+    (part.path / "00000.manifest.json").unlink()
+    with pytest.raises(RunError, match="other origin"):
+        part.commit(0, rows(2), Counts(2, 2), fingerprint({"other": 1}), 0.1)
+    adopted = part.commit(0, rows(9), Counts(9, 9), mark, 0.1)
+    assert adopted.rows == 2
+    assert adopted.counts == Counts(2, 2)
+
+
+def test_kill_9_while_committing_and_rerun(tmp_path):
+    """A real process, really killed, again and again, until a run gets through."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from capfilt.tables.contracts import SIGNALS
+        from capfilt.tables.shards import Counts, Part
+        part = Part(sys.argv[1])
+        mark = part.begin(SIGNALS, "test", {})
+        print("begun", flush=True)
+        for shard in range(40):
+            if part.manifest(shard) is None:
+                rows = [{"image_id": f"{shard}-{i}"} for i in range(2000)]
+                part.commit(shard, SIGNALS.table(rows), Counts(2000, 2000), mark, 0.1)
+        """
+    )
+    target = tmp_path / "part"
+    killed = 0
+    for attempt in range(12):
+        process = subprocess.Popen([sys.executable, "-c", script, str(target)], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"begun\n"
+        try:
+            process.wait(timeout=0.02 + 0.07 * attempt if attempt < 11 else 60)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.wait()
+        process.stdout.close()
+        Part(target).check()
+        if process.returncode == 0:
+            break
+    part = Part(target)
+    assert killed
+    assert part.shards() == list(range(40))
+    seen = [value for table in part.tables() for value in table["image_id"].to_pylist()]
+    assert len(seen) == len(set(seen)) == 80_000
+
+
+def test_two_processes_racing_for_one_shard_leave_one_whole_shard(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from capfilt.tables.contracts import SIGNALS
+        from capfilt.tables.shards import Counts, Part
+        part = Part(sys.argv[1])
+        mark = part.begin(SIGNALS, "test", {})
+        table = SIGNALS.table([{"image_id": f"{sys.argv[2]}-{i}"} for i in range(500)])
+        time.sleep(max(0.0, float(sys.argv[3]) - time.time()))
+        for shard in range(20):
+            part.commit(shard, table, Counts(500, 500), mark, 0.1)
+        """
+    )
+    start = str(time.time() + 2.5)
+    racers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "part"), name, start]) for name in "xy"]
+    assert [racer.wait(60) for racer in racers] == [0, 0]
+    part = Part(tmp_path / "part").check()
+    for shard in range(20):
+        values = part.read(shard)["image_id"].to_pylist()
+        assert len(values) == 500
+        assert len({value[0] for value in values}) == 1
+
+
+def test_a_full_disk_says_so_and_what_was_committed_stays_valid(part, monkeypatch):
+    mark = begin(part)
+    part.commit(0, rows(2), Counts(2, 2), mark, 0.1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        with pytest.raises(RunError, match="no space left"):
+            part.commit(1, rows(2), Counts(2, 2), mark, 0.1)
+    assert part.check().shards() == [0]
+    assert not [name for name in os.listdir(part.path) if name.endswith(".tmp")]
+    part.commit(1, rows(2), Counts(2, 2), mark, 0.1)
+    assert part.shards() == [0, 1]
+
+
+def test_the_index_holds_every_manifest(part):
+    mark = begin(part)
+    for shard in range(3):
+        part.commit(shard, rows(1, shard), Counts(1, 1), mark, 0.1)
+    part.write_index()
+    index = json.loads((part.path / "_index.json").read_bytes())
+    assert [entry["shard"] for entry in index] == [0, 1, 2]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda children: st.dictionaries(st.text(max_size=3), children, max_size=3) | st.lists(children, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.text(max_size=3), json_values, max_size=3), st.dictionaries(st.text(max_size=3), json_values, max_size=3))
+def test_fingerprints_differ_exactly_when_values_do(left, right):
+    same = json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+    assert (fingerprint(left) == fingerprint(right)) == same
