@@ -51,26 +51,31 @@ class BlipConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> BlipConfig:
         """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
         rest = dict(values)
-        vision = _fields(VisionConfig, rest.pop("vision", {}), "vision.")
-        text = _fields(TextConfig, rest.pop("text", {}), "text.")
-        return cls(vision=VisionConfig(**vision), text=TextConfig(**text), **_fields(cls, rest, ""))
+        vision = VisionConfig(**_fields(VisionConfig(), rest.pop("vision", {}), "vision."))
+        text = TextConfig(**_fields(TextConfig(), rest.pop("text", {}), "text."))
+        return cls(vision=vision, text=text, **_fields(cls(), rest, ""))
 
 
-def _fields(kind: type, values: Any, prefix: str) -> dict[str, Any]:
-    known = {each.name for each in dataclasses.fields(kind)}
+def _fields(defaults: VisionConfig | TextConfig | BlipConfig, values: Any, prefix: str) -> dict[str, Any]:
+    known = {each.name: type(getattr(defaults, each.name)) for each in dataclasses.fields(defaults)}
     if not isinstance(values, Mapping):
         raise UserError(f"model config: {prefix.rstrip('.')} is {values!r}, not a table of fields")
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(f"model config: unknown fields {', '.join(prefix + name for name in unknown)}")
+    for name, value in values.items():
+        # A whole number is a fine float; a boolean is no number.
+        right = type(value) is known[name] or (known[name] is float and type(value) is int)
+        if not right or (type(value) is int and value < (0 if name == "pad_id" else 1)):
+            raise UserError(f"model config: {prefix}{name} is {value!r}, not a usable {known[name].__name__}")
     return dict(values)
 
 
 class Blip(nn.Module):
     """See the module's docstring. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
 
-    Texts are `ids` int64 [B, L] = [CLS] ... [SEP] and padding, `mask` bool [B, L], as the tokenizer gives them: position
-    0 is overwritten here where a mode wants [ENC] or [DEC].
+    Texts are `ids` int64 [B, L] = [CLS] ... [SEP] and padding, `mask` bool [B, L], as the tokenizer gives them:
+    position 0 is overwritten here where a mode wants [ENC] or [DEC].
     """
 
     def __init__(self, config: BlipConfig) -> None:
@@ -149,8 +154,8 @@ class Blip(nn.Module):
     def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
         """fp32 logits [R, V] of the token after `ids` int64 [R, T], which continue what the cache holds.
 
-        The first call's position 0 becomes [DEC]. R may be K times the images in `cross`: rows i*K .. i*K+K-1 then belong
-        to image i. Updates the cache.
+        The first call's position 0 becomes [DEC]. R may be K times the images in `cross`: rows i*K .. i*K+K-1 then
+        belong to image i. Updates the cache.
         """
         if cache.length == 0:
             ids = self._start(ids, self.config.text.dec_id)

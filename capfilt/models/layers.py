@@ -43,6 +43,8 @@ def init_truncated(module: nn.Module) -> None:
 def init_normal(module: nn.Module) -> None:
     """BERT initialisation: normal 0.02 for linears and embeddings, biases and the padding row 0 (arXiv 1810.04805)."""
     for child in module.modules():
+        if isinstance(child, nn.Linear | nn.Embedding) and child.weight.is_meta:
+            continue  # drawing nothing is the point there, and `normal_` on meta tensors imports for seconds
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=0.02)
             if child.bias is not None:
@@ -54,8 +56,13 @@ def init_normal(module: nn.Module) -> None:
                     child.weight[child.padding_idx].zero_()
 
 
+def blank_embedding(rows: int, width: int, padding_idx: int | None = None) -> nn.Embedding:
+    """An embedding of zeros for `init_normal` to fill: nn.Embedding's own constructor would draw it once more."""
+    return nn.Embedding(rows, width, padding_idx, _weight=torch.zeros(rows, width))
+
+
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training a sample's whole residual branch is dropped with probability p."""
+    """Stochastic depth (arXiv 1603.09382): training drops a sample's whole residual branch with probability p."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()

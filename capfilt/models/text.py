@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capfilt.models.layers import Pair, full_precision, init_normal, merge_heads, split_heads
+from capfilt.errors import UserError
+from capfilt.models.layers import Pair, blank_embedding, full_precision, init_normal, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class TextConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"text.width {self.width} is no multiple of text.heads {self.heads}")
 
     @property
     def dec_id(self) -> int:
@@ -168,8 +173,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.word_embeddings = blank_embedding(config.vocab_size, config.width, config.pad_id)
+        self.position_embeddings = blank_embedding(config.max_positions, config.width)
         self.LayerNorm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 

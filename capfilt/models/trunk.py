@@ -7,6 +7,7 @@ How the map becomes tokens is vision.py's.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +19,13 @@ from capfilt.errors import UserError
 
 @dataclass(frozen=True)
 class TrunkRecipe:
-    """What a trunk is: where its code and weights live, and the geometry of its map."""
+    """What a trunk is: the function that builds it for an image size, and the geometry of its map."""
 
-    name: str
+    build: Callable[[int], nn.Module]
     channels: int
     stride: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-
-TRUNKS = {
-    # Architecture: arXiv 1905.11946; "lite" drops squeeze-and-excitation and takes ReLU6. The two packages' own demo
-    # normalises with ImageNet's mean and deviation.
-    "efficientnet_lite0": TrunkRecipe(
-        "efficientnet_lite0", 1280, 32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-    ),
-}
 
 
 def _extra(module: str) -> Any:
@@ -58,6 +50,15 @@ def _efficientnet_lite0(image_size: int) -> nn.Module:
     return net
 
 
+TRUNKS = {
+    # Architecture: arXiv 1905.11946; "lite" drops squeeze-and-excitation and takes ReLU6. Normalisation is the
+    # TensorFlow original's: on photographs these weights are surer with it than with ImageNet's mean and deviation.
+    "efficientnet_lite0": TrunkRecipe(
+        _efficientnet_lite0, 1280, 32, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+    ),
+}
+
+
 class Trunk(nn.Module):
     """Normalised pixels [B, 3, S, S] -> features [B, G*G, C], row by row. On the meta device no weights are read.
 
@@ -67,7 +68,7 @@ class Trunk(nn.Module):
 
     def __init__(self, recipe: TrunkRecipe, image_size: int, frozen: bool) -> None:
         super().__init__()
-        self.net: Any = _efficientnet_lite0(image_size)
+        self.net: Any = recipe.build(image_size)
         self.frozen = frozen
         self.net.requires_grad_(not frozen)
         self.net.eval()

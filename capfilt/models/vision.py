@@ -36,6 +36,8 @@ class VisionConfig:
     trunk_frozen: bool = True
 
     def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"vision.width {self.width} is no multiple of vision.heads {self.heads}")
         if self.stem not in ("patch", "conv"):
             raise UserError(f"vision.stem is {self.stem!r}: use 'patch' or 'conv'")
         if self.trunk and self.trunk not in TRUNKS:
@@ -59,7 +61,10 @@ class VisionConfig:
 
 
 def resize_position_embedding(embedding: Tensor, grid: int) -> Tensor:
-    """[1, 1 + G*G, D] -> [1, 1 + grid*grid, D]: the [CLS] row kept, the rest bicubic without antialiasing, as BLIP does."""
+    """[1, 1 + G*G, D] -> [1, 1 + grid*grid, D], the [CLS] row kept.
+
+    Bicubic, corners not aligned, no antialiasing: as BLIP's code resizes its own.
+    """
     side = round((embedding.shape[1] - 1) ** 0.5)
     if side * side + 1 != embedding.shape[1]:
         raise UserError(f"a position embedding of {embedding.shape[1]} rows is no square grid plus [CLS]")
@@ -112,10 +117,8 @@ class VisionTower(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
         self.trunk: Trunk | None = None
-        mean, std = CLIP_MEAN, CLIP_STD
         if config.trunk:
             recipe = TRUNKS[config.trunk]
-            mean, std = recipe.mean, recipe.std
             self.trunk = Trunk(recipe, config.image_size, config.trunk_frozen)
             self.trunk_norm = nn.LayerNorm(recipe.channels, eps=1e-6)
             self.trunk_proj = nn.Linear(recipe.channels, config.width)
@@ -126,14 +129,19 @@ class VisionTower(nn.Module):
             PreNormBlock(config.width, config.heads, config.hidden, rate) for rate in rates
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        # Constants, not weights: they follow the device and stay out of the checkpoint.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.set_normalisation()
         init_truncated(self.blocks)
         if config.trunk:
             init_truncated(self.trunk_proj)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def set_normalisation(self) -> None:
+        """Constants, not weights: they follow the device and stay out of checkpoints, so a load sets them anew."""
+        recipe = TRUNKS[self.config.trunk] if self.config.trunk else None
+        mean, std = (recipe.mean, recipe.std) if recipe else (CLIP_MEAN, CLIP_STD)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
@@ -143,7 +151,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def trunk_features(self, pixels: Tensor) -> Tensor:
-        """The frozen trunk's map of pixels [B, 3, S, S] as float16 [B, G*G, C], to be cached and given back to forward."""
+        """float16 [B, G*G, C]: the frozen trunk's map of pixels [B, 3, S, S], to be cached and given to `forward`."""
         if self.trunk is None or not self.config.trunk_frozen:
             raise UserError(
                 "features can be cached for a frozen trunk only: set vision.trunk and vision.trunk_frozen"

@@ -1,0 +1,171 @@
+"""Starting from pretrained towers: a local transformers ViT/DeiT directory for the vision tower, BERT for the text.
+
+Read by a map of tensor names; transformers itself is not needed. Whole BLIP checkpoints are not read here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from capfilt.errors import UserError
+from capfilt.models.blip import Blip
+from capfilt.models.checkpoint import check_tensors
+from capfilt.models.vision import VisionTower, resize_position_embedding
+
+_VIT_BLOCK = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_VIT_IGNORED = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier.")
+_BERT_IGNORED = ("pooler.", "cls.", "embeddings.token_type_embeddings.", "embeddings.position_ids")
+
+
+def load_vit(tower: VisionTower, directory: str | Path) -> None:
+    """Copies a transformers ViT or DeiT (`config.json`, `model.safetensors`) into the tower, as BLIP starts from DeiT.
+
+    Query, key and value are fused; a position embedding of another grid is resized; poolers, classifiers and DeiT's
+    distillation token are left behind. Raises UserError when geometry differs or a tensor is missing or left over.
+    """
+    directory = Path(directory)
+    config, found = _read(directory, ("vit", "deit"))
+    mine = tower.config
+    if mine.trunk or mine.stem != "patch":
+        raise UserError(f"{directory}: a ViT starts only a vision tower with stem 'patch' and no trunk")
+    geometry = {
+        "hidden_size": mine.width,
+        "num_hidden_layers": mine.depth,
+        "num_attention_heads": mine.heads,
+        "intermediate_size": mine.hidden,
+        "patch_size": mine.patch_size,
+    }
+    _check_geometry(directory, config, geometry)
+    found = _strip(found, ("vit.", "deit."), _VIT_IGNORED)
+    mapped: dict[str, Tensor] = {}
+    distilled = found.pop("embeddings.distillation_token", None) is not None
+    for name, tensor in found.items():
+        if name == "embeddings.position_embeddings":
+            if distilled:
+                tensor = torch.cat([tensor[:, :1], tensor[:, 2:]], dim=1)
+            tensor = resize_position_embedding(tensor, mine.grid)
+        mapped[_vit_name(name)] = tensor
+    for index in range(mine.depth):
+        for leaf in ("weight", "bias"):
+            parts = [f"blocks.{index}.{each}.{leaf}" for each in ("query", "key", "value")]
+            if all(part in mapped for part in parts):
+                mapped[f"blocks.{index}.attn.qkv.{leaf}"] = torch.cat([mapped.pop(part) for part in parts])
+    _copy(directory, dict(tower.named_parameters()), mapped)
+
+
+def load_bert(model: Blip, directory: str | Path) -> None:
+    """Copies a transformers BERT into the text side: embeddings, self-attention of encoder and decoder, feed-forward.
+
+    Cross-attention, the extra ids' rows and the heads keep their fresh values, as in BLIP. Raises UserError when
+    geometry differs or a tensor is missing or left over.
+    """
+    directory = Path(directory)
+    config, found = _read(directory, ("bert",))
+    mine = model.config.text
+    geometry = {
+        "hidden_size": mine.width,
+        "num_hidden_layers": mine.depth,
+        "num_attention_heads": mine.heads,
+        "intermediate_size": mine.hidden,
+        "max_position_embeddings": mine.max_positions,
+        "vocab_size": mine.vocab_size - 2,
+    }
+    _check_geometry(directory, config, geometry)
+    found = _strip(found, ("bert.",), _BERT_IGNORED)
+    words = model.text_encoder.embeddings.word_embeddings.weight.detach()
+    if "embeddings.word_embeddings.weight" in found:
+        extra = words[mine.vocab_size - 2 :].cpu()
+        found["embeddings.word_embeddings.weight"] = torch.cat(
+            [found["embeddings.word_embeddings.weight"], extra]
+        )
+    for transformer in (model.text_encoder, model.text_decoder.bert):
+        parameters = dict(transformer.named_parameters())
+        _copy(
+            directory, {key: each for key, each in parameters.items() if "crossattention" not in key}, found
+        )
+
+
+def _vit_name(name: str) -> str:
+    """The tower's name of a transformers ViT tensor; query, key and value keep a name of their own until fused."""
+    fixed = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+        "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+        "layernorm.weight": "norm.weight",
+        "layernorm.bias": "norm.bias",
+    }
+    if name in fixed:
+        return fixed[name]
+    parts = name.split(".")
+    if parts[:2] != ["encoder", "layer"]:
+        return name
+    body, leaf = ".".join(parts[3:-1]), parts[-1]
+    body = (
+        body.removeprefix("attention.attention.")
+        if body.startswith("attention.attention.")
+        else _VIT_BLOCK.get(body, body)
+    )
+    return f"blocks.{parts[2]}.{body}.{leaf}"
+
+
+def _read(directory: Path, model_types: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config_path, weights_path = directory / "config.json", directory / "model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; save the model with transformers' save_pretrained")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config_path}: not a JSON file ({error})") from error
+    if not isinstance(config, dict) or config.get("model_type") not in model_types:
+        raise UserError(f"{config_path}: model_type is not {' or '.join(model_types)}")
+    try:
+        return config, load_file(weights_path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{weights_path}: not a readable safetensors file ({error})".splitlines()[0]
+        ) from error
+
+
+def _check_geometry(directory: Path, config: dict[str, Any], wanted: dict[str, int]) -> None:
+    wrong = [
+        f"{key} {config.get(key)} instead of {value}"
+        for key, value in wanted.items()
+        if config.get(key) != value
+    ]
+    if wrong:
+        raise UserError(f"{directory / 'config.json'}: not this model's geometry: {', '.join(wrong)}")
+
+
+def _strip(
+    found: dict[str, Tensor], prefixes: tuple[str, ...], ignored: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Without the class's prefix and without the tensors that have no place here."""
+    named = {}
+    for name, tensor in found.items():
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        if not name.startswith(ignored):
+            named[name] = tensor
+    return named
+
+
+def _copy(directory: Path, parameters: dict[str, torch.nn.Parameter], found: dict[str, Tensor]) -> None:
+    check_tensors(directory / "model.safetensors", {k: p.detach() for k, p in parameters.items()}, found)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(found[name])

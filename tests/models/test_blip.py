@@ -1,0 +1,329 @@
+"""Catches: a wrong geometry (parameter counts), self-attention shared by mistake or the rest not shared, a decoder that
+sees the future or another row's padding, an incremental decode that drifts from the full forward, fp16 leaking into
+logits, and any difference from the published architecture as transformers implements it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capfilt.errors import UserError
+from capfilt.models.blip import (
+    CAPTIONER_PARTS,
+    FILTER_PARTS,
+    Blip,
+    BlipConfig,
+    build,
+    parameters_of,
+)
+from capfilt.models.presets import PRESETS, preset
+from capfilt.models.text import TextConfig
+from capfilt.models.vision import VisionConfig
+
+VOCAB = 40
+
+
+def small_config(**text) -> BlipConfig:
+    return BlipConfig(
+        vision=VisionConfig(32, 8, width=24, depth=2, heads=2, hidden=48),
+        text=TextConfig(
+            VOCAB, 32, 2, 4, 64, max_positions=16, **{"dropout": 0.0, "attention_dropout": 0.0, **text}
+        ),
+        embed_dim=12,
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> Blip:
+    made = build(small_config(), seed=1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)  # away from the near-linear regime of a fresh initialisation
+    return made.eval()
+
+
+def batch(rows: int = 3, length: int = 7, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    ids = torch.randint(5, VOCAB - 2, (rows, length), generator=generator)
+    return pixels, ids, torch.ones(rows, length, dtype=torch.bool)
+
+
+def on_meta(name: str, image_size: int) -> Blip:
+    config = preset(name, 30524)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
+    with torch.device("meta"):
+        return Blip(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "captioner", "filter"),
+    [("base", 223.97, 223.74), ("large", 446.29, 446.13)],  # the published 384 px models
+)
+def test_parameters_are_the_published_ones(name, captioner, filter):
+    made = on_meta(name, 384)
+    assert round(parameters_of(made, CAPTIONER_PARTS) / 1e6, 2) == captioner
+    assert round(parameters_of(made, FILTER_PARTS) / 1e6, 2) == filter
+
+
+def test_whole_base_is_the_papers_252_million():
+    made = on_meta("base", 224)
+    assert round(parameters_of(made) / 1e6) == 252
+    assert round(parameters_of(on_meta("base", 384), ("visual_encoder",)) / 1e6, 2) == 86.09
+
+
+def test_presets_have_their_sizes():
+    assert set(PRESETS) == {"tiny", "small", "base", "large"}
+    assert 0.8e6 <= parameters_of(build(preset("tiny", 500))) <= 2.5e6
+    assert 9e6 <= parameters_of(build(preset("small", 4000))) <= 16e6
+    with pytest.raises(UserError, match="huge"):
+        preset("huge", 100)
+
+
+def test_only_self_attention_is_the_decoders_own(model):
+    encoder, decoder = (
+        dict(model.text_encoder.named_parameters()),
+        dict(model.text_decoder.bert.named_parameters()),
+    )
+    assert encoder.keys() == decoder.keys()
+    for name, mine in encoder.items():
+        shared = mine.data_ptr() == decoder[name].data_ptr()
+        assert shared == (".attention." not in name), name
+
+
+def test_same_seed_same_weights_whatever_was_drawn_before():
+    first = build(small_config(), seed=3)
+    torch.rand(5)
+    second = build(small_config(), seed=3)
+    other = build(small_config(), seed=4)
+    names = dict(first.named_parameters())
+    assert all(torch.equal(names[name], each) for name, each in second.named_parameters())
+    assert not torch.equal(first.itm_head.weight, other.itm_head.weight)
+
+
+def test_embeddings_are_unit_vectors_in_fp32_under_autocast(model):
+    pixels, ids, mask = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.encode_image(pixels)
+        outputs = {
+            "image": model.embed_image(tokens),
+            "text": model.embed_text(ids, mask),
+            "match": model.match_logits(ids, mask, tokens),
+            "lm": model.lm_logits(ids, mask, tokens),
+        }
+    assert {name: each.dtype for name, each in outputs.items()} == dict.fromkeys(outputs, torch.float32)
+    for name in ("image", "text"):
+        assert torch.allclose(outputs[name].norm(dim=-1), torch.ones(3), atol=1e-5)
+
+
+def test_padding_changes_nothing(model):
+    pixels, ids, mask = batch(3, 8)
+    lengths = [3, 8, 5]
+    for row, length in enumerate(lengths):
+        mask[row, length:] = False
+        ids[row, length:] = 0
+    tokens = model.encode_image(pixels)
+    embedded, matched = model.embed_text(ids, mask), model.match_logits(ids, mask, tokens)
+    written = model.lm_logits(ids, mask, tokens)
+    for row, length in enumerate(lengths):
+        alone, image = ids[row : row + 1, :length], tokens[row : row + 1]
+        assert torch.allclose(embedded[row], model.embed_text(alone)[0], atol=1e-5)
+        assert torch.allclose(matched[row], model.match_logits(alone, None, image)[0], atol=1e-5)
+        assert torch.allclose(written[row, :length], model.lm_logits(alone, None, image)[0], atol=1e-5)
+
+
+def test_masked_image_tokens_equal_absent_ones(model):
+    pixels, ids, mask = batch()
+    tokens = model.encode_image(pixels)
+    image_mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    image_mask[:, 9:] = False
+    masked = model.match_logits(ids, mask, tokens, image_mask)
+    assert torch.allclose(masked, model.match_logits(ids, mask, tokens[:, :9]), atol=1e-5)
+    assert not torch.allclose(masked, model.match_logits(ids, mask, tokens), atol=1e-3)
+
+
+def test_a_token_sees_nothing_after_it(model):
+    pixels, ids, mask = batch()
+    tokens = model.encode_image(pixels)
+    changed = ids.clone()
+    changed[:, 5:] = 7
+    before, after = model.lm_logits(ids, mask, tokens), model.lm_logits(changed, mask, tokens)
+    assert torch.allclose(before[:, :5], after[:, :5], atol=1e-5)
+    assert not torch.allclose(before[:, 5:], after[:, 5:], atol=1e-3)
+
+
+def test_position_0_is_the_modes_own_and_the_callers_ids_stay(model):
+    pixels, ids, mask = batch()
+    tokens = model.encode_image(pixels)
+    other, kept = ids.clone(), ids.clone()
+    other[:, 0] = 2
+    assert torch.equal(model.match_logits(ids, mask, tokens), model.match_logits(other, mask, tokens))
+    assert torch.equal(model.lm_logits(ids, mask, tokens), model.lm_logits(other, mask, tokens))
+    assert not torch.allclose(model.embed_text(ids, mask), model.embed_text(other, mask), atol=1e-4)
+    assert torch.equal(ids, kept)
+
+
+@settings(max_examples=15, deadline=None)
+@given(prompt=st.integers(1, 5), samples=st.integers(1, 3), seed=st.integers(0, 99))
+def test_decoding_with_the_cache_equals_the_full_forward(model, prompt, samples, seed):
+    pixels, _, _ = batch(2, seed=seed)
+    _, ids, _ = batch(2 * samples, 7, seed)
+    tokens = model.encode_image(pixels)
+    full = model.lm_logits(ids, None, tokens.repeat_interleave(samples, 0))
+    cross = model.prefill_cross(tokens)
+    cache = model.new_cache(len(ids), 7, cross)
+    logits = model.decode(ids[:, :prompt], cache, cross)
+    assert torch.allclose(logits, full[:, prompt - 1], atol=1e-4)
+    for step in range(prompt, 7):
+        logits = model.decode(ids[:, step : step + 1], cache, cross)
+        assert torch.allclose(logits, full[:, step], atol=1e-4)
+
+
+def test_reordered_cache_goes_on_from_the_chosen_rows(model):
+    pixels, ids, _ = batch(3, 6)
+    tokens = model.encode_image(pixels[:1])
+    cross = model.prefill_cross(tokens)
+    cache = model.new_cache(3, 6, cross)
+    model.decode(ids[:, :5], cache, cross)
+    order = torch.tensor([2, 2, 0])
+    cache.reorder(order)
+    logits = model.decode(ids[:, 5:], cache, cross)
+    texts = torch.cat([ids[order, :5], ids[:, 5:]], dim=1)
+    assert torch.allclose(logits, model.lm_logits(texts, None, tokens.expand(3, -1, -1))[:, -1], atol=1e-4)
+
+
+def test_too_long_a_caption_is_refused(model):
+    pixels, _, _ = batch(1)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        model.new_cache(1, 17, model.prefill_cross(model.encode_image(pixels)))
+
+
+def test_gradients_reach_every_parameter():
+    made = build(small_config())
+    pixels, ids, mask = batch()
+    tokens = made.encode_image(pixels)
+    loss = (
+        made.lm_logits(ids, mask, tokens).logsumexp(-1).mean()
+        + made.match_logits(ids, mask, tokens)[:, 1].mean()
+    )
+    loss = (
+        loss + (made.embed_image(tokens) @ made.embed_text(ids, mask).T / made.temperature).diagonal().mean()
+    )
+    loss.backward()
+    # A key's bias shifts every score of a query alike, so its gradient is zero up to rounding: presence is what counts.
+    assert [name for name, each in made.named_parameters() if each.grad is None] == []
+
+
+def test_config_goes_through_json_and_refuses_what_it_does_not_know():
+    config = preset("tiny", 777)
+    assert BlipConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for wrong, named in [
+        ({"vision": {"depht": 3}}, "vision.depht"),
+        ({"text": {"width": "768"}}, "text.width"),
+        ({"text": {"depth": -1}}, "text.depth"),
+        ({"text": {"heads": 7}}, "text.heads"),
+        ({"vision": []}, "vision"),
+        ({"colour": 1}, "colour"),
+        ({"vision": {"stem": "x"}}, "vision.stem"),
+        ({"vision": {"trunk": "resnet"}}, "vision.trunk"),
+        ({"vision": {"image_size": 50}}, "vision.image_size"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            BlipConfig.from_dict(wrong)
+
+
+def test_same_outputs_as_transformers(model):
+    """The published checkpoints' architecture, written by others: same tensors in, same numbers out."""
+    transformers = pytest.importorskip("transformers")
+    reference = transformers_twins(transformers, model)
+    pixels, ids, mask = batch(3, 7)
+    mask[1, 4:] = False
+    ids[:, 0] = VOCAB - 1
+    floats = model.visual_encoder.normalise(pixels)
+    with torch.no_grad():
+        tokens = model.encode_image(pixels)
+        theirs = reference["retrieval"](ids, floats, attention_mask=mask.long(), use_itm_head=True)
+        assert torch.allclose(theirs.last_hidden_state, tokens, atol=1e-4)
+        assert torch.allclose(theirs.itm_score, model.match_logits(ids, mask, tokens), atol=1e-4)
+        ids[:, 0] = 2
+        cosine = reference["retrieval"](ids, floats, attention_mask=mask.long(), use_itm_head=False).itm_score
+        ours = model.embed_image(tokens) @ model.embed_text(ids, mask).T
+        assert torch.allclose(cosine, ours, atol=1e-4)
+        ids[:, 0] = VOCAB - 2
+        logits = reference["captioner"](floats, ids, attention_mask=mask.long()).logits
+        assert torch.allclose(logits[mask], model.lm_logits(ids, mask, tokens)[mask], atol=1e-4)
+
+
+def transformers_twins(transformers, model):
+    """transformers' captioner and retrieval model with `model`'s weights, through the published names."""
+    text, vision = model.config.text, model.config.vision
+    config = transformers.BlipConfig(
+        text_config={
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "encoder_hidden_size": vision.width,
+            "intermediate_size": text.hidden,
+            "num_hidden_layers": text.depth,
+            "num_attention_heads": text.heads,
+            "max_position_embeddings": text.max_positions,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "bos_token_id": text.dec_id,
+            "sep_token_id": 3,
+            "eos_token_id": 3,
+            "pad_token_id": 0,
+            "is_decoder": True,
+        },
+        vision_config={
+            "hidden_size": vision.width,
+            "intermediate_size": vision.hidden,
+            "num_hidden_layers": vision.depth,
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "layer_norm_eps": 1e-6,
+            "hidden_act": "gelu",
+        },
+        image_text_hidden_size=model.config.embed_dim,
+    )
+    renames = [
+        ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+        ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+        ("visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
+        ("visual_encoder.blocks", "vision_model.encoder.layers"),
+        ("visual_encoder.norm", "vision_model.post_layernorm"),
+        (".norm1.", ".layer_norm1."),
+        (".norm2.", ".layer_norm2."),
+        (".attn.qkv.", ".self_attn.qkv."),
+        (".attn.proj.", ".self_attn.projection."),
+    ]
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for old, new in renames:
+            name = name.replace(old, new)
+        state[name] = tensor
+    twins = {
+        "captioner": transformers.BlipForConditionalGeneration(config),
+        "retrieval": transformers.BlipForImageTextRetrieval(config),
+    }
+    tied = {
+        "text_decoder.cls.predictions.decoder.weight": state[
+            "text_encoder.embeddings.word_embeddings.weight"
+        ],
+        "text_decoder.cls.predictions.decoder.bias": state["text_decoder.cls.predictions.bias"],
+    }
+    for twin in twins.values():
+        wanted = twin.state_dict().keys()
+        fitting = {name: each for name, each in {**state, **tied}.items() if name in wanted}
+        missing, unexpected = twin.load_state_dict(fitting, strict=False)
+        assert not missing, missing
+        assert not unexpected
+        twin.eval()
+    return twins
