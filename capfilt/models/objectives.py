@@ -1,42 +1,38 @@
-"""BLIP's three pretraining losses (ITC, ITM, LM) as pure functions, and `BlipPretraining`, which runs them over one batch.
+"""BLIP's three pretraining losses (ITC, ITM, LM) as pure functions, and `BlipPretraining`: all of them on one batch.
 
 Not here: the network itself (`capfilt.models.blip`), the optimiser and the loop (`capfilt.training`), how rows become
 batches (`capfilt.data.corpus`).
-Sources: BLIP, arXiv 2201.12086, sec. 3.2 (the objectives); ALBEF, arXiv 2107.07651, sec. 3.2-3.3 (momentum distillation,
-hard negatives); MoCo, arXiv 1911.05722, sec. 3 (queue). Departures from the released code are named where they happen.
+Sources: BLIP, arXiv 2201.12086, sec. 3.2 (the objectives); ALBEF, arXiv 2107.07651, sec. 3.2-3.3 (hard negatives,
+momentum distillation); MoCo, arXiv 1911.05722, sec. 3 (queue). Departures from the released code are named in place.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.data.loader import Batch
 from capfilt.errors import UserError
+from capfilt.models.blip import Blip, project
+from capfilt.models.layers import Pair, full_precision
 
 OBJECTIVES = ("itc", "itm", "lm")
 COLLAPSED_ITM = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
 """ITM loss (nats) of a head that only knows its prior of one match in three rows: 0.6365."""
 
 
-def _fp32(tensor: Tensor) -> AbstractContextManager[object]:
-    # Temperature division and softmax over tens of thousands of candidates lose the loss in half precision, so every
-    # loss leaves autocast first.
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
-
-
 def alpha_ramp(step: int, ramp_steps: int, alpha: float = 0.4) -> float:
     """Weight of the momentum's soft targets at `step`: linear from 0 to `alpha` over `ramp_steps`, then constant.
 
-    `alpha` 0.4 is ALBEF's (arXiv 2107.07651, sec. 4); BLIP ramps it over the first two epochs of pretraining and the first
-    one of finetuning, so `ramp_steps` is the caller's.
+    `alpha` 0.4 is ALBEF's (arXiv 2107.07651, sec. 4); BLIP ramps it over the first two epochs of pretraining and the
+    first one of finetuning, so `ramp_steps` is the caller's.
     """
     if ramp_steps <= 0:
         return alpha
@@ -52,9 +48,9 @@ def positives(
 ) -> Tensor:
     """Which candidates match which row: bool [B, C], the same matrix for image-to-text and text-to-image.
 
-    The first B candidates are the batch itself, so row i always matches candidate i. With `multi_positive` every candidate
-    of the same image or with the identical text matches too (the paper's pretraining counts those as negatives, its
-    retrieval finetuning and ours do not). False gives the paper's diagonal.
+    The first B candidates are the batch itself, so row i always matches candidate i. With `multi_positive` every
+    candidate of the same image or with the identical text matches too (BLIP's pretraining counts those as negatives,
+    its retrieval finetuning does not for the same image). False gives the diagonal alone.
     """
     rows, candidates = image_index.numel(), candidate_image_index.numel()
     matrix = torch.eye(rows, candidates, dtype=torch.bool, device=image_index.device)
@@ -70,11 +66,11 @@ def contrastive_targets(
     momentum_similarity: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Soft targets, fp32 [B, C], rows summing to 1: alpha * softmax(momentum_similarity) + (1 - alpha) * matches / row sum.
+    """Soft targets, fp32 [B, C]: alpha * softmax(momentum_similarity) + (1 - alpha) * matches / their row sum.
 
-    `matches` bool [B, C]; `momentum_similarity` [B, C] already divided by the temperature, needed only where alpha > 0;
-    `valid` bool [C] marks the candidates that exist. ALBEF, arXiv 2107.07651, eq. 6; rows with several matches share the
-    mass evenly, as BLIP's retrieval finetuning does.
+    `matches` bool [B, C]; `momentum_similarity` [B, C], already divided by the temperature, is needed where alpha > 0;
+    `valid` bool [C] marks the candidates that exist. Rows sum to 1. ALBEF, arXiv 2107.07651, eq. 6; several matches of
+    a row share the mass evenly, as in BLIP's retrieval finetuning.
     """
     hard = matches.float()
     if valid is not None:
@@ -100,33 +96,30 @@ def contrastive_loss(
     """ITC: fp32 scalar (nats), the mean of image-to-text and text-to-image cross-entropy against `targets`.
 
     `image_embeds`, `text_embeds` [B, E] and the candidates [C, E] are L2-normalised; `targets` = (image-to-text,
-    text-to-image), each [B, C]; `valid` bool [C] drops candidates from both softmaxes. BLIP, arXiv 2201.12086, sec. 3.2,
-    with the momentum targets of ALBEF, arXiv 2107.07651, eq. 6. For independent random embeddings and one-hot targets the
-    expected value is about ln C + 1 / (2 E temperature^2).
+    text-to-image), each [B, C]; `valid` bool [C] drops candidates from both softmaxes. BLIP, arXiv 2201.12086,
+    sec. 3.2, with the momentum targets of ALBEF, arXiv 2107.07651, eq. 6. For independent random embeddings and one-hot
+    targets it is about ln C + 1 / (2 E temperature^2).
     """
-    with _fp32(image_embeds):
-        return _soft_cross_entropy(
-            image_embeds.float() @ text_candidates.float().T / temperature,
-            text_embeds.float() @ image_candidates.float().T / temperature,
-            targets,
-            valid,
-        )
+    image_to_text, text_to_image = targets
+    return (
+        _soft_cross_entropy(similarities(image_embeds, text_candidates, temperature), image_to_text, valid)
+        + _soft_cross_entropy(similarities(text_embeds, image_candidates, temperature), text_to_image, valid)
+    ) / 2
 
 
-def _soft_cross_entropy(
-    image_to_text: Tensor, text_to_image: Tensor, targets: tuple[Tensor, Tensor], valid: Tensor | None
-) -> Tensor:
-    total = image_to_text.new_zeros(())
-    for logits, target in zip((image_to_text, text_to_image), targets, strict=True):
-        if valid is None:
-            log_probability = logits.log_softmax(dim=1)
-        else:
-            # The second fill keeps 0 * -inf out of the sum.
-            log_probability = (
-                logits.masked_fill(~valid, -math.inf).log_softmax(dim=1).masked_fill(~valid, 0.0)
-            )
-        total = total - (target * log_probability).sum(dim=1).mean()
-    return total / 2
+def similarities(queries: Tensor, candidates: Tensor, temperature: Tensor | float) -> Tensor:
+    """queries [B, E] @ candidates [C, E] transposed, over the temperature: fp32 [B, C], free of autocast."""
+    with full_precision(queries):
+        return queries.float() @ candidates.float().T / temperature
+
+
+def _soft_cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        log_probability = logits.log_softmax(dim=1)
+    else:
+        # The second fill keeps 0 * -inf out of the sum.
+        log_probability = logits.masked_fill(~valid, -math.inf).log_softmax(dim=1).masked_fill(~valid, 0.0)
+    return -(target * log_probability).sum(dim=1).mean()
 
 
 def hard_negatives(
@@ -173,8 +166,8 @@ class MatchingRows(NamedTuple):
 def matching_rows(negative_image: Tensor, negative_text: Tensor, found: Tensor) -> MatchingRows:
     """Rows for `matching_loss` from one drawn image per text and one drawn text per image (int64 [B] each).
 
-    A pair without any negative (`found` False) leaves the loss with its positive row too: otherwise a batch of one would
-    teach the head that everything matches.
+    A pair without any negative (`found` False) leaves the loss with its positive row too: otherwise a batch of one
+    would teach the head that everything matches.
     """
     batch = torch.arange(len(found), device=found.device)
     label = torch.zeros(3 * len(found), dtype=torch.int64, device=found.device)
@@ -196,13 +189,13 @@ class Matching(NamedTuple):
 
 
 def matching_loss(logits: Tensor, label: Tensor, keep: Tensor | None = None) -> Matching:
-    """ITM: mean cross-entropy over the kept rows, with accuracy and balanced accuracy (mean recall of the classes present).
+    """ITM: mean cross-entropy over the kept rows, accuracy, and balanced accuracy (mean recall of the classes present).
 
-    `logits` [R, 2], `label` int64 [R] with 1 = match, `keep` bool [R]. BLIP, arXiv 2201.12086, sec. 3.2. Two thirds of the
-    rows are negatives, so accuracy 0.667 with balanced accuracy 0.5 and loss 0.6365 is a head that learned nothing but
-    its prior. No row kept gives loss 0.
+    `logits` [R, 2], `label` int64 [R] with 1 = match, `keep` bool [R]. BLIP, arXiv 2201.12086, sec. 3.2. Two thirds of
+    the rows are negatives, so accuracy 0.667 with balanced accuracy 0.5 and loss 0.6365 is a head that learned nothing
+    but its prior. No row kept gives loss 0.
     """
-    with _fp32(logits):
+    with full_precision(logits):
         logits = logits.float()
         weight = torch.ones_like(label, dtype=torch.float32) if keep is None else keep.float()
         rows = weight.sum().clamp(min=1.0)
@@ -240,7 +233,7 @@ def language_loss(
     vocabulary of 30524. No token to predict gives loss 0.
     """
     labels = language_labels(ids, mask, prompt_length)
-    with _fp32(logits):
+    with full_precision(logits):
         total = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(),
             labels.flatten(),
@@ -321,8 +314,208 @@ class FeatureQueue(nn.Module):
         self.filled = min(self.size, self.filled + rows)
 
     def candidates(self) -> Candidates:
-        """Views of the filled slots (C = how many rows are stored). Copy before the next `enqueue` if they must last."""
+        """Views of the filled slots, C of them; the next `enqueue` may overwrite what they show."""
         used = slice(0, self.filled)
         return Candidates(
             self.image[used], self.text[used], self.image_index[used], self.text_index[used], self.valid[used]
         )
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """Which losses, and their constants. The paper's and its released code's values, cited beside each.
+
+    Pretraining is ("itc", "itm", "lm"), a captioner is finetuned with ("lm",) and a prompt, a filter with
+    ("itc", "itm").
+    """
+
+    objectives: tuple[str, ...] = OBJECTIVES
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Factor per objective; 1 where not named (BLIP, arXiv 2201.12086, sec. 3.2: the plain sum)."""
+    queue_size: int = 57600
+    """Past pairs kept as ITC candidates (BLIP, released pretraining configuration); 0: the batch alone."""
+    momentum: float | None = 0.995
+    """EMA of the momentum towers (ALBEF, arXiv 2107.07651, sec. 4). None: no towers; the candidates are the live
+    embeddings and there are no soft targets, for half the cost of a small step."""
+    multi_positive: bool = True
+    """Candidates of the same image or with the identical text are positives; False is the paper's pretraining."""
+    label_smoothing: float = 0.1
+    """Of the language model's targets (BLIP, sec. 3.2)."""
+    prompt_length: int = 0
+    """Ids at the start of each text, start slot included, that the language model is given and does not learn."""
+    temperature_range: tuple[float, float] = (0.001, 0.5)
+    """The learned temperature is clamped to this in place before every step (BLIP, released code)."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.objectives) - set(OBJECTIVES))
+        if unknown or not self.objectives:
+            raise UserError(
+                f"objectives {list(self.objectives)}: name at least one of {', '.join(OBJECTIVES)}"
+            )
+        stray = sorted(set(self.weights) - set(self.objectives))
+        if stray:
+            raise UserError(
+                f"weights: {', '.join(stray)} is not among the objectives {', '.join(self.objectives)}"
+            )
+        if self.queue_size < 0:
+            raise UserError(f"queue_size {self.queue_size}: give 0 (the batch alone) or more")
+        if self.momentum is not None and not 0.0 <= self.momentum < 1.0:
+            raise UserError(f"momentum {self.momentum}: give a number in [0, 1), or none")
+
+
+class MomentumTowers(nn.Module):
+    """Copies of what makes ITC embeddings, moved by `follow` and by nothing else: no gradients, no optimiser.
+
+    They stay in training mode with the module they belong to, dropout included, as in the released code.
+    """
+
+    def __init__(self, model: Blip) -> None:
+        super().__init__()
+        self.visual_encoder = copy.deepcopy(model.visual_encoder)
+        self.text_encoder = copy.deepcopy(model.text_encoder)
+        for layer in self.text_encoder.layers:
+            # Texts alone are read here, so the copy would carry a cross-attention per layer that nothing runs.
+            del layer.crossattention
+        self.vision_proj = copy.deepcopy(model.vision_proj)
+        self.text_proj = copy.deepcopy(model.text_proj)
+        self.requires_grad_(False)
+
+    def pairs(self, model: Blip) -> tuple[list[Tensor], list[Tensor]]:
+        """(own parameters, the live ones they follow); a frozen live parameter never moves and is left out."""
+        live = dict(model.named_parameters(remove_duplicate=False))
+        names = [name for name, _ in self.named_parameters() if live[name].requires_grad]
+        mine = dict(self.named_parameters())
+        return [mine[name] for name in names], [live[name] for name in names]
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        return project(self.vision_proj, self.visual_encoder(images))
+
+    def embed_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return project(self.text_proj, self.text_encoder(ids, mask))
+
+
+class BlipPretraining(nn.Module):
+    """A Blip with what its training needs and its use does not: momentum towers and the queue.
+
+    `losses(batch, alpha)` is one step's forward pass: the image is encoded once and its cross-attention keys and values
+    are computed once for ITM's three rows and LM's one, ITM's 3B rows are one text pass.
+    """
+
+    def __init__(self, model: Blip, config: PretrainingConfig | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config or PretrainingConfig()
+        contrastive = "itc" in self.config.objectives
+        self.momentum = MomentumTowers(model) if contrastive and self.config.momentum is not None else None
+        self.queue = FeatureQueue(self.config.queue_size if contrastive else 0, model.config.embed_dim)
+
+    def losses(self, batch: Batch, alpha: float = 0.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" (weighted sum, with gradient), "itc", "itm", "lm" as configured, and without gradient
+        "temperature", "itm_accuracy", "itm_balanced_accuracy" where they apply.
+
+        `alpha` is the weight of the momentum's soft targets (see `alpha_ramp`). In training mode the call also clamps
+        the temperature, moves the momentum towers before they are used, and fills the queue; draws come from torch's
+        global generators. Without ITC, ITM's hard negatives come from similarities computed without gradient.
+        """
+        objectives, model = self.config.objectives, self.model
+        if self.training:
+            self._before_step()
+        images = self._images(batch)
+        tokens = model.encode_image(images)
+        cross = model.prefill_cross(tokens) if {"itm", "lm"} & set(objectives) else []
+        found: dict[str, Tensor] = {}
+        detached: dict[str, Tensor] = {}
+        if {"itc", "itm"} & set(objectives):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and "itc" in objectives):
+                loss, image_to_text, text_to_image = self._contrast(batch, images, tokens, alpha)
+            if "itc" in objectives:
+                found["itc"] = loss
+                detached["temperature"] = model.temperature.detach().float().clone()
+            if "itm" in objectives:
+                matching = self._match(batch, cross, image_to_text, text_to_image)
+                found["itm"] = matching.loss
+                detached["itm_accuracy"] = matching.accuracy
+                detached["itm_balanced_accuracy"] = matching.balanced_accuracy
+        if "lm" in objectives:
+            # No padding mask: pads come last, so no token before them sees one through the causal mask.
+            logits = model.lm_logits(batch.ids, None, cross)
+            found["lm"] = language_loss(
+                logits, batch.ids, batch.mask, self.config.prompt_length, self.config.label_smoothing
+            )
+        total = torch.stack([self.config.weights.get(name, 1.0) * loss for name, loss in found.items()]).sum()
+        return {"loss": total, **found, **detached}
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self.model.temperature.clamp_(*self.config.temperature_range)
+        if self.momentum is not None and self.config.momentum is not None:
+            ema_update(*self.momentum.pairs(self.model), self.config.momentum)
+
+    def _images(self, batch: Batch) -> Tensor:
+        images = batch.features if batch.features is not None else batch.pixels
+        if images is None:
+            raise UserError("a batch has neither pixels nor features: the loader must yield one of them")
+        tower = self.model.visual_encoder
+        if (
+            self.momentum is not None
+            and images.dim() == 4
+            and tower.config.trunk
+            and tower.config.trunk_frozen
+        ):
+            # Both towers hold the same frozen trunk: run it once.
+            return tower.trunk_features(images)
+        return images
+
+    def _contrast(
+        self, batch: Batch, images: Tensor, tokens: Tensor, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ITC, and the batch's own similarities [B, B] image-to-text and text-to-image, detached."""
+        model, towers = self.model, self.momentum
+        image, text = model.embed_image(tokens), model.embed_text(batch.ids, batch.mask)
+        image_m, text_m = image, text
+        if towers is not None:
+            with torch.no_grad():
+                image_m, text_m = towers.embed_image(images), towers.embed_text(batch.ids, batch.mask)
+        queued = self.queue.candidates()
+        image_candidates = torch.cat([image_m, queued.image])
+        text_candidates = torch.cat([text_m, queued.text])
+        matches = positives(
+            batch.image_index,
+            batch.text_index,
+            torch.cat([batch.image_index, queued.image_index]),
+            torch.cat([batch.text_index, queued.text_index]),
+            self.config.multi_positive,
+        )
+        valid = None
+        if self.queue.filled:
+            valid = torch.cat([torch.ones_like(batch.image_index, dtype=torch.bool), queued.valid])
+        with torch.no_grad():
+            image_to_text = text_to_image = None
+            if towers is not None and alpha > 0.0:
+                image_to_text = similarities(image_m, text_candidates, model.temperature)
+                text_to_image = similarities(text_m, image_candidates, model.temperature)
+            targets = (
+                contrastive_targets(matches, alpha, image_to_text, valid),
+                contrastive_targets(matches, alpha, text_to_image, valid),
+            )
+        loss = contrastive_loss(
+            image, text, image_candidates, text_candidates, model.temperature, targets, valid
+        )
+        with torch.no_grad():
+            near = (
+                similarities(image, text_m, model.temperature),
+                similarities(text, image_m, model.temperature),
+            )
+        if self.training:
+            self.queue.enqueue(image_m.detach(), text_m.detach(), batch.image_index, batch.text_index)
+        return loss, *near
+
+    def _match(
+        self, batch: Batch, cross: Sequence[Pair], image_to_text: Tensor, text_to_image: Tensor
+    ) -> Matching:
+        negative_text, found = hard_negatives(image_to_text, batch.image_index, batch.text_index)
+        negative_image, _ = hard_negatives(text_to_image, batch.image_index, batch.text_index)
+        rows = matching_rows(negative_image, negative_text, found)
+        gathered = [(keys[rows.image], values[rows.image]) for keys, values in cross]
+        logits = self.model.match_logits(batch.ids[rows.text], batch.mask[rows.text], gathered)
+        return matching_loss(logits, rows.label, rows.keep)
