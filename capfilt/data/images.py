@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ MAX_PIXELS = (
 MAX_BYTES = 50_000_000
 JPEG_QUALITY = 95  # img2dataset's default encode_quality
 
+# On web images Pillow warns about every odd EXIF field, and about sizes that MAX_PIXELS already judges. Filtering once
+# is the only way that is safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,7 +40,7 @@ _ORIENTATIONS = {
 }
 
 
-class BadImage(Exception):  # noqa: N818 - what a row's picture is, not an error of the run
+class BadImage(Exception):
     """A picture that cannot be used: `.failure` from the closed list of failures, `.message` in words."""
 
     def __init__(self, failure: str, message: str) -> None:
@@ -92,6 +97,9 @@ def decode(
         raise BadImage(*_fault(data, _kind(data), f"{type(error).__name__}: {error}")) from None
     _check_size(image.size, max_pixels, min_size)
     kind = image.format or _kind(data)
+    if ImageFile.LOAD_TRUNCATED_IMAGES and _is_cut(data, kind):
+        # Another library of this process told Pillow to invent what is missing.
+        raise BadImage("truncated", f"{len(data)} bytes end before the {kind} does")
     try:
         if draft_size is not None:
             image.draft(None, (draft_size, draft_size))
@@ -212,19 +220,24 @@ def _kind(data: bytes) -> str | None:
     return None
 
 
+def _is_cut(data: bytes, kind: str | None) -> bool:
+    """Whether the bytes end before the format says they do; False where the format does not say."""
+    if kind in ("JPEG", "MPO"):
+        return b"\xff\xd9" not in data[-1024:]
+    if kind == "PNG":
+        return b"IEND" not in data[-1024:]
+    if kind == "GIF":
+        return b"\x3b" not in data[-64:]
+    if kind == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if kind == "BMP":
+        return int.from_bytes(data[2:6], "little") > len(data)
+    return False
+
+
 def _fault(data: bytes, kind: str | None, message: str) -> tuple[str, str]:
     """The failure of bytes that start like a picture but do not decode: cut off, or broken."""
-    cut = "truncated" in message.lower()
-    if kind in ("JPEG", "MPO"):
-        cut = cut or b"\xff\xd9" not in data[-1024:]
-    elif kind == "PNG":
-        cut = cut or b"IEND" not in data[-1024:]
-    elif kind == "GIF":
-        cut = cut or b"\x3b" not in data[-64:]
-    elif kind == "WEBP":
-        cut = cut or int.from_bytes(data[4:8], "little") + 8 > len(data)
-    elif kind == "BMP":
-        cut = cut or int.from_bytes(data[2:6], "little") > len(data)
+    cut = "truncated" in message.lower() or _is_cut(data, kind)
     return ("truncated" if cut else "decode_error"), message[:500]
 
 
