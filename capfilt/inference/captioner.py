@@ -1,0 +1,161 @@
+"""The captioner: images in, synthetic texts out. Which tokens are chosen is decoding.py's and sampling.py's.
+
+Rows, shards and failures are the caption stage's; it decodes pictures itself and passes tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capfilt.errors import UserError
+from capfilt.inference.decoding import Decoded, Limits, beam_search, sample
+from capfilt.inference.engine import Engine, Images
+from capfilt.inference.sampling import uniforms
+
+METHODS = ("nucleus", "beam", "greedy")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A synthetic text without the prompt, and the sum of log p of its tokens ([SEP] included) given the prompt.
+
+    The probability is the model's own: no temperature, no nucleus, no penalty.
+    """
+
+    text: str
+    logprob: float
+
+
+class Captioner(Engine):
+    """Writes captions. Load with `Captioner.load(path)`."""
+
+    @torch.inference_mode()
+    def caption(
+        self,
+        images: Images,
+        method: str = "nucleus",  # BLIP, arXiv 2201.12086, sec. 4.2: nucleus beats beam search for bootstrapping
+        top_p: float = 0.9,  # BLIP, sec. 4.2
+        num_beams: int = 3,  # BLIP, code: caption configs
+        max_new_tokens: int = 20,
+        min_new_tokens: int = 1,  # BLIP, code: min_length 5 counts four prompt slots
+        repetition_penalty: float = 1.0,
+        prompt: str | None = None,
+        seed: int = 0,
+        samples: int = 1,
+        keys: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        length_penalty: float = 1.0,
+        batch_size: int = 64,
+    ) -> list[Caption]:
+        """`samples` captions per image, image by image: caption k of image i is entry i * samples + k.
+
+        Args:
+            images: PIL images, encoded bytes or paths; or a uint8 tensor or array [B, 3, S, S] at the model's size;
+                or cached trunk features, floating [B, N, C].
+            method: "nucleus", "beam" (`samples` best texts of `num_beams` beams) or "greedy" (one sample only).
+            max_new_tokens, min_new_tokens: lengths in tokens, [SEP] included, the prompt not.
+            prompt: text to continue; None for the model's own ("a picture of "), "" for none.
+            seed, keys: caption k of image i is drawn from a stream keyed by (seed, keys[i], k), whatever batch it is
+                in; a key defaults to the image's index. (Rounding can differ between batch shapes, so a draw that
+                falls within it of a boundary can too.)
+            temperature, top_k: of sampling; top_k 0 is off (BLIP's code had, unnoticed, 50).
+            length_penalty: of beam search: score = logprob / tokens ** length_penalty.
+            batch_size: images at a time.
+
+        Raises:
+            UserError: an option out of range, or an image that cannot be read, named by its index.
+        """
+        _check(
+            method, top_p, num_beams, max_new_tokens, min_new_tokens, samples, temperature, top_k, batch_size
+        )
+        if repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty is {repetition_penalty}: it must be above 0 (1.0 is off)")
+        if keys is not None and len(keys) != len(images):
+            raise UserError(f"{len(keys)} keys for {len(images)} images: give one per image")
+        limits = Limits(
+            self.tokenizer.sep_id, self.tokenizer.pad_id, max_new_tokens, min_new_tokens, repetition_penalty
+        )
+        start = self.prompt_ids(self.model.config.prompt if prompt is None else prompt)
+        captions: list[Caption] = []
+        for first in range(0, len(images), batch_size):
+            last = min(first + batch_size, len(images))
+            batch = self.tensor(images, range(first, last))
+            with self.autocast():
+                cross = self.model.prefill_cross(self.model.encode_image(batch))
+                if method == "beam":
+                    decoded = beam_search(
+                        self.model, cross, start, last - first, limits, num_beams, samples, length_penalty
+                    )
+                else:
+                    rows = (last - first) * samples
+                    draws = None
+                    if method == "nucleus":
+                        names = keys[first:last] if keys is not None else [str(i) for i in range(first, last)]
+                        draws = uniforms(seed, names, samples, max_new_tokens).to(self.device)
+                    decoded = sample(self.model, cross, start, rows, limits, draws, top_p, top_k, temperature)
+            captions += self.texts(start, decoded)
+        return captions
+
+    def prompt_ids(self, prompt: str) -> Tensor:
+        """int64 [P] on the device: position 0 (which decoding makes [DEC]) and the prompt's pieces, no [SEP]."""
+        longest = self.model.config.text.max_positions
+        ids, _ = self.tokenizer.encode([prompt], max_length=longest, max_words=None)
+        return ids[0, :-1].to(self.device)
+
+    def texts(self, prompt: Tensor, decoded: Decoded) -> list[Caption]:
+        """The captions of decoded rows."""
+        lead = self.tokenizer.decode(prompt)
+        tokens, logprobs = decoded.tokens.cpu(), decoded.logprob.tolist()
+        captions = []
+        for row, logprob in zip(tokens, logprobs, strict=True):
+            # Decoded with the prompt: a piece that continues the prompt's last word is not a word of its own.
+            text = self.tokenizer.decode(torch.cat([prompt.cpu(), row]))
+            captions.append(Caption(text.removeprefix(lead).strip(), logprob))
+        return captions
+
+
+def _check(
+    method: str,
+    top_p: float,
+    num_beams: int,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    samples: int,
+    temperature: float,
+    top_k: int,
+    batch_size: int,
+) -> None:
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1")
+    if temperature <= 0:
+        raise UserError(f"temperature is {temperature}: it must be above 0 (method 'greedy' for none)")
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}: it must be 0 (off) or more")
+    counts = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "samples": samples,
+        "batch_size": batch_size,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise UserError(
+            f"min_new_tokens is {min_new_tokens}: it must be between 0 and max_new_tokens {max_new_tokens}"
+        )
+    if method == "greedy" and samples > 1:
+        raise UserError(
+            f"samples is {samples}: greedy decoding writes one caption per image; use method 'nucleus'"
+        )
+    if method == "beam" and samples > num_beams:
+        raise UserError(
+            f"samples is {samples}: beam search keeps at most num_beams {num_beams} texts per image"
+        )

@@ -1,0 +1,105 @@
+"""What captioner and filter have in common: a loaded model on a device, its precision, and pictures made into tensors.
+
+What is asked of the model is captioner.py's and filter.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from capfilt.data.images import BadImage
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.data.transforms import decode_uint8, to_uint8
+from capfilt.errors import UserError
+from capfilt.models import checkpoint
+from capfilt.models.blip import Blip
+
+ImageLike = Image.Image | bytes | str | PathLike[str]
+Images = Sequence[ImageLike] | Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float16]
+
+
+class Engine:
+    """A Blip in evaluation mode. Computes in bf16 autocast on a GPU and in fp32 on a CPU; answers are always fp32."""
+
+    def __init__(self, model: Blip, tokenizer: Tokenizer, precision: str = "auto") -> None:
+        if precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"precision {precision!r} is unknown: use 'auto', 'fp32' or 'bf16'")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.device = model.temperature.device
+        self.low_precision = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], device: str | torch.device | None = None, precision: str = "auto"
+    ) -> Self:
+        """From a checkpoint directory, onto `device` (None: a GPU if any). UserError names a file that is wrong."""
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer, _ = checkpoint.load(Path(path), device)
+        return cls(model, tokenizer, precision)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision everything is computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
+
+    def tensor(self, images: Images, chosen: Sequence[int]) -> Tensor:
+        """The chosen images on the device: uint8 [B, 3, S, S], or cached trunk features as they came.
+
+        Raises UserError naming the index of an image that cannot be read.
+        """
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images)
+        if isinstance(images, Tensor):
+            self._check(images)
+            return images[torch.as_tensor(chosen)].to(self.device, non_blocking=True)
+        size = self.model.config.image_size
+        rows = [pixels(images[index], size, index) for index in chosen]
+        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+
+    def _check(self, images: Tensor) -> None:
+        size = self.model.config.image_size
+        trunk = self.model.visual_encoder.trunk is not None
+        is_pixels = images.dtype == torch.uint8 and tuple(images.shape[1:]) == (3, size, size)
+        is_features = trunk and images.dim() == 3 and images.is_floating_point()
+        if not is_pixels and not is_features:
+            wanted = f"uint8 [B, 3, {size}, {size}]" + (" or float features [B, N, C]" if trunk else "")
+            raise UserError(f"images are {images.dtype} {list(images.shape)}; this model takes {wanted}")
+
+
+def pixels(image: ImageLike, size: int, index: int) -> npt.NDArray[np.uint8]:
+    """uint8 [3, size, size] of a picture, its encoded bytes or its path; UserError names `index` when unreadable.
+
+    Upright by its EXIF, alpha on white, bicubic, aspect not kept (BLIP, code: evaluation transform).
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return to_uint8(_upright_rgb(image), size)
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        return decode_uint8(data, size)
+    except BadImage as error:
+        raise UserError(f"image {index} cannot be used: {error}") from error
+    except OSError as error:
+        raise UserError(f"image {index} cannot be read: {error}") from error
+    except TypeError as error:
+        raise UserError(
+            f"image {index} is a {type(image).__name__}: give a PIL image, bytes or a path"
+        ) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+    return image.convert("RGB")

@@ -1,0 +1,92 @@
+"""The filter: does this text match this image? Thresholds and verdicts are the select stage's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capfilt.errors import UserError
+from capfilt.inference.engine import Engine, Images
+
+
+@dataclass(frozen=True)
+class Score:
+    """itm_score: softmax of the image-grounded encoder's logits at "match", [0, 1]; itc_score: cosine, [-1, 1]."""
+
+    itm_score: float
+    itc_score: float
+
+
+class Filter(Engine):
+    """Scores texts against images. Load with `Filter.load(path)`."""
+
+    def score(self, images: Images, texts: Sequence[str], batch_size: int = 64) -> list[Score]:
+        """Score i is of images[i] with texts[i]; the same image object or path given several times is encoded once.
+
+        Raises UserError for lists of different lengths and for an image that cannot be read (named by its index).
+        """
+        if len(images) != len(texts):
+            raise UserError(f"{len(images)} images and {len(texts)} texts: score wants one text per image")
+        if isinstance(images, Tensor) or not isinstance(images, Sequence):
+            return self.score_texts(images, range(len(texts)), texts, batch_size)
+        first: dict[object, int] = {}
+        # Identity for PIL images: they compare by their pixels, which costs more than encoding some.
+        unique = [
+            first.setdefault(each if isinstance(each, bytes | str) else id(each), i)
+            for i, each in enumerate(images)
+        ]
+        return self.score_texts(images, unique, texts, batch_size)
+
+    @torch.inference_mode()
+    def score_texts(
+        self, images: Images, image_index: Sequence[int] | Tensor, texts: Sequence[str], batch_size: int = 64
+    ) -> list[Score]:
+        """Score j is of images[image_index[j]] with texts[j]; an image is encoded once, however many texts it has.
+
+        Texts are cut to the model's `max_text_tokens` (35: BLIP, arXiv 2201.12086, code for retrieval). batch_size:
+        images, and texts, at a time.
+        """
+        index = [int(each) for each in image_index]
+        if len(index) != len(texts):
+            raise UserError(f"{len(index)} image indices and {len(texts)} texts: give one per text")
+        if index and not 0 <= min(index) <= max(index) < len(images):
+            raise UserError(
+                f"image_index runs from {min(index)} to {max(index)}; there are {len(images)} images"
+            )
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+        rows = self.tokenizer.encode_ragged(texts, max_length=self.model.config.max_text_tokens)
+        texts_of: dict[int, list[int]] = {}
+        for text, image in enumerate(index):
+            texts_of.setdefault(image, []).append(text)
+        wanted = sorted(texts_of)
+        scores: list[Score] = [Score(0.0, 0.0)] * len(texts)
+        for start in range(0, len(wanted), batch_size):
+            chunk = wanted[start : start + batch_size]
+            batch = self.tensor(images, chunk)
+            with self.autocast():
+                tokens = self.model.encode_image(batch)
+                vectors = self.model.embed_image(tokens)
+                cross = self.model.prefill_cross(tokens)
+                # Texts of like length side by side, for the least padding.
+                order = sorted(
+                    (
+                        (len(rows[text]), text, row)
+                        for row, image in enumerate(chunk)
+                        for text in texts_of[image]
+                    )
+                )
+                for at in range(0, len(order), batch_size):
+                    part = order[at : at + batch_size]
+                    ids, mask = self.tokenizer.pad([rows[text] for _, text, _ in part])
+                    ids, mask = ids.to(self.device), mask.to(self.device)
+                    of = torch.tensor([row for _, _, row in part], device=self.device)
+                    cross_of = [(keys[of], values[of]) for keys, values in cross]
+                    itm = self.model.match_logits(ids, mask, cross_of).softmax(-1)[:, 1]
+                    itc = (self.model.embed_text(ids, mask) * vectors[of]).sum(-1).clamp(-1, 1)
+                    for (_, text, _), a, b in zip(part, itm.tolist(), itc.tolist(), strict=True):
+                        scores[text] = Score(a, b)
+        return scores
