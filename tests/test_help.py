@@ -1,9 +1,11 @@
 """Would catch: an import that makes `--help` slow, or a command whose help needs torch to be answered.
 
 The command line promises its help in under half a second on a quiet machine. What is judged here is the processor time
-of the whole process, start of Python included: it equals the waiting time on a quiet machine and, unlike the waiting
-time, does not grow when the tests' neighbours are busy. A command gets five tries and its fastest counts, because the
-first run after an edit also compiles.
+of the whole process, start of Python included, which equals the waiting time on a quiet machine. Neighbours on the same
+core stretch even that (measured: up to twice), and stretch every process alike, so each run is paired with a run of
+REFERENCE, a process that imports a handful of the standard library; where REFERENCE takes longer than on the quiet
+machine where the limit was set, the command may too, in proportion (measured: the ratio of the two stays within 15%). A
+command gets five tries and its fastest counts, because the first run after an edit also compiles.
 """
 
 from __future__ import annotations
@@ -12,12 +14,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 0.5
+REFERENCE = (
+    "import asyncio, concurrent.futures, ctypes, decimal, email.mime.text, http.client, logging.config, pydoc, "
+    "sqlite3, unittest, xml.dom.minidom"
+)
+REFERENCE_SECONDS = 0.11
 HEAVY = (
     "torch",
     "ray",
@@ -31,6 +40,7 @@ HEAVY = (
     "datasets",
 )
 
+# The list comes from the application itself, so that a new command is tested without being named here.
 COMMANDS = """
 import json, typer
 from capfilt.cli import build_app
@@ -57,54 +67,58 @@ print(json.dumps([code, sorted(set({HEAVY!r}) & set(sys.modules))]), file=sys.st
 """
 
 
-def commands() -> list[list[str]]:
-    result = subprocess.run(
-        [sys.executable, "-c", COMMANDS], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return json.loads(result.stdout)
+class Run(NamedTuple):
+    """One run of a command's help; `seconds` as on the machine where REFERENCE takes REFERENCE_SECONDS."""
+
+    seconds: float
+    code: int
+    heavy: list[str]
+    printed: str
 
 
-def cpu_seconds(command: list[str], **streams) -> float:
-    """User and system time of one process from its start to its end."""
-    process = subprocess.Popen(command, cwd=ROOT, **streams)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, command
-    return usage.ru_utime + usage.ru_stime
+def finish(code: str, *arguments: str) -> tuple[float, str, str]:
+    """Processor seconds, stdout and stderr of one Python process from its start to its end."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        printed, told = out.read(), err.read()
+    assert process.returncode == 0, f"{arguments}: {told}"
+    return usage.ru_utime + usage.ru_stime, printed, told
+
+
+def ask(path: list[str]) -> Run:
+    reference, _, _ = finish(REFERENCE)
+    seconds, printed, told = finish(HELP, *path, "--help")
+    code, heavy = json.loads(told.splitlines()[-1])
+    return Run(seconds / max(1.0, reference / REFERENCE_SECONDS), code, heavy, printed)
 
 
 @pytest.fixture(scope="module")
-def every_command() -> list[list[str]]:
-    return commands()
+def runs() -> dict[tuple[str, ...], Run]:
+    """The first run of every command's help, the overview's included."""
+    return {tuple(path): ask(path) for path in json.loads(finish(COMMANDS)[1])}
 
 
-def test_the_commands_of_every_step_are_there(every_command):
-    """The list comes from the application itself, so that a new command is tested without being named here."""
-    names = {" ".join(path) for path in every_command}
-    assert {"download", "caption", "score", "select", "run", "quickstart", "query", "report"} <= names
+def test_the_commands_of_every_step_are_there(runs):
+    names = {" ".join(path) for path in runs}
+    assert {"", "download", "caption", "score", "select", "run", "quickstart", "query", "report"} <= names
 
 
-def test_help_is_answered_without_heavy_imports(every_command):
-    for path in every_command:
-        command = [sys.executable, "-c", HELP, *path, "--help"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert result.stdout.strip(), f"{path}: no help, {result.stderr}"
-        code, heavy = json.loads(result.stderr.splitlines()[-1])
-        assert (code, heavy) == (0, []), path
+def test_help_is_answered_without_heavy_imports(runs):
+    for path, run in runs.items():
+        assert run.printed.startswith(" ".join(["Usage: capfilt", *path])), path
+        assert (run.code, run.heavy) == (0, []), path
 
 
-def test_help_is_answered_in_half_a_second(every_command):
+def test_help_is_answered_in_half_a_second(runs):
     slow = {}
-    for path in every_command:
-        best = float("inf")
-        for _ in range(5):
-            best = min(
-                best,
-                cpu_seconds([sys.executable, "-m", "capfilt", *path, "--help"], stdout=subprocess.DEVNULL),
-            )
-            if best < LIMIT:
-                break
-        else:
-            slow[" ".join(path) or "capfilt"] = round(best, 3)
-    baseline = min(cpu_seconds([sys.executable, "-c", "pass"]) for _ in range(3))
-    assert not slow, f"seconds of processor time; `python -c pass` alone takes {baseline:.3f}"
+    for path, first in runs.items():
+        tries = [first.seconds]
+        while len(tries) < 5 and min(tries) >= LIMIT:
+            tries.append(ask(list(path)).seconds)
+        if min(tries) >= LIMIT:
+            slow[" ".join(["capfilt", *path])] = [round(seconds, 3) for seconds in tries]
+    assert not slow
