@@ -1,0 +1,430 @@
+"""The training loop: batches in, a trained module, a log and an account of what was seen out; resumes exactly.
+
+Any module with `losses(batch, alpha) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not here: the
+losses (`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
+(`capfilt.models.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from capfilt.data.loader import Batch
+from capfilt.errors import RunError, UserError
+from capfilt.models.objectives import COLLAPSED_ITM, alpha_ramp
+from capfilt.training import optim, state
+
+PRECISIONS = ("auto", "fp32", "bf16")
+MAX_SKIPS = 20
+"""So many steps in a row with a non-finite loss or gradient end the run: the model will not come back by itself."""
+STUCK_LINES = 200
+STUCK_WITHIN = 0.01
+
+Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
+Augment = Callable[[Batch, torch.Generator], Tensor]
+"""A batch on its device and a CPU generator -> the pixels to train on in place of the batch's, on the same device."""
+OnStep = Callable[[int, Mapping[str, float]], None]
+"""Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Two runs with the same config, module and batches on the same CPU give the same weights."""
+
+    steps: int
+    batch_size: int = 64  # for the record; the batches decide
+    learning_rate: float = 3e-4  # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B
+    min_lr: float = 1e-6  # BLIP, released pretraining configuration
+    warmup_steps: int = 3000  # BLIP, released pretraining configuration; at most half of `steps`
+    weight_decay: float = 0.05  # BLIP, sec. 4.1
+    decay: str = (
+        "matrices"  # "all" decays biases, LayerNorms and the temperature too, as the released BLIP does
+    )
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's own, which the released BLIP uses
+    clip_norm: float = 1.0  # 0 for none, as the released BLIP; clipping is the cure users found for stuck ITM
+    seed: int = 0  # of dropout, augmentation and hard negatives
+    alpha: float = 0.4  # weight of the momentum's soft targets: ALBEF, arXiv 2107.07651, sec. 4
+    alpha_ramp_steps: int = 0  # BLIP, released code: two epochs in pretraining, one in finetuning
+    precision: str = (
+        "auto"  # bf16 autocast on GPUs that have it, fp32 elsewhere: on many CPUs bf16 is emulated
+    )
+    augment: Augment | None = None
+    log_every: int = 50  # steps per log line; its figures are means over those steps
+    save_every: int = 0  # steps between saved states; 0: only when interrupted
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate {self.learning_rate}: give a number above 0")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, JSON-able: a saved state continues only under an equal identity."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        for name in ("augment", "log_every", "save_every"):
+            del values[name]
+        return {**values, "betas": list(self.betas), "augment": self.augment is not None}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+        steps: optimiser steps, skipped ones included.
+        seconds: wall-clock seconds of training, those before an interruption included.
+        exposures: int64 [examples], how often each corpus example was trained on (skipped steps do not count).
+        losses: figures of the last log line.
+        skipped_steps: steps left out because of a non-finite loss or gradient.
+        warnings: what the run warned about, one line each.
+    """
+
+    steps: int
+    seconds: float
+    exposures: npt.NDArray[np.int64]
+    losses: Mapping[str, float]
+    skipped_steps: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class _Progress:
+    """What resuming needs beside tensors. JSON keeps floats exactly, so a resumed log line is the same line."""
+
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    stuck_lines: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counted: int = 0
+    rows: int = 0
+    window_seconds: float = 0.0
+    last: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def train(
+    module: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    on_step: OnStep | None = None,
+    log_path: Path | None = None,
+    state_path: Path | None = None,
+    fingerprint: str = "",
+    examples: int = 0,
+) -> TrainResult:
+    """Trains `module` in place, on the device it is on, for `config.steps` steps.
+
+    Args:
+        module: has `losses(batch, alpha) -> {"loss": scalar with gradient, name: scalar, ...}`.
+        batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
+            the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
+            ends is started again; one that yields nothing then ends the run with RunError.
+        on_step: progress; an exception from it ends the run.
+        log_path: JSON lines, one per `log_every` steps and one for the last.
+        state_path: file of the training state, written every `save_every` steps, at the end, and when SIGTERM or
+            SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again. Where the
+            file exists the run continues from it, skipping the batches it has had: the rest is what an uninterrupted
+            run would have done, bit for bit on a CPU. Delete it when the finished model is safe.
+        fingerprint: of the data and whatever else the caller wants to be the same when a state is continued.
+        examples: how many examples the corpus has: the length of `exposures`. Larger numbers lengthen it.
+
+    Raises:
+        UserError: nothing to train; a state of another run at `state_path`.
+        RunError: 20 steps in a row had a non-finite loss or gradient; batches ended; the state cannot be written.
+
+    The global random state of torch is used, seeded with `config.seed`, and put back afterwards.
+    """
+    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        run = _Run(module, batches, config, on_step, log_path, state_path, fingerprint, examples)
+        with run.signals():
+            run.steps()
+        return run.result()
+
+
+class _Run:
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Batches,
+        config: TrainConfig,
+        on_step: OnStep | None,
+        log_path: Path | None,
+        state_path: Path | None,
+        fingerprint: str,
+        examples: int,
+    ) -> None:
+        self.module = module.train()
+        self.batches = batches
+        self.config = config
+        self.on_step = on_step
+        self.log_path = log_path
+        self.state_path = state_path
+        self.parameters = optim.trainable(module)
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = optim.AdamW(self.parameters, config.betas, config.weight_decay, config.decay)
+        self.exposures = np.zeros(examples, dtype=np.int64)
+        self.progress = _Progress()
+        self.interrupt: int | None = None
+        own = getattr(module, "config", None)
+        self.identity: dict[str, Any] = {
+            **config.identity(),
+            "fingerprint": fingerprint,
+            "module": dataclasses.asdict(own)
+            if dataclasses.is_dataclass(own) and not isinstance(own, type)
+            else None,
+        }
+        # Through JSON and back, so that tuples compare as the lists they are stored as.
+        self.identity = json.loads(json.dumps(self.identity))
+        if state_path is not None and state_path.exists():
+            self._resume(state_path)
+        if log_path is not None:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            _truncate_log(log_path, self.progress.step)
+
+    def result(self) -> TrainResult:
+        done = self.progress
+        return TrainResult(
+            done.step, done.seconds, self.exposures, dict(done.last), done.skipped, tuple(done.warnings)
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def steps(self) -> None:
+        config, progress = self.config, self.progress
+        if progress.step >= config.steps:
+            return
+        stream = _stream(self.batches, progress.step, config.steps)
+        # Between steps everything is whole, so an exception from a batch or a callback may be answered by saving.
+        whole = True
+        try:
+            while progress.step < config.steps:
+                begin = time.perf_counter()
+                batch = next(stream)
+                whole = False
+                values = self._step(batch)
+                spent = time.perf_counter() - begin
+                progress.seconds += spent
+                progress.window_seconds += spent
+                last = progress.step == config.steps
+                if progress.step % config.log_every == 0 or last:
+                    self._log(values)
+                whole = True
+                if self.state_path is not None and (
+                    last or (config.save_every and progress.step % config.save_every == 0)
+                ):
+                    self._save()
+                if self.on_step is not None:
+                    self.on_step(progress.step, values)
+                if self.interrupt is not None:
+                    raise _InterruptError
+        except (KeyboardInterrupt, _InterruptError):
+            if whole and self.state_path is not None:
+                self._save()
+            raise
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        config, progress = self.config, self.progress
+        rate = optim.learning_rate(
+            progress.step, config.steps, config.learning_rate, config.min_lr, config.warmup_steps
+        )
+        alpha = alpha_ramp(progress.step, config.alpha_ramp_steps, config.alpha)
+        on_device = self._prepare(batch)
+        with self._autocast():
+            found: dict[str, Tensor] = self.module.losses(on_device, alpha)  # type: ignore[operator]
+        loss = found["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = optim.clip_gradients(self.parameters.values(), config.clip_norm)
+        names = [*found, "grad_norm"]
+        # One transfer per step for everything that is looked at: each would be a stop of its own on a GPU.
+        figures = torch.stack([*(value.detach().float() for value in found.values()), norm]).tolist()
+        values: dict[str, float] = dict(zip(names, figures, strict=True))
+        rows = len(batch.example)
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            self.optimizer.step(rate)
+            progress.skipped_in_a_row = 0
+            self._expose(batch.example)
+            progress.counted += 1
+            for name, value in values.items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped_in_a_row >= MAX_SKIPS:
+                raise RunError(
+                    f"step {progress.step + 1}: the loss or its gradient was not finite {MAX_SKIPS} times in a row; "
+                    "lower learning_rate, keep clip_norm above 0, or train with precision fp32"
+                )
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.rows += rows
+        return {**values, "lr": rate, "alpha": alpha}
+
+    def _prepare(self, batch: Batch) -> Batch:
+        batch = batch.to(self.device, non_blocking=True)
+        if self.config.augment is None or batch.pixels is None:
+            return batch
+        return dataclasses.replace(batch, pixels=self.config.augment(batch, torch.default_generator))
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        precision = self.config.precision
+        half = precision == "bf16" or (
+            precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+    def _expose(self, example: Tensor) -> None:
+        seen = np.bincount(example.numpy(force=True))
+        if len(seen) > len(self.exposures):
+            self.exposures = np.pad(self.exposures, (0, len(seen) - len(self.exposures)))
+        self.exposures[: len(seen)] += seen
+
+    # ------------------------------------------------------------------ log
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        progress = self.progress
+        means: dict[str, float] = {name: total / progress.counted for name, total in progress.sums.items()}
+        line: dict[str, Any] = {
+            "step": progress.step,
+            **means,
+            "lr": values["lr"],
+            "alpha": values["alpha"],
+            "images_per_second": progress.rows / max(progress.window_seconds, 1e-9),
+            "seconds": progress.seconds,
+            "skipped_steps": progress.skipped,
+        }
+        if self.log_path is not None:
+            with self.log_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        progress.last = {name: float(value) for name, value in line.items()}
+        progress.sums, progress.counted, progress.rows, progress.window_seconds = {}, 0, 0, 0.0
+        self._watch_matching(means.get("itm"))
+
+    def _watch_matching(self, loss: float | None) -> None:
+        progress = self.progress
+        stuck = loss is not None and abs(loss - COLLAPSED_ITM) < STUCK_WITHIN
+        progress.stuck_lines = progress.stuck_lines + 1 if stuck else 0
+        if progress.stuck_lines == STUCK_LINES and not progress.warnings:
+            message = (
+                f"step {progress.step}: the ITM loss has been {COLLAPSED_ITM:.4f}, that of a head that knows only its "
+                f"prior, for {STUCK_LINES} log lines; try a lower learning_rate, a longer warm-up, a larger batch, "
+                "cleaner pairs, or a text side initialised from a language model"
+            )
+            progress.warnings.append(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    # ------------------------------------------------------------------ state
+
+    def _save(self) -> None:
+        assert self.state_path is not None
+        tensors = state.capture(self.module, self.optimizer)
+        tensors["exposures"] = torch.from_numpy(self.exposures)
+        values = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
+        state.write(self.state_path, tensors, values)
+
+    def _resume(self, path: Path) -> None:
+        tensors, values = state.read(path)
+        theirs = values["identity"]
+        changed = [name for name in self.identity if theirs.get(name) != self.identity[name]]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{path} was saved by a run with {name} {theirs.get(name)!r}, now {self.identity[name]!r}: "
+                "restore it, or delete the file to start over"
+            )
+        state.restore(self.module, self.optimizer, tensors)
+        self.progress = _Progress(**values["progress"])
+        self.exposures = tensors["exposures"].numpy().copy()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step in progress; a second one ends it at once."""
+        if self.state_path is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(number: int, _frame: FrameType | None) -> None:
+            if self.interrupt is not None:
+                raise KeyboardInterrupt
+            self.interrupt = number
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        except _InterruptError:
+            pass
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.interrupt is not None:
+            # To whoever sent it, and to whatever the caller does about signals, nothing was swallowed.
+            signal.raise_signal(self.interrupt)
+            raise KeyboardInterrupt
+
+
+class _InterruptError(Exception):
+    """A signal arrived and the step in progress is done."""
+
+
+def _stream(batches: Batches, start: int, steps: int) -> Iterator[Batch]:
+    """The batches from step `start` on, without end."""
+    if callable(batches):
+        step = start
+        while True:
+            before = step
+            for batch in batches(step):
+                step += 1
+                yield batch
+            if step == before:
+                raise RunError(
+                    f"the batches ended after {step} of {steps} steps: the corpus is shorter than the run"
+                )
+    step = 0
+    while True:
+        before = step
+        for batch in batches:
+            step += 1
+            if step > start:
+                yield batch
+        if step == before:
+            raise RunError(
+                f"the batches ended after {step} of {steps} steps: the corpus is empty or read only once"
+            )
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drops the lines that a resumed run will write again, and a torn last line; a new run starts an empty log."""
+    kept = []
+    if step and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    continue
+            except (ValueError, KeyError, TypeError):
+                continue
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,109 @@
+"""The state of an interrupted training run: one safetensors file, published atomically, that never holds a pickle.
+
+Weights, buffers, optimiser moments and random states are the file's tensors, everything else is JSON in its header.
+What a finished model is saved as is `capfilt.models.checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from capfilt.errors import RunError, UserError
+from capfilt.training.optim import AdamW
+
+_HEADER = "capfilt_training_state"
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Replaces `path` by these tensors and JSON-able values: whole or not at all, also across a power cut."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, part, metadata={_HEADER: json.dumps(values)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"the training state could not be written to {path}: {error}") from error
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write` wrote, tensors on the CPU. UserError when the file is something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            if header is None:
+                raise UserError(f"{path} is no training state: name another file, or delete it to start over")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as a training state ({error}): delete it to start over"
+        ) from error
+
+
+def capture(module: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Everything of `module` and of the optimiser, and torch's random states."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    # keep_vars: without it, modules that share a parameter give two tensors over one memory, which safetensors refuses.
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[f"module.{name}"] = tensor
+    tensors.update({f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()})
+    tensors["random.cpu"] = torch.get_rng_state()
+    for device in _cuda_devices(module):
+        tensors[f"random.cuda.{device.index}"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore(module: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `capture`, into a module and an optimiser built alike. UserError when they are not."""
+    own = module.state_dict(keep_vars=True)
+    canonical: dict[int, str] = {}
+    for name, tensor in own.items():
+        canonical.setdefault(id(tensor), name)
+    wanted = {f"module.{name}" for name in canonical.values()}
+    stored = {name for name in tensors if name.startswith("module.")}
+    if wanted != stored:
+        raise UserError(
+            f"the training state is another model's: {min(wanted ^ stored)} is in one of them only"
+        )
+    try:
+        module.load_state_dict(
+            {name: tensors[f"module.{canonical[id(tensor)]}"] for name, tensor in own.items()}
+        )
+    except RuntimeError as error:
+        raise UserError(f"the training state is another model's: {' '.join(str(error).split())}") from error
+    optimizer.load_state_dict(
+        {
+            name.removeprefix("optimizer."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("optimizer.")
+        }
+    )
+    torch.set_rng_state(tensors["random.cpu"])
+    for device in _cuda_devices(module):
+        saved = tensors.get(f"random.cuda.{device.index}")
+        if saved is not None:
+            torch.cuda.set_rng_state(saved, device)
+
+
+def _cuda_devices(module: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)

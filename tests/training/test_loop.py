@@ -1,0 +1,390 @@
+"""Bugs caught here: a resumed run that is not the run it continues; a signal that loses a run; exposures that miscount;
+one broken batch that ends a run, or poisons its weights; a log that lies, doubles lines, or hides a collapsed ITM head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from capfilt.data.loader import Batch
+from capfilt.errors import RunError, UserError
+from capfilt.models.blip import BlipConfig, build
+from capfilt.models.objectives import COLLAPSED_ITM, BlipPretraining, PretrainingConfig
+from capfilt.models.text import TextConfig
+from capfilt.models.vision import VisionConfig
+from capfilt.training import optim
+from capfilt.training.loop import MAX_SKIPS, STUCK_LINES, TrainConfig, train
+
+MICRO = BlipConfig(
+    vision=VisionConfig(16, 8, width=16, depth=1, heads=2, hidden=32),
+    text=TextConfig(40, 16, 1, 2, 32, max_positions=16, dropout=0.1, attention_dropout=0.1),
+    embed_dim=8,
+)
+TIMES = {"seconds", "images_per_second"}
+
+
+def batch(step: int, count: int = 5) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(5, 38, (count, 6), generator=generator)
+    rows = torch.randint(0, 12, (count,), generator=generator)
+    return Batch(
+        ids=ids,
+        mask=torch.ones_like(ids, dtype=torch.bool),
+        image_index=rows,
+        text_index=rows,
+        example=rows,
+        weight=torch.ones(count),
+        sided=torch.zeros(count, dtype=torch.bool),
+        texts=[""] * count,
+        step=step,
+        epoch=0,
+        pixels=torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator),
+    )
+
+
+def batches(start: int = 0, steps: int = 1000):
+    return (batch(step) for step in range(start, steps))
+
+
+def pretraining(seed: int = 0) -> BlipPretraining:
+    return BlipPretraining(build(MICRO, seed), PretrainingConfig(queue_size=13))
+
+
+def shift(given: Batch, generator: torch.Generator) -> torch.Tensor:
+    return torch.roll(given.pixels, int(torch.randint(0, 4, (), generator=generator)), dims=3)
+
+
+CONFIG = TrainConfig(
+    steps=9, learning_rate=1e-2, warmup_steps=2, alpha_ramp_steps=5, augment=shift, log_every=2, seed=3
+)
+
+
+def lines(path):
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+def stop_at(step: int):
+    def on_step(done, _values):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("as_function", [True, False])
+@pytest.mark.parametrize("stops", [[1], [4], [2, 3, 7]])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stops, as_function):
+    whole = pretraining()
+    straight = train(whole, batches, CONFIG, log_path=tmp_path / "whole.jsonl", examples=12)
+    for number, stop in enumerate(stops):
+        with pytest.raises(Stop):
+            train(
+                pretraining(seed=number),  # what a state is restored into does not matter
+                batches if as_function else batches(),
+                CONFIG,
+                on_step=stop_at(stop),
+                log_path=tmp_path / "parts.jsonl",
+                state_path=tmp_path / "state.safetensors",
+                examples=12,
+            )
+    last = pretraining(seed=77)
+    resumed = train(
+        last,
+        batches if as_function else batches(),
+        CONFIG,
+        log_path=tmp_path / "parts.jsonl",
+        state_path=tmp_path / "state.safetensors",
+        examples=12,
+    )
+    assert lines(tmp_path / "parts.jsonl") == lines(tmp_path / "whole.jsonl")
+    for (name, a), b in zip(whole.state_dict().items(), last.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert resumed.exposures.tolist() == straight.exposures.tolist()
+    assert resumed.steps == straight.steps == 9
+
+
+def test_a_crash_between_saves_repeats_its_steps_but_not_its_log_lines(tmp_path):
+    config = dataclasses.replace(CONFIG, save_every=3, log_every=1)
+    train(pretraining(), batches, config, log_path=tmp_path / "whole.jsonl")
+
+    def crash(done, _values):
+        if done == 5:
+            raise OSError("the machine died")
+
+    paths = {"log_path": tmp_path / "log.jsonl", "state_path": tmp_path / "state.safetensors"}
+    with pytest.raises(OSError, match="died"):
+        train(pretraining(), batches, config, on_step=crash, **paths)
+    assert [line["step"] for line in lines(paths["log_path"])] == [1, 2, 3, 4, 5]
+    with paths["log_path"].open("a") as log:
+        log.write('{"step": 6, "los')
+    train(pretraining(), batches, config, **paths)
+    assert lines(paths["log_path"]) == lines(tmp_path / "whole.jsonl")
+
+
+def test_a_finished_run_does_nothing_when_run_again(tmp_path):
+    paths = {"log_path": tmp_path / "log.jsonl", "state_path": tmp_path / "state.safetensors"}
+    first_module, second_module = pretraining(), pretraining(seed=5)
+    first = train(first_module, batches, CONFIG, **paths)
+    log = paths["log_path"].read_text()
+    second = train(second_module, batches, CONFIG, **paths)
+    assert paths["log_path"].read_text() == log
+    assert (second.exposures == first.exposures).all()
+    assert second.losses == first.losses
+    for a, b in zip(first_module.parameters(), second_module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"learning_rate": 0.5}, "learning_rate"), ({"steps": 10}, "steps"), ({"augment": None}, "augment")],
+)
+def test_a_state_of_another_run_is_refused_by_name(tmp_path, change, said):
+    path = tmp_path / "state.safetensors"
+    train(pretraining(), batches, CONFIG, state_path=path)
+    with pytest.raises(UserError, match=f"state.safetensors.*{said}"):
+        train(pretraining(), batches, dataclasses.replace(CONFIG, **change), state_path=path)
+    with pytest.raises(UserError, match="fingerprint"):
+        train(pretraining(), batches, CONFIG, state_path=path, fingerprint="other data")
+    other = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=14))
+    with pytest.raises(UserError, match="module"):
+        train(other, batches, CONFIG, state_path=path)
+
+
+def test_sigterm_finishes_the_step_saves_and_is_passed_on(tmp_path):
+    received = []
+
+    def on_step(done, _values):
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(pretraining(), batches, CONFIG, on_step=on_step, state_path=tmp_path / "state.safetensors")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+    resumed = []
+    train(
+        pretraining(),
+        batches,
+        CONFIG,
+        on_step=lambda done, _values: resumed.append(done),
+        state_path=tmp_path / "state.safetensors",
+    )
+    assert resumed == [5, 6, 7, 8, 9]
+
+
+def test_a_process_told_to_end_ends_by_the_signal(tmp_path):
+    """What a scheduler sees after SIGTERM is a process that died of SIGTERM, with its state saved. On its way it must
+    not have imported torch's compiler: four seconds and 80 MB that every small training would pay.
+    """
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_loop as t
+from pathlib import Path
+def on_step(done, values):
+    if done == 3:
+        assert "torch._dynamo" not in sys.modules
+        os.kill(os.getpid(), signal.SIGTERM)
+t.train(t.pretraining(), t.batches, t.CONFIG, on_step=on_step, state_path=Path({str(tmp_path / "s.safetensors")!r}))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(Path.cwd())}, timeout=120
+    )
+    assert ended.returncode == -signal.SIGTERM
+    assert (tmp_path / "s.safetensors").exists()
+
+
+# ---------------------------------------------------------------------- what is counted and logged
+
+
+def test_exposures_count_every_trained_example(tmp_path):
+    result = train(pretraining(), batches, dataclasses.replace(CONFIG, steps=6), examples=20)
+    expected = torch.zeros(20, dtype=torch.int64)
+    for step in range(6):
+        for row in batch(step).example.tolist():
+            expected[row] += 1
+    assert result.exposures.dtype == "int64"
+    assert result.exposures.tolist() == expected.tolist()
+    unsized = train(pretraining(), batches, dataclasses.replace(CONFIG, steps=6)).exposures
+    assert unsized.tolist() == expected[: len(unsized)].tolist()
+    assert unsized.sum() == 30
+
+
+def test_log_lines_are_means_and_the_last_step_is_always_there(tmp_path):
+    seen = []
+    result = train(
+        pretraining(),
+        batches,
+        dataclasses.replace(CONFIG, log_every=4),
+        on_step=lambda done, values: seen.append(dict(values)),
+        log_path=tmp_path / "log.jsonl",
+    )
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [4, 8, 9]
+    wanted = {
+        "step",
+        "loss",
+        "itc",
+        "itm",
+        "lm",
+        "itm_accuracy",
+        "itm_balanced_accuracy",
+        "temperature",
+        "grad_norm",
+    }
+    assert wanted | {"lr", "images_per_second", "seconds"} <= set(log[0])
+    assert log[1]["itm"] == pytest.approx(sum(values["itm"] for values in seen[4:8]) / 4)
+    assert log[2]["lm"] == pytest.approx(seen[8]["lm"])
+    assert [v["lr"] for v in seen] == [optim.learning_rate(s, 9, 1e-2, 1e-6, 2) for s in range(9)]
+    assert [v["alpha"] for v in seen] == pytest.approx([0.4 * min(1, s / 5) for s in range(9)])
+    assert result.losses["lm"] == log[2]["lm"]
+    assert result.losses["loss"] == pytest.approx(
+        sum(result.losses[name] for name in ("itc", "itm", "lm")), abs=1e-5
+    )
+
+
+def test_same_seed_same_weights_and_the_callers_random_state_is_left_alone():
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    modules = []
+    for _ in range(2):
+        module = pretraining()
+        torch.manual_seed(11)
+        train(module, batches, CONFIG)
+        assert torch.equal(torch.rand(3), expected)
+        modules.append(module)
+    for a, b in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = pretraining()
+    train(other, batches, dataclasses.replace(CONFIG, seed=4))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(modules[0].parameters(), other.parameters(), strict=True)
+    )
+
+
+# ---------------------------------------------------------------------- faults
+
+
+class Scripted(nn.Module):
+    """A loss that is what the test says, step by step."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.values = list(values)
+        self.step = 0
+
+    def losses(self, batch, alpha):
+        factor = self.values[min(self.step, len(self.values) - 1)]
+        self.step += 1
+        loss = (self.weight * factor).mean()
+        return {"loss": loss, "itm": loss.detach()}
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path):
+    module = Scripted([1.0, math.nan, math.inf, 1.0])
+    result = train(
+        module, batches, TrainConfig(steps=4, log_every=2), log_path=tmp_path / "log.jsonl", examples=12
+    )
+    assert result.skipped_steps == 2
+    assert torch.isfinite(module.weight).all()
+    assert result.exposures.sum() == 10
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in log] == [1, 2]
+    assert all(math.isfinite(line["loss"]) for line in log)
+
+
+def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
+    train(
+        Scripted([math.nan, 1.0]), batches, TrainConfig(steps=2, log_every=1), log_path=tmp_path / "log.jsonl"
+    )
+    assert "loss" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_a_model_that_is_gone_ends_the_run():
+    with pytest.raises(RunError, match="learning_rate"):
+        train(Scripted([math.nan]), batches, TrainConfig(steps=100))
+    # Not in a row: one finite step starts the count again.
+    values = ([math.nan] * (MAX_SKIPS - 1) + [1.0]) * 2
+    assert train(Scripted(values), batches, TrainConfig(steps=len(values))).skipped_steps == 2 * (
+        MAX_SKIPS - 1
+    )
+
+
+def test_one_broken_batch_does_not_poison_queue_or_towers():
+    module = pretraining()
+
+    def broken(start=0):
+        for step in range(start, 1000):
+            made = batch(step)
+            if step == 3:
+                made = dataclasses.replace(made, pixels=torch.full((5, 3, 16, 16), math.nan))
+            yield made
+
+    result = train(module, broken, dataclasses.replace(CONFIG, augment=None))
+    assert result.skipped_steps == 1
+    assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
+    assert math.isfinite(result.losses["loss"])
+
+
+def test_a_collapsed_matching_head_is_said_once():
+    steps = STUCK_LINES + 50
+    config = TrainConfig(steps=steps, log_every=1, learning_rate=1e-9, min_lr=1e-9)
+    with pytest.warns(RuntimeWarning, match=r"0\.6365") as caught:
+        result = train(Scripted([COLLAPSED_ITM + 0.005]), batches, config)
+    assert len(caught) == 1
+    assert len(result.warnings) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short = dataclasses.replace(config, steps=STUCK_LINES - 1)
+        assert not train(Scripted([COLLAPSED_ITM]), batches, short).warnings
+        assert not train(Scripted([0.5]), batches, config).warnings
+
+
+def test_batches_start_again_when_they_end_and_none_is_an_error():
+    listed = [batch(step) for step in range(2)]
+    result = train(pretraining(), listed, dataclasses.replace(CONFIG, steps=5))
+    expected = torch.bincount(torch.cat([listed[step % 2].example for step in range(5)])).tolist()
+    assert result.exposures.tolist() == expected
+    with pytest.raises(RunError, match="2 of 9"):
+        train(pretraining(), (each for each in listed), CONFIG)
+    with pytest.raises(RunError, match="0 of 9"):
+        train(pretraining(), [], CONFIG)
+
+
+def test_wrong_options_are_named():
+    for options, said in (
+        ({"steps": 0}, "steps"),
+        ({"steps": 1, "precision": "fp16"}, "precision"),
+        ({"steps": 1, "learning_rate": math.nan}, "learning_rate"),
+    ):
+        with pytest.raises(UserError, match=said):
+            TrainConfig(**options)
+
+
+def test_half_precision_trains_on_a_cpu_when_asked():
+    result = train(pretraining(), batches, dataclasses.replace(CONFIG, steps=2, precision="bf16"))
+    assert math.isfinite(result.losses["loss"])

@@ -1,0 +1,115 @@
+"""Bugs caught here: a schedule off by one at its joints or with a step of rate 0; weight decay on biases, LayerNorms or
+the temperature; clipping that reports the norm after itself or touches small gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from capfilt.errors import UserError
+from capfilt.training import optim
+
+
+def rates(steps, warmup, peak=1.0, low=0.1):
+    return [optim.learning_rate(step, steps, peak, low, warmup) for step in range(steps)]
+
+
+def test_schedule_values():
+    values = rates(104, 4)
+    assert values[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert values[4] == 1.0
+    assert values[54] == pytest.approx(0.55)  # half-way down the cosine
+    assert values[29] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert optim.learning_rate(104, 104, 1.0, 0.1, 4) == pytest.approx(0.1)
+
+
+@given(st.integers(1, 300), st.integers(0, 400))
+def test_schedule_rises_then_falls_between_its_bounds(steps, warmup):
+    values = rates(steps, warmup, peak=1.0, low=0.0)
+    top = min(warmup, steps // 2)
+    assert values[top] == 1.0
+    assert all(0.0 < value <= 1.0 for value in values)
+    assert values[: top + 1] == sorted(values[: top + 1])
+    assert values[top:] == sorted(values[top:], reverse=True)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.norm = nn.LayerNorm(2)
+        self.twin = self.linear
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_only_matrices_decay():
+    parameters = optim.trainable(Small())
+    assert set(parameters) == {"linear.weight", "linear.bias", "norm.weight", "norm.bias", "temperature"}
+    decayed = optim.AdamW(parameters, weight_decay=0.05).weight_decay
+    assert {name for name, rate in decayed.items() if rate} == {"linear.weight"}
+    assert set(optim.AdamW(parameters, weight_decay=0.05, decay="all").weight_decay.values()) == {0.05}
+    with pytest.raises(UserError, match="decay"):
+        optim.AdamW(parameters, decay="biases")
+
+
+def test_nothing_to_train_is_said():
+    module = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(UserError, match="frozen"):
+        optim.trainable(module)
+
+
+def test_adamw_step_by_hand():
+    weight = nn.Parameter(torch.tensor([[2.0]]))
+    optimizer = optim.AdamW({"weight": weight}, weight_decay=0.5)
+    weight.grad = torch.tensor([[3.0]])
+    optimizer.step(0.1)
+    # Decay first, 2 * (1 - 0.1 * 0.5); then a first Adam step of the learning rate in the gradient's direction.
+    assert weight.item() == pytest.approx(1.9 - 0.1, abs=1e-6)
+    optimizer.zero_grad()
+    assert weight.grad is None
+
+
+def test_adamw_by_the_paper():
+    """Against the algorithm in Python floats (arXiv 1711.05101, algorithm 2); a parameter without a gradient is neither
+    moved nor decayed, and its first step is its own.
+    """
+    weight, late = nn.Parameter(torch.tensor([[2.0]])), nn.Parameter(torch.tensor([[-1.0]]))
+    optimizer = optim.AdamW({"weight": weight, "late": late}, betas=(0.8, 0.95), weight_decay=0.3)
+    by_hand = {"weight": [2.0, 0.0, 0.0, 0], "late": [-1.0, 0.0, 0.0, 0]}
+    for step in range(6):
+        rate = 0.1 / (step + 1)
+        for name, parameter in (("weight", weight), ("late", late)):
+            parameter.grad = None
+            if name == "late" and step < 3:
+                continue
+            gradient = math.sin(3.0 * step + len(name))
+            parameter.grad = torch.tensor([[gradient]])
+            value, first, second, count = by_hand[name]
+            count += 1
+            first, second = 0.8 * first + 0.2 * gradient, 0.95 * second + 0.05 * gradient**2
+            value -= rate * 0.3 * value
+            value -= rate * (first / (1 - 0.8**count)) / (math.sqrt(second / (1 - 0.95**count)) + 1e-8)
+            by_hand[name] = [value, first, second, count]
+        optimizer.step(rate)
+        assert weight.item() == pytest.approx(by_hand["weight"][0], abs=1e-5)
+        assert late.item() == pytest.approx(by_hand["late"][0], abs=1e-5)
+
+
+def test_clipping():
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert optim.clip_gradients(parameters, 10.0).item() == pytest.approx(5.0)
+    assert parameters[0].grad.tolist() == [3.0, 0.0]
+    assert optim.clip_gradients(parameters, 0.0).item() == pytest.approx(5.0)
+    assert parameters[1].grad.tolist() == [4.0]
+    assert optim.clip_gradients(parameters, 1.0).item() == pytest.approx(5.0)
+    assert parameters[0].grad.tolist() == pytest.approx([0.6, 0.0], abs=1e-5)
+    parameters[0].grad = torch.tensor([math.nan, 1.0])
+    assert math.isnan(optim.clip_gradients(parameters, 1.0).item())

@@ -1,0 +1,79 @@
+"""Bugs caught here: a state that needs pickle, is torn by a crash, loses what shared modules share, or is loaded into
+another model without a word.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from capfilt.errors import RunError, UserError
+from capfilt.training import optim, state
+
+
+class Shared(nn.Module):
+    def __init__(self, width=3):
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Sequential(self.first, nn.Linear(width, width))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+
+    def losses(self):
+        return self.second(torch.randn(2, self.first.in_features)).square().mean()
+
+
+def made(width=3, seed=0):
+    torch.manual_seed(seed)
+    module = Shared(width)
+    return module, optim.AdamW(optim.trainable(module))
+
+
+def step(module, optimizer):
+    module.losses().backward()
+    optimizer.step(0.1)
+    optimizer.zero_grad()
+
+
+def test_round_trip_continues_as_if_nothing_happened(tmp_path):
+    module, optimizer = made()
+    module.count += 5
+    step(module, optimizer)
+    state.write(tmp_path / "state.safetensors", state.capture(module, optimizer), {"a": 0.1})
+    step(module, optimizer)
+    other, other_optimizer = made(seed=9)
+    tensors, values = state.read(tmp_path / "state.safetensors")
+    assert values == {"a": 0.1}
+    state.restore(other, other_optimizer, tensors)
+    step(other, other_optimizer)
+    assert other.second[0] is other.first
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_other_models_and_other_files_are_refused_by_name(tmp_path):
+    module, optimizer = made()
+    tensors = state.capture(module, optimizer)
+    with pytest.raises(UserError, match="another model"):
+        state.restore(*made(width=4), tensors)
+    with pytest.raises(UserError, match=r"module\.first\.bias"):
+        state.restore(module, optimizer, {k: v for k, v in tensors.items() if k != "module.first.bias"})
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(b"\x80\x04not a state")
+    with pytest.raises(UserError, match=r"state\.safetensors"):
+        state.read(path)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="no training state"):
+        state.read(path)
+
+
+def test_a_failed_write_leaves_the_old_state(tmp_path):
+    path = tmp_path / "state.safetensors"
+    state.write(path, {"x": torch.ones(1)}, {"step": 1})
+    (tmp_path / "state.safetensors.part").mkdir()
+    with pytest.raises((RunError, OSError)):
+        state.write(path, {"x": torch.zeros(1)}, {"step": 2})
+    assert state.read(path)[1] == {"step": 1}
