@@ -1,0 +1,79 @@
+"""A tiny random captioner/filter with sharp enough distributions, and its words."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
+from capfilt.models.blip import Blip, BlipConfig, build
+from capfilt.models.text import TextConfig
+from capfilt.models.vision import VisionConfig
+
+WORDS = [
+    "a",
+    "picture",
+    "of",
+    "red",
+    "green",
+    "dog",
+    "cat",
+    "ball",
+    "on",
+    "left",
+    "##s",
+    "two",
+    "the",
+    "sits",
+]
+
+
+def tiny(words: list[str], scale: float = 3.0, seed: int = 0, **text) -> tuple[Blip, Tokenizer]:
+    tokenizer = Tokenizer([*SPECIALS, *words, *ADDED])
+    fields = {"max_positions": 48, "dropout": 0.0, "attention_dropout": 0.0, **text}
+    config = BlipConfig(
+        vision=VisionConfig(16, 8, 16, 1, 2, 32),
+        text=TextConfig(tokenizer.vocab_size, 16, 2, 2, 32, **fields),
+        embed_dim=8,
+    )
+    model = build(config, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+        model.text_encoder.embeddings.word_embeddings.weight.mul_(4.0)
+        for layer in model.text_encoder.layers:
+            layer.crossattention.output.dense.weight.mul_(6.0)  # what is written must depend on the picture
+        # Texts should end within the tests' lengths, though not at once.
+        model.text_decoder.cls.predictions.bias[tokenizer.sep_id] += 1.0
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def pair() -> tuple[Blip, Tokenizer]:
+    return tiny(WORDS)
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    colours = torch.randint(0, 256, (7, 3, 1, 1), generator=generator)
+    noise = torch.randint(-40, 40, (7, 3, 16, 16), generator=generator)
+    return (colours + noise).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def transformers_twins():
+    path = Path(__file__).resolve().parents[1] / "models" / "twins.py"
+    spec = importlib.util.spec_from_file_location("transformers_twins", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.twins

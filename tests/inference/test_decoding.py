@@ -1,0 +1,163 @@
+"""Catches: a beam search that loses the best text, mixes up beams after reordering, or counts lengths another way than
+transformers; log probabilities of something else than the text; rows that go on after [SEP]."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from capfilt.inference.decoding import Limits, beam_search, sample
+from capfilt.inference.sampling import uniforms
+
+
+def limits(tokenizer, longest=6, shortest=0, penalty=1.0) -> Limits:
+    return Limits(tokenizer.sep_id, tokenizer.pad_id, longest, shortest, penalty)
+
+
+def start(tokenizer, prompt="a picture of"):
+    return tokenizer.encode([prompt])[0][0, :-1]
+
+
+def logprob_of(model, tokens, image, prompt, sep):
+    """Sum of log p of the tokens up to [SEP] by one full forward, and how many they are."""
+    row = tokens.tolist()
+    row = row[: row.index(sep) + 1] if sep in row else row
+    ids = torch.cat([prompt, torch.tensor(row)])[None]
+    logp = model.lm_logits(ids, None, image).log_softmax(-1)[0]
+    return sum(float(logp[len(prompt) - 1 + i, token]) for i, token in enumerate(row)), len(row)
+
+
+@pytest.fixture(scope="module")
+def scene(pair, images):
+    model, tokenizer = pair
+    with torch.no_grad():
+        tokens = model.encode_image(images)
+        return model, tokenizer, tokens, model.prefill_cross(tokens)
+
+
+@torch.no_grad()
+def test_greedy_takes_the_best_token_of_a_full_forward(scene):
+    model, tokenizer, tokens, cross = scene
+    prompt = start(tokenizer)
+    done = sample(model, cross, prompt, 7, limits(tokenizer, 8))
+    lengths = set()
+    for row in range(7):
+        ids, expected = prompt, 0.0
+        for _ in range(8):
+            logp = model.lm_logits(ids[None], None, tokens[row : row + 1])[0, -1].log_softmax(-1)
+            expected += float(logp.max())
+            ids = torch.cat([ids, logp.argmax()[None]])
+            if ids[-1] == tokenizer.sep_id:
+                break
+        text = ids[len(prompt) :]
+        lengths.add(len(text))
+        assert torch.equal(done.tokens[row, : len(text)], text)
+        assert (done.tokens[row, len(text) :] == tokenizer.pad_id).all()
+        assert float(done.logprob[row]) == pytest.approx(expected, abs=1e-4)
+    assert len(lengths) > 1, "the rows should end at different steps for this test to mean anything"
+
+
+@torch.no_grad()
+def test_samples_share_one_encode_and_carry_their_own_logprob(scene):
+    model, tokenizer, tokens, cross = scene
+    prompt = start(tokenizer)
+    draws = uniforms(1, [str(i) for i in range(7)], 3, 8)
+    done = sample(model, cross, prompt, 21, limits(tokenizer, 8, 2, 1.3), draws, 0.9, 0, 1.5)
+    for row in range(21):
+        image = tokens[row // 3 : row // 3 + 1]
+        expected, length = logprob_of(model, done.tokens[row], image, prompt, tokenizer.sep_id)
+        assert length >= 3, "two tokens at least before [SEP]"
+        assert float(done.logprob[row]) == pytest.approx(expected, abs=1e-3)
+    assert len({tuple(row.tolist()) for row in done.tokens}) > 7
+
+
+def every_text(tokenizer, allowed, longest):
+    for length in range(1, longest + 1):
+        for body in itertools.product([t for t in allowed if t != tokenizer.sep_id], repeat=length - 1):
+            yield [*body, tokenizer.sep_id]
+    yield from (
+        [*body] for body in itertools.product([t for t in allowed if t != tokenizer.sep_id], repeat=longest)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_beam_search_wide_enough_finds_the_best_text_of_all(tiny_model, penalty):
+    longest = 3
+    for seed in range(3):
+        model, tokenizer = tiny_model(["x", "y"], 2.0, seed)
+        vocabulary = range(tokenizer.vocab_size)
+        prompt = start(tokenizer, "x")
+        images = torch.randint(
+            0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        )
+        image_tokens = model.encode_image(images)
+        texts = list(every_text(tokenizer, vocabulary, longest))
+        ids, mask = tokenizer.pad([prompt.tolist() + text for text in texts])
+        for image in range(2):
+            one = image_tokens[image : image + 1]
+            logp = model.lm_logits(ids, mask, one.expand(len(ids), -1, -1)).log_softmax(-1)
+            own = logp[:, :-1].gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+            totals = own[:, len(prompt) - 1 :].sum(1)
+            lengths = torch.tensor([len(text) for text in texts])
+            order = (totals / lengths**penalty).argsort(descending=True)
+            found = beam_search(
+                model, model.prefill_cross(one), prompt, 1, limits(tokenizer, longest), 90, 4, penalty, True
+            )
+            for rank in range(4):
+                text = texts[order[rank]]
+                assert found.tokens[rank, : len(text)].tolist() == text
+                assert float(found.logprob[rank]) == pytest.approx(float(totals[order[rank]]), abs=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_beams_of_an_image_do_not_depend_on_its_neighbours(scene, penalty):
+    model, tokenizer, tokens, cross = scene
+    prompt = start(tokenizer)
+    together = beam_search(model, cross, prompt, 7, limits(tokenizer, 8, 1, penalty), 3, 2)
+    for image in range(7):
+        one = tokens[image : image + 1]
+        alone = beam_search(
+            model, model.prefill_cross(one), prompt, 1, limits(tokenizer, 8, 1, penalty), 3, 2
+        )
+        assert torch.equal(alone.tokens, together.tokens[2 * image : 2 * image + 2])
+        for row in range(2):
+            expected, _ = logprob_of(model, alone.tokens[row], one, prompt, tokenizer.sep_id)
+            assert float(alone.logprob[row]) == pytest.approx(expected, abs=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "penalty", "shortest"),
+    [("greedy", 1.0, 0), ("greedy", 1.5, 3), ("beam", 1.0, 0), ("beam", 1.3, 2)],
+)
+def test_same_texts_as_transformers(pair, images, transformers_twins, method, penalty, shortest):
+    model, tokenizer = pair
+    twin = transformers_twins(model, tokenizer.sep_id)["captioner"]
+    ids = tokenizer.encode(["a picture of"])[0].repeat(7, 1)
+    pixels = model.visual_encoder.normalise(images)
+    prompt = ids[0, :-1].clone()
+    prompt[0] = tokenizer.dec_id  # transformers penalises what was fed, and it feeds [DEC]
+    theirs = twin.generate(
+        pixels,
+        ids,
+        do_sample=False,
+        num_beams=3 if method == "beam" else 1,
+        max_length=len(prompt) + 8,
+        min_length=len(prompt) + shortest,
+        repetition_penalty=penalty,
+        early_stopping=False,
+    )[:, len(prompt) :]
+    cross = model.prefill_cross(model.encode_image(images))
+    if method == "beam":
+        ours = beam_search(model, cross, prompt, 7, limits(tokenizer, 8, shortest, penalty), 3)
+    else:
+        ours = sample(model, cross, prompt, 7, limits(tokenizer, 8, shortest, penalty))
+    for mine, other in zip(ours.tokens.tolist(), theirs.tolist(), strict=True):
+        end = other.index(tokenizer.sep_id) + 1 if tokenizer.sep_id in other else 8
+        assert mine[:end] == other[:end]  # what pads the rest is each library's own
+        assert set(mine[end:]) <= {tokenizer.pad_id}
+    assert len({tuple(row) for row in ours.tokens.tolist()}) > 2
