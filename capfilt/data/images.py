@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from capfilt.tables.contracts import FAILURES
 
@@ -88,13 +88,11 @@ def decode(
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from None
-    except UnidentifiedImageError:
+    except Exception as error:  # noqa: BLE001 - decoders raise anything on hostile bytes; a bad image is a row
         kind = _kind(data)
         if kind is None:
             raise BadImage("not_an_image", f"{_describe(data)} is none of {', '.join(FORMATS)}") from None
-        raise BadImage(*_fault(data, kind, f"the {kind} header cannot be read")) from None
-    except Exception as error:  # noqa: BLE001 - decoders raise anything on hostile bytes; a bad image is a row
-        raise BadImage(*_fault(data, _kind(data), f"{type(error).__name__}: {error}")) from None
+        raise BadImage(*_fault(data, kind, f"the {kind} header cannot be read ({error})")) from None
     _check_size(image.size, max_pixels, min_size)
     kind = image.format or _kind(data)
     if ImageFile.LOAD_TRUNCATED_IMAGES and _is_cut(data, kind):

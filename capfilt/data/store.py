@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, Protocol
@@ -158,10 +159,12 @@ class ImageStore:
                 self._spill = tempfile.TemporaryFile(  # noqa: SIM115 - stays open as long as the store
                     prefix="capfilt-", dir=self._spill_dir, buffering=0
                 )
+                weakref.finalize(self, self._spill.close)
                 self._offsets = [0]
-            view = memoryview(record)
+            view, place = memoryview(record), self._offsets[-1]
             while view:
-                view = view[self._spill.write(view) :]
+                written = os.pwrite(self._spill.fileno(), view, place)
+                view, place = view[written:], place + written
         self._offsets.append(self._offsets[-1] + len(record))
 
     def _read_spilled(self, out: npt.NDArray[np.uint8], place: int, row: int) -> None:

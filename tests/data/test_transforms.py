@@ -1,0 +1,283 @@
+"""Catches: a crop or a wrong filter where BLIP squeezes, statistics on the wrong scale, views that depend on the device
+or on options that are off, captions made false by a flip, and RandAugment levels that are not BLIP's.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from capfilt.data import transforms
+from capfilt.data.images import BadImage
+from capfilt.data.transforms import (
+    MEAN,
+    OPERATIONS,
+    STD,
+    Augmentation,
+    apply_operation,
+    augment,
+    decode_uint8,
+    mentions_sides,
+    normalise,
+    rand_augment,
+    swap_left_right,
+    to_uint8,
+)
+
+STILL = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+
+
+def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    array = np.random.default_rng(seed).integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)
+    return Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def batch(count: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.stack([to_uint8(noise(64, 64, seed + i), size) for i in range(count)]))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------ pictures to tensors
+
+
+def test_to_uint8_is_pillows_bicubic_without_a_crop() -> None:
+    image = noise(50, 20)
+    array = to_uint8(image, 24)
+    assert (array.shape, array.dtype) == ((3, 24, 24), np.uint8)
+    assert array.flags["C_CONTIGUOUS"]
+    expected = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC))
+    assert np.array_equal(array.transpose(1, 2, 0), expected)
+    assert np.array_equal(to_uint8(noise(24, 24), 24).transpose(1, 2, 0), np.asarray(noise(24, 24)))
+    assert to_uint8(Image.new("L", (3, 3), 9), 4).tolist() == [[[9] * 4] * 4] * 3
+
+
+def test_decode_uint8_is_close_to_full_decoding() -> None:
+    image = noise(800, 600)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    fast = decode_uint8(buffer.getvalue(), 48).astype(int)
+    assert np.abs(fast - to_uint8(image, 48)).mean() < 3
+    with pytest.raises(BadImage):
+        decode_uint8(b"no picture", 48)
+
+
+def test_normalise_known_answer() -> None:
+    pixels = torch.tensor([0, 255, 128], dtype=torch.uint8)[:, None, None].expand(2, 3, 4, 4)
+    result = normalise(pixels)
+    assert (result.shape, result.dtype) == ((2, 3, 4, 4), torch.float32)
+    for channel, value in enumerate((0.0, 1.0, 128 / 255)):
+        expected = (value - MEAN[channel]) / STD[channel]
+        assert result[0, channel, 0, 0].item() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(normalise(pixels.float()), result)
+    assert normalise(pixels, torch.bfloat16).dtype == torch.bfloat16
+    assert normalise(pixels[0]).shape == (3, 4, 4)
+
+
+# ------------------------------------------------------------------ batches
+
+
+def test_doing_nothing_changes_nothing() -> None:
+    pixels = batch()
+    views, flipped = augment(pixels, seeded(), STILL)
+    assert torch.equal(views, pixels)
+    assert not flipped.any()
+
+
+def test_views_are_seeded() -> None:
+    options = Augmentation(flip=0.5, translate=0.1, brightness=0.3, contrast=0.3)
+    one, other, third = (augment(batch(), seeded(s), options)[0] for s in (1, 1, 2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, third)
+    assert (one.dtype, one.shape) == (torch.uint8, (4, 3, 16, 16))
+
+
+def test_flip_is_exact_and_can_be_kept_off() -> None:
+    pixels = batch(64)
+    always = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=1.0)
+    views, flipped = augment(pixels, seeded(), always)
+    assert flipped.all()
+    assert torch.equal(views, pixels.flip(3))
+    keep = torch.arange(64) % 2 == 0
+    views, flipped = augment(pixels, seeded(), always, keep_sides=keep)
+    assert torch.equal(flipped, ~keep)
+    assert torch.equal(views[::2], pixels[::2])
+    half = augment(pixels, seeded(), Augmentation(flip=0.5))[1]
+    assert 16 < int(half.sum()) < 48
+    assert not augment(pixels, seeded(), Augmentation())[1].any()
+
+
+def test_crops_are_crops() -> None:
+    """A picture whose value is its position: the view tells where it was cut, and how large."""
+    ramp = torch.arange(0, 256, 2, dtype=torch.uint8).expand(200, 1, 128, 128)
+    pixels = torch.cat([ramp, ramp.transpose(2, 3), ramp], 1)
+    views = augment(pixels, seeded(), Augmentation(scale=(0.3, 0.6)))[0].float()
+    widths = (views[:, 0, 64, -1] - views[:, 0, 64, 0]) / 254 * 128 / 127
+    heights = (views[:, 1, -1, 64] - views[:, 1, 0, 64]) / 254 * 128 / 127
+    area, ratio = widths * heights, widths / heights
+    assert 0.28 < area.min() < 0.34
+    assert 0.56 < area.max() < 0.62
+    assert area.mean().item() == pytest.approx(0.45, abs=0.03)
+    assert 0.72 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.4
+    assert views[:, 0, 64, 0].min() < 5
+    assert views[:, 0, 64, -1].max() > 249
+    assert torch.allclose(views[:, 2], views[:, 0])
+
+
+def test_crop_falls_back_to_the_whole_picture() -> None:
+    wide = Augmentation(scale=(1.0, 1.0), ratio=(3.0, 3.0))
+    views, _ = augment(batch(), seeded(), wide)
+    assert views.shape == (4, 3, 16, 16)
+
+
+def test_larger_stored_pictures_give_views_of_the_models_size() -> None:
+    stored = batch(size=32)
+    views, _ = augment(stored, seeded(), STILL, size=16)
+    assert views.shape == (4, 3, 16, 16)
+    assert (views.float() - stored.float().reshape(4, 3, 16, 2, 16, 2).mean((3, 5))).abs().max() <= 1
+
+
+def test_translation_brings_in_grey() -> None:
+    white = torch.full((64, 3, 20, 20), 255, dtype=torch.uint8)
+    views, _ = augment(white, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), translate=0.25))
+    shares = (views != 255).float().mean((1, 2, 3))
+    assert shares.max() <= 1 - 0.75**2 + 0.1
+    assert shares.max() > 0.2
+    assert views.min() == 128
+
+
+def test_brightness_and_contrast() -> None:
+    grey = torch.full((100, 3, 4, 4), 100, dtype=torch.uint8)
+    bright = augment(grey, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), brightness=0.2))[0]
+    assert 80 <= bright.min() < 85
+    assert 115 < bright.max() <= 120
+    assert torch.equal(
+        augment(grey, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), contrast=0.5))[0], grey
+    )
+    pixels = batch(50)
+    contrast = augment(pixels, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), contrast=0.5))[0]
+    spread = contrast.float().std((2, 3)).mean(1) / pixels.float().std((2, 3)).mean(1)
+    assert spread.min() < 0.7
+    assert spread.max() > 1.1
+
+
+def test_switching_one_change_off_leaves_the_others_alone() -> None:
+    pixels = batch(32)
+    plain = augment(pixels, seeded(), Augmentation())[0]
+    views, flipped = augment(pixels, seeded(), Augmentation(flip=0.5))
+    assert torch.equal(views[~flipped], plain[~flipped])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"flip": 1.1}]
+)
+def test_impossible_options_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Augmentation(**wrong)
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_same_views() -> None:
+    options = Augmentation(flip=0.5, translate=0.1, brightness=0.2)
+    on_cpu = augment(batch(), seeded(), options)[0]
+    on_gpu = augment(batch().cuda(), seeded(), options)[0]
+    assert (on_cpu.int() - on_gpu.cpu().int()).abs().max() <= 1
+
+
+# ------------------------------------------------------------------ left and right
+
+
+def test_swap_left_right() -> None:
+    assert swap_left_right("a cup LEFT of the Right plate, leftmost, bright") == (
+        "a cup RIGHT of the Left plate, rightmost, bright"
+    )
+    assert swap_left_right("rightwards, upright, left-hand, cleft") == "leftwards, upright, right-hand, cleft"
+    assert mentions_sides("on the left.")
+    assert not mentions_sides("a bright cleft, copyright")
+
+
+@given(
+    st.lists(
+        st.sampled_from(["left", "Right", "a", "leftmost", "RIGHTWARD", "bright", ",", "left-hand"]),
+        max_size=9,
+    )
+)
+def test_swapping_twice_is_the_text_itself(words: list[str]) -> None:
+    text = " ".join(words)
+    assert swap_left_right(swap_left_right(text)) == text
+    assert mentions_sides(text) == (swap_left_right(text) != text)
+
+
+# ------------------------------------------------------------------ RandAugment
+
+
+def test_operations_are_blips_ten() -> None:
+    assert set(OPERATIONS) == {
+        "Identity", "AutoContrast", "Brightness", "Sharpness", "Equalize",
+        "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_keeps_size_and_mode(name: str) -> None:
+    image = noise()
+    for level in (0, 5, 10):
+        result = apply_operation(image, name, level, np.random.default_rng(0))
+        assert (result.size, result.mode) == (image.size, "RGB")
+
+
+def test_levels_are_blips() -> None:
+    image = noise(41, 41)
+    array = np.asarray(image)
+    for name in ("Identity", "Brightness", "Sharpness"):
+        assert np.array_equal(np.asarray(apply_operation(image, name, 5, np.random.default_rng(0))), array), (
+            name
+        )
+    for seed in range(4):
+        moved = np.asarray(apply_operation(image, "TranslateX", 5, np.random.default_rng(seed)))
+        right, left = np.array_equal(moved[:, 5:], array[:, :-5]), np.array_equal(moved[:, :-5], array[:, 5:])
+        assert right != left
+        assert (moved[:, :5] if right else moved[:, -5:]).tolist() == [[[128] * 3] * 5] * 41
+    turned = np.asarray(apply_operation(image, "Rotate", 5, np.random.default_rng(0)))
+    either = [np.asarray(image.rotate(a, Image.Resampling.BILINEAR, fillcolor=(128,) * 3)) for a in (15, -15)]
+    assert any(np.array_equal(turned, expected) for expected in either)
+    brighter = np.asarray(
+        apply_operation(Image.new("RGB", (2, 2), (50, 50, 50)), "Brightness", 10, np.random.default_rng())
+    )
+    assert brighter[0, 0, 0] == 95  # 1.8 + 0.1 = 1.9 times
+
+
+def test_shear_moves_edges_by_its_level() -> None:
+    image = Image.new("RGB", (101, 101), (0, 0, 0))
+    image.paste((255, 255, 255), (50, 0, 51, 101))
+    sheared = np.asarray(apply_operation(image, "ShearX", 5, np.random.default_rng(0)))[:, :, 0]
+    shift = int(sheared[100].argmax()) - int(sheared[0].argmax())
+    assert abs(shift) == pytest.approx(15, abs=1)
+
+
+def test_rand_augment_is_seeded_and_applies_each_operation_half_the_time() -> None:
+    image = noise()
+    one, other = (np.asarray(rand_augment(image, np.random.default_rng(3))) for _ in range(2))
+    assert np.array_equal(one, other)
+    rng = np.random.default_rng(0)
+    same = sum(
+        np.array_equal(np.asarray(rand_augment(image, rng, n=1)), np.asarray(image)) for _ in range(400)
+    )
+    # Half are not applied; of the rest Identity, Brightness and Sharpness (3 of 10) do nothing at level 5.
+    assert same / 400 == pytest.approx(0.5 + 0.5 * 0.3, abs=0.08)
+    assert np.array_equal(np.asarray(rand_augment(image, rng, n=0)), np.asarray(image))
+    assert rand_augment(image.convert("L"), rng).mode == "RGB"
+
+
+def test_statistics_are_the_published_ones() -> None:
+    assert transforms.MEAN == (0.48145466, 0.4578275, 0.40821073)
+    assert transforms.STD == (0.26862954, 0.26130258, 0.27577711)
