@@ -21,7 +21,11 @@ from PIL import Image, ImageDraw, ImageFile, ImageOps
 from capfilt.data.images import FORMATS, BadImage, decode, encode_jpeg, hamming, phash, sha256
 from capfilt.tables.contracts import FAILURES
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+# pytest puts aside the filter that importing the module sets.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

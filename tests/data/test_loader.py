@@ -50,6 +50,7 @@ def test_every_example_once_per_epoch(
     ]
 
 
+@settings(max_examples=40)
 @given(corpora(), st.integers(1, 10), st.integers(0, 3), st.booleans(), st.booleans())
 def test_any_step_can_be_asked_for_alone(
     corpus: tuple[np.ndarray, list[str]], size: int, seed: int, mixed: bool, one_text: bool
