@@ -143,7 +143,7 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
         for name, value in chosen.items()
     }
     try:
-        options = TypeAdapter(kind).validate_python(chosen)
+        options: Any = TypeAdapter(kind).validate_python(chosen)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(piece) for piece in first["loc"])

@@ -36,7 +36,7 @@ class StageProgress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(name, total=total or None, text=f"starting, {total:,} {unit}")
+            self._task = self._bar.add_task(name, total=total or None, text="starting")
 
     def __enter__(self) -> StageProgress:
         if self._bar is not None:
@@ -47,16 +47,24 @@ class StageProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, *, rows: int | None = None, figures: Mapping[str, Any] | None = None) -> None:
+    def update(
+        self,
+        done: int,
+        *,
+        total: int | None = None,
+        rows: int | None = None,
+        figures: Mapping[str, Any] | None = None,
+    ) -> None:
         """`done` units of `total` are done; `rows` is the number of rows behind them, for the rate."""
         now = time.monotonic()
+        self.total = self.total if total is None else total
         amount, unit = (done, self.unit) if rows is None else (rows, "rows")
         rate = amount / max(now - self._start, 1e-9)
         text = f"{done:,}/{self.total:,} {self.unit}  {rate:,.1f} {unit}/s"
         if figures:
             text += "  " + "  ".join(f"{key} {_number(value)}" for key, value in list(figures.items())[:4])
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
+            self._bar.update(self._task, completed=done, total=self.total or None, text=text)
         elif not self._quiet and now - self._last_line > LINE_EVERY:
             self._last_line = now
             print(f"{self.name}: {text}", file=sys.stderr, flush=True)

@@ -46,23 +46,23 @@ class _Board:
     """An actor without a processor, on which a piece of work posts how far it is."""
 
     def __init__(self) -> None:
-        self.latest: tuple[int, dict[str, Any]] = (0, {})
+        self.latest: tuple[int, int, dict[str, Any]] = (0, 0, {})
 
-    def post(self, step: int, figures: dict[str, Any]) -> None:
-        self.latest = (step, figures)
+    def post(self, step: int, total: int, figures: dict[str, Any]) -> None:
+        self.latest = (step, total, figures)
 
-    def read(self) -> tuple[int, dict[str, Any]]:
+    def read(self) -> tuple[int, int, dict[str, Any]]:
         return self.latest
 
 
 def _run_model(stage: ModelStage, board: Any) -> Mapping[str, Any]:
     last = 0.0
 
-    def report(step: int, figures: Mapping[str, Any]) -> None:
+    def report(step: int, total: int, figures: Mapping[str, Any]) -> None:
         nonlocal last
         if time.monotonic() - last > 0.5:
             last = time.monotonic()
-            board.post.remote(step, dict(figures))
+            board.post.remote(step, total, dict(figures))
 
     return stage.run(report)
 
@@ -166,9 +166,9 @@ class RayExecutor:
         try:
             while True:
                 ready, _ = ray.wait([task], timeout=0.5)
-                step, figures = ray.get(board.read.remote())
+                step, total, figures = ray.get(board.read.remote())
                 if step:
-                    report(step, figures)
+                    report(step, total, figures)
                 if ready:
                     return dict(ray.get(task))
         except RayTaskError as error:

@@ -127,7 +127,7 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
 def outlook(stage: ShardStage | ModelStage) -> str:
     """What running `stage` would do, in words. Writes nothing."""
     if isinstance(stage, ModelStage):
-        return "done" if stage.done() else f"to do: {stage.total():,} {stage.unit} -> {stage.output}"
+        return "done" if stage.done() else f"to do: {stage.outlook()} -> {stage.output}"
     mark = stage.output.identity_fingerprint(stage.contract, stage.name, stage.full_identity())
     missing, standing = todo(stage, mark)
     rows = sum(stage.expected_rows(shard) for shard in missing)
@@ -164,8 +164,10 @@ def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summ
     start = time.monotonic()
     if stage.done():
         return Summary(stage.name, str(stage.output), time.monotonic() - start, done_before=1)
-    with StageProgress(stage.name, stage.total(), stage.unit, quiet=quiet) as progress:
-        figures = work.model(stage, lambda step, latest: progress.update(step, figures=latest))
+    with StageProgress(stage.name, 0, stage.unit, quiet=quiet) as progress:
+        figures = work.model(
+            stage, lambda step, total, latest: progress.update(step, total=total, figures=latest)
+        )
     return Summary(stage.name, str(stage.output), time.monotonic() - start, done_now=1, figures=figures)
 
 

@@ -42,12 +42,17 @@ class Filter(Engine):
 
     @torch.inference_mode()
     def score_texts(
-        self, images: Images, image_index: Sequence[int] | Tensor, texts: Sequence[str], batch_size: int = 64
+        self,
+        images: Images,
+        image_index: Sequence[int] | Tensor,
+        texts: Sequence[str],
+        batch_size: int = 64,
+        max_text_tokens: int = 0,
     ) -> list[Score]:
         """Score j is of images[image_index[j]] with texts[j]; an image is encoded once, however many texts it has.
 
-        Texts are cut to the model's `max_text_tokens` (35: BLIP, arXiv 2201.12086, code for retrieval). batch_size:
-        images, and texts, at a time.
+        Texts are cut to `max_text_tokens`; 0 is the model's own (35: BLIP, arXiv 2201.12086, code for retrieval).
+        batch_size: images, and texts, at a time.
         """
         index = [int(each) for each in image_index]
         if len(index) != len(texts):
@@ -58,7 +63,7 @@ class Filter(Engine):
             )
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
-        rows = self.tokenizer.encode_ragged(texts, max_length=self.model.config.max_text_tokens)
+        rows = self.tokenizer.encode_ragged(texts, max_length=max_text_tokens or self.model.config.max_text_tokens)
         texts_of: dict[int, list[int]] = {}
         for text, image in enumerate(index):
             texts_of.setdefault(image, []).append(text)

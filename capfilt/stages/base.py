@@ -86,8 +86,8 @@ class ShardStage(ABC):
         return fingerprint({"part": part, "shard": shard, "inputs": self.inputs(shard)})
 
 
-Report = Callable[[int, Mapping[str, Any]], None]
-"""Called with the number of steps done and the latest figures."""
+Report = Callable[[int, int, Mapping[str, Any]], None]
+"""Called with the number of steps done, how many there are, and the latest figures."""
 
 
 class ModelStage(ABC):
@@ -107,8 +107,8 @@ class ModelStage(ABC):
         return fingerprint({"stage": self.name, "version": self.version, **self.identity()})
 
     @abstractmethod
-    def total(self) -> int:
-        """How many steps `run` will report; 0 where that is not known beforehand."""
+    def outlook(self) -> str:
+        """What `run` would do, in words."""
 
     @abstractmethod
     def done(self) -> bool:

@@ -45,6 +45,8 @@ class DownloadOptions:
     number_sample_per_shard: int = _option(1000, "rows per shard: the unit of resume")
     thread_count: int = _option(32, "fetches in flight per worker")
     timeout: float = _option(10.0, "seconds a connection may be silent")
+    # img2dataset has no such limit: its timeout starts anew with every byte.
+    total_timeout: float = _option(30.0, "seconds one download may take, redirects included")
     # img2dataset retries 0 times by default and does not tell transient failures apart.
     retries: int = _option(0, "further attempts at each URL")
     max_bytes: int = _option(50_000_000, "a body above this many bytes is the failure too_large")
@@ -62,11 +64,18 @@ class IngestOptions:
     """Bring images and captions made by other tools into an images part."""
 
     source_path: str = _option(
-        REQUIRED, "COCO or Karpathy captions JSON, a folder of images, or img2dataset's output folder", kind="path"
+        REQUIRED,
+        "COCO or Karpathy captions JSON, a folder of images or its metadata file, img2dataset's output folder, tars",
+        kind="path",
     )
     dataset: str = _option(REQUIRED, "name of the images part to write")
     format: str = _option("auto", "auto, coco, karpathy, folder, img2dataset or webdataset")
-    images: str = _option("", "folder of the pictures a captions JSON names; default: `images` beside it", kind="path")
+    images: str = _option("", "folder of the pictures a file names; default: `images` beside it", kind="path")
+    image_col: str = _option("file_name", "column of the pictures' paths in a folder's metadata")
+    caption_col: tuple[str, ...] = _option(
+        (), "columns of the texts in a folder's metadata; repeatable; default: caption, captions, text or texts"
+    )
+    save_additional_columns: tuple[str, ...] = _option((), "further columns of the metadata to carry through")
     source: str = _option("human", "who wrote the texts: human or web")
     splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
     split: str = _option("", "put every row into this split, where the source names none")
@@ -84,6 +93,7 @@ class ModelOptions:
     image_size: int = _option(0, "pixels; 0 for the preset's")
     vocab: str = _option("corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path")
     vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus")
+    trunk: str = _option("", "a pretrained convolutional trunk for the vision tower: efficientnet_lite0")
     vision_init: str = _option("", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path")
 
 
@@ -102,7 +112,7 @@ class OptimisationOptions:
     max_text_tokens: int = _option(30, "texts are cut to this many tokens (BLIP's released code: 30)")
     augment: bool = _option(True, "random resized crops")
     crop_scale: float = _option(0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)")
-    flip: bool = _option(False, "random horizontal flips, left and right swapped in the text")
+    flip: bool = _option(False, "random horizontal flips, where the text names no side")
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     precision: str = _option("auto", "auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16")

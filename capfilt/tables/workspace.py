@@ -19,21 +19,19 @@ class Workspace:
         self.path = Path(path)
 
     def part(self, table: str, name: str) -> Part:
-        """The part of `table` called `name`: a path when it has a separator or leads to a part, else a name."""
+        """The part of `table` called `name`; with a separator (`./name`, `/data/name`) it is a path instead."""
         if table not in CONTRACTS:
             raise UserError(f"table {table!r} does not exist; the tables are {', '.join(CONTRACTS)}")
-        return Part(self._place(table, name, "_part.json"))
+        return Part(self._place(table, name))
 
     def model(self, name: str) -> Path:
-        """The directory of a checkpoint called `name` (or the path itself)."""
-        return self._place("models", name, "config.json")
+        """The directory of the checkpoint called `name`; with a separator it is a path instead."""
+        return self._place("models", name)
 
-    def _place(self, kind: str, name: str, mark: str) -> Path:
+    def _place(self, kind: str, name: str) -> Path:
         if not name or name in (".", ".."):
-            raise UserError(f"{name!r} is no name for a part of {kind}")
-        if os.sep in name or (Path(name) / mark).is_file():
-            return Path(name)
-        return self.path / kind / name
+            raise UserError(f"{name!r} is no name for a part of {kind}; for a folder write ./NAME or an absolute path")
+        return Path(name).expanduser() if os.sep in name else self.path / kind / name
 
     def parts(self, table: str) -> list[Part]:
         """Every part of `table` in this workspace, by name."""

@@ -1,0 +1,207 @@
+"""`capfilt quickstart`: makes the world, serves it, runs `pipelines/quickstart.yaml`, grades what came out.
+
+The stages are everybody's: nothing here trains, captions, scores or selects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from capfilt import recipe as recipes
+from capfilt.catalog.report import write_report
+from capfilt.errors import UserError
+from capfilt.quickstart import grading
+from capfilt.quickstart.server import WebProcess
+from capfilt.quickstart.web import build_human, build_web, write_human, write_truth, write_url_list
+from capfilt.tables.publish import replace
+from capfilt.tables.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: pages of the web, human images by split, captions each, and the recipe's inputs."""
+
+    web: int
+    human: dict[str, int]
+    captions: int
+    settings: dict[str, int]
+
+
+SIZES = {
+    "full": Size(
+        web=4000,
+        human={"train": 600, "test": 300},
+        captions=5,
+        settings={
+            "pretrain_steps": 500,
+            "captioner_steps": 500,
+            "filter_steps": 250,
+            "retrain_steps": 450,
+            "shard": 500,
+        },
+    ),
+    "small": Size(
+        web=800,
+        human={"train": 300, "test": 100},
+        captions=5,
+        settings={"pretrain_steps": 90, "captioner_steps": 60, "filter_steps": 40, "retrain_steps": 60, "shard": 200},
+    ),
+    # Not for people: the same path, as short as it gets.
+    "miniature": Size(
+        web=60,
+        human={"train": 40, "test": 20},
+        captions=2,
+        settings={"pretrain_steps": 4, "captioner_steps": 3, "filter_steps": 3, "retrain_steps": 3, "shard": 40},
+    ),
+}
+
+MODELS = ("raw", "human_only", "curated")
+
+
+def run_quickstart(
+    out: str, *, size: str = "full", seed: int = 0, execution: str = "ray", quiet: bool = False
+) -> dict[str, Any]:
+    """Run the whole loop into the workspace `out`. Returns what `summary.json` holds.
+
+    A second call continues where the first stopped. Raises UserError for an unknown size, or a directory that holds
+    a quickstart of another size or seed.
+    """
+    if size not in SIZES:
+        raise UserError(f"--size {size!r}: choose full or small")
+    began = time.monotonic()
+    console = Console()
+    workspace = Workspace(out)
+    world = workspace.path / "world"
+    chosen = SIZES[size]
+    _claim(world, {"size": size, "seed": seed})
+
+    def say(line: str) -> None:
+        if not quiet:
+            console.print(line, highlight=False)
+
+    say(f"[bold]capfilt quickstart[/] ({size}) into {workspace.path}")
+    captions = world / "human" / "captions.json"
+    if not captions.is_file():
+        write_human(world / "human", build_human(seed, chosen.human, chosen.captions))
+    with WebProcess(seed, chosen.web, url_file=world / "server.url") as server:
+        pages = build_web(seed, chosen.web)
+        if not (world / "urls.parquet").is_file():
+            write_truth(world / "truth.parquet", pages, server.url)
+            write_url_list(world / "urls.parquet", pages, server.url)
+        say(f"a web of {len(pages):,} pages at {server.url}, {sum(chosen.human.values()):,} human images")
+        settings = {
+            "url_list": str(world / "urls.parquet"),
+            "captions": str(captions),
+            "host": server.url.removeprefix("http://"),
+            "seed": seed,
+            **chosen.settings,
+        }
+        _, content = recipes.load_recipe("quickstart")
+        steps = recipes.resolve(content, [f"{name}={value}" for name, value in settings.items()])
+        accounts: dict[str, dict[str, Any]] = {}
+        for step, summary in recipes.run_recipe("quickstart", steps, workspace, execution, quiet=quiet):
+            name = step.label if summary.stage == step.stage else summary.stage
+            accounts[name] = recipes.account(summary)
+            say(summary.line())
+    summary = _summary(workspace, world, captions, accounts, seed)
+    summary["size"] = size
+    summary["seconds"]["total"] = round(time.monotonic() - began, 1)
+    summary["targets"] = grading.met(summary)
+    replace(workspace.path / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_report(workspace, workspace.path / "report.html")
+    if not quiet:
+        _show(console, summary)
+        say(f"wrote {workspace.path / 'summary.json'} and {workspace.path / 'report.html'}")
+        say(f'next: capfilt query "SELECT * FROM funnel" -w {workspace.path}')
+    return summary
+
+
+def _claim(world: Path, identity: dict[str, Any]) -> None:
+    path = world / "quickstart.json"
+    if path.is_file():
+        found = json.loads(path.read_bytes())
+        if found != identity:
+            raise UserError(
+                f"{world.parent}: holds a quickstart of size {found.get('size')!r} and seed {found.get('seed')}; "
+                "name another --out, or remove it"
+            )
+        return
+    if world.parent.is_dir() and any(not name.startswith(".") for name in os.listdir(world.parent)):
+        raise UserError(f"{world.parent}: is not empty and holds no quickstart; name another --out")
+    world.mkdir(parents=True, exist_ok=True)
+    replace(path, (json.dumps(identity) + "\n").encode())
+
+
+def _summary(
+    workspace: Workspace, world: Path, captions: Path, accounts: dict[str, dict[str, Any]], seed: int
+) -> dict[str, Any]:
+    known = grading.read_truth(world / "truth.parquet")
+    web, synthetic = grading.read_texts(workspace, known, "web", "captioner", "capfilt")
+    return {
+        "rows": {name: _rows(account) for name, account in accounts.items()},
+        "seconds": _seconds(workspace, accounts),
+        "noise": grading.noise(web),
+        "filter": grading.filter_figures(web, seed),
+        "captioner": grading.captioner_figures(synthetic, grading.human_captions(captions)),
+        "evaluation": grading.evaluation_figures(workspace, MODELS),
+        "peak_memory_gb": _peak_memory_gb(),
+    }
+
+
+def _rows(account: dict[str, Any]) -> dict[str, Any]:
+    """A stage's input rows, in = kept + dropped + failed; a training stage's are texts, an evaluation's images."""
+    if "rows_in" in account:
+        return {
+            "in": account["rows_in"],
+            "kept": account["kept"],
+            "dropped": sum(account["dropped"].values()),
+            "failed": sum(account["failed"].values()),
+            "out": account["rows_out"],
+            "by_reason": account["dropped"],
+            "by_failure": account["failed"],
+        }
+    texts = int(account["figures"].get("texts", 0))
+    return {"in": texts, "kept": texts, "dropped": 0, "failed": 0, "out": 0, "by_reason": {}, "by_failure": {}}
+
+
+def _seconds(workspace: Workspace, accounts: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Wall seconds per stage, added up over the runs that it took."""
+    path = workspace.path / "world" / "seconds.json"
+    before: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
+    total = {name: round(before.get(name, 0.0) + account["seconds"], 2) for name, account in accounts.items()}
+    replace(path, (json.dumps(total, indent=1) + "\n").encode())
+    return total
+
+
+def _peak_memory_gb() -> float:
+    """The largest resident set of this process or of any one child, in GB (a lower bound of all together)."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(max(own, children) * unit / 1e9, 2)
+
+
+def _show(console: Console, summary: dict[str, Any]) -> None:
+    rows = Table("stage", "in", "kept", "dropped", "failed", "rows out", "seconds", title="What happened")
+    for name, each in summary["rows"].items():
+        numbers = [f"{each[key]:,}" for key in ("in", "kept", "dropped", "failed", "out")]
+        rows.add_row(name, *numbers, f"{summary['seconds'].get(name, 0.0):,.1f}")
+    console.print(rows)
+    evaluation = Table("trained on", *next(iter(summary["evaluation"].values())), title="Held-out human test")
+    for name, each in summary["evaluation"].items():
+        evaluation.add_row(name, *(f"{value:.1f}" for value in each.values()))
+    console.print(evaluation)
+    targets = Table("figure", "value", "target", "", title="Against the truth of the world")
+    for name, each in summary["targets"].items():
+        targets.add_row(name, f"{each['value']:.3f}", each["target"], "met" if each["met"] else "not met")
+    console.print(targets)

@@ -1,0 +1,116 @@
+"""`caption`: synthetic texts for every image of a part. How they are drawn is `inference/`'s business."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from capfilt.errors import UserError
+from capfilt.inference.captioner import Captioner
+from capfilt.models import checkpoint
+from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.inputs import input_hashes, shards_of
+from capfilt.stages.options import CaptionOptions
+from capfilt.stages.pictures import pictures
+from capfilt.tables.contracts import CAPTIONS
+from capfilt.tables.ids import text_id
+from capfilt.tables.shards import Counts, Part
+from capfilt.tables.workspace import Workspace
+
+METHODS = ("nucleus", "beam", "greedy")
+
+
+class CaptionStage(ShardStage):
+    """Writes `samples` rows per image; an image without pixels has none and is counted as dropped (`no_image`)."""
+
+    name = "caption"
+    version = 1
+    contract = CAPTIONS
+    uses_gpu = True
+
+    def __init__(self, options: CaptionOptions, workspace: Workspace, output: Part | None = None) -> None:
+        if options.method not in METHODS:
+            raise UserError(f"--method {options.method!r}: choose one of {', '.join(METHODS)}")
+        if not 0 < options.top_p <= 1:
+            raise UserError(f"--top-p {options.top_p}: give a share above 0, at most 1")
+        if options.samples < 1 or (options.method == "greedy" and options.samples > 1):
+            raise UserError(f"--samples {options.samples}: give 1 or more (greedy decoding has only one text)")
+        if options.max_new_tokens < max(1, options.min_new_tokens):
+            raise UserError(f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens, and 1")
+        self.options = options
+        self.images = workspace.part("images", options.images).expect("images")
+        self.checkpoint = workspace.model(options.captioner)
+        self.output = output or workspace.part("captions", options.out or self.checkpoint.name)
+        checkpoint.read_config(self.checkpoint)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "options": option_values(self.options),
+            "captioner": checkpoint.fingerprint(self.checkpoint),
+            "images": self.images.info["fingerprint"],
+        }
+
+    def shards(self) -> list[int]:
+        return shards_of(self.images)
+
+    def inputs(self, shard: int) -> list[str]:
+        return input_hashes(shard, self.images)
+
+    def setup(self) -> None:
+        self.captioner = Captioner.load(self.checkpoint)
+
+    def process(self, shard: int) -> Produced:
+        o = self.options
+        name = self.output.name
+        size = self.captioner.model.config.image_size
+        made: list[dict[str, Any]] = []
+        kept = 0
+        dropped: Counter[str] = Counter()
+        failed: Counter[str] = Counter()
+        rows_in = 0
+        for batch in pictures(self.images, shard, size, o.batch_size, ()):
+            rows_in += len(batch.rows)
+            decoded = [row["image_id"] for row, failure in zip(batch.rows, batch.failures, strict=True) if not failure]
+            captions = self.captioner.caption(
+                batch.pixels,
+                method=o.method,
+                top_p=o.top_p,
+                num_beams=o.num_beams,
+                max_new_tokens=o.max_new_tokens,
+                min_new_tokens=o.min_new_tokens,
+                repetition_penalty=o.repetition_penalty,
+                prompt=o.prompt,
+                seed=o.seed,
+                samples=o.samples,
+                keys=decoded,
+                batch_size=o.batch_size,
+            )
+            for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
+                if failure == "no_image":
+                    dropped[failure] += 1
+                    continue
+                image = row["image_id"]
+                texts = captions[place * o.samples : (place + 1) * o.samples] if not failure else [None] * o.samples
+                reasons = set()
+                for index, caption in enumerate(texts):
+                    text = caption.text if caption else ""
+                    reason = failure or (None if text else "empty_text")
+                    reasons.add(reason)
+                    made.append(
+                        {
+                            "text_id": text_id(image, "synthetic", text, name, index),
+                            "image_id": image,
+                            "text": text or None,
+                            "sample_index": index,
+                            "captioner": name,
+                            "decoding": o.method,
+                            "logprob": caption.logprob if caption else None,
+                            "failure": reason,
+                        }
+                    )
+                if None in reasons:
+                    kept += 1
+                else:
+                    failed[sorted(reason for reason in reasons if reason)[0]] += 1
+        return Produced(CAPTIONS.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)))

@@ -1,0 +1,136 @@
+"""`grade`: scores and verdicts against known truth: noise planted by `subset`, and expert ratings."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capfilt.data.images import BadImage
+from capfilt.data.transforms import decode_uint8
+from capfilt.errors import UserError
+from capfilt.inference.filter import Filter
+from capfilt.models import checkpoint
+from capfilt.stages.base import Report, file_digest, option_values
+from capfilt.stages.options import GradeOptions
+from capfilt.stages.results import ResultStage, result_path
+from capfilt.stages.train import device
+from capfilt.tables.ids import text_id
+from capfilt.tables.shards import Part
+from capfilt.tables.workspace import Workspace
+from capfilt.tasks.filter_quality import kendall_tau_c_interval, roc_auc, roc_auc_interval, spearman
+
+
+class Grade(ResultStage):
+    """Writes `runs/<out>.json`: ROC-AUC on planted noise, the share kept of each kind, tau-c against experts."""
+
+    name = "grade"
+    version = 1
+
+    def __init__(self, options: GradeOptions, workspace: Workspace, output: Part | None = None) -> None:
+        self.options = options
+        self.images = workspace.part("images", options.images).expect("images").check()
+        self.verdicts = workspace.part("verdicts", options.verdicts).expect("verdicts").check()
+        self.filter = workspace.model(options.filter) if options.filter else None
+        if options.expert:
+            if self.filter is None:
+                raise UserError("--expert needs --filter: the ratings are compared with its scores")
+            if not Path(options.expert).is_file():
+                raise UserError(f"--expert {options.expert}: no such file")
+        if self.filter is not None:
+            checkpoint.read_config(self.filter)
+        self.output = result_path(workspace.path, options.out)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "options": option_values(self.options),
+            "images": self.images.digest(),
+            "verdicts": self.verdicts.digest(),
+            "filter": checkpoint.fingerprint(self.filter) if self.filter else "",
+            "expert": file_digest(Path(self.options.expert)) if self.options.expert else "",
+        }
+
+    def outlook(self) -> str:
+        return f"verdicts {self.verdicts.path} against planted noise" + (" and experts" if self.options.expert else "")
+
+    def measure(self, report: Report) -> dict[str, Any]:
+        metrics: dict[str, float] = {}
+        result: dict[str, Any] = {"metrics": metrics, "kinds": self._planted(metrics)}
+        if self.options.expert:
+            result["expert"] = self._experts(metrics, report)
+        return result
+
+    def _planted(self, metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+        truth: dict[str, str] = {}
+        for table in self.images.tables(["image_id", "source", "captions", "planted"]):
+            if "planted" not in table.column_names:
+                raise UserError(f"{self.images.path}: has no column `planted`; make the part with `capfilt subset`")
+            for row in table.to_pylist():
+                for index, (text, kind) in enumerate(zip(row["captions"], row["planted"] or [], strict=True)):
+                    truth[text_id(row["image_id"], row["source"], text, "", index)] = kind
+        kept: Counter[str] = Counter()
+        seen: Counter[str] = Counter()
+        scores: list[tuple[float, str, str]] = []
+        for table in self.verdicts.tables(["text_id", "image_id", "source", "itm_score", "itc_score", "keep"]):
+            for row in table.to_pylist():
+                kind = truth.get(row["text_id"], row["source"])
+                seen[kind] += 1
+                kept[kind] += row["keep"]
+                if row["itm_score"] is not None and kind in ("true", "other_image"):
+                    scores.append((row["itm_score"], kind, row["image_id"]))
+        values = [score for score, _, _ in scores]
+        labels = [kind == "true" for _, kind, _ in scores]
+        if any(labels) and not all(labels):
+            interval = roc_auc_interval(values, labels, [image for _, _, image in scores], seed=self.options.seed)
+            metrics["roc_auc"] = roc_auc(values, labels)
+            metrics["roc_auc_low"], metrics["roc_auc_high"] = interval.low, interval.high
+        for kind in sorted(seen):
+            metrics[f"kept_{kind}"] = kept[kind] / seen[kind]
+        return {kind: {"texts": seen[kind], "kept": kept[kind]} for kind in sorted(seen)}
+
+    def _experts(self, metrics: dict[str, float], report: Report) -> dict[str, Any]:
+        assert self.filter is not None
+        engine = Filter.load(self.filter, device=device())
+        size = engine.model.config.image_size
+        root = Path(self.options.expert_root or Path(self.options.expert).parent)
+        by_image: dict[str, list[tuple[str, float]]] = {}
+        with Path(self.options.expert).open() as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                    rating = sum(row["ratings"]) / len(row["ratings"])
+                    by_image.setdefault(row["image"], []).append((row["caption"], rating))
+                except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+                    raise UserError(f"{self.options.expert}, line {number}: needs image, caption, ratings") from error
+        ratings: list[float] = []
+        itm: list[float] = []
+        itc: list[float] = []
+        images: list[str] = []
+        failed: Counter[str] = Counter()
+        for number, (name, rows) in enumerate(sorted(by_image.items()), start=1):
+            path = root / name
+            try:
+                pixels = decode_uint8(path.read_bytes(), size)
+            except FileNotFoundError:
+                failed["file_missing"] += len(rows)
+                continue
+            except BadImage as error:
+                failed[error.failure] += len(rows)
+                continue
+            scores = engine.score_texts(pixels[None], [0] * len(rows), [text for text, _ in rows])
+            ratings += [rating for _, rating in rows]
+            itm += [score.itm_score for score in scores]
+            itc += [score.itc_score for score in scores]
+            images += [name] * len(rows)
+            report(number, len(by_image), {"texts": len(ratings)})
+        interval = kendall_tau_c_interval(ratings, itm, images, seed=self.options.seed)
+        metrics["tau_c_itm"], metrics["tau_c_itm_low"], metrics["tau_c_itm_high"] = (
+            interval.value,
+            interval.low,
+            interval.high,
+        )
+        metrics["tau_c_itc"] = kendall_tau_c_interval(ratings, itc, images, seed=self.options.seed).value
+        metrics["spearman_itm"] = spearman(ratings, itm)
+        return {"texts": len(ratings), "images": len(set(images)), "failed": dict(failed)}

@@ -1,0 +1,57 @@
+"""What the stages that measure share: a result is one JSON file in `runs/`, published once, with its identity."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capfilt.errors import UserError
+from capfilt.stages.base import ModelStage, Report
+from capfilt.tables.publish import publish_new_bytes
+
+
+class ResultStage(ModelStage):
+    """A stage that ends in `runs/<name>.json`: {"name", "stage", "fingerprint", "identity", "metrics", ...}."""
+
+    unit = "batches"
+    output: Path
+
+    @abstractmethod
+    def measure(self, report: Report) -> dict[str, Any]:
+        """The figures: "metrics" (flat, numbers) and whatever else belongs in the file."""
+
+    def done(self) -> bool:
+        if not self.output.is_file():
+            return False
+        try:
+            made = json.loads(self.output.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{self.output}: not readable as a result; remove it and run again") from error
+        if made.get("fingerprint") != self.fingerprint():
+            raise UserError(
+                f"{self.output}: holds a result of other options, inputs or checkpoint; name another --out, or remove it"
+            )
+        return True
+
+    def run(self, report: Report) -> Mapping[str, Any]:
+        result = {
+            "name": self.output.stem,
+            "stage": self.name,
+            "fingerprint": self.fingerprint(),
+            "identity": dict(self.identity()),
+            **self.measure(report),
+        }
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        publish_new_bytes(self.output, (json.dumps(result, indent=1) + "\n").encode())
+        return {name: value for name, value in result["metrics"].items() if isinstance(value, float)}
+
+
+def result_path(workspace: Path, name: str) -> Path:
+    """Where the result called `name` goes: `runs/<name>.json`, or the path itself when it has a separator."""
+    if "/" in name:
+        path = Path(name)
+        return path if path.suffix == ".json" else path.with_name(path.name + ".json")
+    return workspace / "runs" / f"{name}.json"

@@ -1,0 +1,148 @@
+"""`subset`: a share of an images part, with noise of known kinds planted in its texts.
+
+The column `planted` (list<string>, beside `captions`) says of each text what was done to it. Nothing but `grade`
+reads it. The kinds:
+
+    true         the text as found
+    other_image  a text of another image of the same shard, drawn uniformly
+    truncated    the first half of the words, "..." after them
+    file_name    what a camera calls its files
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from capfilt.errors import UserError
+from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.inputs import input_hashes, shards_of
+from capfilt.stages.options import SubsetOptions
+from capfilt.tables.contracts import IMAGES
+from capfilt.tables.ids import image_id
+from capfilt.tables.shards import Counts, Part
+from capfilt.tables.workspace import Workspace
+
+KINDS = ("true", "other_image", "truncated", "file_name")
+
+
+def place(image: str) -> float:
+    """Where an image stands in [0, 1), by a hash of its id: the same in every run."""
+    return int.from_bytes(hashlib.blake2b(image.encode(), digest_size=7).digest(), "little") / 2**56
+
+
+class Subset(ShardStage):
+    """Rows in are images; those of other splits or outside the share are dropped, the rest kept."""
+
+    name = "subset"
+    version = 1
+    contract = IMAGES
+
+    def __init__(self, options: SubsetOptions, workspace: Workspace, output: Part | None = None) -> None:
+        if not 0 <= options.share_from < options.share_to <= 1:
+            raise UserError(f"--share-from {options.share_from}, --share-to {options.share_to}: give 0 <= from < to <= 1")
+        planted = (options.wrong, options.truncated, options.file_name)
+        if min(planted) < 0 or sum(planted) > 1:
+            raise UserError("--wrong, --truncated and --file-name are shares: at least 0 each, at most 1 together")
+        if options.role not in ("human", "web"):
+            raise UserError(f"--role {options.role!r}: choose human or web")
+        self.options = options
+        self.images = workspace.part("images", options.images).expect("images")
+        self.output = output or workspace.part("images", options.dataset)
+        if self.output.path == self.images.path:
+            raise UserError(f"--dataset {options.dataset}: is the part that is read; name another")
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "options": option_values(self.options),
+            "dataset": self.options.dataset,
+            "images": self.images.info["fingerprint"],
+        }
+
+    def shards(self) -> list[int]:
+        return shards_of(self.images)
+
+    def inputs(self, shard: int) -> list[str]:
+        return input_hashes(shard, self.images)
+
+    def process(self, shard: int) -> Produced:
+        o = self.options
+        rng = np.random.default_rng([o.seed, shard])
+        donors = self._donors(shard)
+        tables: list[pa.Table] = []
+        dropped: Counter[str] = Counter()
+        failed: Counter[str] = Counter()
+        rows_in = kept = 0
+        for batch in self.images.batches(shard):
+            made = []
+            for row in batch.to_pylist():
+                rows_in += 1
+                if o.splits and row["split"] not in o.splits:
+                    dropped["other_split"] += 1
+                    continue
+                if not o.share_from <= place(row["image_id"]) < o.share_to:
+                    dropped["outside_share"] += 1
+                    continue
+                made.append(self._planted(row, donors, rng))
+                if row["status"] == "success":
+                    kept += 1
+                else:
+                    failed[row["failure"] or "decode_error"] += 1
+            if made:
+                tables.append(IMAGES.table(made))
+        table = pa.concat_tables(tables) if tables else IMAGES.table([])
+        return Produced(table, Counts(rows_in, kept, dict(dropped), dict(failed)))
+
+    def _donors(self, shard: int) -> list[tuple[str, str]]:
+        table = self.images.read(shard, ["image_id", "captions", "split"]).to_pylist()
+        return [
+            (row["image_id"], text)
+            for row in table
+            if not self.options.splits or row["split"] in self.options.splits
+            for text in row["captions"]
+        ]
+
+    def _planted(
+        self, row: dict[str, Any], donors: list[tuple[str, str]], rng: np.random.Generator
+    ) -> dict[str, Any]:
+        o = self.options
+        captions = row["captions"][: o.texts] if o.texts else row["captions"]
+        draw = rng.random()
+        kind = "true"
+        if draw < o.wrong:
+            kind = "other_image"
+        elif draw < o.wrong + o.truncated:
+            kind = "truncated"
+        elif draw < o.wrong + o.truncated + o.file_name:
+            kind = "file_name"
+        texts = [self._text(kind, text, row["image_id"], donors, rng) for text in captions]
+        return {
+            **row,
+            "image_id": image_id(o.dataset, row["key"]),
+            "dataset": o.dataset,
+            "source": o.role,
+            "captions": [text for text, _ in texts],
+            "planted": [kind for _, kind in texts],
+        }
+
+    @staticmethod
+    def _text(
+        kind: str, text: str, image: str, donors: list[tuple[str, str]], rng: np.random.Generator
+    ) -> tuple[str, str]:
+        if kind == "other_image":
+            for _ in range(20):
+                other, found = donors[int(rng.integers(len(donors)))]
+                if other != image and found != text:
+                    return found, kind
+            return text, "true"  # a shard of one image has no other to take from
+        if kind == "truncated":
+            words = text.split()
+            return " ".join(words[: max(1, len(words) // 2)]) + "...", kind
+        if kind == "file_name":
+            return f"DSC_{int(rng.integers(10_000)):04d}.JPG", kind
+        return text, kind
