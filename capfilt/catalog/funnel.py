@@ -1,0 +1,172 @@
+"""The account of a workspace: what each part was made from, and where its stage's input rows went.
+
+It is read from descriptions, manifests and stats alone; no Parquet file's rows are touched. Views over it are in
+`schemas/views.sql`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from capfilt.tables.contracts import CONTRACTS
+from capfilt.tables.shards import Counts, Manifest, Part
+from capfilt.tables.workspace import Workspace
+
+PARTS_SCHEMA = pa.schema(
+    [
+        pa.field("ordinal", pa.int32()),
+        pa.field("table_name", pa.string()),
+        pa.field("part", pa.string()),
+        pa.field("stage", pa.string()),
+        pa.field("shards", pa.int64()),
+        pa.field("rows_in", pa.int64()),
+        pa.field("rows_out", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("seconds", pa.float64()),
+        pa.field("finished", pa.timestamp("us", "UTC")),
+        pa.field("fingerprint", pa.string()),
+        pa.field("identity", pa.string()),
+    ]
+)
+"""Columns of `parts_table`."""
+
+FUNNEL_SCHEMA = pa.schema(
+    [
+        pa.field("ordinal", pa.int32()),
+        pa.field("stage", pa.string()),
+        pa.field("table_name", pa.string()),
+        pa.field("part", pa.string()),
+        pa.field("outcome", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("rows", pa.int64()),
+    ]
+)
+"""Columns of `funnel_table`."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """One part and what its manifests say, all shards together.
+
+    Attributes:
+        table: the part's table.
+        part: the part itself.
+        manifests: of the committed shards, each checked against its file.
+        counts: in its stage's input rows.
+        seconds: work on its shards, summed over workers.
+        finished: when the newest shard was committed, in UTC; None where no stats say so.
+    """
+
+    table: str
+    part: Part
+    manifests: tuple[Manifest, ...]
+    counts: Counts
+    seconds: float
+    finished: datetime | None
+
+    @property
+    def stage(self) -> str:
+        return str(self.part.info.get("stage", ""))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        identity = self.part.info.get("identity")
+        return identity if isinstance(identity, dict) else {}
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.part.info.get("fingerprint", ""))
+
+    @property
+    def rows_out(self) -> int:
+        return sum(manifest.rows for manifest in self.manifests)
+
+    @property
+    def size(self) -> int:
+        return sum(manifest.size for manifest in self.manifests)
+
+    def outcomes(self) -> Iterator[tuple[str, str | None, int]]:
+        """(kept, dropped or failed; the reason; rows), the kept first, then by number of rows."""
+        yield "kept", None, self.counts.kept
+        for outcome, reasons in (("dropped", self.counts.dropped), ("failed", self.counts.failed)):
+            for reason, rows in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+                yield outcome, reason, rows
+
+
+def accounts(workspace: Workspace) -> list[Account]:
+    """The account of every part, in the order of the tables, then by name.
+
+    Raises UserError naming the first part whose description is unreadable or of another table than its directory's,
+    or whose files do not agree with their manifests.
+    """
+    return [_account(table, part) for table in CONTRACTS for part in workspace.parts(table)]
+
+
+def _account(table: str, part: Part) -> Account:
+    manifests = tuple(part.expect(table).manifests())
+    if any(part.problem(manifest) for manifest in manifests):
+        part.check()
+    seconds, finished = 0.0, 0.0
+    for manifest in manifests:
+        stats = _stats(part, manifest.shard)
+        seconds += stats.get("seconds") or 0.0
+        finished = max(finished, stats.get("end_time") or 0.0)
+    counts = sum((manifest.counts for manifest in manifests), Counts(0, 0))
+    return Account(
+        table, part, manifests, counts, seconds, datetime.fromtimestamp(finished, UTC) if finished else None
+    )
+
+
+def _stats(part: Part, shard: int) -> dict[str, float]:
+    # Stats are a courtesy: a crash may have come between the manifest and them.
+    try:
+        stats = json.loads((part.path / f"{shard:05d}_stats.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in stats.items() if isinstance(value, int | float)}
+
+
+def parts_table(found: Sequence[Account]) -> pa.Table:
+    """One row per part, PARTS_SCHEMA; `identity` is JSON text."""
+    rows = [
+        {
+            "ordinal": ordinal,
+            "table_name": account.table,
+            "part": account.part.name,
+            "stage": account.stage,
+            "shards": len(account.manifests),
+            "rows_in": account.counts.rows_in,
+            "rows_out": account.rows_out,
+            "size": account.size,
+            "seconds": account.seconds,
+            "finished": account.finished,
+            "fingerprint": account.fingerprint,
+            "identity": json.dumps(account.identity, sort_keys=True),
+        }
+        for ordinal, account in enumerate(found)
+    ]
+    return pa.Table.from_pylist(rows, schema=PARTS_SCHEMA)
+
+
+def funnel_table(found: Sequence[Account]) -> pa.Table:
+    """One row per part, outcome and reason, FUNNEL_SCHEMA; the rows of a part add up to its stage's input rows."""
+    rows = [
+        {
+            "ordinal": ordinal,
+            "stage": account.stage,
+            "table_name": account.table,
+            "part": account.part.name,
+            "outcome": outcome,
+            "reason": reason,
+            "rows": count,
+        }
+        for ordinal, account in enumerate(found)
+        for outcome, reason, count in account.outcomes()
+    ]
+    return pa.Table.from_pylist(rows, schema=FUNNEL_SCHEMA)
