@@ -90,7 +90,8 @@ def filter_figures(texts: Sequence[WebText], seed: int) -> dict[str, Any]:
 
     def area(wrong: Sequence[WebText]) -> float:
         both = [*true, *wrong]
-        return roc_auc([text.score for text in both], [truth.KINDS[text.kind].true for text in both])  # type: ignore[list-item]
+        scores = np.array([text.score for text in both], np.float64)
+        return roc_auc(scores, [truth.KINDS[text.kind].true for text in both])
 
     labels = [truth.KINDS[text.kind].true for text in formed]
     spam = {

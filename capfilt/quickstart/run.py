@@ -109,10 +109,10 @@ def run_quickstart(
         _, content = recipes.load_recipe("quickstart")
         steps = recipes.resolve(content, [f"{name}={value}" for name, value in settings.items()])
         accounts: dict[str, dict[str, Any]] = {}
-        for step, summary in recipes.run_recipe("quickstart", steps, workspace, execution, quiet=quiet):
-            name = step.label if summary.stage == step.stage else summary.stage
-            accounts[name] = recipes.account(summary)
-            say(summary.line())
+        for step, done in recipes.run_recipe("quickstart", steps, workspace, execution, quiet=quiet):
+            name = step.label if done.stage == step.stage else done.stage
+            accounts[name] = recipes.account(done)
+            say(done.line())
     summary = _summary(workspace, world, captions, accounts, seed)
     summary["size"] = size
     summary["seconds"]["total"] = round(time.monotonic() - began, 1)

@@ -1,0 +1,208 @@
+"""Catches a caption, score or select that loses a neighbour of a bad row, miscounts, or depends on how work was cut."""
+
+from __future__ import annotations
+
+import pyarrow.parquet as pq
+import pytest
+
+from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import run_stage
+from capfilt.stages.caption import CaptionStage
+from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
+from capfilt.stages.score import ScoreStage
+from capfilt.stages.select import Select, WritePairs
+from capfilt.tables.contracts import SCORES
+from capfilt.tables.shards import Counts
+
+
+def run(stage):
+    return run_stage(stage, InlineExecutor(), quiet=True)
+
+
+def caption(workspace, **changes):
+    return run(CaptionStage(CaptionOptions(images="web", prompt="", max_new_tokens=6, **changes), workspace))
+
+
+def rows_of(part):
+    return [row for table in part.tables() for row in table.to_pylist()]
+
+
+def put_scores(workspace, score_of):
+    """A scores part with scores of the test's choosing, over web texts and captions."""
+    from capfilt.tables.texts import texts_of
+
+    part = workspace.part("scores", "chosen")
+    mark = part.begin(SCORES, "test", {})
+    captions = [workspace.part("captions", "captioner")] if workspace.part("captions", "captioner").exists else []
+    for shard in workspace.part("images", "web").shards():
+        texts = texts_of(workspace.part("images", "web").read(shard), [each.read(shard) for each in captions])
+        made = [
+            {"text_id": row["text_id"], "image_id": row["image_id"], "itm_score": score_of(row), "itc_score": 0.1}
+            for row in texts.to_pylist()
+        ]
+        part.commit(shard, SCORES.table(made), Counts(len(made), len(made)), mark, 0.0)
+    return part
+
+
+def test_captions_every_picture_and_accounts_for_the_rest(workspace):
+    summary = caption(workspace, samples=2)
+    assert summary.counts.rows_in == 12
+    assert summary.counts.dropped == {"no_image": 1}
+    assert summary.counts.failed.get("truncated") == 1
+    rows = rows_of(workspace.part("captions", "captioner"))
+    assert len(rows) == 2 * (12 - 1)
+    assert {row["sample_index"] for row in rows} == {0, 1}
+    bad = [row for row in rows if row["failure"] == "truncated"]
+    assert len(bad) == 2
+    assert all(row["text"] is None and row["logprob"] is None for row in bad)
+    assert all(row["text"] is not None and row["logprob"] < 0 for row in rows if row["failure"] is None)
+    assert len({row["text_id"] for row in rows}) == len(rows)
+
+
+def test_a_text_does_not_depend_on_the_batch_it_is_written_in(workspace):
+    caption(workspace, batch_size=64, out="a", seed=3)
+    caption(workspace, batch_size=2, out="b", seed=3)
+    caption(workspace, batch_size=64, out="c", seed=4)
+    first, second, other = (
+        [row["text"] for row in rows_of(workspace.part("captions", name))] for name in ("a", "b", "c")
+    )
+    assert first == second
+    assert first != other
+
+
+def test_a_second_run_does_nothing_and_a_changed_option_is_refused(workspace):
+    assert caption(workspace).done_now == 2
+    path = workspace.part("captions", "captioner").path / "00000.parquet"
+    before = (path.stat().st_mtime_ns, path.read_bytes())
+    again = caption(workspace)
+    assert (again.done_now, again.done_before) == (0, 2)
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+    with pytest.raises(UserError, match=r"top_p was 0\.9, is now 0\.5"):
+        caption(workspace, top_p=0.5)
+
+
+def test_scores_every_text_of_a_picture_that_is_there(workspace):
+    caption(workspace)
+    summary = run(ScoreStage(ScoreOptions(images="web", captions=("captioner",)), workspace))
+    counts = summary.counts
+    synthetic = 11
+    found = 6 + 1 + 3 + 4
+    assert counts.rows_in == synthetic + found
+    assert counts.dropped == {"no_image": 1}
+    assert counts.failed["too_long"] == 1
+    assert counts.failed["empty_text"] >= 2
+    assert counts.failed["truncated"] == 2  # the broken picture's own text and its failed synthetic one
+    rows = rows_of(workspace.part("scores", "filter"))
+    good = [row for row in rows if row["failure"] is None]
+    assert len(rows) == counts.rows_in - 1
+    assert all(0 <= row["itm_score"] <= 1 and -1 <= row["itc_score"] <= 1 for row in good)
+    assert all(row["itm_score"] is None for row in rows if row["failure"])
+
+
+def test_scores_agree_with_scoring_one_pair_at_a_time(workspace):
+    from capfilt import Filter
+    from capfilt.tables.texts import found_texts
+
+    run(ScoreStage(ScoreOptions(images="web"), workspace))
+    engine = Filter.load(workspace.model("filter"))
+    images = workspace.part("images", "web").read(0)
+    scored = {row["text_id"]: row for row in workspace.part("scores", "filter").read(0).to_pylist()}
+    pixels = dict(zip(images["image_id"].to_pylist(), images["image"].to_pylist(), strict=True))
+    for row in found_texts(images).to_pylist():
+        if row["text_id"] in scored and pixels[row["image_id"]] is not None:
+            alone = engine.score([pixels[row["image_id"]]["bytes"]], [row["text"]])[0]
+            assert scored[row["text_id"]]["itm_score"] == pytest.approx(alone.itm_score, abs=1e-5)
+            assert scored[row["text_id"]]["itc_score"] == pytest.approx(alone.itc_score, abs=1e-5)
+
+
+def test_select_keeps_at_the_threshold_and_says_why_it_dropped(workspace):
+    caption(workspace)
+    put_scores(workspace, lambda row: 0.5 if row["source"] == "web" else 0.4999)
+    options = SelectOptions(images="web", captions=("captioner",), scores="chosen", out="rule")
+    summary = run(Select(options, workspace))
+    rows = rows_of(workspace.part("verdicts", "rule"))
+    assert summary.counts.rows_in == len(rows) == 14 + 11
+    reasons = {}
+    for row in rows:
+        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+        assert row["keep"] == (row["reason"] == "itm_score_at_threshold")
+    assert reasons["no_image"] == 1
+    assert reasons["truncated"] == 1
+    assert all(row["source"] == "web" for row in rows if row["keep"])
+    pairs = run(WritePairs(options, workspace))
+    assert pairs.counts.kept == pairs.rows_out
+    assert pairs.counts.dropped["no_image"] == 1
+    kept = rows_of(workspace.part("pairs", "rule"))
+    assert sum(len(row["texts"]) for row in kept) == sum(row["keep"] for row in rows)
+    assert all(row["image"]["bytes"] for row in kept)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_a_kept_fraction_is_a_global_quantile(workspace, fraction):
+    order = {}
+    put_scores(workspace, lambda row: order.setdefault(row["text_id"], len(order) / 14))
+    options = SelectOptions(images="web", scores="chosen", out="rule", keep_fraction=fraction)
+    run(Select(options, workspace))
+    wanted = {text for text, score in order.items() if score >= sorted(order.values())[-round(fraction * 14)]}
+    assert len(wanted) == round(fraction * 14)
+    rows = rows_of(workspace.part("verdicts", "rule"))
+    lost = {row["text_id"] for row in rows if row["reason"] == "no_image"}
+    assert {row["text_id"] for row in rows if row["keep"]} == wanted - lost
+
+
+def test_human_texts_are_kept_only_when_asked_for(workspace):
+    put_scores(workspace, lambda row: 0.9)
+    run(Select(SelectOptions(images="web", scores="chosen", out="none", sources=("synthetic",)), workspace))
+    rows = rows_of(workspace.part("verdicts", "none"))
+    assert not any(row["keep"] for row in rows)
+    assert {row["reason"] for row in rows} == {"no_image", "source_not_selected"}
+
+
+def test_missing_inputs_and_wrong_options_are_one_line_and_write_nothing(workspace):
+    before = sorted(str(path) for path in workspace.path.rglob("*"))
+    cases = [
+        lambda: CaptionStage(CaptionOptions(images="nowhere"), workspace),
+        lambda: CaptionStage(CaptionOptions(images="web", captioner="nowhere"), workspace),
+        lambda: CaptionStage(CaptionOptions(images="web", method="magic"), workspace),
+        lambda: CaptionStage(CaptionOptions(images="web", top_p=0.0), workspace),
+        lambda: ScoreStage(ScoreOptions(images="web", captions=("nowhere",)), workspace),
+        lambda: Select(SelectOptions(images="web", scores="nowhere"), workspace),
+        lambda: Select(SelectOptions(images="web", by="beauty"), workspace),
+        lambda: Select(SelectOptions(images="web", keep_fraction=2.0), workspace),
+    ]
+    for case in cases:
+        with pytest.raises(UserError) as caught:
+            case()
+        assert "\n" not in str(caught.value)
+    assert sorted(str(path) for path in workspace.path.rglob("*")) == before
+
+
+def test_a_part_of_the_wrong_table_is_refused(workspace):
+    with pytest.raises(UserError, match="is a part of table images, but one of scores is needed"):
+        Select(SelectOptions(images="web", scores=str(workspace.path / "images" / "web")), workspace)
+
+
+def test_a_changed_input_shard_is_noticed(workspace):
+    caption(workspace)
+    part = workspace.part("images", "web")
+    for name in ("00001.parquet", "00001.manifest.json"):
+        (part.path / name).unlink()
+    from tests.worlds import image_rows
+
+    from capfilt.tables.contracts import IMAGES
+
+    rows = image_rows("web", 3, start=50)
+    part.commit(1, IMAGES.table(rows), Counts(3, 3), part.info["fingerprint"], 0.1)
+    with pytest.raises(UserError, match="made from other input rows"):
+        caption(workspace)
+
+
+def test_pairs_open_without_capfilt(workspace):
+    put_scores(workspace, lambda row: 0.9)
+    options = SelectOptions(images="web", scores="chosen", out="rule")
+    run(Select(options, workspace))
+    run(WritePairs(options, workspace))
+    table = pq.read_table(workspace.part("pairs", "rule").path / "00000.parquet")
+    assert table.column_names == ["image_id", "image", "texts", "split"]
+    assert b"huggingface" in table.schema.metadata
