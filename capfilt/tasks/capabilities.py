@@ -65,8 +65,12 @@ class HasText(Protocol):
 class GeneratesText(Protocol):
     """A captioner. `capfilt.Captioner` is one."""
 
-    def caption(self, images: Sequence[Any], /, **options: Any) -> Sequence[HasText]:
-        """One caption per image, in order; `options` are the decoding options of `capfilt.Captioner.caption`."""
+    def caption(self, images: Any, *args: Any, **options: Any) -> Sequence[HasText]:
+        """One caption per image of a batch, in order; `options` are those of `capfilt.Captioner.caption`.
+
+        A batch is a list of pictures, or a tensor of them with the batch first. Asked for `method="nucleus"`,
+        it is given `keys` as well: one name per image, from which alone the image's random stream follows.
+        """
         ...
 
 

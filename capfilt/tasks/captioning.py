@@ -13,14 +13,14 @@ subset and of the whole split, or of two splits, cannot be compared.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from capfilt.errors import RunError, UserError
 from capfilt.tasks.capabilities import GeneratesText
@@ -339,21 +339,45 @@ def evaluate_captioning(
     progress: Callable[[int, int], None] | None = None,
     **decoding: Any,
 ) -> CaptioningResult:
-    """Captions `images`, read lazily batch by batch, and judges them against `references`, in the same order.
+    """Captions `images` and judges the captions against `references`, in the same order.
 
-    decoding: options of the captioner; beam search with 3 beams unless another `method` is named (BLIP's
-    released COCO configuration). progress: called with (done, of). Raises RunError when images and references
-    differ in number.
+    images: pictures as the captioner takes them (PIL images, bytes or paths), or batches of pictures (lists,
+    or tensors with the batch first, from a loader), read lazily; or one tensor or array of all. decoding:
+    options of the captioner; beam search with 3 beams unless another `method` is named (BLIP's released COCO
+    configuration). Sampled captions do not depend on how the images are batched. progress: called with (done,
+    of).
+
+    Raises RunError when images and references differ in number.
     """
     options: dict[str, Any] = (
         decoding if "method" in decoding else {"method": "beam", "num_beams": 3} | decoding
     )
     captions: list[str | None] = []
-    waiting = iter(images)
-    while batch := list(itertools.islice(waiting, batch_size)):
+    for batch in _batches(images, batch_size):
+        if options["method"] == "nucleus":
+            # The keys that one call with all images would have used.
+            options = options | {"keys": [str(len(captions) + offset) for offset in range(len(batch))]}
         captions.extend(caption.text for caption in captioner.caption(batch, **options))
         if progress is not None:
             progress(len(captions), len(references))
     if len(captions) != len(references):
         raise RunError(f"captioning: {len(captions)} captions for {len(references)} images with references")
     return caption_metrics(captions, references)
+
+
+def _batches(images: Iterable[Any], size: int) -> Iterator[Any]:
+    """Batches of at most `size` pictures from pictures; batches of pictures as they are."""
+    if isinstance(images, Tensor | np.ndarray):
+        yield from (images[start : start + size] for start in range(0, len(images), size))
+        return
+    single: list[Any] = []
+    for each in images:
+        if isinstance(each, Tensor | np.ndarray | list | tuple):
+            yield each
+            continue
+        single.append(each)
+        if len(single) == size:
+            yield single
+            single = []
+    if single:
+        yield single

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -326,6 +327,25 @@ def test_a_captioner_is_asked_in_batches_and_judged_in_order():
     assert found.cider[2] == found.rouge_l[2] == 0.0
     assert found.metrics["cider"] == pytest.approx(found.cider.mean())
     assert found.metrics["rouge_l"] == pytest.approx(found.rouge_l.mean())
+
+
+def test_pictures_come_one_by_one_or_in_batches_and_keep_their_random_streams():
+    keyed = []
+
+    class Sampler(Parrot):
+        def caption(self, images, **options):
+            keyed.extend(zip([str(image) for image in images], options["keys"], strict=True))
+            return [Written("a red kite") for _ in images]
+
+    flat = evaluate_captioning(Sampler(), iter("xyz"), REFERENCES, batch_size=2, method="nucleus")
+    assert keyed == [("x", "0"), ("y", "1"), ("z", "2")]
+    again = evaluate_captioning(Sampler(), [["x"], ["y", "z"]], REFERENCES, method="nucleus")
+    assert keyed[3:] == keyed[:3]
+    assert again.metrics == flat.metrics
+    keyed.clear()
+    evaluate_captioning(Sampler(), torch.arange(3), REFERENCES, batch_size=2, method="nucleus")
+    evaluate_captioning(Sampler(), torch.arange(3).split(2), REFERENCES, method="nucleus")
+    assert [key for _, key in keyed] == ["0", "1", "2"] * 2
 
 
 def test_decoding_options_replace_the_default():

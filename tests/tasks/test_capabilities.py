@@ -1,0 +1,132 @@
+"""Would catch: a text matched with its neighbour's image when batches are sorted and cut, [CLS] left at position 0
+where the matcher wants [ENC], dropout left on in evaluation, and a model left in evaluation mode in mid-training."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
+from capfilt.inference.captioner import Captioner
+from capfilt.models.blip import build
+from capfilt.models.presets import preset
+from capfilt.tasks.capabilities import (
+    BlipCapabilities,
+    EmbedsImagesAndTexts,
+    GeneratesText,
+    MatchesPairs,
+    RetrievesAndMatches,
+)
+from capfilt.tasks.captioning import evaluate_captioning
+from capfilt.tasks.retrieval import evaluate_retrieval, from_embeddings
+
+WORDS = ["a", "dog", "cat", "red", "blue", "runs", "sits", "on", "grass"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer([*SPECIALS, *WORDS, *ADDED])
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = preset("tiny", tokenizer.vocab_size)
+    # Dropout on, so that a forgotten eval() shows as noise.
+    text = dataclasses.replace(config.text, dropout=0.5)
+    built = build(dataclasses.replace(config, text=text))
+    with torch.no_grad():
+        # A fresh head hardly tells pairs apart; this one does.
+        built.itm_head.weight.mul_(50)
+    return built
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(
+        0, 256, (5, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+TEXTS = ["a dog", "a red cat sits on grass", "a", "a blue dog runs on red grass", "cat", "a dog runs"]
+
+
+def test_blip_is_what_the_protocols_ask_for(model, tokenizer):
+    able = BlipCapabilities(model, tokenizer)
+    assert isinstance(able, EmbedsImagesAndTexts)
+    assert isinstance(able, MatchesPairs)
+    assert isinstance(able, RetrievesAndMatches)
+    assert not isinstance(able, GeneratesText)
+
+
+def test_the_captioner_is_what_captioning_asks_for(model, tokenizer, images):
+    captioner = Captioner(copy.deepcopy(model), tokenizer)
+    assert isinstance(captioner, GeneratesText)
+    references = [[text] for text in TEXTS[:5]]
+    whole = evaluate_captioning(captioner, images, references, method="nucleus", max_new_tokens=5, seed=3)
+    parts = evaluate_captioning(
+        captioner, images.split(2), references, method="nucleus", max_new_tokens=5, seed=3
+    )
+    assert whole.captions == parts.captions
+    assert len(set(whole.captions)) > 1
+    assert whole.captions != evaluate_captioning(captioner, images, references, max_new_tokens=5).captions
+
+
+@pytest.mark.parametrize("pair_batch", [1, 2, 256])
+def test_every_pair_scores_as_it_does_alone(model, tokenizer, images, pair_batch):
+    able = BlipCapabilities(model, tokenizer, pair_batch=pair_batch)
+    tokens = able.encode_images(images)
+    index = torch.tensor([0, 0, 0, 0, 0, 2, 2, 4])
+    texts = [*TEXTS[:5], TEXTS[5], TEXTS[3], TEXTS[0]]
+    logits = able.match(tokens, index, texts)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (8,)
+    model.eval()
+    with torch.inference_mode():
+        for row, (image, text) in enumerate(zip(index.tolist(), texts, strict=True)):
+            ids, mask = tokenizer.encode([text], 35)
+            alone = model.match_logits(ids, mask, model.encode_image(images[image : image + 1]))
+            assert logits[row].item() == pytest.approx(alone[0, 1].item(), abs=1e-4)
+    model.train()
+    assert logits.std() > 1e-3
+
+
+def test_embeddings_are_unit_vectors_whatever_the_batch(model, tokenizer, images):
+    able = BlipCapabilities(model, tokenizer)
+    together, alone = able.embed_texts(TEXTS), torch.cat([able.embed_texts([text]) for text in TEXTS])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together.norm(dim=1), torch.ones(len(TEXTS)), atol=1e-5)
+    vision = able.embed_images(able.encode_images(images))
+    assert vision.shape == (5, model.config.embed_dim)
+    assert torch.allclose(vision.norm(dim=1), torch.ones(5), atol=1e-5)
+
+
+def test_training_goes_on_where_it_was(model, tokenizer, images):
+    model.train()
+    model.visual_encoder.eval()
+    before = [module.training for module in model.modules()]
+    able = BlipCapabilities(model, tokenizer)
+    assert torch.equal(able.embed_texts(TEXTS), able.embed_texts(TEXTS))  # no dropout
+    able.match(able.encode_images(images), torch.tensor([0]), ["a"])
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+    model.train()
+
+
+def test_retrieval_end_to_end_equals_the_whole_matrix(model, tokenizer, images):
+    able = BlipCapabilities(model, tokenizer, pair_batch=3)
+    owners = [0, 0, 1, 2, 4, 4]
+    found = evaluate_retrieval(able, images.split(2), range(5), TEXTS, owners, rerank_k=100, token_memory=0)
+    tokens = able.encode_images(images)
+    cosine = able.embed_images(tokens) @ able.embed_texts(TEXTS).T
+    assert (
+        found.itc.metrics
+        == from_embeddings(able.embed_images(tokens), able.embed_texts(TEXTS), owners).metrics
+    )
+    index = torch.arange(5).repeat_interleave(len(TEXTS))
+    fused = able.match(tokens, index, TEXTS * 5).view(5, -1) + cosine
+    for j, owner in enumerate(owners):
+        assert found.itm.text_ranks[j] == 1 + int((fused[:, j] > fused[owner, j]).sum())
+    assert found.itm.image_ranks[3] == 0
