@@ -1,0 +1,321 @@
+"""What the child process does with a slice of a list: img2dataset fetches, resizes and encodes; the limits are ours.
+
+Bodies are fetched by threads and worked on one at a time. Each is decoded once, by `capfilt.data.images` (bounded,
+upright, right colours, truncation told apart), and goes to img2dataset's `Resizer` as plain pixels.
+
+Importing this module does not import img2dataset; making an `Engine` does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import io
+import queue
+import sys
+import threading
+import time
+import types
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from capfilt.data.images import FORMATS, BadImage, decode, phash, sha256
+from capfilt.stages.download.addresses import AddressPolicy
+from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
+
+OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
+"""img2dataset's words for it (its `download_image`)."""
+
+_BACKOFF = (0.5, 8.0)
+_RETRY_AFTER_MOST = 30.0
+
+_ORIENTATION = 0x0112
+"""EXIF's tag for how the picture is turned."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine needs to know of the options; JSON-able. Sizes in pixels, times in seconds."""
+
+    image_size: int
+    resize_mode: str
+    resize_only_if_bigger: bool
+    encode_format: str
+    encode_quality: int
+    min_image_size: int
+    max_aspect_ratio: float
+    thread_count: int
+    timeout: float
+    total_timeout: float
+    retries: int
+    max_bytes: int
+    max_pixels: int
+    user_agent: str
+    user_agent_token: str
+    disallowed_header_directives: tuple[str, ...]
+    allow_host: tuple[str, ...]
+    allow_private: bool
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Settings:
+        """The settings in a JSON object."""
+        known = {each.name: values[each.name] for each in fields(Settings)}
+        for name in ("disallowed_header_directives", "allow_host"):
+            known[name] = tuple(known[name])
+        return Settings(**known)
+
+    @property
+    def longest_silence(self) -> float:
+        """Seconds that may pass without a word from a child that is well."""
+        waits = _BACKOFF[1] + _RETRY_AFTER_MOST
+        return 60.0 + self.retries * waits + (self.retries + 1) * (self.total_timeout + self.timeout)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came of one URL: a body, or a fault."""
+
+    row: int
+    body: bytes | None
+    fault: Fault | None
+
+
+class Engine:
+    """img2dataset's parts, imported once. Raises ImportError where img2dataset is missing or does not import."""
+
+    def __init__(self) -> None:
+        self.version = import_img2dataset()
+        from img2dataset import downloader, resizer
+
+        self._download_image = downloader.download_image
+        self._resizer_class = resizer.Resizer
+        self._watch = resizer.cv2 = _Watch(resizer.cv2)
+        self._opener: SafeOpener | None = None
+        self._settings: Settings | None = None
+
+    def run(
+        self, rows: Sequence[tuple[int, str | None]], settings: Settings
+    ) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Work on (row, URL) pairs. Yields frames, in order of completion.
+
+        {"begin": row} comes before a body is decoded; {"row": row, "status": ..., ...} and the encoded picture (no
+        bytes for a failure) once for every row.
+        """
+        opener = self._configure(settings)
+        resizer = self._resizer_class(
+            settings.image_size,
+            settings.resize_mode,
+            settings.resize_only_if_bigger,
+            encode_quality=settings.encode_quality,
+            encode_format=settings.encode_format,
+        )
+        for fetched in self._fetch_all(rows, opener, settings):
+            if fetched.body is None:
+                assert fetched.fault is not None
+                yield (
+                    _failed(fetched.row, "failed_to_download", fetched.fault.failure, fetched.fault.message),
+                    b"",
+                )
+                continue
+            yield {"begin": fetched.row}, b""
+            yield self._picture(fetched.row, fetched.body, resizer, settings)
+
+    def _configure(self, settings: Settings) -> SafeOpener:
+        if self._opener is None or self._settings != settings:
+            self._settings = settings
+            self._opener = SafeOpener(
+                AddressPolicy.of(settings.allow_host, settings.allow_private),
+                Limits(settings.timeout, settings.total_timeout, settings.max_bytes),
+                settings.user_agent,
+            )
+        # Typed for urllib's own class; `urlopen` calls nothing but its `open`.
+        urllib.request.install_opener(self._opener)  # type: ignore[arg-type]
+        return self._opener
+
+    def _fetch_all(
+        self, rows: Sequence[tuple[int, str | None]], opener: SafeOpener, settings: Settings
+    ) -> Iterator[Fetched]:
+        todo: queue.SimpleQueue[tuple[int, str | None] | None] = queue.SimpleQueue()
+        threads = min(settings.thread_count, len(rows))
+        for row in rows:
+            todo.put(row)
+        for _ in range(threads):
+            todo.put(None)
+        # Bounded, so that bodies do not pile up faster than they are decoded.
+        done: queue.Queue[Fetched] = queue.Queue(2 * settings.thread_count)
+
+        def work() -> None:
+            while (item := todo.get()) is not None:
+                done.put(self._fetch(*item, opener, settings))
+
+        for _ in range(threads):
+            threading.Thread(target=work, name="fetch", daemon=True).start()
+        for _ in rows:
+            yield done.get()
+
+    def _fetch(self, row: int, url: str | None, opener: SafeOpener, settings: Settings) -> Fetched:
+        try:
+            parse_url(url)
+            attempt = 0
+            while True:
+                opener.take_fault()
+                _, stream, words = self._download_image(
+                    (row, url),
+                    settings.timeout,
+                    settings.user_agent_token,
+                    settings.disallowed_header_directives,
+                )
+                if stream is not None:
+                    return Fetched(row, stream.getvalue(), None)
+                fault = opener.take_fault() or _unheard_of(str(words))
+                if not fault.transient or attempt == settings.retries:
+                    return Fetched(row, None, fault)
+                wait = min(_BACKOFF[1], _BACKOFF[0] * 2**attempt)
+                time.sleep(max(wait, min(fault.retry_after or 0.0, _RETRY_AFTER_MOST)))
+                attempt += 1
+        except Fault as bad:
+            return Fetched(row, None, bad)
+        except Exception as error:  # noqa: BLE001 - one URL's surprise must not end the thread that serves the others
+            return Fetched(row, None, Fault("http_error", f"{type(error).__name__}: {error}"))
+
+    def _picture(
+        self, row: int, body: bytes, resizer: Any, settings: Settings
+    ) -> tuple[dict[str, Any], bytes]:
+        facts: dict[str, Any] = {"sha256": sha256(body)}
+        try:
+            self._watch.shown = None
+            if _is_plain_jpeg(body, settings):
+                encoded, width, height, _, _, words = resizer(io.BytesIO(body))
+            else:
+                encoded, width, height, words = None, 0, 0, None
+            if encoded is None:
+                # Also after the resizer's refusal, which does not say what is wrong with the picture.
+                picture = _decode(body, settings)
+                encoded, width, height, _, _, words = resizer(io.BytesIO(_plain_pixels(picture)))
+            if encoded is None:
+                raise BadImage("decode_error", str(words))
+            facts["original_width"], facts["original_height"] = received_size(body)
+            _check_shape(facts["original_width"], facts["original_height"], settings)
+            facts |= {"status": "success", "width": width, "height": height}
+            facts["phash"] = self._phash(encoded, body, settings)
+            return {"row": row, **facts}, encoded
+        except BadImage as bad:
+            return _failed(row, "failed_to_resize", bad.failure, bad.message) | facts, b""
+        except Exception as error:  # noqa: BLE001 - a picture that trips the encoder is a row, not the end of the slice
+            words = f"{type(error).__name__}: {error}"
+            return _failed(row, "failed_to_resize", "decode_error", words) | facts, b""
+
+    def _phash(self, encoded: bytes, body: bytes, settings: Settings) -> str:
+        # What the resizer encoded shows the whole picture, unless the mode cuts or pads it.
+        if settings.resize_mode not in ("keep_ratio", "keep_ratio_largest", "no"):
+            return phash(decode(body, max_pixels=settings.max_pixels, draft_size=128))
+        small = self._watch.small_grey()
+        return phash(decode(encoded) if small is None else small)
+
+
+class _Watch:
+    """Stands in for `cv2` in img2dataset's resizer module: it is cv2, and `imencode` keeps what it was shown.
+
+    So the perceptual hash is taken of the pixels in hand, instead of decoding again what was encoded a moment ago.
+    """
+
+    def __init__(self, cv2: Any) -> None:
+        self._cv2 = cv2
+        self.shown: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cv2, name)
+
+    def imencode(self, extension: str, picture: Any, *arguments: Any, **options: Any) -> Any:
+        self.shown = picture
+        return self._cv2.imencode(extension, picture, *arguments, **options)
+
+    def small_grey(self) -> Image.Image | None:
+        """What was encoded last, grey, its shorter side some 100 to 200 pixels where it was longer."""
+        if self.shown is None or self.shown.ndim != 3:
+            return None
+        grey = Image.fromarray(self._cv2.cvtColor(self.shown, self._cv2.COLOR_BGR2GRAY))
+        factor = min(grey.size) // 96
+        return grey.reduce(factor) if factor > 1 else grey
+
+
+def import_img2dataset() -> str:
+    """Import the two modules of img2dataset that are used, and return its version. Raises ImportError.
+
+    The package's own `__init__` is its command line: it imports pandas, webdataset and, where they are installed, Ray
+    and wandb: three quarters of the start-up time, for nothing that is called here. So the package is entered beside
+    its `__init__`, and wandb, which only img2dataset's own logger process talks to, is an empty module. For a process
+    of its own: whoever imports img2dataset in this process later finds it so.
+    """
+    found = importlib.util.find_spec("img2dataset")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("img2dataset is not installed")
+    package = types.ModuleType("img2dataset")
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules["img2dataset"] = package
+    sys.modules.setdefault("wandb", types.ModuleType("wandb"))
+    importlib.import_module("img2dataset.downloader")
+    importlib.import_module("img2dataset.resizer")
+    return importlib.metadata.version("img2dataset")
+
+
+def received_size(body: bytes) -> tuple[int, int]:
+    """Width and height of a picture that decodes, as its header says: before EXIF rotation, before any draft."""
+    with Image.open(io.BytesIO(body), formats=FORMATS) as image:
+        return image.size
+
+
+def _is_plain_jpeg(body: bytes, settings: Settings) -> bool:
+    """Whether img2dataset's own decoding gives the same as ours, and no slower: RGB, upright, within the limits."""
+    if not body.startswith(b"\xff\xd8\xff"):
+        return False
+    try:
+        with Image.open(io.BytesIO(body), formats=("JPEG",)) as image:
+            width, height = image.size
+            upright = "exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1
+            return (
+                image.mode == "RGB"
+                and upright
+                and width * height <= settings.max_pixels
+                and min(width, height) >= settings.min_image_size
+                and (settings.resize_mode == "no" or min(width, height) < 4 * settings.image_size)
+            )
+    except Exception:  # noqa: BLE001 - the careful decoder will say what is wrong with it
+        return False
+
+
+def _decode(body: bytes, settings: Settings) -> Image.Image:
+    # JPEGs of at least four times the target are decoded at a fraction of their size. Twice the target is left for
+    # img2dataset's own resizing: the result differs from the full decode's by less than two of its filters differ.
+    return decode(
+        body,
+        max_pixels=settings.max_pixels,
+        max_bytes=settings.max_bytes,
+        min_size=settings.min_image_size,
+        draft_size=None if settings.resize_mode == "no" else 2 * settings.image_size,
+    )
+
+
+def _check_shape(width: int, height: int, settings: Settings) -> None:
+    if max(width, height) > settings.max_aspect_ratio * min(width, height):
+        words = f"{width}x{height} pixels, more than {settings.max_aspect_ratio:g} to 1"
+        raise BadImage("bad_aspect_ratio", words)
+
+
+def _plain_pixels(picture: Image.Image) -> bytes:
+    """The picture as a binary PPM: what costs least to write here and to read in the resizer."""
+    return b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
+
+
+def _unheard_of(words: str) -> Fault:
+    if words == OPTED_OUT:
+        return Fault("opted_out", "the X-Robots-Tag header asks to keep hands off")
+    return Fault("http_error", words)
+
+
+def _failed(row: int, status: str, failure: str, message: str) -> dict[str, Any]:
+    return {"row": row, "status": status, "failure": failure, "error_message": message[:500]}

@@ -1,0 +1,518 @@
+"""Lists of URLs on disk: txt, csv, tsv, json, jsonl and Parquet, read a slice at a time.
+
+What a list says comes through as it is; whether a URL makes sense is found out when it is fetched (`opener.py`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capfilt.errors import UserError
+from capfilt.stages.base import file_digest
+
+INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
+
+_SUFFIXES = {
+    ".txt": "txt",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+_SUFFIXES |= {".parquet": "parquet", ".pq": "parquet"}
+
+_LONGEST_FIELD = 10_000_000
+_HEAD = 100
+
+# The Arrow type of a column of JSON values, by the Python types found in it; whatever else becomes its JSON text.
+_JSON_TYPES = {
+    frozenset[type](): pa.string(),
+    frozenset({str}): pa.string(),
+    frozenset({bool}): pa.bool_(),
+    frozenset({int}): pa.int64(),
+    frozenset({float}): pa.float64(),
+    frozenset({int, float}): pa.float64(),
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive rows of a list.
+
+    Attributes:
+        urls: as the list has them; None where it has none.
+        captions: the texts of each row, untouched; a null is no text, an empty string is one.
+        faults: why a row cannot be read, in words; None where it can.
+        extra: the further columns asked for.
+    """
+
+    urls: list[str | None]
+    captions: list[list[str]]
+    faults: list[str | None]
+    extra: pa.Table
+
+
+class UrlList(ABC):
+    """A list of URLs cut into slices of `slice_rows` rows. Picklable; what it reads is remembered in each process."""
+
+    def __init__(
+        self, path: Path, url_col: str, caption_col: str, extra: Sequence[str], slice_rows: int
+    ) -> None:
+        self.path = path
+        self.url_col = url_col
+        self.caption_col = caption_col
+        self.extra = tuple(extra)
+        self.slice_rows = slice_rows
+        self.check()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, hex."""
+        return file_digest(self.path)
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many rows the list has."""
+
+    @abstractmethod
+    def read(self, number: int) -> Slice:
+        """Slice `number`, from 0; the last one may be shorter."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise UserError when the file is not of this format or a column asked for is not in it."""
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """First row of slice `number`, and the row after its last."""
+        start = number * self.slice_rows
+        return start, min(self.rows, start + self.slice_rows)
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        wanted: dict[str, tuple[str, ...]] = {
+            "--url-col": (self.url_col,),
+            "--caption-col": (self.caption_col,) if self.caption_col else (),
+            "--save-additional-columns": self.extra,
+        }
+        for option, columns in wanted.items():
+            for column in columns:
+                if column not in names:
+                    hint = ", or --caption-col '' for none" if option == "--caption-col" else ""
+                    known = ", ".join(names) if names else "none"
+                    raise UserError(
+                        f"{self.path}: has no column {column!r}; its columns are {known}: name one with {option}{hint}"
+                    )
+
+
+def open_list(
+    path: str, input_format: str, url_col: str, caption_col: str, extra: Sequence[str], slice_rows: int
+) -> UrlList:
+    """The list at `path`. Raises UserError where there is none, or it is not what the options say."""
+    if "://" in path:
+        raise UserError(
+            f"--url-list {path}: lists are read from a local or shared file system; copy it there first"
+        )
+    file = Path(path).expanduser()
+    if not file.is_file():
+        reason = "is a directory; name one file" if file.is_dir() else "no such file"
+        raise UserError(f"--url-list {path}: {reason}")
+    if input_format == "auto":
+        input_format = _SUFFIXES.get(file.suffix.lower(), "")
+        if not input_format:
+            raise UserError(f"--url-list {path}: its name does not tell the format; give --input-format")
+    if input_format not in _READERS:
+        raise UserError(f"--input-format {input_format!r}: choose auto, {', '.join(INPUT_FORMATS)}")
+    return _READERS[input_format](file, url_col, caption_col, extra, slice_rows)
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """A record that is not what its format says."""
+
+    words: str
+
+
+_Record = dict[str, Any] | _Unreadable
+
+
+class _RecordList(UrlList):
+    """A list whose rows are read one by one in Python."""
+
+    @abstractmethod
+    def _records(self, number: int) -> list[_Record]:
+        """The records of one slice."""
+
+    def _extra_types(self) -> dict[str, pa.DataType]:
+        return dict.fromkeys(self.extra, pa.string())
+
+    def read(self, number: int) -> Slice:
+        records = self._records(number)
+        rows = [{} if isinstance(record, _Unreadable) else record for record in records]
+        columns = []
+        for name, type_ in self._extra_types().items():
+            values = [row.get(name) for row in rows]
+            columns.append(pa.array([_typed(value, type_) for value in values], type_))
+        return Slice(
+            [_url(row.get(self.url_col)) for row in rows],
+            [_texts(row.get(self.caption_col)) if self.caption_col else [] for row in rows],
+            [record.words if isinstance(record, _Unreadable) else None for record in records],
+            pa.Table.from_arrays(columns, names=list(self.extra)),
+        )
+
+
+class _IndexedList(_RecordList):
+    """A text file: one pass finds where each slice begins, then slices are read by themselves."""
+
+    @abstractmethod
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
+        """Records from where `file` stands, each with the offset it begins at."""
+
+    @cached_property
+    def _index(self) -> tuple[int, list[int]]:
+        offsets, rows = [], 0
+        with self.path.open("rb") as file:
+            for offset, record in self._scan(file):
+                if rows % self.slice_rows == 0:
+                    offsets.append(offset)
+                rows += 1
+                self._notice(record)
+        return rows, offsets
+
+    def _notice(self, record: _Record) -> None:
+        """Called with every record of the file, once."""
+
+    @property
+    def rows(self) -> int:
+        return self._index[0]
+
+    def _records(self, number: int) -> list[_Record]:
+        start, stop = self.bounds(number)
+        with self.path.open("rb") as file:
+            file.seek(self._index[1][number])
+            records = self._scan(file)
+            return [next(records)[1] for _ in range(stop - start)]
+
+    def _head(self) -> list[_Record]:
+        with self.path.open("rb") as file:
+            return [record for (_, record), _ in zip(self._scan(file), range(_HEAD), strict=False)]
+
+
+class _TxtList(_IndexedList):
+    """One URL per line; lines without any are no rows."""
+
+    def check(self) -> None:
+        if self.extra:
+            raise UserError(f"{self.path}: a txt list has no columns; leave out --save-additional-columns")
+
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
+        for offset, line in _lines(file):
+            if text := line.strip():
+                yield offset, {self.url_col: text}
+
+
+class _DelimitedList(_IndexedList):
+    """A header, then records. csv quotes (RFC 4180); tsv does not: IANA's text/tab-separated-values has no quoting."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.header: list[str] = []
+        super().__init__(*arguments, **options)
+
+    @abstractmethod
+    def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]: ...
+
+    def check(self) -> None:
+        with self.path.open("rb") as file:
+            _, fields = next(self._fields(file), (0, []))
+        if not fields:
+            raise UserError(f"{self.path}: is empty; its first line must name the columns")
+        self.header = fields
+        self.check_columns(fields)
+
+    def _fields(self, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+        position = file.tell()
+        offset = position
+
+        def lines() -> Iterator[str]:
+            nonlocal position
+            for begin, line in _lines(file):
+                position = begin + line.size
+                yield line
+
+        reader = self._reader(lines())
+        if csv.field_size_limit() < _LONGEST_FIELD:
+            csv.field_size_limit(_LONGEST_FIELD)
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                raise UserError(f"{self.path}: near byte {offset}: {error}") from None
+            if fields is None:
+                return
+            if fields:
+                yield offset, fields
+            offset = position
+
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
+        skip = file.tell() == 0
+        for offset, fields in self._fields(file):
+            if skip:
+                skip = False
+            elif len(fields) > len(self.header):
+                # Which of them is the text with a stray separator in it cannot be known.
+                yield offset, _Unreadable(f"the line has {len(fields)} fields, the header {len(self.header)}")
+            else:
+                yield offset, dict(zip(self.header, fields, strict=False))
+
+
+class _CsvList(_DelimitedList):
+    def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        return csv.reader(lines)
+
+
+class _TsvList(_DelimitedList):
+    def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        for line in lines:
+            text = line.rstrip("\r\n")
+            yield text.split("\t") if text else []
+
+
+class _JsonTypes:
+    """The Arrow types of columns of JSON values."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._found: dict[str, set[type]] = {name: set() for name in columns}
+
+    def notice(self, record: _Record) -> None:
+        if isinstance(record, dict):
+            for name, types in self._found.items():
+                value = record.get(name)
+                if value is not None:
+                    fits = type(value) is not int or -(2**63) <= value < 2**63
+                    types.add(type(value) if fits else object)
+
+    def types(self) -> dict[str, pa.DataType]:
+        return {name: _JSON_TYPES.get(frozenset(types), pa.string()) for name, types in self._found.items()}
+
+
+class _JsonlList(_IndexedList):
+    """One JSON object per line."""
+
+    def __init__(
+        self, path: Path, url_col: str, caption_col: str, extra: Sequence[str], slice_rows: int
+    ) -> None:
+        self._types = _JsonTypes(extra)
+        super().__init__(path, url_col, caption_col, extra, slice_rows)
+
+    def check(self) -> None:
+        head = self._head()
+        good = [record for record in head if isinstance(record, dict)]
+        if head and not good:
+            assert isinstance(head[0], _Unreadable)
+            raise UserError(f"{self.path}: {head[0].words}; a jsonl list has one JSON object per line")
+        if good:
+            self.check_columns(list(dict.fromkeys(name for record in good for name in record)))
+
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
+        for offset, line in _lines(file):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                yield offset, _Unreadable(f"the line at byte {offset} is not JSON ({error})")
+                continue
+            if isinstance(record, dict):
+                yield offset, record
+            else:
+                yield offset, _Unreadable(f"the line at byte {offset} is not a JSON object")
+
+    def _notice(self, record: _Record) -> None:
+        self._types.notice(record)
+
+    def _extra_types(self) -> dict[str, pa.DataType]:
+        _ = self._index
+        return self._types.types()
+
+
+class _JsonList(_RecordList):
+    """One JSON array of objects; the one format that is read whole."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_all"}
+
+    @cached_property
+    def _all(self) -> list[_Record]:
+        try:
+            values = json.loads(self.path.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: is not JSON ({error}); for one object per line give --input-format jsonl"
+            ) from None
+        if not isinstance(values, list):
+            raise UserError(f"{self.path}: is JSON, but not an array of objects")
+        return [value if isinstance(value, dict) else _Unreadable("is not a JSON object") for value in values]
+
+    def check(self) -> None:
+        good = [record for record in self._all[:_HEAD] if isinstance(record, dict)]
+        if self._all:
+            self.check_columns(list(dict.fromkeys(name for record in good for name in record)))
+
+    @property
+    def rows(self) -> int:
+        return len(self._all)
+
+    def _records(self, number: int) -> list[_Record]:
+        start, stop = self.bounds(number)
+        return self._all[start:stop]
+
+    @cached_property
+    def _column_types(self) -> dict[str, pa.DataType]:
+        types = _JsonTypes(self.extra)
+        for record in self._all:
+            types.notice(record)
+        return types.types()
+
+    def _extra_types(self) -> dict[str, pa.DataType]:
+        return self._column_types
+
+
+class _ParquetList(UrlList):
+    """A Parquet file; its row groups are read one at a time, and the last one is kept for the next slice."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_file", "_group")}
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{self.path}: is not a Parquet file ({_first_line(error)})") from None
+
+    @cached_property
+    def _group(self) -> dict[int, pa.Table]:
+        return {}
+
+    def check(self) -> None:
+        schema = self._file.schema_arrow
+        self.check_columns(schema.names)
+        type_ = schema.field(self.url_col).type
+        if not _is_text(type_):
+            raise UserError(
+                f"{self.path}: column {self.url_col!r} is {type_}, not text; name another with --url-col"
+            )
+
+    @property
+    def rows(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def _read_group(self, number: int) -> pa.Table:
+        if number not in self._group:
+            self._group.clear()
+            wanted = [self.url_col, self.caption_col, *self.extra]
+            columns = [name for name in dict.fromkeys(wanted) if name]
+            try:
+                self._group[number] = self._file.read_row_group(number, columns=columns)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(
+                    f"{self.path}: row group {number} cannot be read ({_first_line(error)})"
+                ) from None
+        return self._group[number]
+
+    def read(self, number: int) -> Slice:
+        start, stop = self.bounds(number)
+        tables, begin = [], 0
+        for group in range(self._file.num_row_groups):
+            end = begin + self._file.metadata.row_group(group).num_rows
+            if begin < stop and end > start:
+                low, high = max(start, begin), min(stop, end)
+                tables.append(self._read_group(group).slice(low - begin, high - low))
+            begin = end
+        table = pa.concat_tables(tables)
+        captions = table[self.caption_col].to_pylist() if self.caption_col else [None] * table.num_rows
+        return Slice(
+            [_url(value) for value in table[self.url_col].to_pylist()],
+            [_texts(value) for value in captions],
+            [None] * table.num_rows,
+            table.select(list(self.extra)),
+        )
+
+
+_READERS: dict[str, Callable[..., UrlList]] = {
+    "txt": _TxtList,
+    "csv": _CsvList,
+    "tsv": _TsvList,
+    "json": _JsonList,
+    "jsonl": _JsonlList,
+    "parquet": _ParquetList,
+}
+
+
+class _Line(str):
+    """A line of text that knows how many bytes it took."""
+
+    __slots__ = ("size",)
+    size: int
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, _Line]]:
+    """The lines of `file`, ends included, each with its offset. Bytes that are not UTF-8 become U+FFFD."""
+    offset = file.tell()
+    for data in file:
+        text = data.removeprefix(b"\xef\xbb\xbf") if offset == 0 else data
+        line = _Line(text.decode("utf-8", "replace"))
+        line.size = len(data)
+        yield offset, line
+        offset += len(data)
+
+
+def storable(text: str) -> str:
+    """`text` as Arrow can hold it: a lone surrogate, which JSON can spell and UTF-8 cannot, becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _url(value: Any) -> str | None:
+    return storable(value) if isinstance(value, str) else None if value is None else str(value)
+
+
+def _texts(value: Any) -> list[str]:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return []
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    return [storable(value if isinstance(value, str) else str(value))]
+
+
+def _typed(value: Any, type_: pa.DataType) -> Any:
+    if value is None or type_ != pa.string():
+        return value
+    return storable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    return bool(
+        pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

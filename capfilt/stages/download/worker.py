@@ -1,0 +1,236 @@
+"""The child process of `download` from the outside: started, spoken to, replaced when it dies or falls silent."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from capfilt.errors import RunError, UserError
+from capfilt.stages.download import wire
+from capfilt.stages.download.child import command
+from capfilt.stages.download.engine import Settings
+
+START_SECONDS = 300.0
+"""How long a child may take to import img2dataset; seconds on an idle machine."""
+
+MAX_DEATHS = 10
+"""How many children one slice may cost."""
+
+MISSING = "download needs img2dataset (Python below 3.13): pip install 'capfilt[img2dataset]'"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one URL: the columns of the images table that downloading decides, and the encoded picture."""
+
+    columns: dict[str, Any]
+    picture: bytes
+
+
+class _Died(Exception):
+    """The child ended or fell silent; `begun` is the row it was decoding, if any."""
+
+    def __init__(self, begun: int | None, words: str) -> None:
+        super().__init__(words)
+        self.begun = begun
+        self.words = words
+
+
+class Worker:
+    """One child process, started when first needed. Not for several threads at once: `run` takes turns."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._ready = False
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child that runs now."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """Start the child, without waiting for its imports."""
+        if self.pid is not None:
+            return
+        self.close()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        environment = {
+            **os.environ,
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+            "WANDB_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+            # Dozens of threads that each allocate bodies would each keep an arena of glibc's for ever.
+            "MALLOC_ARENA_MAX": "2",
+        }
+        self._process = subprocess.Popen(
+            command(sys.path),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+            # Ctrl-C is for the parent; the child goes when the parent is gone.
+            start_new_session=True,
+        )
+
+    def close(self) -> None:
+        """End the child."""
+        process, self._process, self._ready = self._process, None, False
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def run(self, rows: Sequence[tuple[int, str | None]], settings: Settings) -> dict[int, Row]:
+        """Fetch (row, URL) pairs: what came of each, by row; every row is there.
+
+        A child that dies is replaced, and what it had not answered is asked again: once, or where it died over a
+        certain picture, until that picture has cost two children. What then is still open failed with `worker_died`.
+        Raises UserError where img2dataset is missing and RunError where no child can be started.
+        """
+        with self._lock:
+            answers: dict[int, Row] = {}
+            deaths, blame = 0, Counter[int | None]()
+            while missing := [pair for pair in rows if pair[0] not in answers]:
+                try:
+                    # Not `answers |=`: what came before the child died counts.
+                    for row, answer in self._ask(missing, settings):
+                        answers[row] = answer  # noqa: PERF403
+                except _Died as death:
+                    deaths += 1
+                    blame[death.begun] += 1
+                    if death.begun is not None and blame[death.begun] == 2:
+                        answers[death.begun] = _died(death)
+                    if blame[None] == 2 or deaths == MAX_DEATHS:
+                        answers |= {row: _died(death) for row, _ in missing if row not in answers}
+            return answers
+
+    def _ask(self, rows: Sequence[tuple[int, str | None]], settings: Settings) -> Iterator[tuple[int, Row]]:
+        begun: int | None = None
+        finished = False
+        try:
+            self._await_ready()
+            self._write(wire.pack({"rows": rows, "settings": asdict(settings)}))
+            while True:
+                message, picture = wire.unpack(self._reader(settings.longest_silence))
+                if "done" in message:
+                    finished = True
+                    return
+                if "begin" in message:
+                    begun = message["begin"]
+                    continue
+                begun = None
+                yield message.pop("row"), Row(message, picture)
+        except (EOFError, OSError) as error:
+            raise _Died(begun, self._last_words(error)) from None
+        finally:
+            # Also when the caller goes away in the middle: the next slice must not read this one's answers.
+            if not finished:
+                self.close()
+
+    def _await_ready(self) -> None:
+        words = ""
+        for _ in range(2):
+            self.start()
+            if self._ready:
+                return
+            try:
+                message, _ = wire.unpack(self._reader(START_SECONDS))
+            except (EOFError, OSError) as error:
+                words = self._last_words(error)
+                self.close()
+                continue
+            if "missing" in message:
+                raise UserError(f"{MISSING} ({message['missing']})")
+            self._ready = True
+            return
+        raise RunError(f"download: its child process does not start ({words})")
+
+    def _write(self, data: bytes) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+
+    def _reader(self, patience: float) -> Any:
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        descriptor = process.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+
+        def read(size: int) -> bytes:
+            data = bytearray()
+            until = time.monotonic() + patience
+            while len(data) < size:
+                if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                    raise TimeoutError(f"silent for {patience:.0f} s")
+                chunk = os.read(descriptor, min(1 << 20, size - len(data)))
+                if not chunk:
+                    raise EOFError
+                data += chunk
+            return bytes(data)
+
+        return read
+
+    def _last_words(self, error: Exception) -> str:
+        words = str(error)
+        if self._process is not None and not isinstance(error, TimeoutError):
+            try:
+                words = f"exit status {self._process.wait(timeout=5)}"
+            except subprocess.TimeoutExpired:
+                words = words or "its pipe broke"
+        if self._log is not None:
+            self._log.seek(0, os.SEEK_END)
+            self._log.seek(max(0, self._log.tell() - 2000))
+            lines = self._log.read().decode(errors="replace").strip().splitlines()
+            if lines:
+                words = f"{words}: {lines[-1].strip()[:200]}"
+        return words
+
+
+def _died(death: _Died) -> Row:
+    return Row(
+        {
+            "status": "failed_to_download",
+            "failure": "worker_died",
+            "error_message": f"the process that fetched it died twice: {death.words}",
+        },
+        b"",
+    )
+
+
+# By process id: a forked process must neither speak into its parent's pipes nor end its parent's child.
+_workers: dict[int, Worker] = {}
+
+
+def shared_worker() -> Worker:
+    """This process's worker: whatever stages run here share one child and pay for its imports once."""
+    return _workers.setdefault(os.getpid(), Worker())
+
+
+@atexit.register
+def close_shared_worker() -> None:
+    """End this process's child, if it has one; the next slice starts another."""
+    worker = _workers.get(os.getpid())
+    if worker is not None:
+        worker.close()
