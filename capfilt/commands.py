@@ -113,6 +113,8 @@ def doctor(
     from capfilt import doctor as checks
 
     healthy = True
+    if workspace:
+        checks.existing(workspace)
     for line in checks.machine():
         typer.echo(line)
     if workspace:

@@ -45,11 +45,17 @@ def machine() -> Iterator[str]:
         yield "  no GPU that torch can use: everything runs on the processors"
 
 
-def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
-    """(good, line) for every part; `full` reads and hashes every byte. Raises UserError when there is no workspace."""
+def existing(path: str) -> Workspace:
+    """The workspace at `path`. Raises UserError when there is none."""
     place = Workspace(path)
     if not place.path.is_dir():
         raise UserError(f"{path}: no such workspace")
+    return place
+
+
+def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
+    """(good, line) for every part; `full` reads and hashes every byte. Raises UserError when there is no workspace."""
+    place = existing(path)
     for table in CONTRACTS:
         for part in place.parts(table):
             bad = 0

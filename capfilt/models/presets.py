@@ -13,8 +13,8 @@ from capfilt.models.vision import VisionConfig
 BASE = BlipConfig()
 LARGE = BlipConfig(vision=VisionConfig(width=1024, depth=24, heads=16, hidden=4096, drop_path=0.1))
 TINY = BlipConfig(
-    vision=VisionConfig(48, 8, width=128, depth=4, heads=4, hidden=512, stem="conv"),
-    text=TextConfig(1000, 128, 3, 4, 512, max_positions=64, dropout=0.0, attention_dropout=0.0),
+    vision=VisionConfig(48, 8, width=128, depth=2, heads=4, hidden=256, stem="conv"),
+    text=TextConfig(1000, 128, 3, 4, 256, max_positions=64, dropout=0.0, attention_dropout=0.0),
     embed_dim=128,
 )
 SMALL = BlipConfig(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.layers import Pair, blank_embedding, full_precision, init_normal, merge_heads, split_heads
+from capfilt.models.layers import Pair, blank_embedding, full_precision, init_normal, init_std, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,9 @@ class TextTransformer(nn.Module):
         ]
         self.encoder = Stack(layers)
         for layer in layers:
-            init_normal(layer.attention if shared else layer)
+            init_normal(layer.attention if shared else layer, init_std(config.width))
         if not shared:
-            init_normal(self.embeddings)
+            init_normal(self.embeddings, init_std(config.width))
 
     @property
     def layers(self) -> list[Layer]:
@@ -297,7 +297,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.bert = TextTransformer(config, image_width, shared)
         self.cls = Head(config)
-        init_normal(self.cls)
+        init_normal(self.cls, init_std(config.width))
 
     def logits(self, states: Tensor) -> Tensor:
         """fp32 logits [..., V] of hidden states [..., D]."""

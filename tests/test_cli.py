@@ -1,0 +1,134 @@
+"""Catches a command that answers a wrong call with a traceback, another exit code than 2, or files left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from capfilt.stages.registry import STAGES
+from capfilt.tables.workspace import Workspace
+from tests.worlds import image_rows, tiny_checkpoint, write_images
+
+
+def capfilt(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "capfilt", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def call(tmp_path, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    from capfilt.cli import main
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments])
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "web"), [image_rows("web", 4), image_rows("web", 3, start=10)])
+    tiny_checkpoint(place.model("captioner"), seed=1)
+    tiny_checkpoint(place.model("filter"), seed=2)
+    return place
+
+
+@pytest.mark.parametrize("words", [command.words for command in STAGES])
+def test_every_stage_has_help_with_an_example(call, words):
+    code, out, _ = call(*words, "--help")
+    assert code == 0
+    assert f"capfilt {' '.join(words)}" in out.split("Examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["caption", "--imgs", "web"], "--images"),
+        (["caption"], "--images"),
+        (["captoin"], "captoin"),
+        (["caption", "--images", "web", "--top-p", "much"], "--top-p"),
+        (["caption", "--images", "nowhere"], "nowhere"),
+        (["caption", "--images", "web", "--captioner", "nowhere"], "nowhere"),
+        (["caption", "--images", "web", "--execution", "cloud"], "cloud"),
+        (["run", "nowhere"], "nowhere"),
+        (["quickstart", "--size", "huge"], "huge"),
+        (["select", "--images", "web", "--scores", "nowhere"], "nowhere"),
+        (["query", "SELEC 1"], "SELEC"),
+        (["doctor", "-w", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_wrong_call_is_one_line_exit_2_and_nothing_written(call, workspace, monkeypatch, arguments, message):
+    monkeypatch.chdir(workspace.path)
+    before = sorted(workspace.path.rglob("*"))
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("capfilt: ")
+    assert message in err
+    assert sorted(workspace.path.rglob("*")) == before
+
+
+def test_underscores_are_hyphens(call, workspace):
+    code, _, err = call(
+        "caption", "--images", "web", "--max_new_tokens", "3", "-w", str(workspace.path), "--execution", "inline", "-q"
+    )
+    assert code == 0, err
+    assert workspace.part("captions", "captioner").rows == 7
+
+
+def test_bootstrap_by_commands_and_out_as_a_path(call, workspace, tmp_path):
+    shared = ["-w", str(workspace.path), "--execution", "inline", "-q"]
+    assert call("caption", "--images", "web", "--max-new-tokens", "4", *shared)[0] == 0
+    out = str(tmp_path / "elsewhere" / "scores")
+    code, printed, _ = call("score", "--images", "web", "--captions", "captioner", "--out", out, *shared)
+    assert code == 0
+    assert "14 in = " in printed
+    code, printed, _ = call(
+        "select", "--images", "web", "--captions", "captioner", "--scores", out, "--threshold", "0", "--no-pairs", *shared
+    )
+    assert code == 0
+    assert not workspace.part("pairs", "capfilt").exists
+    code, printed, _ = call("query", "SELECT count(*) AS n FROM verdicts WHERE keep", "--format", "json", "-w", str(workspace.path))
+    assert code == 0
+    assert json.loads(printed)[0]["n"] == workspace.part("verdicts", "capfilt").counts().kept
+    assert call("report", "-w", str(workspace.path), "--out", str(tmp_path / "r.html"))[0] == 0
+    code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+    assert code == 0
+    assert "BAD" not in printed
+
+
+def test_doctor_finds_a_damaged_shard_and_exits_1(call, workspace):
+    path = workspace.part("images", "web").path / "00001.parquet"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+    assert code == 1
+    assert "00001.parquet" in printed
+
+
+def test_a_closed_pipe_is_not_a_failure(workspace):
+    process = subprocess.run(
+        f"{sys.executable} -m capfilt caption --help | head -1",
+        shell=True, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert "Traceback" not in process.stderr
+
+
+def test_the_version_and_the_module(tmp_path):
+    process = capfilt("--version", cwd=tmp_path)
+    assert process.returncode == 0
+    assert process.stdout.startswith("capfilt 0.")
