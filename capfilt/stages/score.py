@@ -13,7 +13,7 @@ from capfilt.models import checkpoint
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
-from capfilt.stages.pictures import pictures
+from capfilt.stages.pixels import pictures
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS, SCORES
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
