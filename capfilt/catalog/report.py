@@ -40,7 +40,7 @@ from capfilt.catalog.plots import (
     share,
     stacked_bar,
 )
-from capfilt.catalog.text import shortened
+from capfilt.catalog.text import shortened, visible
 from capfilt.catalog.views import open_catalog
 from capfilt.data.images import BadImage, decode, encode_jpeg
 from capfilt.errors import RunError, UserError
@@ -82,7 +82,7 @@ def write_report(
     Raises:
         UserError: when there is no such workspace, nothing in it, no such rule, or a part does not agree with its
             manifests.
-        RunError: when the file cannot be written.
+        RunError: when a shard cannot be read or the file cannot be written.
     """
     page = render(workspace, Path(runs_dir) if runs_dir is not None else workspace.path / "runs", rules)
     path = Path(out_path)
@@ -107,18 +107,24 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
         )
     chosen = _chosen_rules(found, rules)
     names = _names(found, models)
+    scorers = [account for account in found if account.table == "scores"]
+    judged = any(account.table == "verdicts" for account in found)
     with open_catalog(workspace, found) as connection:
-        sections: list[Html] = [
-            _summary_section(summary),
-            _funnel_section(found),
-            _yield_section(connection, found),
-        ]
-        sections += [_rule_section(connection, account) for account in chosen]
-        if not any(account.table == "verdicts" for account in found):
-            sections += [
-                _scorer_section(connection, account) for account in found if account.table == "scores"
+        try:
+            sections: list[Html] = [
+                _summary_section(summary),
+                _funnel_section(found),
+                _yield_section(connection, found),
+                *(_rule_section(connection, account) for account in chosen),
+                *(_scorer_section(connection, account) for account in scorers if not judged),
             ]
-        tiles = _tiles(connection, found, chosen)
+            tiles = _tiles(connection, found, chosen)
+        except duckdb.Error as error:
+            # Manifests vouch for a file's end; what lies before it is read here first.
+            message = " ".join(visible(str(error)).split())
+            raise RunError(
+                f"{workspace.path}: a shard could not be read ({message}); `capfilt doctor --verify` names it"
+            ) from error
     sections += [_curves_section(models), _runs_section(runs), _lineage_section(found, models, runs, names)]
     return _page(workspace, found, tiles, sections)
 
@@ -166,7 +172,7 @@ def _tiles(
         tiles += [(f"{asked:,}", "images asked for"), (share(kept, asked), "of them usable")]
     written = sum(account.counts.kept for account in found if account.table == "captions")
     if written:
-        tiles.append((f"{written:,}", "images captioned" if written != 1 else "image captioned"))
+        tiles.append((f"{written:,}", "images captioned"))
     if chosen:
         rule = chosen[0].part.name
         rows = connection.execute(
@@ -299,8 +305,8 @@ def _yield_section(connection: duckdb.DuckDBPyConnection, found: Sequence[Accoun
         if account.table != "images" or not (account.stage == "download" or account.counts.failed):
             continue
         rows = connection.execute(
-            "SELECT status, failure, count(*), min(error_message) FROM images WHERE part = ? GROUP BY status, failure "
-            "ORDER BY status = 'success' DESC, 3 DESC, 1, 2",
+            "SELECT status, failure, count(*), min(error_message) FROM images WHERE part = ? "
+            "GROUP BY status, failure ORDER BY status = 'success' DESC, 3 DESC, 1, 2",
             [account.part.name],
         ).fetchall()
         total = sum(count for _, _, count, _ in rows)

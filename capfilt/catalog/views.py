@@ -21,7 +21,7 @@ from capfilt.errors import RunError, UserError
 from capfilt.resources import schema_dir
 from capfilt.tables import ids
 from capfilt.tables.contracts import CONTRACTS
-from capfilt.tables.ddl import BY_HAND, create_table
+from capfilt.tables.ddl import BY_HAND, sql_type
 from capfilt.tables.workspace import Workspace
 
 _SETTINGS = {
@@ -85,24 +85,33 @@ def open_catalog(
         parameters: Any = ["VARCHAR", "VARCHAR", "VARCHAR", "INTEGER"]
         connection.create_function("found_text_id", _found_text_ids, parameters, "VARCHAR", type=kind)
         connection.execute(_script())
-        _pass_comments_on(connection)
         _lock(connection, found)
         yield connection
 
 
 def describe(connection: duckdb.DuckDBPyConnection) -> list[View]:
-    """The analyst's views, in the order of `schemas/views.sql`."""
+    """The analyst's views, in the order of `schemas/views.sql`.
+
+    A column that has no comment there has its contract's.
+    """
     comments: dict[str, str] = dict(
         connection.execute(
             "SELECT view_name, coalesce(comment, '') FROM duckdb_views() WHERE NOT internal AND schema_name = 'main'"
         ).fetchall()
     )
+    docs = {
+        (name, field.name): (field.metadata or {}).get(b"doc", b"").decode()
+        for name, contract in CONTRACTS.items()
+        for field in contract.schema
+    }
+    shared = {column: doc for (_, column), doc in docs.items()}
     columns: dict[str, list[Column]] = {}
-    for name, column, type_, comment in connection.execute(
+    for view, name, type_, comment in connection.execute(
         "SELECT table_name, column_name, data_type, coalesce(comment, '') FROM duckdb_columns() "
         "WHERE NOT internal AND schema_name = 'main' ORDER BY column_index"
     ).fetchall():
-        columns.setdefault(name, []).append(Column(column, type_, comment))
+        doc = docs.get((view, name), "") if view in CONTRACTS else shared.get(name, "")
+        columns.setdefault(view, []).append(Column(name, type_, comment or doc))
     names = re.findall(r"^CREATE VIEW (\w+)", _script(), re.MULTILINE)
     return [View(name, comments[name], tuple(columns[name])) for name in names]
 
@@ -124,11 +133,11 @@ def _found_text_ids(images: pa.Array, sources: pa.Array, texts: pa.Array, places
 
 
 def _make_raw(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> None:
-    connection.execute("CREATE SCHEMA contract; CREATE SCHEMA raw")
+    connection.execute("CREATE SCHEMA raw")
     for name, contract in CONTRACTS.items():
-        connection.execute(f"USE contract; {create_table(contract)} USE main")
-        # The empty table in front gives every contract column its type, whatever the parts hold or lack.
-        selects = [f"SELECT NULL::VARCHAR AS part, * FROM contract.{name}"]  # noqa: S608 - a contract's name
+        # No rows, but every contract column with its type, whatever the parts hold or lack.
+        nulls = (f'NULL::{sql_type(field.type)} AS "{field.name}"' for field in contract.schema)
+        selects = [f"SELECT NULL::VARCHAR AS part, {', '.join(nulls)} WHERE false"]
         selects += [_select(account) for account in found if account.table == name and account.manifests]
         connection.execute(f"CREATE VIEW raw.{name} AS {' UNION ALL BY NAME '.join(selects)}")
     for name, table in (("parts", parts_table(found)), ("funnel", funnel_table(found))):
@@ -157,28 +166,6 @@ def _files(account: Account) -> list[str]:
     return [str(directory / manifest.file) for manifest in account.manifests]
 
 
-def _pass_comments_on(connection: duckdb.DuckDBPyConnection) -> None:
-    """Give every column of a view that has no comment the one of its table's contract."""
-    docs = {
-        (name, field.name): (field.metadata or {}).get(b"doc", b"").decode()
-        for name, contract in CONTRACTS.items()
-        for field in contract.schema
-    }
-    by_name = {
-        field.name: docs[name, field.name]
-        for name, contract in CONTRACTS.items()
-        for field in contract.schema
-    }
-    for view in describe(connection):
-        for column in view.columns:
-            doc = docs.get((view.name, column.name)) or (
-                "" if view.name in CONTRACTS else by_name.get(column.name, "")
-            )
-            if doc and not column.comment:
-                target = f"{_identifier(view.name)}.{_identifier(column.name)}"
-                connection.execute(f"COMMENT ON COLUMN {target} IS {_literal(doc)}")
-
-
 def _lock(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> None:
     files = [path for account in found for path in _files(account)]
     # DuckDB asks for permission under the pattern as well as under the file's name.
@@ -195,7 +182,3 @@ def _pattern(path: str) -> str:
 
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _identifier(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"'

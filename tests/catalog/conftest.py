@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,21 @@ def select(workspace: Workspace, options: SelectOptions) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Not to be changed by a test; `build` makes another."""
     return build(tmp_path_factory.mktemp("catalog") / "workspace")
+
+
+@pytest.fixture(scope="session")
+def hostile() -> tuple[str, ...]:
+    """The hostile texts of `workspace`: markup, style, direction override, NUL and escapes, ends of everything."""
+    return HOSTILE
+
+
+@pytest.fixture(scope="session")
+def builder() -> Callable[[Path], Workspace]:
+    """Makes a workspace like `workspace` in a directory."""
+    return build
+
+
+@pytest.fixture
+def build_workspace(tmp_path: Path) -> Workspace:
+    """One's own workspace, to be changed at will."""
+    return build(tmp_path / "workspace")

@@ -1,4 +1,4 @@
-"""Would catch: a published schema that says something else than the contract, SQL that does not run, comments that are lost."""
+"""Would catch: a published schema that is not the contract's, SQL that does not run, comments that are lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_columns_have_the_contracts_names_types_and_nullability(connection, cont
     for mine, theirs in zip(contract.schema, found, strict=True):
         assert plain(mine.type) == plain(theirs.type), mine.name
     nullable = connection.execute(
-        "SELECT column_name, is_nullable FROM duckdb_columns() WHERE table_name = ? ORDER BY column_index", [contract.name]
+        "SELECT column_name, is_nullable FROM duckdb_columns() WHERE table_name = ? ORDER BY column_index",
+        [contract.name],
     ).fetchall()
     assert nullable == [(field.name, field.nullable) for field in contract.schema]
 
@@ -61,7 +62,9 @@ def test_comments_survive_in_the_database(connection, contract: Contract) -> Non
         ).fetchall()
     )
     assert columns == {field.name: field.metadata[b"doc"].decode() for field in contract.schema}
-    said = connection.execute("SELECT comment FROM duckdb_tables() WHERE table_name = ?", [contract.name]).fetchone()[0]
+    said = connection.execute(
+        "SELECT comment FROM duckdb_tables() WHERE table_name = ?", [contract.name]
+    ).fetchone()[0]
     assert said.startswith(contract.doc)
     assert f"contract version {contract.version}" in said
     assert ("further columns" in said) == contract.open
@@ -70,7 +73,11 @@ def test_comments_survive_in_the_database(connection, contract: Contract) -> Non
 @TABLES
 def test_key_and_closed_lists_are_enforced(connection, contract: Contract) -> None:
     connection.execute(ddl.create_table(contract))
-    row = {field.name: filler(field) for field in contract.schema if not field.nullable or field.name in contract.key}
+    row = {
+        field.name: filler(field)
+        for field in contract.schema
+        if not field.nullable or field.name in contract.key
+    }
 
     def insert(**changes: object) -> None:
         values = row | changes
@@ -105,7 +112,9 @@ def test_pictures_come_with_found_texts_only(connection) -> None:
 def test_a_type_or_name_without_sql_is_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
         ddl.sql_type(pa.uint8())
-    broken = Contract("t", 1, pa.schema([pa.field("a b", pa.string(), metadata={"doc": "x"})]), ("a b",), "doc")
+    broken = Contract(
+        "t", 1, pa.schema([pa.field("a b", pa.string(), metadata={"doc": "x"})]), ("a b",), "doc"
+    )
     with pytest.raises(ValueError, match="a b"):
         ddl.create_table(broken)
 
@@ -113,9 +122,9 @@ def test_a_type_or_name_without_sql_is_refused() -> None:
 def test_quotes_in_comments_are_escaped(connection) -> None:
     field = pa.field("a", pa.string(), metadata={"doc": "it's; -- 'quoted'"})
     connection.execute(ddl.create_table(Contract("t", 3, pa.schema([field]), ("a",), "a row's doc")))
-    assert connection.execute("SELECT comment FROM duckdb_columns() WHERE table_name = 't'").fetchone()[0] == (
-        "it's; -- 'quoted'"
-    )
+    assert connection.execute("SELECT comment FROM duckdb_columns() WHERE table_name = 't'").fetchone()[
+        0
+    ] == ("it's; -- 'quoted'")
 
 
 def test_no_file_of_schemas_but_the_views_is_by_hand() -> None:
@@ -136,7 +145,11 @@ def test_write_then_check_then_a_changed_missing_and_stray_file(tmp_path: Path, 
     capsys.readouterr()
     assert ddl.main(["--check", str(directory)]) == 1
     problems = capsys.readouterr().err
-    assert [re.search(r"(\w+)\.sql", line)[1] for line in problems.splitlines()] == ["scores", "pairs", "stray"]
+    assert [re.search(r"(\w+)\.sql", line)[1] for line in problems.splitlines()] == [
+        "scores",
+        "pairs",
+        "stray",
+    ]
 
     assert ddl.write(directory) == ["scores.sql", "pairs.sql"]
     assert (directory / "scores.sql").read_text() == written
@@ -149,6 +162,8 @@ def test_check_of_no_directory_is_a_wrong_call(tmp_path: Path, capsys) -> None:
 
 def test_runs_as_a_module_without_duckdb() -> None:
     # The justfile's command; tables is a floor that must run where DuckDB is not installed.
-    code = "import sys; sys.modules['duckdb'] = None; from capfilt.tables.ddl import main; sys.exit(main(['--check', sys.argv[1]]))"
-    done = subprocess.run([sys.executable, "-c", code, str(schema_dir())], capture_output=True, text=True)
+    code = "import sys; sys.modules['duckdb'] = None; from capfilt.tables.ddl import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--check", str(schema_dir())], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
