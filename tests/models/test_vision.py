@@ -45,19 +45,19 @@ def test_resized_model_takes_the_new_size():
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_bytes_and_normalised_floats_are_the_same_image(stem):
-    made = tower(stem=stem)
+    made = tower(stem=stem, width=32)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(1, 3, 1, 1)
     std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(1, 3, 1, 1)
     tokens = made(pixels)
-    assert tokens.shape == (2, 17, 16)
+    assert tokens.shape == (2, 17, 32)
     assert torch.allclose(tokens, made((pixels / 255 - mean) / std), atol=1e-5)
 
 
 def test_published_initialisation():
-    made = tower(width=64, heads=4, hidden=256)
-    assert 0.015 < made.blocks[0].attn.qkv.weight.std() < 0.02  # truncated normal 0.02
-    assert 0.015 < made.pos_embed.std() < 0.025
+    made = tower(width=768, depth=1, heads=12, hidden=1024)
+    assert 0.0195 < made.blocks[0].attn.qkv.weight.std() < 0.0205  # truncated normal 0.02 (DeiT)
+    assert 0.019 < made.pos_embed.std() < 0.021
     assert made.blocks[0].attn.qkv.bias.abs().max() == 0
     assert {each.eps for each in made.modules() if isinstance(each, torch.nn.LayerNorm)} == {1e-6}
 
