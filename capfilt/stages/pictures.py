@@ -1,64 +1,49 @@
-"""What `caption` and `score` share: the pictures of an images shard at a model's size, a batch at a time."""
+"""What the header of an encoded picture says, for the two stages that bring pictures in.
+
+Decoding, and everything that must withstand hostile bytes, is `capfilt.data.images`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import io
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import torch
+from PIL import Image
 
-from capfilt.data.images import BadImage
-from capfilt.data.store import cpu_workers
-from capfilt.data.transforms import decode_uint8
-from capfilt.tables.shards import Part
+from capfilt.data.images import FORMATS
+
+_ORIENTATION = 0x0112
+"""EXIF's tag for how the picture is turned."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Some rows of an images shard.
+class Header:
+    """Of a picture as received.
 
     Attributes:
-        rows: the rows, pixels left out.
-        failures: per row, None where the picture decoded, else why not (from the closed list; "no_image" where the
-            row has none to begin with).
-        pixels: uint8 [N, 3, S, S], those that decoded, in order.
-        place: per row, its place in `pixels`, or -1.
+        format: JPEG, PNG, ...; a JPEG with further pictures behind the first is a JPEG.
+        mode: Pillow's name for the kind of pixels.
+        width: pixels, before any EXIF rotation.
+        height: pixels, before any EXIF rotation.
+        upright: whether EXIF leaves the picture as it lies.
     """
 
-    rows: list[dict[str, Any]]
-    failures: list[str | None]
-    pixels: torch.Tensor
-    place: list[int]
+    format: str
+    mode: str
+    width: int
+    height: int
+    upright: bool
 
 
-def pictures(part: Part, shard: int, size: int, batch_size: int, columns: tuple[str, ...]) -> Iterator[Pictures]:
-    """Batches of at most `batch_size` rows; where they are cut depends on the shard and `batch_size` alone."""
-    wanted = tuple(dict.fromkeys((*columns, "image_id", "status", "image")))
-    with ThreadPoolExecutor(cpu_workers()) as pool:
-        for batch in part.batches(shard, wanted):
-            for start in range(0, batch.num_rows, batch_size):
-                yield _decoded(pool, batch.slice(start, batch_size).to_pylist(), size)
+def read_header(body: bytes, formats: tuple[str, ...] = FORMATS) -> Header:
+    """The header of a picture. Raises whatever Pillow raises: ask about bytes that decode, or be ready for anything."""
+    with Image.open(io.BytesIO(body), formats=formats) as image:
+        kind = "JPEG" if image.format == "MPO" else str(image.format)
+        return Header(kind, image.mode, *image.size, upright=_is_upright(image))
 
 
-def _decoded(pool: ThreadPoolExecutor, rows: list[dict[str, Any]], size: int) -> Pictures:
-    def decode(row: dict[str, Any]) -> np.ndarray[Any, Any] | str:
-        image = row.pop("image")
-        if row["status"] != "success" or image is None or not image["bytes"]:
-            return "no_image"
-        try:
-            return decode_uint8(image["bytes"], size)
-        except BadImage as error:
-            return error.failure
-
-    found = list(pool.map(decode, rows))
-    failures = [value if isinstance(value, str) else None for value in found]
-    arrays = [value for value in found if not isinstance(value, str)]
-    place, count = [], 0
-    for failure in failures:
-        place.append(-1 if failure else count)
-        count += not failure
-    pixels = np.stack(arrays) if arrays else np.zeros((0, 3, size, size), np.uint8)
-    return Pictures(rows, failures, torch.from_numpy(pixels), place)
+def _is_upright(image: Image.Image) -> bool:
+    try:
+        return bool(image.getexif().get(_ORIENTATION, 1) in (0, 1))
+    except Exception:  # noqa: BLE001 - broken EXIF says nothing about the picture
+        return True

@@ -23,18 +23,16 @@ from typing import Any
 
 from PIL import Image
 
-from capfilt.data.images import FORMATS, BadImage, decode, phash, sha256
+from capfilt.data.images import BadImage, decode, phash, sha256
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
+from capfilt.stages.pictures import Header, read_header
 
 OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
 """img2dataset's words for it (its `download_image`)."""
 
 _BACKOFF = (0.5, 8.0)
 _RETRY_AFTER_MOST = 30.0
-
-_ORIENTATION = 0x0112
-"""EXIF's tag for how the picture is turned."""
 
 
 @dataclass(frozen=True)
@@ -186,20 +184,21 @@ class Engine:
         self, row: int, body: bytes, resizer: Any, settings: Settings
     ) -> tuple[dict[str, Any], bytes]:
         facts: dict[str, Any] = {"sha256": sha256(body)}
+        self._watch.shown = None
         try:
-            self._watch.shown = None
-            if _is_plain_jpeg(body, settings):
+            header = _plain_jpeg(body, settings)
+            encoded, width, height, words = None, 0, 0, None
+            if header is not None:
                 encoded, width, height, _, _, words = resizer(io.BytesIO(body))
-            else:
-                encoded, width, height, words = None, 0, 0, None
             if encoded is None:
                 # Also after the resizer's refusal, which does not say what is wrong with the picture.
                 picture = _decode(body, settings)
+                header = read_header(body)
                 encoded, width, height, _, _, words = resizer(io.BytesIO(_plain_pixels(picture)))
-            if encoded is None:
+            if encoded is None or header is None:
                 raise BadImage("decode_error", str(words))
-            facts["original_width"], facts["original_height"] = received_size(body)
-            _check_shape(facts["original_width"], facts["original_height"], settings)
+            facts |= {"original_width": header.width, "original_height": header.height}
+            _check_shape(header, settings)
             facts |= {"status": "success", "width": width, "height": height}
             facts["phash"] = self._phash(encoded, body, settings)
             return {"row": row, **facts}, encoded
@@ -263,29 +262,26 @@ def import_img2dataset() -> str:
     return importlib.metadata.version("img2dataset")
 
 
-def received_size(body: bytes) -> tuple[int, int]:
-    """Width and height of a picture that decodes, as its header says: before EXIF rotation, before any draft."""
-    with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-        return image.size
+def _plain_jpeg(body: bytes, settings: Settings) -> Header | None:
+    """The header of a picture that img2dataset's own decoding makes the same of as ours, and no slower.
 
-
-def _is_plain_jpeg(body: bytes, settings: Settings) -> bool:
-    """Whether img2dataset's own decoding gives the same as ours, and no slower: RGB, upright, within the limits."""
+    That is an upright RGB JPEG within the limits. None for any other, and for whatever has no readable header.
+    """
     if not body.startswith(b"\xff\xd8\xff"):
-        return False
+        return None
     try:
-        with Image.open(io.BytesIO(body), formats=("JPEG",)) as image:
-            width, height = image.size
-            upright = "exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1
-            return (
-                image.mode == "RGB"
-                and upright
-                and width * height <= settings.max_pixels
-                and min(width, height) >= settings.min_image_size
-                and (settings.resize_mode == "no" or min(width, height) < 4 * settings.image_size)
-            )
+        header = read_header(body, ("JPEG",))
     except Exception:  # noqa: BLE001 - the careful decoder will say what is wrong with it
-        return False
+        return None
+    shorter = min(header.width, header.height)
+    plain = (
+        header.mode == "RGB"
+        and header.upright
+        and header.width * header.height <= settings.max_pixels
+        and shorter >= settings.min_image_size
+        and (settings.resize_mode == "no" or shorter < 4 * settings.image_size)
+    )
+    return header if plain else None
 
 
 def _decode(body: bytes, settings: Settings) -> Image.Image:
@@ -300,9 +296,10 @@ def _decode(body: bytes, settings: Settings) -> Image.Image:
     )
 
 
-def _check_shape(width: int, height: int, settings: Settings) -> None:
-    if max(width, height) > settings.max_aspect_ratio * min(width, height):
-        words = f"{width}x{height} pixels, more than {settings.max_aspect_ratio:g} to 1"
+def _check_shape(header: Header, settings: Settings) -> None:
+    shorter, longer = sorted((header.width, header.height))
+    if longer > settings.max_aspect_ratio * shorter:
+        words = f"{header.width}x{header.height} pixels, more than {settings.max_aspect_ratio:g} to 1"
         raise BadImage("bad_aspect_ratio", words)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
 from capfilt.stages.base import file_digest
+from capfilt.tables.formats import ColumnTypes, arrow_column, storable, texts_in
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
 
@@ -35,16 +35,6 @@ _SUFFIXES |= {".parquet": "parquet", ".pq": "parquet"}
 
 _LONGEST_FIELD = 10_000_000
 _HEAD = 100
-
-# The Arrow type of a column of JSON values, by the Python types found in it; whatever else becomes its JSON text.
-_JSON_TYPES = {
-    frozenset[type](): pa.string(),
-    frozenset({str}): pa.string(),
-    frozenset({bool}): pa.bool_(),
-    frozenset({int}): pa.int64(),
-    frozenset({float}): pa.float64(),
-    frozenset({int, float}): pa.float64(),
-}
 
 
 @dataclass(frozen=True)
@@ -160,13 +150,13 @@ class _RecordList(UrlList):
     def read(self, number: int) -> Slice:
         records = self._records(number)
         rows = [{} if isinstance(record, _Unreadable) else record for record in records]
-        columns = []
-        for name, type_ in self._extra_types().items():
-            values = [row.get(name) for row in rows]
-            columns.append(pa.array([_typed(value, type_) for value in values], type_))
+        columns = [
+            arrow_column((row.get(name) for row in rows), type_)
+            for name, type_ in self._extra_types().items()
+        ]
         return Slice(
             [_url(row.get(self.url_col)) for row in rows],
-            [_texts(row.get(self.caption_col)) if self.caption_col else [] for row in rows],
+            [texts_in(row.get(self.caption_col)) if self.caption_col else [] for row in rows],
             [record.words if isinstance(record, _Unreadable) else None for record in records],
             pa.Table.from_arrays(columns, names=list(self.extra)),
         )
@@ -288,31 +278,13 @@ class _TsvList(_DelimitedList):
             yield text.split("\t") if text else []
 
 
-class _JsonTypes:
-    """The Arrow types of columns of JSON values."""
-
-    def __init__(self, columns: Sequence[str]) -> None:
-        self._found: dict[str, set[type]] = {name: set() for name in columns}
-
-    def notice(self, record: _Record) -> None:
-        if isinstance(record, dict):
-            for name, types in self._found.items():
-                value = record.get(name)
-                if value is not None:
-                    fits = type(value) is not int or -(2**63) <= value < 2**63
-                    types.add(type(value) if fits else object)
-
-    def types(self) -> dict[str, pa.DataType]:
-        return {name: _JSON_TYPES.get(frozenset(types), pa.string()) for name, types in self._found.items()}
-
-
 class _JsonlList(_IndexedList):
     """One JSON object per line."""
 
     def __init__(
         self, path: Path, url_col: str, caption_col: str, extra: Sequence[str], slice_rows: int
     ) -> None:
-        self._types = _JsonTypes(extra)
+        self._types = ColumnTypes(extra)
         super().__init__(path, url_col, caption_col, extra, slice_rows)
 
     def check(self) -> None:
@@ -339,7 +311,8 @@ class _JsonlList(_IndexedList):
                 yield offset, _Unreadable(f"the line at byte {offset} is not a JSON object")
 
     def _notice(self, record: _Record) -> None:
-        self._types.notice(record)
+        if isinstance(record, dict):
+            self._types.notice(record)
 
     def _extra_types(self) -> dict[str, pa.DataType]:
         _ = self._index
@@ -379,9 +352,10 @@ class _JsonList(_RecordList):
 
     @cached_property
     def _column_types(self) -> dict[str, pa.DataType]:
-        types = _JsonTypes(self.extra)
+        types = ColumnTypes(self.extra)
         for record in self._all:
-            types.notice(record)
+            if isinstance(record, dict):
+                types.notice(record)
         return types.types()
 
     def _extra_types(self) -> dict[str, pa.DataType]:
@@ -444,7 +418,7 @@ class _ParquetList(UrlList):
         captions = table[self.caption_col].to_pylist() if self.caption_col else [None] * table.num_rows
         return Slice(
             [_url(value) for value in table[self.url_col].to_pylist()],
-            [_texts(value) for value in captions],
+            [texts_in(value) for value in captions],
             [None] * table.num_rows,
             table.select(list(self.extra)),
         )
@@ -478,31 +452,8 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, _Line]]:
         offset += len(data)
 
 
-def storable(text: str) -> str:
-    """`text` as Arrow can hold it: a lone surrogate, which JSON can spell and UTF-8 cannot, becomes U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def _url(value: Any) -> str | None:
     return storable(value) if isinstance(value, str) else None if value is None else str(value)
-
-
-def _texts(value: Any) -> list[str]:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return []
-    if isinstance(value, list):
-        return [text for each in value for text in _texts(each)]
-    return [storable(value if isinstance(value, str) else str(value))]
-
-
-def _typed(value: Any, type_: pa.DataType) -> Any:
-    if value is None or type_ != pa.string():
-        return value
-    return storable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _is_text(type_: pa.DataType) -> bool:

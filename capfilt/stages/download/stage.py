@@ -18,10 +18,11 @@ from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.engine import Settings
-from capfilt.stages.download.lists import open_list, storable
+from capfilt.stages.download.lists import open_list
 from capfilt.stages.download.worker import MISSING, Row, close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.contracts import IMAGES
+from capfilt.tables.formats import storable
 from capfilt.tables.ids import image_id
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace

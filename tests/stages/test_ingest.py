@@ -1,0 +1,311 @@
+"""Would catch: a picture that ends the run instead of being a row, bytes changed without need, a turned or oversized
+picture stored as it was, splits or texts mixed up on real data, rows that change with the number of shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from capfilt.data.images import decode, phash
+from capfilt.errors import UserError
+from capfilt.stages.ingest import Ingest
+from capfilt.stages.options import IngestOptions
+from capfilt.tables.contracts import IMAGES
+from capfilt.tables.ids import image_id
+from capfilt.tables.workspace import Workspace
+
+
+def picture(width=40, height=30, seed=0):
+    values = np.random.default_rng(seed).integers(0, 255, (2, 3, 3), np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, format="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+GOOD = encoded(picture())
+FILES = {
+    "good.jpg": (GOOD, None),
+    "graphic.png": (encoded(picture(), "PNG"), None),
+    "photo.webp": (encoded(picture(), "WEBP"), None),
+    "wide.jpg": (encoded(picture(300, 100)), None),
+    "turned.jpg": (encoded(picture(), exif=exif(6)), None),
+    "upright.jpg": (encoded(picture(), exif=exif(1)), None),
+    "old.bmp": (encoded(picture(), "BMP"), None),
+    "moving.gif": (encoded(picture(), "GIF"), None),
+    "print.tif": (encoded(picture().convert("CMYK"), "TIFF"), None),
+    "cut.jpg": (GOOD[: len(GOOD) // 2], "truncated"),
+    "page.jpg": (b"<html>" * 50, "not_an_image"),
+    "empty.jpg": (b"", "not_an_image"),
+    "bomb.png": (encoded(Image.new("1", (9000, 9000)), "PNG"), "too_many_pixels"),
+}
+
+
+def run(stage):
+    """What an executor does, in this process; returns the rows, in order."""
+    stage = pickle.loads(pickle.dumps(stage))
+    mark = stage.begin()
+    stage.setup()
+    for shard in stage.shards():
+        assert stage.expected_rows(shard) > 0
+        if stage.output.manifest(shard) is None:
+            out = stage.process(shard)
+            stage.output.commit(shard, out.table, out.counts, stage.shard_fingerprint(mark, shard), 1.0)
+    return pa.concat_tables(stage.output.tables()).to_pylist()
+
+
+def make(tmp_path, path, **options):
+    options = {"dataset": "set", **options}
+    return Ingest(IngestOptions(source_path=str(path), **options), Workspace(tmp_path / "ws"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, (data, _) in FILES.items():
+        (folder / name).write_bytes(data)
+    (folder / "good.txt").write_text("a good one\n")
+    os.mkfifo(folder / "pipe.jpg")
+    return folder
+
+
+def test_every_picture_is_the_row_it_should_be(tmp_path, folder):
+    stage = make(tmp_path, folder, max_pixels=1_000_000, shard_size=5)
+    rows = {row["key"]: row for row in run(stage)}
+    expected = {name: failure for name, (_, failure) in FILES.items()} | {"pipe.jpg": "file_missing"}
+    assert {key: row["failure"] for key, row in rows.items()} == expected
+    assert list(rows) == sorted(expected)
+    counts = stage.output.counts()
+    assert (counts.rows_in, counts.kept) == (14, 9)
+    assert counts.failed == dict(Counter(failure for failure in expected.values() if failure))
+    for key, row in rows.items():
+        good = row["failure"] is None
+        assert row["status"] == ("success" if good else "failed_to_resize")
+        assert good == (row["image"] is not None) == (row["error_message"] is None)
+        assert row["image_id"] == image_id("set", key)
+        assert row["source"] == "human"
+        if key != "pipe.jpg":
+            assert row["sha256"] == hashlib.sha256(FILES[key][0]).hexdigest()
+        if good:
+            stored = Image.open(io.BytesIO(row["image"]["bytes"]))
+            assert stored.size == (row["width"], row["height"])
+            assert (row["original_width"], row["original_height"]) == Image.open(
+                io.BytesIO(FILES[key][0])
+            ).size
+            original = decode(FILES[key][0])
+            assert row["phash"] == phash(original)
+            assert (
+                np.abs(np.asarray(decode(row["image"]["bytes"]), int) - np.asarray(original, int)).mean() < 3
+            )
+    for key in ("good.jpg", "graphic.png", "photo.webp", "wide.jpg", "upright.jpg"):
+        assert rows[key]["image"]["bytes"] == FILES[key][0]
+    assert (rows["turned.jpg"]["width"], rows["turned.jpg"]["height"]) == (30, 40)
+    assert rows["good.jpg"]["captions"] == ["a good one"]
+    for table in stage.output.tables():
+        IMAGES.conform(table)
+
+
+def test_large_pictures_are_shrunk_and_others_left_alone(tmp_path, folder):
+    rows = {row["key"]: row for row in run(make(tmp_path, folder, max_side=64, max_pixels=1_000_000))}
+    wide = rows["wide.jpg"]
+    assert (wide["width"], wide["height"], wide["original_width"]) == (64, 21, 300)
+    assert Image.open(io.BytesIO(wide["image"]["bytes"])).size == (64, 21)
+    assert wide["phash"] == phash(decode(FILES["wide.jpg"][0]))
+    assert rows["good.jpg"]["image"]["bytes"] == GOOD
+
+
+def test_rows_do_not_depend_on_the_shards_and_a_second_run_does_nothing(tmp_path, folder):
+    first = run(make(tmp_path, folder, max_pixels=1_000_000))
+    second = run(make(tmp_path / "other", folder, max_pixels=1_000_000, shard_size=3))
+    assert first == second
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "ws").rglob("*")}
+    assert run(make(tmp_path, folder, max_pixels=1_000_000)) == first
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "ws").rglob("*")}
+
+
+def test_changed_bytes_change_the_shard_and_changed_names_the_part(tmp_path, folder):
+    stage = make(tmp_path, folder)
+    before = stage.shard_fingerprint("mark", 0)
+    stage.process(0)
+    assert stage.shard_fingerprint("mark", 0) == before
+    assert pickle.loads(pickle.dumps(make(tmp_path, folder))).shard_fingerprint("mark", 0) == before
+    (folder / "good.jpg").write_bytes(GOOD[:-1] + b"x")
+    assert make(tmp_path, folder).shard_fingerprint("mark", 0) != before
+    (folder / "good.jpg").write_bytes(GOOD)
+    (folder / "good.txt").write_text("another text")
+    assert make(tmp_path, folder).shard_fingerprint("mark", 0) != before
+    stage.begin()
+    (folder / "new.jpg").write_bytes(GOOD)
+    with pytest.raises(UserError, match="another identity"):
+        make(tmp_path, folder).begin()
+
+
+def test_datasets_with_the_same_keys_do_not_collide(tmp_path, folder):
+    rows = run(make(tmp_path, folder, dataset="one")) + run(make(tmp_path, folder, dataset="two"))
+    assert len({row["image_id"] for row in rows}) == len(rows) == 28
+
+
+def test_columns_come_along_with_one_type(tmp_path, folder):
+    records = [
+        {"file_name": name, "n": None if i < 8 else i, "who": "x"} for i, name in enumerate(sorted(FILES))
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    stage = make(tmp_path, folder, save_additional_columns=("n", "who"), shard_size=5)
+    rows = run(stage)
+    assert [row["n"] for row in rows] == [*(record["n"] for record in records), None]
+    assert {table.schema.field("n").type for table in stage.output.tables()} == {pa.int64()}
+
+
+def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
+    source = tmp_path / "out"
+    source.mkdir()
+    records = [
+        {"key": "0", "url": "u", "caption": "c", "status": "success", "error_message": None, "jpg": GOOD},
+        {
+            "key": "1",
+            "url": "v",
+            "caption": "d",
+            "status": "failed_to_download",
+            "error_message": "HTTP Error 404: no",
+            "jpg": None,
+        },
+        {
+            "key": "2",
+            "url": "w",
+            "caption": "e",
+            "status": "success",
+            "error_message": None,
+            "jpg": GOOD[:99],
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(records), source / "00000.parquet")
+    rows = run(make(tmp_path, source, source="web"))
+    assert [(row["key"], row["url"], row["status"], row["failure"]) for row in rows] == [
+        ("0", "u", "success", None),
+        ("1", "v", "failed_to_download", "not_found"),
+        ("2", "w", "failed_to_resize", "truncated"),
+    ]
+    assert [row["source"] for row in rows] == ["web"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source_path": "nowhere"}, "--source-path nowhere"),
+        ({"source_path": ""}, "--source-path must be given"),
+        ({"dataset": ""}, "--dataset must be given"),
+        ({"format": "zip"}, "--format 'zip'"),
+        ({"source": "synthetic"}, "--source 'synthetic'"),
+        ({"split": "dev"}, "--split 'dev'"),
+        ({"splits": ("all",)}, "--split 'all'"),
+        ({"limit": -1}, "--limit"),
+        ({"shard_size": 0}, "--shard-size"),
+        ({"images": "nowhere"}, "--images nowhere"),
+        ({"save_additional_columns": ("status",)}, "rename it"),
+    ],
+)
+def test_a_wrong_option_is_named_and_nothing_is_written(tmp_path, folder, change, words):
+    options = replace(IngestOptions(source_path=str(folder), dataset="set"), **change)
+    with pytest.raises(UserError) as caught:
+        Ingest(options, Workspace(tmp_path / "ws"))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ws").exists()
+
+
+def test_a_broken_annotation_file_writes_nothing(tmp_path):
+    path = tmp_path / "captions.json"
+    for content in ('{"images": [', '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"captions\.json"):
+            make(tmp_path, path, format="coco").begin()
+        assert not (tmp_path / "ws").exists()
+
+
+# -- real data ------------------------------------------------------------------------------------------------------
+
+
+def test_the_clean_set_comes_in_with_its_splits_and_texts(tmp_path, shared_data):
+    path = shared_data / "clean" / "captions.json"
+    data = json.loads(path.read_text())
+    stage = make(tmp_path, path, splits=("test",), save_additional_columns=("source_id",))
+    assert sum(stage.expected_rows(shard) for shard in stage.shards()) == 841
+    assert len(make(tmp_path, path).shards()) == 8  # 7,215 rows
+    rows = run(
+        make(
+            tmp_path, path, splits=("test",), save_additional_columns=("source_id",), limit=60, shard_size=50
+        )
+    )
+    wanted = [image for image in data["images"] if image["split"] == "test"][:60]
+    assert [row["key"] for row in rows] == [image["file_name"] for image in wanted]
+    texts = {}
+    for annotation in data["annotations"]:
+        texts.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    assert [row["captions"] for row in rows] == [texts[image["id"]] for image in wanted]
+    assert {(row["status"], row["split"]) for row in rows} == {("success", "test")}
+    for row in rows:
+        assert row["image"]["bytes"] == (path.parent / "images" / row["key"]).read_bytes()
+        assert row["source_id"] == row["key"].partition("_")[0]
+
+
+def test_the_web_pairs_come_in_with_both_texts(tmp_path, shared_data):
+    path = shared_data / "web" / "pairs.parquet"
+    stage = make(
+        tmp_path,
+        path,
+        source="web",
+        caption_col=("alt_text", "figure_caption"),
+        limit=40,
+        save_additional_columns=("page",),
+    )
+    rows = run(stage)
+    table = pq.read_table(path).to_pylist()
+    expected: dict[str, list[str]] = {}
+    for record in table:
+        expected.setdefault(record["file_name"], []).extend(
+            t for t in (record["alt_text"], record["figure_caption"]) if t
+        )
+    assert {row["key"]: row["captions"] for row in rows} == dict(list(expected.items())[:40])
+    assert {row["status"] for row in rows} == {"success"}
+    assert {row["source"] for row in rows} == {"web"}
+    assert all(row["page"] and row["license"] for row in rows)
+    whole = make(tmp_path, path, source="web")
+    assert sum(whole.expected_rows(shard) for shard in whole.shards()) == 2421
+
+
+def test_the_part_opens_as_a_dataset_of_pictures(tmp_path, folder, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    stage = make(tmp_path, folder, max_pixels=1_000_000)
+    run(stage)
+    loaded = datasets.load_dataset(
+        "parquet",
+        data_files=[str(path) for path in stage.output.path.glob("*.parquet")],
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    pictures = [row["image"] for row in loaded]
+    assert sum(image is not None for image in pictures) == 9
+    assert all(image is None or image.size[0] > 0 for image in pictures)
