@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -321,6 +321,34 @@ class FeatureQueue(nn.Module):
         )
 
 
+CHUNK_ROWS = 32
+MAX_CHUNKS = 4
+
+
+def length_chunks(mask: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows of `mask` bool [R, L] in groups of similar length: (row numbers int64, length of the longest) each.
+
+    A batch of web texts is padded to almost twice its mean length, and on a CPU every pad costs what a word costs. On
+    other devices all rows are one group at full length, because looking at lengths would stall them.
+    """
+    rows = len(mask)
+    groups = min(MAX_CHUNKS, rows // CHUNK_ROWS)
+    if mask.device.type != "cpu" or groups < 2:
+        return [(torch.arange(rows, device=mask.device), mask.shape[1])]
+    lengths = mask.sum(dim=1)
+    order = lengths.argsort(stable=True)
+    return [(part, int(lengths[part[-1]])) for part in order.chunk(groups)]
+
+
+def chunked(run: Callable[[Tensor, int], Tensor], mask: Tensor) -> Tensor:
+    """`run(rows, length)` on every group of `length_chunks`, its results [rows, ...] put back in the rows' order."""
+    groups = length_chunks(mask)
+    if len(groups) == 1:
+        return run(*groups[0])
+    order = torch.cat([rows for rows, _ in groups])
+    return torch.cat([run(rows, length) for rows, length in groups]).index_select(0, order.argsort())
+
+
 @dataclass(frozen=True)
 class PretrainingConfig:
     """Which losses, and their constants. The paper's and its released code's values, cited beside each.
@@ -398,7 +426,8 @@ class BlipPretraining(nn.Module):
     """A Blip with what its training needs and its use does not: momentum towers and the queue.
 
     `losses(batch, alpha)` is one step's forward pass: the image is encoded once and its cross-attention keys and values
-    are computed once for ITM's three rows and LM's one, ITM's 3B rows are one text pass.
+    are computed once for ITM's three rows and LM's one, ITM's 3B rows are one text pass. On a CPU the rows of each pass
+    go through in groups of similar length.
     """
 
     def __init__(self, model: Blip, config: PretrainingConfig | None = None) -> None:
@@ -437,11 +466,7 @@ class BlipPretraining(nn.Module):
                 detached["itm_accuracy"] = matching.accuracy
                 detached["itm_balanced_accuracy"] = matching.balanced_accuracy
         if "lm" in objectives:
-            # No padding mask: pads come last, so no token before them sees one through the causal mask.
-            logits = model.lm_logits(batch.ids, None, cross)
-            found["lm"] = language_loss(
-                logits, batch.ids, batch.mask, self.config.prompt_length, self.config.label_smoothing
-            )
+            found["lm"] = self._write(batch, cross)
         total = torch.stack([self.config.weights.get(name, 1.0) * loss for name, loss in found.items()]).sum()
         return {"loss": total, **found, **detached}
 
@@ -471,11 +496,11 @@ class BlipPretraining(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ITC, and the batch's own similarities [B, B] image-to-text and text-to-image, detached."""
         model, towers = self.model, self.momentum
-        image, text = model.embed_image(tokens), model.embed_text(batch.ids, batch.mask)
+        image, text = model.embed_image(tokens), _embed_text(model, batch)
         image_m, text_m = image, text
         if towers is not None:
             with torch.no_grad():
-                image_m, text_m = towers.embed_image(images), towers.embed_text(batch.ids, batch.mask)
+                image_m, text_m = towers.embed_image(images), _embed_text(towers, batch)
         queued = self.queue.candidates()
         image_candidates = torch.cat([image_m, queued.image])
         text_candidates = torch.cat([text_m, queued.text])
@@ -516,6 +541,34 @@ class BlipPretraining(nn.Module):
         negative_text, found = hard_negatives(image_to_text, batch.image_index, batch.text_index)
         negative_image, _ = hard_negatives(text_to_image, batch.image_index, batch.text_index)
         rows = matching_rows(negative_image, negative_text, found)
-        gathered = [(keys[rows.image], values[rows.image]) for keys, values in cross]
-        logits = self.model.match_logits(batch.ids[rows.text], batch.mask[rows.text], gathered)
-        return matching_loss(logits, rows.label, rows.keep)
+        mask = batch.mask[rows.text]
+
+        def match(some: Tensor, length: int) -> Tensor:
+            image, text = rows.image[some], rows.text[some]
+            gathered = [
+                (keys.index_select(0, image), values.index_select(0, image)) for keys, values in cross
+            ]
+            return self.model.match_logits(batch.ids[text, :length], mask[some, :length], gathered)
+
+        return matching_loss(chunked(match, mask), rows.label, rows.keep)
+
+    def _write(self, batch: Batch, cross: Sequence[Pair]) -> Tensor:
+        config, groups = self.config, length_chunks(batch.mask)
+        losses, words = [], []
+        for rows, length in groups:
+            own = (
+                cross
+                if len(groups) == 1
+                else [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in cross]
+            )
+            ids, mask = batch.ids[rows, :length], batch.mask[rows, :length]
+            # No padding mask: pads come last, so no token before them sees one through the causal mask.
+            logits = self.model.lm_logits(ids, None, own)
+            losses.append(language_loss(logits, ids, mask, config.prompt_length, config.label_smoothing))
+            words.append((language_labels(ids, mask, config.prompt_length) != -100).sum())
+        counts = torch.stack(words)
+        return (torch.stack(losses) * counts).sum() / counts.sum().clamp(min=1)
+
+
+def _embed_text(towers: Blip | MomentumTowers, batch: Batch) -> Tensor:
+    return chunked(lambda rows, n: towers.embed_text(batch.ids[rows, :n], batch.mask[rows, :n]), batch.mask)

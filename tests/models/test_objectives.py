@@ -142,13 +142,17 @@ def test_initial_loss_of_random_embeddings_over_the_paper_queue(temperature, tol
         assert loss == pytest.approx(10.96, abs=0.1)
 
 
-def test_a_new_model_starts_near_the_logarithm_of_its_candidates():
-    # Fresh towers map every image (and every text) near one point, so all similarities of a row are alike.
-    torch.manual_seed(0)
-    trainer = o.BlipPretraining(build(MICRO), o.PretrainingConfig(objectives=("itc",), queue_size=64)).train()
-    for seed in range(12):
-        losses = trainer.losses(rows(6, seed=seed))
-        assert losses["itc"].item() == pytest.approx(math.log(6 + min(64, 6 * seed)), abs=0.35)
+def test_a_new_model_of_published_width_starts_near_the_logarithm_of_its_candidates():
+    """Fresh towers map every image (and every text) near one point, so all similarities of a row are alike."""
+    wide = BlipConfig(
+        vision=VisionConfig(16, 8, width=768, depth=1, heads=12, hidden=64),
+        text=TextConfig(40, 768, 1, 12, 64, max_positions=16, dropout=0.0, attention_dropout=0.0),
+    )
+    trainer = o.BlipPretraining(build(wide), o.PretrainingConfig(objectives=("itc",), queue_size=20)).train()
+    for seed in range(5):
+        with torch.no_grad():
+            loss = trainer.losses(rows(6, seed=seed))["itc"].item()
+        assert loss == pytest.approx(math.log(6 + min(20, 6 * seed)), abs=0.35)
 
 
 # ---------------------------------------------------------------------- queue
@@ -511,8 +515,12 @@ def test_soft_targets_change_the_loss_only_with_alpha():
     assert hard.item() != pytest.approx(soft.item(), abs=1e-6)
 
 
-def test_losses_equal_the_models_own_calls_one_row_at_a_time():
-    """Shared cross-attention keys, one pass for 3B rows and no padding mask in LM must not change a single number."""
+@pytest.mark.parametrize("chunk_rows", [1, 2, 32])
+def test_losses_equal_the_models_own_calls_one_row_at_a_time(monkeypatch, chunk_rows):
+    """Shared cross-attention keys, one pass for 3B rows, groups of similar length and no padding mask in LM must not
+    change a single number.
+    """
+    monkeypatch.setattr(o, "CHUNK_ROWS", chunk_rows)
     model = build(MICRO).eval()
     trainer = o.BlipPretraining(model, o.PretrainingConfig(momentum=None, queue_size=0)).eval()
     batch = rows(5)
@@ -536,8 +544,27 @@ def test_losses_equal_the_models_own_calls_one_row_at_a_time():
             o.language_loss(logits, ids, torch.ones_like(ids, dtype=torch.bool)).item() * (ids.shape[1] - 1)
         )
         words += ids.shape[1] - 1
+    hard = torch.eye(5)
+    assert found["itc"].item() == pytest.approx(
+        itc_by_hand(image, text, image, text, 0.07, (hard, hard), [True] * 5), abs=1e-4
+    )
     assert found["itm"].item() == pytest.approx(sum(itm) / 15, abs=1e-5)
     assert found["lm"].item() == pytest.approx(sum(lm) / words, abs=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 40))
+def test_length_chunks_cut_nothing_and_keep_the_order(lengths, chunk_rows):
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    before, o.CHUNK_ROWS = o.CHUNK_ROWS, chunk_rows
+    try:
+        groups = o.length_chunks(mask)
+        numbers = o.chunked(lambda rows, length: rows * 100 + mask[rows, :length].sum(1), mask)
+    finally:
+        o.CHUNK_ROWS = before
+    assert len(groups) <= o.MAX_CHUNKS
+    assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(len(lengths)))
+    assert numbers.tolist() == [row * 100 + length for row, length in enumerate(lengths)]
 
 
 def test_a_prompt_is_given_not_learned():
