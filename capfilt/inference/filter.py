@@ -63,7 +63,11 @@ class Filter(Engine):
             )
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
-        rows = self.tokenizer.encode_ragged(texts, max_length=max_text_tokens or self.model.config.max_text_tokens)
+        config = self.model.config
+        limit = min(max_text_tokens or config.max_text_tokens, config.text.max_positions)
+        if limit < 2:
+            raise UserError(f"max_text_tokens is {max_text_tokens}: [CLS] and [SEP] alone are 2")
+        rows = self.tokenizer.encode_ragged(texts, max_length=limit)
         texts_of: dict[int, list[int]] = {}
         for text, image in enumerate(index):
             texts_of.setdefault(image, []).append(text)

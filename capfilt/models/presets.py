@@ -12,16 +12,28 @@ from capfilt.models.vision import VisionConfig
 # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B/16 and ViT-L/16 with bert-base; drop-path as in the published code.
 BASE = BlipConfig()
 LARGE = BlipConfig(vision=VisionConfig(width=1024, depth=24, heads=16, hidden=4096, drop_path=0.1))
+# Sized for processor seconds, on pictures of a few plain objects: a convolutional stem sees shapes early, 36 tokens are
+# enough to place them, and most of a step's time is the five text passes, so text layers are few and narrow. No dropout:
+# it trains for minutes.
 TINY = BlipConfig(
     vision=VisionConfig(48, 8, width=128, depth=2, heads=4, hidden=256, stem="conv"),
     text=TextConfig(1000, 128, 3, 4, 256, max_positions=64, dropout=0.0, attention_dropout=0.0),
     embed_dim=128,
 )
+# For photographs on one ordinary GPU, or on processors with a frozen trunk in place of the vision tower's stem.
 SMALL = BlipConfig(
     vision=VisionConfig(128, 16, width=256, depth=8, heads=4, hidden=1024, stem="conv"),
     text=TextConfig(4000, 256, 4, 4, 1024, max_positions=128, dropout=0.1, attention_dropout=0.1),
 )
-PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "base": BASE, "large": LARGE}
+# Photographs on a laptop: a frozen ImageNet trunk whose feature maps can be cached, one block to look around, a small
+# text side. 7 x 7 tokens at 224 px.
+TRUNK = BlipConfig(
+    vision=VisionConfig(
+        224, 32, width=256, depth=1, heads=4, hidden=512, trunk="efficientnet_lite0", trunk_frozen=True
+    ),
+    text=TextConfig(4000, 256, 4, 4, 512, max_positions=64, dropout=0.1, attention_dropout=0.0),
+)
+PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "trunk": TRUNK, "base": BASE, "large": LARGE}
 
 
 def preset(name: str, vocab_size: int) -> BlipConfig:

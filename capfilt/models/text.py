@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.layers import Pair, blank_embedding, full_precision, init_normal, init_std, merge_heads, split_heads
+from capfilt.models.layers import (
+    Pair,
+    blank_embedding,
+    full_precision,
+    init_normal,
+    init_std,
+    merge_heads,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)

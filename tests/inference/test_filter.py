@@ -103,6 +103,7 @@ def test_wrong_input_is_named(scorer, images):
         (lambda: scorer.score_texts(images, [-1], ["a"]), "-1"),
         (lambda: scorer.score_texts(images, [0], ["a", "b"]), "image indices"),
         (lambda: scorer.score_texts(images, [0], ["a"], 0), "batch_size"),
+        (lambda: scorer.score_texts(images, [0], ["a"], max_text_tokens=1), "max_text_tokens"),
         (lambda: scorer.score([b"nothing"], ["a"]), "image 0"),
     ]:
         with pytest.raises(UserError, match=named):
@@ -114,3 +115,11 @@ def test_loaded_from_disk_it_scores_the_same(pair, scorer, images, tmp_path):
     checkpoint.save(tmp_path / "f", *pair)
     loaded = capfilt.Filter.load(tmp_path / "f")
     assert loaded.score(images, TEXTS) == scorer.score(images, TEXTS)
+
+
+def test_the_caller_may_set_another_limit(scorer, images):
+    texts = ["a red dog on the ball", "a red dog sits"]
+    cut = scorer.score_texts(images, [0, 0], texts, max_text_tokens=5)  # [CLS] a red dog [SEP]
+    assert cut[0] == cut[1] == scorer.score_texts(images, [0], ["a red dog"])[0]
+    past_positions = scorer.score_texts(images, [0], ["dogs " * 29], max_text_tokens=999)
+    assert 0 <= past_positions[0].itm_score <= 1
