@@ -86,7 +86,7 @@ def one_attribute_off(statement: Statement, rng: np.random.Generator) -> tuple[S
     The kind of fact is drawn uniformly among those stated and its new value uniformly among those the world
     allows. Over scenes that are uniform themselves this leaves the distribution of statements exactly as it
     was (the step is symmetric within every class of statements of one form), so that no classifier can tell
-    the changed ones from true ones by their words.
+    the changed ones from true ones by their words. The statement is about a scene, so its objects are not alike.
     """
     kinds = ["colour", "shape"]
     sized = [i for i, mention in enumerate(statement.objects) if mention.size is not None]

@@ -1,9 +1,8 @@
 """The generated web: pages with a picture, an alt text and their troubles; and the clean human set beside it.
 
 What is planted where, with what share, and the files that a run reads (URL list, COCO captions) and that only
-grading reads (truth.parquet). Serving the pages is server.py's. Every page draws from random streams of its
-own, keyed by (seed, page number): a page stays what it was when more pages are asked for or another share
-changes.
+grading reads (truth.parquet). Serving the pages is server.py's. Every page draws from random streams of its own,
+keyed by (seed, page number), and so stays what it was when more pages are asked for.
 """
 
 from __future__ import annotations
