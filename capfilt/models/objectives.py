@@ -28,6 +28,15 @@ COLLAPSED_ITM = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
 """ITM loss (nats) of a head that only knows its prior of one match in three rows: 0.6365."""
 
 
+def hardness_ramp(step: int, ramp_steps: int) -> float:
+    """How hard ITM's negatives are at `step`: from 0 (uniform) to 1 (the published draw) over `ramp_steps`; 0: always 1.
+
+    A model that starts from nothing cannot tell its hardest negatives from matches, sits at the class prior and learns
+    nothing from ITM (BLIP's users report it on small corpora); easy ones first get it off the ground.
+    """
+    return 1.0 if ramp_steps <= 0 else min(1.0, step / ramp_steps)
+
+
 def alpha_ramp(step: int, ramp_steps: int, alpha: float = 0.4) -> float:
     """Weight of the momentum's soft targets at `step`: linear from 0 to `alpha` over `ramp_steps`, then constant.
 
@@ -442,7 +451,8 @@ class BlipPretraining(nn.Module):
         """fp32 scalars: "loss" (weighted sum, with gradient), "itc", "itm", "lm" as configured, and without gradient
         "temperature", "itm_accuracy", "itm_balanced_accuracy" where they apply.
 
-        `alpha` is the weight of the momentum's soft targets (see `alpha_ramp`). In training mode the call also clamps
+        `alpha` is the weight of the momentum's soft targets (see `alpha_ramp`). `hardness` scales the similarities that
+        ITM's negatives are drawn by: 1 is the published draw, 0 a uniform one. In training mode the call also clamps
         the temperature, moves the momentum towers before they are used, and fills the queue; draws come from torch's
         global generators. Without ITC, ITM's hard negatives come from similarities computed without gradient.
         """
@@ -461,7 +471,7 @@ class BlipPretraining(nn.Module):
                 found["itc"] = loss
                 detached["temperature"] = model.temperature.detach().float().clone()
             if "itm" in objectives:
-                matching = self._match(batch, cross, image_to_text, text_to_image)
+                matching = self._match(batch, cross, hardness * image_to_text, hardness * text_to_image)
                 found["itm"] = matching.loss
                 detached["itm_accuracy"] = matching.accuracy
                 detached["itm_balanced_accuracy"] = matching.balanced_accuracy

@@ -78,7 +78,11 @@ def noise(texts: Sequence[WebText]) -> dict[str, Any]:
     """The web's true rate: of the texts of pictures that arrived, how many are true."""
     kinds = Counter(text.kind for text in texts)
     true = sum(count for kind, count in kinds.items() if truth.KINDS[kind].true)
-    return {"texts": len(texts), "true_rate": _share(true, len(texts)), "by_kind": dict(sorted(kinds.items()))}
+    return {
+        "texts": len(texts),
+        "true_rate": _share(true, len(texts)),
+        "by_kind": dict(sorted(kinds.items())),
+    }
 
 
 def filter_figures(texts: Sequence[WebText], seed: int) -> dict[str, Any]:
@@ -126,20 +130,25 @@ def captioner_figures(texts: Sequence[Synthetic], human: Iterable[str]) -> dict[
     kept = [good for good, text in zip(right, texts, strict=True) if text.keep]
     scenes = [text.scene for text in texts]
     candidates = [text for text, _ in Counter(text.lower() for text in human).most_common(300)]
-    best = max((sum(truth.is_complete_and_true(text, scene) for scene in scenes) for text in candidates), default=0)
+    best = max(
+        (sum(truth.is_complete_and_true(text, scene) for scene in scenes) for text in candidates), default=0
+    )
     return {
         "texts": len(texts),
         "kept": len(kept),
         "true_before": _share(sum(right), len(right)),
         "true_after": _share(sum(kept), len(kept)),
-        "mean_attributes": float(np.mean([truth.attributes_stated(text.text) for text in texts])) if texts else 0.0,
+        "mean_attributes": float(np.mean([truth.attributes_stated(text.text) for text in texts]))
+        if texts
+        else 0.0,
         "distinct": len({text.text for text in texts}),
         "best_constant": _share(best, len(scenes)),
     }
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+def _share(part: int, whole: int) -> float | None:
+    """None where there is nothing to take a share of: JSON has no NaN."""
+    return part / whole if whole else None
 
 
 def evaluation_figures(workspace: Workspace, models: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -173,12 +182,16 @@ def met(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for name, (sign, bound) in TARGETS.items():
         room, _, key = name.partition(".")
-        value = float(summary[room][key])
-        good = value >= bound if sign == ">=" else value <= bound
+        value = summary[room][key]
+        good = value is not None and (value >= bound if sign == ">=" else value <= bound)
         results[name] = {"value": value, "target": f"{sign} {bound}", "met": good}
     evaluation = summary["evaluation"]
     for metric in ("tr@1", "ir@1", "cider"):
         for other in ("raw", "human_only"):
             value = evaluation["curated"][metric] - evaluation[other][metric]
-            results[f"curated - {other}, {metric}"] = {"value": round(value, 3), "target": "> 0", "met": value > 0}
+            results[f"curated - {other}, {metric}"] = {
+                "value": round(value, 3),
+                "target": "> 0",
+                "met": value > 0,
+            }
     return results

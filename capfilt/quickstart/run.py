@@ -54,14 +54,26 @@ SIZES = {
         web=800,
         human={"train": 300, "test": 100},
         captions=5,
-        settings={"pretrain_steps": 90, "captioner_steps": 60, "filter_steps": 40, "retrain_steps": 60, "shard": 200},
+        settings={
+            "pretrain_steps": 90,
+            "captioner_steps": 60,
+            "filter_steps": 40,
+            "retrain_steps": 60,
+            "shard": 200,
+        },
     ),
     # Not for people: the same path, as short as it gets.
     "miniature": Size(
         web=60,
         human={"train": 40, "test": 20},
         captions=2,
-        settings={"pretrain_steps": 4, "captioner_steps": 3, "filter_steps": 3, "retrain_steps": 3, "shard": 40},
+        settings={
+            "pretrain_steps": 4,
+            "captioner_steps": 3,
+            "filter_steps": 3,
+            "retrain_steps": 3,
+            "shard": 40,
+        },
     ),
 }
 
@@ -170,8 +182,16 @@ def _rows(account: dict[str, Any]) -> dict[str, Any]:
             "by_reason": account["dropped"],
             "by_failure": account["failed"],
         }
-    texts = int(account["figures"].get("texts", 0))
-    return {"in": texts, "kept": texts, "dropped": 0, "failed": 0, "out": 0, "by_reason": {}, "by_failure": {}}
+    texts = int(account["figures"].get("texts", 0))  # a done stage run again reports none
+    return {
+        "in": texts,
+        "kept": texts,
+        "dropped": 0,
+        "failed": 0,
+        "out": 0,
+        "by_reason": {},
+        "by_failure": {},
+    }
 
 
 def _seconds(workspace: Workspace, accounts: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -203,5 +223,6 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     console.print(evaluation)
     targets = Table("figure", "value", "target", "", title="Against the truth of the world")
     for name, each in summary["targets"].items():
-        targets.add_row(name, f"{each['value']:.3f}", each["target"], "met" if each["met"] else "not met")
+        value = "-" if each["value"] is None else f"{each['value']:.3f}"
+        targets.add_row(name, value, each["target"], "met" if each["met"] else "not met")
     console.print(targets)

@@ -48,6 +48,9 @@ class Evaluate(ResultStage):
             "images": self.images.digest(),
         }
 
+    def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: metrics[name] for name in ("tr@1", "ir@1", "cider") if name in metrics}
+
     def outlook(self) -> str:
         return f"{', '.join(self.options.tasks)} on split {self.options.split or 'all'!r} of {self.images.path}"
 

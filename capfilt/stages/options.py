@@ -89,11 +89,10 @@ class IngestOptions:
 class ModelOptions:
     """The architecture, where a model is made from scratch."""
 
-    preset: str = _option("small", "tiny, small, base or large")
+    preset: str = _option("small", "tiny, small, trunk (a frozen ImageNet trunk), base or large")
     image_size: int = _option(0, "pixels; 0 for the preset's")
     vocab: str = _option("corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path")
     vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus")
-    trunk: str = _option("", "a pretrained convolutional trunk for the vision tower: efficientnet_lite0")
     vision_init: str = _option("", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path")
 
 
@@ -128,6 +127,7 @@ class PretrainingObjectiveOptions:
     momentum: float = _option(0.995, "of the momentum towers (BLIP's released code); 0 for none")
     alpha: float = _option(0.4, "weight of the momentum towers' soft targets (BLIP's released code)")
     alpha_ramp_epochs: float = _option(2.0, "alpha grows over this many epochs (BLIP's released code: 2)")
+    hardness_ramp_epochs: float = _option(0.0, "ITM's negatives go from uniform to hard over this many epochs; BLIP: 0")
     label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
 
 

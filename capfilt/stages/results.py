@@ -46,7 +46,11 @@ class ResultStage(ModelStage):
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
         publish_new_bytes(self.output, (json.dumps(result, indent=1) + "\n").encode())
-        return {name: value for name, value in result["metrics"].items() if isinstance(value, float)}
+        return {**self.headline(result["metrics"]), "texts": result.get("texts", 0)}
+
+    def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The few figures that fit in a line."""
+        return dict(metrics)
 
 
 def result_path(workspace: Path, name: str) -> Path:

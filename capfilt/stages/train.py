@@ -140,7 +140,7 @@ class _Training(ModelStage):
             model.visual_encoder.requires_grad_(False)
         if o.cache_features:
             if not (model.config.vision.trunk and model.config.vision.trunk_frozen):
-                raise UserError("--cache-features: only a frozen trunk has features to cache (see --trunk)")
+                raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
             corpus = corpus.with_features(
                 lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)),
                 progress=lambda count: None,
@@ -159,6 +159,7 @@ class _Training(ModelStage):
             seed=o.seed,
             alpha=getattr(o, "alpha", 0.0),
             alpha_ramp_steps=math.ceil(ramp * epoch),
+            hardness_ramp_steps=math.ceil(getattr(o, "hardness_ramp_epochs", 0.0) * epoch),
             precision=o.precision,
             augment=None if not o.augment or o.cache_features else self._augment,
             log_every=LOG_EVERY,
@@ -193,7 +194,7 @@ class _Training(ModelStage):
             "left_out": {**corpus.skipped, **corpus.deselected},
             "skipped_steps": result.skipped_steps,
             "seconds": round(result.seconds, 1),
-            **{name: float(value) for name, value in _shown(result.losses).items()},
+            **_shown(result.losses),
         }
         _write_exposures(self.output / "exposures.parquet", corpus, result.exposures.tolist())
         extra = {
@@ -205,7 +206,7 @@ class _Training(ModelStage):
         }
         checkpoint.save(self.output, model, tokenizer, extra)
         state_path.unlink(missing_ok=True)
-        return figures
+        return {name: figures[name] for name in ("steps", "texts", "images", *_shown(result.losses))}
 
     def _augment(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         assert batch.pixels is not None
@@ -271,7 +272,7 @@ class Pretrain(_Training):
         else:
             tokenizer = Tokenizer.load(o.vocab)
         config = preset(o.preset, tokenizer.vocab_size)
-        vision = dataclasses.replace(config.vision, image_size=self.image_size(), trunk=o.trunk)
+        vision = dataclasses.replace(config.vision, image_size=self.image_size())
         text = dataclasses.replace(config.text, pad_id=tokenizer.pad_id)
         model = build(dataclasses.replace(config, vision=vision, text=text, prompt=""), seed=o.seed)
         if o.vision_init:

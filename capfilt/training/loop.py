@@ -1,6 +1,6 @@
 """The training loop: batches in, a trained module, a log and an account of what was seen out; resumes exactly.
 
-Any module with `losses(batch, alpha) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not here: the
+Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not here: the
 losses (`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
 (`capfilt.models.checkpoint`).
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
-from capfilt.models.objectives import COLLAPSED_ITM, alpha_ramp
+from capfilt.models.objectives import COLLAPSED_ITM, alpha_ramp, hardness_ramp
 from capfilt.training import optim, state
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -62,6 +62,7 @@ class TrainConfig:
     seed: int = 0  # of dropout, augmentation and hard negatives
     alpha: float = 0.4  # weight of the momentum's soft targets: ALBEF, arXiv 2107.07651, sec. 4
     alpha_ramp_steps: int = 0  # BLIP, released code: two epochs in pretraining, one in finetuning
+    hardness_ramp_steps: int = 0  # ITM's negatives from uniform to the published draw; 0: published from the start
     precision: str = (
         "auto"  # bf16 autocast on GPUs that have it, fp32 elsewhere: on many CPUs bf16 is emulated
     )
@@ -138,7 +139,7 @@ def train(
     """Trains `module` in place, on the device it is on, for `config.steps` steps.
 
     Args:
-        module: has `losses(batch, alpha) -> {"loss": scalar with gradient, name: scalar, ...}`.
+        module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
@@ -253,9 +254,10 @@ class _Run:
             progress.step, config.steps, config.learning_rate, config.min_lr, config.warmup_steps
         )
         alpha = alpha_ramp(progress.step, config.alpha_ramp_steps, config.alpha)
+        hardness = hardness_ramp(progress.step, config.hardness_ramp_steps)
         on_device = self._prepare(batch)
         with self._autocast():
-            found: dict[str, Tensor] = self.module.losses(on_device, alpha)  # type: ignore[operator]
+            found: dict[str, Tensor] = self.module.losses(on_device, alpha, hardness)  # type: ignore[operator]
         loss = found["loss"]
         loss.backward()  # type: ignore[no-untyped-call]
         norm = optim.clip_gradients(self.parameters.values(), config.clip_norm)

@@ -640,3 +640,18 @@ def test_model_is_a_blip():
     trainer = o.BlipPretraining(build(MICRO))
     assert isinstance(trainer.model, Blip)
     assert set(trainer.model.state_dict()) == set(build(MICRO).state_dict())
+
+
+def test_negatives_go_from_uniform_to_the_published_draw():
+    assert o.hardness_ramp(0, 100) == 0.0
+    assert o.hardness_ramp(50, 100) == 0.5
+    assert o.hardness_ramp(500, 100) == 1.0
+    assert o.hardness_ramp(0, 0) == 1.0  # published: hard from the start
+    similarity = torch.zeros(4, 4)
+    similarity[0, 2] = 20.0
+    index = torch.arange(4)
+    generator = torch.Generator().manual_seed(0)
+    hard = [int(o.hard_negatives(similarity, index, index, generator)[0][0]) for _ in range(200)]
+    easy = [int(o.hard_negatives(0.0 * similarity, index, index, generator)[0][0]) for _ in range(200)]
+    assert hard.count(2) == 200
+    assert 30 < easy.count(2) < 110

@@ -297,7 +297,7 @@ class Scripted(nn.Module):
         self.values = list(values)
         self.step = 0
 
-    def losses(self, batch, alpha):
+    def losses(self, batch, alpha, hardness):
         factor = self.values[min(self.step, len(self.values) - 1)]
         self.step += 1
         loss = (self.weight * factor).mean()

@@ -1,0 +1,59 @@
+"""Catches a Ray run that loses a shard with its worker, retries for ever, or turns a clear error into a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.loopback import UNAVAILABLE
+
+HERE = Path(__file__).resolve()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ray")
+    process = subprocess.run(
+        [sys.executable, str(HERE.parents[1] / "loopback.py"), sys.executable, str(HERE.parent / "ray_run.py"), str(root)],
+        capture_output=True, text=True, timeout=300, cwd=HERE.parents[2],
+    )  # fmt: skip
+    if process.returncode == UNAVAILABLE:
+        pytest.skip(process.stderr.strip())
+    found = {}
+    for line in process.stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return found
+
+
+def test_all_shards_are_committed_once(results):
+    assert results["plain"]["rows"] == 300
+    assert results["plain"]["now"] == 6
+    assert results["again"] == {"rows": 300, "now": 0, "figures": {}}
+
+
+def test_a_shard_whose_worker_is_killed_is_done_by_another(results):
+    assert results["killed"]["rows"] == 300
+
+
+def test_a_shard_that_kills_every_worker_ends_the_run_and_the_rest_stands(results):
+    assert results["hopeless"]["error"] == "RunError"
+    assert "shard 00002" in results["hopeless"]["message"]
+    assert 2 not in results["hopeless"]["shards"]
+
+
+def test_errors_come_through_as_one_line(results):
+    assert results["bug"]["error"] == "RunError"
+    assert "rows, shard 00003: ValueError: a bug" in results["bug"]["message"]
+    assert results["setup"]["error"] == "UserError"
+    assert results["setup"]["message"] == "the checkpoint is not there"
+
+
+def test_a_piece_of_work_has_the_node_s_processors(results):
+    assert results["steps"]["figures"]["threads"] >= 1
+    assert results["steps"]["now"] == 1
