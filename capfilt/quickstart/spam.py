@@ -107,12 +107,11 @@ class Language:
 
 def _german(ending: dict[str, str]) -> dict[str, dict[str, str]]:
     stems = {
-        "red": "rot", "orange": "orange", "yellow": "gelb", "green": "grün", "blue": "blau", "purple": "violett",
+        "red": "rot", "orange": "orange", "yellow": "gelb", "green": "grün", "blue": "blau",
         "small": "klein", "large": "groß",
     }  # fmt: skip
     words = {name: {gender: stem + ending[gender] for gender in ending} for name, stem in stems.items()}
     words["orange"] = {gender: "orange" + tail.removeprefix("e") for gender, tail in ending.items()}
-    words["pink"] = dict.fromkeys(ending, "rosa")
     return words
 
 
@@ -122,7 +121,7 @@ LANGUAGES = (
         after={"m": "einem", "n": "einem"},
         nouns={
             "circle": ("Kreis", "m"), "square": ("Quadrat", "n"), "triangle": ("Dreieck", "n"),
-            "star": ("Stern", "m"), "cross": ("Kreuz", "n"), "ring": ("Ring", "m"),
+            "star": ("Stern", "m"), "ring": ("Ring", "m"),
         },
         adjectives=_german({"m": "er", "n": "es"}),
         oblique=_german({"m": "en", "n": "en"}),
@@ -139,13 +138,13 @@ LANGUAGES = (
         after={"m": "de un", "f": "de una"},
         nouns={
             "circle": ("círculo", "m"), "square": ("cuadrado", "m"), "triangle": ("triángulo", "m"),
-            "star": ("estrella", "f"), "cross": ("cruz", "f"), "ring": ("anillo", "m"),
+            "star": ("estrella", "f"), "ring": ("anillo", "m"),
         },
         adjectives={
             "red": {"m": "rojo", "f": "roja"}, "orange": {"m": "naranja", "f": "naranja"},
             "yellow": {"m": "amarillo", "f": "amarilla"}, "green": {"m": "verde", "f": "verde"},
-            "blue": {"m": "azul", "f": "azul"}, "purple": {"m": "morado", "f": "morada"},
-            "pink": {"m": "rosa", "f": "rosa"}, "small": {"m": "pequeño", "f": "pequeña"},
+            "blue": {"m": "azul", "f": "azul"},
+            "small": {"m": "pequeño", "f": "pequeña"},
             "large": {"m": "grande", "f": "grande"},
         },
         order="{article} {noun} {colour} {size}",
@@ -163,13 +162,13 @@ LANGUAGES = (
         after={"m": "d' un", "f": "d' une"},
         nouns={
             "circle": ("cercle", "m"), "square": ("carré", "m"), "triangle": ("triangle", "m"),
-            "star": ("étoile", "f"), "cross": ("croix", "f"), "ring": ("anneau", "m"),
+            "star": ("étoile", "f"), "ring": ("anneau", "m"),
         },
         adjectives={
             "red": {"m": "rouge", "f": "rouge"}, "orange": {"m": "orange", "f": "orange"},
             "yellow": {"m": "jaune", "f": "jaune"}, "green": {"m": "vert", "f": "verte"},
-            "blue": {"m": "bleu", "f": "bleue"}, "purple": {"m": "violet", "f": "violette"},
-            "pink": {"m": "rose", "f": "rose"}, "small": {"m": "petit", "f": "petite"},
+            "blue": {"m": "bleu", "f": "bleue"},
+            "small": {"m": "petit", "f": "petite"},
             "large": {"m": "grand", "f": "grande"},
         },
         order="{article} {size} {noun} {colour}",

@@ -188,7 +188,7 @@ def test_human_captions_of_a_test_set_find_their_image_more_often_than_not():
     """The ceiling of text-to-image retrieval: captions true of several test images cannot be told apart by anybody."""
     rows = build_human(0, {"test": 100})
     fits = [sum(is_true(text, other.scene) for other in rows) for row in rows for text in row.captions]
-    assert np.mean(1 / np.array(fits)) > 0.7
+    assert np.mean(1 / np.array(fits)) > 0.6
     assert is_true(caption(rows[0].scene, np.random.default_rng(0), HUMAN), rows[0].scene)
 
 

@@ -94,7 +94,7 @@ def test_attributes_are_uniform_and_independent_of_the_number_of_objects():
     ):
         for value in values:
             assert seen.count(value) / len(seen) == pytest.approx(1 / len(values), abs=0.03)
-    assert np.mean([len(s.objects) == 2 for s in scenes]) == pytest.approx(0.6, abs=0.03)
+    assert np.mean([len(s.objects) == 2 for s in scenes]) == pytest.approx(0.5, abs=0.03)
 
 
 def test_equal_streams_draw_equal_pictures_and_others_draw_others():
