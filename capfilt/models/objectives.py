@@ -447,7 +447,7 @@ class BlipPretraining(nn.Module):
         self.momentum = MomentumTowers(model) if contrastive and self.config.momentum is not None else None
         self.queue = FeatureQueue(self.config.queue_size if contrastive else 0, model.config.embed_dim)
 
-    def losses(self, batch: Batch, alpha: float = 0.0) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" (weighted sum, with gradient), "itc", "itm", "lm" as configured, and without gradient
         "temperature", "itm_accuracy", "itm_balanced_accuracy" where they apply.
 
