@@ -46,30 +46,57 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
         text = field.metadata["help"]
         default: Any = field.default
         if kind == tuple[str, ...]:
-            kind, default = list[str], list(field.default)
+            kind, default = list[str], [*default]
         if field.name == command.positional:
-            annotation: Any = Annotated[kind, typer.Argument(help=text, show_default=False, metavar=field.name.upper())]
+            annotation: Any = Annotated[
+                kind, typer.Argument(help=text, show_default=False, metavar=field.name.upper())
+            ]
             default = ...
         else:
-            declaration = f"{_flag(field.name)}/--no-{field.name.replace('_', '-')}" if kind is bool else _flag(field.name)
+            declaration = (
+                f"{_flag(field.name)}/--no-{field.name.replace('_', '-')}"
+                if kind is bool
+                else _flag(field.name)
+            )
             required = field.default == stage_options.REQUIRED
             show = bool(default) or kind in (int, float, bool)
             annotation = Annotated[kind, typer.Option(declaration, help=text, show_default=show)]
             if required:
                 default = ...
         parameters.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+            )
         )
     shared: list[tuple[str, Any, Any]] = [
-        ("workspace", Annotated[str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)], "."),
-        ("execution", Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")], "ray"),
+        (
+            "workspace",
+            Annotated[
+                str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
+            ],
+            ".",
+        ),
+        (
+            "execution",
+            Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")],
+            "ray",
+        ),
         ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
     ]
     if command.out:
-        out = Annotated[str, typer.Option("--out", help="directory to write the part to, in place of the workspace's", show_default=False)]
+        out = Annotated[
+            str,
+            typer.Option(
+                "--out",
+                help="directory to write the part to, in place of the workspace's",
+                show_default=False,
+            ),
+        ]
         shared.insert(0, ("out", out, ""))
     for name, annotation, default in shared:
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
     # typer wants parameters without a default first among equals only for positionals; keyword-only ones need no order.
     return parameters
 
@@ -131,7 +158,9 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     """
     from capfilt import commands
 
-    app = _app("Noisy web image-text pairs in, a bootstrapped corpus and retrained models out (BLIP's CapFilt).")
+    app = _app(
+        "Noisy web image-text pairs in, a bootstrapped corpus and retrained models out (BLIP's CapFilt)."
+    )
     words = tuple(argument for argument in arguments if not argument.startswith("-"))
 
     @app.callback(invoke_without_command=True)
@@ -191,7 +220,10 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"capfilt: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        print("capfilt: interrupted; what was committed is valid, run the same command again to go on", file=sys.stderr)
+        print(
+            "capfilt: interrupted; what was committed is valid, run the same command again to go on",
+            file=sys.stderr,
+        )
         return 1
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away; not a failure, and Python must not try to flush again.

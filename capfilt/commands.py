@@ -11,12 +11,14 @@ from typing import Annotated
 import typer
 
 WORKSPACE = Annotated[
-    str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run")
+    str,
+    typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
 ]
 EXECUTION = Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 SETTINGS = Annotated[
-    list[str] | None, typer.Option("--set", help="INPUT=VALUE or STEP.OPTION=VALUE; repeatable", show_default=False)
+    list[str] | None,
+    typer.Option("--set", help="INPUT=VALUE or STEP.OPTION=VALUE; repeatable", show_default=False),
 ]
 
 EXAMPLES = {
@@ -39,10 +41,16 @@ EXAMPLES = {
 
 def run(
     recipe: Annotated[str, typer.Argument(help="name of a recipe that comes with capfilt, or a YAML file")],
-    only: Annotated[list[str] | None, typer.Option("--only", help="only this step; repeatable", show_default=False)] = None,
-    start: Annotated[str, typer.Option("--from", help="this step and those after it", show_default=False)] = "",
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="only this step; repeatable", show_default=False)
+    ] = None,
+    start: Annotated[
+        str, typer.Option("--from", help="this step and those after it", show_default=False)
+    ] = "",
     settings: SETTINGS = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")
+    ] = False,
     workspace: WORKSPACE = ".",
     execution: EXECUTION = "ray",
     quiet: QUIET = False,
@@ -64,7 +72,9 @@ def run(
 
 def quickstart(
     out: Annotated[str, typer.Option("--out", help="directory to make the workspace in")] = "quickstart",
-    size: Annotated[str, typer.Option("--size", help="full (about 12 minutes on 2 cores) or small (about 3)")] = "full",
+    size: Annotated[
+        str, typer.Option("--size", help="full (about 12 minutes on 2 cores) or small (about 3)")
+    ] = "full",
     seed: Annotated[int, typer.Option("--seed", help="of the generated world and of the training")] = 0,
     execution: EXECUTION = "ray",
     quiet: QUIET = False,
@@ -76,7 +86,9 @@ def quickstart(
 
 
 def query(
-    sql: Annotated[str, typer.Argument(help="a query over the views; without one, the views and their columns")] = "",
+    sql: Annotated[
+        str, typer.Argument(help="a query over the views; without one, the views and their columns")
+    ] = "",
     format: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
@@ -88,7 +100,9 @@ def query(
 
 
 def report(
-    out: Annotated[str, typer.Option("--out", help="file to write; default: report.html in the workspace")] = "",
+    out: Annotated[
+        str, typer.Option("--out", help="file to write; default: report.html in the workspace")
+    ] = "",
     workspace: WORKSPACE = ".",
 ) -> None:
     """Write one self-contained HTML file: funnel, scores, samples, learning curves, evaluations, lineage."""
@@ -105,7 +119,10 @@ def report(
 
 def doctor(
     workspace: Annotated[
-        str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="also check its shards", show_default=False)
+        str,
+        typer.Option(
+            "--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="also check its shards", show_default=False
+        ),
     ] = "",
     verify: Annotated[bool, typer.Option("--verify", help="read and hash every byte of every shard")] = False,
 ) -> None:
@@ -126,7 +143,9 @@ def doctor(
 
 
 def recipes(
-    name: Annotated[str, typer.Argument(help="print this recipe with every option resolved", show_default=False)] = "",
+    name: Annotated[
+        str, typer.Argument(help="print this recipe with every option resolved", show_default=False)
+    ] = "",
     settings: SETTINGS = None,
 ) -> None:
     """List the recipes, or print one."""

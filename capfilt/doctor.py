@@ -67,4 +67,7 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
             attempts = sum(1 for name in os.listdir(part.path) if name.endswith(".tmp"))
             note = f", {attempts} files of killed attempts (safe to delete: .*.tmp)" if attempts else ""
             verb = "hashed" if full else "checked"
-            yield bad == 0, f"{'ok' if not bad else 'BAD':<5} {part.path}: {len(part.shards())} shards {verb}{note}"
+            yield (
+                bad == 0,
+                f"{'ok' if not bad else 'BAD':<5} {part.path}: {len(part.shards())} shards {verb}{note}",
+            )

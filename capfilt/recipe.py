@@ -127,7 +127,9 @@ def _fill(value: Any, values: dict[str, Any]) -> Any:
             return values[whole[1]]  # a number stays a number
         for name in _REFERENCE.findall(value):
             if name not in values:
-                raise UserError(f"the recipe uses ${{{name}}}, which is not among its inputs{_near(name, values)}")
+                raise UserError(
+                    f"the recipe uses ${{{name}}}, which is not among its inputs{_near(name, values)}"
+                )
         return _REFERENCE.sub(lambda match: str(values[match[1]]), value)
     return value
 
@@ -137,7 +139,9 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in chosen:
         if name not in fields:
-            raise UserError(f"step {step.label!r}: the stage {step.stage} has no option {name!r}{_near(name, fields)}")
+            raise UserError(
+                f"step {step.label!r}: the stage {step.stage} has no option {name!r}{_near(name, fields)}"
+            )
     chosen = {
         name: (value,) if str(fields[name].type).startswith("tuple") and isinstance(value, str) else value
         for name, value in chosen.items()
@@ -147,7 +151,9 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(piece) for piece in first["loc"])
-        raise UserError(f"step {step.label!r}: option {where}: {first['msg']}, got {first['input']!r}") from error
+        raise UserError(
+            f"step {step.label!r}: option {where}: {first['msg']}, got {first['input']!r}"
+        ) from error
     missing = [name for name in fields if getattr(options, name) == REQUIRED]
     if missing:
         raise UserError(f"step {step.label!r}: option {missing[0]!r} must be given")
@@ -158,9 +164,13 @@ def show(recipe: Recipe, settings: Sequence[str]) -> str:
     """The whole resolved recipe as YAML: every option of every step, defaults included."""
     steps = []
     for step, options in resolve(recipe, settings):
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(options).items()}
+        values = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in vars(options).items()
+        }
         steps.append({"stage": step.stage, "name": step.label, "options": values})
-    return str(yaml.safe_dump({"version": recipe.version, "stages": steps}, sort_keys=False, allow_unicode=True))
+    return str(
+        yaml.safe_dump({"version": recipe.version, "stages": steps}, sort_keys=False, allow_unicode=True)
+    )
 
 
 def chosen_steps(
@@ -206,7 +216,11 @@ def run_recipe(
 
 def account(summary: Summary) -> dict[str, Any]:
     """A stage's account as JSON-able values."""
-    values: dict[str, Any] = {"stage": summary.stage, "output": summary.output, "seconds": round(summary.seconds, 3)}
+    values: dict[str, Any] = {
+        "stage": summary.stage,
+        "output": summary.output,
+        "seconds": round(summary.seconds, 3),
+    }
     if summary.counts is not None:
         values |= {
             "rows_in": summary.counts.rows_in,

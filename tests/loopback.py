@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+from pathlib import Path
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
@@ -26,8 +27,12 @@ def isolate() -> None:
     if libc.unshare(flags) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     if flags & CLONE_NEWUSER:
-        for path, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-            with open(f"/proc/self/{path}", "w") as file:
+        for path, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
+            with Path(f"/proc/self/{path}").open("w") as file:
                 file.write(line)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         request = struct.pack("16sh14x", b"lo", 0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def capfilt(*arguments, cwd):
     return subprocess.run(
         [sys.executable, "-m", "capfilt", *arguments],
         cwd=cwd, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )  # fmt: skip
 
 
@@ -69,7 +70,9 @@ def test_every_stage_has_help_with_an_example(call, words):
         (["doctor", "-w", "nowhere"], "nowhere"),
     ],
 )
-def test_a_wrong_call_is_one_line_exit_2_and_nothing_written(call, workspace, monkeypatch, arguments, message):
+def test_a_wrong_call_is_one_line_exit_2_and_nothing_written(
+    call, workspace, monkeypatch, arguments, message
+):
     monkeypatch.chdir(workspace.path)
     before = sorted(workspace.path.rglob("*"))
     code, out, err = call(*arguments)
@@ -83,7 +86,16 @@ def test_a_wrong_call_is_one_line_exit_2_and_nothing_written(call, workspace, mo
 
 def test_underscores_are_hyphens(call, workspace):
     code, _, err = call(
-        "caption", "--images", "web", "--max_new_tokens", "3", "-w", str(workspace.path), "--execution", "inline", "-q"
+        "caption",
+        "--images",
+        "web",
+        "--max_new_tokens",
+        "3",
+        "-w",
+        str(workspace.path),
+        "--execution",
+        "inline",
+        "-q",
     )
     assert code == 0, err
     assert workspace.part("captions", "captioner").rows == 7
@@ -97,11 +109,28 @@ def test_bootstrap_by_commands_and_out_as_a_path(call, workspace, tmp_path):
     assert code == 0
     assert "14 in = " in printed
     code, printed, _ = call(
-        "select", "--images", "web", "--captions", "captioner", "--scores", out, "--threshold", "0", "--no-pairs", *shared
+        "select",
+        "--images",
+        "web",
+        "--captions",
+        "captioner",
+        "--scores",
+        out,
+        "--threshold",
+        "0",
+        "--no-pairs",
+        *shared,
     )
     assert code == 0
     assert not workspace.part("pairs", "capfilt").exists
-    code, printed, _ = call("query", "SELECT count(*) AS n FROM verdicts WHERE keep", "--format", "json", "-w", str(workspace.path))
+    code, printed, _ = call(
+        "query",
+        "SELECT count(*) AS n FROM verdicts WHERE keep",
+        "--format",
+        "json",
+        "-w",
+        str(workspace.path),
+    )
     assert code == 0
     assert json.loads(printed)[0]["n"] == workspace.part("verdicts", "capfilt").counts().kept
     assert call("report", "-w", str(workspace.path), "--out", str(tmp_path / "r.html"))[0] == 0
@@ -123,7 +152,7 @@ def test_doctor_finds_a_damaged_shard_and_exits_1(call, workspace):
 def test_a_closed_pipe_is_not_a_failure(workspace):
     process = subprocess.run(
         f"{sys.executable} -m capfilt caption --help | head -1",
-        shell=True, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": os.getcwd()},
+        shell=True, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )  # fmt: skip
     assert "Traceback" not in process.stderr
 

@@ -19,9 +19,15 @@ def write(path, **changes):
         "version": 1,
         "inputs": {"part": {"help": "an images part"}, "tokens": {"help": "how long", "default": 5}},
         "stages": [
-            {"stage": "caption", "options": {"images": "${part}", "max_new_tokens": "${tokens}", "prompt": ""}},
+            {
+                "stage": "caption",
+                "options": {"images": "${part}", "max_new_tokens": "${tokens}", "prompt": ""},
+            },
             {"stage": "score", "options": {"images": "${part}", "captions": "captioner"}},
-            {"stage": "select", "options": {"images": "${part}", "captions": ["captioner"], "threshold": 0.0}},
+            {
+                "stage": "select",
+                "options": {"images": "${part}", "captions": ["captioner"], "threshold": 0.0},
+            },
         ],
         **changes,
     }

@@ -28,7 +28,9 @@ def jpeg(colour: str, size: int = 32, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def image_rows(dataset: str, count: int, *, source: str = "web", start: int = 0, texts: int = 1, split=None) -> list[dict]:
+def image_rows(
+    dataset: str, count: int, *, source: str = "web", start: int = 0, texts: int = 1, split=None
+) -> list[dict]:
     """Rows of an images table: pictures of one colour, captions that name it."""
     rows = []
     names = list(COLOURS)
@@ -68,7 +70,9 @@ def write_images(part: Part, shards: list[list[dict]], identity: dict | None = N
     return part
 
 
-def tiny_checkpoint(directory, seed: int = 0, texts=("a red green blue white square number 0 1 2 3 4",) * 3) -> None:
+def tiny_checkpoint(
+    directory, seed: int = 0, texts=("a red green blue white square number 0 1 2 3 4",) * 3
+) -> None:
     """An untrained tiny BLIP with a vocabulary of its own."""
     tokenizer = Tokenizer.train(list(texts), 200)
     config = preset("tiny", tokenizer.vocab_size)

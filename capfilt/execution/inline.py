@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
@@ -14,10 +14,12 @@ from capfilt.tables.shards import Manifest
 class InlineExecutor:
     """The executor without a cluster."""
 
-    def __enter__(self) -> InlineExecutor:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return None
 
     def shards(self, stage: ShardStage, mark: str, todo: list[int]) -> Iterator[Manifest]:

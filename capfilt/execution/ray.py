@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 # Before the import: Ray reads it once.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -81,7 +81,7 @@ class RayExecutor:
         self.address = address or os.environ.get("RAY_ADDRESS") or None
         self._started = False
 
-    def __enter__(self) -> RayExecutor:
+    def __enter__(self) -> Self:
         if not ray.is_initialized():
             options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
             if self.address is None:
@@ -89,11 +89,15 @@ class RayExecutor:
             try:
                 ray.init(address=self.address, **options)
             except ConnectionError as error:
-                raise UserError(f"no Ray cluster answers at {self.address}: {str(error).splitlines()[0]}") from error
+                raise UserError(
+                    f"no Ray cluster answers at {self.address}: {str(error).splitlines()[0]}"
+                ) from error
             self._started = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._started:
             ray.shutdown()
 
@@ -175,7 +179,9 @@ class RayExecutor:
             _reraise(error, stage.name)
             raise AssertionError from error
         except WorkerCrashedError as error:
-            raise RunError(f"{stage.name}: its worker died three times; run again to go on from its last state") from error
+            raise RunError(
+                f"{stage.name}: its worker died three times; run again to go on from its last state"
+            ) from error
         except KeyboardInterrupt:
             ray.cancel(task, force=True)
             raise

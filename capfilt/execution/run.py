@@ -64,7 +64,9 @@ class Summary:
         counts = self.counts
         text = f"{name} {counts.rows_in:,} in = {counts.kept:,} kept"
         text += f" + {sum(counts.dropped.values()):,} dropped{_reasons(counts.dropped)}"
-        text += f" + {sum(counts.failed.values()):,} failed{_reasons(counts.failed)}; {self.rows_out:,} rows out"
+        text += (
+            f" + {sum(counts.failed.values()):,} failed{_reasons(counts.failed)}; {self.rows_out:,} rows out"
+        )
         if self.done_now:
             return f"{text}  {self.seconds:,.1f} s"
         return f"{text}  done before"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -349,15 +349,6 @@ def length_chunks(mask: Tensor) -> list[tuple[Tensor, int]]:
     return [(part, int(lengths[part[-1]])) for part in order.chunk(groups)]
 
 
-def chunked(run: Callable[[Tensor, int], Tensor], mask: Tensor) -> Tensor:
-    """`run(rows, length)` on every group of `length_chunks`, its results [rows, ...] put back in the rows' order."""
-    groups = length_chunks(mask)
-    if len(groups) == 1:
-        return run(*groups[0])
-    order = torch.cat([rows for rows, _ in groups])
-    return torch.cat([run(rows, length) for rows, length in groups]).index_select(0, order.argsort())
-
-
 @dataclass(frozen=True)
 class PretrainingConfig:
     """Which losses, and their constants. The paper's and its released code's values, cited beside each.
@@ -435,8 +426,8 @@ class BlipPretraining(nn.Module):
     """A Blip with what its training needs and its use does not: momentum towers and the queue.
 
     `losses(batch, alpha)` is one step's forward pass: the image is encoded once and its cross-attention keys and values
-    are computed once for ITM's three rows and LM's one, ITM's 3B rows are one text pass. On a CPU the rows of each pass
-    go through in groups of similar length.
+    are computed once for ITM's three rows and LM's one, ITM's 3B rows are one text pass. On a CPU the rows of the
+    encoder's passes go through in groups of similar length.
     """
 
     def __init__(self, model: Blip, config: PretrainingConfig | None = None) -> None:
@@ -476,7 +467,11 @@ class BlipPretraining(nn.Module):
                 detached["itm_accuracy"] = matching.accuracy
                 detached["itm_balanced_accuracy"] = matching.balanced_accuracy
         if "lm" in objectives:
-            found["lm"] = self._write(batch, cross)
+            # No padding mask: pads come last, so no token before them sees one through the causal mask.
+            logits = model.lm_logits(batch.ids, None, cross)
+            found["lm"] = language_loss(
+                logits, batch.ids, batch.mask, self.config.prompt_length, self.config.label_smoothing
+            )
         total = torch.stack([self.config.weights.get(name, 1.0) * loss for name, loss in found.items()]).sum()
         return {"loss": total, **found, **detached}
 
@@ -552,33 +547,28 @@ class BlipPretraining(nn.Module):
         negative_image, _ = hard_negatives(text_to_image, batch.image_index, batch.text_index)
         rows = matching_rows(negative_image, negative_text, found)
         mask = batch.mask[rows.text]
-
-        def match(some: Tensor, length: int) -> Tensor:
-            image, text = rows.image[some], rows.text[some]
-            gathered = [
-                (keys.index_select(0, image), values.index_select(0, image)) for keys, values in cross
-            ]
-            return self.model.match_logits(batch.ids[text, :length], mask[some, :length], gathered)
-
-        return matching_loss(chunked(match, mask), rows.label, rows.keep)
-
-    def _write(self, batch: Batch, cross: Sequence[Pair]) -> Tensor:
-        config, groups = self.config, length_chunks(batch.mask)
-        losses, words = [], []
-        for rows, length in groups:
-            own = (
-                cross
-                if len(groups) == 1
-                else [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in cross]
+        groups = length_chunks(mask)
+        order = torch.cat([some for some, _ in groups])
+        sizes = [len(some) for some, _ in groups]
+        # Gathered once and split, not once per group: the gradient of a gather is as large as what was gathered from.
+        gathered = [
+            (torch.split(keys[rows.image[order]], sizes), torch.split(values[rows.image[order]], sizes))
+            for keys, values in cross
+        ]
+        logits = [
+            self.model.match_logits(
+                batch.ids[rows.text[some], :length],
+                mask[some, :length],
+                [(keys[group], values[group]) for keys, values in gathered],
             )
-            ids, mask = batch.ids[rows, :length], batch.mask[rows, :length]
-            # No padding mask: pads come last, so no token before them sees one through the causal mask.
-            logits = self.model.lm_logits(ids, None, own)
-            losses.append(language_loss(logits, ids, mask, config.prompt_length, config.label_smoothing))
-            words.append((language_labels(ids, mask, config.prompt_length) != -100).sum())
-        counts = torch.stack(words)
-        return (torch.stack(losses) * counts).sum() / counts.sum().clamp(min=1)
+            for group, (some, length) in enumerate(groups)
+        ]
+        return matching_loss(torch.cat(logits), rows.label[order], rows.keep[order])
 
 
 def _embed_text(towers: Blip | MomentumTowers, batch: Batch) -> Tensor:
-    return chunked(lambda rows, n: towers.embed_text(batch.ids[rows, :n], batch.mask[rows, :n]), batch.mask)
+    groups = length_chunks(batch.mask)
+    embedded = [
+        towers.embed_text(batch.ids[some, :length], batch.mask[some, :length]) for some, length in groups
+    ]
+    return torch.cat(embedded)[torch.cat([some for some, _ in groups]).argsort()]

@@ -10,6 +10,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,36 +97,25 @@ def run_quickstart(
     workspace = Workspace(out)
     world = workspace.path / "world"
     chosen = SIZES[size]
-    _claim(world, {"size": size, "seed": seed})
 
     def say(line: str) -> None:
         if not quiet:
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
 
     say(f"[bold]capfilt quickstart[/] ({size}) into {workspace.path}")
-    captions = world / "human" / "captions.json"
-    if not captions.is_file():
-        write_human(world / "human", build_human(seed, chosen.human, chosen.captions))
-    with WebProcess(seed, chosen.web, url_file=world / "server.url") as server:
-        pages = build_web(seed, chosen.web)
-        if not (world / "urls.parquet").is_file():
-            write_truth(world / "truth.parquet", pages, server.url)
-            write_url_list(world / "urls.parquet", pages, server.url)
-        say(f"a web of {len(pages):,} pages at {server.url}, {sum(chosen.human.values()):,} human images")
-        settings = {
-            "url_list": str(world / "urls.parquet"),
-            "captions": str(captions),
-            "host": server.url.removeprefix("http://"),
-            "seed": seed,
-            **chosen.settings,
-        }
+    accounts: dict[str, dict[str, Any]] = {}
+    with open_world(workspace, chosen, size, seed) as settings:
+        say(
+            f"a web of {chosen.web:,} pages at http://{settings['host']}, {sum(chosen.human.values()):,} human images"
+        )
         _, content = recipes.load_recipe("quickstart")
-        steps = recipes.resolve(content, [f"{name}={value}" for name, value in settings.items()])
-        accounts: dict[str, dict[str, Any]] = {}
+        given = {**settings, **chosen.settings, "seed": seed}
+        steps = recipes.resolve(content, [f"{name}={value}" for name, value in given.items()])
         for step, done in recipes.run_recipe("quickstart", steps, workspace, execution, quiet=quiet):
             name = step.label if done.stage == step.stage else done.stage
             accounts[name] = recipes.account(done)
             say(done.line())
+    captions = world / "human" / "captions.json"
     summary = _summary(workspace, world, captions, accounts, seed)
     summary["size"] = size
     summary["seconds"]["total"] = round(time.monotonic() - began, 1)
@@ -134,8 +125,28 @@ def run_quickstart(
     if not quiet:
         _show(console, summary)
         say(f"wrote {workspace.path / 'summary.json'} and {workspace.path / 'report.html'}")
-        say(f'next: capfilt query "SELECT * FROM funnel" -w {workspace.path}')
+        say(f"next: capfilt query -w {workspace.path}, or open the report")
     return summary
+
+
+@contextmanager
+def open_world(workspace: Workspace, chosen: Size, size: str, seed: int) -> Iterator[dict[str, str]]:
+    """Make the world in `workspace`/world unless it stands, and serve its web. Yields the recipe's inputs for it."""
+    world = workspace.path / "world"
+    _claim(world, {"size": size, "seed": seed})
+    captions = world / "human" / "captions.json"
+    if not captions.is_file():
+        write_human(world / "human", build_human(seed, chosen.human, chosen.captions))
+    with WebProcess(seed, chosen.web, url_file=world / "server.url") as server:
+        if not (world / "urls.parquet").is_file():
+            pages = build_web(seed, chosen.web)
+            write_truth(world / "truth.parquet", pages, server.url)
+            write_url_list(world / "urls.parquet", pages, server.url)
+        yield {
+            "url_list": str(world / "urls.parquet"),
+            "captions": str(captions),
+            "host": server.url.removeprefix("http://"),
+        }
 
 
 def _claim(world: Path, identity: dict[str, Any]) -> None:

@@ -35,9 +35,13 @@ class CaptionStage(ShardStage):
         if not 0 < options.top_p <= 1:
             raise UserError(f"--top-p {options.top_p}: give a share above 0, at most 1")
         if options.samples < 1 or (options.method == "greedy" and options.samples > 1):
-            raise UserError(f"--samples {options.samples}: give 1 or more (greedy decoding has only one text)")
+            raise UserError(
+                f"--samples {options.samples}: give 1 or more (greedy decoding has only one text)"
+            )
         if options.max_new_tokens < max(1, options.min_new_tokens):
-            raise UserError(f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens, and 1")
+            raise UserError(
+                f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens, and 1"
+            )
         self.options = options
         self.images = workspace.part("images", options.images).expect("images")
         self.checkpoint = workspace.model(options.captioner)
@@ -71,7 +75,11 @@ class CaptionStage(ShardStage):
         rows_in = 0
         for batch in pictures(self.images, shard, size, o.batch_size, ()):
             rows_in += len(batch.rows)
-            decoded = [row["image_id"] for row, failure in zip(batch.rows, batch.failures, strict=True) if not failure]
+            decoded = [
+                row["image_id"]
+                for row, failure in zip(batch.rows, batch.failures, strict=True)
+                if not failure
+            ]
             captions = self.captioner.caption(
                 batch.pixels,
                 method=o.method,
@@ -91,7 +99,11 @@ class CaptionStage(ShardStage):
                     dropped[failure] += 1
                     continue
                 image = row["image_id"]
-                texts = captions[place * o.samples : (place + 1) * o.samples] if not failure else [None] * o.samples
+                texts = (
+                    captions[place * o.samples : (place + 1) * o.samples]
+                    if not failure
+                    else [None] * o.samples
+                )
                 reasons = set()
                 for index, caption in enumerate(texts):
                     text = caption.text if caption else ""
@@ -112,5 +124,5 @@ class CaptionStage(ShardStage):
                 if None in reasons:
                     kept += 1
                 else:
-                    failed[sorted(reason for reason in reasons if reason)[0]] += 1
+                    failed[min(reason for reason in reasons if reason)] += 1
         return Produced(CAPTIONS.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)))

@@ -52,7 +52,9 @@ class Evaluate(ResultStage):
         return {name: metrics[name] for name in ("tr@1", "ir@1", "cider") if name in metrics}
 
     def outlook(self) -> str:
-        return f"{', '.join(self.options.tasks)} on split {self.options.split or 'all'!r} of {self.images.path}"
+        return (
+            f"{', '.join(self.options.tasks)} on split {self.options.split or 'all'!r} of {self.images.path}"
+        )
 
     def measure(self, report: Report) -> dict[str, Any]:
         o = self.options
@@ -81,7 +83,9 @@ class Evaluate(ResultStage):
             best = found.itm or found.itc
             metrics |= {name: round(value, 3) for name, value in best.metrics.items()}
             metrics |= {f"itc_{name}": round(value, 3) for name, value in found.itc.metrics.items()}
-            result["protocol"] = f"re-ranked by ITM, k = {o.rerank}" if found.itm else "cosine of ITC embeddings"
+            result["protocol"] = (
+                f"re-ranked by ITM, k = {o.rerank}" if found.itm else "cosine of ITC embeddings"
+            )
             result["image_ranks"] = best.image_ranks.tolist()
             result["text_ranks"] = best.text_ranks.tolist()
         if "captioning" in o.tasks:
@@ -106,7 +110,9 @@ class Evaluate(ResultStage):
         splits = (self.options.split,) if self.options.split else None
         corpus = from_images(self.images.tables(IMAGE_COLUMNS), splits=splits, size=size)
         if self.options.limit:
-            keep = [row for row, image in enumerate(corpus.image_of_text.tolist()) if image < self.options.limit]
+            keep = [
+                row for row, image in enumerate(corpus.image_of_text.tolist()) if image < self.options.limit
+            ]
             corpus = corpus.take(keep)
         if not len(corpus):
             raise UserError(
@@ -123,7 +129,6 @@ class _PixelBatches:
         self.corpus, self.batch_size = corpus, batch_size
 
     def __iter__(self) -> Any:
-
 
         count = len(self.corpus.image_ids)
         for start in range(0, count, self.batch_size):

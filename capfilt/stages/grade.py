@@ -53,7 +53,9 @@ class Grade(ResultStage):
         }
 
     def outlook(self) -> str:
-        return f"verdicts {self.verdicts.path} against planted noise" + (" and experts" if self.options.expert else "")
+        return f"verdicts {self.verdicts.path} against planted noise" + (
+            " and experts" if self.options.expert else ""
+        )
 
     def measure(self, report: Report) -> dict[str, Any]:
         metrics: dict[str, float] = {}
@@ -66,14 +68,18 @@ class Grade(ResultStage):
         truth: dict[str, str] = {}
         for table in self.images.tables(["image_id", "source", "captions", "planted"]):
             if "planted" not in table.column_names:
-                raise UserError(f"{self.images.path}: has no column `planted`; make the part with `capfilt subset`")
+                raise UserError(
+                    f"{self.images.path}: has no column `planted`; make the part with `capfilt subset`"
+                )
             for row in table.to_pylist():
                 for index, (text, kind) in enumerate(zip(row["captions"], row["planted"] or [], strict=True)):
                     truth[text_id(row["image_id"], row["source"], text, "", index)] = kind
         kept: Counter[str] = Counter()
         seen: Counter[str] = Counter()
         scores: list[tuple[float, str, str]] = []
-        for table in self.verdicts.tables(["text_id", "image_id", "source", "itm_score", "itc_score", "keep"]):
+        for table in self.verdicts.tables(
+            ["text_id", "image_id", "source", "itm_score", "itc_score", "keep"]
+        ):
             for row in table.to_pylist():
                 kind = truth.get(row["text_id"], row["source"])
                 seen[kind] += 1
@@ -83,7 +89,9 @@ class Grade(ResultStage):
         values = [score for score, _, _ in scores]
         labels = [kind == "true" for _, kind, _ in scores]
         if any(labels) and not all(labels):
-            interval = roc_auc_interval(values, labels, [image for _, _, image in scores], seed=self.options.seed)
+            interval = roc_auc_interval(
+                values, labels, [image for _, _, image in scores], seed=self.options.seed
+            )
             metrics["roc_auc"] = roc_auc(values, labels)
             metrics["roc_auc_low"], metrics["roc_auc_high"] = interval.low, interval.high
         for kind in sorted(seen):
@@ -103,7 +111,9 @@ class Grade(ResultStage):
                     rating = sum(row["ratings"]) / len(row["ratings"])
                     by_image.setdefault(row["image"], []).append((row["caption"], rating))
                 except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-                    raise UserError(f"{self.options.expert}, line {number}: needs image, caption, ratings") from error
+                    raise UserError(
+                        f"{self.options.expert}, line {number}: needs image, caption, ratings"
+                    ) from error
         ratings: list[float] = []
         itm: list[float] = []
         itc: list[float] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, replace
@@ -193,6 +194,8 @@ def _check(options: IngestOptions) -> None:
     for name in ("source_path", "dataset"):
         if getattr(options, name).strip("\0") == "":
             raise UserError(f"ingest: --{name.replace('_', '-')} must be given")
+    if os.sep in options.dataset:
+        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.source not in ("human", "web"):
         raise UserError(f"--source {options.source!r}: choose human or web")
     for split in (*options.splits, *((options.split,) if options.split else ())):

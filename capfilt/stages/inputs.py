@@ -26,6 +26,8 @@ def input_hashes(shard: int, *parts: Part) -> list[str]:
     for part in parts:
         manifest = part.manifest(shard)
         if manifest is None:
-            raise UserError(f"{part.path}: shard {shard:05d} is not committed; run the stage that writes it to the end")
+            raise UserError(
+                f"{part.path}: shard {shard:05d} is not committed; run the stage that writes it to the end"
+            )
         hashes.append(manifest.sha256)
     return hashes

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
 REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
 
@@ -41,7 +40,9 @@ class DownloadOptions:
     encode_format: str = _option("jpg", "jpg, png or webp")
     encode_quality: int = _option(95, "quality of the stored picture, 0 to 100")
     min_image_size: int = _option(0, "shorter sides below this many pixels are the failure too_small")
-    max_aspect_ratio: float = _option(float("inf"), "longer to shorter side above this is the failure bad_aspect_ratio")
+    max_aspect_ratio: float = _option(
+        float("inf"), "longer to shorter side above this is the failure bad_aspect_ratio"
+    )
     number_sample_per_shard: int = _option(1000, "rows per shard: the unit of resume")
     thread_count: int = _option(32, "fetches in flight per worker")
     timeout: float = _option(10.0, "seconds a connection may be silent")
@@ -73,7 +74,8 @@ class IngestOptions:
     images: str = _option("", "folder of the pictures a file names; default: `images` beside it", kind="path")
     image_col: str = _option("file_name", "column of the pictures' paths in a folder's metadata")
     caption_col: tuple[str, ...] = _option(
-        (), "columns of the texts in a folder's metadata; repeatable; default: caption, captions, text or texts"
+        (),
+        "columns of the texts in a folder's metadata; repeatable; default: caption, captions, text or texts",
     )
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the metadata to carry through")
     source: str = _option("human", "who wrote the texts: human or web")
@@ -81,7 +83,9 @@ class IngestOptions:
     split: str = _option("", "put every row into this split, where the source names none")
     limit: int = _option(0, "only the first so many images; 0 for all")
     shard_size: int = _option(1000, "rows per shard: the unit of resume")
-    max_side: int = _option(0, "shrink pictures whose longer side is above this many pixels; 0 keeps the bytes as found")
+    max_side: int = _option(
+        0, "shrink pictures whose longer side is above this many pixels; 0 keeps the bytes as found"
+    )
     max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
 
 
@@ -91,9 +95,13 @@ class ModelOptions:
 
     preset: str = _option("small", "tiny, small, trunk (a frozen ImageNet trunk), base or large")
     image_size: int = _option(0, "pixels; 0 for the preset's")
-    vocab: str = _option("corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path")
+    vocab: str = _option(
+        "corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path"
+    )
     vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus")
-    vision_init: str = _option("", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path")
+    vision_init: str = _option(
+        "", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path"
+    )
 
 
 @dataclass(frozen=True)
@@ -110,12 +118,16 @@ class OptimisationOptions:
     clip_norm: float = _option(1.0, "largest gradient norm; 0 for none")
     max_text_tokens: int = _option(30, "texts are cut to this many tokens (BLIP's released code: 30)")
     augment: bool = _option(True, "random resized crops")
-    crop_scale: float = _option(0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)")
+    crop_scale: float = _option(
+        0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)"
+    )
     flip: bool = _option(False, "random horizontal flips, where the text names no side")
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     precision: str = _option("auto", "auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16")
-    save_every: int = _option(500, "steps between the states that an interrupted run continues from; 0 for none")
+    save_every: int = _option(
+        500, "steps between the states that an interrupted run continues from; 0 for none"
+    )
     seed: int = _option(0, "of initialisation, order, crops and negatives")
 
 
@@ -127,7 +139,9 @@ class PretrainingObjectiveOptions:
     momentum: float = _option(0.995, "of the momentum towers (BLIP's released code); 0 for none")
     alpha: float = _option(0.4, "weight of the momentum towers' soft targets (BLIP's released code)")
     alpha_ramp_epochs: float = _option(2.0, "alpha grows over this many epochs (BLIP's released code: 2)")
-    hardness_ramp_epochs: float = _option(0.0, "ITM's negatives go from uniform to hard over this many epochs; BLIP: 0")
+    hardness_ramp_epochs: float = _option(
+        0.0, "ITM's negatives go from uniform to hard over this many epochs; BLIP: 0"
+    )
     label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
 
 
@@ -146,11 +160,15 @@ class FinetuneCaptionerOptions(OptimisationOptions):
 
     init: str = _option("pretrained", "checkpoint to start from", kind="model")
     human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
-    prompt: str = _option("a picture of ", "put before every text, not learned (BLIP's caption configuration)")
+    prompt: str = _option(
+        "a picture of ", "put before every text, not learned (BLIP's caption configuration)"
+    )
     label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
     learning_rate: float = _option(1e-5, "peak (BLIP's caption configuration: 1e-5 for ViT-B)")
     min_lr: float = _option(0.0, "the schedule's end (BLIP's caption configuration: 0)")
-    epochs: float = _option(5.0, "passes over the texts, where `steps` is 0 (BLIP's caption configuration: 5)")
+    epochs: float = _option(
+        5.0, "passes over the texts, where `steps` is 0 (BLIP's caption configuration: 5)"
+    )
     max_text_tokens: int = _option(40, "texts are cut to this many tokens (BLIP's released code: 40)")
     out: str = _option("captioner", "name of the checkpoint to write")
 
@@ -163,9 +181,13 @@ class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
     human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
     learning_rate: float = _option(1e-5, "peak (BLIP's retrieval configuration: 1e-5 for ViT-B)")
     min_lr: float = _option(0.0, "the schedule's end (BLIP's retrieval configuration: 0)")
-    epochs: float = _option(6.0, "passes over the texts, where `steps` is 0 (BLIP's retrieval configuration: 6)")
+    epochs: float = _option(
+        6.0, "passes over the texts, where `steps` is 0 (BLIP's retrieval configuration: 6)"
+    )
     max_text_tokens: int = _option(35, "texts are cut to this many tokens (BLIP's released code: 35)")
-    alpha_ramp_epochs: float = _option(1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)")
+    alpha_ramp_epochs: float = _option(
+        1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)"
+    )
     out: str = _option("filter", "name of the checkpoint to write")
 
 
@@ -180,7 +202,9 @@ class CaptionOptions:
     top_p: float = _option(0.9, "nucleus: share of the probability to draw from (BLIP, section 4.2)")
     num_beams: int = _option(3, "beam: width (BLIP's caption configuration: 3)")
     samples: int = _option(1, "texts per image (BLIP: 1)")
-    prompt: str = _option("a picture of ", "put before the text, not part of it (BLIP's caption configuration)")
+    prompt: str = _option(
+        "a picture of ", "put before the text, not part of it (BLIP's caption configuration)"
+    )
     # BLIP's 20 and 5 count its 4 prompt slots; these do not.
     max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded")
     min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
@@ -211,7 +235,9 @@ class SelectOptions:
     out: str = _option("capfilt", "name of the rule: of the verdicts part and the pairs part")
     by: str = _option("itm_score", "itm_score, itc_score or itm_probability")
     threshold: float = _option(0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)")
-    keep_fraction: float = _option(0.0, "instead: keep this share of all scored texts (a global quantile); 0 for none")
+    keep_fraction: float = _option(
+        0.0, "instead: keep this share of all scored texts (a global quantile); 0 for none"
+    )
     sources: tuple[str, ...] = _option(("web", "synthetic"), "which texts may be kept")
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 
@@ -225,7 +251,9 @@ class RetrainOptions(PretrainOptions):
         (), "IMAGES=VERDICTS: images part joined with a verdicts part, in place of pairs; repeatable"
     )
     model: str = _option("blip", "which model to train: blip")
-    continue_from: str = _option("", "checkpoint to continue from, in place of a new initialisation", kind="model")
+    continue_from: str = _option(
+        "", "checkpoint to continue from, in place of a new initialisation", kind="model"
+    )
     out: str = _option("retrained", "name of the checkpoint to write")
 
 
@@ -237,7 +265,9 @@ class EvaluateOptions:
     images: str = _option(REQUIRED, "images part with human captions", kind="images")
     split: str = _option("test", "split to evaluate on; empty for every row")
     tasks: tuple[str, ...] = _option(("retrieval", "captioning"), "retrieval, captioning")
-    rerank: int = _option(128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128); 0: rank by ITC alone")
+    rerank: int = _option(
+        128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128); 0: rank by ITC alone"
+    )
     method: str = _option("beam", "captioning: beam, greedy or nucleus")
     num_beams: int = _option(3, "captioning: beams (BLIP's caption configuration: 3)")
     prompt: str = _option("", "captioning: prompt; pretrained models learned none")

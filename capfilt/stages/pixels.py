@@ -34,7 +34,9 @@ class Pictures:
     place: list[int]
 
 
-def pictures(part: Part, shard: int, size: int, batch_size: int, columns: tuple[str, ...]) -> Iterator[Pictures]:
+def pictures(
+    part: Part, shard: int, size: int, batch_size: int, columns: tuple[str, ...]
+) -> Iterator[Pictures]:
     """Batches of at most `batch_size` rows; where they are cut depends on the shard and `batch_size` alone."""
     wanted = tuple(dict.fromkeys((*columns, "image_id", "status", "image")))
     with ThreadPoolExecutor(cpu_workers()) as pool:

@@ -45,9 +45,13 @@ class StageCommand:
         """An instance of the class at "module:Class". Raises UserError for an option that must be given and was not."""
         missing = stage_options.missing(options)
         if missing:
-            raise UserError(f"{self.name}: {missing[0]} must be given (see capfilt {' '.join(self.words)} --help)")
+            raise UserError(
+                f"{self.name}: {missing[0]} must be given (see capfilt {' '.join(self.words)} --help)"
+            )
         module, _, name = path.partition(":")
-        stage: ShardStage | ModelStage = getattr(importlib.import_module(module), name)(options, workspace, output)
+        stage: ShardStage | ModelStage = getattr(importlib.import_module(module), name)(
+            options, workspace, output
+        )
         return stage
 
 
@@ -160,4 +164,6 @@ def stage_command(name: str) -> StageCommand:
     for command in STAGES:
         if command.name == name:
             return command
-    raise UserError(f"no stage is called {name!r}; the stages are {', '.join(command.name for command in STAGES)}")
+    raise UserError(
+        f"no stage is called {name!r}; the stages are {', '.join(command.name for command in STAGES)}"
+    )

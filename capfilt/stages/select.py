@@ -68,7 +68,9 @@ class Select(ShardStage):
             ).fetchone()
             count = int(row[0]) if row else 0
             if not count:
-                raise UserError(f"{self.scores.path}: no text has an {self.options.by}, so there is no quantile of it")
+                raise UserError(
+                    f"{self.scores.path}: no text has an {self.options.by}, so there is no quantile of it"
+                )
             place = max(1, round(self.options.keep_fraction * count))
             row = connection.execute(
                 f"SELECT {self.options.by} FROM read_parquet(?, union_by_name=true) "  # noqa: S608
@@ -172,7 +174,9 @@ class WritePairs(ShardStage):
                 if not keep:
                     dropped["no_kept_text" if status == "success" else "no_image"] += 1
             table = table.filter(pa.array(mask, pa.bool_())).select(["image_id", "image", "split"])
-            column = pa.array([texts[image] for image in table["image_id"].to_pylist()], PAIRS.schema.field("texts").type)
+            column = pa.array(
+                [texts[image] for image in table["image_id"].to_pylist()], PAIRS.schema.field("texts").type
+            )
             tables.append(table.append_column("texts", column))
         table = PAIRS.conform(pa.concat_tables(tables)) if tables else PAIRS.table([])
         return Produced(table, Counts(rows_in, kept, dict(dropped)))

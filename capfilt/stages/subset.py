@@ -45,10 +45,14 @@ class Subset(ShardStage):
 
     def __init__(self, options: SubsetOptions, workspace: Workspace, output: Part | None = None) -> None:
         if not 0 <= options.share_from < options.share_to <= 1:
-            raise UserError(f"--share-from {options.share_from}, --share-to {options.share_to}: give 0 <= from < to <= 1")
+            raise UserError(
+                f"--share-from {options.share_from}, --share-to {options.share_to}: give 0 <= from < to <= 1"
+            )
         planted = (options.wrong, options.truncated, options.file_name)
         if min(planted) < 0 or sum(planted) > 1:
-            raise UserError("--wrong, --truncated and --file-name are shares: at least 0 each, at most 1 together")
+            raise UserError(
+                "--wrong, --truncated and --file-name are shares: at least 0 each, at most 1 together"
+            )
         if options.role not in ("human", "web"):
             raise UserError(f"--role {options.role!r}: choose human or web")
         self.options = options

@@ -140,7 +140,9 @@ class _Training(ModelStage):
             model.visual_encoder.requires_grad_(False)
         if o.cache_features:
             if not (model.config.vision.trunk and model.config.vision.trunk_frozen):
-                raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
+                raise UserError(
+                    "--cache-features: only a frozen trunk has features to cache (--preset trunk)"
+                )
             corpus = corpus.with_features(
                 lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)),
                 progress=lambda count: None,
@@ -210,7 +212,9 @@ class _Training(ModelStage):
 
     def _augment(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         assert batch.pixels is not None
-        choice = transforms.Augmentation(scale=(self.options.crop_scale, 1.0), flip=0.5 if self.options.flip else 0.0)
+        choice = transforms.Augmentation(
+            scale=(self.options.crop_scale, 1.0), flip=0.5 if self.options.flip else 0.0
+        )
         # A flip makes "on the left" false: pictures whose text names a side keep theirs.
         return transforms.augment(batch.pixels, generator, choice, keep_sides=batch.sided)[0]
 
@@ -257,7 +261,11 @@ class Pretrain(_Training):
     def identity(self) -> Mapping[str, Any]:
         vocab = self.options.vocab
         digest = file_digest(_tokenizer_file(vocab)) if vocab != "corpus" else "corpus"
-        vision = file_digest(Path(self.options.vision_init) / "model.safetensors") if self.options.vision_init else ""
+        vision = (
+            file_digest(Path(self.options.vision_init) / "model.safetensors")
+            if self.options.vision_init
+            else ""
+        )
         return {**super().identity(), "vocab": digest, "vision_init": vision}
 
     def image_size(self) -> int:
@@ -332,7 +340,9 @@ class Retrain(Pretrain):
         if self.pairs:
             corpora.append(from_pairs((t for part in self.pairs for t in part.tables()), size=size))
         for images, verdicts in self.joined:
-            corpora.append(from_verdicts(images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size))
+            corpora.append(
+                from_verdicts(images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size)
+            )
         return corpora
 
     def initial(self, corpus: Corpus) -> tuple[Blip, Tokenizer]:
@@ -405,5 +415,7 @@ class FinetuneFilter(_Finetune):
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
         return PretrainingConfig(
-            objectives=("itc", "itm"), queue_size=self.options.queue_size, momentum=self.options.momentum or None
+            objectives=("itc", "itm"),
+            queue_size=self.options.queue_size,
+            momentum=self.options.momentum or None,
         )

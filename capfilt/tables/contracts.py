@@ -88,7 +88,11 @@ class Contract:
     def table(self, rows: list[dict[str, object]]) -> pa.Table:
         """Return `rows` as an Arrow table of this contract; extra keys become extra columns where it is open."""
         known = set(self.schema.names)
-        names = list(dict.fromkeys(name for row in rows for name in row if name not in known)) if self.open else []
+        names = (
+            list(dict.fromkeys(name for row in rows for name in row if name not in known))
+            if self.open
+            else []
+        )
         columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in self.schema]
         columns += [pa.array([row.get(name) for row in rows]) for name in names]
         table = pa.table(columns, names=[*self.schema.names, *names])
@@ -118,19 +122,27 @@ TEXT_TYPE = pa.struct(
 # Without this key `datasets` shows the struct as a dict instead of decoding a picture.
 _DECODES_IMAGE = {"huggingface": '{"info": {"features": {"image": {"_type": "Image"}}}}'}
 
-_IMAGE_ID = _field("image_id", pa.string(), "128-bit hash of (dataset, key), 32 hex digits; unique across datasets")
+_IMAGE_ID = _field(
+    "image_id", pa.string(), "128-bit hash of (dataset, key), 32 hex digits; unique across datasets"
+)
 _TEXT_ID = _field(
     "text_id", pa.string(), "128-bit hash of (image_id, source, text, generator, sample index), 32 hex digits"
 )
-_FOLD = _field("fold", pa.int32(), "fold of the image in cross-fitting; null where one checkpoint judged all", null=True)
-_FAILURE = _field("failure", pa.string(), "why the row failed, from the closed list; null where it did not", null=True)
+_FOLD = _field(
+    "fold", pa.int32(), "fold of the image in cross-fitting; null where one checkpoint judged all", null=True
+)
+_FAILURE = _field(
+    "failure", pa.string(), "why the row failed, from the closed list; null where it did not", null=True
+)
 _ITM = _field(
     "itm_score",
     pa.float32(),
     "softmax(itm_logits)[1] of the image-grounded encoder fed [ENC], in [0, 1]",
     null=True,
 )
-_ITC = _field("itc_score", pa.float32(), "cosine of the unimodal image and text embeddings, in [-1, 1]", null=True)
+_ITC = _field(
+    "itc_score", pa.float32(), "cosine of the unimodal image and text embeddings, in [-1, 1]", null=True
+)
 
 IMAGES = Contract(
     "images",
@@ -139,11 +151,17 @@ IMAGES = Contract(
         [
             _IMAGE_ID,
             _field("dataset", pa.string(), "named source of the image, the first level under images/"),
-            _field("key", pa.string(), "the image's key within its dataset, in img2dataset's form where it made it"),
+            _field(
+                "key",
+                pa.string(),
+                "the image's key within its dataset, in img2dataset's form where it made it",
+            ),
             _field("url", pa.string(), "where the image was asked for; null for local files", null=True),
             _field("source", pa.string(), "who wrote `captions`: web or human"),
             _field("captions", pa.list_(pa.string()), "the texts as found, untouched; may be empty"),
-            _field("split", pa.string(), "train, val or test; null where the source has no splits", null=True),
+            _field(
+                "split", pa.string(), "train, val or test; null where the source has no splits", null=True
+            ),
             _field("status", pa.string(), "success, failed_to_download or failed_to_resize"),
             _FAILURE,
             _field("error_message", pa.string(), "the failure in words", null=True),
@@ -153,7 +171,9 @@ IMAGES = Contract(
             _field("original_width", pa.int32(), "pixels, as received", null=True),
             _field("original_height", pa.int32(), "pixels, as received", null=True),
             _field("sha256", pa.string(), "SHA-256 of the body as received, hex", null=True),
-            _field("phash", pa.string(), "64-bit DCT perceptual hash of the picture, 16 hex digits", null=True),
+            _field(
+                "phash", pa.string(), "64-bit DCT perceptual hash of the picture, 16 hex digits", null=True
+            ),
             _field("license", pa.string(), "licence as stated by the source", null=True),
         ],
         metadata=_DECODES_IMAGE,
@@ -170,11 +190,15 @@ CAPTIONS = Contract(
         [
             _TEXT_ID,
             _IMAGE_ID,
-            _field("text", pa.string(), "the synthetic text, without the prompt; null where it failed", null=True),
+            _field(
+                "text", pa.string(), "the synthetic text, without the prompt; null where it failed", null=True
+            ),
             _field("sample_index", pa.int32(), "which of the image's synthetic texts, from 0"),
             _field("captioner", pa.string(), "the part's name: which captioner wrote the text"),
             _field("decoding", pa.string(), "nucleus, beam or greedy"),
-            _field("logprob", pa.float32(), "sum of the tokens' log-probabilities under the captioner", null=True),
+            _field(
+                "logprob", pa.float32(), "sum of the tokens' log-probabilities under the captioner", null=True
+            ),
             _FOLD,
             _FAILURE,
         ]
@@ -192,7 +216,9 @@ SCORES = Contract(
             _IMAGE_ID,
             _ITM,
             _ITC,
-            _field("itm_probability", pa.float32(), "itm_score calibrated to a probability, else null", null=True),
+            _field(
+                "itm_probability", pa.float32(), "itm_score calibrated to a probability, else null", null=True
+            ),
             _FOLD,
             _FAILURE,
         ]
@@ -204,7 +230,9 @@ SCORES = Contract(
 SIGNALS = Contract(
     "signals",
     1,
-    pa.schema([_IMAGE_ID, _field("text_id", pa.string(), "the text, where the test is of a text", null=True)]),
+    pa.schema(
+        [_IMAGE_ID, _field("text_id", pa.string(), "the text, where the test is of a text", null=True)]
+    ),
     ("image_id", "text_id"),
     "an image (or a text) under a cheap test; typed columns of the test follow",
     open=True,
@@ -238,7 +266,9 @@ PAIRS = Contract(
             # Nullable, though never null: `datasets` decodes only a column that is nullable on disk.
             _field("image", IMAGE_TYPE, "the encoded picture; never null", null=True),
             _field("texts", pa.list_(TEXT_TYPE), "the kept texts with source, itm_score and sampling weight"),
-            _field("split", pa.string(), "train, val or test; null where the source has no splits", null=True),
+            _field(
+                "split", pa.string(), "train, val or test; null where the source has no splits", null=True
+            ),
         ],
         metadata=_DECODES_IMAGE,
     ),

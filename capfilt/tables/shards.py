@@ -129,7 +129,9 @@ class Part:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if "://" in str(path):
-            raise UserError(f"{path}: parts live on a local or shared file system; mount the object store or copy it")
+            raise UserError(
+                f"{path}: parts live on a local or shared file system; mount the object store or copy it"
+            )
         self.path = Path(path)
 
     def __repr__(self) -> str:
@@ -150,7 +152,9 @@ class Part:
         if not path.is_file():
             if not self.path.exists():
                 raise UserError(f"{self.path}: no such part; run the stage that writes it, or name another")
-            raise UserError(f"{self.path}: not a part (no _part.json); bring other tools' data in with `capfilt ingest`")
+            raise UserError(
+                f"{self.path}: not a part (no _part.json); bring other tools' data in with `capfilt ingest`"
+            )
         try:
             info = json.loads(path.read_bytes())
             contract = CONTRACTS[info["table"]]
@@ -161,7 +165,9 @@ class Part:
                 )
             return dict(info)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not readable as a part's description ({error!r}); restore or remove it") from error
+            raise UserError(
+                f"{path}: not readable as a part's description ({error!r}); restore or remove it"
+            ) from error
 
     @property
     def contract(self) -> Contract:
@@ -170,7 +176,9 @@ class Part:
     def expect(self, table: str) -> Part:
         """Return self, or raise UserError when the part is of another table."""
         if self.info["table"] != table:
-            raise UserError(f"{self.path}: is a part of table {self.info['table']}, but one of {table} is needed")
+            raise UserError(
+                f"{self.path}: is a part of table {self.info['table']}, but one of {table} is needed"
+            )
         return self
 
     # -- writing ----------------------------------------------------------------------------------------------------
@@ -193,7 +201,9 @@ class Part:
             if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
                 raise UserError(f"{self.path}: is not empty and not a part; name another output")
             self.path.mkdir(parents=True, exist_ok=True)
-            publish_new_bytes(self.path / "_part.json", (json.dumps(info, indent=1, sort_keys=True) + "\n").encode())
+            publish_new_bytes(
+                self.path / "_part.json", (json.dumps(info, indent=1, sort_keys=True) + "\n").encode()
+            )
         self.__dict__.pop("info", None)
         # Another process may have begun the part between the two looks.
         return self.identity_fingerprint(contract, stage, identity)
@@ -243,7 +253,9 @@ class Part:
                 return Counts(**footer["counts"])
         except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
             pass
-        raise RunError(f"{path}: a file of other origin stands where shard {shard} belongs; remove it and run again")
+        raise RunError(
+            f"{path}: a file of other origin stands where shard {shard} belongs; remove it and run again"
+        )
 
     def _publish_manifest(self, path: Path, shard: int, mark: str, counts: Counts) -> Manifest:
         size, etag = _etag(path)
@@ -303,9 +315,13 @@ class Part:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not readable as a manifest; remove it and its shard, then run again") from error
+            raise UserError(
+                f"{path}: not readable as a manifest; remove it and its shard, then run again"
+            ) from error
         if manifest.shard != shard or manifest.file != f"{shard:05d}.parquet":
-            raise UserError(f"{path}: names shard {manifest.shard} in {manifest.file!r}; remove it and run again")
+            raise UserError(
+                f"{path}: names shard {manifest.shard} in {manifest.file!r}; remove it and run again"
+            )
         return manifest
 
     def manifests(self) -> Iterator[Manifest]:
@@ -360,7 +376,9 @@ class Part:
         for manifest in self.manifests():
             problem = self.problem(manifest)
             if problem is not None:
-                raise UserError(f"{problem}; restore it, or remove the shard and its manifest and run the stage again")
+                raise UserError(
+                    f"{problem}; restore it, or remove the shard and its manifest and run the stage again"
+                )
         return self
 
     def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -381,10 +399,14 @@ class Part:
     def _file(self, shard: int) -> pq.ParquetFile:
         manifest = self.manifest(shard)
         if manifest is None:
-            raise UserError(f"{self.path}: shard {shard:05d} is not committed; run the stage that writes it to the end")
+            raise UserError(
+                f"{self.path}: shard {shard:05d} is not committed; run the stage that writes it to the end"
+            )
         problem = self.problem(manifest)
         if problem is not None:
-            raise UserError(f"{problem}; restore it, or remove the shard and its manifest and run the stage again")
+            raise UserError(
+                f"{problem}; restore it, or remove the shard and its manifest and run the stage again"
+            )
         try:
             return pq.ParquetFile(self.path / manifest.file)
         except pa.ArrowInvalid as error:
@@ -398,9 +420,7 @@ def _known(file: pq.ParquetFile, columns: Sequence[str] | None) -> list[str] | N
     return [column for column in columns if column in names]
 
 
-def _batches(
-    file: pq.ParquetFile, columns: Sequence[str] | None
-) -> tuple[list[pa.RecordBatch], pa.Schema]:
+def _batches(file: pq.ParquetFile, columns: Sequence[str] | None) -> tuple[list[pa.RecordBatch], pa.Schema]:
     table = file.read(columns=_known(file, columns))
     return table.to_batches(), table.schema
 

@@ -15,7 +15,9 @@ class Workspace:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if "://" in str(path):
-            raise UserError(f"{path}: a workspace lives on a local or shared file system; mount the object store there")
+            raise UserError(
+                f"{path}: a workspace lives on a local or shared file system; mount the object store there"
+            )
         self.path = Path(path)
 
     def part(self, table: str, name: str) -> Part:
@@ -30,7 +32,9 @@ class Workspace:
 
     def _place(self, kind: str, name: str) -> Path:
         if not name or name in (".", ".."):
-            raise UserError(f"{name!r} is no name for a part of {kind}; for a folder write ./NAME or an absolute path")
+            raise UserError(
+                f"{name!r} is no name for a part of {kind}; for a folder write ./NAME or an absolute path"
+            )
         return Path(name).expanduser() if os.sep in name else self.path / kind / name
 
     def parts(self, table: str) -> list[Part]:

@@ -62,7 +62,9 @@ class TrainConfig:
     seed: int = 0  # of dropout, augmentation and hard negatives
     alpha: float = 0.4  # weight of the momentum's soft targets: ALBEF, arXiv 2107.07651, sec. 4
     alpha_ramp_steps: int = 0  # BLIP, released code: two epochs in pretraining, one in finetuning
-    hardness_ramp_steps: int = 0  # ITM's negatives from uniform to the published draw; 0: published from the start
+    hardness_ramp_steps: int = (
+        0  # ITM's negatives from uniform to the published draw; 0: published from the start
+    )
     precision: str = (
         "auto"  # bf16 autocast on GPUs that have it, fp32 elsewhere: on many CPUs bf16 is emulated
     )

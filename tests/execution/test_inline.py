@@ -39,7 +39,9 @@ class Count(ShardStage):
         assert self.ready == 1
         if shard == self.fail_at:
             raise RunError("the machine is on fire")
-        return Produced(SIGNALS.table([{"image_id": f"{shard}-{n}"} for n in range(9)]), Counts(10, 9, {"why": 1}))
+        return Produced(
+            SIGNALS.table([{"image_id": f"{shard}-{n}"} for n in range(9)]), Counts(10, 9, {"why": 1})
+        )
 
 
 def test_a_failed_run_keeps_what_it_committed_and_a_rerun_does_the_rest(tmp_path):

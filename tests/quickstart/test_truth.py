@@ -25,7 +25,8 @@ TWO = Scene(
     "grassy",
 )
 SAME_SHAPE = Scene(
-    (SceneObject("ring", "yellow", "small", 0.5, 0.2), SceneObject("ring", "green", "small", 0.5, 0.8)), "black"
+    (SceneObject("ring", "yellow", "small", 0.5, 0.2), SceneObject("ring", "green", "small", 0.5, 0.8)),
+    "black",
 )
 seeds = st.integers(0, 2**32)
 

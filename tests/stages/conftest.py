@@ -16,7 +16,10 @@ def workspace(tmp_path):
     empty = image_rows("web", 1, start=91)[0] | {"captions": ["", "x" * 20_000, "..."]}
     write_images(
         place.part("images", "web"),
-        [[*image_rows("web", 5), failed_row("web", "lost")], [broken, empty, *image_rows("web", 4, start=20)]],
+        [
+            [*image_rows("web", 5), failed_row("web", "lost")],
+            [broken, empty, *image_rows("web", 4, start=20)],
+        ],
     )
     tiny_checkpoint(place.model("captioner"), seed=1)
     tiny_checkpoint(place.model("filter"), seed=2)

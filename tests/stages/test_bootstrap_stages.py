@@ -34,11 +34,18 @@ def put_scores(workspace, score_of):
 
     part = workspace.part("scores", "chosen")
     mark = part.begin(SCORES, "test", {})
-    captions = [workspace.part("captions", "captioner")] if workspace.part("captions", "captioner").exists else []
+    captions = (
+        [workspace.part("captions", "captioner")] if workspace.part("captions", "captioner").exists else []
+    )
     for shard in workspace.part("images", "web").shards():
         texts = texts_of(workspace.part("images", "web").read(shard), [each.read(shard) for each in captions])
         made = [
-            {"text_id": row["text_id"], "image_id": row["image_id"], "itm_score": score_of(row), "itc_score": 0.1}
+            {
+                "text_id": row["text_id"],
+                "image_id": row["image_id"],
+                "itm_score": score_of(row),
+                "itc_score": 0.1,
+            }
             for row in texts.to_pylist()
         ]
         part.commit(shard, SCORES.table(made), Counts(len(made), len(made)), mark, 0.0)
@@ -188,9 +195,8 @@ def test_a_changed_input_shard_is_noticed(workspace):
     part = workspace.part("images", "web")
     for name in ("00001.parquet", "00001.manifest.json"):
         (part.path / name).unlink()
-    from tests.worlds import image_rows
-
     from capfilt.tables.contracts import IMAGES
+    from tests.worlds import image_rows
 
     rows = image_rows("web", 3, start=50)
     part.commit(1, IMAGES.table(rows), Counts(3, 3), part.info["fingerprint"], 0.1)

@@ -369,6 +369,9 @@ def test_every_url_is_the_row_it_should_be(tmp_path, server):
     assert (by_name["good"]["width"], by_name["good"]["height"]) == (64, 48)
     assert (by_name["wide"]["width"], by_name["wide"]["height"]) == (384, 256)
     assert by_name["big"]["height"] == 256
+    sizes = {row["failure"]: (row["original_width"], row["original_height"]) for row in rows}
+    assert sizes["too_small"] == (9, 7)
+    assert sizes["bad_aspect_ratio"] == (400, 20)
     assert server.agents == {"capfilt/0.1.0"}
 
     # As people see them: colours right, upright, transparency white, 16 bits scaled and not clipped.
@@ -660,6 +663,7 @@ def test_a_stage_travels_to_a_worker(tmp_path, server):
     [
         ({"url_list": "nowhere.csv"}, "--url-list nowhere.csv"),
         ({"url_list": ""}, "--url-list must be given"),
+        ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"url_list": "s3://bucket/urls.csv"}, "copy it there"),
         ({"url_col": "URL"}, "--url-col"),
         ({"caption_col": "TEXT"}, "--caption-col ''"),

@@ -216,6 +216,7 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
         ({"source_path": "nowhere"}, "--source-path nowhere"),
         ({"source_path": ""}, "--source-path must be given"),
         ({"dataset": ""}, "--dataset must be given"),
+        ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"format": "zip"}, "--format 'zip'"),
         ({"source": "synthetic"}, "--source 'synthetic'"),
         ({"split": "dev"}, "--split 'dev'"),

@@ -14,7 +14,10 @@ def test_every_option_has_help_and_a_plain_type():
         assert command.options.__doc__
         for field in dataclasses.fields(command.options):
             assert field.metadata["help"], (command.name, field.name)
-            assert field.type in ("str", "int", "float", "bool", "tuple[str, ...]"), (command.name, field.name)
+            assert field.type in ("str", "int", "float", "bool", "tuple[str, ...]"), (
+                command.name,
+                field.name,
+            )
 
 
 def test_names_of_inputs_and_outputs_do_not_decide_what_rows_come_out():

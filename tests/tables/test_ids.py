@@ -21,6 +21,8 @@ def test_fields_never_run_together(a, b, c, d):
     assert (image_id(a, b) == image_id(c, d)) == ((a, b) == (c, d))
 
 
-@given(st.lists(st.tuples(anything, anything, anything, anything, st.integers(0, 9)), max_size=20, unique=True))
+@given(
+    st.lists(st.tuples(anything, anything, anything, anything, st.integers(0, 9)), max_size=20, unique=True)
+)
 def test_different_texts_have_different_ids(rows):
     assert len({text_id(*row) for row in rows}) == len(rows)

@@ -51,7 +51,12 @@ def test_a_committed_shard_reads_back_and_no_attempt_is_left(part):
     assert manifest.rows == part.rows == 5
     assert part.counts() == Counts(7, 5, {"why": 1}, {"truncated": 1})
     assert part.check().problem(manifest, full=True) is None
-    assert sorted(os.listdir(part.path)) == ["00003.manifest.json", "00003.parquet", "00003_stats.json", "_part.json"]
+    assert sorted(os.listdir(part.path)) == [
+        "00003.manifest.json",
+        "00003.parquet",
+        "00003_stats.json",
+        "_part.json",
+    ]
 
 
 def test_rows_that_do_not_add_up_are_refused(part):
@@ -61,7 +66,11 @@ def test_rows_that_do_not_add_up_are_refused(part):
     assert part.shards() == []
 
 
-@given(st.lists(st.tuples(st.dictionaries(st.sampled_from("abc"), st.integers(0, 9)), st.integers(0, 9)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.dictionaries(st.sampled_from("abc"), st.integers(0, 9)), st.integers(0, 9)), max_size=5
+    )
+)
 def test_counts_add_up_however_they_are_added(items):
     each = [Counts(kept + sum(dropped.values()), kept, dropped) for dropped, kept in items]
     total = sum(each, Counts(0, 0))
@@ -169,7 +178,7 @@ def test_a_crash_at_every_system_call_leaves_a_part_that_a_rerun_completes(tmp_p
             return call
 
         def dying_unlink(self, missing_ok=False, die_at=die_at):
-            if calls >= die_at:
+            if calls >= die_at:  # noqa: B023 - called within this turn of the loop
                 raise Killed
             return real_unlink(self, missing_ok=missing_ok)
 
@@ -266,7 +275,9 @@ def test_two_processes_racing_for_one_shard_leave_one_whole_shard(tmp_path):
         """
     )
     start = str(time.time() + 2.5)
-    racers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "part"), name, start]) for name in "xy"]
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "part"), name, start]) for name in "xy"
+    ]
     assert [racer.wait(60) for racer in racers] == [0, 0]
     part = Part(tmp_path / "part").check()
     for shard in range(20):
@@ -303,13 +314,18 @@ def test_the_index_holds_every_manifest(part):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda children: st.dictionaries(st.text(max_size=3), children, max_size=3) | st.lists(children, max_size=3),
+    lambda children: (
+        st.dictionaries(st.text(max_size=3), children, max_size=3) | st.lists(children, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 @settings(max_examples=50)
-@given(st.dictionaries(st.text(max_size=3), json_values, max_size=3), st.dictionaries(st.text(max_size=3), json_values, max_size=3))
+@given(
+    st.dictionaries(st.text(max_size=3), json_values, max_size=3),
+    st.dictionaries(st.text(max_size=3), json_values, max_size=3),
+)
 def test_fingerprints_differ_exactly_when_values_do(left, right):
     same = json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
     assert (fingerprint(left) == fingerprint(right)) == same

@@ -23,7 +23,11 @@ def test_each_found_text_is_a_row_with_the_published_id():
     table = found_texts(images([["a", "b", "a"], [], ["c"]]))
     assert table["image_id"].to_pylist() == ["i0", "i0", "i0", "i2"]
     assert table["text"].to_pylist() == ["a", "b", "a", "c"]
-    expected = [text_id("i0", "web", "a", "", 0), text_id("i0", "web", "b", "", 1), text_id("i0", "web", "a", "", 2)]
+    expected = [
+        text_id("i0", "web", "a", "", 0),
+        text_id("i0", "web", "b", "", 1),
+        text_id("i0", "web", "a", "", 2),
+    ]
     assert table["text_id"].to_pylist() == [*expected, text_id("i2", "web", "c", "", 0)]
 
 
@@ -31,7 +35,9 @@ def test_ids_do_not_depend_on_how_rows_are_cut_into_chunks_or_slices():
     whole = images([["a", "b"], ["c"], [], ["d", "e"]])
     pieces = pa.concat_tables([whole.slice(0, 1), whole.slice(1, 2), whole.slice(3)])
     assert found_texts(pieces).equals(found_texts(whole))
-    assert found_texts(whole.slice(3))["text_id"].to_pylist() == found_texts(whole)["text_id"].to_pylist()[-2:]
+    assert (
+        found_texts(whole.slice(3))["text_id"].to_pylist() == found_texts(whole)["text_id"].to_pylist()[-2:]
+    )
 
 
 def test_empty_tables_and_synthetic_texts():

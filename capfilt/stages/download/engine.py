@@ -197,12 +197,14 @@ class Engine:
                 encoded, width, height, _, _, words = resizer(io.BytesIO(_plain_pixels(picture)))
             if encoded is None or header is None:
                 raise BadImage("decode_error", str(words))
-            facts |= {"original_width": header.width, "original_height": header.height}
+            facts |= _received_size(header)
             _check_shape(header, settings)
             facts |= {"status": "success", "width": width, "height": height}
             facts["phash"] = self._phash(encoded, body, settings)
             return {"row": row, **facts}, encoded
         except BadImage as bad:
+            if bad.failure == "too_small":
+                facts |= _received_size(read_header(body))
             return _failed(row, "failed_to_resize", bad.failure, bad.message) | facts, b""
         except Exception as error:  # noqa: BLE001 - a picture that trips the encoder is a row, not the end of the slice
             words = f"{type(error).__name__}: {error}"
@@ -282,6 +284,10 @@ def _plain_jpeg(body: bytes, settings: Settings) -> Header | None:
         and (settings.resize_mode == "no" or shorter < 4 * settings.image_size)
     )
     return header if plain else None
+
+
+def _received_size(header: Header) -> dict[str, int]:
+    return {"original_width": header.width, "original_height": header.height}
 
 
 def _decode(body: bytes, settings: Settings) -> Image.Image:

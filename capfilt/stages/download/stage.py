@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -163,6 +164,8 @@ def _check(options: DownloadOptions) -> None:
     for name in ("url_list", "dataset", "url_col"):
         if getattr(options, name).strip("\0") == "":
             raise UserError(f"download: {_flag(name)} must be given")
+    if os.sep in options.dataset:
+        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     for name, allowed in (("resize_mode", RESIZE_MODES), ("encode_format", ENCODE_FORMATS)):
         if getattr(options, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(options, name)!r}: choose {', '.join(allowed)}")
