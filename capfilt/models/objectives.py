@@ -29,7 +29,7 @@ COLLAPSED_ITM = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
 
 
 def hardness_ramp(step: int, ramp_steps: int) -> float:
-    """How hard ITM's negatives are at `step`: from 0 (uniform) to 1 (the published draw) over `ramp_steps`; 0: always 1.
+    """ITM's negatives at `step`: from 0 (uniform) to 1 (the published draw) over `ramp_steps`; always 1 where that is 0.
 
     A model that starts from nothing cannot tell its hardest negatives from matches, sits at the class prior and learns
     nothing from ITM (BLIP's users report it on small corpora); easy ones first get it off the ground.
@@ -551,9 +551,9 @@ class BlipPretraining(nn.Module):
         order = torch.cat([some for some, _ in groups])
         sizes = [len(some) for some, _ in groups]
         # Gathered once and split, not once per group: the gradient of a gather is as large as what was gathered from.
+        image = rows.image[order]
         gathered = [
-            (torch.split(keys[rows.image[order]], sizes), torch.split(values[rows.image[order]], sizes))
-            for keys, values in cross
+            (torch.split(keys[image], sizes), torch.split(values[image], sizes)) for keys, values in cross
         ]
         logits = [
             self.model.match_logits(

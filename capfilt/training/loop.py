@@ -1,7 +1,7 @@
 """The training loop: batches in, a trained module, a log and an account of what was seen out; resumes exactly.
 
-Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not here: the
-losses (`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
+Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not
+here: the losses (`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
 (`capfilt.models.checkpoint`).
 """
 
