@@ -455,7 +455,7 @@ def test_without_momentum_gradients_reach_both_sides_of_the_similarity():
         logits.T, labels
     )
     (loss / 2).backward()
-    assert torch.allclose(got, model.text_proj.weight.grad, atol=1e-6)
+    assert torch.allclose(got, model.text_proj.weight.grad, atol=1e-5)
 
 
 def test_momentum_towers_move_before_they_are_used():
