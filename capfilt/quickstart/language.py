@@ -52,7 +52,7 @@ class Style:
 
 # People who caption carefully state more than the authors of alt texts; both write the same sentences.
 HUMAN = Style(size=0.4, relation=0.5, background=0.4)
-WEB = Style(size=0.3, relation=0.4, background=0.3)
+WEB = Style(size=0.2, relation=0.3, background=0.2)
 
 _RELATION_WORDS = {
     "left": ("to the left of", "left of"),

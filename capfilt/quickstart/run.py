@@ -45,10 +45,10 @@ SIZES = {
         human={"train": 600, "test": 300},
         captions=5,
         settings={
-            "pretrain_steps": 500,
-            "captioner_steps": 500,
+            "pretrain_steps": 450,
+            "captioner_steps": 350,
             "filter_steps": 250,
-            "retrain_steps": 450,
+            "retrain_steps": 350,
             "shard": 500,
         },
     ),

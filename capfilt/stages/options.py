@@ -139,8 +139,8 @@ class PretrainingObjectiveOptions:
     momentum: float = _option(0.995, "of the momentum towers (BLIP's released code); 0 for none")
     alpha: float = _option(0.4, "weight of the momentum towers' soft targets (BLIP's released code)")
     alpha_ramp_epochs: float = _option(2.0, "alpha grows over this many epochs (BLIP's released code: 2)")
-    hardness_ramp_epochs: float = _option(
-        0.0, "ITM's negatives go from uniform to hard over this many epochs; BLIP: 0"
+    hardness_ramp_steps: int = _option(
+        0, "ITM's negatives go from uniform to hard over this many steps (BLIP: hard from the start)"
     )
     label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
 

@@ -161,7 +161,7 @@ class _Training(ModelStage):
             seed=o.seed,
             alpha=getattr(o, "alpha", 0.0),
             alpha_ramp_steps=math.ceil(ramp * epoch),
-            hardness_ramp_steps=math.ceil(getattr(o, "hardness_ramp_epochs", 0.0) * epoch),
+            hardness_ramp_steps=getattr(o, "hardness_ramp_steps", 0),
             precision=o.precision,
             augment=None if not o.augment or o.cache_features else self._augment,
             log_every=LOG_EVERY,
