@@ -33,6 +33,8 @@ _STRAY = 0.015
 _SHRINK = (0.93, 1.0)
 _TILT_DEGREES = 10.0
 _SUPERSAMPLING = 3
+# A disc as wide as the square covers nearly the same pixels; a little smaller, it leaves the square's corners alone.
+_ROUND = {"circle": 0.9, "ring": 1.0}
 
 _RGB = {
     "red": (218, 22, 30),
@@ -220,6 +222,7 @@ def _draw(image: Image.Image, thing: SceneObject, rng: np.random.Generator, size
     filled, edge = Image.new("L", patch), Image.new("L", patch)
     pen, rim_pen = ImageDraw.Draw(filled), ImageDraw.Draw(edge)
     if thing.shape in ("circle", "ring"):
+        r *= _ROUND[thing.shape]
         outer = (x - r, y - r, x + r, y + r)
         rim_pen.ellipse(outer, outline=255, width=line)
         if thing.shape == "circle":
@@ -252,7 +255,7 @@ def _rgb(shade: NDArray[np.float64]) -> tuple[int, int, int]:
 def _star() -> list[tuple[float, float]]:
     points = []
     for k in range(10):
-        length = 1.0 if k % 2 == 0 else 0.40
+        length = 1.0 if k % 2 == 0 else 0.38
         angle = math.pi * k / 5 - math.pi / 2
         points.append((length * math.cos(angle), length * math.sin(angle)))
     return points
@@ -260,7 +263,7 @@ def _star() -> list[tuple[float, float]]:
 
 # Corners for an object of half extent 1. Tilted, none leaves it by more than a few per cent.
 _OUTLINES: dict[str, list[tuple[float, float]]] = {
-    "square": [(-0.83, -0.83), (0.83, -0.83), (0.83, 0.83), (-0.83, 0.83)],
-    "triangle": [(0.0, -0.95), (0.95, 0.75), (-0.95, 0.75)],
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0.0, -0.98), (1.0, 0.84), (-1.0, 0.84)],
     "star": _star(),
 }  # fmt: skip
