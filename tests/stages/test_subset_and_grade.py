@@ -1,0 +1,107 @@
+"""Catches planted noise that is not what it says, leaks between shares, or a grade that counts a kind under another."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import run_stage
+from capfilt.stages.grade import Grade
+from capfilt.stages.options import GradeOptions, SelectOptions, SubsetOptions
+from capfilt.stages.select import Select
+from capfilt.stages.subset import Subset
+from capfilt.tables.contracts import SCORES
+from capfilt.tables.shards import Counts
+from capfilt.tables.texts import found_texts
+from capfilt.tables.workspace import Workspace
+from tests.worlds import image_rows, write_images
+
+
+def run(stage):
+    return run_stage(stage, InlineExecutor(), quiet=True)
+
+
+@pytest.fixture
+def place(tmp_path):
+    workspace = Workspace(tmp_path / "ws")
+    rows = image_rows("clean", 400, source="human", texts=2, split="train")
+    for number, row in enumerate(rows):
+        row["captions"] = [f"picture {number} says {k} and a few words more" for k in range(2)]
+    write_images(workspace.part("images", "clean"), [rows[:200], rows[200:]])
+    return workspace
+
+
+def rows_of(part):
+    return [row for table in part.tables() for row in table.to_pylist()]
+
+
+def test_two_shares_split_the_images_and_noise_is_what_it_says(place):
+    run(Subset(SubsetOptions(images="clean", dataset="human", share_to=0.3), place))
+    noisy = SubsetOptions(
+        images="clean",
+        dataset="web",
+        role="web",
+        share_from=0.3,
+        texts=1,
+        wrong=0.5,
+        truncated=0.1,
+        file_name=0.1,
+    )
+    summary = run(Subset(noisy, place))
+    human, web = rows_of(place.part("images", "human")), rows_of(place.part("images", "web"))
+    assert len(human) + len(web) == 400
+    assert not {row["key"] for row in human} & {row["key"] for row in web}
+    assert summary.counts.dropped == {"outside_share": len(human)}
+    assert all(row["planted"] == ["true", "true"] for row in human)
+    clean = {row["key"]: row["captions"] for row in rows_of(place.part("images", "clean"))}
+    kinds = {}
+    for row in web:
+        (kind,), (text,) = row["planted"], row["captions"]
+        kinds[kind] = kinds.get(kind, 0) + 1
+        own = clean[row["key"]]
+        if kind == "true":
+            assert text == own[0]
+        elif kind == "truncated":
+            assert text.endswith("...")
+            assert own[0].startswith(text[:-3])
+        else:
+            assert text not in own
+        assert row["source"] == "web"
+    assert kinds["other_image"] / len(web) == pytest.approx(0.5, abs=0.09)
+    assert kinds["file_name"] / len(web) == pytest.approx(0.1, abs=0.06)
+
+
+def test_a_perfect_filter_is_graded_as_one(place):
+    run(Subset(SubsetOptions(images="clean", dataset="web", role="web", texts=1, wrong=0.5), place))
+    images = place.part("images", "web")
+    scores = place.part("scores", "oracle")
+    mark = scores.begin(SCORES, "test", {})
+    for shard in images.shards():
+        table = images.read(shard)
+        texts = found_texts(table).to_pylist()
+        kinds = [kind for row in table.to_pylist() for kind in row["planted"]]
+        made = [
+            {"text_id": t["text_id"], "image_id": t["image_id"], "itm_score": 0.9 if kind == "true" else 0.1}
+            for t, kind in zip(texts, kinds, strict=True)
+        ]
+        scores.commit(shard, SCORES.table(made), Counts(len(made), len(made)), mark, 0.0)
+    run(Select(SelectOptions(images="web", scores="oracle", out="rule"), place))
+    run(Grade(GradeOptions(images="web", verdicts="rule"), place))
+    result = json.loads((place.path / "runs" / "grade.json").read_bytes())
+    assert result["metrics"]["roc_auc"] == 1.0
+    assert result["metrics"]["kept_true"] == 1.0
+    assert result["metrics"]["kept_other_image"] == 0.0
+    assert sum(kind["texts"] for kind in result["kinds"].values()) == 400
+    with pytest.raises(UserError, match="no column `planted`"):
+        run(Grade(GradeOptions(images="clean", verdicts="rule", out="other"), place))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"share_from": 0.5, "share_to": 0.5}, {"wrong": 0.9, "truncated": 0.2}, {"role": "robot"}]
+)
+def test_impossible_shares_are_refused(place, changes):
+    with pytest.raises(UserError, match="--"):
+        Subset(SubsetOptions(images="clean", dataset="x", **changes), place)

@@ -1,0 +1,133 @@
+"""Catches training that sees the wrong pairs, cannot be continued, or passes off a checkpoint of other options as done."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import run_stage
+from capfilt.models import checkpoint
+from capfilt.stages import options as o
+from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
+from capfilt.tables.contracts import PAIRS
+from capfilt.tables.shards import Counts
+from tests.worlds import image_rows, write_images
+
+FAST = {
+    "steps": 2, "batch_size": 4, "preset": "tiny", "vocab_size": 60, "queue_size": 8, "augment": False, "save_every": 1
+}  # fmt: skip
+TUNE = {"steps": 2, "batch_size": 4, "human": ("human",), "augment": False}
+
+
+@pytest.fixture
+def place(workspace):
+    rows = [
+        *image_rows("human", 6, source="human", texts=2, split="train"),
+        *image_rows("human", 4, source="human", start=10, texts=3, split="test"),
+    ]
+    write_images(workspace.part("images", "human"), [rows])
+    return workspace
+
+
+def run(stage):
+    return run_stage(stage, InlineExecutor(), quiet=True)
+
+
+def test_pretraining_sees_training_pairs_and_says_how_often(place):
+    options = o.PretrainOptions(human=("human",), web=("web",), **FAST)
+    summary = run(Pretrain(options, place))
+    assert summary.figures["steps"] == 2
+    directory = place.model("pretrained")
+    seen = pq.read_table(directory / "exposures.parquet").to_pylist()
+    assert sum(row["exposures"] for row in seen) == 8
+    # 6 human images x 2 texts; test images and pictures that are broken, lost or without text are not there.
+    assert sum(row["source"] == "human" for row in seen) == 12
+    assert sum(row["source"] == "web" for row in seen) == 9
+    assert (directory / "log.jsonl").read_text().count("\n") >= 1
+    assert not (directory / "state.safetensors").exists()
+    assert run(Pretrain(options, place)).done_before == 1
+    other = o.PretrainOptions(human=("human",), web=("web",), **{**FAST, "learning_rate": 1e-5})
+    with pytest.raises(UserError, match=r"learning_rate was 0\.0003, is now 1e-05"):
+        run(Pretrain(other, place))
+
+
+def test_the_same_options_and_seed_give_the_same_weights(place):
+    for out in ("a", "b"):
+        run(Pretrain(o.PretrainOptions(human=("human",), out=out, **FAST), place))
+    assert checkpoint.digest(place.model("a") / "model.safetensors") == checkpoint.digest(
+        place.model("b") / "model.safetensors"
+    )
+
+
+def test_finetuning_starts_from_the_checkpoint_and_keeps_its_vocabulary(place):
+    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
+    run(FinetuneCaptioner(o.FinetuneCaptionerOptions(**TUNE), place))
+    run(FinetuneFilter(o.FinetuneFilterOptions(**TUNE, queue_size=4), place))
+    models = {name: checkpoint.load(place.model(name))[0] for name in ("pretrained", "captioner", "filter")}
+    assert models["captioner"].config.prompt == "a picture of "
+    before, after = (models[name].itm_head.weight for name in ("pretrained", "captioner"))
+    assert before.equal(after)  # LM alone leaves the matching head as it was
+    assert not before.equal(models["filter"].itm_head.weight)
+
+
+def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
+    pairs = place.part("pairs", "kept")
+    rows = [
+        {
+            "image_id": row["image_id"],
+            "image": row["image"],
+            "texts": [{"text": row["captions"][0], "source": "synthetic", "itm_score": 0.9, "weight": 1.0}],
+        }
+        for row in image_rows("web", 5)
+    ]
+    mark = pairs.begin(PAIRS, "test", {})
+    pairs.commit(0, PAIRS.table(rows), Counts(5, 5), mark, 0.0)
+    run(Retrain(o.RetrainOptions(human=("human",), pairs=("kept",), **FAST), place))
+    seen = pq.read_table(place.model("retrained") / "exposures.parquet").to_pylist()
+    assert sum(row["source"] == "synthetic" for row in seen) == 5
+    run(Retrain(o.RetrainOptions(human=("human",), out="more", continue_from="retrained", **FAST), place))
+    first, second = (checkpoint.load(place.model(name))[1] for name in ("retrained", "more"))
+    assert first.fingerprint == second.fingerprint
+    with pytest.raises(UserError, match="IMAGES=VERDICTS"):
+        Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
+
+
+def test_an_evaluation_has_its_protocol_and_counts(place):
+    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
+    choice = {"model": "pretrained", "images": "human", "method": "greedy", "max_new_tokens": 4}
+    run(Evaluate(o.EvaluateOptions(rerank=2, **choice), place))
+    result = json.loads((place.path / "runs" / "pretrained.json").read_bytes())
+    assert (result["images"], result["texts"]) == (4, 12)
+    assert "k = 2" in result["protocol"]
+    assert 0 <= result["metrics"]["tr@1"] <= result["metrics"]["tr@5"] <= 100
+    assert len(result["captions"]) == 4
+    with pytest.raises(UserError, match="no texts with pictures in split 'val'"):
+        run(Evaluate(o.EvaluateOptions(split="val", out="v", **choice), place))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        (Pretrain, o.PretrainOptions(), "at least one part"),
+        (Pretrain, o.PretrainOptions(human=("nowhere",)), "nowhere"),
+        (Pretrain, o.PretrainOptions(human=("human",), preset="huge"), "huge"),
+        (Pretrain, o.PretrainOptions(human=("human",), vocab="none.txt"), r"none\.txt"),
+        (Pretrain, o.PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
+        (Pretrain, o.PretrainOptions(human=("human",), precision="fp8"), "fp8"),
+        (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), init="nowhere"), "nowhere"),
+        (FinetuneCaptioner, o.FinetuneCaptionerOptions(init="captioner"), "--human"),
+        (Retrain, o.RetrainOptions(human=("human",), model="gpt"), "gpt"),
+        (Evaluate, o.EvaluateOptions(model="captioner", images="human", tasks=("dance",)), "dance"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_written(place, stage, options, message):
+    before = sorted(str(path) for path in place.path.rglob("*"))
+    with pytest.raises(UserError, match=message) as caught:
+        stage(options, place)
+    assert "\n" not in str(caught.value)
+    assert sorted(str(path) for path in place.path.rglob("*")) == before
