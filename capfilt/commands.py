@@ -23,7 +23,7 @@ SETTINGS = Annotated[
 
 EXAMPLES = {
     "run": (
-        "capfilt run photographs --set data=../shared/data -w photographs",
+        "capfilt run photographs --set data=flickr -w photographs",
         "capfilt run my-recipe.yaml --from score --set select.threshold=0.4",
         "capfilt run photographs --set data=DIR --dry-run",
     ),

@@ -26,12 +26,12 @@ SMALL = BlipConfig(
     text=TextConfig(4000, 256, 4, 4, 1024, max_positions=128, dropout=0.1, attention_dropout=0.1),
 )
 # Photographs on a laptop: a frozen ImageNet trunk whose feature maps can be cached, one block to look around, a small
-# text side. 7 x 7 tokens at 224 px.
+# text side. 6 x 6 tokens at 192 px.
 TRUNK = BlipConfig(
     vision=VisionConfig(
-        224, 32, width=256, depth=1, heads=4, hidden=512, trunk="efficientnet_lite0", trunk_frozen=True
+        192, 32, width=192, depth=1, heads=4, hidden=384, trunk="efficientnet_lite0", trunk_frozen=True
     ),
-    text=TextConfig(4000, 256, 4, 4, 512, max_positions=64, dropout=0.1, attention_dropout=0.0),
+    text=TextConfig(4000, 192, 3, 4, 384, max_positions=64, dropout=0.1, attention_dropout=0.0),
 )
 PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "trunk": TRUNK, "base": BASE, "large": LARGE}
 
