@@ -11,6 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,24 +195,21 @@ def run_recipe(
     *,
     quiet: bool = False,
 ) -> Iterator[tuple[Step, Summary]]:
-    """Run the steps in order, yielding the account of each stage; `runs/<name>.summary.json` keeps them all."""
+    """Run the steps in order, yielding the account of each stage; `runs/recipes/<name>.json` keeps them all."""
     record: dict[str, Any] = {}
-    context = executor(execution) if isinstance(execution, str) else None
-    work: Executor = context.__enter__() if context is not None else execution  # type: ignore[assignment]
-    try:
+    path: Path = workspace.path / "runs" / "recipes" / f"{name}.json"
+    with executor(execution) if isinstance(execution, str) else nullcontext(execution) as work:
         for step, options in steps:
             for summary in run_command(stage_command(step.stage), options, workspace, work, quiet=quiet):
-                key = step.label if summary.stage == step.stage or step.label != step.stage else summary.stage
-                while key in record:
-                    key += "-pairs" if summary.stage.endswith("-pairs") else "+"
-                record[key] = account(summary)
+                record[title(step, summary)] = account(summary)
                 yield step, summary
-                (workspace.path / "runs").mkdir(parents=True, exist_ok=True)
-                path: Path = workspace.path / "runs" / f"{name}.summary.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
                 replace(path, (json.dumps(record, indent=1) + "\n").encode())
-    finally:
-        if context is not None:
-            context.__exit__(None, None, None)
+
+
+def title(step: Step, summary: Summary) -> str:
+    """What an account is filed under: the step's label, and for a step's further stages what they add to its name."""
+    return step.label + summary.stage.removeprefix(step.stage)
 
 
 def account(summary: Summary) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_a_run_skips_what_is_done_and_a_dry_run_writes_nothing(tmp_path):
 
     done = [summary for _, summary in recipes.run_recipe("r", steps, place, "inline", quiet=True)]
     assert [summary.stage for summary in done] == ["caption", "score", "select", "select-pairs"]
-    record = json.loads((place.path / "runs" / "r.summary.json").read_bytes())
+    record = json.loads((place.path / "runs" / "recipes" / "r.json").read_bytes())
     assert record["caption"]["rows_in"] == record["caption"]["kept"] == 7
     assert record["select"]["rows_in"] == 14
     assert all("done" in line for line in recipes.dry_run(steps, place))

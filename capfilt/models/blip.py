@@ -110,7 +110,7 @@ class Blip(nn.Module):
 
     def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """fp32 unit vectors [B, E] of texts."""
-        return project(self.text_proj, self.encode_text(ids, mask))
+        return project(self.text_proj, self.text_encoder(ids, mask, first=True))
 
     # Texts against images.
 
@@ -126,7 +126,9 @@ class Blip(nn.Module):
         image_tokens: [B, N, Dv], or their `prefill_cross`. image_mask: bool [B, N], false tokens are not attended to.
         """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
-        states = self.text_encoder(self._start(ids, self.config.text.enc_id), mask, cross, image_mask)
+        states = self.text_encoder(
+            self._start(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
+        )
         with full_precision(states):
             return F.linear(states[:, 0].float(), self.itm_head.weight.float(), self.itm_head.bias.float())
 

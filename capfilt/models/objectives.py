@@ -419,7 +419,7 @@ class MomentumTowers(nn.Module):
         return project(self.vision_proj, self.visual_encoder(images))
 
     def embed_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return project(self.text_proj, self.text_encoder(ids, mask))
+        return project(self.text_proj, self.text_encoder(ids, mask, first=True))
 
 
 class BlipPretraining(nn.Module):

@@ -165,10 +165,13 @@ class Layer(nn.Module):
         cross_mask: Tensor | None,
         cache: SelfCache | None,
         index: int,
+        first: bool,
     ) -> Tensor:
         source = self.attention.keys_values(x)
         if cache is not None:
             source = cache.append(index, *source)
+        if first:
+            x = x[:, :1]
         x = self.attention(x, source, mask)
         if cross is not None:
             x = self.crossattention(x, cross, cross_mask)
@@ -240,12 +243,14 @@ class TextTransformer(nn.Module):
         cross_mask: Tensor | None = None,
         causal: bool = False,
         cache: SelfCache | None = None,
+        first: bool = False,
     ) -> Tensor:
         """Hidden states [R, L, D] of ids int64 [R, L].
 
         mask: bool [R, L], true where there is a token (None: everywhere). cross: `cross_keys_values`, None to read text
         alone. cross_mask: bool [R, N] over image tokens. causal: each token sees itself and what is before it. cache:
-        continue after the cached tokens (implies causal, takes no mask).
+        continue after the cached tokens (implies causal, takes no mask). first: only position 0 is wanted, [R, 1, D]: the
+        last layer then asks for nothing else, which spares embedding and matching most of that layer.
         """
         length = ids.shape[1]
         start = cache.length if cache is not None else 0
@@ -255,9 +260,10 @@ class TextTransformer(nn.Module):
             attend = square if attend is None else attend & square
         image_attend = cross_mask[:, None, None, :] if cross_mask is not None else None
         x: Tensor = self.embeddings(ids, start)
+        last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):
             pair = cross[index] if cross is not None else None
-            x = layer(x, attend, pair, image_attend, cache, index)
+            x = layer(x, attend, pair, image_attend, cache, index, first and index == last)
         if cache is not None:
             cache.length += length
         return x

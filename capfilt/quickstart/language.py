@@ -50,9 +50,9 @@ class Style:
     background: float
 
 
-# People who caption carefully state more than the authors of alt texts; both write the same sentences.
-HUMAN = Style(size=0.4, relation=0.5, background=0.4)
-WEB = Style(size=0.2, relation=0.3, background=0.2)
+# People who caption and the authors of alt texts write the same sentences, so that models trained on one or the other
+# differ in what is true and not in manner.
+HUMAN = WEB = Style(size=0.25, relation=0.15, background=0.25)
 
 _RELATION_WORDS = {
     "left": ("to the left of", "left of"),

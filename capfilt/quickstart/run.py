@@ -45,8 +45,8 @@ SIZES = {
         human={"train": 600, "test": 300},
         captions=5,
         settings={
-            "pretrain_steps": 450,
-            "captioner_steps": 350,
+            "pretrain_steps": 500,
+            "captioner_steps": 450,
             "filter_steps": 250,
             "retrain_steps": 350,
             "shard": 500,
@@ -112,8 +112,7 @@ def run_quickstart(
         given = {**settings, **chosen.settings, "seed": seed}
         steps = recipes.resolve(content, [f"{name}={value}" for name, value in given.items()])
         for step, done in recipes.run_recipe("quickstart", steps, workspace, execution, quiet=quiet):
-            name = step.label if done.stage == step.stage else done.stage
-            accounts[name] = recipes.account(done)
+            accounts[recipes.title(step, done)] = recipes.account(done)
             say(done.line())
     captions = world / "human" / "captions.json"
     summary = _summary(workspace, world, captions, accounts, seed)

@@ -171,12 +171,13 @@ class _Training(ModelStage):
         state_path = self.output / "state.safetensors"
         result = train(
             BlipPretraining(model, self.objective(tokenizer)).to(where),
-            batches(
+            lambda start: batches(
                 corpus,
                 tokenizer,
                 o.batch_size,
                 seed=o.seed,
                 steps=steps,
+                start_step=start,
                 max_text_tokens=o.max_text_tokens,
                 prompt=self.prompt,
             ),

@@ -79,7 +79,7 @@ def test_whole_base_is_the_papers_252_million():
 
 
 def test_presets_have_their_sizes():
-    assert set(PRESETS) == {"tiny", "small", "base", "large"}
+    assert set(PRESETS) == {"tiny", "small", "trunk", "base", "large"}
     assert 0.8e6 <= parameters_of(build(preset("tiny", 500))) <= 2.5e6
     assert 9e6 <= parameters_of(build(preset("small", 4000))) <= 16e6
     with pytest.raises(UserError, match="huge"):

@@ -184,4 +184,4 @@ def test_the_language_is_small_and_its_sentences_short():
     ]
     assert len({word for text in words for word in text}) == 38
     assert max(map(len, words)) <= 18
-    assert 8 < np.mean([len(text) for text in words]) < 11
+    assert 7 < np.mean([len(text) for text in words]) < 9
