@@ -66,13 +66,13 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
 
 def test_finetuning_starts_from_the_checkpoint_and_keeps_its_vocabulary(place):
     run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
-    run(FinetuneCaptioner(o.FinetuneCaptionerOptions(**TUNE), place))
-    run(FinetuneFilter(o.FinetuneFilterOptions(**TUNE, queue_size=4), place))
-    models = {name: checkpoint.load(place.model(name))[0] for name in ("pretrained", "captioner", "filter")}
-    assert models["captioner"].config.prompt == "a picture of "
-    before, after = (models[name].itm_head.weight for name in ("pretrained", "captioner"))
+    run(FinetuneCaptioner(o.FinetuneCaptionerOptions(out="writes", **TUNE), place))
+    run(FinetuneFilter(o.FinetuneFilterOptions(out="judges", **TUNE, queue_size=4), place))
+    models = {name: checkpoint.load(place.model(name))[0] for name in ("pretrained", "writes", "judges")}
+    assert models["writes"].config.prompt == "a picture of "
+    before, after = (models[name].itm_head.weight for name in ("pretrained", "writes"))
     assert before.equal(after)  # LM alone leaves the matching head as it was
-    assert not before.equal(models["filter"].itm_head.weight)
+    assert not before.equal(models["judges"].itm_head.weight)
 
 
 def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
