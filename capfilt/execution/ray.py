@@ -36,9 +36,13 @@ class _Worker:
 
     def __init__(self, stage: ShardStage) -> None:
         self.stage = stage
-        stage.setup()
+        self.ready = False
 
     def work(self, mark: str, shard: int) -> Manifest:
+        if not self.ready:
+            # Not in the constructor: an error there reaches the driver as a dead actor, without its type.
+            self.stage.setup()
+            self.ready = True
         return process_and_commit(self.stage, mark, shard)
 
 
@@ -131,9 +135,6 @@ class RayExecutor:
                 except RayTaskError as error:
                     _reraise(error, f"{stage.name}, shard {shard:05d}")
                 except (RayActorError, WorkerCrashedError) as error:
-                    cause = getattr(error, "cause", None)
-                    if isinstance(cause, RayTaskError):
-                        _reraise(cause, f"{stage.name}, setting up a worker")
                     attempts[shard] += 1
                     if attempts[shard] >= SHARD_ATTEMPTS:
                         raise RunError(

@@ -45,10 +45,10 @@ SIZES = {
         human={"train": 600, "test": 300},
         captions=5,
         settings={
-            "pretrain_steps": 500,
+            "pretrain_steps": 480,
             "captioner_steps": 450,
             "filter_steps": 250,
-            "retrain_steps": 350,
+            "retrain_steps": 430,
             "shard": 500,
         },
     ),

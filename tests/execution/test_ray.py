@@ -19,7 +19,7 @@ def results(tmp_path_factory):
     root = tmp_path_factory.mktemp("ray")
     process = subprocess.run(
         [sys.executable, str(HERE.parents[1] / "loopback.py"), sys.executable, str(HERE.parent / "ray_run.py"), str(root)],
-        capture_output=True, text=True, timeout=300, cwd=HERE.parents[2],
+        capture_output=True, text=True, timeout=900, cwd=HERE.parents[2],
     )  # fmt: skip
     if process.returncode == UNAVAILABLE:
         pytest.skip(process.stderr.strip())
