@@ -57,11 +57,16 @@ def arms(train: dict[str, Any], evaluate: dict[str, Any], seed: int) -> list[Ste
         choice = {"images": "web", "captions": [name], "scores": name, "out": rule, **options}
         steps.append(("select", f"select-{rule}", choice))
     for row in ROWS:
-        model = row.replace(", ", "-")
-        data = {"web": ["web"]} if row == "none" else {"web": [], "pairs": [model]}
+        model = checkpoint_of(row)
+        data = {"web": ["web"]} if row == "none" else {"web": [], "pairs": [row.replace(", ", "-")]}
         steps.append(("retrain", f"retrain-{model}", {**train, **data, "out": model}))
         steps.append(("evaluate", f"evaluate-{model}", {**evaluate, "model": model}))
     return [Step(stage=stage, name=label, options=options) for stage, label, options in steps]
+
+
+def checkpoint_of(row: str) -> str:
+    """The name of the model trained on a row's data; `filter` and `captioner` are taken by the models of step 2."""
+    return "on-" + row.replace(", ", "-")
 
 
 def run_seed(place: Workspace, size: str, seed: int, work: Executor) -> dict[str, dict[str, float]]:
@@ -79,8 +84,7 @@ def run_seed(place: Workspace, size: str, seed: int, work: Executor) -> dict[str
     run(recipes.resolve(content, []), place, work)
     found = {}
     for row in ROWS:
-        model = row.replace(", ", "-")
-        metrics = json.loads((place.path / "runs" / f"{model}.json").read_bytes())["metrics"]
+        metrics = json.loads((place.path / "runs" / f"{checkpoint_of(row)}.json").read_bytes())["metrics"]
         found[row] = {name: metrics[name] for name in METRICS}
     for row, rule in (("both", "both"), ("both, beam", "both-beam")):
         found[row]["noise"] = dropped_share(place, rule)
