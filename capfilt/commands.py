@@ -73,7 +73,8 @@ def run(
 def quickstart(
     out: Annotated[str, typer.Option("--out", help="directory to make the workspace in")] = "quickstart",
     size: Annotated[
-        str, typer.Option("--size", help="full (about 12 minutes on 2 cores) or small (about 3)")
+        str,
+        typer.Option("--size", help="full (about a quarter of an hour on 2 cores) or small (a few minutes)"),
     ] = "full",
     seed: Annotated[int, typer.Option("--seed", help="of the generated world and of the training")] = 0,
     execution: EXECUTION = "ray",

@@ -21,6 +21,7 @@ import capfilt
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
+from capfilt.tables.ids import file_sha256
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SHOWN = 5
@@ -70,7 +71,7 @@ def save(
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
-            "files": {each: digest(partial / each) for each in (WEIGHTS, TOKENIZER)},
+            "files": {each: file_sha256(partial / each) for each in (WEIGHTS, TOKENIZER)},
         }
         (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for each in (WEIGHTS, TOKENIZER, CONFIG):
@@ -92,7 +93,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Bli
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
     for name, expected in meta["files"].items():
-        if digest(_existing(directory / name)) != expected:
+        if file_sha256(_existing(directory / name)) != expected:
             raise UserError(
                 f"{directory / name}: changed since {CONFIG} was written; take the whole checkpoint from its source"
             )
@@ -141,14 +142,8 @@ def fingerprint(directory: str | Path) -> str:
     """sha256 (hex) over the three files: two checkpoints with one fingerprint caption and score alike."""
     total = hashlib.sha256()
     for name in (CONFIG, WEIGHTS, TOKENIZER):
-        total.update(f"{name}:{digest(_existing(Path(directory) / name))}\n".encode())
+        total.update(f"{name}:{file_sha256(_existing(Path(directory) / name))}\n".encode())
     return total.hexdigest()
-
-
-def digest(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

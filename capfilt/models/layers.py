@@ -33,10 +33,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def init_std(width: int) -> float:
-    """The published 0.02 from width 768 up; wider below, by the square root, so that narrow layers pass on as much.
-
-    0.02 at width 128 lets so little through that ITC and ITM sit still for the first thousand steps.
-    """
+    """The published 0.02 from width 768 up; wider below, by the square root, so that narrow layers pass on as much."""
     return 0.02 * max(1.0, math.sqrt(768 / width))
 
 

@@ -5,7 +5,6 @@ Scheduling, retries and progress are the business of `execution/`.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -126,9 +125,3 @@ def option_values(options: Any, *, without: tuple[str, ...] = ()) -> dict[str, A
         if description.metadata.get("kind") or name in ("out", *without):
             values.pop(name, None)
     return {name: str(value) if value == float("inf") else value for name, value in values.items()}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

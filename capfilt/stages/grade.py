@@ -13,11 +13,11 @@ from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
 from capfilt.inference.filter import Filter
 from capfilt.models import checkpoint
-from capfilt.stages.base import Report, file_digest, option_values
+from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
 from capfilt.stages.results import ResultStage, result_path
 from capfilt.stages.train import device
-from capfilt.tables.ids import text_id
+from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.filter_quality import kendall_tau_c_interval, roc_auc, roc_auc_interval, spearman
@@ -49,7 +49,7 @@ class Grade(ResultStage):
             "images": self.images.digest(),
             "verdicts": self.verdicts.digest(),
             "filter": checkpoint.fingerprint(self.filter) if self.filter else "",
-            "expert": file_digest(Path(self.options.expert)) if self.options.expert else "",
+            "expert": file_sha256(Path(self.options.expert)) if self.options.expert else "",
         }
 
     def outlook(self) -> str:

@@ -27,7 +27,7 @@ from capfilt.models.blip import Blip, build
 from capfilt.models.objectives import BlipPretraining, PretrainingConfig
 from capfilt.models.presets import preset
 from capfilt.models.pretrained import load_vit
-from capfilt.stages.base import ModelStage, Report, file_digest, option_values
+from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.options import (
     FinetuneCaptionerOptions,
     FinetuneFilterOptions,
@@ -35,6 +35,7 @@ from capfilt.stages.options import (
     PretrainOptions,
     RetrainOptions,
 )
+from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -261,9 +262,9 @@ class Pretrain(_Training):
 
     def identity(self) -> Mapping[str, Any]:
         vocab = self.options.vocab
-        digest = file_digest(_tokenizer_file(vocab)) if vocab != "corpus" else "corpus"
+        digest = file_sha256(_tokenizer_file(vocab)) if vocab != "corpus" else "corpus"
         vision = (
-            file_digest(Path(self.options.vision_init) / "model.safetensors")
+            file_sha256(Path(self.options.vision_init) / "model.safetensors")
             if self.options.vision_init
             else ""
         )

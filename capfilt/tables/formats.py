@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
+from capfilt.tables.ids import file_sha256
 
 FORMATS = ("coco", "karpathy", "folder", "img2dataset", "webdataset")
 
@@ -665,7 +666,7 @@ class _AnnotatedSource(_ListedSource):
 
     @cached_property
     def _digest(self) -> str:
-        return _file_sha256(self.path)
+        return file_sha256(self.path)
 
     def digest(self) -> str:
         # Whoever asks is about to begin a part: a broken file must be found out before.
@@ -955,8 +956,3 @@ def _parquet_schema(path: Path) -> pa.Schema:
         raise UserError(
             f"{path}: is not a whole Parquet file ({reason}); make it again, or take it away"
         ) from None
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

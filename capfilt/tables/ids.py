@@ -1,4 +1,4 @@
-"""Row identity: 128-bit hashes that are the same on every machine and never collide across datasets.
+"""Identity of rows (128-bit hashes, the same on every machine, never colliding across datasets) and of files.
 
 Hashes are BLAKE2b with a 16-byte digest over length-prefixed UTF-8 fields, so that ("ab", "c") and ("a", "bc") differ.
 """
@@ -6,6 +6,7 @@ Hashes are BLAKE2b with a 16-byte digest over length-prefixed UTF-8 fields, so t
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 
 def _hash(*fields: str) -> str:
@@ -30,3 +31,9 @@ def text_id(image: str, source: str, text: str, generator: str, sample_index: in
     `sample_index` is the text's place among its siblings, so that equal texts of one image keep ids of their own.
     """
     return _hash("text", image, source, text, generator, str(sample_index))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

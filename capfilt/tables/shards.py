@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import CONTRACTS, Contract
+from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import publish_new, publish_new_bytes, replace
 
 _MANIFEST = re.compile(r"^(\d{5,})\.manifest\.json$")
@@ -117,11 +118,6 @@ def _etag(path: Path) -> tuple[int, str]:
         file.seek(max(0, size - 65536))
         tail = file.read()
     return size, hashlib.blake2b(tail + size.to_bytes(8, "little"), digest_size=16).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Part:
@@ -269,7 +265,7 @@ class Part:
             rows=pq.read_metadata(path).num_rows,
             size=size,
             etag=etag,
-            sha256=_sha256(path),
+            sha256=file_sha256(path),
             counts=counts,
         )
         if not publish_new_bytes(self._manifest_path(shard), manifest.to_json()):
@@ -342,15 +338,6 @@ class Part:
             total = total + manifest.counts
         return total
 
-    def seconds(self) -> float:
-        """Seconds spent on the committed shards, summed over workers."""
-        total = 0.0
-        for shard in self.shards():
-            path = self.path / f"{shard:05d}_stats.json"
-            if path.is_file():
-                total += float(json.loads(path.read_bytes())["seconds"])
-        return total
-
     def digest(self) -> str:
         """A fingerprint of what the part holds now: its own, and the hash of every committed shard."""
         return fingerprint(
@@ -367,7 +354,7 @@ class Part:
         size, etag = _etag(path)
         if size != manifest.size:
             return f"{path}: {size} bytes, the manifest says {manifest.size}"
-        if etag != manifest.etag or (full and _sha256(path) != manifest.sha256):
+        if etag != manifest.etag or (full and file_sha256(path) != manifest.sha256):
             return f"{path}: the bytes are not those the manifest was written for"
         return None
 

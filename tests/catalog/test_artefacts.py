@@ -17,6 +17,7 @@ from capfilt.catalog.artefacts import (
     read_runs,
     shown_figures,
 )
+from capfilt.tables.ids import file_sha256
 
 
 def test_log_keeps_finite_numbers_in_order_of_the_steps(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_checkpoint_fingerprint_is_the_models_rooms_own(tmp_path: Path) -> None:
     checkpoint = pytest.importorskip("capfilt.models.checkpoint")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    files = {name: checkpoint.digest(tmp_path / name) for name in ("model.safetensors", "tokenizer.json")}
+    files = {name: file_sha256(tmp_path / name) for name in ("model.safetensors", "tokenizer.json")}
     (tmp_path / "config.json").write_text(json.dumps({"files": files}))
     assert artefacts.checkpoint_fingerprint(tmp_path) == checkpoint.fingerprint(tmp_path)
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
-from capfilt.stages.base import file_digest
 from capfilt.tables.formats import ColumnTypes, arrow_column, storable, texts_in
+from capfilt.tables.ids import file_sha256
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
 
@@ -70,7 +70,7 @@ class UrlList(ABC):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file, hex."""
-        return file_digest(self.path)
+        return file_sha256(self.path)
 
     @property
     @abstractmethod
