@@ -16,9 +16,16 @@ is the share of synthetic texts that the filter drops, as in the paper's table 2
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +76,11 @@ def checkpoint_of(row: str) -> str:
     return "on-" + row.replace(", ", "-")
 
 
-def run_seed(place: Workspace, size: str, seed: int, work: Executor) -> dict[str, dict[str, float]]:
-    """Run everything for one seed. Returns the metrics of each row."""
+def run_seed(place: Workspace, seed: int, size: str, work: Executor | None) -> dict[str, dict[str, float]]:
+    """Run everything for one seed, inline where there is no executor. Returns the metrics of each row."""
+    if work is None:
+        with executor("inline") as own:
+            return run_seed(place, seed, size, own)
     chosen: Size = SIZES[size]
     with open_world(place, chosen, size, seed) as settings:
         _, content = recipes.load_recipe("quickstart")
@@ -113,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many worlds")
     parser.add_argument("--workspace", default="", help="keep the workspaces here (and continue them)")
     parser.add_argument("--execution", default="inline", help="ray or inline")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds run at a time, inline, a thread or more each")
     parser.add_argument("--markdown", action="store_true", help="also print the table as Markdown")
 
 
@@ -120,10 +131,22 @@ def measure(args: argparse.Namespace, record: Record) -> None:
     """All seeds, then means and spreads."""
     seeds = 1 if args.quick else args.seeds
     size = "miniature" if args.quick else "full"
-    with tempfile.TemporaryDirectory() as scratch, executor(args.execution) as work:
-        root = Path(args.workspace or scratch)
-        numbers = range(args.seed, args.seed + seeds)
-        found = [run_seed(Workspace(root / f"seed{seed}"), size, seed, work) for seed in numbers]
+    with tempfile.TemporaryDirectory() as scratch:
+        places = [
+            Workspace(Path(args.workspace or scratch) / f"seed{seed}")
+            for seed in range(args.seed, args.seed + seeds)
+        ]
+        with ExitStack() as stack:
+            each: Callable[..., Iterator[dict[str, dict[str, float]]]] = map
+            work: Executor | None = None
+            if args.jobs > 1:
+                threads = max(1, (os.cpu_count() or 1) // args.jobs)
+                os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
+                pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+                each = stack.enter_context(pool).map
+            else:
+                work = stack.enter_context(executor(args.execution))
+            found = list(each(partial(run_seed, size=size, work=work), places, itertools.count(args.seed)))
     lines = ["| trained on | TR@1 | IR@1 | CIDEr | noise |", "|---|---|---|---|---|"]
     for row in ROWS:
         cells = []

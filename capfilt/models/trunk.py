@@ -68,7 +68,8 @@ class Trunk(nn.Module):
 
     def __init__(self, recipe: TrunkRecipe, image_size: int, frozen: bool) -> None:
         super().__init__()
-        self.net: Any = recipe.build(image_size)
+        # Channels last: depthwise convolutions read it in order.
+        self.net: Any = recipe.build(image_size).to(memory_format=torch.channels_last)
         self.frozen = frozen
         self.net.requires_grad_(not frozen)
         self.net.eval()
@@ -79,6 +80,16 @@ class Trunk(nn.Module):
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
+        # On a processor a few rows at a time: their maps fit its cache and the allocator's pools, which a whole batch's
+        # do not, and that is most of the time (benchmarks/trunk.py).
+        rows = pixels.shape[0] if pixels.is_cuda or not self.frozen else _ROWS
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features: Tensor = self.net.extract_features(pixels)
+            maps = [
+                self.net.extract_features(some.contiguous(memory_format=torch.channels_last))
+                for some in pixels.split(max(1, rows))
+            ]
+        features = torch.cat(maps) if len(maps) > 1 else maps[0]
         return features.flatten(2).transpose(1, 2)
+
+
+_ROWS = 4

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from capfilt import recipe as recipes
 from capfilt.catalog.report import write_report
 from capfilt.errors import UserError
 from capfilt.quickstart import grading
+from capfilt.quickstart.memory import PeakMemory
 from capfilt.quickstart.server import WebProcess
 from capfilt.quickstart.web import build_human, build_web, write_human, write_truth, write_url_list
 from capfilt.tables.publish import replace
@@ -104,7 +103,7 @@ def run_quickstart(
 
     say(f"[bold]capfilt quickstart[/] ({size}) into {workspace.path}")
     accounts: dict[str, dict[str, Any]] = {}
-    with open_world(workspace, chosen, size, seed) as settings:
+    with PeakMemory() as peak, open_world(workspace, chosen, size, seed) as settings:
         say(
             f"a web of {chosen.web:,} pages at http://{settings['host']}, {sum(chosen.human.values()):,} human images"
         )
@@ -117,12 +116,14 @@ def run_quickstart(
     captions = world / "human" / "captions.json"
     summary = _summary(workspace, world, captions, accounts, seed)
     summary["size"] = size
+    summary["peak_memory_gb"] = round(peak.gb, 2)
     summary["seconds"]["total"] = round(time.monotonic() - began, 1)
     summary["targets"] = grading.met(summary)
     replace(workspace.path / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     write_report(workspace, workspace.path / "report.html")
     if not quiet:
         _show(console, summary)
+        say(f"{summary['seconds']['total']:,.0f} s in all, {summary['peak_memory_gb']} GB of memory at most")
         say(f"wrote {workspace.path / 'summary.json'} and {workspace.path / 'report.html'}")
         say(f"next: capfilt query -w {workspace.path}, or open the report")
     return summary
@@ -176,7 +177,6 @@ def _summary(
         "filter": grading.filter_figures(web, seed),
         "captioner": grading.captioner_figures(synthetic, grading.human_captions(captions)),
         "evaluation": grading.evaluation_figures(workspace, MODELS),
-        "peak_memory_gb": _peak_memory_gb(),
     }
 
 
@@ -211,14 +211,6 @@ def _seconds(workspace: Workspace, accounts: dict[str, dict[str, Any]]) -> dict[
     total = {name: round(before.get(name, 0.0) + account["seconds"], 2) for name, account in accounts.items()}
     replace(path, (json.dumps(total, indent=1) + "\n").encode())
     return total
-
-
-def _peak_memory_gb() -> float:
-    """The largest resident set of this process or of any one child, in GB (a lower bound of all together)."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(max(own, children) * unit / 1e9, 2)
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:
