@@ -123,7 +123,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many worlds")
     parser.add_argument("--workspace", default="", help="keep the workspaces here (and continue them)")
     parser.add_argument("--execution", default="inline", help="ray or inline")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds run at a time, inline, a thread or more each")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds run at a time, inline, a thread or more each"
+    )
     parser.add_argument("--markdown", action="store_true", help="also print the table as Markdown")
 
 

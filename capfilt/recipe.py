@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from capfilt.errors import UserError
-from capfilt.execution.run import Executor, Summary, executor, outlook, run_command
+from capfilt.execution.run import Executor, SharedExecutor, Summary, executor, outlook, run_command
 from capfilt.resources import find_recipe
 from capfilt.stages.options import REQUIRED
 from capfilt.stages.registry import stage_command
@@ -38,11 +40,16 @@ class Input(BaseModel):
 
 
 class Step(BaseModel):
-    """One stage of a recipe. `name` tells two steps of one stage apart; by default it is the stage's."""
+    """One stage of a recipe. `name` tells two steps of one stage apart; by default it is the stage's.
+
+    Neighbours with the same word as `together` read nothing of each other's: where the executor can, they run at the
+    same time, on equal shares of the machine.
+    """
 
     model_config = ConfigDict(extra="forbid")
     stage: str
     name: str = ""
+    together: str = ""
     options: dict[str, Any] = {}
 
     @property
@@ -168,7 +175,8 @@ def show(recipe: Recipe, settings: Sequence[str]) -> str:
         values = {
             key: list(value) if isinstance(value, tuple) else value for key, value in vars(options).items()
         }
-        steps.append({"stage": step.stage, "name": step.label, "options": values})
+        together = {"together": step.together} if step.together else {}
+        steps.append({"stage": step.stage, "name": step.label, **together, "options": values})
     return str(
         yaml.safe_dump({"version": recipe.version, "stages": steps}, sort_keys=False, allow_unicode=True)
     )
@@ -195,16 +203,49 @@ def run_recipe(
     *,
     quiet: bool = False,
 ) -> Iterator[tuple[Step, Summary]]:
-    """Run the steps in order, yielding the account of each stage; `runs/recipes/<name>.json` keeps them all."""
+    """Run the steps in order, yielding the account of each stage; `runs/recipes/<name>.json` keeps them all.
+
+    Steps that run together yield in the order in which they end; where one fails, the others are stopped.
+    """
     record: dict[str, Any] = {}
     path: Path = workspace.path / "runs" / "recipes" / f"{name}.json"
     with executor(execution) if isinstance(execution, str) else nullcontext(execution) as work:
-        for step, options in steps:
-            for summary in run_command(stage_command(step.stage), options, workspace, work, quiet=quiet):
-                record[title(step, summary)] = account(summary)
-                yield step, summary
-                path.parent.mkdir(parents=True, exist_ok=True)
-                replace(path, (json.dumps(record, indent=1) + "\n").encode())
+        for step, summary in _run_steps(steps, workspace, work, quiet):
+            record[title(step, summary)] = account(summary)
+            yield step, summary
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _run_steps(
+    steps: list[tuple[Step, Any]], workspace: Workspace, work: Executor, quiet: bool
+) -> Iterator[tuple[Step, Summary]]:
+    for _, group in itertools.groupby(enumerate(steps), key=lambda item: item[1][0].together or item[0]):
+        members = [member for _, member in group]
+        shared = work.share(len(members)) if len(members) > 1 else None
+        if shared is None:
+            for step, options in members:
+                for summary in run_command(stage_command(step.stage), options, workspace, work, quiet=quiet):
+                    yield step, summary
+        else:
+            yield from _run_together(members, workspace, shared, quiet)
+
+
+def _run_together(
+    members: list[tuple[Step, Any]], workspace: Workspace, shared: SharedExecutor, quiet: bool
+) -> Iterator[tuple[Step, Summary]]:
+    def run(step: Step, options: Any) -> list[Summary]:
+        return list(run_command(stage_command(step.stage), options, workspace, shared, quiet=quiet))
+
+    with ThreadPoolExecutor(len(members), thread_name_prefix="capfilt-step") as pool:
+        running = {pool.submit(run, step, options): step for step, options in members}
+        try:
+            for ended in as_completed(running):
+                for summary in ended.result():
+                    yield running[ended], summary
+        except BaseException:
+            shared.stop()
+            raise
 
 
 def title(step: Step, summary: Summary) -> str:

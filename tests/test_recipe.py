@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import yaml
 
 from capfilt import recipe as recipes
 from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
 from capfilt.resources import list_recipes
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, tiny_checkpoint, write_images
@@ -120,3 +122,57 @@ def test_a_run_skips_what_is_done_and_a_dry_run_writes_nothing(tmp_path):
     assert all("done" in line for line in recipes.dry_run(steps, place))
     again = [summary for _, summary in recipes.run_recipe("r", steps, place, "inline", quiet=True)]
     assert [summary.done_now for summary in again] == [0, 0, 0, 0]
+
+
+class Threads(InlineExecutor):
+    """Runs steps together, and lets none go on before all have begun."""
+
+    def __init__(self):
+        self.stopped = False
+
+    def share(self, ways):
+        self.meeting = threading.Barrier(ways, timeout=60)
+        return self
+
+    def stop(self):
+        self.stopped = True
+        self.meeting.abort()
+
+    def shards(self, stage, mark, todo):
+        self.meeting.wait()
+        return super().shards(stage, mark, todo)
+
+
+def two_captions(tmp_path, second="captioner"):
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "web"), [image_rows("web", 3)])
+    tiny_checkpoint(place.model("captioner"), seed=1)
+    same = {"images": "web", "prompt": "", "max_new_tokens": 3}
+    stages = [
+        {"stage": "caption", "name": "a", "together": "captions", "options": {**same, "out": "a"}},
+        {"stage": "caption", "name": "b", "together": "captions", "options": {**same, "out": "b", "captioner": second}},
+    ]  # fmt: skip
+    return place, resolved(write(tmp_path / "r.yaml", stages=stages, inputs={}))
+
+
+def test_steps_that_belong_together_run_at_the_same_time(tmp_path):
+    place, steps = two_captions(tmp_path)
+    ended = [step.label for step, _ in recipes.run_recipe("r", steps, place, Threads(), quiet=True)]
+    assert sorted(ended) == ["a", "b"]
+    assert [place.part("captions", name).rows for name in "ab"] == [3, 3]
+    record = json.loads((place.path / "runs" / "recipes" / "r.json").read_bytes())
+    assert record.keys() == {"a", "b"}
+
+
+def test_where_one_of_them_fails_the_others_are_told_to_stop(tmp_path):
+    place, steps = two_captions(tmp_path, second="nowhere")
+    work = Threads()
+    with pytest.raises(UserError, match="nowhere"):
+        list(recipes.run_recipe("r", steps, place, work, quiet=True))
+    assert work.stopped
+
+
+def test_one_process_runs_them_one_after_the_other(tmp_path):
+    place, steps = two_captions(tmp_path)
+    ended = [step.label for step, _ in recipes.run_recipe("r", steps, place, "inline", quiet=True)]
+    assert ended == ["a", "b"]

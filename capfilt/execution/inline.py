@@ -32,3 +32,6 @@ class InlineExecutor:
 
     def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
         return stage.run(report)
+
+    def share(self, ways: int) -> None:
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -22,8 +24,46 @@ LINE_EVERY = 15.0
 """Seconds between lines where standard error is not a terminal."""
 
 
+class _Bars:
+    """The bars on the terminal, one for each stage that runs: a terminal has room for one display only."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._display: Progress | None = None
+        self._count = 0
+
+    def join(self) -> Progress:
+        with self._lock:
+            if self._display is None:
+                self._display = Progress(
+                    SpinnerColumn(),
+                    TextColumn("[bold]{task.description:<22}"),
+                    BarColumn(bar_width=24),
+                    TaskProgressColumn(),
+                    TextColumn("{task.fields[text]}"),
+                    TimeRemainingColumn(),
+                    console=Console(stderr=True),
+                    transient=True,
+                )
+                self._display.start()
+            self._count += 1
+            return self._display
+
+    def leave(self, task: TaskID) -> None:
+        with self._lock:
+            assert self._display is not None
+            self._display.remove_task(task)
+            self._count -= 1
+            if not self._count:
+                self._display.stop()
+                self._display = None
+
+
+_BARS = _Bars()
+
+
 class StageProgress:
-    """One stage's progress; a context manager. `update` may be called as often as one likes."""
+    """One stage's progress; a context manager. `update` may be called as often as one likes, stages may run together."""
 
     def __init__(self, name: str, total: int, unit: str, *, quiet: bool = False) -> None:
         self.name, self.total, self.unit = name, total, unit
@@ -32,29 +72,20 @@ class StageProgress:
         self._last_line = self._start
         self._quiet = quiet
         self._bar: Progress | None = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("[bold]{task.description:<18}"),
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(name, total=total or None, text="starting")
+        self._shown = not quiet and sys.stderr.isatty()
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        if self._shown:
+            self._bar = _BARS.join()
+            self._task = self._bar.add_task(self.name, total=self.total or None, text="starting")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            _BARS.leave(self._task)
+            self._bar = None
 
     def update(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -71,6 +72,16 @@ def _run_model(stage: ModelStage, board: Any) -> Mapping[str, Any]:
     return stage.run(report)
 
 
+def _share(cpus: float, ways: int) -> float:
+    """One of `ways` shares; Ray takes a fraction below 1, and above it whole processors only."""
+    share = cpus / ways
+    return float(int(share)) if share >= 1 else share
+
+
+def _threads(cpus: float) -> dict[str, Any]:
+    return {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}}
+
+
 def _reraise(error: RayTaskError, what: str) -> None:
     cause = error.cause
     if isinstance(cause, UserError | RunError):
@@ -81,9 +92,25 @@ def _reraise(error: RayTaskError, what: str) -> None:
 class RayExecutor:
     """The executor on a Ray cluster."""
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, ways: int = 1) -> None:
         self.address = address or os.environ.get("RAY_ADDRESS") or None
         self._started = False
+        self._ways = ways
+        self._stopped = threading.Event()
+
+    def share(self, ways: int) -> RayExecutor:
+        """For stages from several threads; a piece of work still takes a whole GPU where there is one."""
+        return RayExecutor(self.address, ways)
+
+    def stop(self) -> None:
+        """End what runs: every thread gets a RunError."""
+        self._stopped.set()
+
+    def _check(self, stage: ShardStage | ModelStage) -> None:
+        if self._stopped.is_set():
+            raise RunError(
+                f"{stage.name}: stopped with the others; what was committed is valid, run again to go on"
+            )
 
     def __enter__(self) -> Self:
         if not ray.is_initialized():
@@ -107,14 +134,15 @@ class RayExecutor:
 
     def shards(self, stage: ShardStage, mark: str, todo: list[int]) -> Iterator[Manifest]:
         resources = ray.cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        cpus = _share(resources.get("CPU", 1), self._ways)
+        gpus = int(resources.get("GPU", 0))
         if stage.uses_gpu and gpus:
-            size = min(gpus, len(todo))
-            options: dict[str, Any] = {"num_cpus": max(1, cpus // gpus // 2), "num_gpus": 1}
+            size = min(max(1, gpus // self._ways), len(todo))
+            options: dict[str, Any] = {"num_cpus": _share(cpus, 2 * size), "num_gpus": 1}
         else:
-            size = max(1, min(cpus, len(todo)))
-            options = {"num_cpus": max(1, cpus // size)}
-        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(options["num_cpus"])}}
+            size = max(1, min(int(cpus), len(todo)))
+            options = {"num_cpus": _share(cpus, size)}
+        options["runtime_env"] = _threads(options["num_cpus"])
         actor = ray.remote(_Worker).options(**options)
         stage_reference = ray.put(stage)
 
@@ -128,7 +156,10 @@ class RayExecutor:
                     shard = queue.pop()
                     running[worker.work.remote(mark, shard)] = (shard, worker)
             while running:
-                ready, _ = ray.wait(list(running), num_returns=1)
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+                self._check(stage)
+                if not ready:
+                    continue
                 shard, worker = running.pop(ready[0])
                 try:
                     yield ray.get(ready[0])
@@ -155,7 +186,8 @@ class RayExecutor:
     def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
         resources = ray.cluster_resources()
         # One piece of work runs on one node: ask for the largest node's processors, not the cluster's.
-        cpus = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+        cpus = _share(largest, self._ways)
         gpus = 1 if resources.get("GPU", 0) >= 1 else 0
         board = ray.remote(_Board).options(num_cpus=0).remote()
         task = (
@@ -164,7 +196,7 @@ class RayExecutor:
                 num_cpus=cpus,
                 num_gpus=gpus,
                 max_retries=2,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
+                runtime_env=_threads(cpus),
             )
             .remote(stage, board)
         )
@@ -176,6 +208,7 @@ class RayExecutor:
                     report(step, total, figures)
                 if ready:
                     return dict(ray.get(task))
+                self._check(stage)
         except RayTaskError as error:
             _reraise(error, stage.name)
             raise AssertionError from error
@@ -183,6 +216,6 @@ class RayExecutor:
             raise RunError(
                 f"{stage.name}: its worker died three times; run again to go on from its last state"
             ) from error
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RunError):
             ray.cancel(task, force=True)
             raise

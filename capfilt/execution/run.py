@@ -31,6 +31,16 @@ class Executor(Protocol):
     def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
         """Run a stage that is one piece of work."""
 
+    def share(self, ways: int) -> SharedExecutor | None:
+        """The same with one of `ways` equal shares for each stage, for as many threads; None: one stage at a time."""
+
+
+class SharedExecutor(Executor, Protocol):
+    """What several threads may run stages on at the same time."""
+
+    def stop(self) -> None:
+        """End what runs: every thread gets a RunError."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -166,7 +176,9 @@ def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summ
     start = time.monotonic()
     if stage.done():
         return Summary(stage.name, str(stage.output), time.monotonic() - start, done_before=1)
-    with StageProgress(stage.name, 0, stage.unit, quiet=quiet) as progress:
+    # Stages of one name may run together: what they write tells them apart.
+    name = f"{stage.name} {stage.output.stem}"
+    with StageProgress(name, 0, stage.unit, quiet=quiet) as progress:
         figures = work.model(
             stage, lambda step, total, latest: progress.update(step, total=total, figures=latest)
         )

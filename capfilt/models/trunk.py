@@ -68,8 +68,9 @@ class Trunk(nn.Module):
 
     def __init__(self, recipe: TrunkRecipe, image_size: int, frozen: bool) -> None:
         super().__init__()
-        # Channels last: depthwise convolutions read it in order.
-        self.net: Any = recipe.build(image_size).to(memory_format=torch.channels_last)
+        net: Any = recipe.build(image_size)
+        # Depthwise convolutions read channels in order.
+        self.net: Any = net.to(memory_format=torch.channels_last)
         self.frozen = frozen
         self.net.requires_grad_(not frozen)
         self.net.eval()
@@ -86,7 +87,7 @@ class Trunk(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = [
                 self.net.extract_features(some.contiguous(memory_format=torch.channels_last))
-                for some in pixels.split(max(1, rows))
+                for some in torch.split(pixels, max(1, rows))
             ]
         features = torch.cat(maps) if len(maps) > 1 else maps[0]
         return features.flatten(2).transpose(1, 2)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Size:
 SIZES = {
     "full": Size(
         web=4000,
-        human={"train": 600, "test": 300},
+        human={"train": 600, "test": 500},
         captions=5,
         settings={
             "pretrain_steps": 480,
@@ -102,7 +103,7 @@ def run_quickstart(
             console.print(line, highlight=False, soft_wrap=True)
 
     say(f"[bold]capfilt quickstart[/] ({size}) into {workspace.path}")
-    accounts: dict[str, dict[str, Any]] = {}
+    ended: list[tuple[int, str, dict[str, Any]]] = []
     with PeakMemory() as peak, open_world(workspace, chosen, size, seed) as settings:
         say(
             f"a web of {chosen.web:,} pages at http://{settings['host']}, {sum(chosen.human.values()):,} human images"
@@ -110,9 +111,12 @@ def run_quickstart(
         _, content = recipes.load_recipe("quickstart")
         given = {**settings, **chosen.settings, "seed": seed}
         steps = recipes.resolve(content, [f"{name}={value}" for name, value in given.items()])
+        places = {step.label: place for place, (step, _) in enumerate(steps)}
         for step, done in recipes.run_recipe("quickstart", steps, workspace, execution, quiet=quiet):
-            accounts[recipes.title(step, done)] = recipes.account(done)
+            ended.append((places[step.label], recipes.title(step, done), recipes.account(done)))
             say(done.line())
+    # Steps that run together end in any order; people read them in the recipe's.
+    accounts = {name: account for _, name, account in sorted(ended, key=itemgetter(0))}
     captions = world / "human" / "captions.json"
     summary = _summary(workspace, world, captions, accounts, seed)
     summary["size"] = size

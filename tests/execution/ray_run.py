@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -74,12 +76,58 @@ class Steps(ModelStage):
         return {"threads": int(os.environ["OMP_NUM_THREADS"])}
 
 
+class Meets(ModelStage):
+    """Ends when another of its kind has begun; the one called `lonely` is never met, the one called `fails` fails."""
+
+    name = "meets"
+    version = 1
+
+    def __init__(self, root: str, name: str, other: str) -> None:
+        self.output, self.mark, self.other = (
+            Path(root) / name,
+            Path(root) / f"{name}.begun",
+            Path(root) / f"{other}.begun",
+        )
+
+    def identity(self):
+        return {}
+
+    def outlook(self):
+        return "a meeting"
+
+    def done(self):
+        return False
+
+    def run(self, report):
+        self.mark.write_text("")
+        while not self.other.exists():
+            time.sleep(0.05)
+        if self.output.name == "fails":
+            raise RunError("the machine is on fire")
+        return {"threads": int(os.environ["OMP_NUM_THREADS"])}
+
+
+def together(work, *stages):
+    """What each stage came to, and the seconds until all had ended; the first that fails stops the rest."""
+    shared = work.share(len(stages))
+
+    def one(stage):
+        found = attempt(stage, shared)
+        if "error" in found:
+            shared.stop()
+        return found
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, stages))
+
+
 def attempt(stage, work):
     try:
         summary = run_stage(stage, work, quiet=True)
         return {"rows": summary.rows_out, "now": summary.done_now, "figures": dict(summary.figures)}
     except (UserError, RunError) as error:
-        return {"error": type(error).__name__, "message": str(error), "shards": stage.output.shards()}
+        shards = stage.output.shards() if isinstance(stage, ShardStage) else []
+        return {"error": type(error).__name__, "message": str(error), "shards": shards}
 
 
 if __name__ == "__main__":
@@ -96,3 +144,7 @@ if __name__ == "__main__":
         }
         for name, stage in checks.items():
             print(json.dumps({name: attempt(stage, work)}), flush=True)
+        met = together(work, Meets(root, "one", "two"), Meets(root, "two", "one"), Rows(root, "beside"))
+        print(json.dumps({"together": met}), flush=True)
+        stopped = together(work, Meets(root, "lonely", "nobody"), Meets(root, "fails", "lonely"))
+        print(json.dumps({"stopped": stopped}), flush=True)

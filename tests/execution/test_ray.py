@@ -57,3 +57,16 @@ def test_errors_come_through_as_one_line(results):
 def test_a_piece_of_work_has_the_node_s_processors(results):
     assert results["steps"]["figures"]["threads"] >= 1
     assert results["steps"]["now"] == 1
+
+
+def test_stages_that_run_together_overlap(results):
+    one, two, rows = results["together"]
+    assert one["figures"] == two["figures"]
+    assert one["figures"]["threads"] >= 1
+    assert rows["rows"] == 300
+
+
+def test_one_that_fails_stops_those_beside_it(results):
+    lonely, fails = results["stopped"]
+    assert fails["message"] == "the machine is on fire"
+    assert lonely["message"].startswith("meets: stopped with the others")
