@@ -9,36 +9,40 @@ A picture that does not decode and a text that is empty are left out and counted
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from capfilt.data.examples import (
+    IMAGES_NEEDED,
+    PAIRS_NEEDED,
+    TRAINING_SPLITS,
+    Entry,
+    Text,
+    image_entries,
+    pair_entries,
+    slices,
+    usable,
+)
 from capfilt.data.images import BadImage
 from capfilt.data.loader import Batch, Plan, TokenTable, batches
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, ImageStore, Index, JoinedRows, NoRows, Rows
 from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Tokenizer, clean
 from capfilt.errors import UserError
-from capfilt.tables.contracts import CONTRACTS, MAX_TEXT_CHARACTERS
-from capfilt.tables.ids import text_id
 
 __all__ = [
     "Batch", "Corpus", "ImageStore", "Plan", "batches", "concat", "from_images", "from_pairs", "from_verdicts",
 ]  # fmt: skip
-
-TRAINING_SPLITS: tuple[str | None, ...] = ("train", None)
-_SLICE = 128  # pictures decoded together: enough to keep the threads busy, few enough to hold at once
 
 T = TypeVar("T")
 
@@ -225,19 +229,8 @@ def from_images(
     Raises UserError for a missing or wrong column, RunError for a full disk.
     """
     building = _Builder(size, options)
-    needed = ("image_id", "source", "captions", "status", "image")
-    for rows in _slices(tables, "images", needed, ("split", "failure")):
-        entries = []
-        for row in rows:
-            if source is not None and row["source"] != source:
-                building.deselected["source"] += 1
-                continue
-            texts = []
-            for index, text in enumerate(row["captions"] or []):
-                key = text_id(row["image_id"], row["source"], text or "", "", index)
-                texts.append(_Text(text, row["source"], key))
-            entries.append(_Entry(row, texts))
-        building.feed(entries, splits)
+    for rows in slices(tables, "images", IMAGES_NEEDED, ("split", "failure")):
+        building.feed(image_entries(rows, source, building.deselected), splits)
     return building.corpus()
 
 
@@ -255,20 +248,8 @@ def from_pairs(
     they are made from the image, the source, the text and its place.
     """
     building = _Builder(size, options)
-    for rows in _slices(tables, "pairs", ("image_id", "image", "texts"), ("split",)):
-        entries = []
-        for row in rows:
-            texts = []
-            for index, found in enumerate(row["texts"] or []):
-                found = found or {}
-                text, origin, weight = found.get("text"), found.get("source") or "", found.get("weight")
-                if sources is not None and origin not in sources:
-                    building.deselected["source"] += 1
-                    continue
-                key = text_id(row["image_id"], origin, text or "", "", index)
-                texts.append(_Text(text, origin, key, 1.0 if weight is None else weight))
-            entries.append(_Entry(row, texts))
-        building.feed(entries, splits)
+    for rows in slices(tables, "pairs", PAIRS_NEEDED, ("split",)):
+        building.feed(pair_entries(rows, sources, building.deselected), splits)
     return building.corpus()
 
 
@@ -287,21 +268,19 @@ def from_verdicts(
     table is skipped as `no_image`. Arguments and errors as in `from_images`.
     """
     building = _Builder(size, options)
-    kept: dict[str, list[_Text]] = {}
-    for rows in _slices(verdict_tables, "verdicts", ("text_id", "image_id", "source", "text", "keep"), ()):
+    kept: dict[str, list[Text]] = {}
+    for rows in slices(verdict_tables, "verdicts", ("text_id", "image_id", "source", "text", "keep"), ()):
         for row in rows:
             if not row["keep"]:
                 building.deselected["verdict"] += 1
             elif sources is not None and row["source"] not in sources:
                 building.deselected["source"] += 1
             else:
-                kept.setdefault(row["image_id"], []).append(_Text(row["text"], row["source"], row["text_id"]))
+                kept.setdefault(row["image_id"], []).append(Text(row["text"], row["source"], row["text_id"]))
     wanted = pa.array(sorted(kept), pa.string())
-    for rows in _slices(
-        image_tables, "images", ("image_id", "image"), ("split", "status", "failure"), wanted
-    ):
+    for rows in slices(image_tables, "images", ("image_id", "image"), ("split", "status", "failure"), wanted):
         # An image that two tables have is joined once: its verdicts are used up.
-        building.feed([_Entry(row, kept.pop(row["image_id"], [])) for row in rows], splits)
+        building.feed([Entry(row, kept.pop(row["image_id"], [])) for row in rows], splits)
     building.skipped["no_image"] += sum(map(len, kept.values()))
     return building.corpus()
 
@@ -357,18 +336,6 @@ def concat(corpora: Sequence[Corpus]) -> Corpus:
     )
 
 
-class _Text(NamedTuple):
-    text: str | None
-    source: str
-    key: str
-    weight: float = 1.0
-
-
-class _Entry(NamedTuple):
-    row: dict[str, Any]  # of a table with `image_id` and `image`, perhaps `split`, `status` and `failure`
-    texts: list[_Text]
-
-
 class _Builder:
     """Columns of a corpus under construction."""
 
@@ -383,22 +350,13 @@ class _Builder:
         self._image_ids: list[str] = []
         self._splits: list[str | None] = []
         self._image_of_text: list[int] = []
-        self._texts: list[_Text] = []
+        self._texts: list[Text] = []
 
-    def feed(self, entries: list[_Entry], splits: Sequence[str | None] | None) -> None:
+    def feed(self, entries: list[Entry], splits: Sequence[str | None] | None) -> None:
         """Take rows with their texts: what is unusable is counted, pictures that no text needs are not decoded."""
-        usable = []
-        for row, texts in entries:
-            if row.get("status") not in (None, "success"):
-                self.skipped[row.get("failure") or row["status"]] += 1
-            elif splits is not None and row.get("split") not in splits:
-                self.deselected["split"] += 1
-            elif not texts:
-                self.deselected["no_text"] += 1
-            elif good := [text for text in texts if self._is_usable(text)]:
-                usable.append((row, good))
-        self._decode([row for row, _ in usable])
-        for row, texts in usable:
+        chosen = list(usable(entries, splits, self.skipped, self.deselected))
+        self._decode([entry.row for entry in chosen])
+        for row, texts in chosen:
             number = self._row_of[row["image_id"]]
             if number is not None:
                 for text in texts:
@@ -422,17 +380,6 @@ class _Builder:
             deselected={reason: count for reason, count in sorted(self.deselected.items()) if count},
         )
 
-    def _is_usable(self, text: _Text) -> bool:
-        if text.text is None or not clean(text.text[:MAX_TEXT_CHARACTERS]):
-            self.skipped["empty_text"] += 1
-        elif len(text.text) > MAX_TEXT_CHARACTERS:
-            self.skipped["too_long"] += 1
-        elif not (math.isfinite(text.weight) and text.weight >= 0):
-            self.skipped["not_finite"] += 1
-        else:
-            return True
-        return False
-
     def _decode(self, rows: list[dict[str, Any]]) -> None:
         fresh: dict[str, tuple[bytes, str | None]] = {}
         for row in rows:
@@ -454,49 +401,6 @@ class _Builder:
                 self._row_of[key] = result
                 self._image_ids.append(key)
                 self._splits.append(split)
-
-
-def _slices(
-    tables: Iterable[pa.Table],
-    name: str,
-    needed: Sequence[str],
-    optional: Sequence[str],
-    wanted: pa.Array | None = None,
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows as dicts, some at a time; only of images in `wanted` where given.
-
-    Raises UserError for a column that is missing, of another type, or null where the contract says it never is.
-    """
-    schema = CONTRACTS[name].schema
-    for table in tables:
-        columns = {}
-        for column in (*needed, *optional):
-            if column in table.column_names:
-                columns[column] = _as_promised(table.column(column), schema.field(column), name)
-            elif column in needed:
-                raise UserError(
-                    f"a table of {name} has no column {column!r}, only {', '.join(table.column_names)}"
-                )
-        chosen = pa.table(columns)
-        if wanted is not None:
-            chosen = chosen.filter(pc.is_in(chosen.column("image_id"), value_set=wanted))
-        for start in range(0, chosen.num_rows, _SLICE):
-            yield chosen.slice(start, _SLICE).to_pylist()
-
-
-def _as_promised(column: pa.ChunkedArray, promised: pa.Field, name: str) -> pa.ChunkedArray:
-    if column.type != promised.type:
-        try:
-            column = column.cast(promised.type)
-        except pa.ArrowException:
-            raise UserError(
-                f"a table of {name} has {promised.name!r} as {column.type}: make it {promised.type}"
-            ) from None
-    if column.null_count and not promised.nullable:
-        raise UserError(
-            f"a table of {name} has {column.null_count} nulls in {promised.name!r}: it may have none"
-        )
-    return column
 
 
 def _chained(lists: Iterable[list[T]]) -> list[T]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from capfilt.data.corpus import Corpus
 
 Index = npt.NDArray[np.int64]
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass
@@ -158,18 +161,15 @@ class Plan:
         rows = np.arange(count, dtype=np.int64)
         groups = np.asarray(image_of_text, dtype=np.int64) if one_text_per_image else rows
         self.batch_size = batch_size
-        self._shares = _shares(sources, mixing)
+        self.mix = Mix(set(sources), mixing, seed)
         if mixing is None:
             self._streams = [_Stream(groups, rows, [seed, 0])]
         else:
             named = np.asarray(sources)
             self._streams = []
-            for number, (source, _) in enumerate(self._shares):
+            for number, source in enumerate(self.mix.sources):
                 mine = np.flatnonzero(named == source)
                 self._streams.append(_Stream(groups[mine], rows[mine], [seed, 1 + number]))
-        self._bounds = _bounds([share for _, share in self._shares])
-        self._first = int(np.random.default_rng([seed, 2**32 - 1]).integers(0, 2**63))
-        self._taken = (0, [0] * len(self._streams))
         self.epoch_size = sum(map(len, self._streams))
         self.examples = (
             math.ceil(epochs * self.epoch_size) if epochs is not None else (steps or 0) * batch_size
@@ -184,8 +184,8 @@ class Plan:
         positions = np.arange(first, last, dtype=np.int64)
         if len(self._streams) == 1:
             return self._streams[0].at(positions)
-        before = self._counts(first)
-        which = self._which(positions)
+        before = self.mix.counts(first)
+        which = self.mix.which(positions)
         out = np.empty_like(positions)
         for number, stream in enumerate(self._streams):
             places = np.flatnonzero(which == number)
@@ -196,38 +196,53 @@ class Plan:
         """The epoch that the first example of batch `step` belongs to."""
         return step * self.batch_size // self.epoch_size
 
-    def _which(self, positions: Index) -> Index:
+
+class Mix:
+    """Which source gives the example at each position: shares that hold in every stretch, not only on average.
+
+    Without `mixing` there is one source, called "". Raises UserError for an unknown source or weights that are not
+    shares.
+    """
+
+    def __init__(self, present: AbstractSet[str], mixing: Mapping[str, float] | None, seed: int) -> None:
+        shares = _shares(present, mixing)
+        self.sources = [source for source, _ in shares]
+        self._bounds = _bounds([share for _, share in shares])
+        self._first = int(np.random.default_rng([seed, 2**32 - 1]).integers(0, 2**63))
+        self._taken = (0, [0] * len(shares))
+
+    def which(self, positions: Index) -> Index:
+        """The number of the source of each position."""
         # Weyl's sequence by the golden ratio, in exact 64-bit arithmetic: any stretch of it is evenly spread.
         with np.errstate(over="ignore"):
             spread = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(self._first)
         return np.searchsorted(self._bounds, spread, side="right").astype(np.int64)
 
-    def _counts(self, position: int) -> list[int]:
-        """How many rows each source gave before `position`; remembers the last answer, so going on costs nothing."""
+    def counts(self, position: int) -> list[int]:
+        """How many examples each source gave before `position`; remembers the last answer, so going on costs nothing."""
         start, counts = self._taken
         if position < start:
-            start, counts = 0, [0] * len(self._streams)
+            start, counts = 0, [0] * len(counts)
         counts = list(counts)
         while start < position:
             stop = min(start + 1_000_000, position)
-            found = np.bincount(self._which(np.arange(start, stop, dtype=np.int64)), minlength=len(counts))
+            found = np.bincount(self.which(np.arange(start, stop, dtype=np.int64)), minlength=len(counts))
             counts = [have + int(more) for have, more in zip(counts, found, strict=True)]
             start = stop
         self._taken = (start, counts)
         return counts
 
 
-def _shares(sources: Sequence[str], mixing: Mapping[str, float] | None) -> list[tuple[str, float]]:
+def _shares(present: AbstractSet[str], mixing: Mapping[str, float] | None) -> list[tuple[str, float]]:
     if mixing is None:
         return [("", 1.0)]
-    present = set(sources)
     here = ", ".join(sorted(present))
     for source, weight in mixing.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"mixing: the weight of {source!r} is {weight}: give a number from 0 up")
         if weight > 0 and source not in present:
             raise UserError(f"mixing: the corpus has no texts of source {source!r}, only of {here}")
-    for source in sorted(present - set(mixing)):
+    for source in sorted(set(present) - set(mixing)):
         raise UserError(f"mixing: source {source!r} is not named: give it a weight, 0 to leave it out")
     total = sum(mixing.values())
     if total <= 0:
@@ -351,15 +366,16 @@ def batches(
             features=features,
         )
 
-    return _ahead(assemble, range(start_step, plan.steps), prefetch)
+    return ahead(assemble, range(start_step, plan.steps), prefetch)
 
 
-def _ahead(assemble: Callable[[int], Batch], steps: range, prefetch: int) -> Iterator[Batch]:
+def ahead(assemble: Callable[[S], T], items: Iterable[S], prefetch: int) -> Iterator[T]:
+    """`assemble` of every item in order, up to `prefetch` of them ahead of the caller, in one thread."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="capfilt-batch")
-    waiting: deque[Future[Batch]] = deque()
+    waiting: deque[Future[T]] = deque()
     try:
-        for step in steps:
-            waiting.append(pool.submit(assemble, step))
+        for item in items:
+            waiting.append(pool.submit(assemble, item))
             if len(waiting) > prefetch:
                 yield waiting.popleft().result()
         while waiting:

@@ -88,6 +88,9 @@ class Tokenizer:
         self._special_ids = frozenset(vocab[t] for t in (*SPECIALS, *ADDED))
         self.fingerprint = hashlib.blake2b("\n".join(tokens).encode(), digest_size=16).hexdigest()
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[list[str]]]:
+        return Tokenizer, (self._tokens,)
+
     # ------------------------------------------------------------------ where one comes from
 
     @classmethod

@@ -370,11 +370,11 @@ class Part:
 
     def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of one committed shard. Raises UserError when it is not committed or does not agree."""
-        return pa.Table.from_batches(*_batches(self._file(shard), columns))
+        return pa.Table.from_batches(*_batches(self.open(shard), columns))
 
     def batches(self, shard: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of one committed shard, a row group at a time: memory stays flat in the size of the shard."""
-        file = self._file(shard)
+        file = self.open(shard)
         for group in range(file.num_row_groups):
             yield from file.read_row_group(group, columns=_known(file, columns)).to_batches()
 
@@ -383,7 +383,8 @@ class Part:
         for shard in self.shards():
             yield self.read(shard, columns)
 
-    def _file(self, shard: int) -> pq.ParquetFile:
+    def open(self, shard: int) -> pq.ParquetFile:
+        """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""
         manifest = self.manifest(shard)
         if manifest is None:
             raise UserError(

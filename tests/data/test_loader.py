@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.data.loader import Batch, Plan, TokenTable, _ahead
+from capfilt.data.loader import Batch, Plan, TokenTable, ahead
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 
@@ -169,7 +169,7 @@ def empty_batch(step: int) -> Batch:
     return Batch(nothing, nothing, nothing, nothing, nothing, nothing.float(), nothing.bool(), ["x"], step, 0)
 
 
-def test_one_batch_is_made_ahead_and_no_more() -> None:
+def test_one_batch_is_madeahead_and_no_more() -> None:
     made: list[int] = []
     ready = threading.Event()
 
@@ -179,13 +179,13 @@ def test_one_batch_is_made_ahead_and_no_more() -> None:
             ready.set()
         return empty_batch(step)
 
-    stream = _ahead(assemble, range(10), 1)
+    stream = ahead(assemble, range(10), 1)
     assert next(stream).step == 0
     assert ready.wait(5)
     time.sleep(0.05)
     assert made == [0, 1]
     stream.close()
-    assert [batch.step for batch in _ahead(empty_batch, range(3), 0)] == [0, 1, 2]
+    assert [batch.step for batch in ahead(empty_batch, range(3), 0)] == [0, 1, 2]
 
 
 def test_an_error_while_assembling_reaches_the_reader() -> None:
@@ -194,7 +194,7 @@ def test_an_error_while_assembling_reaches_the_reader() -> None:
             raise RuntimeError("disk gone")
         return empty_batch(step)
 
-    stream = _ahead(assemble, range(5), 1)
+    stream = ahead(assemble, range(5), 1)
     assert [next(stream).step, next(stream).step] == [0, 1]
     with pytest.raises(RuntimeError, match="disk gone"):
         next(stream)

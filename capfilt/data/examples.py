@@ -1,0 +1,150 @@
+"""Rows of tables to texts: which texts a row has, and which of them can be trained on.
+
+One rule for whoever trains, whether the pictures are held (`corpus.py`) or read as they are needed (`stream.py`). No
+pixels here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capfilt.data.tokenizer import clean
+from capfilt.errors import UserError
+from capfilt.tables.contracts import CONTRACTS, MAX_TEXT_CHARACTERS
+from capfilt.tables.ids import text_id
+
+TRAINING_SPLITS: tuple[str | None, ...] = ("train", None)
+IMAGES_NEEDED = ("image_id", "source", "captions", "status", "image")
+PAIRS_NEEDED = ("image_id", "image", "texts")
+_SLICE = 128  # pictures decoded together: enough to keep the threads busy, few enough to hold at once
+
+
+class Text(NamedTuple):
+    """A text of a row; `key` is its `text_id`."""
+
+    text: str | None
+    source: str
+    key: str
+    weight: float = 1.0
+
+
+class Entry(NamedTuple):
+    """A row of a table with `image_id`, perhaps `image`, `split`, `status` and `failure`, and its texts."""
+
+    row: dict[str, Any]
+    texts: list[Text]
+
+
+def image_entries(
+    rows: Iterable[dict[str, Any]], source: str | None, deselected: Counter[str]
+) -> list[Entry]:
+    """The found texts of rows of an images table; rows of another source than `source` are counted and left out."""
+    entries = []
+    for row in rows:
+        if source is not None and row["source"] != source:
+            deselected["source"] += 1
+            continue
+        texts = []
+        for index, text in enumerate(row["captions"] or []):
+            key = text_id(row["image_id"], row["source"], text or "", "", index)
+            texts.append(Text(text, row["source"], key))
+        entries.append(Entry(row, texts))
+    return entries
+
+
+def pair_entries(
+    rows: Iterable[dict[str, Any]], sources: Sequence[str] | None, deselected: Counter[str]
+) -> list[Entry]:
+    """The texts of rows of a pairs table; texts of other sources than `sources` are counted and left out."""
+    entries = []
+    for row in rows:
+        texts = []
+        for index, found in enumerate(row["texts"] or []):
+            found = found or {}
+            text, origin, weight = found.get("text"), found.get("source") or "", found.get("weight")
+            if sources is not None and origin not in sources:
+                deselected["source"] += 1
+                continue
+            key = text_id(row["image_id"], origin, text or "", "", index)
+            texts.append(Text(text, origin, key, 1.0 if weight is None else weight))
+        entries.append(Entry(row, texts))
+    return entries
+
+
+def usable(
+    entries: Iterable[Entry],
+    splits: Sequence[str | None] | None,
+    skipped: Counter[str],
+    deselected: Counter[str],
+) -> Iterator[Entry]:
+    """The entries that can be trained on, with the texts that can; what is left out is counted by its reason."""
+    for row, texts in entries:
+        if row.get("status") not in (None, "success"):
+            skipped[row.get("failure") or row["status"]] += 1
+        elif splits is not None and row.get("split") not in splits:
+            deselected["split"] += 1
+        elif not texts:
+            deselected["no_text"] += 1
+        elif good := [text for text in texts if _is_usable(text, skipped)]:
+            yield Entry(row, good)
+
+
+def _is_usable(text: Text, skipped: Counter[str]) -> bool:
+    if text.text is None or not clean(text.text[:MAX_TEXT_CHARACTERS]):
+        skipped["empty_text"] += 1
+    elif len(text.text) > MAX_TEXT_CHARACTERS:
+        skipped["too_long"] += 1
+    elif not (math.isfinite(text.weight) and text.weight >= 0):
+        skipped["not_finite"] += 1
+    else:
+        return True
+    return False
+
+
+def slices(
+    tables: Iterable[pa.Table],
+    name: str,
+    needed: Sequence[str],
+    optional: Sequence[str],
+    wanted: pa.Array | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows as dicts, some at a time; only of images in `wanted` where given.
+
+    Raises UserError for a column that is missing, of another type, or null where the contract says it never is.
+    """
+    schema = CONTRACTS[name].schema
+    for table in tables:
+        columns = {}
+        for column in (*needed, *optional):
+            if column in table.column_names:
+                columns[column] = _as_promised(table.column(column), schema.field(column), name)
+            elif column in needed:
+                raise UserError(
+                    f"a table of {name} has no column {column!r}, only {', '.join(table.column_names)}"
+                )
+        chosen = pa.table(columns)
+        if wanted is not None:
+            chosen = chosen.filter(pc.is_in(chosen.column("image_id"), value_set=wanted))
+        for start in range(0, chosen.num_rows, _SLICE):
+            yield chosen.slice(start, _SLICE).to_pylist()
+
+
+def _as_promised(column: pa.ChunkedArray, promised: pa.Field, name: str) -> pa.ChunkedArray:
+    if column.type != promised.type:
+        try:
+            column = column.cast(promised.type)
+        except pa.ArrowException:
+            raise UserError(
+                f"a table of {name} has {promised.name!r} as {column.type}: make it {promised.type}"
+            ) from None
+    if column.null_count and not promised.nullable:
+        raise UserError(
+            f"a table of {name} has {column.null_count} nulls in {promised.name!r}: it may have none"
+        )
+    return column
