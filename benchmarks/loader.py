@@ -1,0 +1,126 @@
+"""The training loader from shards to batches, beside a plain PyTorch DataLoader over the same Parquet, on one core.
+
+Made pictures, 512 pixels wide, JPEG quality 90, in shards of 100-row groups. Ours is `PairStream.batches` (shuffled,
+tokenised, bounded window); theirs reads row groups in order, decodes with Pillow, resizes bicubic, and collates. Both
+end with normalised float batches. In pairs, in one process that is pinned to one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from _form import Record, in_pairs, main
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from capfilt.data.stream import PairStream, StreamInput
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.data.transforms import MEAN, STD, normalise
+from capfilt.tables.contracts import IMAGES
+from capfilt.tables.ids import image_id
+from capfilt.tables.shards import Counts, Part
+
+BATCH = 32
+SIDE = 512
+
+
+def picture(rng: np.random.Generator) -> bytes:
+    """A smooth picture with detail: noise at three scales, about as large as a photograph of its size."""
+    total = np.zeros((SIDE, SIDE, 3), np.float32)
+    for cells, strength in ((8, 90.0), (64, 40.0), (256, 12.0)):
+        coarse = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
+        layers = [
+            Image.fromarray(coarse[..., c]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for c in range(3)
+        ]
+        total += np.stack([np.asarray(layer) for layer in layers], axis=2)
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(total + 128, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write(root: Path, count: int, seed: int) -> Part:
+    """A part of `count` pictures in shards of 200."""
+    part = Part(root / "web")
+    mark = part.begin(IMAGES, "benchmark", {"seed": seed})
+    rng = np.random.default_rng(seed)
+    for shard, start in enumerate(range(0, count, 200)):
+        rows = []
+        for number in range(start, min(start + 200, count)):
+            row = {
+                "image_id": image_id("web", str(number)), "dataset": "web", "key": str(number), "source": "web",
+                "captions": [f"a made picture number {number} of many"], "status": "success",
+                "image": {"bytes": picture(rng), "path": None}, "width": SIDE, "height": SIDE,
+                "original_width": SIDE, "original_height": SIDE,
+            }  # fmt: skip
+            rows.append(row)
+        part.commit(shard, IMAGES.table(rows), Counts(len(rows), len(rows)), mark, 1.0)
+    return part
+
+
+class Plain(IterableDataset[tuple[torch.Tensor, str]]):
+    """What one writes without a loader."""
+
+    def __init__(self, paths: list[Path], size: int) -> None:
+        self.paths, self.size = paths, size
+        self.mean = torch.tensor(MEAN)[:, None, None]
+        self.std = torch.tensor(STD)[:, None, None]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, str]]:
+        for path in self.paths:
+            file = pq.ParquetFile(path)
+            for group in range(file.num_row_groups):
+                for row in file.read_row_group(group, columns=["image", "captions"]).to_pylist():
+                    image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+                    image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+                    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+                    yield (pixels - self.mean) / self.std, row["captions"][0]
+
+
+def measure(args: argparse.Namespace, record: Record) -> None:
+    """Images per second and core at both sizes, and the median ratio of the pairs."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    count = 100 if args.quick else 600
+    with tempfile.TemporaryDirectory() as scratch:
+        part = write(Path(scratch), count, args.seed)
+        paths = [part.path / f"{shard:05d}.parquet" for shard in part.shards()]
+        pairs = PairStream([StreamInput(part)])
+        tokenizer = Tokenizer.train([text.text or "" for _, text in pairs.rows()], 200)
+        steps = count // BATCH
+        for size in (224, 384):
+
+            def ours(size: int = size) -> float:
+                found: Any = 0.0
+                for batch in pairs.batches(tokenizer, BATCH, size=size, steps=steps, window=200):
+                    assert batch.pixels is not None
+                    found = normalise(batch.pixels)[0, 0, 0, 0].item()
+                return float(found)
+
+            def theirs(size: int = size) -> float:
+                found: Any = 0.0
+                loader = DataLoader(Plain(paths, size), batch_size=BATCH, drop_last=True)
+                for _, (pixels, _) in zip(range(steps), loader, strict=False):
+                    found = pixels[0, 0, 0, 0].item()
+                return float(found)
+
+            ours()
+            timed = in_pairs(ours, theirs, 3 if args.quick else 5)
+            images = steps * BATCH
+            record.figure(f"images_per_second_{size}", images / statistics.median(timed.first))
+            record.figure(f"plain_images_per_second_{size}", images / statistics.median(timed.second))
+            record.target(f"times_faster_{size}", timed.ratio, ">=", 1.0 if args.quick else 1.5)
+
+
+if __name__ == "__main__":
+    main(__doc__, measure)
