@@ -79,15 +79,21 @@ def take(
 
 
 def assemble(path: Path, config: Config, state: dict[str, Tensor]) -> Model:
-    """A model of `config` in evaluation mode that owns `state`; the position embedding is resized to its grid."""
+    """A model of `config` in evaluation mode that owns `state`; UserError as `weights.fill`."""
     with torch.device("meta"):
         model: Model = Blip(config) if isinstance(config, BlipConfig) else BlipVqa(config)
-    name = "visual_encoder.pos_embed"
-    if name in state:
-        state = {**state, name: resize_position_embedding(state[name], config.vision.grid)}
     fill(path, model, state)
     model.visual_encoder.set_normalisation()
     return model.eval()
+
+
+def resized(path: Path, config: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the position embedding at the config's grid: the one tensor that may have another shape in a file."""
+    name = "visual_encoder.pos_embed"
+    try:
+        return {**state, name: resize_position_embedding(state[name], config.vision.grid)}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def halved(model: Blip, half: str) -> Blip:

@@ -30,7 +30,13 @@ def locate(path: str | Path) -> tuple[str, Path]:
     """
     path = Path(path)
     if not path.exists() and _HUB_ID.fullmatch(str(path)):
-        path = _cached(str(path)) or path
+        found_in_cache = _cached(str(path))
+        if found_in_cache is None:
+            raise UserError(
+                f"{path}: no such checkpoint; if it is a hub id, fetch it with "
+                f"`hf download {path} --local-dir DIR` and give DIR"
+            )
+        path = found_in_cache
     if path.is_file():
         if path.suffix not in original_layout.SUFFIXES:
             raise UserError(

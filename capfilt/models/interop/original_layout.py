@@ -20,6 +20,7 @@ from capfilt.models.interop.contents import (
     Contents,
     assemble,
     read_settings,
+    resized,
     settings_of,
     take,
     with_settings,
@@ -65,7 +66,7 @@ def read(path: Path, image_size: int = 0) -> Contents:
     config, extra = _config(path, found, image_size)
     state, leftovers = take(path, found, original_names(config))
     tokenizer = vocabulary.read(path.parent, config.vocab_size)
-    return Contents(assemble(path, config, state), tokenizer, extra, leftovers)
+    return Contents(assemble(path, config, resized(path, config, state)), tokenizer, extra, leftovers)
 
 
 def write(directory: Path, contents: Contents) -> None:
@@ -198,8 +199,9 @@ def _count(found: dict[str, Tensor], prefix: str) -> int:
 
 
 def _heads(path: Path, name: str, width: int, settings: dict[str, Any]) -> int:
-    if name in settings:
-        return int(settings[name])
+    given = settings.get(name)
+    if isinstance(given, int):
+        return given
     if width % HEAD_CHANNELS:
         raise UserError(
             f"{path}: a width of {width} does not say the number of heads; put {SETTINGS} with settings {name!r} beside it"

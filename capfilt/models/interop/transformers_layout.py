@@ -30,6 +30,7 @@ from capfilt.models.interop.contents import (
     read_beside,
     read_json,
     read_settings,
+    resized,
     settings_of,
     take,
     with_settings,
@@ -123,19 +124,17 @@ def read(directory: Path, image_size: int = 0) -> Contents:
     temperature = leftovers.pop("temp", None)
     if is_pair(directory):
         state, path = _pair_state(directory), directory
-        tokenizer = vocabulary.read(directory / PAIR["captioner"], config.vocab_size)
-        other = vocabulary.read(directory / PAIR["filter"], config.vocab_size)
+        tokenizer, other = (_vocabulary(directory / name, config.vocab_size) for name in PAIR.values())
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{directory}: {' and '.join(PAIR.values())} have different vocabularies")
     else:
         path = _weights(directory)
         state, _ = take(path, _read_weights(path), transformers_names(config))
-        tokenizer = vocabulary.read(directory, config.vocab_size)
-        _check_ids(directory / CONFIG, tokenizer)
+        tokenizer = _vocabulary(directory, config.vocab_size)
     if kind_of(config) in ("both", "filter"):
         # transformers has no home for it; without a sidecar it is where training starts (BLIP, sec. 3.2, code).
         state["temperature"] = torch.tensor(0.07) if temperature is None else temperature
-    return Contents(assemble(path, config, state), tokenizer, extra, leftovers)
+    return Contents(assemble(path, config, resized(path, config, state)), tokenizer, extra, leftovers)
 
 
 def write(directory: Path, contents: Contents) -> None:
@@ -321,13 +320,17 @@ def _side(value: Any) -> Any:
     return value
 
 
-def _check_ids(path: Path, tokenizer: Tokenizer) -> None:
+def _vocabulary(directory: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer beside a config.json, which must mean the same by its ids."""
+    path = directory / CONFIG
+    tokenizer = vocabulary.read(directory, vocab_size)
     text = {**_TEXT_DEFAULTS, **_table(path, read_json(path), "text_config")}
     for key, own in (("sep_token_id", tokenizer.sep_id), ("pad_token_id", tokenizer.pad_id)):
         if text[key] != own:
             raise UserError(
                 f"{path}: text_config.{key} is {text[key]}, but {own} in the vocabulary beside it"
             )
+    return tokenizer
 
 
 def _pair_state(directory: Path) -> dict[str, Tensor]:
