@@ -1,5 +1,5 @@
-"""The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, report
-and doctor.
+"""The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, report,
+doctor, recipes and export.
 
 Only typer and the standard library are imported here; what a command needs is imported when it runs. Options are
 declared once, in `stages/options.py`.
@@ -30,6 +30,7 @@ OTHERS = {
     "report": "Write one HTML file about a workspace.",
     "doctor": "Check this machine, and a workspace's shards against their manifests.",
     "recipes": "List the recipes, or print one.",
+    "export": "Write a checkpoint in transformers' layout, the original repository's, or capfilt's.",
 }
 
 

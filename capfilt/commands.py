@@ -1,4 +1,4 @@
-"""The commands that are not stages: run, quickstart, query, report, doctor, recipes.
+"""The commands that are not stages: run, quickstart, query, report, doctor, recipes, export.
 
 Light: each imports what it needs when it runs.
 """
@@ -36,6 +36,11 @@ EXAMPLES = {
     "report": ("capfilt report -w quickstart --out report.html",),
     "doctor": ("capfilt doctor", "capfilt doctor -w quickstart --verify"),
     "recipes": ("capfilt recipes", "capfilt recipes photographs --set data=DIR"),
+    "export": (
+        "capfilt export captioner --to transformers --only captioner --out captioner-hf",
+        "capfilt export ./model_base.pth --to transformers --out blip-base",
+        "capfilt export ./blip-itm-base-coco --to capfilt --out models/filter",
+    ),
 }
 
 
@@ -160,3 +165,25 @@ def recipes(
     for each in list_recipes():
         _, content = module.load_recipe(each)
         typer.echo(f"{each:<24} {' '.join(content.description.split())}")
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="checkpoint, in any layout: a name in the workspace, or a path (./NAME)")
+    ],
+    to: Annotated[str, typer.Option("--to", help="transformers, original (.pth) or capfilt")],
+    out: Annotated[str, typer.Option("--out", help="directory to make")],
+    only: Annotated[
+        str, typer.Option("--only", help="captioner or filter: that half of the model", show_default=False)
+    ] = "",
+    image_size: Annotated[
+        int, typer.Option("--image-size", help="resize the position embedding to this side; 0: as it is")
+    ] = 0,
+    workspace: WORKSPACE = ".",
+) -> None:
+    """Write a checkpoint in transformers' layout, the original repository's, or capfilt's."""
+    from capfilt.models.interop.export import export as write
+    from capfilt.tables.workspace import Workspace
+
+    for line in write(Workspace(workspace).model(model), to, out, only, image_size):
+        typer.echo(line)

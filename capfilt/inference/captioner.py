@@ -33,6 +33,8 @@ class Caption:
 class Captioner(Engine):
     """Writes captions. Load with `Captioner.load(path)`."""
 
+    half = "captioner"
+
     @torch.inference_mode()
     def caption(
         self,

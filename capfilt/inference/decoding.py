@@ -8,15 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from capfilt.inference.sampling import draw, penalise_repetition
-from capfilt.models.blip import Blip
 from capfilt.models.layers import Pair
+from capfilt.models.text import SelfCache
 
 IMPOSSIBLE = -1.0e9
+
+
+class Writes(Protocol):
+    """What the loops need of a model: `Blip` has it, and so has `BlipVqa.writer`."""
+
+    def new_cache(self, rows: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
+        """A self-attention cache for `rows` texts of at most `max_length` tokens."""
+
+    def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
+        """fp32 logits [R, V] of the token after `ids` int64 [R, T]; updates the cache."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Decoded:
 
 
 def sample(
-    model: Blip,
+    model: Writes,
     cross: Sequence[Pair],
     prompt: Tensor,
     rows: int,
@@ -78,7 +89,7 @@ def sample(
 
 
 def beam_search(
-    model: Blip,
+    model: Writes,
     cross: Sequence[Pair],
     prompt: Tensor,
     images: int,

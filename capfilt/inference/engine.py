@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,23 +31,37 @@ Images = Sequence[ImageLike] | Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.f
 class Engine:
     """A Blip in evaluation mode. Computes in bf16 autocast on a GPU and in fp32 on a CPU; answers are always fp32."""
 
+    half: ClassVar[str]  # which half of a Blip the engine needs, "captioner" or "filter"
+
     def __init__(self, model: Blip, tokenizer: Tokenizer, precision: str = "auto") -> None:
         if precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision {precision!r} is unknown: use 'auto', 'fp32' or 'bf16'")
+        model.require(self.half)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.device = model.temperature.device
+        self.device = next(model.parameters()).device
         self.low_precision = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
 
     @classmethod
     def load(
-        cls, path: str | PathLike[str], device: str | torch.device | None = None, precision: str = "auto"
+        cls,
+        path: str | PathLike[str],
+        device: str | torch.device | None = None,
+        precision: str = "auto",
+        image_size: int = 0,
     ) -> Self:
-        """From a checkpoint directory, onto `device` (None: a GPU if any). UserError names a file that is wrong."""
+        """From a checkpoint, onto `device` (None: a GPU if any). UserError names a file that is wrong.
+
+        `path` is a capfilt directory, a transformers BLIP directory, or an original `.pth`; `image_size` other than 0
+        resizes the position embedding to pictures of that side.
+        """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer, _ = checkpoint.load(Path(path), device)
-        return cls(model, tokenizer, precision)
+        model, tokenizer, _ = checkpoint.load(Path(path), device, image_size)
+        try:
+            return cls(model, tokenizer, precision)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision everything is computed in."""

@@ -23,6 +23,8 @@ class Score:
 class Filter(Engine):
     """Scores texts against images. Load with `Filter.load(path)`."""
 
+    half = "filter"
+
     def score(self, images: Images, texts: Sequence[str], batch_size: int = 64) -> list[Score]:
         """Score i is of images[i] with texts[i]; the same image object or path given several times is encoded once.
 

@@ -23,6 +23,7 @@ from capfilt.models.vision import VisionConfig, VisionTower, resize_position_emb
 
 CAPTIONER_PARTS = ("visual_encoder", "text_decoder")
 FILTER_PARTS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head")
+HALVES = ("both", "captioner", "filter")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class BlipConfig:
     embed_dim: int = 256  # BLIP, sec. 3.2, code: width of the ITC space
     max_text_tokens: int = 35  # BLIP, code: longest text in retrieval, so of the filter
     prompt: str = "a picture of "  # BLIP, sec. 4.1, code: prompt of the captioner
+    half: str = (
+        "both"  # "captioner" or "filter": a checkpoint that was published with the modules of one only
+    )
+
+    def __post_init__(self) -> None:
+        if self.half not in HALVES:
+            raise UserError(f"half is {self.half!r}: use one of {', '.join(HALVES)}")
 
     @property
     def image_size(self) -> int:
@@ -51,12 +59,13 @@ class BlipConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> BlipConfig:
         """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
         rest = dict(values)
-        vision = VisionConfig(**_fields(VisionConfig(), rest.pop("vision", {}), "vision."))
-        text = TextConfig(**_fields(TextConfig(), rest.pop("text", {}), "text."))
-        return cls(vision=vision, text=text, **_fields(cls(), rest, ""))
+        vision = VisionConfig(**checked_fields(VisionConfig(), rest.pop("vision", {}), "vision."))
+        text = TextConfig(**checked_fields(TextConfig(), rest.pop("text", {}), "text."))
+        return cls(vision=vision, text=text, **checked_fields(cls(), rest, ""))
 
 
-def _fields(defaults: VisionConfig | TextConfig | BlipConfig, values: Any, prefix: str) -> dict[str, Any]:
+def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
+    """`values` as keyword arguments for the dataclass that `defaults` is one of; UserError names what does not fit."""
     known = {each.name: type(getattr(defaults, each.name)) for each in dataclasses.fields(defaults)}
     if not isinstance(values, Mapping):
         raise UserError(f"model config: {prefix.rstrip('.')} is {values!r}, not a table of fields")
@@ -82,8 +91,13 @@ class Blip(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = TextTransformer(config.text, config.vision.width)
-        self.text_decoder = TextDecoder(config.text, config.vision.width, shared=self.text_encoder)
+        shared: TextTransformer | None = None
+        if config.half != "captioner":
+            self.text_encoder = shared = TextTransformer(config.text, config.vision.width)
+        if config.half != "filter":
+            self.text_decoder = TextDecoder(config.text, config.vision.width, shared)
+        if config.half == "captioner":
+            return
         self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.itm_head = nn.Linear(config.text.width, 2)
@@ -91,6 +105,14 @@ class Blip(nn.Module):
             init_truncated(head)
         # BLIP, sec. 3.2, code: learned, starts at 0.07; the objective clamps it to [0.001, 0.5] in place.
         self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    def require(self, half: str) -> None:
+        """UserError where this model lacks the modules of `half` ("captioner" or "filter")."""
+        if self.config.half not in ("both", half):
+            lacking = CAPTIONER_PARTS if half == "captioner" else FILTER_PARTS
+            raise UserError(
+                f"this model is a {self.config.half} and no {half}: it has no {', '.join(lacking[1:])}"
+            )
 
     # Images and texts by themselves.
 
@@ -142,7 +164,8 @@ class Blip(nn.Module):
 
     def prefill_cross(self, image_tokens: Tensor) -> list[Pair]:
         """Cross-attention keys and values of image tokens [B, N, Dv] for all layers, computed once per image."""
-        return self.text_encoder.cross_keys_values(image_tokens)
+        stack = self.text_decoder.bert if self.config.half == "captioner" else self.text_encoder
+        return stack.cross_keys_values(image_tokens)
 
     def new_cache(self, rows: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
         """A static self-attention cache for `rows` texts of at most `max_length` tokens, [DEC] and prompt included."""

@@ -1,6 +1,7 @@
 """A model on disk: a directory of config.json, model.safetensors and tokenizer.json. Nothing here unpickles.
 
-Optimiser state and exact resume are capfilt.training's. Other projects' layouts are not read here.
+Whatever reads a checkpoint comes through here; other projects' layouts are recognised and handed to `interop`.
+Optimiser state and exact resume are capfilt.training's.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
 import capfilt
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models.interop import layouts
+from capfilt.models.interop.contents import LEFTOVERS, Contents, Model, assemble
+from capfilt.models.interop.keymaps import Config
+from capfilt.models.vqa import BlipVqa, VqaConfig
+from capfilt.models.weights import check_tensors, read_safetensors, tensors
 from capfilt.tables.ids import file_sha256
 
+__all__ = ["check_tensors", "fingerprint", "load", "open_any", "read_config", "save", "tensors"]
+
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-SHOWN = 5
+KINDS: dict[str, type[BlipConfig | VqaConfig]] = {"blip": BlipConfig, "blip_vqa": VqaConfig}
 
 
 class Saveable(Protocol):
@@ -36,19 +42,8 @@ class Saveable(Protocol):
         """Writes tokenizer.json into the directory."""
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, a shared one once, under the first name it has."""
-    seen: set[int] = set()
-    unique: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            unique[name] = tensor.detach()
-    return unique
-
-
 def save(
-    directory: str | Path, model: Blip, tokenizer: Saveable, extra: dict[str, Any] | None = None
+    directory: str | Path, model: Model, tokenizer: Saveable, extra: dict[str, Any] | None = None
 ) -> None:
     """Writes the three files, config.json last; `extra` must be JSON-able and comes back from `load` as meta["extra"].
 
@@ -67,7 +62,7 @@ def save(
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save(partial)
         content = {
-            "model_type": "blip",
+            "model_type": "blip_vqa" if isinstance(model, BlipVqa) else "blip",
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
@@ -80,16 +75,69 @@ def save(
             os.replace(partial / each, directory / each)
 
 
-def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Blip, Tokenizer, dict[str, Any]]:
-    """Returns (model in evaluation mode on `device`, tokenizer, meta): meta is config.json, `extra` as saved.
+def load(
+    path: str | Path, device: str | torch.device = "cpu", image_size: int = 0
+) -> tuple[Blip, Tokenizer, dict[str, Any]]:
+    """Returns (model in evaluation mode on `device`, tokenizer, meta): meta as from `read_config`, `extra` as saved.
 
-    Raises UserError, naming the file, when one is missing, damaged, or does not belong to the others.
+    `path` is a directory that `save` wrote, a transformers BLIP directory, or a `.pth` of the original repository with
+    its vocabulary beside it. `image_size` other than 0 resizes the position embedding. Raises UserError, naming the
+    file, when one is missing, damaged, or does not belong to the others.
     """
-    directory = Path(directory)
-    meta = read_config(directory)
+    contents, meta = open_any(path, image_size)
+    if not isinstance(contents.model, Blip):
+        raise UserError(
+            f"{path}: answers questions (BlipVqa); captioning, scoring and training need another checkpoint"
+        )
+    return contents.model.to(device), contents.tokenizer, meta
+
+
+def open_any(path: str | Path, image_size: int = 0) -> tuple[Contents, dict[str, Any]]:
+    """(everything the checkpoint holds, meta), on the processor; as `load`, for every class of model there is."""
+    layout, place = layouts.locate(path)
+    if layout != layouts.CAPFILT:
+        contents = layouts.read(layout, place, image_size)
+        return contents, _meta(layout, contents.model.config, contents.extra)
+    contents, meta = _read(place)
+    if image_size and image_size != contents.model.config.image_size:
+        if not isinstance(contents.model, Blip):
+            raise UserError(f"{place}: a BlipVqa keeps the image size it was saved with")
+        contents.model.resize_image(image_size)
+    return contents, meta
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json's content, its form checked: no weights are loaded. UserError where it is no BLIP that can be read.
+
+    A checkpoint in another layout is described in the same form; its `files` are none.
+    """
+    layout, place = layouts.locate(path)
+    if layout != layouts.CAPFILT:
+        return _meta(layout, *layouts.read_config(layout, place))
+    return _read_config(place)
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 (hex) over the files it is read from: two checkpoints with one fingerprint caption and score alike."""
+    layout, place = layouts.locate(path)
+    if layout != layouts.CAPFILT:
+        return layouts.fingerprint(layout, place)
+    total = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        total.update(f"{name}:{file_sha256(_existing(place / name))}\n".encode())
+    return total.hexdigest()
+
+
+def _meta(layout: str, config: Config, extra: dict[str, Any]) -> dict[str, Any]:
+    kind = "blip_vqa" if isinstance(config, VqaConfig) else "blip"
+    return {"model_type": kind, "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout}
+
+
+def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
+    meta = _read_config(directory)
     config_path, weights_path = directory / CONFIG, directory / WEIGHTS
     try:
-        config = BlipConfig.from_dict(meta["config"])
+        config = KINDS[meta["model_type"]].from_dict(meta["config"])
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
     for name, expected in meta["files"].items():
@@ -97,18 +145,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Bli
             raise UserError(
                 f"{directory / name}: changed since {CONFIG} was written; take the whole checkpoint from its source"
             )
-    # On the meta device nothing is drawn or allocated: the tensors of the file become the model's own.
-    with torch.device("meta"):
-        model = Blip(config)
-    try:
-        loaded = load_file(weights_path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{weights_path}: not a readable safetensors file ({error})".splitlines()[0]
-        ) from error
-    check_tensors(weights_path, tensors(model), loaded)
-    model.load_state_dict(loaded, strict=False, assign=True)
-    model.visual_encoder.set_normalisation()
+    model = assemble(weights_path, config, read_safetensors(weights_path))
     try:
         tokenizer = Tokenizer.load(directory)
     except UserError:
@@ -119,49 +156,23 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Bli
         raise UserError(
             f"{directory / TOKENIZER}: {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}"
         )
-    return model.to(device).eval(), tokenizer, meta
+    rest = read_safetensors(directory / LEFTOVERS) if (directory / LEFTOVERS).is_file() else {}
+    return Contents(model, tokenizer, meta.get("extra", {}), rest), meta
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json's content, its form checked: no weights are read. UserError where it is none of ours."""
-    path = _existing(Path(directory) / CONFIG)
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = _existing(directory / CONFIG)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict) or content.get("model_type") != "blip":
-        raise UserError(f"{path}: no capfilt BLIP checkpoint (model_type is not 'blip')")
+    if not isinstance(content, dict) or content.get("model_type") not in KINDS:
+        raise UserError(f"{path}: no BLIP checkpoint (model_type is none of {', '.join(KINDS)})")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("files"), dict):
         raise UserError(f"{path}: no capfilt checkpoint (fields 'config' and 'files' are missing)")
     if set(content["files"]) != {WEIGHTS, TOKENIZER}:
         raise UserError(f"{path}: 'files' must name {WEIGHTS} and {TOKENIZER}")
     return content
-
-
-def fingerprint(directory: str | Path) -> str:
-    """sha256 (hex) over the three files: two checkpoints with one fingerprint caption and score alike."""
-    total = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        total.update(f"{name}:{file_sha256(_existing(Path(directory) / name))}\n".encode())
-    return total.hexdigest()
-
-
-def check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """UserError naming `path` and listing what is missing, unexpected or of another shape; else nothing."""
-    faults = []
-    missing = sorted(set(expected) - set(found))
-    unexpected = sorted(set(found) - set(expected))
-    misshapen = [
-        f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
-        for name in sorted(set(expected) & set(found))
-        if found[name].shape != expected[name].shape
-    ]
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            faults.append(f"{len(names)} tensors {kind}: {', '.join(names[:SHOWN])}{more}")
-    if faults:
-        raise UserError(f"{path}: {'; '.join(faults)}")
 
 
 def _existing(path: Path) -> Path:

@@ -434,6 +434,8 @@ class BlipPretraining(nn.Module):
         super().__init__()
         self.model = model
         self.config = config or PretrainingConfig()
+        for objective in self.config.objectives:
+            model.require("captioner" if objective == "lm" else "filter")
         contrastive = "itc" in self.config.objectives
         self.momentum = MomentumTowers(model) if contrastive and self.config.momentum is not None else None
         self.queue = FeatureQueue(self.config.queue_size if contrastive else 0, model.config.embed_dim)

@@ -1,6 +1,6 @@
 """Starting from pretrained towers: a local transformers ViT/DeiT directory for the vision tower, BERT for the text.
 
-Read by a map of tensor names; transformers itself is not needed. Whole BLIP checkpoints are not read here.
+Read by a map of tensor names; transformers itself is not needed. Whole BLIP checkpoints are `interop`'s.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
-from capfilt.models.checkpoint import check_tensors
 from capfilt.models.vision import VisionTower, resize_position_embedding
+from capfilt.models.weights import check_tensors, read_safetensors
 
 _VIT_BLOCK = {
     "layernorm_before": "norm1",
@@ -133,12 +131,7 @@ def _read(directory: Path, model_types: tuple[str, ...]) -> tuple[dict[str, Any]
         raise UserError(f"{config_path}: not a JSON file ({error})") from error
     if not isinstance(config, dict) or config.get("model_type") not in model_types:
         raise UserError(f"{config_path}: model_type is not {' or '.join(model_types)}")
-    try:
-        return config, load_file(weights_path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{weights_path}: not a readable safetensors file ({error})".splitlines()[0]
-        ) from error
+    return config, read_safetensors(weights_path)
 
 
 def _check_geometry(directory: Path, config: dict[str, Any], wanted: dict[str, int]) -> None:

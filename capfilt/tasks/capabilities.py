@@ -85,6 +85,7 @@ class BlipCapabilities:
     def __init__(
         self, model: Blip, tokenizer: Tokenizer, *, max_length: int | None = None, pair_batch: int = 256
     ) -> None:
+        model.require("filter")
         self._model = model
         self._tokenizer = tokenizer
         self._max_length = max_length or model.config.max_text_tokens

@@ -1,0 +1,195 @@
+"""What a checkpoint holds, whatever its layout, and the steps every layout shares: accounting for keys, filling a model,
+what travels beside a layout that has no home for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import capfilt
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import UserError
+from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, kind_of, reason
+from capfilt.models.vision import resize_position_embedding
+from capfilt.models.vqa import BlipVqa, VqaConfig
+from capfilt.models.weights import fill, listed, read_safetensors
+
+Model = Blip | BlipVqa
+LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
+
+
+@dataclass
+class Contents:
+    """A checkpoint in memory: the model in evaluation mode, and what came with it.
+
+    leftovers: tensors under the original repository's names that the model has no place for (queues, momentum towers).
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    extra: dict[str, Any] = field(default_factory=dict)
+    leftovers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def take(
+    path: Path, found: Mapping[str, Tensor], names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(tensors under our names, leftovers under theirs) of `found`; floats become fp32, which loses nothing.
+
+    names: ours -> theirs. Every key must be in the map, a copy of a tied tensor, a buffer of positions, or have a known
+    `keymaps.reason`; UserError lists keys that are not, and names that are missing.
+    """
+    rest = dict(found)
+    missing = sorted(theirs for theirs in set(names.values()) if theirs not in rest)
+    if missing:
+        raise UserError(f"{path}: {len(missing)} tensors missing: {listed(missing)}; the file is not whole")
+    state = {}
+    for ours, theirs in names.items():
+        tensor = rest[theirs]
+        state[ours] = tensor.float() if tensor.is_floating_point() else tensor
+    for theirs in set(names.values()):
+        del rest[theirs]
+    for copied, main in TIED.items():
+        copy = rest.pop(copied, None)
+        if copy is not None and (main not in found or not torch.equal(copy, found[main])):
+            raise UserError(f"{path}: {copied} is not {main}, which it is tied to in every BLIP")
+    for buffer in POSITION_IDS:
+        counted = rest.pop(buffer, None)
+        if counted is not None and not torch.equal(counted.flatten(), torch.arange(counted.numel())):
+            raise UserError(
+                f"{path}: {buffer} does not count 0, 1, 2, ...: no BLIP reads positions in that order"
+            )
+    leftovers = {name: rest.pop(name) for name in sorted(rest) if reason(name)}
+    if rest:
+        raise UserError(
+            f"{path}: {len(rest)} tensors that no BLIP of this kind has: {listed(sorted(rest))}; "
+            "remove them from the file if they are not needed"
+        )
+    return state, leftovers
+
+
+def assemble(path: Path, config: Config, state: dict[str, Tensor]) -> Model:
+    """A model of `config` in evaluation mode that owns `state`; UserError as `weights.fill`."""
+    with torch.device("meta"):
+        model: Model = Blip(config) if isinstance(config, BlipConfig) else BlipVqa(config)
+    fill(path, model, state)
+    model.visual_encoder.set_normalisation()
+    return model.eval()
+
+
+def resized(path: Path, config: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the position embedding at the config's grid: the one tensor that may have another shape in a file."""
+    name = "visual_encoder.pos_embed"
+    try:
+        return {**state, name: resize_position_embedding(state[name], config.vision.grid)}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def halved(model: Blip, half: str) -> Blip:
+    """The captioner or the filter inside a model of both, its tensors the same objects; UserError where it has none."""
+    model.require(half)
+    if model.config.half == half:
+        return model
+    config = dataclasses.replace(model.config, half=half)
+    with torch.device("meta"):
+        wanted = Blip(config).state_dict().keys()
+    made = assemble(Path(half), config, {k: v for k, v in model.state_dict().items() if k in wanted})
+    assert isinstance(made, Blip)
+    return made
+
+
+# What has no home in a layout goes into two files beside it.
+
+
+def settings_of(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """The named fields of the config ("vision.heads"), those it has."""
+    flat = flatten(config)
+    return {name: flat[name] for name in names if name in flat}
+
+
+def with_settings(path: Path, config: Config, names: tuple[str, ...], settings: Mapping[str, Any]) -> Config:
+    """`config` with those of `settings` that are in `names`; UserError for others, and for values that do not fit."""
+    stray = sorted(set(settings) - set(names))
+    if stray:
+        raise UserError(
+            f"{path}: fields {listed(stray)} are decided by the checkpoint itself; remove them there"
+        )
+    values = config.to_dict()
+    for name, value in settings.items():
+        group, _, leaf = name.rpartition(".")
+        (values[group] if group else values)[leaf] = value
+    try:
+        return BlipConfig.from_dict(values) if kind_of(config) != "vqa" else VqaConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config's fields by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        flat |= (
+            {f"{name}.{leaf}": each for leaf, each in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return flat
+
+
+def write_beside(
+    directory: Path, settings: Mapping[str, Any], extra: Mapping[str, Any], rest: Mapping[str, Tensor]
+) -> None:
+    """Writes capfilt.json, and leftovers.safetensors where there are any."""
+    content = {"capfilt_version": capfilt.__version__, "settings": dict(settings), "extra": dict(extra)}
+    (directory / SETTINGS).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if rest:
+        save_file(
+            {name: each.detach().cpu().contiguous().clone() for name, each in rest.items()},
+            directory / LEFTOVERS,
+        )
+
+
+def read_beside(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """(settings, extra, leftovers) of the directory; all empty where a checkpoint was not written by capfilt."""
+    settings, extra = read_settings(directory)
+    path = directory / LEFTOVERS
+    rest = read_safetensors(path) if path.is_file() else {}
+    unknown = sorted(name for name in rest if name != "temp" and reason(name) is None)
+    if unknown:
+        raise UserError(f"{path}: {len(unknown)} tensors of unknown use: {listed(unknown)}; remove the file")
+    return settings, extra, rest
+
+
+def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings, extra) of capfilt.json; both empty where there is none."""
+    if not (directory / SETTINGS).is_file():
+        return {}, {}
+    content = read_json(directory / SETTINGS)
+    settings, extra = content.get("settings"), content.get("extra")
+    if not isinstance(settings, dict) or not isinstance(extra, dict):
+        raise UserError(f"{directory / SETTINGS}: fields 'settings' and 'extra' are missing; remove the file")
+    return settings, extra
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError naming it where it is missing or none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})".splitlines()[0]) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content

@@ -1,0 +1,74 @@
+"""A checkpoint of any layout written in any layout: what `capfilt export` does.
+
+The layouts themselves are `transformers_layout` and `original_layout`; capfilt's own is `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from capfilt.errors import UserError
+from capfilt.models import checkpoint
+from capfilt.models.blip import Blip
+from capfilt.models.interop import original_layout, transformers_layout
+from capfilt.models.interop.contents import LEFTOVERS, Contents, halved
+from capfilt.models.interop.keymaps import kind_of, reason
+from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, TRANSFORMERS
+
+
+def export(source: str | Path, to: str, out: str | Path, only: str = "", image_size: int = 0) -> list[str]:
+    """Writes the checkpoint at `source` into the new directory `out` in the layout `to`; returns lines to print.
+
+    only: "captioner" or "filter" takes that half of a model of both. image_size: other than 0 resizes the position
+    embedding. Raises UserError where `out` exists, the source cannot be read, or something in it has no home in that
+    layout; `out` is then not made.
+    """
+    out = Path(out)
+    if to not in LAYOUTS:
+        raise UserError(f"--to {to!r}: choose one of {', '.join(LAYOUTS)}")
+    if only not in ("", "captioner", "filter"):
+        raise UserError(f"--only {only!r}: choose captioner or filter")
+    if out.exists():
+        raise UserError(f"{out}: exists already; name a new directory")
+    contents, _ = checkpoint.open_any(source, image_size)
+    if only:
+        if not isinstance(contents.model, Blip):
+            raise UserError(f"{source}: answers questions; it has no {only} inside")
+        contents = replace(contents, model=halved(contents.model, only))
+        if only == "captioner":
+            # They belong to ITC, which a captioner does not have.
+            contents.leftovers = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as name:
+        made = Path(name) / "made"
+        made.mkdir()
+        try:
+            _write(made, to, contents)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        made.rename(out)
+    kind = kind_of(contents.model.config)
+    what = "captioner and filter" if kind == "both" else kind
+    lines = [f"wrote {out}: {what}, layout {to}"]
+    kept = Counter(str(reason(name)) for name in contents.leftovers)
+    place = "model.pth" if to not in (CAPFILT, TRANSFORMERS) else LEFTOVERS
+    return lines + [f"  {count} tensors kept in {place}: {why}" for why, count in sorted(kept.items())]
+
+
+def _write(directory: Path, to: str, contents: Contents) -> None:
+    if to == CAPFILT:
+        checkpoint.save(directory, contents.model, contents.tokenizer, contents.extra)
+        if contents.leftovers:
+            save_file(
+                {k: each.contiguous().clone() for k, each in contents.leftovers.items()},
+                directory / LEFTOVERS,
+            )
+    elif to == TRANSFORMERS:
+        transformers_layout.write(directory, contents)
+    else:
+        original_layout.write(directory, contents)

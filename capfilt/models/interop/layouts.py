@@ -1,0 +1,98 @@
+"""Which layout a path is in, and the one door to the foreign ones: `Captioner.load` and the stages come through here.
+
+A hub id is looked up in the local cache of huggingface_hub only: a mistyped path must not reach the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from capfilt.errors import UserError
+from capfilt.models.interop import original_layout, transformers_layout
+from capfilt.models.interop.contents import Contents, read_json
+from capfilt.models.interop.keymaps import Config
+from capfilt.tables.ids import file_sha256
+
+CAPFILT, TRANSFORMERS, ORIGINAL = "capfilt", "transformers", "original"
+LAYOUTS = (CAPFILT, TRANSFORMERS, ORIGINAL)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OURS = {"config", "files", "capfilt_version"}
+
+
+def locate(path: str | Path) -> tuple[str, Path]:
+    """(layout, the directory or file to read) of a path or of a hub id in the local cache.
+
+    Whatever is not recognised is called capfilt's, whose reader says what is wrong with it.
+    """
+    path = Path(path)
+    if not path.exists() and _HUB_ID.fullmatch(str(path)):
+        found_in_cache = _cached(str(path))
+        if found_in_cache is None:
+            raise UserError(
+                f"{path}: no such checkpoint; if it is a hub id, fetch it with "
+                f"`hf download {path} --local-dir DIR` and give DIR"
+            )
+        path = found_in_cache
+    if path.is_file():
+        if path.suffix not in original_layout.SUFFIXES:
+            raise UserError(
+                f"{path}: a file, but neither {' nor '.join(original_layout.SUFFIXES)}; "
+                "give the directory of a checkpoint, or a .pth of the original repository"
+            )
+        return ORIGINAL, path
+    if (path / transformers_layout.CONFIG).is_file():
+        content = read_json(path / transformers_layout.CONFIG)
+        foreign = not _OURS & set(content) and content.get("model_type") == "blip"
+        return (TRANSFORMERS if foreign else CAPFILT), path
+    if transformers_layout.is_pair(path):
+        return TRANSFORMERS, path
+    found = sorted(each for suffix in original_layout.SUFFIXES for each in path.glob(f"*{suffix}"))
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: {len(found)} files that may be the checkpoint; name one, such as {found[0]}"
+        )
+    return (ORIGINAL, found[0]) if found else (CAPFILT, path)
+
+
+def read(layout: str, path: Path, image_size: int = 0) -> Contents:
+    """The checkpoint at a path that `locate` found in this foreign layout."""
+    if layout == TRANSFORMERS:
+        return transformers_layout.read(path, image_size)
+    return original_layout.read(path, image_size)
+
+
+def read_config(layout: str, path: Path) -> tuple[Config, dict[str, Any]]:
+    """(config, extra) of the same, no weights loaded."""
+    if layout == TRANSFORMERS:
+        return transformers_layout.read_config(path)
+    return original_layout.read_config(path)
+
+
+def fingerprint(layout: str, path: Path) -> str:
+    """sha256 (hex) over the contents and relative names of every file that `read` reads."""
+    if layout == TRANSFORMERS:
+        files, root = transformers_layout.files(path), path
+    else:
+        files, root = original_layout.files(path), path.parent
+    total = hashlib.sha256()
+    for each in files:
+        if not each.is_file():
+            raise UserError(f"{each}: no such file")
+        # The name of a .pth is its owner's choice and says nothing about what is in it.
+        name = each.relative_to(root).as_posix() if each != path else original_layout.WEIGHTS
+        total.update(f"{name}:{file_sha256(each)}\n".encode())
+    return total.hexdigest()
+
+
+def _cached(hub_id: str) -> Path | None:
+    try:
+        hub: Any = importlib.import_module("huggingface_hub")
+        return Path(hub.snapshot_download(hub_id, local_files_only=True))
+    except ImportError:
+        return None
+    except Exception:  # noqa: BLE001  # its errors differ from release to release; all of them mean "not here"
+        return None

@@ -1,0 +1,209 @@
+"""The original repository's `.pth` files: a dictionary whose `model` holds the tensors of one of its model classes.
+
+Pretraining (BLIP_Pretrain), captioning (BLIP_Decoder), retrieval (BLIP_Retrieval) and VQA (BLIP_VQA). Such a file holds
+no geometry: sizes are read off the tensors, numbers of heads follow from BLIP's 64 channels a head.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capfilt.errors import UserError
+from capfilt.models.blip import BlipConfig
+from capfilt.models.interop import vocabulary
+from capfilt.models.interop.contents import (
+    SETTINGS,
+    Contents,
+    assemble,
+    read_settings,
+    resized,
+    settings_of,
+    take,
+    with_settings,
+    write_beside,
+)
+from capfilt.models.interop.keymaps import TIED, Config, original_names
+from capfilt.models.presets import LARGE
+from capfilt.models.vqa import VqaConfig
+from capfilt.models.weights import listed, read_pickled
+
+WEIGHTS = "model.pth"
+SUFFIXES = (".pth", ".pt")
+HEAD_CHANNELS = 64  # BLIP, code: ViT-B 768/12, ViT-L 1024/16, BERT 768/12
+CONTAINER = ("model", "optimizer", "lr_scheduler", "scaler", "config", "epoch")
+NO_HOME = (
+    "vision.drop_path",
+    "vision.trunk_frozen",
+    "vision.heads",
+    "text.heads",
+    "text.dropout",
+    "text.attention_dropout",
+    "embed_dim",
+    "max_text_tokens",
+    "prompt",
+)
+_NLVR = "cls_head."
+
+
+def files(path: Path) -> list[Path]:
+    """Every file that `read` reads."""
+    settings = path.parent / SETTINGS
+    return [path, vocabulary.find(path.parent), *([settings] if settings.is_file() else [])]
+
+
+def read_config(path: Path, image_size: int = 0) -> tuple[Config, dict[str, Any]]:
+    """(our config, `extra`), only the sizes of the tensors looked at."""
+    return _config(path, _state(path, mapped=True), image_size)
+
+
+def read(path: Path, image_size: int = 0) -> Contents:
+    """The checkpoint; `image_size` other than 0 resizes the position embedding. UserError names the file or key."""
+    found = _state(path)
+    config, extra = _config(path, found, image_size)
+    state, leftovers = take(path, found, original_names(config))
+    tokenizer = vocabulary.read(path.parent, config.vocab_size)
+    return Contents(assemble(path, config, resized(path, config, state)), tokenizer, extra, leftovers)
+
+
+def write(directory: Path, contents: Contents) -> None:
+    """Writes model.pth, vocab.txt and capfilt.json into an empty directory; UserError where something has no home."""
+    model, config = contents.model, contents.model.config
+    refuse(config)
+    if not vocabulary.is_bert(contents.tokenizer):
+        raise UserError(
+            f"a vocabulary of {config.vocab_size} tokens that is not bert-base-uncased's has no home in the original "
+            "layout, whose code loads BERT's and writes its ids as numbers"
+        )
+    state = model.state_dict()
+    weights = {
+        theirs: state[ours].detach().cpu().contiguous() for ours, theirs in original_names(config).items()
+    }
+    for copied, main in TIED.items():
+        if main in weights:
+            weights[copied] = weights[main]
+    for prefix in ("text_encoder.", "text_decoder.bert."):
+        if prefix + "embeddings.word_embeddings.weight" in weights:
+            counted = torch.arange(config.text.max_positions)[None]
+            weights[prefix + "embeddings.position_ids"] = counted
+    torch.save({"model": {**weights, **contents.leftovers}}, directory / WEIGHTS)
+    vocabulary.write_vocabulary(directory, contents.tokenizer)
+    write_beside(directory, settings_of(config, NO_HOME), contents.extra, {})
+
+
+def refuse(config: Config) -> None:
+    """UserError naming what the original code has no place for; else nothing."""
+    if config.vision.trunk:
+        raise UserError(
+            f"vision.trunk {config.vision.trunk!r} has no home in the original layout, whose tower is a ViT"
+        )
+    if config.vision.stem != "patch":
+        raise UserError(
+            f"vision.stem {config.vision.stem!r} has no home in the original layout: only 'patch' has"
+        )
+
+
+def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
+    content = read_pickled(path, mapped)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary with the key 'model'")
+    if "model" in content:
+        unknown = sorted(str(key) for key in content if key not in CONTAINER)
+        if unknown:
+            raise UserError(
+                f"{path}: keys {listed(unknown)} beside 'model' are none of {', '.join(CONTAINER)}"
+            )
+        content = content["model"]
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(each, Tensor) for each in content.values())
+    ):
+        raise UserError(
+            f"{path}: 'model' is no dictionary of tensors; give a checkpoint of the original repository"
+        )
+    return content
+
+
+def _config(path: Path, found: dict[str, Tensor], image_size: int) -> tuple[Config, dict[str, Any]]:
+    if any(name.startswith(_NLVR) for name in found):
+        raise UserError(f"{path}: an NLVR2 model ({_NLVR}*), which has no class in capfilt")
+    encoder, decoder = "text_encoder.", "text_decoder.bert."
+    present = [prefix for prefix in (encoder, decoder) if _any(found, prefix)]
+    if not present:
+        raise UserError(f"{path}: neither {encoder}* nor {decoder}*: no BLIP of the original repository")
+    root = present[0]
+    heads_of = "itm_head.weight" in found
+    kind = (
+        "captioner" if root == decoder else "filter" if len(present) == 1 else "both" if heads_of else "vqa"
+    )
+    tower = "visual_encoder."
+    width, patch = (_shape(path, found, tower + "patch_embed.proj.weight", 4)[i] for i in (0, 3))
+    rows = _shape(path, found, tower + "pos_embed", 3)[1] - 1
+    side = round(rows**0.5)
+    if side * side != rows:
+        raise UserError(f"{path}: {tower}pos_embed has {rows} rows besides [CLS], which is no square grid")
+    vocab, text_width = _shape(path, found, root + "embeddings.word_embeddings.weight", 2)
+    settings, extra = read_settings(path.parent)
+    vision: dict[str, Any] = {
+        "image_size": image_size or side * patch,
+        "patch_size": patch,
+        "width": width,
+        "depth": _count(found, tower + "blocks."),
+        "hidden": _shape(path, found, tower + "blocks.0.mlp.fc1.weight", 2)[0],
+        "heads": _heads(path, "vision.heads", width, settings),
+    }
+    if (width, vision["depth"]) == (LARGE.vision.width, LARGE.vision.depth):
+        vision["drop_path"] = LARGE.vision.drop_path
+    text = {
+        "vocab_size": vocab,
+        "width": text_width,
+        "depth": _count(found, root + "encoder.layer."),
+        "hidden": _shape(path, found, root + "encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "max_positions": _shape(path, found, root + "embeddings.position_embeddings.weight", 2)[0],
+        "heads": _heads(path, "text.heads", text_width, settings),
+    }
+    values: dict[str, Any] = {"vision": vision, "text": text}
+    try:
+        if kind == "vqa":
+            config: Config = VqaConfig.from_dict(values)
+        else:
+            embed = (
+                {"embed_dim": found["vision_proj.weight"].shape[0]} if "vision_proj.weight" in found else {}
+            )
+            config = BlipConfig.from_dict({**values, **embed, "half": kind})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    # Where the tensors say it themselves they decide.
+    rest = {k: v for k, v in settings.items() if k != "embed_dim" or kind == "captioner"}
+    return with_settings(path.parent / SETTINGS, config, NO_HOME, rest), extra
+
+
+def _any(found: dict[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in found)
+
+
+def _shape(path: Path, found: dict[str, Tensor], name: str, dimensions: int) -> list[int]:
+    if name not in found or found[name].dim() != dimensions:
+        raise UserError(
+            f"{path}: no {name} of {dimensions} dimensions, from which the model's sizes are read"
+        )
+    return list(found[name].shape)
+
+
+def _count(found: dict[str, Tensor], prefix: str) -> int:
+    return len({name.removeprefix(prefix).partition(".")[0] for name in found if name.startswith(prefix)})
+
+
+def _heads(path: Path, name: str, width: int, settings: dict[str, Any]) -> int:
+    given = settings.get(name)
+    if isinstance(given, int):
+        return given
+    if width % HEAD_CHANNELS:
+        raise UserError(
+            f"{path}: a width of {width} does not say the number of heads; put {SETTINGS} with settings {name!r} beside it"
+        )
+    return width // HEAD_CHANNELS

@@ -1,0 +1,371 @@
+"""transformers' BLIP directories: `BlipForConditionalGeneration`, `BlipForImageTextRetrieval`, `BlipForQuestionAnswering`.
+
+A pretrained BLIP (captioner and filter sharing tensors) has no class there; it is a directory of two: `captioning/` and
+`retrieval/`. Written against transformers 5.23; nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import UserError
+from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models.interop import vocabulary
+from capfilt.models.interop.contents import (
+    LEFTOVERS,
+    SETTINGS,
+    Contents,
+    Model,
+    assemble,
+    halved,
+    read_beside,
+    read_json,
+    read_settings,
+    resized,
+    settings_of,
+    take,
+    with_settings,
+    write_beside,
+)
+from capfilt.models.interop.keymaps import Config, kind_of, transformers_names
+from capfilt.models.presets import LARGE
+from capfilt.models.vision import CLIP_MEAN, CLIP_STD
+from capfilt.models.vqa import VqaConfig
+from capfilt.models.weights import listed, read_pickled, read_safetensors
+
+CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+CLASSES = {
+    "BlipForConditionalGeneration": "captioner",
+    "BlipForImageTextRetrieval": "filter",
+    "BlipForQuestionAnswering": "vqa",
+}
+PAIR = {"captioner": "captioning", "filter": "retrieval"}
+NO_HOME = ("vision.drop_path", "vision.trunk_frozen", "max_text_tokens", "prompt")
+
+# What a key means that a config.json leaves out: transformers' class defaults, which are not BLIP's (8 heads, not 12).
+_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "bos_token_id": 30522,
+    "pad_token_id": 0,
+    "sep_token_id": 102,
+    "is_decoder": True,
+}
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 384,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+}
+# The published configs say 1e-5 (the class default) of towers that were trained with the original code's 1e-6.
+_VISION_EPS = (1e-5, 1e-6)
+
+
+def is_pair(directory: Path) -> bool:
+    """Whether the directory is a pretrained BLIP as two transformers directories."""
+    return all((directory / name / CONFIG).is_file() for name in PAIR.values())
+
+
+def files(directory: Path) -> list[Path]:
+    """Every file that `read` reads."""
+    if is_pair(directory):
+        inner = [each for name in PAIR.values() for each in files(directory / name)]
+        return [*inner, *_beside(directory)]
+    return [directory / CONFIG, _weights(directory), vocabulary.find(directory), *_beside(directory)]
+
+
+def read_config(directory: Path, image_size: int = 0) -> tuple[Config, dict[str, Any]]:
+    """(our config, `extra`) of the directory, no weights read. UserError names the field that no BLIP of ours has."""
+    if is_pair(directory):
+        config, _ = read_config(directory / PAIR["captioner"], image_size)
+        other, _ = read_config(directory / PAIR["filter"], image_size)
+        assert isinstance(config, BlipConfig)
+        assert isinstance(other, BlipConfig)
+        both = dataclasses.replace(other, half="both", prompt=config.prompt)
+        if dataclasses.replace(config, half="both") != dataclasses.replace(
+            both, max_text_tokens=config.max_text_tokens
+        ):
+            raise UserError(
+                f"{directory}: {' and '.join(PAIR.values())} have different geometries: they are no pair"
+            )
+        return both, read_settings(directory)[1]
+    path = directory / CONFIG
+    config = _config(path, read_json(path), image_size)
+    settings, extra = read_settings(directory)
+    return with_settings(directory / SETTINGS, config, NO_HOME, settings), extra
+
+
+def read(directory: Path, image_size: int = 0) -> Contents:
+    """The checkpoint; `image_size` other than 0 resizes the position embedding. UserError names the file or key."""
+    config, extra = read_config(directory, image_size)
+    _, _, leftovers = read_beside(directory)
+    temperature = leftovers.pop("temp", None)
+    if is_pair(directory):
+        state, path = _pair_state(directory), directory
+        tokenizer, other = (_vocabulary(directory / name, config.vocab_size) for name in PAIR.values())
+        if other.fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{directory}: {' and '.join(PAIR.values())} have different vocabularies")
+    else:
+        path = _weights(directory)
+        state, _ = take(path, _read_weights(path), transformers_names(config))
+        tokenizer = _vocabulary(directory, config.vocab_size)
+    if kind_of(config) in ("both", "filter"):
+        # transformers has no home for it; without a sidecar it is where training starts (BLIP, sec. 3.2, code).
+        state["temperature"] = torch.tensor(0.07) if temperature is None else temperature
+    return Contents(assemble(path, config, resized(path, config, state)), tokenizer, extra, leftovers)
+
+
+def write(directory: Path, contents: Contents) -> None:
+    """Writes the checkpoint into an empty directory; UserError, before anything is written, where it has no home."""
+    model, config = contents.model, contents.model.config
+    refuse(config)
+    rest = dict(contents.leftovers)
+    if isinstance(model, Blip) and model.config.half == "both":
+        for half, name in PAIR.items():
+            (directory / name).mkdir(parents=True)
+            _write_class(directory / name, halved(model, half), contents.tokenizer)
+            write_beside(directory / name, settings_of(config, NO_HOME), {}, {})
+    else:
+        _write_class(directory, model, contents.tokenizer)
+    if isinstance(model, Blip) and model.config.half != "captioner":
+        rest["temp"] = model.temperature
+    whole = isinstance(model, Blip) and model.config.half == "both"
+    write_beside(directory, {} if whole else settings_of(config, NO_HOME), contents.extra, rest)
+
+
+def refuse(config: Config) -> None:
+    """UserError naming what transformers' BLIP has no place for; else nothing."""
+    if config.vision.trunk:
+        raise UserError(
+            f"vision.trunk {config.vision.trunk!r} has no home in transformers' BLIP, which takes pixels only"
+        )
+    if config.vision.stem != "patch":
+        raise UserError(
+            f"vision.stem {config.vision.stem!r} has no home in transformers' BLIP: only 'patch' has"
+        )
+    if kind_of(config) == "vqa" and config.vision.width != config.text.width:
+        raise UserError(
+            f"a vision.width ({config.vision.width}) other than text.width ({config.text.width}) has no home in "
+            "transformers' BlipForQuestionAnswering, whose answer decoder reads states of the vision tower's width"
+        )
+
+
+def config_json(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What transformers calls our config; every field that BLIP's own value differs in from its class default is there."""
+    kind = kind_of(config)
+    vision, text = config.vision, config.text
+    name = next(name for name, each in CLASSES.items() if each == kind)
+    return {
+        "architectures": [name],
+        "model_type": "blip",
+        "dtype": "float32",
+        "image_text_hidden_size": config.embed_dim if isinstance(config, BlipConfig) else 256,
+        "initializer_range": 0.02,
+        "label_smoothing": 0.1,
+        "text_config": {
+            "model_type": "blip_text_model",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "encoder_hidden_size": vision.width,
+            "intermediate_size": text.hidden,
+            "num_hidden_layers": text.depth,
+            "num_attention_heads": text.heads,
+            "max_position_embeddings": text.max_positions,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "hidden_dropout_prob": text.dropout,
+            "attention_probs_dropout_prob": text.attention_dropout,
+            "initializer_range": 0.02,
+            "bos_token_id": text.dec_id,
+            "eos_token_id": tokenizer.sep_id,
+            "sep_token_id": tokenizer.sep_id,
+            "pad_token_id": text.pad_id,
+            "is_decoder": True,
+            "label_smoothing": 0.1,
+        },
+        "vision_config": {
+            "model_type": "blip_vision_model",
+            "hidden_size": vision.width,
+            "intermediate_size": vision.hidden,
+            "num_hidden_layers": vision.depth,
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+        },
+    }
+
+
+def _write_class(directory: Path, model: Model, tokenizer: Tokenizer) -> None:
+    state = model.state_dict()
+    weights = {
+        theirs: state[ours].detach().cpu().contiguous().clone()
+        for ours, theirs in transformers_names(model.config).items()
+    }
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    vocabulary.write_transformers(directory, tokenizer)
+    size = model.config.image_size
+    processor = {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "BlipProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+    for name, content in (
+        ("preprocessor_config.json", processor),
+        (CONFIG, config_json(model.config, tokenizer)),
+    ):
+        (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _config(path: Path, content: Mapping[str, Any], image_size: int) -> Config:
+    named = content.get("architectures") or []
+    kind = next((CLASSES[each] for each in named if each in CLASSES), None)
+    if kind is None:
+        raise UserError(f"{path}: architectures {named} is none of {', '.join(CLASSES)}")
+    text = {**_TEXT_DEFAULTS, **_table(path, content, "text_config")}
+    vision = {**_VISION_DEFAULTS, **_table(path, content, "vision_config")}
+    fixed = {
+        "text_config.hidden_act": (text["hidden_act"], ("gelu",)),
+        "text_config.layer_norm_eps": (text["layer_norm_eps"], (1e-12,)),
+        "text_config.is_decoder": (text["is_decoder"], (True,)),
+        "text_config.bos_token_id": (text["bos_token_id"], (text["vocab_size"] - 2,)),
+        "vision_config.hidden_act": (vision["hidden_act"], ("gelu",)),
+        "vision_config.layer_norm_eps": (vision["layer_norm_eps"], _VISION_EPS),
+        "vision_config.attention_dropout": (vision["attention_dropout"], (0,)),
+    }
+    wrong = [
+        f"{name} {value!r} (only {wanted[-1]!r})"
+        for name, (value, wanted) in fixed.items()
+        if value not in wanted
+    ]
+    if wrong:
+        raise UserError(f"{path}: capfilt's BLIP has no {listed(wrong)}")
+    geometry = VISION_FIELDS | {"image_size": "image_size", "patch_size": "patch_size"}
+    tower = {ours: _side(vision[theirs]) for ours, theirs in geometry.items()}
+    if (tower["width"], tower["depth"]) == (LARGE.vision.width, LARGE.vision.depth):
+        tower["drop_path"] = LARGE.vision.drop_path
+    values: dict[str, Any] = {
+        "vision": {**tower, **({"image_size": image_size} if image_size else {})},
+        "text": {ours: text[theirs] for ours, theirs in TEXT_FIELDS.items()},
+    }
+    try:
+        if kind == "vqa":
+            return VqaConfig.from_dict(values)
+        embed = content.get("image_text_hidden_size", 256)
+        return BlipConfig.from_dict({**values, "embed_dim": embed, "half": kind})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+_GEOMETRY = {
+    "width": "hidden_size",
+    "hidden": "intermediate_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+VISION_FIELDS = _GEOMETRY
+TEXT_FIELDS = _GEOMETRY | {
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "pad_id": "pad_token_id",
+}
+
+
+def _table(path: Path, content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: {name} is {value!r}, not a table of fields")
+    return dict(value or {})
+
+
+def _side(value: Any) -> Any:
+    """The side of a square that is written as a pair."""
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        return value[0]
+    return value
+
+
+def _vocabulary(directory: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer beside a config.json, which must mean the same by its ids."""
+    path = directory / CONFIG
+    tokenizer = vocabulary.read(directory, vocab_size)
+    text = {**_TEXT_DEFAULTS, **_table(path, read_json(path), "text_config")}
+    for key, own in (("sep_token_id", tokenizer.sep_id), ("pad_token_id", tokenizer.pad_id)):
+        if text[key] != own:
+            raise UserError(
+                f"{path}: text_config.{key} is {text[key]}, but {own} in the vocabulary beside it"
+            )
+    return tokenizer
+
+
+def _pair_state(directory: Path) -> dict[str, Tensor]:
+    """Both halves' tensors under our names; the vision tower, which both have, must be one."""
+    joined: dict[str, Tensor] = {}
+    for name in PAIR.values():
+        path = _weights(directory / name)
+        half, _ = read_config(directory / name)
+        state, _ = take(path, _read_weights(path), transformers_names(half))
+        differing = sorted(
+            key for key in state.keys() & joined.keys() if not torch.equal(state[key], joined[key])
+        )
+        if differing:
+            raise UserError(
+                f"{path}: {listed(differing)} differ from {PAIR['captioner']}'s: the two are no pair"
+            )
+        joined |= state
+    return joined
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    found = read_safetensors(path) if path.name == WEIGHTS else read_pickled(path)
+    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
+        raise UserError(f"{path}: not a dictionary of tensors")
+    return found
+
+
+def _weights(directory: Path) -> Path:
+    for name in (WEIGHTS, PICKLED):
+        if (directory / name).is_file():
+            return directory / name
+    raise UserError(
+        f"{directory / WEIGHTS}: no such file; save the model with transformers' save_pretrained, unsharded"
+    )
+
+
+def _beside(directory: Path) -> list[Path]:
+    return [directory / name for name in (SETTINGS, LEFTOVERS) if (directory / name).is_file()]

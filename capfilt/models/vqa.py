@@ -1,0 +1,152 @@
+"""BLIP for visual question answering: a question encoder that sees the image, and a decoder that sees the question.
+
+Encoder and decoder share nothing, and the decoder's cross-attention reads the question's states in place of image
+tokens (BLIP, arXiv 2201.12086, sec. 5.3, fig. 5a). Searching for the best answer is `capfilt.inference.decoding`'s;
+the metric is the evaluations'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capfilt.errors import UserError
+from capfilt.models.blip import checked_fields
+from capfilt.models.layers import Pair, full_precision
+from capfilt.models.objectives import language_labels
+from capfilt.models.text import SelfCache, TextConfig, TextDecoder, TextTransformer
+from capfilt.models.vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True)
+class VqaConfig:
+    """Everything that decides the shape of a BlipVqa; `to_dict`/`from_dict` go through JSON unchanged."""
+
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=480, drop_path=0.1))
+    text: TextConfig = field(default_factory=TextConfig)
+    max_text_tokens: int = 35  # BLIP, code: longest question
+
+    @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict of the fields, nested as the dataclasses are."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VqaConfig:
+        """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
+        rest = dict(values)
+        vision = VisionConfig(**checked_fields(VisionConfig(), rest.pop("vision", {}), "vision."))
+        text = TextConfig(**checked_fields(TextConfig(), rest.pop("text", {}), "text."))
+        return cls(vision=vision, text=text, **checked_fields(cls(), rest, ""))
+
+
+class BlipVqa(nn.Module):
+    """See the module's docstring. Images, ids and masks are as in `Blip`; position 0 is overwritten here as there."""
+
+    def __init__(self, config: VqaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.vision)
+        self.text_encoder = TextTransformer(config.text, config.vision.width)
+        # The decoder reads text states, so its keys and values come from the text width whatever the vision tower's is.
+        self.text_decoder = TextDecoder(config.text, config.text.width)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
+        out: Tensor = self.visual_encoder(images)
+        return out
+
+    def encode_question(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
+        """States [B, L, D] of questions ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv]."""
+        cross = self.text_encoder.cross_keys_values(image_tokens)
+        out: Tensor = self.text_encoder(_start(ids, self.config.text.enc_id), mask, cross)
+        return out
+
+    def answer_logits(
+        self, ids: Tensor, mask: Tensor | None, cross: Sequence[Pair], question_mask: Tensor | None
+    ) -> Tensor:
+        """fp32 logits [R, A, V]; position t predicts token t + 1 of the answers ids int64 [R, A].
+
+        cross: `prefill_cross` of the questions. question_mask: bool [R, L] where the questions hold tokens; padding
+        that is not masked changes the answer.
+        """
+        ids = _start(ids, self.config.text.dec_id)
+        states = self.text_decoder.bert(ids, mask, cross, question_mask, causal=True)
+        return self.text_decoder.logits(states)
+
+    def prefill_cross(self, question: Tensor) -> list[Pair]:
+        """The decoder's cross-attention keys and values of question states [B, L, D], for all layers."""
+        return self.text_decoder.bert.cross_keys_values(question)
+
+    def writer(self, question_mask: Tensor | None = None) -> AnswerWriter:
+        """The decoder as the decoding loops want it, for questions with this mask (bool [B, L])."""
+        return AnswerWriter(self, question_mask)
+
+
+class AnswerWriter:
+    """Writes answers token by token to questions whose padding it knows."""
+
+    def __init__(self, model: BlipVqa, question_mask: Tensor | None) -> None:
+        self.model = model
+        self.question_mask = question_mask
+
+    def new_cache(self, rows: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
+        """A static self-attention cache for `rows` answers of at most `max_length` tokens, [DEC] included."""
+        if max_length > self.model.config.text.max_positions:
+            raise UserError(
+                f"{max_length} tokens are more than this model's {self.model.config.text.max_positions} positions:"
+                " lower max_new_tokens"
+            )
+        return self.model.text_decoder.bert.new_cache(rows, max_length, like=cross[0][0])
+
+    def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
+        """fp32 logits [R, V] of the token after `ids` int64 [R, T]; R may be K times the questions, side by side."""
+        if cache.length == 0:
+            ids = _start(ids, self.model.config.text.dec_id)
+        states = self.model.text_decoder.bert(ids, cross=cross, cross_mask=self.question_mask, cache=cache)
+        return self.model.text_decoder.logits(states[:, -1])
+
+
+def answer_loss(
+    logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int, label_smoothing: float = 0.1
+) -> Tensor:
+    """fp32 scalar: sum over answers of weight * summed cross-entropy of the answer's tokens, over the questions.
+
+    logits [R, A, V], ids int64 [R, A], mask bool [R, A], weights [R]: the answer's share of its question's annotators
+    (BLIP, released code; ALBEF, arXiv 2107.07651, sec. 5). label_smoothing 0.1: BLIP, sec. 3.2.
+    """
+    with full_precision(logits):
+        per_token = F.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2),
+            language_labels(ids, mask),
+            ignore_index=-100,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        return (weights.float() * per_token.sum(dim=1)).sum() / questions
+
+
+def build_vqa(config: VqaConfig, seed: int = 0) -> BlipVqa:
+    """A freshly initialised BlipVqa: the same config and seed give the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BlipVqa(config)
+
+
+def _start(ids: Tensor, token: int) -> Tensor:
+    ids = ids.clone()
+    ids[:, 0] = token
+    return ids

@@ -1,0 +1,109 @@
+"""Tensors by name: read from files, compared with what a model expects, put into it. Nothing here runs code from a file.
+
+Which name means what in another project's layout is `capfilt.models.interop`'s.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from capfilt.errors import UserError
+
+SHOWN = 5
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a shared one once, under the first name it has."""
+    seen: set[int] = set()
+    unique: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor.detach()
+    return unique
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError naming it where it cannot be read."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})".splitlines()[0]) from error
+
+
+def read_pickled(path: Path, mapped: bool = False) -> Any:
+    """What torch.save wrote, read with `weights_only=True`: tensors, numbers, strings and containers of them.
+
+    `mapped` leaves the tensors in the file until they are touched. UserError for anything else a pickle may hold.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except RuntimeError as error:
+        # Files from before torch 1.6 are no archives, and cannot be mapped.
+        if mapped and "mmap" in str(error):
+            return read_pickled(path)
+        raise UserError(f"{path}: not a readable torch file ({error})".splitlines()[0]) from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds objects besides tensors, which are not loaded; where you trust it, save its tensors alone"
+        ) from error
+    except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable torch file ({error})".splitlines()[0]) from error
+
+
+def listed(names: list[str]) -> str:
+    """A few of the names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """UserError naming `path` and listing what is missing, unexpected or of another shape; else nothing."""
+    faults = []
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
+    misshapen = [
+        f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
+        for name in sorted(set(expected) & set(found))
+        if found[name].shape != expected[name].shape
+    ]
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+        if names:
+            faults.append(f"{len(names)} tensors {kind}: {listed(names)}")
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults)}")
+
+
+def fill(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Makes the tensors of `state` the model's own; a shared one may come under each of its names, or under one.
+
+    UserError naming `path` where two names of one shared tensor hold different values, or `check_tensors` objects.
+    """
+    first: dict[int, str] = {}
+    unique: dict[str, Tensor] = {}
+    rest = dict(state)
+    differing = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        main = first.setdefault(id(tensor), name)
+        if name not in rest:
+            continue
+        given = rest.pop(name)
+        if main not in unique:
+            unique[main] = given
+        elif not torch.equal(unique[main], given):
+            differing.append(f"{name} and {main}")
+    if differing:
+        raise UserError(
+            f"{path}: {len(differing)} tensors that this model shares differ: {listed(differing)}; "
+            "they belong to two models"
+        )
+    check_tensors(path, tensors(model), {**unique, **rest})
+    model.load_state_dict(unique, strict=False, assign=True)

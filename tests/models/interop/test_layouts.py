@@ -1,0 +1,350 @@
+"""Catches: a foreign checkpoint taken for another, a key silently dropped or made up, a file that runs code when it is
+opened, positions left at another size, a fingerprint that misses a change, an error that does not name its file or key.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from capfilt.errors import UserError
+from capfilt.inference.captioner import Captioner
+from capfilt.inference.filter import Filter
+from capfilt.models import checkpoint
+from capfilt.models.interop import layouts
+from capfilt.models.interop.keymaps import original_names, transformers_names
+from capfilt.models.vision import resize_position_embedding
+from tests.models.interop.reference import DEC, DEPTH, PATCH, SIDE, pictures, saved, texts, write_vocabulary
+
+pytest.importorskip("transformers")
+
+# Written apart from the maps under test, the other way around, and by substitution where they list.
+TO_ORIGINAL = [
+    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+    ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+    ("vision_model.post_layernorm", "visual_encoder.norm"),
+    ("vision_model.encoder.layers", "visual_encoder.blocks"),
+    ("layer_norm1", "norm1"),
+    ("layer_norm2", "norm2"),
+    ("self_attn.projection", "attn.proj"),
+    ("self_attn", "attn"),
+]
+SETTINGS = {"vision.heads": 3, "text.heads": 2, "text.dropout": 0.0, "text.attention_dropout": 0.0}
+
+
+def original(directory, *models):
+    """The state dictionary that the original code would have saved of these transformers models, and its file."""
+    state = {}
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            for old, new in TO_ORIGINAL:
+                name = name.replace(old, new)
+            state[name] = tensor.clone()
+    for root in ("text_encoder", "text_decoder.bert"):
+        if f"{root}.embeddings.word_embeddings.weight" in state:
+            state[f"{root}.embeddings.position_ids"] = torch.arange(20)[None]
+    write_vocabulary(directory)
+    (directory / "capfilt.json").write_text(json.dumps({"settings": SETTINGS, "extra": {}}))
+    return state, directory / "model_base.pth"
+
+
+def save(state, path):
+    """A file as the original training loop writes it."""
+    training = {"optimizer": {"state": {0: {"step": 3}}}, "config": {"vit": "base"}, "epoch": 3}
+    torch.save({"model": state, **training}, path)
+    return path
+
+
+@pytest.fixture
+def retrieval(tmp_path):
+    """A retrieval checkpoint as the original code saves it, and the same model as transformers saves it."""
+    theirs = saved(tmp_path / "hf", "filter")
+    state, path = original(tmp_path / "original", theirs)
+    state["temp"] = torch.tensor(0.03)
+    for name in list(state):
+        tower = name.partition(".")[0]
+        if tower in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
+            state[name.replace(tower, f"{tower}_m", 1)] = state[name] + 1
+    state |= {
+        "image_queue": torch.randn(12, 8), "text_queue": torch.randn(12, 8), "idx_queue": torch.full((1, 8), -100),
+        "ptr_queue": torch.zeros(1, dtype=torch.int64),
+    }  # fmt: skip
+    return state, path, tmp_path / "hf"
+
+
+@torch.no_grad()
+def test_a_retrieval_checkpoint_with_its_training_state(retrieval):
+    state, path, directory = retrieval
+    save(state, path)
+    found = checkpoint.open_any(path)[0]
+    ours, twin = found.model, checkpoint.load(directory)[0]
+    images, (ids, mask) = pictures(2), texts(2, [6, 4])
+    assert torch.equal(ours.encode_image(images), twin.encode_image(images))
+    tokens = ours.encode_image(images)
+    assert torch.equal(ours.match_logits(ids, mask, tokens), twin.match_logits(ids, mask, tokens))
+    assert torch.equal(ours.embed_text(ids, mask), twin.embed_text(ids, mask))
+    assert float(ours.temperature.detach()) == pytest.approx(0.03)
+    expected = {name for name in state if "_m." in name or "queue" in name}
+    assert found.leftovers.keys() == expected
+    assert all(torch.equal(found.leftovers[name], state[name]) for name in expected)
+
+
+@torch.no_grad()
+def test_a_captioning_and_an_answering_checkpoint(tmp_path):
+    images, (ids, mask) = pictures(2), texts(DEC, [6, 4])
+    captioner = saved(tmp_path / "captioner", "captioner")
+    state, path = original(tmp_path / "a", captioner)
+    assert "text_decoder.cls.predictions.decoder.weight" in state, "the tied copies should be in the file"
+    ours, twin = checkpoint.load(save(state, path))[0], checkpoint.load(tmp_path / "captioner")[0]
+    tokens = twin.encode_image(images)
+    assert torch.equal(
+        ours.lm_logits(ids, mask, ours.encode_image(images)), twin.lm_logits(ids, mask, tokens)
+    )
+    answering = saved(tmp_path / "vqa", "vqa")
+    state, path = original(tmp_path / "b", answering)
+    found = [checkpoint.open_any(each)[0].model for each in (save(state, path), tmp_path / "vqa")]
+    states = [model.encode_question(ids, mask, model.encode_image(images)) for model in found]
+    logits = [
+        m.answer_logits(ids, mask, m.prefill_cross(s), mask) for m, s in zip(found, states, strict=True)
+    ]
+    assert torch.equal(*logits)
+
+
+def test_the_maps_name_every_tensor_of_a_model_once(retrieval):
+    state, path, directory = retrieval
+    del state
+    for kind in ("captioner", "filter", "vqa"):
+        saved(path.parent / kind, kind)
+        model = checkpoint.open_any(path.parent / kind)[0].model
+        theirs = load_file(path.parent / kind / "model.safetensors").keys()
+        assert set(original_names(model.config)) == set(model.state_dict())
+        assert set(transformers_names(model.config).values()) == theirs
+        assert len(set(transformers_names(model.config).values())) == len(transformers_names(model.config))
+    assert directory.is_dir()
+
+
+def change(state, name, edit):
+    state[name] = edit(state[name]) if name in state else edit(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        (
+            "text_encoder.gate.weight",
+            lambda _: torch.zeros(1),
+            r"1 tensors that no BLIP .* text_encoder\.gate\.weight",
+        ),
+        ("text_encoder.embeddings.position_ids", lambda t: t + 1, "position_ids does not count"),
+        (
+            "visual_encoder.norm.weight",
+            lambda t: t[:-1],
+            r"visual_encoder\.norm\.weight \[23\] instead of \[24\]",
+        ),
+        ("visual_encoder.pos_embed", lambda t: t[:, :-1], "pos_embed has 8 rows"),
+        ("cls_head.0.weight", lambda _: torch.zeros(1), "NLVR2"),
+    ],
+)
+def test_an_unexplained_or_wrong_tensor_is_listed(retrieval, name, edit, message):
+    state, path, _ = retrieval
+    change(state, name, edit)
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.load(save(state, path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_untied_and_unshared_tensors_are_listed(retrieval, tmp_path):
+    state, path, _ = retrieval
+    del state["itm_head.bias"], state["text_encoder.encoder.layer.1.crossattention.self.key.weight"]
+    with pytest.raises(
+        UserError, match=r"2 tensors missing: itm_head\.bias, .*crossattention\.self\.key\.weight"
+    ):
+        checkpoint.load(save(state, path))
+    state, path = original(tmp_path / "c", saved(tmp_path / "captioner", "captioner"))
+    change(state, "text_decoder.cls.predictions.decoder.bias", lambda t: t + 1)
+    with pytest.raises(UserError, match=r"decoder\.bias is not .*cls\.predictions\.bias"):
+        checkpoint.load(save(state, path))
+    state, path = original(
+        tmp_path / "d", saved(tmp_path / "f", "filter"), saved(tmp_path / "g", "captioner", seed=8)
+    )
+    state["temp"] = torch.tensor(0.07)
+    with pytest.raises(UserError, match=r"shares differ: text_decoder\.bert\..* and text_encoder\."):
+        checkpoint.load(save(state, path))
+
+
+class Planted:
+    """Runs when unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code from a checkpoint was run')",))
+
+
+def test_a_file_that_would_run_code_is_refused(retrieval):
+    state, path, _ = retrieval
+    for content in ({"model": state, "config": Planted()}, Planted()):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="objects besides tensors") as caught:
+            checkpoint.load(path)
+        assert str(path) in str(caught.value)
+    path.write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"model_base\.pth"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([1], "a list"), ({"model": {}}, "no dictionary of tensors"), ({"model": {"a": 1}}, "no dictionary of tensors"),
+     ({"model": {"a": torch.zeros(1)}}, r"neither text_encoder\.\*"),
+     ({"model": {"a": torch.zeros(1)}, "ema": 1}, "keys ema beside 'model'")],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused(retrieval, content, message):
+    _, path, _ = retrieval
+    torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(path)
+
+
+@torch.no_grad()
+def test_positions_are_resized_on_load(retrieval):
+    state, path, directory = retrieval
+    save(state, path)
+    wider = SIDE + 2 * PATCH
+    expected = resize_position_embedding(state["visual_encoder.pos_embed"], wider // PATCH)
+    content = json.loads((directory / "config.json").read_text())
+    for place in (path, directory):
+        model = checkpoint.load(place, image_size=wider)[0]
+        assert model.config.image_size == wider
+        assert torch.equal(model.visual_encoder.pos_embed, expected)
+        assert model.encode_image(torch.zeros(1, 3, wider, wider)).shape[1] == (wider // PATCH) ** 2 + 1
+    # A config that asks for other pictures than the file was trained with means them.
+    content["vision_config"]["image_size"] = wider
+    (directory / "config.json").write_text(json.dumps(content))
+    assert torch.equal(checkpoint.load(directory)[0].visual_encoder.pos_embed, expected)
+    assert Filter.load(path, image_size=wider).model.config.image_size == wider
+
+
+def test_engines_want_their_own_half(tmp_path, retrieval):
+    state, path, directory = retrieval
+    saved(tmp_path / "captioner", "captioner")
+    saved(tmp_path / "vqa", "vqa")
+    assert isinstance(Captioner.load(tmp_path / "captioner"), Captioner)
+    for place in (save(state, path), directory):
+        assert isinstance(Filter.load(place), Filter)
+        with pytest.raises(UserError, match="is a filter and no captioner") as caught:
+            Captioner.load(place)
+        assert str(place) in str(caught.value)
+    with pytest.raises(UserError, match="is a captioner and no filter"):
+        Filter.load(tmp_path / "captioner")
+    with pytest.raises(UserError, match="answers questions"):
+        Captioner.load(tmp_path / "vqa")
+
+
+def test_the_config_is_told_without_the_weights_and_the_fingerprint_sees_every_file(retrieval):
+    state, path, directory = retrieval
+    save(state, path)
+    first = checkpoint.fingerprint(path)
+    for place, changed in (
+        (path, ("model_base.pth", "vocab.txt", "capfilt.json")),
+        (directory, ("model.safetensors", "vocab.txt", "config.json")),
+    ):
+        meta = checkpoint.read_config(place)
+        assert meta["config"] == checkpoint.load(place)[0].config.to_dict()
+        assert (meta["model_type"], meta["extra"]) == ("blip", {})
+        root = place if place.is_dir() else place.parent
+        before = checkpoint.fingerprint(place)
+        assert before == checkpoint.fingerprint(place)
+        for name in changed:
+            content = (root / name).read_bytes()
+            (root / name).write_bytes(content + b"\n")
+            assert checkpoint.fingerprint(place) != before, name
+            (root / name).write_bytes(content)
+        assert checkpoint.fingerprint(place) == before
+    path.rename(path.with_name("renamed.pth"))
+    assert (
+        checkpoint.fingerprint(path.with_name("renamed.pth")) == checkpoint.fingerprint(path.parent) == first
+    )
+
+
+def test_a_config_that_this_blip_is_not_is_named(retrieval):
+    _, _, directory = retrieval
+    content = json.loads((directory / "config.json").read_text())
+    for table, key, value in (
+        ("text_config", "hidden_act", "relu"), ("vision_config", "layer_norm_eps", 1e-3),
+        ("text_config", "bos_token_id", 5), ("text_config", "sep_token_id", 5),
+        ("text_config", "num_attention_heads", 3), ("vision_config", "image_size", [24, 32]),
+    ):  # fmt: skip
+        edited = {**content, table: {**content[table], key: value}}
+        (directory / "config.json").write_text(json.dumps(edited))
+        with pytest.raises(UserError, match=rf"config\.json: .*({key}|heads)"):
+            checkpoint.load(directory)
+    (directory / "config.json").write_text(json.dumps({**content, "architectures": ["BlipModel"]}))
+    with pytest.raises(UserError, match="BlipForImageTextRetrieval"):
+        checkpoint.load(directory)
+
+
+def test_half_precision_is_read_without_loss(retrieval):
+    _, _, directory = retrieval
+    weights = {name: each.half() for name, each in load_file(directory / "model.safetensors").items()}
+    save_file(weights, directory / "model.safetensors")
+    model = checkpoint.load(directory)[0]
+    assert model.itm_head.weight.dtype == torch.float32
+    assert torch.equal(model.itm_head.weight.half(), weights["itm_head.weight"])
+    torch.save(weights, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    assert torch.equal(checkpoint.load(directory)[0].itm_head.weight, model.itm_head.weight)
+
+
+def test_the_vocabulary_is_checked_and_transformers_own_is_read(retrieval):
+    from transformers import BertTokenizer
+
+    _, _, directory = retrieval
+    before = checkpoint.load(directory)[1]
+    theirs = BertTokenizer(
+        vocab={before.token(i): i for i in range(before.vocab_size - 2)}, do_lower_case=True
+    )
+    theirs.save_pretrained(directory)
+    (directory / "vocab.txt").unlink(missing_ok=True)
+    assert (directory / "tokenizer.json").is_file()
+    assert checkpoint.load(directory)[1].fingerprint == before.fingerprint
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["normalizer"]["lowercase"] = False
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not uncased BERT's"):
+        checkpoint.load(directory)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt"):
+        checkpoint.load(directory)
+    (directory / "vocab.txt").write_text("\n".join(before.token(i) for i in range(before.vocab_size - 3)))
+    with pytest.raises(UserError, match=r"29 tokens with .* but the model has 30"):
+        checkpoint.load(directory)
+
+
+def test_places_that_are_no_checkpoint(tmp_path, retrieval):
+    state, path, _ = retrieval
+    save(state, path)
+    assert layouts.locate(path.parent) == ("original", path)
+    save(state, path.with_name("other.pth"))
+    with pytest.raises(UserError, match="2 files that may be the checkpoint"):
+        checkpoint.load(path.parent)
+    with pytest.raises(UserError, match=r"neither \.pth nor \.pt"):
+        checkpoint.load(path.with_name("vocab.txt"))
+    with pytest.raises(UserError, match=r"some-owner/some-model.*hf download some-owner/some-model"):
+        checkpoint.load("some-owner/some-model")
+
+
+def test_the_file_says_its_heads_or_asks_for_them(retrieval):
+    state, path, _ = retrieval
+    (path.parent / "capfilt.json").unlink()
+    with pytest.raises(UserError, match=r"width of 24 does not say the number of heads.*vision\.heads"):
+        checkpoint.load(save(state, path))
+    (path.parent / "capfilt.json").write_text(
+        json.dumps({"settings": {"vision.width": 9, **SETTINGS}, "extra": {}})
+    )
+    with pytest.raises(UserError, match=r"vision\.width are decided by the checkpoint itself"):
+        checkpoint.load(path)
+    assert DEPTH == 2

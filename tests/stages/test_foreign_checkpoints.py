@@ -1,0 +1,53 @@
+"""Catches: a stage that opens capfilt's own checkpoints only, or that writes rows of another checkpoint without noticing."""
+
+from __future__ import annotations
+
+import pytest
+
+from capfilt.cli import main
+from capfilt.tables.workspace import Workspace
+from tests.models.interop.reference import saved
+from tests.worlds import image_rows, write_images
+
+pytest.importorskip("transformers")
+
+
+def call(*arguments) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(each) for each in arguments])
+    return stopped.value.code
+
+
+def test_caption_score_and_export_take_transformers_directories(tmp_path, capsys):
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "web"), [image_rows("web", 4)])
+    saved(tmp_path / "blip", "captioner")
+    saved(tmp_path / "itm", "filter")
+    here = ("--execution", "inline", "-q", "-w", tmp_path / "ws")
+    caption = ("caption", "--images", "web", "--captioner", tmp_path / "blip", "--max-new-tokens", 5, *here)
+    assert call(*caption) == 0
+    assert call("score", "--images", "web", "--captions", "blip", "--filter", tmp_path / "itm", *here) == 0
+    captions = place.part("captions", "blip").read(0).to_pylist()
+    assert len(captions) == 4
+    scores = place.part("scores", "itm").read(0).to_pylist()
+    written = [row for row in captions if row["text"]]
+    assert written
+    assert len(scores) == 4 + len(written)
+    assert all(0 <= row["itm_score"] <= 1 for row in scores)
+
+    # Another checkpoint at the same place: no row of it may pass for one of the first.
+    saved(tmp_path / "blip", "captioner", seed=7)
+    capsys.readouterr()
+    assert call(*caption) == 2
+    assert "captions/blip" in capsys.readouterr().err
+    # The filter has no decoder to write with.
+    assert call("caption", "--images", "web", "--captioner", tmp_path / "itm", "--out", "x", *here) != 0
+
+    exported = tmp_path / "ws" / "models" / "filter"
+    assert call("export", tmp_path / "itm", "--to", "capfilt", "--out", exported) == 0
+    assert "filter, layout capfilt" in capsys.readouterr().out
+    assert call("score", "--images", "web", "--filter", "filter", *here) == 0
+    again = place.part("scores", "filter").read(0).to_pylist()
+    first = {row["text_id"]: row["itm_score"] for row in scores}
+    assert len(again) == 4
+    assert all(row["itm_score"] == first[row["text_id"]] for row in again)
