@@ -48,6 +48,16 @@ def alpha_ramp(step: int, ramp_steps: int, alpha: float = 0.4) -> float:
     return alpha * min(1.0, step / ramp_steps)
 
 
+def scaled_momentum(momentum: float, batch_size: int, published_batch_size: int) -> float:
+    """`momentum` for another batch than the one it was published with: momentum ** (batch / published).
+
+    The average then forgets as much per text, so that a small batch's towers do not run along with the live ones, and a
+    large one's are not left behind. BLIP publishes 0.995 at 2,880 texts (arXiv 2201.12086, sec. 4.1); half of that batch
+    takes 0.9975.
+    """
+    return float(momentum ** (batch_size / published_batch_size))
+
+
 def positives(
     image_index: Tensor,
     text_index: Tensor,
@@ -438,7 +448,9 @@ class BlipPretraining(nn.Module):
         self.momentum = MomentumTowers(model) if contrastive and self.config.momentum is not None else None
         self.queue = FeatureQueue(self.config.queue_size if contrastive else 0, model.config.embed_dim)
 
-    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+    def losses(
+        self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0, first: bool = True
+    ) -> dict[str, Tensor]:
         """fp32 scalars: "loss" (weighted sum, with gradient), "itc", "itm", "lm" as configured, and without gradient
         "temperature", "itm_accuracy", "itm_balanced_accuracy" where they apply.
 
@@ -446,9 +458,14 @@ class BlipPretraining(nn.Module):
         ITM's negatives are drawn by: 1 is the published draw, 0 a uniform one. In training mode the call also clamps
         the temperature, moves the momentum towers before they are used, and fills the queue; draws come from torch's
         global generators. Without ITC, ITM's hard negatives come from similarities computed without gradient.
+
+        `first` False is a further micro-batch of the same step: weights have not moved, so neither does what follows
+        them. Each micro-batch is contrasted with itself and the queue, which holds the step's earlier ones by then; ITM's
+        negatives are its own. That is what each of the released code's processes sees too: it gathers features for its
+        queue and not for its logits.
         """
         objectives, model = self.config.objectives, self.model
-        if self.training:
+        if self.training and first:
             self._before_step()
         images = self._images(batch)
         tokens = model.encode_image(images)

@@ -1,8 +1,8 @@
 """The training loop: batches in, a trained module, a log and an account of what was seen out; resumes exactly.
 
 Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not
-here: the losses (`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
-(`capfilt.models.checkpoint`).
+here: its settings (`config.py`), its log's file (`log.py`), the losses (`capfilt.models.objectives`), which rows make a
+batch (`capfilt.data.corpus`), finished checkpoints (`capfilt.models.checkpoint`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,92 +22,22 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
 from capfilt.models.objectives import COLLAPSED_ITM, alpha_ramp, hardness_ramp
-from capfilt.training import optim, state
+from capfilt.training import average, optim, state
+from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
+from capfilt.training.log import Log
 
-PRECISIONS = ("auto", "fp32", "bf16")
+__all__ = ["TrainConfig", "TrainResult", "train"]
+
 MAX_SKIPS = 20
 """So many steps in a row with a non-finite loss or gradient end the run: the model will not come back by itself."""
 STUCK_LINES = 200
 STUCK_WITHIN = 0.01
-
-Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
-Augment = Callable[[Batch, torch.Generator], Tensor]
-"""A batch on its device and a CPU generator -> the pixels to train on in place of the batch's, on the same device."""
-OnStep = Callable[[int, Mapping[str, float]], None]
-"""Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...)."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Two runs with the same config, module and batches on the same CPU give the same weights."""
-
-    steps: int
-    batch_size: int = 64  # for the record; the batches decide
-    learning_rate: float = 3e-4  # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B
-    min_lr: float = 1e-6  # BLIP, released pretraining configuration
-    warmup_steps: int = 3000  # BLIP, released pretraining configuration; at most half of `steps`
-    weight_decay: float = 0.05  # BLIP, sec. 4.1
-    decay: str = (
-        "matrices"  # "all" decays biases, LayerNorms and the temperature too, as the released BLIP does
-    )
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's own, which the released BLIP uses
-    clip_norm: float = 1.0  # 0 for none, as the released BLIP; clipping is the cure users found for stuck ITM
-    seed: int = 0  # of dropout, augmentation and hard negatives
-    alpha: float = 0.4  # weight of the momentum's soft targets: ALBEF, arXiv 2107.07651, sec. 4
-    alpha_ramp_steps: int = 0  # BLIP, released code: two epochs in pretraining, one in finetuning
-    hardness_ramp_steps: int = (
-        0  # ITM's negatives from uniform to the published draw; 0: published from the start
-    )
-    precision: str = (
-        "auto"  # bf16 autocast on GPUs that have it, fp32 elsewhere: on many CPUs bf16 is emulated
-    )
-    augment: Augment | None = None
-    log_every: int = 50  # steps per log line; its figures are means over those steps
-    save_every: int = 0  # steps between saved states; 0: only when interrupted
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise UserError(f"learning_rate {self.learning_rate}: give a number above 0")
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the weights, JSON-able: a saved state continues only under an equal identity."""
-        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        for name in ("augment", "log_every", "save_every"):
-            del values[name]
-        return {**values, "betas": list(self.betas), "augment": self.augment is not None}
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-        steps: optimiser steps, skipped ones included.
-        seconds: wall-clock seconds of training, those before an interruption included.
-        exposures: int64 [examples], how often each corpus example was trained on (skipped steps do not count).
-        losses: figures of the last log line.
-        skipped_steps: steps left out because of a non-finite loss or gradient.
-        warnings: what the run warned about, one line each.
-    """
-
-    steps: int
-    seconds: float
-    exposures: npt.NDArray[np.int64]
-    losses: Mapping[str, float]
-    skipped_steps: int
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -124,6 +54,7 @@ class _Progress:
     rows: int = 0
     window_seconds: float = 0.0
     last: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -133,6 +64,7 @@ def train(
     config: TrainConfig,
     *,
     on_step: OnStep | None = None,
+    on_best: OnBest | None = None,
     log_path: Path | None = None,
     state_path: Path | None = None,
     fingerprint: str = "",
@@ -141,16 +73,23 @@ def train(
     """Trains `module` in place, on the device it is on, for `config.steps` steps.
 
     Args:
-        module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`.
+        module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`. Where
+            `config.accumulate` is above 1 it also takes `first=False`, for every micro-batch of a step but the first:
+            what moves once per step (momentum towers) must not move again. A step's loss and figures are means over its
+            micro-batches, weighted by their texts; a loss that compares texts with one another (ITC, ITM's negatives)
+            sees those of its own micro-batch only, and the queue.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
         on_step: progress; an exception from it ends the run.
+        on_best: keep these weights: called when a state is due (`save_every`, and the last step) and the mean loss of the
+            last log line is the lowest of those so far. It is the training loss, so "best" means least diverged.
         log_path: JSON lines, one per `log_every` steps and one for the last.
         state_path: file of the training state, written every `save_every` steps, at the end, and when SIGTERM or
             SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again. Where the
             file exists the run continues from it, skipping the batches it has had: the rest is what an uninterrupted
-            run would have done, bit for bit on a CPU. Delete it when the finished model is safe.
+            run would have done, bit for bit on a CPU. With `config.keep_states` above 1 older states stay beside it
+            (`state.write_newest`); `state.remove` deletes them all when the finished model is safe.
         fingerprint: of the data and whatever else the caller wants to be the same when a state is continued.
         examples: how many examples the corpus has: the length of `exposures`. Larger numbers lengthen it.
 
@@ -163,7 +102,7 @@ def train(
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        run = _Run(module, batches, config, on_step, log_path, state_path, fingerprint, examples)
+        run = _Run(module, batches, config, on_step, on_best, log_path, state_path, fingerprint, examples)
         with run.signals():
             run.steps()
         return run.result()
@@ -176,6 +115,7 @@ class _Run:
         batches: Batches,
         config: TrainConfig,
         on_step: OnStep | None,
+        on_best: OnBest | None,
         log_path: Path | None,
         state_path: Path | None,
         fingerprint: str,
@@ -185,11 +125,12 @@ class _Run:
         self.batches = batches
         self.config = config
         self.on_step = on_step
-        self.log_path = log_path
+        self.on_best = on_best
         self.state_path = state_path
         self.parameters = optim.trainable(module)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = optim.AdamW(self.parameters, config.betas, config.weight_decay, config.decay)
+        self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
         self.exposures = np.zeros(examples, dtype=np.int64)
         self.progress = _Progress()
         self.interrupt: int | None = None
@@ -201,18 +142,21 @@ class _Run:
             if dataclasses.is_dataclass(own) and not isinstance(own, type)
             else None,
         }
-        # Through JSON and back, so that tuples compare as the lists they are stored as.
-        self.identity = json.loads(json.dumps(self.identity))
+        self.identity = _jsonable(self.identity)
         if state_path is not None and state_path.exists():
             self._resume(state_path)
-        if log_path is not None:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
-            _truncate_log(log_path, self.progress.step)
+        self.log = Log(log_path, self.progress.step)
 
     def result(self) -> TrainResult:
         done = self.progress
         return TrainResult(
-            done.step, done.seconds, self.exposures, dict(done.last), done.skipped, tuple(done.warnings)
+            done.step,
+            done.seconds,
+            self.exposures,
+            dict(done.last),
+            done.skipped,
+            tuple(done.warnings),
+            dict(self.average.tensors) if self.average else {},
         )
 
     # ------------------------------------------------------------------ steps
@@ -237,10 +181,11 @@ class _Run:
                 if progress.step % config.log_every == 0 or last:
                     self._log(values)
                 whole = True
-                if self.state_path is not None and (
-                    last or (config.save_every and progress.step % config.save_every == 0)
-                ):
-                    self._save()
+                if last or (config.save_every and progress.step % config.save_every == 0):
+                    # The best first: a state that knows of it must not outlive a crash that it did not.
+                    self._keep_best()
+                    if self.state_path is not None:
+                        self._save()
                 if self.on_step is not None:
                     self.on_step(progress.step, values)
                 if self.interrupt is not None:
@@ -252,24 +197,27 @@ class _Run:
 
     def _step(self, batch: Batch) -> dict[str, float]:
         config, progress = self.config, self.progress
-        rate = optim.learning_rate(
-            progress.step, config.steps, config.learning_rate, config.min_lr, config.warmup_steps
-        )
+        rate = config.rate(progress.step)
         alpha = alpha_ramp(progress.step, config.alpha_ramp_steps, config.alpha)
         hardness = hardness_ramp(progress.step, config.hardness_ramp_steps)
-        on_device = self._prepare(batch)
-        with self._autocast():
-            found: dict[str, Tensor] = self.module.losses(on_device, alpha, hardness)  # type: ignore[operator]
-        loss = found["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]
+        rows = len(batch.example)
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(batch.split(config.accumulate)):
+            share = len(part.example) / rows
+            losses = self._losses(part, alpha, hardness, first=number == 0)
+            (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            for name, figure in losses.items():
+                weighted = figure.detach().float() * share
+                found[name] = found[name] + weighted if number else weighted
         norm = optim.clip_gradients(self.parameters.values(), config.clip_norm)
         names = [*found, "grad_norm"]
         # One transfer per step for everything that is looked at: each would be a stop of its own on a GPU.
-        figures = torch.stack([*(value.detach().float() for value in found.values()), norm]).tolist()
+        figures = torch.stack([*found.values(), norm]).tolist()
         values: dict[str, float] = dict(zip(names, figures, strict=True))
-        rows = len(batch.example)
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             self.optimizer.step(rate)
+            if self.average:
+                self.average.update(progress.step - progress.skipped)
             progress.skipped_in_a_row = 0
             self._expose(batch.example)
             progress.counted += 1
@@ -287,6 +235,13 @@ class _Run:
         progress.step += 1
         progress.rows += rows
         return {**values, "lr": rate, "alpha": alpha}
+
+    def _losses(self, batch: Batch, alpha: float, hardness: float, first: bool) -> dict[str, Tensor]:
+        on_device = self._prepare(batch)
+        again = {} if first else {"first": False}
+        with self._autocast():
+            found: dict[str, Tensor] = self.module.losses(on_device, alpha, hardness, **again)  # type: ignore[operator]
+        return found
 
     def _prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.device, non_blocking=True)
@@ -321,9 +276,7 @@ class _Run:
             "seconds": progress.seconds,
             "skipped_steps": progress.skipped,
         }
-        if self.log_path is not None:
-            with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.log.write(line)
         progress.last = {name: float(value) for name, value in line.items()}
         progress.sums, progress.counted, progress.rows, progress.window_seconds = {}, 0, 0, 0.0
         self._watch_matching(means.get("itm"))
@@ -343,16 +296,28 @@ class _Run:
 
     # ------------------------------------------------------------------ state
 
+    def _keep_best(self) -> None:
+        progress = self.progress
+        loss = progress.last.get("loss")
+        if self.on_best is None or loss is None or (progress.best is not None and loss >= progress.best):
+            return
+        progress.best = loss
+        with average.swapped(self.module, self.average.tensors if self.average else {}):
+            self.on_best(progress.step, loss)
+
     def _save(self) -> None:
         assert self.state_path is not None
         tensors = state.capture(self.module, self.optimizer)
         tensors["exposures"] = torch.from_numpy(self.exposures)
+        if self.average:
+            tensors.update({f"average.{name}": tensor for name, tensor in self.average.tensors.items()})
         values = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
-        state.write(self.state_path, tensors, values)
+        state.write_newest(self.state_path, self.progress.step, tensors, values, self.config.keep_states)
 
     def _resume(self, path: Path) -> None:
         tensors, values = state.read(path)
-        theirs = values["identity"]
+        # A state may be older than an option: it was then saved under what is the option's default now.
+        theirs = {**_jsonable(TrainConfig(steps=1).identity()), **values["identity"]}
         changed = [name for name in self.identity if theirs.get(name) != self.identity[name]]
         if changed:
             name = changed[0]
@@ -361,7 +326,18 @@ class _Run:
                 "restore it, or delete the file to start over"
             )
         state.restore(self.module, self.optimizer, tensors)
-        self.progress = _Progress(**values["progress"])
+        if self.average:
+            self.average.load(
+                {
+                    name.removeprefix("average."): each
+                    for name, each in tensors.items()
+                    if name.startswith("average.")
+                }
+            )
+        known = {each.name for each in dataclasses.fields(_Progress)}
+        self.progress = _Progress(
+            **{name: value for name, value in values["progress"].items() if name in known}
+        )
         self.exposures = tensors["exposures"].numpy().copy()
 
     @contextmanager
@@ -388,6 +364,12 @@ class _Run:
             # To whoever sent it, and to whatever the caller does about signals, nothing was swallowed.
             signal.raise_signal(self.interrupt)
             raise KeyboardInterrupt
+
+
+def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Through JSON and back, so that tuples compare as the lists they are stored as."""
+    made: dict[str, Any] = json.loads(json.dumps(values))
+    return made
 
 
 class _InterruptError(Exception):
@@ -418,17 +400,3 @@ def _stream(batches: Batches, start: int, steps: int) -> Iterator[Batch]:
             raise RunError(
                 f"the batches ended after {step} of {steps} steps: the corpus is empty or read only once"
             )
-
-
-def _truncate_log(path: Path, step: int) -> None:
-    """Drops the lines that a resumed run will write again, and a torn last line; a new run starts an empty log."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] > step:
-                    continue
-            except (ValueError, KeyError, TypeError):
-                continue
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
