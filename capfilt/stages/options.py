@@ -149,6 +149,15 @@ class OptimisationOptions:
     keep_best: bool = _option(
         False, "keep best/, the weights with the lowest training loss whenever a state is saved", told=True
     )
+    tensorboard: bool = _option(
+        False, "also write tensorboard/ beside the checkpoint (capfilt[tensorboard])", told=True
+    )
+    stuck_steps: int = _option(
+        2000, "warn after so many steps of ITM at its class prior, 0.6365; 0: never", told=True
+    )
+    collapse_steps: int = _option(
+        500, "warn after so many steps of embeddings that are one point; 0: never", told=True
+    )
     seed: int = _option(0, "of initialisation, order, crops and negatives")
 
 

@@ -43,6 +43,7 @@ from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.training import state
 from capfilt.training.average import swapped
+from capfilt.training.log import check_tensorboard
 from capfilt.training.loop import TrainConfig, train
 
 IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure", "image")
@@ -77,6 +78,8 @@ class _Training(ModelStage):
                 f"--accumulate {options.accumulate}: {options.batch_size} texts do not make so many micro-batches of at "
                 "least 2"
             )
+        if options.tensorboard:
+            check_tensorboard()
         if options.keep_states < 1:
             raise UserError(f"--keep-states {options.keep_states}: give 1 or more")
         if not 0 <= options.ema < 1:
@@ -184,6 +187,8 @@ class _Training(ModelStage):
             log_every=LOG_EVERY,
             save_every=o.save_every,
             keep_states=o.keep_states,
+            stuck_steps=o.stuck_steps,
+            collapse_steps=o.collapse_steps,
         )
         self.output.mkdir(parents=True, exist_ok=True)
         state_path = self.output / "state.safetensors"
@@ -204,6 +209,7 @@ class _Training(ModelStage):
             on_step=lambda step, values: report(step, steps, _shown(values)),
             on_best=partial(self._keep, "best", model, tokenizer) if o.keep_best else None,
             log_path=self.output / "log.jsonl",
+            tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
             fingerprint=self.fingerprint(),
             examples=len(corpus),

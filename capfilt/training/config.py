@@ -68,6 +68,8 @@ class TrainConfig:
     log_every: int = 50  # steps per log line; its figures are means over those steps
     save_every: int = 0  # steps between saved states; 0: only when interrupted
     keep_states: int = 1  # so many of the newest states are kept
+    stuck_steps: int = 2000  # warn when ITM has been at its class prior for so long; 0: never
+    collapse_steps: int = 500  # warn when all embeddings of batches or queue have been one point for so long
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "accumulate", "keep_states"):
@@ -87,7 +89,7 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the weights, JSON-able: a saved state continues only under an equal identity."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        for name in ("augment", "log_every", "save_every", "keep_states"):
+        for name in ("augment", "log_every", "save_every", "keep_states", "stuck_steps", "collapse_steps"):
             del values[name]
         return {**values, "betas": list(self.betas), "augment": self.augment is not None}
 

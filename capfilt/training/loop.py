@@ -1,8 +1,9 @@
 """The training loop: batches in, a trained module, a log and an account of what was seen out; resumes exactly.
 
 Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not
-here: its settings (`config.py`), its log's file (`log.py`), the losses (`capfilt.models.objectives`), which rows make a
-batch (`capfilt.data.corpus`), finished checkpoints (`capfilt.models.checkpoint`).
+here: its settings (`config.py`), its log's file (`log.py`), what the log is watched for (`watch.py`), the losses
+(`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
+(`capfilt.models.checkpoint`).
 """
 
 from __future__ import annotations
@@ -10,15 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,17 +25,17 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
-from capfilt.models.objectives import COLLAPSED_ITM, alpha_ramp, hardness_ramp
-from capfilt.training import average, optim, state
+from capfilt.models.objectives import alpha_ramp, hardness_ramp
+from capfilt.training import average, optim, state, throughput
 from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
+from capfilt.training.interrupt import Interrupt, Interrupted
 from capfilt.training.log import Log
+from capfilt.training.watch import Watched, watches
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
 MAX_SKIPS = 20
 """So many steps in a row with a non-finite loss or gradient end the run: the model will not come back by itself."""
-STUCK_LINES = 200
-STUCK_WITHIN = 0.01
 
 
 @dataclass
@@ -48,11 +46,12 @@ class _Progress:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    stuck_lines: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     counted: int = 0
     rows: int = 0
+    window_steps: int = 0
     window_seconds: float = 0.0
+    watched: Watched = field(default_factory=Watched)
     last: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     warnings: list[str] = field(default_factory=list)
@@ -66,6 +65,7 @@ def train(
     on_step: OnStep | None = None,
     on_best: OnBest | None = None,
     log_path: Path | None = None,
+    tensorboard_path: Path | None = None,
     state_path: Path | None = None,
     fingerprint: str = "",
     examples: int = 0,
@@ -77,14 +77,18 @@ def train(
             `config.accumulate` is above 1 it also takes `first=False`, for every micro-batch of a step but the first:
             what moves once per step (momentum towers) must not move again. A step's loss and figures are means over its
             micro-batches, weighted by their texts; a loss that compares texts with one another (ITC, ITM's negatives)
-            sees those of its own micro-batch only, and the queue.
+            sees those of its own micro-batch only, and the queue. A `figures() -> {name: scalar}` is called once per log
+            line, for what is too slow for every step.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
         on_step: progress; an exception from it ends the run.
         on_best: keep these weights: called when a state is due (`save_every`, and the last step) and the mean loss of the
             last log line is the lowest of those so far. It is the training loss, so "best" means least diverged.
-        log_path: JSON lines, one per `log_every` steps and one for the last.
+        log_path: JSON lines, one per `log_every` steps and one for the last: means over those steps of every loss and
+            figure and of "grad_norm"; "lr", "alpha", "images_per_second" (texts; equal to images where each has one),
+            "seconds", "skipped_steps", and on GPUs that `throughput.PEAK_FLOPS` knows "mfu", of the bf16 peak.
+        tensorboard_path: directory of TensorBoard event files with the same figures (`capfilt[tensorboard]`).
         state_path: file of the training state, written every `save_every` steps, at the end, and when SIGTERM or
             SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again. Where the
             file exists the run continues from it, skipping the batches it has had: the rest is what an uninterrupted
@@ -94,7 +98,7 @@ def train(
         examples: how many examples the corpus has: the length of `exposures`. Larger numbers lengthen it.
 
     Raises:
-        UserError: nothing to train; a state of another run at `state_path`.
+        UserError: nothing to train; a state of another run at `state_path`; TensorBoard asked for and not installed.
         RunError: 20 steps in a row had a non-finite loss or gradient; batches ended; the state cannot be written.
 
     The global random state of torch is used, seeded with `config.seed`, and put back afterwards.
@@ -102,9 +106,14 @@ def train(
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        run = _Run(module, batches, config, on_step, on_best, log_path, state_path, fingerprint, examples)
-        with run.signals():
-            run.steps()
+        run = _Run(module, batches, config, state_path, fingerprint, examples)
+        run.on_step, run.on_best = on_step, on_best
+        run.log = Log(log_path, run.progress.step, tensorboard_path)
+        try:
+            with run.interrupt.listening(state_path is not None):
+                run.steps()
+        finally:
+            run.log.close()
         return run.result()
 
 
@@ -114,9 +123,6 @@ class _Run:
         module: nn.Module,
         batches: Batches,
         config: TrainConfig,
-        on_step: OnStep | None,
-        on_best: OnBest | None,
-        log_path: Path | None,
         state_path: Path | None,
         fingerprint: str,
         examples: int,
@@ -124,8 +130,9 @@ class _Run:
         self.module = module.train()
         self.batches = batches
         self.config = config
-        self.on_step = on_step
-        self.on_best = on_best
+        self.on_step: OnStep | None = None
+        self.on_best: OnBest | None = None
+        self.log = Log(None, 0)
         self.state_path = state_path
         self.parameters = optim.trainable(module)
         self.device = next(iter(self.parameters.values())).device
@@ -133,7 +140,10 @@ class _Run:
         self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
         self.exposures = np.zeros(examples, dtype=np.int64)
         self.progress = _Progress()
-        self.interrupt: int | None = None
+        self.interrupt = Interrupt()
+        self.watches = watches(config.stuck_steps, config.collapse_steps)
+        self.peak = throughput.peak_flops(self.device)
+        self.flops: float | None = None
         own = getattr(module, "config", None)
         self.identity: dict[str, Any] = {
             **config.identity(),
@@ -145,7 +155,6 @@ class _Run:
         self.identity = _jsonable(self.identity)
         if state_path is not None and state_path.exists():
             self._resume(state_path)
-        self.log = Log(log_path, self.progress.step)
 
     def result(self) -> TrainResult:
         done = self.progress
@@ -188,9 +197,8 @@ class _Run:
                         self._save()
                 if self.on_step is not None:
                     self.on_step(progress.step, values)
-                if self.interrupt is not None:
-                    raise _InterruptError
-        except (KeyboardInterrupt, _InterruptError):
+                self.interrupt.check()
+        except (KeyboardInterrupt, Interrupted):
             if whole and self.state_path is not None:
                 self._save()
             raise
@@ -200,6 +208,10 @@ class _Run:
         rate = config.rate(progress.step)
         alpha = alpha_ramp(progress.step, config.alpha_ramp_steps, config.alpha)
         hardness = hardness_ramp(progress.step, config.hardness_ramp_steps)
+        if self.peak and self.flops is None:
+            self.flops = throughput.flops_per_text(
+                self.module, batch, lambda few: self._losses(few, alpha, hardness, first=True)
+            )
         rows = len(batch.example)
         found: dict[str, Tensor] = {}
         for number, part in enumerate(batch.split(config.accumulate)):
@@ -226,6 +238,12 @@ class _Run:
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
+            if progress.skipped == 1:
+                broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+                self._warn(
+                    f"step {progress.step + 1}: {broken} not finite; the step is skipped and counted. Should it go on: "
+                    "lower learning_rate, keep clip_norm above 0, or train with precision fp32"
+                )
             if progress.skipped_in_a_row >= MAX_SKIPS:
                 raise RunError(
                     f"step {progress.step + 1}: the loss or its gradient was not finite {MAX_SKIPS} times in a row; "
@@ -233,6 +251,7 @@ class _Run:
                 )
         self.optimizer.zero_grad()
         progress.step += 1
+        progress.window_steps += 1
         progress.rows += rows
         return {**values, "lr": rate, "alpha": alpha}
 
@@ -266,33 +285,34 @@ class _Run:
 
     def _log(self, values: Mapping[str, float]) -> None:
         progress = self.progress
-        means: dict[str, float] = {name: total / progress.counted for name, total in progress.sums.items()}
+        figures: dict[str, float] = {name: total / progress.counted for name, total in progress.sums.items()}
+        if figures and hasattr(self.module, "figures"):
+            slow = {name: float(value) for name, value in self.module.figures().items()}  # type: ignore[operator]
+            figures |= {name: value for name, value in slow.items() if math.isfinite(value)}
+        rate = progress.rows / max(progress.window_seconds, 1e-9)
         line: dict[str, Any] = {
             "step": progress.step,
-            **means,
+            **figures,
             "lr": values["lr"],
             "alpha": values["alpha"],
-            "images_per_second": progress.rows / max(progress.window_seconds, 1e-9),
+            "images_per_second": rate,
             "seconds": progress.seconds,
             "skipped_steps": progress.skipped,
         }
+        if self.peak and self.flops:
+            line["mfu"] = rate * self.flops / self.peak
         self.log.write(line)
         progress.last = {name: float(value) for name, value in line.items()}
-        progress.sums, progress.counted, progress.rows, progress.window_seconds = {}, 0, 0, 0.0
-        self._watch_matching(means.get("itm"))
+        for watch in self.watches:
+            message = watch.line(figures, progress.window_steps, progress.watched)
+            if message:
+                self._warn(f"step {progress.step}: {message}")
+        progress.sums, progress.counted, progress.rows = {}, 0, 0
+        progress.window_steps, progress.window_seconds = 0, 0.0
 
-    def _watch_matching(self, loss: float | None) -> None:
-        progress = self.progress
-        stuck = loss is not None and abs(loss - COLLAPSED_ITM) < STUCK_WITHIN
-        progress.stuck_lines = progress.stuck_lines + 1 if stuck else 0
-        if progress.stuck_lines == STUCK_LINES and not progress.warnings:
-            message = (
-                f"step {progress.step}: the ITM loss has been {COLLAPSED_ITM:.4f}, that of a head that knows only its "
-                f"prior, for {STUCK_LINES} log lines; try a lower learning_rate, a longer warm-up, a larger batch, "
-                "cleaner pairs, or a text side initialised from a language model"
-            )
-            progress.warnings.append(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    def _warn(self, message: str) -> None:
+        self.progress.warnings.append(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     # ------------------------------------------------------------------ state
 
@@ -335,45 +355,15 @@ class _Run:
                 }
             )
         known = {each.name for each in dataclasses.fields(_Progress)}
-        self.progress = _Progress(
-            **{name: value for name, value in values["progress"].items() if name in known}
-        )
+        theirs = {name: value for name, value in values["progress"].items() if name in known}
+        self.progress = _Progress(**{**theirs, "watched": Watched(**theirs.get("watched", {}))})
         self.exposures = tensors["exposures"].numpy().copy()
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step in progress; a second one ends it at once."""
-        if self.state_path is None or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def remember(number: int, _frame: FrameType | None) -> None:
-            if self.interrupt is not None:
-                raise KeyboardInterrupt
-            self.interrupt = number
-
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        except _InterruptError:
-            pass
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if self.interrupt is not None:
-            # To whoever sent it, and to whatever the caller does about signals, nothing was swallowed.
-            signal.raise_signal(self.interrupt)
-            raise KeyboardInterrupt
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
     """Through JSON and back, so that tuples compare as the lists they are stored as."""
     made: dict[str, Any] = json.loads(json.dumps(values))
     return made
-
-
-class _InterruptError(Exception):
-    """A signal arrived and the step in progress is done."""
 
 
 def _stream(batches: Batches, start: int, steps: int) -> Iterator[Batch]:

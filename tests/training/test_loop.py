@@ -26,7 +26,7 @@ from capfilt.models.objectives import COLLAPSED_ITM, BlipPretraining, Pretrainin
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.training import average, schedule, state
-from capfilt.training.loop import MAX_SKIPS, STUCK_LINES, TrainConfig, train
+from capfilt.training.loop import MAX_SKIPS, TrainConfig, train
 
 MICRO = BlipConfig(
     vision=VisionConfig(16, 8, width=16, depth=1, heads=2, hidden=32),
@@ -393,6 +393,7 @@ def test_averaged_weights_by_hand():
     assert not train(Even(), batches, TrainConfig(steps=1)).average
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_skipped_step_leaves_the_average_alone():
     module = Scripted([1.0, math.nan, math.nan])
     config = TrainConfig(steps=1, ema=0.5, warmup_steps=0)
@@ -457,6 +458,9 @@ def test_log_lines_are_means_and_the_last_step_is_always_there(tmp_path):
     assert [line["step"] for line in log] == [4, 8, 9]
     wanted = {
         "step",
+        "image_cosine",
+        "text_cosine",
+        "queue_cosine",
         "loss",
         "itc",
         "itm",
@@ -515,6 +519,7 @@ class Scripted(nn.Module):
         return {"loss": loss, "itm": loss.detach()}
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     module = Scripted([1.0, math.nan, math.inf, 1.0])
     result = train(
@@ -528,6 +533,7 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in log)
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
     train(
         Scripted([math.nan, 1.0]), batches, TrainConfig(steps=2, log_every=1), log_path=tmp_path / "log.jsonl"
@@ -535,6 +541,7 @@ def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
     assert "loss" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_model_that_is_gone_ends_the_run():
     with pytest.raises(RunError, match="learning_rate"):
         train(Scripted([math.nan]), batches, TrainConfig(steps=100))
@@ -545,6 +552,7 @@ def test_a_model_that_is_gone_ends_the_run():
     )
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_one_broken_batch_does_not_poison_queue_or_towers():
     module = pretraining()
 
@@ -561,18 +569,71 @@ def test_one_broken_batch_does_not_poison_queue_or_towers():
     assert math.isfinite(result.losses["loss"])
 
 
-def test_a_collapsed_matching_head_is_said_once():
-    steps = STUCK_LINES + 50
-    config = TrainConfig(steps=steps, log_every=1, learning_rate=1e-9, min_lr=1e-9)
+@pytest.mark.parametrize("log_every", [1, 7, 20])
+def test_a_collapsed_matching_head_is_said_once_after_so_many_steps_however_often_is_logged(log_every):
+    config = TrainConfig(
+        steps=260, log_every=log_every, learning_rate=1e-9, min_lr=1e-9, stuck_steps=200, accumulate=1
+    )
     with pytest.warns(RuntimeWarning, match=r"0\.6365") as caught:
         result = train(Scripted([COLLAPSED_ITM + 0.005]), batches, config)
     assert len(caught) == 1
     assert len(result.warnings) == 1
+    assert result.warnings[0].startswith(f"step {-(-200 // log_every) * log_every}: itm")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        short = dataclasses.replace(config, steps=STUCK_LINES - 1)
+        short = dataclasses.replace(config, steps=199)
         assert not train(Scripted([COLLAPSED_ITM]), batches, short).warnings
         assert not train(Scripted([0.5]), batches, config).warnings
+        never = dataclasses.replace(config, stuck_steps=0)
+        assert not train(Scripted([COLLAPSED_ITM]), batches, never).warnings
+
+
+def test_a_stretch_at_the_prior_survives_a_resume(tmp_path):
+    """Counted from nothing after each resume, a run that is killed every thousand steps would never be warned."""
+    config = TrainConfig(steps=30, log_every=5, learning_rate=1e-9, min_lr=1e-9, stuck_steps=25)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Stop):
+        train(Scripted([COLLAPSED_ITM]), batches, config, on_step=stop_at(17), state_path=path)
+    with pytest.warns(RuntimeWarning, match="step 25: itm"):
+        train(Scripted([COLLAPSED_ITM]), batches, config, state_path=path)
+
+
+def test_the_first_step_that_is_not_finite_is_said_with_the_loss_that_was_not():
+    with pytest.warns(RuntimeWarning, match="step 2: loss, itm, grad_norm not finite") as caught:
+        result = train(Scripted([1.0, math.nan, math.nan, 1.0]), batches, TrainConfig(steps=4))
+    assert len(caught) == 1
+    assert len(result.warnings) == 1
+
+
+def test_embeddings_that_are_one_point_are_said():
+    """A collapsed tower trains on for days with a plausible loss, the logarithm of its candidates."""
+    config = TrainConfig(
+        steps=12, log_every=3, learning_rate=1e-9, min_lr=1e-9, warmup_steps=0, collapse_steps=9
+    )
+
+    def told(collapse):
+        module = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=13))
+        with torch.no_grad():
+            for tower in (module.model, module.momentum):
+                tower.text_proj.weight.mul_(1.0 - collapse)
+                tower.text_proj.bias.fill_(collapse)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = train(module, batches, config)
+        assert [str(each.message) for each in caught if each.category is RuntimeWarning] == list(
+            result.warnings
+        )
+        return result
+
+    collapsed = told(1.0)
+    assert [message.split(" has been")[0] for message in collapsed.warnings] == [
+        "step 9: text_cosine", "step 9: queue_cosine"
+    ]  # fmt: skip
+    assert collapsed.losses["text_cosine"] == pytest.approx(1.0, abs=1e-4)
+    assert collapsed.losses["queue_cosine"] == pytest.approx(1.0, abs=1e-4)
+    fine = told(0.0)
+    assert not fine.warnings
+    assert fine.losses["text_cosine"] < 0.99
 
 
 def test_batches_start_again_when_they_end_and_none_is_an_error():
