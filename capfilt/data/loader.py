@@ -73,6 +73,18 @@ class Batch:
         """The same batch in page-locked memory, for copies to a GPU that overlap its work."""
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def split(self, parts: int) -> list[Batch]:
+        """The same examples in order, in at most `parts` batches of sizes that differ by one at most; none is empty."""
+        rows = np.array_split(np.arange(len(self)), max(1, parts))
+        return [self._slice(int(some[0]), int(some[-1]) + 1) for some in rows if len(some)]
+
+    def _slice(self, start: int, stop: int) -> Batch:
+        if (start, stop) == (0, len(self)):
+            return self
+        part = self._each(lambda tensor: tensor[start:stop])
+        part.texts = self.texts[start:stop]
+        return part
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed = copy.copy(self)
         for name, value in vars(self).items():

@@ -189,6 +189,15 @@ class Blip(nn.Module):
 
     # Changing an existing model.
 
+    def recompute_activations(self, on: bool = True) -> None:
+        """Whether training keeps every layer's activations or, with `on`, computes them again in the backward pass.
+
+        Every block of the vision tower and every layer of the three text passes; the released code does it for the last
+        few vision blocks. Not part of the config, since it changes no result.
+        """
+        for tower in (self.visual_encoder, self.text_encoder, self.text_decoder.bert):
+            tower.recompute = on
+
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""
         vision = dataclasses.replace(self.config.vision, image_size=image_size)

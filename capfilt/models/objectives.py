@@ -48,6 +48,30 @@ def alpha_ramp(step: int, ramp_steps: int, alpha: float = 0.4) -> float:
     return alpha * min(1.0, step / ramp_steps)
 
 
+def scaled_momentum(momentum: float, batch_size: int, published_batch_size: int) -> float:
+    """`momentum` for another batch than the one it was published with: momentum ** (batch / published).
+
+    The average then forgets as much per text, so that a small batch's towers do not run along with the live ones, and a
+    large one's are not left behind. BLIP publishes 0.995 at 2,880 texts (arXiv 2201.12086, sec. 4.1); half of that batch
+    takes 0.9975.
+    """
+    return float(momentum ** (batch_size / published_batch_size))
+
+
+def mean_cosine(embeds: Tensor, valid: Tensor | None = None) -> Tensor:
+    """fp32 scalar: the mean cosine of two different rows of unit vectors [B, E]; 1 where all are one point, near 0 where
+    they are spread out. `valid` bool [B] leaves rows out; 0 for fewer than two.
+    """
+    with full_precision(embeds):
+        rows = embeds.detach().float()
+        if valid is not None:
+            rows = rows * valid[:, None]
+        count = torch.tensor(float(len(rows)), device=rows.device) if valid is None else valid.sum().float()
+        # The squared length of the sum is every pair's cosine twice, and every row's own.
+        pairs = (count * (count - 1)).clamp(min=1.0)
+        return (rows.sum(dim=0).square().sum() - rows.square().sum()) / pairs
+
+
 def positives(
     image_index: Tensor,
     text_index: Tensor,
@@ -422,6 +446,17 @@ class MomentumTowers(nn.Module):
         return project(self.text_proj, self.text_encoder(ids, mask, first=True))
 
 
+class Contrast(NamedTuple):
+    """ITC's results: `loss` in nats with a gradient, and without one the batch's own similarities [B, B] and the mean
+    cosines of its image and text embeddings.
+    """
+
+    loss: Tensor
+    image_to_text: Tensor
+    text_to_image: Tensor
+    cosines: tuple[Tensor, Tensor]
+
+
 class BlipPretraining(nn.Module):
     """A Blip with what its training needs and its use does not: momentum towers and the queue.
 
@@ -440,17 +475,25 @@ class BlipPretraining(nn.Module):
         self.momentum = MomentumTowers(model) if contrastive and self.config.momentum is not None else None
         self.queue = FeatureQueue(self.config.queue_size if contrastive else 0, model.config.embed_dim)
 
-    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+    def losses(
+        self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0, first: bool = True
+    ) -> dict[str, Tensor]:
         """fp32 scalars: "loss" (weighted sum, with gradient), "itc", "itm", "lm" as configured, and without gradient
-        "temperature", "itm_accuracy", "itm_balanced_accuracy" where they apply.
+        "temperature", "image_cosine" and "text_cosine" (`mean_cosine` of the batch), "itm_accuracy",
+        "itm_balanced_accuracy" where they apply.
 
         `alpha` is the weight of the momentum's soft targets (see `alpha_ramp`). `hardness` scales the similarities that
         ITM's negatives are drawn by: 1 is the published draw, 0 a uniform one. In training mode the call also clamps
         the temperature, moves the momentum towers before they are used, and fills the queue; draws come from torch's
         global generators. Without ITC, ITM's hard negatives come from similarities computed without gradient.
+
+        `first` False is a further micro-batch of the same step: weights have not moved, so neither does what follows
+        them. Each micro-batch is contrasted with itself and the queue, which holds the step's earlier ones by then; ITM's
+        negatives are its own. That is what each of the released code's processes sees too: it gathers features for its
+        queue and not for its logits.
         """
         objectives, model = self.config.objectives, self.model
-        if self.training:
+        if self.training and first:
             self._before_step()
         images = self._images(batch)
         tokens = model.encode_image(images)
@@ -459,12 +502,14 @@ class BlipPretraining(nn.Module):
         detached: dict[str, Tensor] = {}
         if {"itc", "itm"} & set(objectives):
             with torch.set_grad_enabled(torch.is_grad_enabled() and "itc" in objectives):
-                loss, image_to_text, text_to_image = self._contrast(batch, images, tokens, alpha)
+                contrast = self._contrast(batch, images, tokens, alpha)
             if "itc" in objectives:
-                found["itc"] = loss
+                found["itc"] = contrast.loss
+                detached["image_cosine"], detached["text_cosine"] = contrast.cosines
                 detached["temperature"] = model.temperature.detach().float().clone()
             if "itm" in objectives:
-                matching = self._match(batch, cross, hardness * image_to_text, hardness * text_to_image)
+                near = (hardness * contrast.image_to_text, hardness * contrast.text_to_image)
+                matching = self._match(batch, cross, *near)
                 found["itm"] = matching.loss
                 detached["itm_accuracy"] = matching.accuracy
                 detached["itm_balanced_accuracy"] = matching.balanced_accuracy
@@ -476,6 +521,17 @@ class BlipPretraining(nn.Module):
             )
         total = torch.stack([self.config.weights.get(name, 1.0) * loss for name, loss in found.items()]).sum()
         return {"loss": total, **found, **detached}
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, Tensor]:
+        """fp32 scalars that a log line has and a step has not: "queue_cosine", the larger `mean_cosine` of the queue's
+        images and texts, once it holds some.
+        """
+        queued = self.queue.candidates()
+        if self.queue.filled < 2:
+            return {}
+        sides = (mean_cosine(queued.image, queued.valid), mean_cosine(queued.text, queued.valid))
+        return {"queue_cosine": torch.maximum(*sides)}
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -498,10 +554,7 @@ class BlipPretraining(nn.Module):
             return tower.trunk_features(images)
         return images
 
-    def _contrast(
-        self, batch: Batch, images: Tensor, tokens: Tensor, alpha: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """ITC, and the batch's own similarities [B, B] image-to-text and text-to-image, detached."""
+    def _contrast(self, batch: Batch, images: Tensor, tokens: Tensor, alpha: float) -> Contrast:
         model, towers = self.model, self.momentum
         image, text = model.embed_image(tokens), _embed_text(model, batch)
         image_m, text_m = image, text
@@ -540,7 +593,7 @@ class BlipPretraining(nn.Module):
             )
         if self.training:
             self.queue.enqueue(image_m.detach(), text_m.detach(), batch.image_index, batch.text_index)
-        return loss, *near
+        return Contrast(loss, *near, (mean_cosine(image), mean_cosine(text)))
 
     def _match(
         self, batch: Batch, cross: Sequence[Pair], image_to_text: Tensor, text_to_image: Tensor

@@ -21,6 +21,7 @@ from capfilt.models.layers import (
     init_normal,
     init_std,
     merge_heads,
+    run_layer,
     split_heads,
 )
 
@@ -209,6 +210,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: TextConfig, image_width: int, shared: TextTransformer | None = None) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # see `Blip.recompute_activations`
         self.embeddings: Embeddings = shared.embeddings if shared else Embeddings(config)
         layers = [
             Layer(config, image_width, shared.layers[i] if shared else None) for i in range(config.depth)
@@ -263,7 +265,11 @@ class TextTransformer(nn.Module):
         last = len(self.encoder.layer) - 1
         for index, layer in enumerate(self.encoder.layer):
             pair = cross[index] if cross is not None else None
-            x = layer(x, attend, pair, image_attend, cache, index, first and index == last)
+            x = run_layer(
+                layer,
+                *(x, attend, pair, image_attend, cache, index, first and index == last),
+                recompute=self.recompute and cache is None,
+            )
         if cache is not None:
             cache.length += length
         return x

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.layers import PreNormBlock, init_std, init_truncated
+from capfilt.models.layers import PreNormBlock, init_std, init_truncated, run_layer
 from capfilt.models.trunk import TRUNKS, Trunk
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # BLIP, arXiv 2201.12086, code: CLIP's constants
@@ -142,6 +142,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # see `Blip.recompute_activations`
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
         self.trunk: Trunk | None = None
@@ -201,6 +202,6 @@ class VisionTower(nn.Module):
             cls = self.cls_token + x.mean(dim=1, keepdim=True)
         x = torch.cat([cls.to(x.dtype), x], dim=1) + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = run_layer(block, x, recompute=self.recompute)
         out: Tensor = self.norm(x)
         return out

@@ -119,9 +119,13 @@ class ModelStage(ABC):
 
 
 def option_values(options: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The options that decide what rows come out, as JSON-able values; names of inputs and outputs are left out."""
+    """The options that decide what comes out, as JSON-able values; names of inputs and outputs are left out, and so is
+    what options.py marks as `told`, or as `later` and has its default.
+    """
     values = asdict(options)
     for name, description in type(options).__dataclass_fields__.items():
-        if description.metadata.get("kind") or name in ("out", *without):
+        marks = description.metadata
+        unchanged = marks.get("later") and values[name] == description.default
+        if marks.get("kind") or marks.get("told") or unchanged or name in ("out", *without):
             values.pop(name, None)
     return {name: str(value) if value == float("inf") else value for name, value in values.items()}

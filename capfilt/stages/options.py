@@ -3,6 +3,8 @@
 Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy.
 A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
 "images", "captions", "scores", "verdicts", "pairs" (parts), "model" (a checkpoint), "path" (a file or directory).
+`later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
+that those still count as done. `told` marks one that changes what a run says or keeps, and no result.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
 
 
-def _option(default: Any, help: str, *, kind: str = "") -> Any:
-    return field(default=default, metadata={"help": help, "kind": kind})
+def _option(default: Any, help: str, *, kind: str = "", later: bool = False, told: bool = False) -> Any:
+    return field(default=default, metadata={"help": help, "kind": kind, "later": later, "told": told})
 
 
 def missing(options: Any) -> list[str]:
@@ -111,11 +113,24 @@ class OptimisationOptions:
     steps: int = _option(0, "optimiser steps; 0: use `epochs`")
     epochs: float = _option(20.0, "passes over the texts, where `steps` is 0 (BLIP, section 4.1: 20)")
     batch_size: int = _option(64, "texts per step")
+    accumulate: int = _option(
+        1,
+        "micro-batches per step, for batches that do not fit; ITC and ITM see each by itself, and the queue",
+        later=True,
+    )
     learning_rate: float = _option(3e-4, "peak (BLIP, section 4.1: 3e-4 for ViT-B)")
     min_lr: float = _option(1e-6, "the schedule's end (BLIP's released pretraining configuration)")
     warmup_steps: int = _option(100, "linear warm-up")
     weight_decay: float = _option(0.05, "AdamW's (BLIP, section 4.1)")
     clip_norm: float = _option(1.0, "largest gradient norm; 0 for none")
+    ema: float = _option(
+        0.0,
+        "decay of averaged weights, which then are the checkpoint; live/ beside it has the others",
+        later=True,
+    )
+    recompute: bool = _option(
+        False, "recompute activations in the backward pass: less memory, about a third slower", told=True
+    )
     max_text_tokens: int = _option(30, "texts are cut to this many tokens (BLIP's released code: 30)")
     augment: bool = _option(True, "random resized crops")
     crop_scale: float = _option(
@@ -128,6 +143,21 @@ class OptimisationOptions:
     save_every: int = _option(
         500, "steps between the states that an interrupted run continues from; 0 for none"
     )
+    keep_states: int = _option(
+        1, "so many of the newest states are kept until the checkpoint is made", told=True
+    )
+    keep_best: bool = _option(
+        False, "keep best/, the weights with the lowest training loss whenever a state is saved", told=True
+    )
+    tensorboard: bool = _option(
+        False, "also write tensorboard/ beside the checkpoint (capfilt[tensorboard])", told=True
+    )
+    stuck_steps: int = _option(
+        2000, "warn after so many steps of ITM at its class prior, 0.6365; 0: never", told=True
+    )
+    collapse_steps: int = _option(
+        500, "warn after so many steps of embeddings that are one point; 0: never", told=True
+    )
     seed: int = _option(0, "of initialisation, order, crops and negatives")
 
 
@@ -137,6 +167,11 @@ class PretrainingObjectiveOptions:
 
     queue_size: int = _option(57600, "momentum features kept as candidates (BLIP's released code: 57600)")
     momentum: float = _option(0.995, "of the momentum towers (BLIP's released code); 0 for none")
+    momentum_batch_size: int = _option(
+        0,
+        "the batch that `momentum` is meant for: with another it is scaled (BLIP, section 4.1: 2880); 0: as given",
+        later=True,
+    )
     alpha: float = _option(0.4, "weight of the momentum towers' soft targets (BLIP's released code)")
     alpha_ramp_epochs: float = _option(2.0, "alpha grows over this many epochs (BLIP's released code: 2)")
     hardness_ramp_steps: int = _option(

@@ -2,7 +2,8 @@
 
 They differ in what they start from, which pairs they see and which losses they take; the loop is `training/`'s.
 A checkpoint directory holds `config.json` (written last), `model.safetensors`, `tokenizer.json`, `log.jsonl` (learning
-curves) and `exposures.parquet` (how often each text was trained on).
+curves) and `exposures.parquet` (how often each text was trained on); where options ask for them, `live/` (the weights
+that were not averaged) and `best/` (those of the lowest training loss) are checkpoints of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip, build
-from capfilt.models.objectives import BlipPretraining, PretrainingConfig
+from capfilt.models.objectives import BlipPretraining, PretrainingConfig, scaled_momentum
 from capfilt.models.presets import preset
 from capfilt.models.pretrained import load_vit
 from capfilt.stages.base import ModelStage, Report, option_values
@@ -39,6 +41,9 @@ from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
+from capfilt.training import state
+from capfilt.training.average import swapped
+from capfilt.training.log import check_tensorboard
 from capfilt.training.loop import TrainConfig, train
 
 IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure", "image")
@@ -68,6 +73,17 @@ class _Training(ModelStage):
             raise UserError("--steps, or --epochs, must be above 0")
         if options.batch_size < 2:
             raise UserError(f"--batch-size {options.batch_size}: contrast and hard negatives need at least 2")
+        if options.accumulate < 1 or options.batch_size // options.accumulate < 2:
+            raise UserError(
+                f"--accumulate {options.accumulate}: {options.batch_size} texts do not make so many micro-batches of at "
+                "least 2"
+            )
+        if options.tensorboard:
+            check_tensorboard()
+        if options.keep_states < 1:
+            raise UserError(f"--keep-states {options.keep_states}: give 1 or more")
+        if not 0 <= options.ema < 1:
+            raise UserError(f"--ema {options.ema:g}: give a decay in [0, 1), 0 for no average")
 
     # What each stage says for itself.
 
@@ -139,6 +155,7 @@ class _Training(ModelStage):
         model.to(where)
         if o.freeze_vision:
             model.visual_encoder.requires_grad_(False)
+        model.recompute_activations(o.recompute)
         if o.cache_features:
             if not (model.config.vision.trunk and model.config.vision.trunk_frozen):
                 raise UserError(
@@ -154,11 +171,13 @@ class _Training(ModelStage):
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
+            accumulate=o.accumulate,
             learning_rate=o.learning_rate,
             min_lr=o.min_lr,
             warmup_steps=min(o.warmup_steps, steps // 2),
             weight_decay=o.weight_decay,
             clip_norm=o.clip_norm,
+            ema=o.ema,
             seed=o.seed,
             alpha=getattr(o, "alpha", 0.0),
             alpha_ramp_steps=math.ceil(ramp * epoch),
@@ -167,11 +186,15 @@ class _Training(ModelStage):
             augment=None if not o.augment or o.cache_features else self._augment,
             log_every=LOG_EVERY,
             save_every=o.save_every,
+            keep_states=o.keep_states,
+            stuck_steps=o.stuck_steps,
+            collapse_steps=o.collapse_steps,
         )
         self.output.mkdir(parents=True, exist_ok=True)
         state_path = self.output / "state.safetensors"
+        module = BlipPretraining(model, self.objective(tokenizer)).to(where)
         result = train(
-            BlipPretraining(model, self.objective(tokenizer)).to(where),
+            module,
             lambda start: batches(
                 corpus,
                 tokenizer,
@@ -184,12 +207,14 @@ class _Training(ModelStage):
             ),
             config,
             on_step=lambda step, values: report(step, steps, _shown(values)),
+            on_best=partial(self._keep, "best", model, tokenizer) if o.keep_best else None,
             log_path=self.output / "log.jsonl",
+            tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
             fingerprint=self.fingerprint(),
             examples=len(corpus),
         )
-        model.to("cpu")
+        module.to("cpu")
         figures = {
             "steps": result.steps,
             "texts": len(corpus),
@@ -208,9 +233,17 @@ class _Training(ModelStage):
             "figures": figures,
             "warnings": list(result.warnings),
         }
-        checkpoint.save(self.output, model, tokenizer, extra)
-        state_path.unlink(missing_ok=True)
+        if result.average:
+            self._keep("live", model, tokenizer, result.steps, result.losses.get("loss"))
+        # What everything downstream loads under the checkpoint's name is the average, where there is one.
+        with swapped(module, result.average):
+            checkpoint.save(self.output, model, tokenizer, extra)
+        state.remove(state_path)
         return {name: figures[name] for name in ("steps", "texts", "images", *_shown(result.losses))}
+
+    def _keep(self, name: str, model: Blip, tokenizer: Tokenizer, step: int, loss: float | None) -> None:
+        extra = {"stage": self.name, "of": self.output.name, "step": step, "loss": loss}
+        checkpoint.save(self.output / name, model, tokenizer, extra)
 
     def _augment(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         assert batch.pixels is not None
@@ -292,8 +325,14 @@ class Pretrain(_Training):
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
         o = self.options
         return PretrainingConfig(
-            queue_size=o.queue_size, momentum=o.momentum or None, label_smoothing=o.label_smoothing
+            queue_size=o.queue_size, momentum=_momentum(o), label_smoothing=o.label_smoothing
         )
+
+
+def _momentum(options: PretrainOptions | FinetuneFilterOptions) -> float | None:
+    if options.momentum_batch_size and options.momentum:
+        return scaled_momentum(options.momentum, options.batch_size, options.momentum_batch_size)
+    return options.momentum or None
 
 
 def _tokenizer_file(vocab: str) -> Path:
@@ -419,5 +458,5 @@ class FinetuneFilter(_Finetune):
         return PretrainingConfig(
             objectives=("itc", "itm"),
             queue_size=self.options.queue_size,
-            momentum=self.options.momentum or None,
+            momentum=_momentum(self.options),
         )

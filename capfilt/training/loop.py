@@ -1,7 +1,8 @@
 """The training loop: batches in, a trained module, a log and an account of what was seen out; resumes exactly.
 
 Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not
-here: the losses (`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
+here: its settings (`config.py`), its log's file (`log.py`), what the log is watched for (`watch.py`), the losses
+(`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
 (`capfilt.models.checkpoint`).
 """
 
@@ -10,104 +11,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
-from capfilt.models.objectives import COLLAPSED_ITM, alpha_ramp, hardness_ramp
-from capfilt.training import optim, state
+from capfilt.models.objectives import alpha_ramp, hardness_ramp
+from capfilt.training import average, optim, state, throughput
+from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
+from capfilt.training.interrupt import Interrupt, Interrupted
+from capfilt.training.log import Log
+from capfilt.training.watch import Watched, watches
 
-PRECISIONS = ("auto", "fp32", "bf16")
+__all__ = ["TrainConfig", "TrainResult", "train"]
+
 MAX_SKIPS = 20
 """So many steps in a row with a non-finite loss or gradient end the run: the model will not come back by itself."""
-STUCK_LINES = 200
-STUCK_WITHIN = 0.01
-
-Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
-Augment = Callable[[Batch, torch.Generator], Tensor]
-"""A batch on its device and a CPU generator -> the pixels to train on in place of the batch's, on the same device."""
-OnStep = Callable[[int, Mapping[str, float]], None]
-"""Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...)."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Two runs with the same config, module and batches on the same CPU give the same weights."""
-
-    steps: int
-    batch_size: int = 64  # for the record; the batches decide
-    learning_rate: float = 3e-4  # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B
-    min_lr: float = 1e-6  # BLIP, released pretraining configuration
-    warmup_steps: int = 3000  # BLIP, released pretraining configuration; at most half of `steps`
-    weight_decay: float = 0.05  # BLIP, sec. 4.1
-    decay: str = (
-        "matrices"  # "all" decays biases, LayerNorms and the temperature too, as the released BLIP does
-    )
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's own, which the released BLIP uses
-    clip_norm: float = 1.0  # 0 for none, as the released BLIP; clipping is the cure users found for stuck ITM
-    seed: int = 0  # of dropout, augmentation and hard negatives
-    alpha: float = 0.4  # weight of the momentum's soft targets: ALBEF, arXiv 2107.07651, sec. 4
-    alpha_ramp_steps: int = 0  # BLIP, released code: two epochs in pretraining, one in finetuning
-    hardness_ramp_steps: int = (
-        0  # ITM's negatives from uniform to the published draw; 0: published from the start
-    )
-    precision: str = (
-        "auto"  # bf16 autocast on GPUs that have it, fp32 elsewhere: on many CPUs bf16 is emulated
-    )
-    augment: Augment | None = None
-    log_every: int = 50  # steps per log line; its figures are means over those steps
-    save_every: int = 0  # steps between saved states; 0: only when interrupted
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise UserError(f"learning_rate {self.learning_rate}: give a number above 0")
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the weights, JSON-able: a saved state continues only under an equal identity."""
-        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        for name in ("augment", "log_every", "save_every"):
-            del values[name]
-        return {**values, "betas": list(self.betas), "augment": self.augment is not None}
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-        steps: optimiser steps, skipped ones included.
-        seconds: wall-clock seconds of training, those before an interruption included.
-        exposures: int64 [examples], how often each corpus example was trained on (skipped steps do not count).
-        losses: figures of the last log line.
-        skipped_steps: steps left out because of a non-finite loss or gradient.
-        warnings: what the run warned about, one line each.
-    """
-
-    steps: int
-    seconds: float
-    exposures: npt.NDArray[np.int64]
-    losses: Mapping[str, float]
-    skipped_steps: int
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -118,12 +46,14 @@ class _Progress:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    stuck_lines: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     counted: int = 0
     rows: int = 0
+    window_steps: int = 0
     window_seconds: float = 0.0
+    watched: Watched = field(default_factory=Watched)
     last: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -133,7 +63,9 @@ def train(
     config: TrainConfig,
     *,
     on_step: OnStep | None = None,
+    on_best: OnBest | None = None,
     log_path: Path | None = None,
+    tensorboard_path: Path | None = None,
     state_path: Path | None = None,
     fingerprint: str = "",
     examples: int = 0,
@@ -141,21 +73,32 @@ def train(
     """Trains `module` in place, on the device it is on, for `config.steps` steps.
 
     Args:
-        module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`.
+        module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`. Where
+            `config.accumulate` is above 1 it also takes `first=False`, for every micro-batch of a step but the first:
+            what moves once per step (momentum towers) must not move again. A step's loss and figures are means over its
+            micro-batches, weighted by their texts; a loss that compares texts with one another (ITC, ITM's negatives)
+            sees those of its own micro-batch only, and the queue. A `figures() -> {name: scalar}` is called once per log
+            line, for what is too slow for every step.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
         on_step: progress; an exception from it ends the run.
-        log_path: JSON lines, one per `log_every` steps and one for the last.
+        on_best: keep these weights: called when a state is due (`save_every`, and the last step) and the mean loss of the
+            last log line is the lowest of those so far. It is the training loss, so "best" means least diverged.
+        log_path: JSON lines, one per `log_every` steps and one for the last: means over those steps of every loss and
+            figure and of "grad_norm"; "lr", "alpha", "images_per_second" (texts; equal to images where each has one),
+            "seconds", "skipped_steps", and on GPUs that `throughput.PEAK_FLOPS` knows "mfu", of the bf16 peak.
+        tensorboard_path: directory of TensorBoard event files with the same figures (`capfilt[tensorboard]`).
         state_path: file of the training state, written every `save_every` steps, at the end, and when SIGTERM or
             SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again. Where the
             file exists the run continues from it, skipping the batches it has had: the rest is what an uninterrupted
-            run would have done, bit for bit on a CPU. Delete it when the finished model is safe.
+            run would have done, bit for bit on a CPU. With `config.keep_states` above 1 older states stay beside it
+            (`state.write_newest`); `state.remove` deletes them all when the finished model is safe.
         fingerprint: of the data and whatever else the caller wants to be the same when a state is continued.
         examples: how many examples the corpus has: the length of `exposures`. Larger numbers lengthen it.
 
     Raises:
-        UserError: nothing to train; a state of another run at `state_path`.
+        UserError: nothing to train; a state of another run at `state_path`; TensorBoard asked for and not installed.
         RunError: 20 steps in a row had a non-finite loss or gradient; batches ended; the state cannot be written.
 
     The global random state of torch is used, seeded with `config.seed`, and put back afterwards.
@@ -163,9 +106,14 @@ def train(
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        run = _Run(module, batches, config, on_step, log_path, state_path, fingerprint, examples)
-        with run.signals():
-            run.steps()
+        run = _Run(module, batches, config, state_path, fingerprint, examples)
+        run.on_step, run.on_best = on_step, on_best
+        run.log = Log(log_path, run.progress.step, tensorboard_path)
+        try:
+            with run.interrupt.listening(state_path is not None):
+                run.steps()
+        finally:
+            run.log.close()
         return run.result()
 
 
@@ -175,8 +123,6 @@ class _Run:
         module: nn.Module,
         batches: Batches,
         config: TrainConfig,
-        on_step: OnStep | None,
-        log_path: Path | None,
         state_path: Path | None,
         fingerprint: str,
         examples: int,
@@ -184,15 +130,20 @@ class _Run:
         self.module = module.train()
         self.batches = batches
         self.config = config
-        self.on_step = on_step
-        self.log_path = log_path
+        self.on_step: OnStep | None = None
+        self.on_best: OnBest | None = None
+        self.log = Log(None, 0)
         self.state_path = state_path
         self.parameters = optim.trainable(module)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = optim.AdamW(self.parameters, config.betas, config.weight_decay, config.decay)
+        self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
         self.exposures = np.zeros(examples, dtype=np.int64)
         self.progress = _Progress()
-        self.interrupt: int | None = None
+        self.interrupt = Interrupt()
+        self.watches = watches(config.stuck_steps, config.collapse_steps)
+        self.peak = throughput.peak_flops(self.device)
+        self.flops: float | None = None
         own = getattr(module, "config", None)
         self.identity: dict[str, Any] = {
             **config.identity(),
@@ -201,18 +152,20 @@ class _Run:
             if dataclasses.is_dataclass(own) and not isinstance(own, type)
             else None,
         }
-        # Through JSON and back, so that tuples compare as the lists they are stored as.
-        self.identity = json.loads(json.dumps(self.identity))
+        self.identity = _jsonable(self.identity)
         if state_path is not None and state_path.exists():
             self._resume(state_path)
-        if log_path is not None:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
-            _truncate_log(log_path, self.progress.step)
 
     def result(self) -> TrainResult:
         done = self.progress
         return TrainResult(
-            done.step, done.seconds, self.exposures, dict(done.last), done.skipped, tuple(done.warnings)
+            done.step,
+            done.seconds,
+            self.exposures,
+            dict(done.last),
+            done.skipped,
+            tuple(done.warnings),
+            dict(self.average.tensors) if self.average else {},
         )
 
     # ------------------------------------------------------------------ steps
@@ -237,39 +190,46 @@ class _Run:
                 if progress.step % config.log_every == 0 or last:
                     self._log(values)
                 whole = True
-                if self.state_path is not None and (
-                    last or (config.save_every and progress.step % config.save_every == 0)
-                ):
-                    self._save()
+                if last or (config.save_every and progress.step % config.save_every == 0):
+                    # The best first: a state that knows of it must not outlive a crash that it did not.
+                    self._keep_best()
+                    if self.state_path is not None:
+                        self._save()
                 if self.on_step is not None:
                     self.on_step(progress.step, values)
-                if self.interrupt is not None:
-                    raise _InterruptError
-        except (KeyboardInterrupt, _InterruptError):
+                self.interrupt.check()
+        except (KeyboardInterrupt, Interrupted):
             if whole and self.state_path is not None:
                 self._save()
             raise
 
     def _step(self, batch: Batch) -> dict[str, float]:
         config, progress = self.config, self.progress
-        rate = optim.learning_rate(
-            progress.step, config.steps, config.learning_rate, config.min_lr, config.warmup_steps
-        )
+        rate = config.rate(progress.step)
         alpha = alpha_ramp(progress.step, config.alpha_ramp_steps, config.alpha)
         hardness = hardness_ramp(progress.step, config.hardness_ramp_steps)
-        on_device = self._prepare(batch)
-        with self._autocast():
-            found: dict[str, Tensor] = self.module.losses(on_device, alpha, hardness)  # type: ignore[operator]
-        loss = found["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]
+        if self.peak and self.flops is None:
+            self.flops = throughput.flops_per_text(
+                self.module, batch, lambda few: self._losses(few, alpha, hardness, first=True)
+            )
+        rows = len(batch.example)
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(batch.split(config.accumulate)):
+            share = len(part.example) / rows
+            losses = self._losses(part, alpha, hardness, first=number == 0)
+            (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            for name, figure in losses.items():
+                weighted = figure.detach().float() * share
+                found[name] = found[name] + weighted if number else weighted
         norm = optim.clip_gradients(self.parameters.values(), config.clip_norm)
         names = [*found, "grad_norm"]
         # One transfer per step for everything that is looked at: each would be a stop of its own on a GPU.
-        figures = torch.stack([*(value.detach().float() for value in found.values()), norm]).tolist()
+        figures = torch.stack([*found.values(), norm]).tolist()
         values: dict[str, float] = dict(zip(names, figures, strict=True))
-        rows = len(batch.example)
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             self.optimizer.step(rate)
+            if self.average:
+                self.average.update(progress.step - progress.skipped)
             progress.skipped_in_a_row = 0
             self._expose(batch.example)
             progress.counted += 1
@@ -278,6 +238,12 @@ class _Run:
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
+            if progress.skipped == 1:
+                broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+                self._warn(
+                    f"step {progress.step + 1}: {broken} not finite; the step is skipped and counted. Should it go on: "
+                    "lower learning_rate, keep clip_norm above 0, or train with precision fp32"
+                )
             if progress.skipped_in_a_row >= MAX_SKIPS:
                 raise RunError(
                     f"step {progress.step + 1}: the loss or its gradient was not finite {MAX_SKIPS} times in a row; "
@@ -285,8 +251,16 @@ class _Run:
                 )
         self.optimizer.zero_grad()
         progress.step += 1
+        progress.window_steps += 1
         progress.rows += rows
         return {**values, "lr": rate, "alpha": alpha}
+
+    def _losses(self, batch: Batch, alpha: float, hardness: float, first: bool) -> dict[str, Tensor]:
+        on_device = self._prepare(batch)
+        again = {} if first else {"first": False}
+        with self._autocast():
+            found: dict[str, Tensor] = self.module.losses(on_device, alpha, hardness, **again)  # type: ignore[operator]
+        return found
 
     def _prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.device, non_blocking=True)
@@ -311,48 +285,59 @@ class _Run:
 
     def _log(self, values: Mapping[str, float]) -> None:
         progress = self.progress
-        means: dict[str, float] = {name: total / progress.counted for name, total in progress.sums.items()}
+        figures: dict[str, float] = {name: total / progress.counted for name, total in progress.sums.items()}
+        if figures and hasattr(self.module, "figures"):
+            slow = {name: float(value) for name, value in self.module.figures().items()}  # type: ignore[operator]
+            figures |= {name: value for name, value in slow.items() if math.isfinite(value)}
+        rate = progress.rows / max(progress.window_seconds, 1e-9)
         line: dict[str, Any] = {
             "step": progress.step,
-            **means,
+            **figures,
             "lr": values["lr"],
             "alpha": values["alpha"],
-            "images_per_second": progress.rows / max(progress.window_seconds, 1e-9),
+            "images_per_second": rate,
             "seconds": progress.seconds,
             "skipped_steps": progress.skipped,
         }
-        if self.log_path is not None:
-            with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.peak and self.flops:
+            line["mfu"] = rate * self.flops / self.peak
+        self.log.write(line)
         progress.last = {name: float(value) for name, value in line.items()}
-        progress.sums, progress.counted, progress.rows, progress.window_seconds = {}, 0, 0, 0.0
-        self._watch_matching(means.get("itm"))
+        for watch in self.watches:
+            message = watch.line(figures, progress.window_steps, progress.watched)
+            if message:
+                self._warn(f"step {progress.step}: {message}")
+        progress.sums, progress.counted, progress.rows = {}, 0, 0
+        progress.window_steps, progress.window_seconds = 0, 0.0
 
-    def _watch_matching(self, loss: float | None) -> None:
-        progress = self.progress
-        stuck = loss is not None and abs(loss - COLLAPSED_ITM) < STUCK_WITHIN
-        progress.stuck_lines = progress.stuck_lines + 1 if stuck else 0
-        if progress.stuck_lines == STUCK_LINES and not progress.warnings:
-            message = (
-                f"step {progress.step}: the ITM loss has been {COLLAPSED_ITM:.4f}, that of a head that knows only its "
-                f"prior, for {STUCK_LINES} log lines; try a lower learning_rate, a longer warm-up, a larger batch, "
-                "cleaner pairs, or a text side initialised from a language model"
-            )
-            progress.warnings.append(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    def _warn(self, message: str) -> None:
+        self.progress.warnings.append(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     # ------------------------------------------------------------------ state
+
+    def _keep_best(self) -> None:
+        progress = self.progress
+        loss = progress.last.get("loss")
+        if self.on_best is None or loss is None or (progress.best is not None and loss >= progress.best):
+            return
+        progress.best = loss
+        with average.swapped(self.module, self.average.tensors if self.average else {}):
+            self.on_best(progress.step, loss)
 
     def _save(self) -> None:
         assert self.state_path is not None
         tensors = state.capture(self.module, self.optimizer)
         tensors["exposures"] = torch.from_numpy(self.exposures)
+        if self.average:
+            tensors.update({f"average.{name}": tensor for name, tensor in self.average.tensors.items()})
         values = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
-        state.write(self.state_path, tensors, values)
+        state.write_newest(self.state_path, self.progress.step, tensors, values, self.config.keep_states)
 
     def _resume(self, path: Path) -> None:
         tensors, values = state.read(path)
-        theirs = values["identity"]
+        # A state may be older than an option: it was then saved under what is the option's default now.
+        theirs = {**_jsonable(TrainConfig(steps=1).identity()), **values["identity"]}
         changed = [name for name in self.identity if theirs.get(name) != self.identity[name]]
         if changed:
             name = changed[0]
@@ -361,37 +346,24 @@ class _Run:
                 "restore it, or delete the file to start over"
             )
         state.restore(self.module, self.optimizer, tensors)
-        self.progress = _Progress(**values["progress"])
+        if self.average:
+            self.average.load(
+                {
+                    name.removeprefix("average."): each
+                    for name, each in tensors.items()
+                    if name.startswith("average.")
+                }
+            )
+        known = {each.name for each in dataclasses.fields(_Progress)}
+        theirs = {name: value for name, value in values["progress"].items() if name in known}
+        self.progress = _Progress(**{**theirs, "watched": Watched(**theirs.get("watched", {}))})
         self.exposures = tensors["exposures"].numpy().copy()
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step in progress; a second one ends it at once."""
-        if self.state_path is None or threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def remember(number: int, _frame: FrameType | None) -> None:
-            if self.interrupt is not None:
-                raise KeyboardInterrupt
-            self.interrupt = number
-
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        except _InterruptError:
-            pass
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if self.interrupt is not None:
-            # To whoever sent it, and to whatever the caller does about signals, nothing was swallowed.
-            signal.raise_signal(self.interrupt)
-            raise KeyboardInterrupt
-
-
-class _InterruptError(Exception):
-    """A signal arrived and the step in progress is done."""
+def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Through JSON and back, so that tuples compare as the lists they are stored as."""
+    made: dict[str, Any] = json.loads(json.dumps(values))
+    return made
 
 
 def _stream(batches: Batches, start: int, steps: int) -> Iterator[Batch]:
@@ -418,17 +390,3 @@ def _stream(batches: Batches, start: int, steps: int) -> Iterator[Batch]:
             raise RunError(
                 f"the batches ended after {step} of {steps} steps: the corpus is empty or read only once"
             )
-
-
-def _truncate_log(path: Path, step: int) -> None:
-    """Drops the lines that a resumed run will write again, and a torn last line; a new run starts an empty log."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] > step:
-                    continue
-            except (ValueError, KeyError, TypeError):
-                continue
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")

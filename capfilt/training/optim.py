@@ -1,11 +1,11 @@
-"""AdamW, the learning-rate schedule, and gradient clipping.
+"""AdamW and gradient clipping.
 
-Not here: when they are called (`loop.py`), how their state survives a crash (`state.py`).
+Not here: when they are called (`loop.py`), the learning rate (`schedule.py`), how their state survives a crash
+(`state.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,20 +15,6 @@ from torch import Tensor, nn
 from capfilt.errors import UserError
 
 DECAY_RULES = ("matrices", "all")
-
-
-def learning_rate(step: int, steps: int, peak: float, min_lr: float, warmup_steps: int) -> float:
-    """The rate of `step` (counted from 0) of `steps`: linear warm-up to `peak`, then half a cosine towards `min_lr`.
-
-    Warm-up takes at most half of the steps, so that a short run reaches its peak. No step has rate 0: step 0 has
-    peak / (warm-up + 1), and `min_lr` itself would be the rate of step number `steps`. The released BLIP decays per
-    epoch (pretraining by 0.9, finetuning by a cosine); per step is smoother, and means the same on any corpus.
-    """
-    warmup = min(warmup_steps, steps // 2)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -43,6 +43,43 @@ def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) 
         raise RunError(f"the training state could not be written to {path}: {error}") from error
 
 
+def write_newest(
+    path: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int = 1
+) -> None:
+    """`write`, with the states before it kept: `path` is always the newest, and with `keep` above 1 the newest `keep`
+    also stand beside it as STEM-STEP (state-00000500.safetensors), the newest under both names.
+
+    To go back to an older one, rename it to `path`: the run then continues from there. Numbered states of later steps
+    are removed, since they are of a future that is being made again.
+    """
+    if keep <= 1:
+        write(path, tensors, values)
+        return
+    numbered = path.with_name(f"{path.stem}-{step:08d}{path.suffix}")
+    write(numbered, tensors, values)
+    link = path.with_name(path.name + ".part")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(numbered, link)
+        os.replace(link, path)
+    except OSError as error:
+        raise RunError(f"the training state could not be written to {path}: {error}") from error
+    past = [each for each in kept(path) if each.name <= numbered.name]
+    for each in {*kept(path)} - {*past[-keep:]}:
+        each.unlink(missing_ok=True)
+
+
+def kept(path: Path) -> list[Path]:
+    """The numbered states beside `path`, in order of their steps."""
+    return sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 8}{path.suffix}"))
+
+
+def remove(path: Path) -> None:
+    """Deletes the newest state and the numbered ones, where there are any: the finished model is safe."""
+    for each in (path, *kept(path)):
+        each.unlink(missing_ok=True)
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write` wrote, tensors on the CPU. UserError when the file is something else."""
     try:

@@ -206,3 +206,30 @@ def test_batch_moves_whole() -> None:
     assert moved.ids.device.type == moved.weight.device.type == "meta"
     assert (moved.texts, moved.step, moved.pixels) == (["x"], 7, None)
     assert batch.ids.device.type == "cpu"
+
+
+@given(st.integers(1, 12), st.integers(1, 15))
+def test_the_parts_of_a_batch_are_its_rows_in_order(count: int, parts: int) -> None:
+    """A micro-batch that lost a row, or whose texts are not those of its ids."""
+    numbers = torch.arange(count)
+    whole = Batch(
+        ids=numbers[:, None].repeat(1, 3),
+        mask=torch.ones(count, 3, dtype=torch.bool),
+        image_index=numbers,
+        text_index=numbers,
+        example=numbers,
+        weight=numbers.float(),
+        sided=numbers % 2 == 0,
+        texts=[str(number) for number in range(count)],
+        step=7,
+        epoch=1,
+        pixels=numbers[:, None, None, None].repeat(1, 3, 2, 2).to(torch.uint8),
+    )
+    found = whole.split(parts)
+    assert len(found) == min(parts, count)
+    sizes = [len(part) for part in found]
+    assert max(sizes) - min(sizes) <= 1
+    for name in ("ids", "mask", "image_index", "text_index", "example", "weight", "sided", "pixels"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in found]), getattr(whole, name))
+    assert [text for part in found for text in part.texts] == whole.texts
+    assert {(part.step, part.epoch, part.features) for part in found} == {(7, 1, None)}

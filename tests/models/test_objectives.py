@@ -479,6 +479,73 @@ def test_momentum_towers_move_before_they_are_used():
         assert torch.allclose(parameter, frozen.get_parameter(name), atol=1e-6), name
 
 
+def test_a_further_micro_batch_moves_no_towers_and_still_fills_the_queue():
+    trainer = o.BlipPretraining(
+        build(MICRO), o.PretrainingConfig(objectives=("itc",), momentum=0.5, queue_size=8)
+    ).train()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.1)
+        trainer.model.temperature.fill_(0.9)
+    before = [parameter.clone() for parameter in trainer.momentum.parameters()]
+    trainer.losses(rows(3), first=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.momentum.parameters(), strict=True))
+    assert trainer.model.temperature.item() == pytest.approx(0.9)
+    assert trainer.queue.filled == 3
+
+
+@pytest.mark.parametrize("momentum", [0.995, None])
+def test_recomputed_activations_give_the_same_losses_and_gradients(momentum):
+    """A recomputation that draws other dropout masks, drop-paths or negatives than the pass it repeats."""
+    config = dataclasses.replace(
+        MICRO,
+        vision=dataclasses.replace(MICRO.vision, depth=2, drop_path=0.5),
+        text=dataclasses.replace(MICRO.text, dropout=0.3, attention_dropout=0.3),
+    )
+    found = []
+    for on in (False, True):
+        trainer = o.BlipPretraining(
+            build(config), o.PretrainingConfig(queue_size=8, momentum=momentum)
+        ).train()
+        trainer.model.recompute_activations(on)
+        torch.manual_seed(5)
+        losses = trainer.losses(rows(), 0.4)
+        losses["loss"].backward()
+        gradients = {name: each.grad for name, each in trainer.named_parameters() if each.grad is not None}
+        found.append((losses, gradients, torch.rand(3)))
+    (kept, kept_gradients, kept_next), (again, again_gradients, again_next) = found
+    assert kept.keys() == again.keys()
+    for name, value in kept.items():
+        assert torch.equal(value, again[name]), name
+    assert kept_gradients.keys() == again_gradients.keys()
+    for name, gradient in kept_gradients.items():
+        assert torch.allclose(gradient, again_gradients[name], atol=1e-6), name
+    # What is drawn after the step is what would have been drawn anyway: a resumed run may switch it on.
+    assert torch.equal(kept_next, again_next)
+
+
+def test_recomputing_keeps_fewer_tensors_for_the_backward_pass():
+    def kept(on):
+        trainer = o.BlipPretraining(build(MICRO), o.PretrainingConfig(queue_size=0, momentum=None)).train()
+        trainer.model.recompute_activations(on)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            trainer.losses(rows())
+        return sum(sizes)
+
+    assert kept(True) < 0.6 * kept(False)
+
+
+def test_momentum_for_another_batch_forgets_as_much_per_text():
+    assert o.scaled_momentum(0.995, 2880, 2880) == 0.995
+    assert o.scaled_momentum(0.995, 1440, 2880) == pytest.approx(0.9975, abs=1e-5)
+    small, large = o.scaled_momentum(0.995, 32, 2880), o.scaled_momentum(0.995, 5760, 2880)
+    assert small**90 == pytest.approx(0.995)
+    assert large == pytest.approx(0.995**2)
+
+
 def test_evaluation_moves_nothing():
     trainer = o.BlipPretraining(build(MICRO), o.PretrainingConfig(queue_size=8)).eval()
     before = {name: value.clone() for name, value in trainer.state_dict().items()}

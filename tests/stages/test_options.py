@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from capfilt.stages.base import option_values
-from capfilt.stages.options import REQUIRED, CaptionOptions, missing
+from capfilt.stages.options import REQUIRED, CaptionOptions, PretrainOptions, missing
 from capfilt.stages.registry import STAGES
 
 
@@ -25,6 +25,14 @@ def test_names_of_inputs_and_outputs_do_not_decide_what_rows_come_out():
     other = option_values(CaptionOptions(images="b", captioner="y", out="q"))
     assert one == other
     assert option_values(CaptionOptions(images="a", seed=1)) != one
+
+
+def test_an_option_that_came_later_leaves_old_fingerprints_alone_until_it_is_used():
+    """A checkpoint made before an option existed, made again because the option now has a default."""
+    assert "accumulate" not in option_values(PretrainOptions())
+    assert option_values(PretrainOptions(accumulate=2))["accumulate"] == 2
+    assert option_values(PretrainOptions(keep_best=True, recompute=True)) == option_values(PretrainOptions())
+    assert option_values(PretrainOptions())["batch_size"] == 64
 
 
 def test_what_must_be_given_is_named():

@@ -6,6 +6,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
@@ -65,6 +66,32 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
     )
 
 
+def test_averaged_weights_are_the_checkpoint_and_the_best_and_the_live_ones_lie_beside_it(place):
+    """Averages that are computed and thrown away, or a best checkpoint that cannot be loaded."""
+    every = {
+        **FAST,
+        "steps": 4,
+        "accumulate": 2,
+        "recompute": True,
+        "keep_states": 2,
+        "momentum_batch_size": 2880,
+    }
+    run(Pretrain(o.PretrainOptions(human=("human",), out="plain", **every), place))
+    chosen = {**every, "ema": 0.5, "keep_best": True}
+    run(Pretrain(o.PretrainOptions(human=("human",), out="averaged", **chosen), place))
+    plain = checkpoint.load(place.model("plain"))[0].state_dict()
+    averaged = checkpoint.load(place.model("averaged"))[0].state_dict()
+    live = checkpoint.load(place.model("averaged") / "live")[0].state_dict()
+    best, _, meta = checkpoint.load(place.model("averaged") / "best")
+    assert all(torch.equal(tensor, live[name]) for name, tensor in plain.items())
+    assert not torch.equal(averaged["itm_head.weight"], live["itm_head.weight"])
+    assert meta["extra"]["step"] in (1, 2, 3, 4)
+    if meta["extra"]["step"] == 4:
+        assert torch.equal(best.itm_head.weight, averaged["itm_head.weight"])
+    assert not list(place.model("plain").glob("state*"))
+    assert not list(place.model("averaged").glob("state*"))
+
+
 def test_finetuning_starts_from_the_checkpoint_and_keeps_its_vocabulary(place):
     run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
     run(FinetuneCaptioner(o.FinetuneCaptionerOptions(out="writes", **TUNE), place))
@@ -120,6 +147,9 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
         (Pretrain, o.PretrainOptions(human=("human",), vocab="none.txt"), r"none\.txt"),
         (Pretrain, o.PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
         (Pretrain, o.PretrainOptions(human=("human",), precision="fp8"), "fp8"),
+        (Pretrain, o.PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),
+        (Pretrain, o.PretrainOptions(human=("human",), keep_states=0), "keep-states 0"),
+        (Pretrain, o.PretrainOptions(human=("human",), ema=1.0), "ema 1"),
         (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), init="nowhere"), "nowhere"),
         (FinetuneCaptioner, o.FinetuneCaptionerOptions(init="captioner"), "--human"),
         (Retrain, o.RetrainOptions(human=("human",), model="gpt"), "gpt"),

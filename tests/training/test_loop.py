@@ -1,5 +1,6 @@
-"""Bugs caught here: a resumed run that is not the run it continues; a signal that loses a run; exposures that miscount;
-one broken batch that ends a run, or poisons its weights; a log that lies, doubles lines, or hides a collapsed ITM head.
+"""Bugs caught here: a resumed run that is not the run it continues; a signal that loses a run; micro-batches that are not
+the batch; averages and a best checkpoint of the wrong steps; exposures that miscount; one broken batch that ends a run, or
+poisons its weights; a log that lies, doubles lines, or hides a collapsed ITM head.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from capfilt.models.blip import BlipConfig, build
 from capfilt.models.objectives import COLLAPSED_ITM, BlipPretraining, PretrainingConfig
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
-from capfilt.training import optim
-from capfilt.training.loop import MAX_SKIPS, STUCK_LINES, TrainConfig, train
+from capfilt.training import average, schedule, state
+from capfilt.training.loop import MAX_SKIPS, TrainConfig, train
 
 MICRO = BlipConfig(
     vision=VisionConfig(16, 8, width=16, depth=1, heads=2, hidden=32),
@@ -217,6 +218,217 @@ t.train(t.pretraining(), t.batches, t.CONFIG, on_step=on_step, state_path=Path({
     assert (tmp_path / "s.safetensors").exists()
 
 
+EVERYTHING = dataclasses.replace(
+    CONFIG, steps=11, accumulate=2, ema=0.9, save_every=3, keep_states=2, log_every=1
+)
+
+
+def test_a_process_killed_at_once_and_resumed_gives_the_identical_curve(tmp_path):
+    """SIGKILL leaves no chance to save: the run goes on from the last state, with micro-batches, averaged weights, queue
+    and momentum towers on, and its loss curve, weights and averages are those of a run that nobody killed.
+    """
+    whole = pretraining()
+    straight = train(whole, batches, EVERYTHING, log_path=tmp_path / "whole.jsonl", examples=12)
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_loop as t
+from pathlib import Path
+def on_step(done, values):
+    if done == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+place = Path({str(tmp_path)!r})
+t.train(t.pretraining(), t.batches, t.EVERYTHING, on_step=on_step, examples=12,
+        log_path=place / "parts.jsonl", state_path=place / "state.safetensors")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        timeout=120,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert [line["step"] for line in lines(tmp_path / "parts.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    last, resumed_at = pretraining(seed=9), []
+    resumed = train(
+        last,
+        batches,
+        EVERYTHING,
+        on_step=lambda done, _values: resumed_at.append(done),
+        log_path=tmp_path / "parts.jsonl",
+        state_path=tmp_path / "state.safetensors",
+        examples=12,
+    )
+    assert resumed_at == [7, 8, 9, 10, 11]
+    assert lines(tmp_path / "parts.jsonl") == lines(tmp_path / "whole.jsonl")
+    for (name, a), b in zip(whole.state_dict().items(), last.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert straight.average.keys() == resumed.average.keys()
+    assert all(torch.equal(tensor, resumed.average[name]) for name, tensor in straight.average.items())
+    assert resumed.exposures.tolist() == straight.exposures.tolist()
+
+
+def test_a_state_from_before_an_option_existed_is_continued(tmp_path):
+    """An upgrade of capfilt must not cost the run that was interrupted for it."""
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Stop):
+        train(pretraining(), batches, CONFIG, on_step=stop_at(4), state_path=path)
+    tensors, values = state.read(path)
+    for name in ("accumulate", "ema", "schedule"):
+        del values["identity"][name]
+    values["progress"]["forgotten"] = 3
+    state.write(path, tensors, values)
+    done = []
+    train(pretraining(), batches, CONFIG, on_step=lambda step, _: done.append(step), state_path=path)
+    assert done == [5, 6, 7, 8, 9]
+    with pytest.raises(UserError, match="accumulate"):
+        train(pretraining(), batches, dataclasses.replace(CONFIG, accumulate=5), state_path=path)
+
+
+def test_the_newest_states_are_kept_and_an_older_one_continues(tmp_path):
+    path = tmp_path / "state.safetensors"
+    log = tmp_path / "log.jsonl"
+    config = dataclasses.replace(CONFIG, save_every=2, keep_states=3, log_every=1)
+    train(pretraining(), batches, config, log_path=tmp_path / "whole.jsonl")
+    train(pretraining(), batches, config, state_path=path, log_path=log)
+    assert [each.name for each in state.kept(path)] == [
+        f"state-0000000{step}.safetensors" for step in (6, 8, 9)
+    ]
+    assert state.read(path)[1]["progress"]["step"] == 9
+    state.kept(path)[0].replace(path)
+    done = []
+    train(
+        pretraining(), batches, config, on_step=lambda step, _: done.append(step),
+        state_path=path, log_path=log,
+    )  # fmt: skip
+    assert done == [7, 8, 9]
+    assert lines(log) == lines(tmp_path / "whole.jsonl")
+    state.remove(path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["log.jsonl", "whole.jsonl"]
+
+
+# ---------------------------------------------------------------------- micro-batches, averages, the best
+
+
+class Even(nn.Module):
+    """A loss that is a mean over texts, so that a batch in parts must give the whole batch's gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.calls = []
+
+    def losses(self, batch, alpha, hardness, first=True):
+        self.calls.append((len(batch.texts), first))
+        loss = self.linear(batch.ids.float()).square().mean()
+        return {"loss": loss, "other": loss.detach() + 1}
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(2, [3, 2]), (4, [2, 1, 1, 1]), (9, [1] * 5)])
+def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(parts, sizes):
+    torch.manual_seed(0)
+    whole, divided = Even(), Even()
+    divided.load_state_dict(whole.state_dict())
+    config = TrainConfig(steps=3, learning_rate=1e-2, warmup_steps=0, clip_norm=0.0)
+    seen, other = [], []
+    train(whole, batches, config, on_step=lambda _, values: seen.append(values))
+    train(
+        divided, batches, dataclasses.replace(config, accumulate=parts),
+        on_step=lambda _, values: other.append(values),
+    )  # fmt: skip
+    torch.testing.assert_close(whole.state_dict(), divided.state_dict(), rtol=1e-5, atol=1e-6)
+    assert divided.calls[: len(sizes)] == [(size, number == 0) for number, size in enumerate(sizes)]
+    for a, b in zip(seen, other, strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+
+
+def test_momentum_towers_move_once_per_step_and_a_part_is_contrasted_with_itself_and_the_queue():
+    config = dataclasses.replace(CONFIG, steps=1, accumulate=2, augment=None, learning_rate=1e-9, min_lr=1e-9)
+    module = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=13, momentum=0.5))
+    with torch.no_grad():
+        for parameter in module.model.vision_proj.parameters():
+            parameter.add_(1.0)
+    before = module.momentum.vision_proj.weight.clone()
+    live = module.model.vision_proj.weight.detach().clone()
+    train(module, lambda start: (batch(step, count=6) for step in range(start, 9)), config)
+    assert torch.allclose(module.momentum.vision_proj.weight, (before + live) / 2)
+    assert module.queue.filled == 6
+
+    def first_itc(accumulate, queue_size):
+        seen = []
+        module = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=queue_size, momentum=None))
+        with torch.no_grad():
+            module.model.temperature.fill_(0.5)
+        unlike = dataclasses.replace(
+            batch(0, count=8), image_index=torch.arange(8), text_index=torch.arange(8)
+        )
+        train(
+            module, [unlike], dataclasses.replace(config, accumulate=accumulate),
+            on_step=lambda _, values: seen.append(values["itc"]),
+        )  # fmt: skip
+        return seen[0]
+
+    # Near its start ITC is about the logarithm of the number of candidates: 8, 2, and with the queue 2, 4, 6 and 8.
+    assert first_itc(1, 0) == pytest.approx(math.log(8), abs=0.35)
+    assert first_itc(4, 0) == pytest.approx(math.log(2), abs=0.35)
+    assert first_itc(4, 13) == pytest.approx(sum(math.log(n) for n in (2, 4, 6, 8)) / 4, abs=0.35)
+
+
+def test_averaged_weights_by_hand():
+    torch.manual_seed(0)
+    module, seen = Even(), []
+    first = module.linear.weight.detach().clone()
+    result = train(
+        module, batches, TrainConfig(steps=40, learning_rate=1e-2, warmup_steps=0, ema=0.5),
+        on_step=lambda *_: seen.append(module.linear.weight.detach().clone()),
+    )  # fmt: skip
+    expected = first
+    for done, weight in enumerate(seen):
+        decay = min(0.5, (1 + done) / (10 + done))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(result.average["linear.weight"], expected)
+    live = module.linear.weight.detach().clone()
+    with average.swapped(module, result.average):
+        assert torch.equal(module.linear.weight, result.average["linear.weight"])
+    assert torch.equal(module.linear.weight, live)
+    assert not train(Even(), batches, TrainConfig(steps=1)).average
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+def test_a_skipped_step_leaves_the_average_alone():
+    module = Scripted([1.0, math.nan, math.nan])
+    config = TrainConfig(steps=1, ema=0.5, warmup_steps=0)
+    alone = train(Scripted([1.0]), batches, config).average["weight"]
+    three = dataclasses.replace(config, steps=3)
+    assert torch.equal(train(module, batches, three).average["weight"], alone)
+
+
+def test_the_best_is_that_of_the_lowest_logged_loss_and_survives_a_resume(tmp_path):
+    """Kept from the wrong step, kept with live weights in place of averages, or forgotten by a resume."""
+    losses = [5.0, 5.0, 3.0, 3.0, 4.0, 4.0, 1.0, 1.0, 2.0, 2.0]
+    config = TrainConfig(steps=10, log_every=2, save_every=2, ema=0.5, learning_rate=1e-3)
+
+    def run(found, **options):
+        module = Scripted(losses)
+        module.step = options.pop("at", 0)
+
+        def keep(step, loss):
+            found.append((step, loss, module.weight.detach().clone()))
+
+        return module, train(module, batches, config, on_best=keep, **options)
+
+    whole = []
+    module, _ = run(whole)
+    assert [step for step, _, _ in whole] == [2, 4, 8]
+    assert whole[0][1] == pytest.approx(5.0, abs=0.02)
+    assert not torch.equal(whole[-1][2], module.weight)
+    parts = []
+    with pytest.raises(Stop):
+        run(parts, on_step=stop_at(5), state_path=tmp_path / "state.safetensors")
+    run(parts, state_path=tmp_path / "state.safetensors", at=5)
+    assert [(step, loss) for step, loss, _ in parts] == [(step, loss) for step, loss, _ in whole]
+    assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(parts, whole, strict=True))
+
+
 # ---------------------------------------------------------------------- what is counted and logged
 
 
@@ -246,6 +458,9 @@ def test_log_lines_are_means_and_the_last_step_is_always_there(tmp_path):
     assert [line["step"] for line in log] == [4, 8, 9]
     wanted = {
         "step",
+        "image_cosine",
+        "text_cosine",
+        "queue_cosine",
         "loss",
         "itc",
         "itm",
@@ -258,7 +473,7 @@ def test_log_lines_are_means_and_the_last_step_is_always_there(tmp_path):
     assert wanted | {"lr", "images_per_second", "seconds"} <= set(log[0])
     assert log[1]["itm"] == pytest.approx(sum(values["itm"] for values in seen[4:8]) / 4)
     assert log[2]["lm"] == pytest.approx(seen[8]["lm"])
-    assert [v["lr"] for v in seen] == [optim.learning_rate(s, 9, 1e-2, 1e-6, 2) for s in range(9)]
+    assert [v["lr"] for v in seen] == [schedule.learning_rate(s, 9, 1e-2, 1e-6, 2) for s in range(9)]
     assert [v["alpha"] for v in seen] == pytest.approx([0.4 * min(1, s / 5) for s in range(9)])
     assert result.losses["lm"] == log[2]["lm"]
     assert result.losses["loss"] == pytest.approx(
@@ -304,6 +519,7 @@ class Scripted(nn.Module):
         return {"loss": loss, "itm": loss.detach()}
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     module = Scripted([1.0, math.nan, math.inf, 1.0])
     result = train(
@@ -317,6 +533,7 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in log)
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
     train(
         Scripted([math.nan, 1.0]), batches, TrainConfig(steps=2, log_every=1), log_path=tmp_path / "log.jsonl"
@@ -324,6 +541,7 @@ def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
     assert "loss" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_model_that_is_gone_ends_the_run():
     with pytest.raises(RunError, match="learning_rate"):
         train(Scripted([math.nan]), batches, TrainConfig(steps=100))
@@ -334,6 +552,7 @@ def test_a_model_that_is_gone_ends_the_run():
     )
 
 
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_one_broken_batch_does_not_poison_queue_or_towers():
     module = pretraining()
 
@@ -350,18 +569,71 @@ def test_one_broken_batch_does_not_poison_queue_or_towers():
     assert math.isfinite(result.losses["loss"])
 
 
-def test_a_collapsed_matching_head_is_said_once():
-    steps = STUCK_LINES + 50
-    config = TrainConfig(steps=steps, log_every=1, learning_rate=1e-9, min_lr=1e-9)
+@pytest.mark.parametrize("log_every", [1, 7, 20])
+def test_a_collapsed_matching_head_is_said_once_after_so_many_steps_however_often_is_logged(log_every):
+    config = TrainConfig(
+        steps=260, log_every=log_every, learning_rate=1e-9, min_lr=1e-9, stuck_steps=200, accumulate=1
+    )
     with pytest.warns(RuntimeWarning, match=r"0\.6365") as caught:
         result = train(Scripted([COLLAPSED_ITM + 0.005]), batches, config)
     assert len(caught) == 1
     assert len(result.warnings) == 1
+    assert result.warnings[0].startswith(f"step {-(-200 // log_every) * log_every}: itm")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        short = dataclasses.replace(config, steps=STUCK_LINES - 1)
+        short = dataclasses.replace(config, steps=199)
         assert not train(Scripted([COLLAPSED_ITM]), batches, short).warnings
         assert not train(Scripted([0.5]), batches, config).warnings
+        never = dataclasses.replace(config, stuck_steps=0)
+        assert not train(Scripted([COLLAPSED_ITM]), batches, never).warnings
+
+
+def test_a_stretch_at_the_prior_survives_a_resume(tmp_path):
+    """Counted from nothing after each resume, a run that is killed every thousand steps would never be warned."""
+    config = TrainConfig(steps=30, log_every=5, learning_rate=1e-9, min_lr=1e-9, stuck_steps=25)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Stop):
+        train(Scripted([COLLAPSED_ITM]), batches, config, on_step=stop_at(17), state_path=path)
+    with pytest.warns(RuntimeWarning, match="step 25: itm"):
+        train(Scripted([COLLAPSED_ITM]), batches, config, state_path=path)
+
+
+def test_the_first_step_that_is_not_finite_is_said_with_the_loss_that_was_not():
+    with pytest.warns(RuntimeWarning, match="step 2: loss, itm, grad_norm not finite") as caught:
+        result = train(Scripted([1.0, math.nan, math.nan, 1.0]), batches, TrainConfig(steps=4))
+    assert len(caught) == 1
+    assert len(result.warnings) == 1
+
+
+def test_embeddings_that_are_one_point_are_said():
+    """A collapsed tower trains on for days with a plausible loss, the logarithm of its candidates."""
+    config = TrainConfig(
+        steps=12, log_every=3, learning_rate=1e-9, min_lr=1e-9, warmup_steps=0, collapse_steps=9
+    )
+
+    def told(collapse):
+        module = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=13))
+        with torch.no_grad():
+            for tower in (module.model, module.momentum):
+                tower.text_proj.weight.mul_(1.0 - collapse)
+                tower.text_proj.bias.fill_(collapse)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = train(module, batches, config)
+        assert [str(each.message) for each in caught if each.category is RuntimeWarning] == list(
+            result.warnings
+        )
+        return result
+
+    collapsed = told(1.0)
+    assert [message.split(" has been")[0] for message in collapsed.warnings] == [
+        "step 9: text_cosine", "step 9: queue_cosine"
+    ]  # fmt: skip
+    assert collapsed.losses["text_cosine"] == pytest.approx(1.0, abs=1e-4)
+    assert collapsed.losses["queue_cosine"] == pytest.approx(1.0, abs=1e-4)
+    fine = told(0.0)
+    assert not fine.warnings
+    assert fine.losses["text_cosine"] < 0.99
 
 
 def test_batches_start_again_when_they_end_and_none_is_an_error():
@@ -380,6 +652,9 @@ def test_wrong_options_are_named():
         ({"steps": 0}, "steps"),
         ({"steps": 1, "precision": "fp16"}, "precision"),
         ({"steps": 1, "learning_rate": math.nan}, "learning_rate"),
+        ({"steps": 1, "accumulate": 0}, "accumulate"),
+        ({"steps": 1, "keep_states": 0}, "keep_states"),
+        ({"steps": 1, "ema": 1.0}, "ema"),
     ):
         with pytest.raises(UserError, match=said):
             TrainConfig(**options)

@@ -1,0 +1,54 @@
+"""An exponential moving average of the weights under training: steadier to evaluate than the live ones.
+
+Not here: the momentum towers that make ITC's targets (`capfilt.models.objectives`), which train with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """fp32 averages of the given parameters, by name, on their devices.
+
+    After update t (from 0): average <- d * average + (1 - d) * live with d = min(decay, (1 + t) / (10 + t)), so that a
+    short run's average is not its initialisation (Inception, arXiv 1512.00567, sec. 8 evaluates such an average; the
+    ramp is that of TensorFlow's ExponentialMovingAverage with `num_updates`). bf16 weights would lose steps of 1 - d.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters = dict(parameters)
+        self.decay = decay
+        self.tensors = {name: each.detach().float().clone() for name, each in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, done: int) -> None:
+        """Moves the averages towards the live weights; `done` updates were made before."""
+        decay = min(self.decay, (1.0 + done) / (10.0 + done))
+        live = [self.parameters[name].detach().float() for name in self.tensors]
+        torch._foreach_lerp_(list(self.tensors.values()), live, 1.0 - decay)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes copies of what `tensors` held when it was saved. KeyError for a missing name."""
+        for name, own in self.tensors.items():
+            own.copy_(tensors[name])
+
+
+@contextmanager
+def swapped(module: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, `module` holds the averaged weights of the named parameters; afterwards its own again, bit for bit."""
+    own = dict(module.named_parameters())
+    before = {name: own[name].detach().clone() for name in average}
+    try:
+        with torch.no_grad():
+            for name, tensor in average.items():
+                own[name].copy_(tensor)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                own[name].copy_(tensor)
