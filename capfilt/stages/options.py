@@ -139,6 +139,13 @@ class OptimisationOptions:
     flip: bool = _option(False, "random horizontal flips, where the text names no side")
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
+    stream: bool = _option(
+        False, "read pictures from their shards as they are needed: memory does not grow with the corpus"
+    )
+    loader_workers: int = _option(0, "with `stream`: processes that decode; 0 for threads")
+    mix: tuple[str, ...] = _option(
+        (), "SOURCE=WEIGHT, the share of web, human or synthetic texts in every batch; repeatable"
+    )
     precision: str = _option("auto", "auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16")
     save_every: int = _option(
         500, "steps between the states that an interrupted run continues from; 0 for none"

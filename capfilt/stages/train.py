@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 
 from capfilt.data import transforms
-from capfilt.data.corpus import Batch, Corpus, batches, concat, from_images, from_pairs, from_verdicts
+from capfilt.data.corpus import Batch, Corpus, concat, from_images, from_pairs, from_verdicts
+from capfilt.data.stream import PairStream, StreamInput
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
@@ -37,6 +38,7 @@ from capfilt.stages.options import (
     PretrainOptions,
     RetrainOptions,
 )
+from capfilt.stages.pairs import Held, Pairs, Streamed, shares
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
@@ -73,6 +75,11 @@ class _Training(ModelStage):
             raise UserError("--steps, or --epochs, must be above 0")
         if options.batch_size < 2:
             raise UserError(f"--batch-size {options.batch_size}: contrast and hard negatives need at least 2")
+        shares(options.mix)
+        if options.stream and options.cache_features:
+            raise UserError("--stream and --cache-features: features are cached for pictures that are held")
+        if options.loader_workers < 0 or (options.loader_workers and not options.stream):
+            raise UserError(f"--loader-workers {options.loader_workers}: 0 or more, and with --stream")
         if options.accumulate < 1 or options.batch_size // options.accumulate < 2:
             raise UserError(
                 f"--accumulate {options.accumulate}: {options.batch_size} texts do not make so many micro-batches of at "
@@ -88,7 +95,7 @@ class _Training(ModelStage):
     # What each stage says for itself.
 
     @abstractmethod
-    def initial(self, corpus: Corpus) -> tuple[Blip, Tokenizer]:
+    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
         """The model to train, and its tokenizer."""
 
     @abstractmethod
@@ -116,11 +123,15 @@ class _Training(ModelStage):
             if parts
         ]
 
+    def streamed(self) -> list[StreamInput]:
+        """The same pairs, as a stream takes them."""
+        return [StreamInput(part) for part in (*self.human, *self.web)]
+
     # The same for all.
 
     def identity(self) -> Mapping[str, Any]:
         return {
-            "options": option_values(self.options, without=("save_every",)),
+            "options": option_values(self.options, without=("save_every", "loader_workers")),
             "inputs": {str(index): part.digest() for index, part in enumerate(self.inputs())},
         }
 
@@ -143,14 +154,8 @@ class _Training(ModelStage):
 
     def run(self, report: Report) -> Mapping[str, Any]:
         o = self.options
-        size = self.image_size()
-        corpus = concat(self.corpora(size))
-        if not len(corpus):
-            raise UserError(
-                f"{self.name}: no training pairs in {', '.join(str(part.path) for part in self.inputs())} "
-                f"(left out: {dict(corpus.skipped) | dict(corpus.deselected)})"
-            )
-        model, tokenizer = self.initial(corpus)
+        pairs = self._pairs(self.image_size())
+        model, tokenizer = self.initial(pairs)
         where = device()
         model.to(where)
         if o.freeze_vision:
@@ -161,12 +166,13 @@ class _Training(ModelStage):
                 raise UserError(
                     "--cache-features: only a frozen trunk has features to cache (--preset trunk)"
                 )
-            corpus = corpus.with_features(
+            assert isinstance(pairs, Held)
+            pairs.corpus = pairs.corpus.with_features(
                 lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)),
                 progress=lambda count: None,
             )
-        steps = o.steps or math.ceil(o.epochs * len(corpus) / o.batch_size)
-        epoch = len(corpus) / o.batch_size
+        steps = o.steps or math.ceil(o.epochs * len(pairs) / o.batch_size)
+        epoch = len(pairs) / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
         config = TrainConfig(
             steps=steps,
@@ -195,8 +201,7 @@ class _Training(ModelStage):
         module = BlipPretraining(model, self.objective(tokenizer)).to(where)
         result = train(
             module,
-            lambda start: batches(
-                corpus,
+            lambda start: pairs.batches(
                 tokenizer,
                 o.batch_size,
                 seed=o.seed,
@@ -204,6 +209,7 @@ class _Training(ModelStage):
                 start_step=start,
                 max_text_tokens=o.max_text_tokens,
                 prompt=self.prompt,
+                mixing=shares(o.mix),
             ),
             config,
             on_step=lambda step, values: report(step, steps, _shown(values)),
@@ -212,20 +218,20 @@ class _Training(ModelStage):
             tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
             fingerprint=self.fingerprint(),
-            examples=len(corpus),
+            examples=len(pairs),
         )
         module.to("cpu")
         figures = {
             "steps": result.steps,
-            "texts": len(corpus),
-            "images": len(corpus.image_ids),
-            "by_source": corpus.texts_by_source(),
-            "left_out": {**corpus.skipped, **corpus.deselected},
+            "texts": len(pairs),
+            "images": pairs.pictures,
+            "by_source": pairs.texts_by_source(),
+            "left_out": {**pairs.skipped, **pairs.deselected},
             "skipped_steps": result.skipped_steps,
             "seconds": round(result.seconds, 1),
             **_shown(result.losses),
         }
-        _write_exposures(self.output / "exposures.parquet", corpus, result.exposures.tolist())
+        _write_exposures(self.output / "exposures.parquet", pairs, result.exposures.tolist())
         extra = {
             "stage": self.name,
             "fingerprint": self.fingerprint(),
@@ -240,6 +246,17 @@ class _Training(ModelStage):
             checkpoint.save(self.output, model, tokenizer, extra)
         state.remove(state_path)
         return {name: figures[name] for name in ("steps", "texts", "images", *_shown(result.losses))}
+
+    def _pairs(self, size: int) -> Pairs:
+        if self.options.stream:
+            return Streamed(PairStream(self.streamed()), size, self.options.loader_workers)
+        corpus = concat(self.corpora(size))
+        if not len(corpus):
+            raise UserError(
+                f"{self.name}: no training pairs in {', '.join(str(part.path) for part in self.inputs())} "
+                f"(left out: {dict(corpus.skipped) | dict(corpus.deselected)})"
+            )
+        return Held(corpus)
 
     def _keep(self, name: str, model: Blip, tokenizer: Tokenizer, step: int, loss: float | None) -> None:
         extra = {"stage": self.name, "of": self.output.name, "step": step, "loss": loss}
@@ -268,11 +285,9 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f" ({names[0]} changed)" if names else ""
 
 
-def _write_exposures(path: Path, corpus: Corpus, counts: list[int]) -> None:
-    image_ids = [corpus.image_ids[row] for row in corpus.image_of_text.tolist()]
-    table = pa.table(
-        {"text_id": corpus.text_ids, "image_id": image_ids, "source": corpus.sources, "exposures": counts}
-    )
+def _write_exposures(path: Path, pairs: Pairs, counts: list[int]) -> None:
+    text_ids, image_ids, sources = zip(*pairs.identities(), strict=True)
+    table = pa.table({"text_id": text_ids, "image_id": image_ids, "source": sources, "exposures": counts})
     path.unlink(missing_ok=True)
     publish_new(path, lambda attempt: pq.write_table(table, attempt, compression="zstd"))
 
@@ -306,10 +321,10 @@ class Pretrain(_Training):
     def image_size(self) -> int:
         return self.options.image_size or preset(self.options.preset, 1000).image_size
 
-    def initial(self, corpus: Corpus) -> tuple[Blip, Tokenizer]:
+    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
         o = self.options
         if o.vocab == "corpus":
-            tokenizer = Tokenizer.train(corpus.texts, o.vocab_size)
+            tokenizer = Tokenizer.train(pairs.texts(), o.vocab_size)
         elif o.vocab.endswith(".txt"):
             tokenizer = Tokenizer.from_vocab(o.vocab)
         else:
@@ -386,8 +401,12 @@ class Retrain(Pretrain):
             )
         return corpora
 
-    def initial(self, corpus: Corpus) -> tuple[Blip, Tokenizer]:
-        return _loaded(self.start, self.image_size()) if self.start else super().initial(corpus)
+    def streamed(self) -> list[StreamInput]:
+        joined = [StreamInput(images, verdicts) for images, verdicts in self.joined]
+        return [*super().streamed(), *(StreamInput(part) for part in self.pairs), *joined]
+
+    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
+        return _loaded(self.start, self.image_size()) if self.start else super().initial(pairs)
 
 
 def _image_size_of(directory: Path) -> int:
@@ -419,7 +438,7 @@ class _Finetune(_Training):
     def image_size(self) -> int:
         return _image_size_of(self.init)
 
-    def initial(self, corpus: Corpus) -> tuple[Blip, Tokenizer]:
+    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
         return _loaded(self.init, self.image_size())
 
 
@@ -433,8 +452,8 @@ class FinetuneCaptioner(_Finetune):
     def prompt(self) -> str:
         return self.options.prompt
 
-    def initial(self, corpus: Corpus) -> tuple[Blip, Tokenizer]:
-        model, tokenizer = super().initial(corpus)
+    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
+        model, tokenizer = super().initial(pairs)
         model.config = dataclasses.replace(model.config, prompt=self.options.prompt)
         return model, tokenizer
 

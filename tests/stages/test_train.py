@@ -66,6 +66,32 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
     )
 
 
+def test_streamed_pairs_are_the_held_ones_and_shares_hold_for_both(place):
+    """A stream that trains on other rows than a held corpus, or exposures that name the wrong texts."""
+    write_images(place.part("images", "clean"), [image_rows("clean", 9)])
+    found = {}
+    for out, how in (("held", {}), ("streamed", {"stream": True}), ("again", {"stream": True})):
+        options = o.PretrainOptions(
+            human=("human",),
+            web=("clean",),
+            out=out,
+            mix=("human=3", "web=1"),
+            **{**FAST, "steps": 10},
+            **how,
+        )
+        summary = run(Pretrain(options, place))
+        rows = pq.read_table(place.model(out) / "exposures.parquet").to_pylist()
+        found[out] = {(row["text_id"], row["image_id"], row["source"]) for row in rows}
+        seen = {
+            source: sum(r["exposures"] for r in rows if r["source"] == source) for source in ("human", "web")
+        }
+        assert sum(seen.values()) == summary.figures["steps"] * 4 == 40
+        assert abs(seen["human"] - 30) <= 1
+    assert found["held"] == found["streamed"] == found["again"]
+    weights = [file_sha256(place.model(out) / "model.safetensors") for out in found]
+    assert weights[1] == weights[2] != weights[0]
+
+
 def test_averaged_weights_are_the_checkpoint_and_the_best_and_the_live_ones_lie_beside_it(place):
     """Averages that are computed and thrown away, or a best checkpoint that cannot be loaded."""
     every = {
@@ -141,6 +167,17 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
     [
+        (Pretrain, o.PretrainOptions(human=("human",), mix=("human",)), r"--mix human: write SOURCE=WEIGHT"),
+        (
+            Pretrain,
+            o.PretrainOptions(human=("human",), stream=True, cache_features=True),
+            r"--stream and --cache-features",
+        ),
+        (
+            Pretrain,
+            o.PretrainOptions(human=("human",), loader_workers=2),
+            r"--loader-workers 2: 0 or more, and with --stream",
+        ),
         (Pretrain, o.PretrainOptions(), "at least one part"),
         (Pretrain, o.PretrainOptions(human=("nowhere",)), "nowhere"),
         (Pretrain, o.PretrainOptions(human=("human",), preset="huge"), "huge"),
