@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from _form import Record, main
 
 from capfilt import recipe as recipes
@@ -142,7 +143,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
             each: Callable[..., Iterator[dict[str, dict[str, float]]]] = map
             work: Executor | None = None
             if args.jobs > 1:
-                threads = max(1, (os.cpu_count() or 1) // args.jobs)
+                threads = max(1, torch.get_num_threads() // args.jobs)
                 os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
                 pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
                 each = stack.enter_context(pool).map
