@@ -58,8 +58,13 @@ class Evaluate(ResultStage):
 
     def measure(self, report: Report) -> dict[str, Any]:
         o = self.options
-        engine = Captioner.load(self.checkpoint, device=device())
-        corpus = self._corpus(engine.model.config.image_size)
+        model, tokenizer, _ = checkpoint.load(self.checkpoint, device())
+        for task in o.tasks:
+            try:
+                model.require("filter" if task == "retrieval" else "captioner")
+            except UserError as error:
+                raise UserError(f"--tasks {task}: {self.checkpoint}: {error}") from error
+        corpus = self._corpus(model.config.image_size)
         batches = _PixelBatches(corpus, o.batch_size)
         image_of_text = corpus.image_of_text.tolist()
         metrics: dict[str, float] = {}
@@ -72,7 +77,7 @@ class Evaluate(ResultStage):
         }
         if "retrieval" in o.tasks:
             found = evaluate_retrieval(
-                BlipCapabilities(engine.model, engine.tokenizer),
+                BlipCapabilities(model, tokenizer),
                 batches,
                 corpus.image_ids,
                 corpus.texts,
@@ -93,7 +98,7 @@ class Evaluate(ResultStage):
             for row, text in zip(image_of_text, corpus.texts, strict=True):
                 references[row].append(text)
             written = evaluate_captioning(
-                engine,
+                Captioner(model, tokenizer),
                 batches,
                 references,
                 progress=lambda done, of: report(done, of, {"writing": "captions"}),

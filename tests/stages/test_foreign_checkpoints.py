@@ -43,6 +43,24 @@ def test_caption_score_and_export_take_transformers_directories(tmp_path, capsys
     # The filter has no decoder to write with.
     assert call("caption", "--images", "web", "--captioner", tmp_path / "itm", "--out", "x", *here) != 0
 
+    # Nor is that needed to rank texts, which a filter alone must be able to show.
+    evaluate = (
+        "evaluate",
+        "--model",
+        tmp_path / "itm",
+        "--images",
+        "web",
+        "--split",
+        "",
+        "--rerank",
+        2,
+        *here,
+    )
+    capsys.readouterr()
+    assert call(*evaluate, "--tasks", "captioning") == 2
+    assert "--tasks captioning" in capsys.readouterr().err
+    assert call(*evaluate, "--tasks", "retrieval") == 0
+
     exported = tmp_path / "ws" / "models" / "filter"
     assert call("export", tmp_path / "itm", "--to", "capfilt", "--out", exported) == 0
     assert "filter, layout capfilt" in capsys.readouterr().out
