@@ -1,5 +1,5 @@
 """The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, report,
-doctor, recipes and export.
+doctor, recipe and export.
 
 Only typer and the standard library are imported here; what a command needs is imported when it runs. Options are
 declared once, in `stages/options.py`.
@@ -29,7 +29,8 @@ OTHERS = {
     "query": "Ask a workspace in SQL.",
     "report": "Write one HTML file about a workspace.",
     "doctor": "Check this machine, and a workspace's shards against their manifests.",
-    "recipes": "List the recipes, or print one.",
+    "recipe list": "List the recipes that come with capfilt.",
+    "recipe show": "Print a recipe as it is written, or with every option resolved.",
     "export": "Write a checkpoint in transformers' layout, the original repository's, or capfilt's.",
 }
 
@@ -175,17 +176,23 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
             typer.echo(f"capfilt {capfilt.__version__}")
             raise typer.Exit
 
-    finetune = _app("Step 2: finetune the captioner or the filter on clean pairs.")
+    groups = {
+        "finetune": _app("Step 2: finetune the captioner or the filter on clean pairs."),
+        "recipe": _app("List the recipes that come with capfilt, or print one."),
+    }
     for command in STAGES:
-        target = finetune if len(command.words) == 2 else app
+        target = groups[command.words[0]] if len(command.words) == 2 else app
         name = command.words[-1]
         wanted = words[: len(command.words)] == command.words
         function = _stage_function(command) if wanted else _without_options(command)
         target.command(name, epilog=_epilog(command.examples), no_args_is_help=False)(function)
-    app.add_typer(finetune, name="finetune")
     for name, text in OTHERS.items():
-        function = getattr(commands, name) if words[:1] == (name,) else _bare(text)
-        app.command(name, help=text, epilog=_epilog(commands.EXAMPLES[name]))(function)
+        path = tuple(name.split())
+        target = groups[path[0]] if len(path) == 2 else app
+        function = getattr(commands, "_".join(path)) if words[: len(path)] == path else _bare(text)
+        target.command(path[-1], help=text, epilog=_epilog(commands.EXAMPLES[name]))(function)
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
     return app
 
 

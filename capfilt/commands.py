@@ -1,4 +1,4 @@
-"""The commands that are not stages: run, quickstart, query, report, doctor, recipes, export.
+"""The commands that are not stages: run, quickstart, query, report, doctor, recipe list, recipe show, export.
 
 Light: each imports what it needs when it runs.
 """
@@ -35,11 +35,15 @@ EXAMPLES = {
     ),
     "report": ("capfilt report -w quickstart --out report.html",),
     "doctor": ("capfilt doctor", "capfilt doctor -w quickstart --verify"),
-    "recipes": ("capfilt recipes", "capfilt recipes photographs --set data=DIR"),
     "export": (
         "capfilt export captioner --to transformers --only captioner --out captioner-hf",
         "capfilt export ./model_base.pth --to transformers --out blip-base",
         "capfilt export ./blip-itm-base-coco --to capfilt --out models/filter",
+    ),
+    "recipe list": ("capfilt recipe list",),
+    "recipe show": (
+        "capfilt recipe show blip-base-14m",
+        "capfilt recipe show photographs --resolved --set data=DIR",
     ),
 }
 
@@ -148,20 +152,11 @@ def doctor(
         raise typer.Exit(1)
 
 
-def recipes(
-    name: Annotated[
-        str, typer.Argument(help="print this recipe with every option resolved", show_default=False)
-    ] = "",
-    settings: SETTINGS = None,
-) -> None:
-    """List the recipes, or print one."""
+def recipe_list() -> None:
+    """List the recipes that come with capfilt."""
     from capfilt import recipe as module
     from capfilt.resources import list_recipes
 
-    if name:
-        _, content = module.load_recipe(name)
-        typer.echo(module.show(content, settings or []), nl=False)
-        return
     for each in list_recipes():
         _, content = module.load_recipe(each)
         typer.echo(f"{each:<24} {' '.join(content.description.split())}")
@@ -187,3 +182,22 @@ def export(
 
     for line in write(Workspace(workspace).model(model), to, out, only, image_size):
         typer.echo(line)
+
+
+def recipe_show(
+    name: Annotated[str, typer.Argument(help="name of a recipe that comes with capfilt, or a YAML file")],
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="every option of every step, defaults included")
+    ] = False,
+    settings: SETTINGS = None,
+) -> None:
+    """Print a recipe as it is written, with its sources, or with every option resolved."""
+    from capfilt import recipe as module
+    from capfilt.errors import UserError
+    from capfilt.resources import find_recipe
+
+    _, content = module.load_recipe(name)
+    if settings and not resolved:
+        raise UserError("recipe show: --set changes what --resolved prints; give both")
+    text = module.show(content, settings or []) if resolved else find_recipe(name).read_text(encoding="utf-8")
+    typer.echo(text, nl=False)

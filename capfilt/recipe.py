@@ -169,9 +169,18 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
 
 
 def show(recipe: Recipe, settings: Sequence[str]) -> str:
-    """The whole resolved recipe as YAML: every option of every step, defaults included."""
+    """The whole resolved recipe as YAML: every option of every step, defaults included.
+
+    An input that was not given and has no default stands as its reference, `${NAME}`. Raises UserError as `resolve`.
+    """
+    given = {setting.partition("=")[0] for setting in settings}
+    open_inputs = [
+        f"{name}=${{{name}}}"
+        for name, item in recipe.inputs.items()
+        if item.default is None and name not in given
+    ]
     steps = []
-    for step, options in resolve(recipe, settings):
+    for step, options in resolve(recipe, [*open_inputs, *settings]):
         values = {
             key: list(value) if isinstance(value, tuple) else value for key, value in vars(options).items()
         }

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from capfilt.resources import list_recipes
 from capfilt.stages.registry import STAGES
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, tiny_checkpoint, write_images
@@ -64,6 +66,9 @@ def test_every_stage_has_help_with_an_example(call, words):
         (["caption", "--images", "web", "--captioner", "nowhere"], "nowhere"),
         (["caption", "--images", "web", "--execution", "cloud"], "cloud"),
         (["run", "nowhere"], "nowhere"),
+        (["recipe", "show", "nowhere"], "nowhere"),
+        (["recipe", "show", "quickstart", "--set", "seed=1"], "--resolved"),
+        (["recipes"], "recipes"),
         (["quickstart", "--size", "huge"], "huge"),
         (["select", "--images", "web", "--scores", "nowhere"], "nowhere"),
         (["query", "SELEC 1"], "SELEC"),
@@ -82,6 +87,20 @@ def test_a_wrong_call_is_one_line_exit_2_and_nothing_written(
     assert err.startswith("capfilt: ")
     assert message in err
     assert sorted(workspace.path.rglob("*")) == before
+
+
+def test_recipes_are_listed_and_shown_as_written_or_resolved(call):
+    code, out, _ = call("recipe", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list_recipes()
+    code, written, _ = call("recipe", "show", "blip-base-14m")
+    assert code == 0
+    assert "# " in written
+    code, resolved, _ = call("recipe", "show", "blip-base-14m", "--resolved", "--set", "seed=5")
+    assert code == 0
+    first = yaml.safe_load(resolved)["stages"][0]["options"]
+    assert (first["seed"], first["preset"], first["precision"]) == (5, "base", "fp32")
+    assert first["vision_init"] == "${vision_init}"
 
 
 def test_underscores_are_hyphens(call, workspace):

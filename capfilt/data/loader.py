@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Index = npt.NDArray[np.int64]
 S = TypeVar("S")
 T = TypeVar("T")
+Transform = Callable[[Tensor, Tensor, int], Tensor]
+"""Pixels uint8 [B, 3, S, S], whether each text names a side, bool [B], and the step -> pixels alike, on the CPU."""
 
 
 @dataclass
@@ -322,6 +324,7 @@ def batches(
     pad_to: int | None = None,
     mixing: Mapping[str, float] | None = None,
     one_text_per_image: bool = False,
+    transform: Transform | None = None,
     prefetch: int = 1,
 ) -> Iterator[Batch]:
     """Batches of a corpus, the same for the same arguments; see `Plan` for the order.
@@ -335,6 +338,8 @@ def batches(
         max_words: words per text before tokenising (BLIP, official code: 30).
         prompt: put before every text.
         pad_to: a fixed L; the batch's longest text where None.
+        transform: changes the pictures where batches are assembled, so ahead of the model. Where it is a function of its
+            arguments alone, a resumed run sees what it would have seen.
         prefetch: batches assembled ahead, in one thread.
 
     Raises UserError at once, not at the first batch, for what `Plan` refuses.
@@ -363,6 +368,9 @@ def batches(
             features = torch.from_numpy(corpus.features.read(images))
         else:
             pixels = torch.from_numpy(corpus.images.read(images))
+        sided = torch.tensor([mentions_sides(text) for text in texts], dtype=torch.bool)
+        if transform is not None and pixels is not None:
+            pixels = transform(pixels, sided, step)
         return Batch(
             ids=ids,
             mask=mask,
@@ -370,7 +378,7 @@ def batches(
             text_index=torch.from_numpy(corpus.text_index[rows]),
             example=torch.from_numpy(rows),
             weight=torch.from_numpy(corpus.weights[rows]),
-            sided=torch.tensor([mentions_sides(text) for text in texts], dtype=torch.bool),
+            sided=sided,
             texts=texts,
             step=step,
             epoch=plan.epoch(step),

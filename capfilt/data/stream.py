@@ -39,7 +39,7 @@ from capfilt.data.examples import (
     usable,
 )
 from capfilt.data.images import MAX_PIXELS, BadImage
-from capfilt.data.loader import Batch, Mix, ahead
+from capfilt.data.loader import Batch, Mix, Transform, ahead
 from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Tokenizer, clean
 from capfilt.data.transforms import decode_uint8, mentions_sides
@@ -182,13 +182,14 @@ class PairStream:
         prompt: str = "",
         pad_to: int | None = None,
         max_pixels: int = MAX_PIXELS,
+        transform: Transform | None = None,
     ) -> Iterator[Batch]:
         """Batches `start_step` to `steps - 1` of this rank, the same for the same arguments and any `workers`.
 
         Args:
             batch_size: examples per batch and rank. A picture that does not decode leaves its batch smaller.
             size: side of the pictures in pixels.
-            mixing, one_text_per_image: as in `loader.Plan`.
+            mixing, one_text_per_image: as in `loader.Plan`; transform: as in `loader.batches`.
             rank, world: this rank's number, and how many there are. In an epoch every row group goes to one rank, so
                 that ranks share no example and lose none. Epochs follow one another without a seam, and ranks enter
                 them when they are through with theirs: none waits for another, all give `steps` batches.
@@ -209,7 +210,7 @@ class PairStream:
             for number, source in enumerate(mix.sources)
         ]
         requests = self._requests(mix, orders, batch_size, start_step, steps, one_text_per_image)
-        work = _Assemble(tokenizer, size, max_pixels, max_text_tokens, max_words, prompt, pad_to)
+        work = _Assemble(tokenizer, size, max_pixels, max_text_tokens, max_words, prompt, pad_to, transform)
         return self._deliver(work, requests, workers, prefetch, pin_memory)
 
     # ------------------------------------------------------------------ reading
@@ -402,6 +403,7 @@ class _Assemble(Dataset[_Made]):
     max_words: int | None
     prompt: str
     pad_to: int | None
+    transform: Transform | None
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -426,6 +428,10 @@ class _Assemble(Dataset[_Made]):
         texts = [each.text.text or "" for each in examples]
         rows = self.tokenizer.encode_ragged(texts, self.max_text_tokens, self.prompt, self.max_words)
         ids, mask = self.tokenizer.pad(rows, self.pad_to)
+        sided = torch.tensor([mentions_sides(text) for text in texts], dtype=torch.bool)
+        views = torch.from_numpy(np.stack([pixels[each.image_id] for each in examples]))
+        if self.transform is not None:
+            views = self.transform(views, sided, request.step)
         batch = Batch(
             ids=ids,
             mask=mask,
@@ -433,11 +439,11 @@ class _Assemble(Dataset[_Made]):
             text_index=torch.tensor([_hash(clean(text)) for text in texts]),
             example=torch.tensor([each.number for each in examples]),
             weight=torch.tensor([each.text.weight for each in examples], dtype=torch.float32),
-            sided=torch.tensor([mentions_sides(text) for text in texts], dtype=torch.bool),
+            sided=sided,
             texts=texts,
             step=request.step,
             epoch=request.epoch,
-            pixels=torch.from_numpy(np.stack([pixels[each.image_id] for each in examples])),
+            pixels=views,
         )
         return _Made(batch, dict(lost))
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -273,3 +274,36 @@ def rand_augment(image: Image.Image, rng: np.random.Generator, n: int = 2, m: fl
 def apply_operation(image: Image.Image, name: str, m: float, rng: np.random.Generator) -> Image.Image:
     """One of `OPERATIONS` at level `m` (0 to 10); `rng` draws the sign of shears, shifts and turns."""
     return _OPERATIONS[name](image, m, rng)
+
+
+def training_views(
+    pixels: Tensor,
+    seed: Sequence[int],
+    options: Augmentation | None = None,
+    *,
+    operations: int = 2,
+    level: float = 5,
+    keep_sides: Tensor | None = None,
+    workers: int = 1,
+) -> Tensor:
+    """Crops and flips (`augment`), then RandAugment on each picture: the order of BLIP's official code.
+
+    Args:
+        pixels: uint8 [B, 3, H, W] on the CPU.
+        seed: decides everything, whatever was drawn before and however many threads there are: (seed of the run, step).
+        options, keep_sides: as in `augment`.
+        operations, level: `rand_augment`'s n and m.
+        workers: pictures worked on at once, in threads.
+
+    Returns uint8 [B, 3, H, W].
+    """
+    number = int(np.random.SeedSequence([*seed]).generate_state(1, np.uint64)[0]) >> 1
+    views = augment(pixels, torch.Generator().manual_seed(number), options, keep_sides=keep_sides)[0]
+
+    def varied(row: int) -> npt.NDArray[np.uint8]:
+        image = Image.fromarray(np.ascontiguousarray(views[row].permute(1, 2, 0).numpy()))
+        image = rand_augment(image, np.random.default_rng([*seed, row]), operations, level)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="capfilt-randaugment") as pool:
+        return torch.from_numpy(np.stack(list(pool.map(varied, range(len(views))))))

@@ -15,7 +15,7 @@ from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.results import ResultStage, result_path
-from capfilt.stages.train import IMAGE_COLUMNS, device
+from capfilt.stages.training import IMAGE_COLUMNS, device
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.capabilities import BlipCapabilities

@@ -16,7 +16,7 @@ from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
 from capfilt.stages.results import ResultStage, result_path
-from capfilt.stages.train import device
+from capfilt.stages.training import device
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace

@@ -104,6 +104,11 @@ class ModelOptions:
     vision_init: str = _option(
         "", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path"
     )
+    text_init: str = _option(
+        "",
+        "directory of a transformers BERT to start the text side from; --vocab must be its own",
+        kind="path",
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,20 @@ class OptimisationOptions:
     learning_rate: float = _option(3e-4, "peak (BLIP, section 4.1: 3e-4 for ViT-B)")
     min_lr: float = _option(1e-6, "the schedule's end (BLIP's released pretraining configuration)")
     warmup_steps: int = _option(100, "linear warm-up")
+    schedule: str = _option(
+        "cosine",
+        "cosine (by step, warmed up), epoch-cosine (BLIP's finetuning, no warm-up) or epoch-decay (BLIP's pretraining)",
+        later=True,
+    )
+    decay_rate: float = _option(
+        0.9, "epoch-decay: factor per epoch (BLIP's released code; its section 4.1 says 0.85)", later=True
+    )
     weight_decay: float = _option(0.05, "AdamW's (BLIP, section 4.1)")
+    decay: str = _option(
+        "matrices",
+        "what decays: matrices, or all (biases, LayerNorms, temperature: BLIP's released code)",
+        later=True,
+    )
     clip_norm: float = _option(1.0, "largest gradient norm; 0 for none")
     ema: float = _option(
         0.0,
@@ -137,6 +155,14 @@ class OptimisationOptions:
         0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)"
     )
     flip: bool = _option(False, "random horizontal flips, where the text names no side")
+    randaugment: int = _option(
+        0,
+        "RandAugment: so many operations drawn per picture, after the crop (BLIP's released code: 2)",
+        later=True,
+    )
+    randaugment_level: float = _option(
+        5.0, "RandAugment: strength, 0 to 10 (BLIP's released code: 5)", later=True
+    )
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     stream: bool = _option(
@@ -184,6 +210,11 @@ class PretrainingObjectiveOptions:
     hardness_ramp_steps: int = _option(
         0, "ITM's negatives go from uniform to hard over this many steps (BLIP: hard from the start)"
     )
+    multi_positive: bool = _option(
+        True,
+        "candidates of the same image or with the same text count as matches (not in BLIP's released pretraining)",
+        later=True,
+    )
     label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
 
 
@@ -212,6 +243,7 @@ class FinetuneCaptionerOptions(OptimisationOptions):
         5.0, "passes over the texts, where `steps` is 0 (BLIP's caption configuration: 5)"
     )
     max_text_tokens: int = _option(40, "texts are cut to this many tokens (BLIP's released code: 40)")
+    image_size: int = _option(0, "pixels; 0 for the checkpoint's (BLIP's released code: 384)", later=True)
     out: str = _option("captioner", "name of the checkpoint to write")
 
 
@@ -230,6 +262,7 @@ class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
     alpha_ramp_epochs: float = _option(
         1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)"
     )
+    image_size: int = _option(0, "pixels; 0 for the checkpoint's (BLIP's released code: 384)", later=True)
     out: str = _option("filter", "name of the checkpoint to write")
 
 

@@ -14,9 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.data.loader import Batch, Plan, TokenTable, ahead
+from capfilt.data.corpus import from_images
+from capfilt.data.loader import Batch, Plan, TokenTable, ahead, batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
+from capfilt.tables.contracts import IMAGES
+from tests.worlds import image_rows
 
 TEXTS = ["a red circle", "two blue squares, isn't it", "", "a picture", "red " * 50]
 
@@ -208,6 +211,7 @@ def test_batch_moves_whole() -> None:
     assert batch.ids.device.type == "cpu"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 15))
 def test_the_parts_of_a_batch_are_its_rows_in_order(count: int, parts: int) -> None:
     """A micro-batch that lost a row, or whose texts are not those of its ids."""
@@ -233,3 +237,25 @@ def test_the_parts_of_a_batch_are_its_rows_in_order(count: int, parts: int) -> N
         assert torch.equal(torch.cat([getattr(part, name) for part in found]), getattr(whole, name))
     assert [text for part in found for text in part.texts] == whole.texts
     assert {(part.step, part.epoch, part.features) for part in found} == {(7, 1, None)}
+
+
+def test_a_transform_sees_pixels_sides_and_step_and_not_what_came_before() -> None:
+    """Pictures varied by a counter of calls, which a resumed run starts from nothing."""
+    rows = image_rows("human", 6, source="human")
+    corpus = from_images([IMAGES.table(rows)], size=16)
+    tokenizer = Tokenizer.train(corpus.texts, vocab_size=80)
+    seen: list[tuple[int, int]] = []
+
+    def transform(pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
+        seen.append((len(pixels), len(sided)))
+        return pixels.flip(0) if step % 2 else pixels + step
+
+    plain = list(batches(corpus, tokenizer, 3, steps=4))
+    changed = list(batches(corpus, tokenizer, 3, steps=4, transform=transform))
+    resumed = list(batches(corpus, tokenizer, 3, steps=4, start_step=2, transform=transform))
+    assert seen == [(3, 3)] * 6
+    assert torch.equal(changed[1].pixels, plain[1].pixels.flip(0))
+    assert torch.equal(changed[2].pixels, plain[2].pixels + 2)
+    for one, other in zip(changed[2:], resumed, strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.ids, other.ids)

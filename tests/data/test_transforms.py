@@ -281,3 +281,54 @@ def test_rand_augment_is_seeded_and_applies_each_operation_half_the_time() -> No
 def test_statistics_are_the_published_ones() -> None:
     assert transforms.MEAN == (0.48145466, 0.4578275, 0.40821073)
     assert transforms.STD == (0.26862954, 0.26130258, 0.27577711)
+
+
+# ------------------------------------------------------------------ both, as BLIP trains
+
+
+def test_operations_are_drawn_with_replacement_and_alike_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of ten, each applied with chance 0.5 at level 5: drawn without replacement, no operation ever comes twice."""
+    drawn: list[list[str]] = []
+
+    def record(image: Image.Image, name: str, m: float, rng: np.random.Generator) -> Image.Image:
+        assert m == 5
+        drawn[-1].append(name)
+        return image
+
+    monkeypatch.setattr(transforms, "apply_operation", record)
+    image, rng = noise(4, 4), np.random.default_rng(0)
+    for _ in range(4000):
+        drawn.append([])
+        rand_augment(image, rng)
+    counts = [sum(names.count(name) for names in drawn) for name in OPERATIONS]
+    # 4,000 pictures x 2 draws x 0.5 / 10 operations.
+    assert min(counts) > 340
+    assert max(counts) < 460
+    both = [names for names in drawn if len(names) == 2]
+    assert len(both) / 4000 == pytest.approx(0.25, abs=0.03)
+    assert sum(a == b for a, b in both) / len(both) == pytest.approx(0.1, abs=0.03)
+
+
+def test_training_views_depend_on_seed_and_step_alone() -> None:
+    """A resumed run, or one with other threads, that trains on other pictures than the run it continues."""
+    pixels = batch(6)
+    choice = Augmentation(scale=(0.2, 1.0), flip=0.5)
+    views = transforms.training_views(pixels, (3, 7), choice)
+    torch.rand(5)
+    assert torch.equal(transforms.training_views(pixels, (3, 7), choice, workers=4), views)
+    assert not torch.equal(transforms.training_views(pixels, (3, 8), choice), views)
+    assert not torch.equal(transforms.training_views(pixels, (4, 7), choice), views)
+    assert (views.shape, views.dtype) == (pixels.shape, torch.uint8)
+    # Pictures of one batch are varied independently of one another.
+    same = pixels[:1].repeat(6, 1, 1, 1)
+    varied = transforms.training_views(same, (3, 7), Augmentation(scale=(1, 1), ratio=(1, 1)))
+    assert len({view.numpy().tobytes() for view in varied}) > 1
+
+
+def test_training_views_crop_and_flip_before_operations_and_keep_sides() -> None:
+    pixels = batch(8)
+    choice = Augmentation(scale=(1, 1), ratio=(1, 1), flip=1.0)
+    sided = torch.tensor([True, False] * 4)
+    views = transforms.training_views(pixels, (0, 0), choice, operations=0, keep_sides=sided)
+    assert torch.equal(views[sided], pixels[sided])
+    assert torch.equal(views[~sided], pixels[~sided].flip(3))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
@@ -187,6 +189,10 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
         (Pretrain, o.PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),
         (Pretrain, o.PretrainOptions(human=("human",), keep_states=0), "keep-states 0"),
         (Pretrain, o.PretrainOptions(human=("human",), ema=1.0), "ema 1"),
+        (Pretrain, o.PretrainOptions(human=("human",), schedule="step"), "schedule 'step'"),
+        (Pretrain, o.PretrainOptions(human=("human",), decay="bias"), "decay 'bias'"),
+        (Pretrain, o.PretrainOptions(human=("human",), randaugment=-1), "randaugment -1"),
+        (Pretrain, o.PretrainOptions(human=("human",), randaugment=2, augment=False), "needs --augment"),
         (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), init="nowhere"), "nowhere"),
         (FinetuneCaptioner, o.FinetuneCaptionerOptions(init="captioner"), "--human"),
         (Retrain, o.RetrainOptions(human=("human",), model="gpt"), "gpt"),
@@ -199,3 +205,82 @@ def test_what_is_wrong_is_named_before_anything_is_written(place, stage, options
         stage(options, place)
     assert "\n" not in str(caught.value)
     assert sorted(str(path) for path in place.path.rglob("*")) == before
+
+
+def test_published_settings_resume_exactly_and_reach_the_loop(place):
+    """RandAugment from random states that a resume does not restore, or options that stop at the stage."""
+    chosen = {
+        **FAST, "steps": 4, "augment": True, "randaugment": 2, "flip": True, "crop_scale": 0.2, "decay": "all",
+        "schedule": "epoch-decay", "warmup_steps": 2, "clip_norm": 0.0, "multi_positive": False,
+    }  # fmt: skip
+    options = o.PretrainOptions(human=("human",), out="parts", **chosen)
+    run(Pretrain(dataclasses.replace(options, out="straight"), place))
+
+    def stop(done, _steps, _figures):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pretrain(options, place).run(stop)
+    assert (place.model("parts") / "state.safetensors").exists()
+    run(Pretrain(options, place))
+    weights = {name: file_sha256(place.model(name) / "model.safetensors") for name in ("straight", "parts")}
+    assert weights["straight"] == weights["parts"]
+    last = json.loads((place.model("parts") / "log.jsonl").read_text().splitlines()[-1])
+    # 12 texts are 3 steps of 4, so the fourth is the second epoch's.
+    assert last["lr"] == pytest.approx(3e-4 * 0.9)
+    for name, value in (("randaugment", 0), ("decay", "matrices"), ("multi_positive", True), ("seed", 1)):
+        other = dataclasses.replace(options, out=name, **{name: value})
+        run(Pretrain(other, place))
+        assert file_sha256(place.model(name) / "model.safetensors") != weights["parts"], name
+
+
+def test_a_text_side_starts_from_a_bert_directory(place, tmp_path):
+    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
+    source, tokenizer, _ = checkpoint.load(place.model("pretrained"))
+    directory = tmp_path / "bert"
+    directory.mkdir()
+    tokenizer.save(directory)
+    text = source.config.text
+    tensors = {
+        name: each.detach().clone()
+        for name, each in source.text_encoder.named_parameters()
+        if "crossattention" not in name
+    }
+    words = "embeddings.word_embeddings.weight"
+    tensors[words] = tensors[words][:-2].clone()
+    save_file(tensors, directory / "model.safetensors")
+    geometry = {
+        "model_type": "bert", "hidden_size": text.width, "num_hidden_layers": text.depth,
+        "num_attention_heads": text.heads, "intermediate_size": text.hidden,
+        "max_position_embeddings": text.max_positions, "vocab_size": text.vocab_size - 2,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(geometry))
+    options = o.PretrainOptions(
+        human=("human",), out="b", vocab=str(directory), text_init=str(directory), **FAST
+    )
+    stage = Pretrain(options, place)
+    model, _ = stage.initial(None)
+    theirs = source.text_encoder.layers[0].attention.self.query.weight
+    assert torch.equal(model.text_encoder.layers[0].attention.self.query.weight, theirs)
+    assert torch.equal(model.text_decoder.bert.layers[0].attention.self.query.weight, theirs)
+    assert stage.identity()["text_init"] == file_sha256(directory / "model.safetensors")
+    with pytest.raises(UserError, match="--text-init"):
+        Pretrain(dataclasses.replace(options, text_init=str(tmp_path / "none")), place)
+
+
+def test_finetuning_at_another_size_than_pretraining(place):
+    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
+    run(FinetuneCaptioner(o.FinetuneCaptionerOptions(image_size=64, out="larger", **TUNE), place))
+    model = checkpoint.load(place.model("larger"))[0]
+    assert model.config.image_size == 64
+    assert model.visual_encoder.pos_embed.shape[1] == 65
+
+
+def test_tensorboard_is_refused_before_the_run_where_it_is_missing_and_written_where_not(place, monkeypatch):
+    options = o.PretrainOptions(human=("human",), tensorboard=True, **FAST)
+    run(Pretrain(options, place))
+    assert list((place.model("pretrained") / "tensorboard").glob("events.*"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"capfilt\[tensorboard\]"):
+        Pretrain(options, place)

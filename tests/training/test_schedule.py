@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capfilt.data.loader import Plan
@@ -29,6 +29,7 @@ def test_schedule_values():
     assert schedule.learning_rate(104, 104, 1.0, 0.1, 4) == pytest.approx(0.1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 400))
 def test_schedule_rises_then_falls_between_its_bounds(steps, warmup):
     values = rates(steps, warmup, peak=1.0, low=0.0)
@@ -68,6 +69,7 @@ def test_pretraining_by_epoch_is_the_released_decay():
     assert slow.rate(3) == pytest.approx(2.7e-4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 60))
 def test_an_epoch_is_the_loaders(texts, batch_size, steps):
     plan = Plan(list(range(texts)), ["human"] * texts, batch_size, steps=steps)
