@@ -58,4 +58,4 @@ from capfilt.training import log
 log.Log(Path({str(tmp_path / "log.jsonl")!r}), 0).write({{"step": 1, "itm": 0.5}})
 assert not any(name.split(".")[0] == "tensorboard" for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

@@ -212,7 +212,9 @@ def on_step(done, values):
 t.train(t.pretraining(), t.batches, t.CONFIG, on_step=on_step, state_path=Path({str(tmp_path / "s.safetensors")!r}))
 """
     ended = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(Path.cwd())}, timeout=120
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        timeout=300,
     )
     assert ended.returncode == -signal.SIGTERM
     assert (tmp_path / "s.safetensors").exists()
@@ -244,7 +246,7 @@ t.train(t.pretraining(), t.batches, t.EVERYTHING, on_step=on_step, examples=12,
     ended = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        timeout=120,
+        timeout=300,
     )
     assert ended.returncode == -signal.SIGKILL
     assert [line["step"] for line in lines(tmp_path / "parts.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 8]
