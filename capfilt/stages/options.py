@@ -166,11 +166,15 @@ class OptimisationOptions:
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     stream: bool = _option(
-        False, "read pictures from their shards as they are needed: memory does not grow with the corpus"
+        False,
+        "read pictures from their shards as they are needed: memory does not grow with the corpus",
+        later=True,
     )
-    loader_workers: int = _option(0, "with `stream`: processes that decode; 0 for threads")
+    loader_workers: int = _option(0, "with `stream`: processes that decode; 0 for threads", told=True)
     mix: tuple[str, ...] = _option(
-        (), "SOURCE=WEIGHT, the share of web, human or synthetic texts in every batch; repeatable"
+        (),
+        "SOURCE=WEIGHT, the share of web, human or synthetic texts in every batch; repeatable",
+        later=True,
     )
     precision: str = _option("auto", "auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16")
     save_every: int = _option(

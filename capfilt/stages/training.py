@@ -130,7 +130,7 @@ class Training(ModelStage):
 
     def identity(self) -> Mapping[str, Any]:
         return {
-            "options": option_values(self.options, without=("save_every", "loader_workers")),
+            "options": option_values(self.options, without=("save_every",)),
             "inputs": {str(index): part.digest() for index, part in enumerate(self.inputs())},
         }
 
