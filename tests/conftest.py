@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Here rather than in fixtures: torch, ray and transformers read these once, when they are first imported.
@@ -19,6 +20,10 @@ for _name, _value in {
     "MKL_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# A busy machine is no failure of what is tested.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")
