@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,21 +27,11 @@ HALVES = ("both", "captioner", "filter")
 
 
 @dataclass(frozen=True)
-class BlipConfig:
-    """Everything that decides the shape of a Blip; `to_dict`/`from_dict` go through JSON unchanged."""
+class ModelConfig:
+    """What the configurations of models with a vision and a text side share."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    embed_dim: int = 256  # BLIP, sec. 3.2, code: width of the ITC space
-    max_text_tokens: int = 35  # BLIP, code: longest text in retrieval, so of the filter
-    prompt: str = "a picture of "  # BLIP, sec. 4.1, code: prompt of the captioner
-    half: str = (
-        "both"  # "captioner" or "filter": a checkpoint that was published with the modules of one only
-    )
-
-    def __post_init__(self) -> None:
-        if self.half not in HALVES:
-            raise UserError(f"half is {self.half!r}: use one of {', '.join(HALVES)}")
 
     @property
     def image_size(self) -> int:
@@ -56,12 +46,28 @@ class BlipConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BlipConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
         rest = dict(values)
         vision = VisionConfig(**checked_fields(VisionConfig(), rest.pop("vision", {}), "vision."))
         text = TextConfig(**checked_fields(TextConfig(), rest.pop("text", {}), "text."))
         return cls(vision=vision, text=text, **checked_fields(cls(), rest, ""))
+
+
+@dataclass(frozen=True)
+class BlipConfig(ModelConfig):
+    """Everything that decides the shape of a Blip; `to_dict`/`from_dict` go through JSON unchanged."""
+
+    embed_dim: int = 256  # BLIP, sec. 3.2, code: width of the ITC space
+    max_text_tokens: int = 35  # BLIP, code: longest text in retrieval, so of the filter
+    prompt: str = "a picture of "  # BLIP, sec. 4.1, code: prompt of the captioner
+    half: str = (
+        "both"  # "captioner" or "filter": a checkpoint that was published with the modules of one only
+    )
+
+    def __post_init__(self) -> None:
+        if self.half not in HALVES:
+            raise UserError(f"half is {self.half!r}: use one of {', '.join(HALVES)}")
 
 
 def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:

@@ -7,50 +7,27 @@ the metric is the evaluations'.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.blip import checked_fields
+from capfilt.models.blip import ModelConfig
 from capfilt.models.layers import Pair, full_precision
 from capfilt.models.objectives import language_labels
-from capfilt.models.text import SelfCache, TextConfig, TextDecoder, TextTransformer
+from capfilt.models.text import SelfCache, TextDecoder, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)
-class VqaConfig:
+class VqaConfig(ModelConfig):
     """Everything that decides the shape of a BlipVqa; `to_dict`/`from_dict` go through JSON unchanged."""
 
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=480, drop_path=0.1))
-    text: TextConfig = field(default_factory=TextConfig)
     max_text_tokens: int = 35  # BLIP, code: longest question
-
-    @property
-    def image_size(self) -> int:
-        return self.vision.image_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text.vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict of the fields, nested as the dataclasses are."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VqaConfig:
-        """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
-        rest = dict(values)
-        vision = VisionConfig(**checked_fields(VisionConfig(), rest.pop("vision", {}), "vision."))
-        text = TextConfig(**checked_fields(TextConfig(), rest.pop("text", {}), "text."))
-        return cls(vision=vision, text=text, **checked_fields(cls(), rest, ""))
 
 
 class BlipVqa(nn.Module):

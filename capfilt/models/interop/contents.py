@@ -193,3 +193,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
+
+
+def refuse_convolutions(config: Config, layout: str) -> None:
+    """UserError where the vision tower is none of the published ViTs, which alone have a home in `layout`."""
+    if config.vision.trunk:
+        raise UserError(f"vision.trunk {config.vision.trunk!r} has no home in {layout}, whose tower is a ViT")
+    if config.vision.stem != "patch":
+        raise UserError(f"vision.stem {config.vision.stem!r} has no home in {layout}: only 'patch' has")

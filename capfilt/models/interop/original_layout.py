@@ -20,6 +20,7 @@ from capfilt.models.interop.contents import (
     Contents,
     assemble,
     read_settings,
+    refuse_convolutions,
     resized,
     settings_of,
     take,
@@ -96,14 +97,7 @@ def write(directory: Path, contents: Contents) -> None:
 
 def refuse(config: Config) -> None:
     """UserError naming what the original code has no place for; else nothing."""
-    if config.vision.trunk:
-        raise UserError(
-            f"vision.trunk {config.vision.trunk!r} has no home in the original layout, whose tower is a ViT"
-        )
-    if config.vision.stem != "patch":
-        raise UserError(
-            f"vision.stem {config.vision.stem!r} has no home in the original layout: only 'patch' has"
-        )
+    refuse_convolutions(config, "the original layout")
 
 
 def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:

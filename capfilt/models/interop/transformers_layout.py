@@ -30,6 +30,7 @@ from capfilt.models.interop.contents import (
     read_beside,
     read_json,
     read_settings,
+    refuse_convolutions,
     resized,
     settings_of,
     take,
@@ -157,14 +158,7 @@ def write(directory: Path, contents: Contents) -> None:
 
 def refuse(config: Config) -> None:
     """UserError naming what transformers' BLIP has no place for; else nothing."""
-    if config.vision.trunk:
-        raise UserError(
-            f"vision.trunk {config.vision.trunk!r} has no home in transformers' BLIP, which takes pixels only"
-        )
-    if config.vision.stem != "patch":
-        raise UserError(
-            f"vision.stem {config.vision.stem!r} has no home in transformers' BLIP: only 'patch' has"
-        )
+    refuse_convolutions(config, "transformers' BLIP")
     if kind_of(config) == "vqa" and config.vision.width != config.text.width:
         raise UserError(
             f"a vision.width ({config.vision.width}) other than text.width ({config.text.width}) has no home in "
