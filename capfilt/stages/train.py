@@ -19,9 +19,10 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip, build
-from capfilt.models.objectives import PretrainingConfig, scaled_momentum
+from capfilt.models.objectives import scaled_momentum
 from capfilt.models.presets import preset
 from capfilt.models.pretrained import load_bert, load_vit
+from capfilt.models.pretraining import PretrainingConfig
 from capfilt.stages.options import (
     FinetuneCaptionerOptions,
     FinetuneFilterOptions,

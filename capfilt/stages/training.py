@@ -24,7 +24,7 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
-from capfilt.models.objectives import BlipPretraining, PretrainingConfig
+from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.options import OptimisationOptions
 from capfilt.stages.pairs import Held, Pairs, Streamed, shares
