@@ -94,6 +94,7 @@ class Pretrain(Training):
             queue_size=o.queue_size,
             momentum=_momentum(o),
             multi_positive=o.multi_positive,
+            global_negatives=o.global_negatives,
             label_smoothing=o.label_smoothing,
         )
 
@@ -233,4 +234,5 @@ class FinetuneFilter(_Finetune):
             queue_size=self.options.queue_size,
             momentum=_momentum(self.options),
             multi_positive=self.options.multi_positive,
+            global_negatives=self.options.global_negatives,
         )

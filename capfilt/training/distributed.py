@@ -7,7 +7,6 @@ of other ranks' rows (`capfilt.models.ranks`), who starts the processes (`capfil
 from __future__ import annotations
 
 import datetime as dt
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from capfilt.models.ranks import ALONE, Ranks
+from capfilt.training.launched import local_rank, started_together
 
 TIMEOUT = dt.timedelta(minutes=30)
 """A rank that waits longer for the others has lost them. Rank 0 may take minutes to write a large checkpoint."""
@@ -25,23 +25,12 @@ TIMEOUT = dt.timedelta(minutes=30)
 M = TypeVar("M", bound=nn.Module)
 
 
-def started_together() -> bool:
-    """Whether this process was started as one of several (torchrun's environment, which Ray Train sets too)."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def launched_rank() -> int:
-    """This process's number among those started with it; 0 where it was started alone."""
-    return int(os.environ.get("RANK", "0")) if started_together() else 0
-
-
 def device() -> torch.device:
     """This rank's GPU where there are GPUs, else the processor."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0")) if started_together() else 0
     # Some launchers show each process its own GPU only.
-    return torch.device("cuda", local if local < torch.cuda.device_count() else 0)
+    return torch.device("cuda", local_rank() if local_rank() < torch.cuda.device_count() else 0)
 
 
 @contextmanager
