@@ -39,7 +39,7 @@ class ShardStage(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int]
-    contract: ClassVar[Contract]
+    contract: Contract
     uses_gpu: ClassVar[bool] = False
 
     output: Part

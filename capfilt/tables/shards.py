@@ -2,7 +2,7 @@
 
 A part is a directory:
 
-    _part.json            what wrote it: table, contract version, stage, options, inputs, fingerprint
+    _part.json            what wrote it: table, contract version, further columns, stage, options, inputs, fingerprint
     00000.parquet         shard 0
     00000.manifest.json   written last: the shard is done when this exists and agrees with the file
     00000_stats.json      counts, seconds, rows per second
@@ -159,15 +159,17 @@ class Part:
                     f"{path}: contract version {info['contract_version']} of {contract.name} is newer than this "
                     f"capfilt's {contract.version}; upgrade capfilt"
                 )
+            contract.extended(info.get("columns", {}))
             return dict(info)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: not readable as a part's description ({error!r}); restore or remove it"
             ) from error
 
     @property
     def contract(self) -> Contract:
-        return CONTRACTS[self.info["table"]]
+        """The table's, with the further columns this part was begun with."""
+        return CONTRACTS[self.info["table"]].extended(self.info.get("columns", {}))
 
     def expect(self, table: str) -> Part:
         """Return self, or raise UserError when the part is of another table."""
@@ -193,6 +195,8 @@ class Part:
             "identity": identity,
             "fingerprint": mark,
         }
+        if contract.further:
+            info["columns"] = contract.further
         if not self.exists:
             if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
                 raise UserError(f"{self.path}: is not empty and not a part; name another output")
@@ -210,7 +214,9 @@ class Part:
         Raises UserError when the part stands and was written with another identity.
         """
         identity = json.loads(json.dumps(identity))
-        mark = fingerprint({"stage": stage, "contract": [contract.name, contract.version], **identity})
+        # Parts without further columns keep the fingerprints they had before there were any.
+        written = [contract.name, contract.version, *contract.further]
+        mark = fingerprint({"stage": stage, "contract": written, **identity})
         if self.exists and self.info["fingerprint"] != mark:
             change = _first_difference(self.info.get("identity", {}), identity)
             raise UserError(
