@@ -207,7 +207,7 @@ def _loader(named: Reference) -> Callable[..., Any]:
 def _imported(named: Reference, value: str, load: Callable[[], Any]) -> Callable[..., Any]:
     loader: Callable[..., Any] = _asked(f"{named.who} ({value}): cannot be imported", load)
     if not callable(loader):
-        raise UserError(f"{named.who} ({value}): is a {type(loader).__name__}, which cannot be called")
+        raise UserError(f"{named.who} ({value}): is {_short(loader)}, which cannot be called")
     return loader
 
 

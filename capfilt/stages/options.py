@@ -314,7 +314,9 @@ class ScoreOptions:
     images: str = _option(REQUIRED, "images part whose texts to score", kind="images")
     captions: tuple[str, ...] = _option((), "captions parts of the same images; repeatable", kind="captions")
     out: str = _option("", "name of the scores part to write; default: the filter's")
-    max_text_tokens: int = _option(35, "texts are cut to this many tokens (BLIP's released code: 35)")
+    max_text_tokens: int = _option(
+        35, "texts are cut to this many tokens (BLIP's released code: 35); a plug-in may have its own limit"
+    )
     batch_size: int = _option(64, "images per batch")
 
 

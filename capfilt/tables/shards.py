@@ -159,12 +159,15 @@ class Part:
                     f"{path}: contract version {info['contract_version']} of {contract.name} is newer than this "
                     f"capfilt's {contract.version}; upgrade capfilt"
                 )
-            contract.extended(info.get("columns", {}))
-            return dict(info)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not readable as a part's description ({error!r}); restore or remove it"
             ) from error
+        try:
+            contract.extended(info.get("columns", {}))
+        except (UserError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: `columns` cannot be ({error}); restore or remove it") from error
+        return dict(info)
 
     @property
     def contract(self) -> Contract:
