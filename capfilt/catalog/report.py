@@ -24,6 +24,7 @@ from capfilt.catalog.artefacts import (
     leaves,
     mapping,
     number,
+    origins,
     read_json,
     read_models,
     read_runs,
@@ -106,7 +107,7 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
             f"{workspace.path}: holds no parts, models or runs; run a stage first, or name the workspace"
         )
     chosen = _chosen_rules(found, rules)
-    names = _names(found, models)
+    names = _names(found, models, runs)
     scorers = [account for account in found if account.table == "scores"]
     judged = any(account.table == "verdicts" for account in found)
     with open_catalog(workspace, found) as connection:
@@ -597,9 +598,12 @@ def _runs_section(runs: Sequence[Run]) -> Html:
 # -- lineage -------------------------------------------------------------------------------------------------
 
 
-def _names(found: Sequence[Account], models: Sequence[Model]) -> dict[str, str]:
+def _names(found: Sequence[Account], models: Sequence[Model], runs: Sequence[Run]) -> dict[str, str]:
     """What each fingerprint and digest of this workspace is the mark of."""
     names: dict[str, str] = {}
+    # First, so that what stands in the workspace is called by its place there.
+    for said in (*(a.part.info for a in found), *(m.extra for m in models), *(run.content for run in runs)):
+        names |= dict(origins(said))
     for model in models:
         for mark in (model.fingerprint, str(model.extra.get("fingerprint", ""))):
             names[mark] = f"models/{model.name}"

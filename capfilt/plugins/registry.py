@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capfilt.errors import RunError, UserError
+from capfilt.models.checkpoint import layout_of
 from capfilt.plugins.interface import CaptionerPlugin, Plugin, ScorerPlugin
 from capfilt.tables.contracts import CONTRACTS, IDENTIFIER, SCORES, Contract
 
@@ -80,6 +81,10 @@ class Reference:
         if not isinstance(found, str) or not found:
             raise UserError(f"{self.who}: its fingerprint is {found!r}, not a text")
         return f"{self.plugin}:{found}"
+
+    def origin(self) -> dict[str, str]:
+        """How it was `given`, and the `layout` of what was found there (of a plug-in, "plug-in")."""
+        return {"given": self.given, "layout": "plug-in" if self.plugin else layout_of(self.argument)}
 
 
 def reference(

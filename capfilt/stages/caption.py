@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from capfilt.errors import UserError
@@ -49,12 +50,20 @@ class CaptionStage(ShardStage):
         self.output = output or workspace.part("captions", options.out or self.captioner.name)
         open_captioner(self.captioner)
 
+    @cached_property
+    def mark(self) -> str:
+        """The captioner in the identity. Kept: it is a hash of all its weights."""
+        return self.captioner.mark(open_captioner(self.captioner))
+
     def identity(self) -> Mapping[str, Any]:
         return {
             "options": option_values(self.options),
-            "captioner": self.captioner.mark(open_captioner(self.captioner)),
+            "captioner": self.mark,
             "images": self.images.info["fingerprint"],
         }
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return {self.mark: self.captioner.origin()}
 
     def shards(self) -> list[int]:
         return shards_of(self.images)

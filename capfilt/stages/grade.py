@@ -52,6 +52,12 @@ class Grade(ResultStage):
             "expert": file_sha256(Path(self.options.expert)) if self.options.expert else "",
         }
 
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        if self.filter is None:
+            return {}
+        layout = checkpoint.layout_of(self.filter)
+        return {checkpoint.fingerprint(self.filter): {"given": self.options.filter, "layout": layout}}
+
     def outlook(self) -> str:
         return f"verdicts {self.verdicts.path} against planted noise" + (
             " and experts" if self.options.expert else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from capfilt.data.tokenizer import clean
@@ -40,16 +41,24 @@ class ScoreStage(ShardStage):
         self.columns = dict(open_scorer(self.filter).columns)
         self.contract = score_contract(self.columns)
 
+    @cached_property
+    def mark(self) -> str:
+        """The scorer in the identity. Kept: it is a hash of all its weights."""
+        return self.filter.mark(open_scorer(self.filter))
+
     def identity(self) -> Mapping[str, Any]:
         # What `select` may judge by; the BLIP filter's columns were never told, and its older parts still count.
         columns = {"columns": list(self.columns)} if self.filter.plugin else {}
         return {
             "options": option_values(self.options),
-            "filter": self.filter.mark(open_scorer(self.filter)),
+            "filter": self.mark,
             **columns,
             "images": self.images.info["fingerprint"],
             "captions": [part.info["fingerprint"] for part in self.captions],
         }
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return {self.mark: self.filter.origin()}
 
     def shards(self) -> list[int]:
         return shards_of(self.images, *self.captions)

@@ -2,7 +2,8 @@
 
 A part is a directory:
 
-    _part.json            what wrote it: table, contract version, further columns, stage, options, inputs, fingerprint
+    _part.json            what wrote it: table, contract version, further columns, stage, options, inputs, fingerprint,
+                          and where checkpoints came from
     00000.parquet         shard 0
     00000.manifest.json   written last: the shard is done when this exists and agrees with the file
     00000_stats.json      counts, seconds, rows per second
@@ -184,8 +185,16 @@ class Part:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def begin(self, contract: Contract, stage: str, identity: Mapping[str, Any]) -> str:
+    def begin(
+        self,
+        contract: Contract,
+        stage: str,
+        identity: Mapping[str, Any],
+        origins: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> str:
         """Create the part, or continue it when it was begun with the same identity. Returns its fingerprint.
+
+        `origins` says of marks in `identity` what they stand for; it is written down and takes part in nothing.
 
         Raises UserError when the part was written with another identity: rows of different options, inputs,
         checkpoints or code are never mixed.
@@ -200,6 +209,8 @@ class Part:
         }
         if contract.further:
             info["columns"] = contract.further
+        if origins:
+            info["origins"] = origins
         if not self.exists:
             if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
                 raise UserError(f"{self.path}: is not empty and not a part; name another output")

@@ -128,6 +128,9 @@ def test_the_guide_from_its_package_to_the_corpus(workspace, call, documented):
         assert meanings[view, "colour_score"].startswith("share of the named colour")
     write_report(workspace, workspace.path / "report.html")
     page = (workspace.path / "report.html").read_text()
+    # The lineage says what each part was made with.
+    assert "colours:square (plug-in, 1 square a)" in page
+    assert "colours: (plug-in, 1  a)" in page
     assert "Texts are judged by colour_score" in page
     assert "histogram of colour_score of web texts" in page
 
