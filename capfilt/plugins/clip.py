@@ -75,16 +75,23 @@ class ClipScorer:
     def setup(self) -> None:
         try:
             from transformers import AutoTokenizer, CLIPModel
+            from transformers.utils import logging
         except ImportError as error:
             raise UserError(
                 f"clip: transformers cannot be imported ({error}); pip install 'capfilt[hf]'"
             ) from error
+        # Its bar would be drawn by every worker, and with --quiet too.
+        bar = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
             model: Any = CLIPModel.from_pretrained(self.directory, local_files_only=True)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             said = " ".join(str(error).split())
             raise UserError(f"{self.directory}: not a CLIP that transformers can open ({said})") from error
+        finally:
+            if bar:
+                logging.enable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device).float().eval()
         if self.size != model.config.vision_config.image_size:

@@ -114,6 +114,13 @@ def test_the_score_does_not_depend_on_the_batch(scorer):
     assert np.allclose(scored(scorer)[0], scored(scorer, batch_size=1)[0], atol=1e-6)
 
 
+def test_bf16_is_an_option_and_near_fp32(directory, scorer):
+    low = ClipScorer(str(directory), precision="bf16")
+    low.setup()
+    apart = np.abs(scored(low)[0] - scored(scorer)[0]).max()
+    assert 0 < apart < 0.03
+
+
 def test_the_fingerprint_is_of_weights_words_and_pictures(tmp_path):
     first = save_clip(tmp_path / "a")
     mark = ClipScorer(str(first)).fingerprint()
