@@ -75,12 +75,13 @@ class ClipScorer:
     def setup(self) -> None:
         try:
             from transformers import AutoTokenizer, CLIPModel
-            from transformers.utils import logging
+            from transformers.utils import logging as transformers_logging
         except ImportError as error:
             raise UserError(
                 f"clip: transformers cannot be imported ({error}); pip install 'capfilt[hf]'"
             ) from error
         # Its bar would be drawn by every worker, and with --quiet too.
+        logging: Any = transformers_logging
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
