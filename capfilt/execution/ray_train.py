@@ -1,0 +1,104 @@
+"""Runs a stage in several processes of a Ray cluster that train together: Ray Train's TorchTrainer.
+
+Ray places the ranks, tells them of each other, and starts all of them again where one is lost; what they saved on the
+workspace is what they go on from. Not here: stages in one process (`ray.py`), ranks on one machine without Ray
+(`together.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capfilt.errors import RunError, UserError
+from capfilt.execution.ray import Board, ray, run_and_post
+from capfilt.stages.base import ModelStage, Report
+from capfilt.training.launched import launched_rank
+
+RESTARTS = 2
+"""So often all ranks are started again after one was lost."""
+
+
+def _rank(settings: dict[str, Any]) -> None:
+    """What each worker runs."""
+    torch.set_num_threads(settings["threads"])
+    board = settings["board"]
+    if ray.get(board.end.remote())[1] is not None:
+        # Ray starts everyone again whatever happened, and what a rank has already explained would happen again.
+        return
+    try:
+        figures = run_and_post(settings["stage"], board)
+    except (UserError, RunError) as error:
+        ray.get(board.fail.remote(error))
+        raise
+    if launched_rank() == 0:
+        ray.get(board.finish.remote(dict(figures)))
+
+
+def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Report) -> Mapping[str, Any]:
+    """`stage.run` in `ranks` workers of the connected cluster, with `cpus` processors each, and a GPU or none.
+
+    Returns what rank 0 returned. Raises what a rank raised, where it is an error of ours; RunError where ranks were lost
+    more than twice.
+    """
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise UserError(
+            f"training in {ranks} ranks on Ray needs Ray Train: pip install 'capfilt[train]' ({error})"
+        ) from error
+
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    scratch = Path(stage.output) / "ray_train"
+    settings = {"stage": stage, "board": board, "threads": max(1, int(cpus))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = TorchTrainer(
+            _rank,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(
+                num_workers=ranks,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=stage.output.name,
+                storage_path=str(scratch.resolve()),
+                failure_config=FailureConfig(max_failures=RESTARTS),
+            ),
+        )
+        ended = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(board, report, ended), daemon=True)
+        watcher.start()
+        try:
+            trainer.fit()
+        except Exception as error:
+            _, failure = ray.get(board.end.remote())
+            if failure is not None:
+                raise failure from None
+            raise RunError(
+                f"{stage.name}: ranks were lost {RESTARTS + 1} times ({str(error).splitlines()[0]}); run again to go on "
+                "from the last state"
+            ) from error
+        finally:
+            ended.set()
+            watcher.join()
+            shutil.rmtree(scratch, ignore_errors=True)
+    result, failure = ray.get(board.end.remote())
+    if failure is not None:
+        raise failure
+    return dict(result or {})
+
+
+def _watch(board: Any, report: Report, ended: threading.Event) -> None:
+    while not ended.wait(0.5):
+        step, total, figures = ray.get(board.read.remote())
+        if step:
+            report(step, total, figures)
