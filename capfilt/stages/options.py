@@ -2,7 +2,7 @@
 
 Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy.
 A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
-"images", "captions", "scores", "verdicts", "pairs" (parts), "model" (a checkpoint), "path" (a file or directory).
+"images", "captions", "scores", "verdicts", "pairs", "examples" (parts), "model" (a checkpoint), "path" (a file or directory).
 `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
 that those still count as done. `told` marks one that changes what a run says or keeps, and no result.
 """
@@ -89,6 +89,28 @@ class IngestOptions:
         0, "shrink pictures whose longer side is above this many pixels; 0 keeps the bytes as found"
     )
     max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
+
+
+@dataclass(frozen=True)
+class ExamplesOptions:
+    """Bring questions or statements about ingested pictures into an examples part, with their answers or labels."""
+
+    source_path: str = _option(
+        REQUIRED,
+        "VQA v2's questions, NLVR2's file, or records (JSON Lines or a JSON list): image or images; question, sentence "
+        "or hypothesis; answers or label; split",
+        kind="path",
+    )
+    dataset: str = _option(REQUIRED, "name of the examples part to write")
+    images: tuple[str, ...] = _option(
+        (), "images parts that hold the pictures, found by their keys; repeatable", kind="images"
+    )
+    annotations: str = _option("", "VQA v2's answers, where they are public", kind="path")
+    task: str = _option("auto", "auto (by the text's field), vqa, nlvr or entailment")
+    splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
+    split: str = _option("", "put every row into this split, where the source names none")
+    limit: int = _option(0, "only the first so many examples; 0 for all")
+    shard_size: int = _option(10_000, "rows per shard: the unit of resume")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,17 @@ STAGES = (
         out=True,
     ),
     StageCommand(
+        ("examples",),
+        stage_options.ExamplesOptions,
+        ("capfilt.stages.examples:Examples",),
+        (
+            "capfilt examples questions.json --annotations annotations.json --images coco --dataset vqav2",
+            "capfilt examples nlvr2/train.json --images nlvr2 --dataset nlvr2 --split train",
+        ),
+        positional="source_path",
+        out=True,
+    ),
+    StageCommand(
         ("subset",),
         stage_options.SubsetOptions,
         ("capfilt.stages.subset:Subset",),
