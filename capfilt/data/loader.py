@@ -327,6 +327,9 @@ def batches(
     one_text_per_image: bool = False,
     transform: Transform | None = None,
     prefetch: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    parts: int = 1,
 ) -> Iterator[Batch]:
     """Batches of a corpus, the same for the same arguments; see `Plan` for the order.
 
@@ -342,6 +345,8 @@ def batches(
         transform: changes the pictures where batches are assembled, so ahead of the model. Where it is a function of its
             arguments alone, a resumed run sees what it would have seen.
         prefetch: batches assembled ahead, in one thread.
+        rank, world, parts: only this rank's share of every batch, so that all ranks' shares are the batch; and of each of
+            the `parts` that the batch is split into as well.
 
     Raises UserError at once, not at the first batch, for what `Plan` refuses.
     """
@@ -360,7 +365,7 @@ def batches(
     table = corpus.tokens(tokenizer, max_text_tokens, prompt, max_words)
 
     def assemble(step: int) -> Batch:
-        rows = plan.rows(step)
+        rows = share(plan.rows(step), rank, world, parts)
         images = corpus.image_of_text[rows]
         ids, mask = table.read(rows, pad_to)
         texts = [corpus.texts[row] for row in rows.tolist()]
@@ -388,6 +393,13 @@ def batches(
         )
 
     return ahead(assemble, range(start_step, plan.steps), prefetch)
+
+
+def share(rows: Index, rank: int, world: int, parts: int = 1) -> Index:
+    """The rows that `rank` of `world` has of a batch of them, a stretch of each of its `parts` (as `Batch.split` makes)."""
+    if world == 1:
+        return rows
+    return np.concatenate([np.array_split(part, world)[rank] for part in np.array_split(rows, parts)])
 
 
 def ahead(assemble: Callable[[S], T], items: Iterable[S], prefetch: int) -> Iterator[T]:

@@ -1,4 +1,7 @@
-"""Runs a stage in this process, one shard after the other. For debugging, and for machines without Ray."""
+"""Runs a stage in this process, one shard after the other. For debugging, and for machines without Ray.
+
+A stage that trains in several ranks runs in as many processes of this machine; under torchrun, this process is one.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, Self
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.tables.shards import Manifest
+from capfilt.training.launched import started_together
 
 
 class InlineExecutor:
@@ -31,6 +35,13 @@ class InlineExecutor:
             stage.teardown()
 
     def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
+        if stage.ranks != 1 and not started_together():
+            # Not at the top: it imports torch, which other stages here do without.
+            from capfilt.execution.together import ranks_here, run_here
+
+            ranks = ranks_here(stage)
+            if ranks > 1:
+                return run_here(stage, ranks, report)
         return stage.run(report)
 
     def share(self, ways: int) -> None:

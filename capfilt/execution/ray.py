@@ -188,6 +188,15 @@ class RayExecutor:
         # One piece of work runs on one node: ask for the largest node's processors, not the cluster's.
         largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
         cpus = _share(largest, self._ways)
+        gpus = int(resources.get("GPU", 0)) // self._ways
+        ranks = stage.ranks or max(1, gpus)
+        if ranks > 1:
+            # Ray Train takes seconds to import, which a stage in one process should not wait for.
+            from capfilt.execution.ray_train import run_on_ray
+
+            return run_on_ray(
+                stage, ranks, _share(resources.get("CPU", 1), self._ways * ranks), gpus > 0, report
+            )
         gpus = 1 if resources.get("GPU", 0) >= 1 else 0
         board = ray.remote(_Board).options(num_cpus=0).remote()
         task = (

@@ -18,6 +18,7 @@ from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.stages.registry import StageCommand
 from capfilt.tables.shards import Counts, Manifest, Part
 from capfilt.tables.workspace import Workspace
+from capfilt.training.launched import launched_rank, started_together
 
 EXECUTIONS = ("ray", "inline")
 
@@ -95,6 +96,10 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 def executor(execution: str, *, address: str | None = None) -> AbstractContextManager[Executor]:
     """The executor called `execution`, started on entering and stopped on leaving the context."""
+    if execution != "inline" and started_together():
+        raise UserError(
+            "under torchrun, give --execution inline; on a Ray cluster, start capfilt once and give --ranks"
+        )
     if execution == "inline":
         from capfilt.execution.inline import InlineExecutor
 
@@ -151,6 +156,8 @@ def outlook(stage: ShardStage | ModelStage) -> str:
 def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Summary:
     """Do what is missing of `stage`. Returns the account of the whole part."""
     start = time.monotonic()
+    if started_together():
+        raise UserError(f"{stage.name} works shard by shard: start it without torchrun")
     mark = stage.begin()
     missing, standing = todo(stage, mark)
     if missing:
@@ -178,7 +185,7 @@ def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summ
         return Summary(stage.name, str(stage.output), time.monotonic() - start, done_before=1)
     # Stages of one name may run together: what they write tells them apart.
     name = f"{stage.name} {stage.output.stem}"
-    with StageProgress(name, 0, stage.unit, quiet=quiet) as progress:
+    with StageProgress(name, 0, stage.unit, quiet=quiet or launched_rank() > 0) as progress:
         figures = work.model(
             stage, lambda step, total, latest: progress.update(step, total=total, figures=latest)
         )

@@ -201,8 +201,11 @@ class Blip(nn.Module):
         Every block of the vision tower and every layer of the three text passes; the released code does it for the last
         few vision blocks. Not part of the config, since it changes no result.
         """
-        for tower in (self.visual_encoder, self.text_encoder, self.text_decoder.bert):
-            tower.recompute = on
+        self.visual_encoder.recompute = on
+        if self.config.half != "captioner":
+            self.text_encoder.recompute = on
+        if self.config.half != "filter":
+            self.text_decoder.bert.recompute = on
 
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""

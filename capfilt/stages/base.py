@@ -90,11 +90,18 @@ Report = Callable[[int, int, Mapping[str, Any]], None]
 
 
 class ModelStage(ABC):
-    """A stage from parts to a checkpoint directory, or to one result file. It runs as one piece of work."""
+    """A stage from parts to a checkpoint directory, or to one result file. It runs as one piece of work.
+
+    Attributes:
+        ranks: in how many processes `run` is called, all at once, with torchrun's environment; 0: one for every GPU. The
+            first one reports, writes, and has the figures.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
     unit: ClassVar[str] = "steps"
+
+    ranks: int = 1
 
     output: Path
 

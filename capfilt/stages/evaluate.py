@@ -15,12 +15,13 @@ from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.results import ResultStage, result_path
-from capfilt.stages.training import IMAGE_COLUMNS, device
+from capfilt.stages.training import IMAGE_COLUMNS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.capabilities import BlipCapabilities
 from capfilt.tasks.captioning import evaluate_captioning
 from capfilt.tasks.retrieval import evaluate_retrieval
+from capfilt.training.distributed import device
 
 TASKS = ("retrieval", "captioning")
 

@@ -16,11 +16,11 @@ from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
 from capfilt.stages.results import ResultStage, result_path
-from capfilt.stages.training import device
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.filter_quality import kendall_tau_c_interval, roc_auc, roc_auc_interval, spearman
+from capfilt.training.distributed import device
 
 
 class Grade(ResultStage):

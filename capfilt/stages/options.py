@@ -185,6 +185,16 @@ class OptimisationOptions:
     randaugment_level: float = _option(
         5.0, "RandAugment: strength, 0 to 10 (BLIP's released code: 5)", later=True
     )
+    ranks: int = _option(
+        0,
+        "processes that train together, each with a GPU of its own; 0: one for every GPU, else one",
+        told=True,
+    )
+    shard: bool = _option(
+        False,
+        "split weights, gradients and optimiser states over the ranks (FSDP2), in place of a copy in each (DDP)",
+        told=True,
+    )
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     stream: bool = _option(
@@ -239,6 +249,12 @@ class PretrainingObjectiveOptions:
     multi_positive: bool = _option(
         True,
         "candidates of the same image or with the same text count as matches (not in BLIP's released pretraining)",
+        later=True,
+    )
+    global_negatives: bool = _option(
+        True,
+        "with several ranks, ITC and ITM draw on the whole batch, as one process would; off: on each rank's own texts, "
+        "and the queue (BLIP's released pretraining)",
         later=True,
     )
     label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")

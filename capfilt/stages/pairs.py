@@ -41,8 +41,10 @@ class Pairs(Protocol):
     def identities(self) -> Iterator[tuple[str, str, str]]:
         """(text_id, image_id, source) of each text, in the order of `Batch.example`."""
 
-    def batches(self, tokenizer: Tokenizer, batch_size: int, **options: Any) -> Iterator[Batch]:
-        """`seed`, `steps`, `start_step`, `max_text_tokens`, `prompt` and `mixing` as in `loader.batches`."""
+    def batches(
+        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+    ) -> Iterator[Batch]:
+        """This rank's share of batches of `batch_size`; `options` as `seed` to `mixing` in `loader.batches`."""
 
 
 @dataclass
@@ -76,8 +78,10 @@ class Held:
         images = (self.corpus.image_ids[row] for row in self.corpus.image_of_text.tolist())
         return zip(self.corpus.text_ids, images, self.corpus.sources, strict=True)
 
-    def batches(self, tokenizer: Tokenizer, batch_size: int, **options: Any) -> Iterator[Batch]:
-        return batches(self.corpus, tokenizer, batch_size, **options)
+    def batches(
+        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+    ) -> Iterator[Batch]:
+        return batches(self.corpus, tokenizer, batch_size, rank=rank, world=world, parts=parts, **options)
 
 
 @dataclass
@@ -112,8 +116,19 @@ class Streamed:
     def identities(self) -> Iterator[tuple[str, str, str]]:
         return ((text.key, image_id, text.source) for image_id, text in self.stream.rows())
 
-    def batches(self, tokenizer: Tokenizer, batch_size: int, **options: Any) -> Iterator[Batch]:
-        return self.stream.batches(tokenizer, batch_size, size=self.size, workers=self.workers, **options)
+    def batches(
+        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+    ) -> Iterator[Batch]:
+        # Each rank has row groups of its own, so its share of a step is a batch of its own, however it is split.
+        return self.stream.batches(
+            tokenizer,
+            batch_size // world,
+            size=self.size,
+            workers=self.workers,
+            rank=rank,
+            world=world,
+            **options,
+        )
 
 
 def shares(mix: Sequence[str]) -> dict[str, float] | None:

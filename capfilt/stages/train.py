@@ -19,9 +19,10 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip, build
-from capfilt.models.objectives import PretrainingConfig, scaled_momentum
+from capfilt.models.objectives import scaled_momentum
 from capfilt.models.presets import preset
 from capfilt.models.pretrained import load_bert, load_vit
+from capfilt.models.pretraining import PretrainingConfig
 from capfilt.stages.options import (
     FinetuneCaptionerOptions,
     FinetuneFilterOptions,
@@ -93,6 +94,7 @@ class Pretrain(Training):
             queue_size=o.queue_size,
             momentum=_momentum(o),
             multi_positive=o.multi_positive,
+            global_negatives=o.global_negatives,
             label_smoothing=o.label_smoothing,
         )
 
@@ -232,4 +234,5 @@ class FinetuneFilter(_Finetune):
             queue_size=self.options.queue_size,
             momentum=_momentum(self.options),
             multi_positive=self.options.multi_positive,
+            global_negatives=self.options.global_negatives,
         )

@@ -24,14 +24,15 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
-from capfilt.models.objectives import BlipPretraining, PretrainingConfig
+from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
+from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.options import OptimisationOptions
 from capfilt.stages.pairs import Held, Pairs, Streamed, shares
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-from capfilt.training import state
+from capfilt.training import distributed, state
 from capfilt.training.average import swapped
 from capfilt.training.log import check_tensorboard
 from capfilt.training.loop import TrainConfig, train
@@ -42,11 +43,6 @@ IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure",
 LOG_EVERY = 20
 
 
-def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Training(ModelStage):
     """What the four share: inputs, output, the loop."""
 
@@ -54,6 +50,7 @@ class Training(ModelStage):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
+        self.ranks = options.ranks
         self.output = output.path if output else workspace.model(options.out)
         self.human = [workspace.part("images", name).expect("images").check() for name in options.human]
         web = getattr(options, "web", ())
@@ -74,6 +71,10 @@ class Training(ModelStage):
                 f"--accumulate {options.accumulate}: {options.batch_size} texts do not make so many micro-batches of at "
                 "least 2"
             )
+        if options.ranks < 0 or (options.shard and options.ranks == 1):
+            raise UserError(f"--ranks {options.ranks}: 0 or more, and with --shard more than 1")
+        if options.shard and options.cache_features:
+            raise UserError("--shard and --cache-features: features are cached by models that are whole")
         for name, allowed in (("schedule", SCHEDULES), ("decay", DECAY_RULES)):
             if getattr(options, name) not in allowed:
                 raise UserError(f"--{name} {getattr(options, name)!r}: choose {', '.join(allowed)}")
@@ -152,10 +153,18 @@ class Training(ModelStage):
         return f"{length} of {o.batch_size} texts over {rows:,} images"
 
     def run(self, report: Report) -> Mapping[str, Any]:
+        with distributed.joined() as ranks:
+            return self._run(ranks, report)
+
+    def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options
+        if o.batch_size % (ranks.world * o.accumulate) and ranks.world > 1:
+            raise UserError(
+                f"--batch-size {o.batch_size}: {ranks.world} ranks with {o.accumulate} micro-batches each do not divide it"
+            )
         pairs = self._pairs(self.image_size())
         model, tokenizer = self.initial(pairs)
-        where = device()
+        where = distributed.device()
         model.to(where)
         if o.freeze_vision:
             model.visual_encoder.requires_grad_(False)
@@ -202,7 +211,7 @@ class Training(ModelStage):
         )
         self.output.mkdir(parents=True, exist_ok=True)
         state_path = self.output / "state.safetensors"
-        module = BlipPretraining(model, self.objective(tokenizer)).to(where)
+        module = BlipPretraining(model, self.objective(tokenizer), ranks).to(where)
         result = train(
             module,
             lambda start: pairs.batches(
@@ -213,19 +222,23 @@ class Training(ModelStage):
                 start_step=start,
                 max_text_tokens=o.max_text_tokens,
                 prompt=self.prompt,
-                transform=self._vary if o.randaugment else None,
+                transform=partial(self._vary, ranks.rank) if o.randaugment else None,
                 mixing=shares(o.mix),
+                rank=ranks.rank,
+                world=ranks.world,
+                parts=o.accumulate,
             ),
             config,
             on_step=lambda step, values: report(step, steps, _shown(values)),
-            on_best=partial(self._keep, "best", model, tokenizer) if o.keep_best else None,
+            on_best=partial(self._keep, "best", model, tokenizer, ranks) if o.keep_best else None,
             log_path=self.output / "log.jsonl",
             tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
-            fingerprint=self.fingerprint(),
+            fingerprint=self._state_fingerprint(ranks),
             examples=len(pairs),
+            ranks=ranks,
+            shard=o.shard,
         )
-        module.to("cpu")
         figures = {
             "steps": result.steps,
             "texts": len(pairs),
@@ -236,7 +249,8 @@ class Training(ModelStage):
             "seconds": round(result.seconds, 1),
             **_shown(result.losses),
         }
-        _write_exposures(self.output / "exposures.parquet", pairs, result.exposures.tolist())
+        if ranks.rank == 0:
+            _write_exposures(self.output / "exposures.parquet", pairs, result.exposures.tolist())
         extra = {
             "stage": self.name,
             "fingerprint": self.fingerprint(),
@@ -245,11 +259,12 @@ class Training(ModelStage):
             "warnings": list(result.warnings),
         }
         if result.average:
-            self._keep("live", model, tokenizer, result.steps, result.losses.get("loss"))
+            self._keep("live", model, tokenizer, ranks, result.steps, result.losses.get("loss"))
         # What everything downstream loads under the checkpoint's name is the average, where there is one.
         with swapped(module, result.average):
-            checkpoint.save(self.output, model, tokenizer, extra)
-        state.remove(state_path)
+            _save(self.output, model, tokenizer, ranks, extra)
+        if ranks.rank == 0:
+            state.remove(state_path)
         return {name: figures[name] for name in ("steps", "texts", "images", *_shown(result.losses))}
 
     def _pairs(self, size: int) -> Pairs:
@@ -263,9 +278,16 @@ class Training(ModelStage):
             )
         return Held(corpus)
 
-    def _keep(self, name: str, model: Blip, tokenizer: Tokenizer, step: int, loss: float | None) -> None:
+    def _state_fingerprint(self, ranks: Ranks) -> str:
+        """What a saved state must share: where ranks have shards of their own, how many they are too."""
+        own = self.options.stream and ranks.world > 1
+        return f"{self.fingerprint()} in {ranks.world} ranks" if own else self.fingerprint()
+
+    def _keep(
+        self, name: str, model: Blip, tokenizer: Tokenizer, ranks: Ranks, step: int, loss: float | None
+    ) -> None:
         extra = {"stage": self.name, "of": self.output.name, "step": step, "loss": loss}
-        checkpoint.save(self.output / name, model, tokenizer, extra)
+        _save(self.output / name, model, tokenizer, ranks, extra)
 
     def _augmentation(self) -> transforms.Augmentation:
         return transforms.Augmentation(
@@ -278,17 +300,24 @@ class Training(ModelStage):
         assert batch.pixels is not None
         return transforms.augment(batch.pixels, generator, self._augmentation(), keep_sides=batch.sided)[0]
 
-    def _vary(self, pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
+    def _vary(self, rank: int, pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
         o = self.options
         return transforms.training_views(
             pixels,
-            (o.seed, step),
+            (o.seed, step, rank) if rank else (o.seed, step),
             self._augmentation(),
             operations=o.randaugment,
             level=o.randaugment_level,
             keep_sides=sided,
             workers=cpu_workers(),
         )
+
+
+def _save(directory: Path, model: Blip, tokenizer: Tokenizer, ranks: Ranks, extra: dict[str, Any]) -> None:
+    """The checkpoint, by rank 0; all call it, since the weights may be split over them."""
+    complete = distributed.unsplit(model, lambda: Blip(model.config))
+    if ranks.rank == 0:
+        checkpoint.save(directory, complete, tokenizer, extra)
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, float]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from capfilt.training.distributed import local, split_like
+
 
 class WeightAverage:
     """fp32 averages of the given parameters, by name, on their devices.
@@ -29,13 +31,13 @@ class WeightAverage:
     def update(self, done: int) -> None:
         """Moves the averages towards the live weights; `done` updates were made before."""
         decay = min(self.decay, (1.0 + done) / (10.0 + done))
-        live = [self.parameters[name].detach().float() for name in self.tensors]
-        torch._foreach_lerp_(list(self.tensors.values()), live, 1.0 - decay)
+        live = [local(self.parameters[name].detach()).float() for name in self.tensors]
+        torch._foreach_lerp_([local(each) for each in self.tensors.values()], live, 1.0 - decay)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes copies of what `tensors` held when it was saved. KeyError for a missing name."""
         for name, own in self.tensors.items():
-            own.copy_(tensors[name])
+            own.copy_(split_like(tensors[name], own))
 
 
 @contextmanager

@@ -17,14 +17,22 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """The first signal that arrived, or None, in `number`."""
+    """The first signal that arrived, or None, in `number`. Not `alone`, a run stops only where all ranks agreed to."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
         self.number: int | None = None
+        self._alone = alone
+        self._agreed = False
+
+    def agree(self, stop: bool) -> None:
+        """Takes note of what all ranks found in this step: a signal that came since is answered in the next."""
+        self._agreed = stop
+        if stop and self.number is None:
+            self.number = signal.SIGTERM
 
     def check(self) -> None:
-        """Raises Interrupted where a signal has arrived; called when everything is whole."""
-        if self.number is not None:
+        """Raises Interrupted where the run is to stop; called when everything is whole."""
+        if self._agreed or (self._alone and self.number is not None):
             raise Interrupted
 
     @contextmanager

@@ -1,5 +1,7 @@
 """The training loop: batches in, a trained module, a log and an account of what was seen out; resumes exactly.
 
+The same loop runs in one process and in each of several that train together.
+
 Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not
 here: its settings (`config.py`), its log's file (`log.py`), what the log is watched for (`watch.py`), the losses
 (`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
@@ -20,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
 from capfilt.models.objectives import alpha_ramp, hardness_ramp
-from capfilt.training import average, optim, state, throughput
+from capfilt.models.ranks import ALONE, Ranks
+from capfilt.training import average, distributed, optim, state, throughput
 from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
 from capfilt.training.interrupt import Interrupt, Interrupted
 from capfilt.training.log import Log
@@ -69,16 +73,17 @@ def train(
     state_path: Path | None = None,
     fingerprint: str = "",
     examples: int = 0,
+    ranks: Ranks = ALONE,
+    shard: bool = False,
 ) -> TrainResult:
     """Trains `module` in place, on the device it is on, for `config.steps` steps.
 
     Args:
-        module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`. Where
-            `config.accumulate` is above 1 it also takes `first=False`, for every micro-batch of a step but the first:
-            what moves once per step (momentum towers) must not move again. A step's loss and figures are means over its
-            micro-batches, weighted by their texts; a loss that compares texts with one another (ITC, ITM's negatives)
-            sees those of its own micro-batch only, and the queue. A `figures() -> {name: scalar}` is called once per log
-            line, for what is too slow for every step.
+        module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`, called once per
+            micro-batch, and perhaps `before_step()`, called once per step, for what moves then (momentum towers). A
+            step's loss and figures are means over its micro-batches, weighted by their texts; a loss that compares texts
+            with one another (ITC, ITM's negatives) sees those of its own micro-batch only, and the queue. A
+            `figures() -> {name: scalar}` is called once per log line, for what is too slow for every step.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
@@ -96,6 +101,13 @@ def train(
             (`state.write_newest`); `state.remove` deletes them all when the finished model is safe.
         fingerprint: of the data and whatever else the caller wants to be the same when a state is continued.
         examples: how many examples the corpus has: the length of `exposures`. Larger numbers lengthen it.
+        ranks: the processes that train together, from `distributed.joined`. Each calls this with a module built alike and
+            with batches of its own, as many per step and in as many parts as the others'. A step's gradient and figures
+            are the means over ranks; rank 0 writes, logs, warns and calls `on_step`, and has the exposures of all;
+            `on_best` is called on every rank. A signal to one ends them all after the same step. A state continues with
+            any number of ranks; only their own draws (dropout, crops) then differ.
+        shard: split weights, gradients and moments over the ranks: see `distributed.Together`. `distributed.unsplit` has
+            the trained module then.
 
     Raises:
         UserError: nothing to train; a state of another run at `state_path`; TensorBoard asked for and not installed.
@@ -105,10 +117,12 @@ def train(
     """
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.seed)
-        run = _Run(module, batches, config, state_path, fingerprint, examples)
-        run.on_step, run.on_best = on_step, on_best
-        run.log = Log(log_path, run.progress.step, tensorboard_path)
+        torch.manual_seed(distributed.seed_of(config.seed, ranks))
+        run = _Run(module, batches, config, state_path, fingerprint, examples, ranks, shard)
+        run.on_best = on_best
+        if ranks.rank == 0:
+            run.on_step = on_step
+            run.log = Log(log_path, run.progress.step, tensorboard_path)
         try:
             with run.interrupt.listening(state_path is not None):
                 run.steps()
@@ -126,24 +140,19 @@ class _Run:
         state_path: Path | None,
         fingerprint: str,
         examples: int,
+        ranks: Ranks,
+        shard: bool,
     ) -> None:
         self.module = module.train()
+        self.ranks = ranks
         self.batches = batches
         self.config = config
         self.on_step: OnStep | None = None
         self.on_best: OnBest | None = None
         self.log = Log(None, 0)
         self.state_path = state_path
-        self.parameters = optim.trainable(module)
-        self.device = next(iter(self.parameters.values())).device
-        self.optimizer = optim.AdamW(self.parameters, config.betas, config.weight_decay, config.decay)
-        self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
         self.exposures = np.zeros(examples, dtype=np.int64)
         self.progress = _Progress()
-        self.interrupt = Interrupt()
-        self.watches = watches(config.stuck_steps, config.collapse_steps)
-        self.peak = throughput.peak_flops(self.device)
-        self.flops: float | None = None
         own = getattr(module, "config", None)
         self.identity: dict[str, Any] = {
             **config.identity(),
@@ -153,15 +162,27 @@ class _Run:
             else None,
         }
         self.identity = _jsonable(self.identity)
-        if state_path is not None and state_path.exists():
-            self._resume(state_path)
+        saved = self._read(state_path) if state_path is not None and state_path.exists() else {}
+        if saved:
+            state.restore_module(module, saved)
+        self.together = distributed.Together(module, ranks, shard)
+        self.parameters = optim.trainable(module)
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = optim.AdamW(self.parameters, config.betas, config.weight_decay, config.decay)
+        self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
+        self.interrupt = Interrupt(alone=ranks.world == 1)
+        self.watches = watches(config.stuck_steps, config.collapse_steps)
+        self.peak = throughput.peak_flops(self.device)
+        self.flops: float | None = None
+        if saved:
+            self._resume(saved)
 
     def result(self) -> TrainResult:
         done = self.progress
         return TrainResult(
             done.step,
             done.seconds,
-            self.exposures,
+            self._all_exposures(),
             dict(done.last),
             done.skipped,
             tuple(done.warnings),
@@ -198,8 +219,10 @@ class _Run:
                 if self.on_step is not None:
                     self.on_step(progress.step, values)
                 self.interrupt.check()
-        except (KeyboardInterrupt, Interrupted):
-            if whole and self.state_path is not None:
+        except (KeyboardInterrupt, Interrupted) as stop:
+            # Saving takes all ranks, and only an agreed stop finds them at the same step.
+            together = self.ranks.world == 1 or isinstance(stop, Interrupted)
+            if whole and together and self.state_path is not None:
                 self._save()
             raise
 
@@ -210,22 +233,33 @@ class _Run:
         hardness = hardness_ramp(progress.step, config.hardness_ramp_steps)
         if self.peak and self.flops is None:
             self.flops = throughput.flops_per_text(
-                self.module, batch, lambda few: self._losses(few, alpha, hardness, first=True)
+                self.module, batch, lambda few: self._losses(few, alpha, hardness)
             )
+        if hasattr(self.module, "before_step"):
+            self.module.before_step()  # type: ignore[operator]
         rows = len(batch.example)
+        parts = batch.split(config.accumulate)
+        if self.ranks.world > 1 and len(parts) < config.accumulate:
+            raise RunError(
+                f"step {progress.step + 1}: {rows} texts that can be read are too few for {config.accumulate} "
+                "micro-batches, which the other ranks have; look at the part with `capfilt doctor --verify`"
+            )
         found: dict[str, Tensor] = {}
-        for number, part in enumerate(batch.split(config.accumulate)):
+        for number, part in enumerate(parts):
             share = len(part.example) / rows
-            losses = self._losses(part, alpha, hardness, first=number == 0)
-            (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            with self.together.backward(last=number == len(parts) - 1):
+                losses = self._losses(part, alpha, hardness)
+                (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
             for name, figure in losses.items():
                 weighted = figure.detach().float() * share
                 found[name] = found[name] + weighted if number else weighted
         norm = optim.clip_gradients(self.parameters.values(), config.clip_norm)
-        names = [*found, "grad_norm"]
-        # One transfer per step for everything that is looked at: each would be a stop of its own on a GPU.
-        figures = torch.stack([*found.values(), norm]).tolist()
-        values: dict[str, float] = dict(zip(names, figures, strict=True))
+        # One exchange and one transfer per step for everything that is looked at: each would be a stop of its own on a
+        # GPU. That it is the same on all ranks is what lets them skip, stop and save together.
+        own = torch.tensor([float(rows), float(self.interrupt.number is not None)]).to(norm.device)
+        *figures, mean_rows, stop = self.ranks.mean(torch.stack([*found.values(), norm, *own])).tolist()
+        values: dict[str, float] = dict(zip([*found, "grad_norm"], figures, strict=True))
+        self.interrupt.agree(stop > 0)
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             self.optimizer.step(rate)
             if self.average:
@@ -252,15 +286,13 @@ class _Run:
         self.optimizer.zero_grad()
         progress.step += 1
         progress.window_steps += 1
-        progress.rows += rows
+        progress.rows += round(mean_rows * self.ranks.world)
         return {**values, "lr": rate, "alpha": alpha}
 
-    def _losses(self, batch: Batch, alpha: float, hardness: float, first: bool) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, alpha: float, hardness: float) -> dict[str, Tensor]:
         on_device = self._prepare(batch)
-        again = {} if first else {"first": False}
         with self._autocast():
-            found: dict[str, Tensor] = self.module.losses(on_device, alpha, hardness, **again)  # type: ignore[operator]
-        return found
+            return self.together.losses(on_device, alpha, hardness)
 
     def _prepare(self, batch: Batch) -> Batch:
         batch = batch.to(self.device, non_blocking=True)
@@ -300,7 +332,7 @@ class _Run:
             "skipped_steps": progress.skipped,
         }
         if self.peak and self.flops:
-            line["mfu"] = rate * self.flops / self.peak
+            line["mfu"] = rate * self.flops / self.peak / self.ranks.world
         self.log.write(line)
         progress.last = {name: float(value) for name, value in line.items()}
         for watch in self.watches:
@@ -312,7 +344,17 @@ class _Run:
 
     def _warn(self, message: str) -> None:
         self.progress.warnings.append(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        if self.ranks.rank == 0:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _all_exposures(self) -> npt.NDArray[np.int64]:
+        """How often every rank together saw each example, on rank 0; elsewhere this rank's own."""
+        if self.ranks.world == 1:
+            return self.exposures
+        longest = max(self.ranks.rows(len(self.exposures)).counts)
+        mine = np.pad(self.exposures, (0, longest - len(self.exposures)))
+        every = self.ranks.stack(torch.from_numpy(mine).to(self.device))
+        return every.sum(dim=0).numpy(force=True) if self.ranks.rank == 0 else self.exposures
 
     # ------------------------------------------------------------------ state
 
@@ -328,16 +370,23 @@ class _Run:
     def _save(self) -> None:
         assert self.state_path is not None
         tensors = state.capture(self.module, self.optimizer)
-        tensors["exposures"] = torch.from_numpy(self.exposures)
         if self.average:
             tensors.update({f"average.{name}": tensor for name, tensor in self.average.tensors.items()})
-        values = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
-        state.write_newest(self.state_path, self.progress.step, tensors, values, self.config.keep_states)
+        tensors = distributed.gathered(tensors, self.ranks)
+        tensors |= state.capture_random(self.device, self.ranks)
+        tensors["exposures"] = torch.from_numpy(self._all_exposures())
+        if self.ranks.rank == 0:
+            values = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
+            state.write_newest(self.state_path, self.progress.step, tensors, values, self.config.keep_states)
 
-    def _resume(self, path: Path) -> None:
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a saved state of this very run; its progress is taken on."""
         tensors, values = state.read(path)
         # A state may be older than an option: it was then saved under what is the option's default now.
         theirs = {**_jsonable(TrainConfig(steps=1).identity()), **values["identity"]}
+        if theirs.get("module") and self.identity["module"]:
+            made = type(getattr(self.module, "config"))  # noqa: B009
+            theirs["module"] = {**_jsonable(dataclasses.asdict(made())), **theirs["module"]}
         changed = [name for name in self.identity if theirs.get(name) != self.identity[name]]
         if changed:
             name = changed[0]
@@ -345,19 +394,23 @@ class _Run:
                 f"{path} was saved by a run with {name} {theirs.get(name)!r}, now {self.identity[name]!r}: "
                 "restore it, or delete the file to start over"
             )
-        state.restore(self.module, self.optimizer, tensors)
-        if self.average:
-            self.average.load(
-                {
-                    name.removeprefix("average."): each
-                    for name, each in tensors.items()
-                    if name.startswith("average.")
-                }
-            )
         known = {each.name for each in dataclasses.fields(_Progress)}
         theirs = {name: value for name, value in values["progress"].items() if name in known}
         self.progress = _Progress(**{**theirs, "watched": Watched(**theirs.get("watched", {}))})
-        self.exposures = tensors["exposures"].numpy().copy()
+        # Saved as the sum over ranks, so one of them goes on from it.
+        if self.ranks.rank == 0:
+            self.exposures = tensors["exposures"].numpy().copy()
+        return tensors
+
+    def _resume(self, tensors: Mapping[str, Tensor]) -> None:
+        state.restore_optimizer(self.optimizer, tensors)
+        if self.average:
+            prefix = "average."
+            self.average.load(
+                {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+            )
+        seed = distributed.seed_of(self.config.seed, self.ranks, self.progress.step)
+        state.restore_random(tensors, self.device, self.ranks, seed)
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

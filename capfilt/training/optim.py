@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
+from capfilt.training.distributed import local, norm, split_like
 
 DECAY_RULES = ("matrices", "all")
 
@@ -60,23 +61,26 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient; of a split one, each rank updates its part."""
         for weight_decay in sorted(set(self.weight_decay.values())):
             names = [
                 name
                 for name, parameter in self.parameters.items()
                 if parameter.grad is not None and self.weight_decay[name] == weight_decay
             ]
+            made = {name: self._moments(name) for name in names}
+            # A split parameter of few rows may have none of them on this rank.
+            names = [name for name in names if local(self.parameters[name]).numel()]
             if not names:
                 continue
-            moments = [self._moments(name) for name in names]
+            moments = [made[name] for name in names]
             steps = [each.step for each in moments]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
-                [self.parameters[name] for name in names],
-                [self._gradient(name) for name in names],
-                [each.first for each in moments],
-                [each.second for each in moments],
+                [local(self.parameters[name]) for name in names],
+                [local(self._gradient(name)) for name in names],
+                [local(each.first) for each in moments],
+                [local(each.second) for each in moments],
                 [],
                 steps,
                 lr=learning_rate,
@@ -104,10 +108,12 @@ class AdamW:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`: takes copies. KeyError for an unknown name."""
         self.moments = {}
-        for name in {key.rpartition(".")[0] for key in tensors}:
-            device = self.parameters[name].device
-            kinds = {kind: tensors[f"{name}.{kind}"].to(device, copy=True) for kind in Moments._fields}
-            self.moments[name] = Moments(**kinds)
+        # In order: where parameters are split over ranks, they do this together.
+        for name in sorted({key.rpartition(".")[0] for key in tensors}):
+            parameter = self.parameters[name]
+            step = tensors[f"{name}.step"].to(parameter.device, copy=True)
+            first, second = (split_like(tensors[f"{name}.{kind}"], parameter) for kind in ("first", "second"))
+            self.moments[name] = Moments(step, first, second)
 
     def _gradient(self, name: str) -> Tensor:
         gradient = self.parameters[name].grad
@@ -136,8 +142,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     A non-finite norm is returned as it is, for the caller to skip the step.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    total = norm(gradients)
     if max_norm > 0:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
-    return norm.float()
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local(each) for each in gradients], scale)
+    return total

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capfilt.errors import RunError, UserError
+from capfilt.models.ranks import ALONE, Ranks
 from capfilt.training.optim import AdamW
 
 _HEADER = "capfilt_training_state"
@@ -95,7 +96,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def capture(module: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """Everything of `module` and of the optimiser, and torch's random states."""
+    """Everything of `module` and of the optimiser; the tensors themselves, not copies."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     # keep_vars: without it, modules that share a parameter give two tensors over one memory, which safetensors refuses.
@@ -104,14 +105,11 @@ def capture(module: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[f"module.{name}"] = tensor
     tensors.update({f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()})
-    tensors["random.cpu"] = torch.get_rng_state()
-    for device in _cuda_devices(module):
-        tensors[f"random.cuda.{device.index}"] = torch.cuda.get_rng_state(device)
     return tensors
 
 
-def restore(module: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `capture`, into a module and an optimiser built alike. UserError when they are not."""
+def restore_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts what `capture` found back into a module built alike. UserError when it is not."""
     own = module.state_dict(keep_vars=True)
     canonical: dict[int, str] = {}
     for name, tensor in own.items():
@@ -128,19 +126,44 @@ def restore(module: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor]) 
         )
     except RuntimeError as error:
         raise UserError(f"the training state is another model's: {' '.join(str(error).split())}") from error
+
+
+def restore_optimizer(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Puts what `capture` found back into an optimiser of the same parameters."""
+    prefix = "optimizer."
     optimizer.load_state_dict(
-        {
-            name.removeprefix("optimizer."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("optimizer.")
-        }
+        {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
     )
-    torch.set_rng_state(tensors["random.cpu"])
-    for device in _cuda_devices(module):
-        saved = tensors.get(f"random.cuda.{device.index}")
-        if saved is not None:
-            torch.cuda.set_rng_state(saved, device)
 
 
-def _cuda_devices(module: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
+def capture_random(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    """torch's random states, of all ranks, which ask together: rank 0's as those of a run alone."""
+    tensors = {}
+    for kind, mine in _random_states(device).items():
+        # Through the device: not every way between ranks starts at the processor.
+        for rank, each in enumerate(ranks.stack(mine.to(device)).cpu()):
+            tensors[_random_name(kind, rank)] = each
+    return tensors
+
+
+def restore_random(
+    tensors: Mapping[str, Tensor], device: torch.device, ranks: Ranks = ALONE, seed: int = 0
+) -> None:
+    """The inverse of `capture_random`; a rank that was not there then begins with `seed`."""
+    if _random_name("cpu", ranks.rank) not in tensors:
+        torch.manual_seed(seed)
+        return
+    torch.set_rng_state(tensors[_random_name("cpu", ranks.rank)])
+    if device.type == "cuda" and _random_name("cuda", ranks.rank) in tensors:
+        torch.cuda.set_rng_state(tensors[_random_name("cuda", ranks.rank)], device)
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _random_name(kind: str, rank: int) -> str:
+    return f"random.{kind}.{rank}" if rank or kind == "cuda" else f"random.{kind}"

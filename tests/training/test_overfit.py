@@ -4,63 +4,23 @@ through corpus, tokenizer, batches, all three objectives and the loop; 64 pairs 
 
 from __future__ import annotations
 
-import io
 from functools import partial
 
-import numpy as np
-import pyarrow as pa
 import torch
-from PIL import Image
 
 from capfilt.data.corpus import batches, from_images
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.models.blip import build
-from capfilt.models.objectives import BlipPretraining, PretrainingConfig
 from capfilt.models.presets import preset
-from capfilt.tables.contracts import IMAGES
+from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.training.loop import TrainConfig, train
+from tests.training.grids import pairs
 
 PAIRS = 64
-WORDS = (
-    "amber",
-    "brook",
-    "cedar",
-    "delta",
-    "ember",
-    "fjord",
-    "grove",
-    "heath",
-    "inlet",
-    "jetty",
-    "kelp",
-    "ledge",
-)
-
-
-def pairs() -> pa.Table:
-    """Grids of 4 by 4 random colours, each named by four random words."""
-    rng, rows = np.random.default_rng(0), []
-    for number in range(PAIRS):
-        grid = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        encoded = io.BytesIO()
-        grid.resize((48, 48), Image.Resampling.NEAREST).save(encoded, "PNG")
-        rows.append(
-            {
-                "image_id": f"{number:032x}",
-                "dataset": "grids",
-                "key": str(number),
-                "source": "human",
-                "captions": [" ".join(rng.choice(WORDS, 4))],
-                "split": "train",
-                "status": "success",
-                "image": {"bytes": encoded.getvalue(), "path": None},
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=IMAGES.schema)
 
 
 def test_64_pairs_are_learned_by_heart():
-    corpus = from_images([pairs()], size=48)
+    corpus = from_images([pairs(PAIRS)], size=48)
     assert len(corpus) == PAIRS
     tokenizer = Tokenizer.train(corpus.texts, vocab_size=200)
     model = build(preset("tiny", tokenizer.vocab_size))

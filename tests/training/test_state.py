@@ -39,12 +39,16 @@ def test_round_trip_continues_as_if_nothing_happened(tmp_path):
     module, optimizer = made()
     module.count += 5
     step(module, optimizer)
-    state.write(tmp_path / "state.safetensors", state.capture(module, optimizer), {"a": 0.1})
+    cpu = torch.device("cpu")
+    tensors = state.capture(module, optimizer) | state.capture_random(cpu)
+    state.write(tmp_path / "state.safetensors", tensors, {"a": 0.1})
     step(module, optimizer)
     other, other_optimizer = made(seed=9)
     tensors, values = state.read(tmp_path / "state.safetensors")
     assert values == {"a": 0.1}
-    state.restore(other, other_optimizer, tensors)
+    state.restore_module(other, tensors)
+    state.restore_optimizer(other_optimizer, tensors)
+    state.restore_random(tensors, cpu)
     step(other, other_optimizer)
     assert other.second[0] is other.first
     for name, tensor in module.state_dict().items():
@@ -56,9 +60,9 @@ def test_other_models_and_other_files_are_refused_by_name(tmp_path):
     module, optimizer = made()
     tensors = state.capture(module, optimizer)
     with pytest.raises(UserError, match="another model"):
-        state.restore(*made(width=4), tensors)
+        state.restore_module(made(width=4)[0], tensors)
     with pytest.raises(UserError, match=r"module\.first\.bias"):
-        state.restore(module, optimizer, {k: v for k, v in tensors.items() if k != "module.first.bias"})
+        state.restore_module(module, {k: v for k, v in tensors.items() if k != "module.first.bias"})
     path = tmp_path / "state.safetensors"
     path.write_bytes(b"\x80\x04not a state")
     with pytest.raises(UserError, match=r"state\.safetensors"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from capfilt.data.loader import Batch
 from capfilt.models.blip import BlipConfig, build
-from capfilt.models.objectives import BlipPretraining, PretrainingConfig
+from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.training import throughput

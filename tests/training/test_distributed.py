@@ -1,0 +1,121 @@
+"""Bugs caught here: gradients, negatives, queues or figures of several ranks that are not those of the global batch; ranks
+that wait for each other for ever after a signal, a bad batch or an unused parameter; a run of several ranks that resumes
+as another run, or only with as many ranks.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.training.together import launch
+
+# Without dropout, and with as many rows on each rank, two ranks are to do just what one process does.
+EQUAL = {
+    "pretraining": {},
+    "split weights": {"shard": True},
+    "live candidates": {"objective": {"momentum": None, "queue_size": 0}},
+    "micro-batches": {"config": {"accumulate": 3}},
+    "split weights in micro-batches": {"config": {"accumulate": 2, "ema": 0.9}, "shard": True},
+    "a filter, averaged": {"objective": {"objectives": ["itc", "itm"]}, "config": {"ema": 0.9}},
+    "a captioner": {"objective": {"objectives": ["lm"], "momentum": None}},
+    "recomputed": {"recompute": True},
+    "recomputed and split": {"recompute": True, "shard": True, "peak": 1e9},
+}
+OTHER = {
+    "own negatives": {"objective": {"global_negatives": False}},
+    "uneven": {"uneven": True},
+    "dropout": {"dropout": 0.3},
+}
+
+
+LONGER = {"config": {"steps": 6, "save_every": 2}}
+SPLIT = {**LONGER, "dropout": 0.3, "shard": True}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    found = {}
+    for world in (1, 2):
+        found[world] = tmp_path_factory.mktemp(f"ranks{world}")
+        done = launch(world, found[world], {**EQUAL, **OTHER, "longer": LONGER, "split": SPLIT})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return found
+
+
+def curve(path):
+    timings = ("images_per_second", "seconds", "mfu")
+    # Accuracies and cosines are means over ranks of what each saw, not over everyone's rows.
+    by_rank = ("itm_balanced_accuracy", "image_cosine", "text_cosine", "queue_cosine")
+    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in (*timings, *by_rank)} for line in lines]
+
+
+def weights(path):
+    """Without biases of keys: softmax does not see them, so their gradients, and AdamW's steps, are rounding."""
+    found = torch.load(path / "weights.pt", weights_only=True)
+    return {name: each for name, each in found.items() if not name.endswith(("qkv.bias", "key.bias"))}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_two_ranks_take_the_steps_of_one_process_with_their_batch(runs, case):
+    one, two = runs[1] / case, runs[2] / case
+    for mine, theirs in zip(curve(one), curve(two), strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-5, abs=2e-5)
+    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-4)
+    assert weights(two)["exposures"].sum() == 4 * 12
+
+
+def test_a_rank_may_keep_to_its_own_negatives_while_the_queue_is_everyones(runs):
+    global_, own = curve(runs[2] / "pretraining"), curve(runs[2] / "own negatives")
+    # Half the candidates, half a nat less or so, where the queue is still empty.
+    assert own[0]["itc"] < global_[0]["itc"] - 0.3
+    assert own[0]["lm"] == pytest.approx(global_[0]["lm"], rel=1e-5)
+    assert weights(runs[2] / "own negatives")["queue"].abs().sum(1).gt(0).sum() == 24
+    # Alone there is no difference to make.
+    assert curve(runs[1] / "own negatives") == curve(runs[1] / "pretraining")
+
+
+def test_a_rank_with_fewer_texts_hangs_nobody(runs):
+    assert len(curve(runs[2] / "uneven")) == 4
+    assert weights(runs[2] / "uneven")["exposures"].sum() == 4 * 12 - 5
+
+
+def test_ranks_draw_dropout_of_their_own(runs):
+    one, two = curve(runs[1] / "dropout"), curve(runs[2] / "dropout")
+    assert two[0]["lm"] != pytest.approx(one[0]["lm"], rel=1e-6)
+    assert two[0]["lm"] == pytest.approx(one[0]["lm"], rel=0.1)
+
+
+def test_utilisation_is_of_all_gpus(runs):
+    lines = [
+        json.loads((runs[world] / "recomputed and split" / "log.jsonl").read_text().splitlines()[0])
+        for world in (1, 2)
+    ]
+    one, two = ((line["mfu"] / line["images_per_second"]) for line in lines)
+    assert two == pytest.approx(one / 2, rel=0.05)
+
+
+def stopped(tmp_path, case, number, then):
+    """What is left of `case` when rank 1 gets a signal in step 5 and `then` ranks go on with it."""
+    case = {**case, "signal_at": 5, "of_rank": 1, "number": number}
+    assert launch(2, tmp_path, {"case": case}).returncode != 0
+    assert (tmp_path / "case" / "state.safetensors").exists()
+    again = launch(then, tmp_path, {"case": case})
+    assert again.returncode == 0, again.stderr[-4000:]
+    return tmp_path / "case"
+
+
+def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, tmp_path):
+    done, plain = stopped(tmp_path, LONGER, "SIGTERM", then=1), runs[1] / "longer"
+    for mine, theirs in zip(curve(done), curve(plain), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5, abs=2e-5)
+    assert torch.equal(weights(done)["exposures"], weights(plain)["exposures"])
+
+
+def test_a_killed_rank_costs_nothing_that_was_saved(runs, tmp_path):
+    done, plain = stopped(tmp_path, SPLIT, "SIGKILL", then=2), runs[2] / "split"
+    assert curve(done) == curve(plain)
+    torch.testing.assert_close(weights(done), weights(plain), rtol=0, atol=0)
