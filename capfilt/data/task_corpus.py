@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from capfilt.data.examples import TRAINING_SPLITS, slices
-from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead
+from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead, share
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import Index, Rows
 from capfilt.data.tokenizer import MAX_WORDS, Tokenizer, clean
@@ -67,7 +67,8 @@ class TaskCorpus:
         labels: int64 [E], places in `contracts.LABELS`, -1 where there is none.
         skipped: how many were left out for a fault: pictures by their failure (once per picture), examples by theirs,
             by `no_image` where a picture cannot be used, and by `empty_text`.
-        deselected: how many were left out without a fault: as `split`, `task`, `no_answer`, `no_label`, `pictures`.
+        deselected: how many were left out without a fault: as `split`, `task`, `no_answer`, `no_label`, `pictures`,
+            `limit`.
     """
 
     task: str
@@ -104,6 +105,7 @@ def from_examples(
     splits: Sequence[str | None] | None = TRAINING_SPLITS,
     *,
     size: int,
+    limit: int = 0,
     **options: Unpack[BuildOptions],
 ) -> TaskCorpus:
     """The examples of one task that can be trained on.
@@ -115,6 +117,7 @@ def from_examples(
         task: one of `contracts.TASKS`; a vqa example needs an answer, another one a label.
         splits: only examples of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
+        limit: only so many of them, a sample that is always the same; 0 for all.
         **options: as in `corpus.from_images`; `progress` is called with numbers of image rows.
 
     An answer's weight is its share of the question's annotators (BLIP, released code) times the factor. Raises UserError
@@ -131,6 +134,10 @@ def from_examples(
         for row in rows
         if _chosen(row, task, splits, skipped, deselected)
     ]
+    if limit and len(chosen) > limit:
+        # Ids are hashes, so the smallest are a random sample.
+        deselected["limit"] = len(chosen) - limit
+        chosen = sorted(chosen, key=lambda each: str(each[0]["example_id"]))[:limit]
     pictures = Pictures(size, options, skipped)
     wanted = pa.array(sorted({key for row, _ in chosen for key in row["image_ids"]}), pa.string())
     progress = options.get("progress")
@@ -211,6 +218,9 @@ def task_batches(
     swap: float = 0.0,
     transform: Transform | None = None,
     prefetch: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    parts: int = 1,
 ) -> Iterator[TaskBatch]:
     """Batches of examples, the same for the same arguments; see `loader.Plan` for the order.
 
@@ -225,6 +235,7 @@ def task_batches(
             (BLIP, released code for NLVR2: 0.5).
         transform: as in `loader.batches`; gets pairs as a batch of pictures, the two of an example side by side.
         prefetch: batches assembled ahead, in one thread.
+        rank, world, parts: only this rank's share of every batch, as in `loader.batches`.
 
     Raises UserError at once, not at the first batch, for what `Plan` refuses.
     """
@@ -251,6 +262,8 @@ def task_batches(
         rows = plan.rows(step)
         # Drawn per step, not in sequence: a resumed run must see what it would have seen.
         turned = (np.random.default_rng([seed, step, 2]).random(len(rows)) < swap) & paired[rows]
+        mine = share(np.arange(len(rows)), rank, world, parts)
+        rows, turned = rows[mine], turned[mine]
         shown = np.where(turned[:, None], corpus.pictures[rows, ::-1], corpus.pictures[rows])
         spoken_rows = rows + count * turned
         ids, mask = table.read(spoken_rows)

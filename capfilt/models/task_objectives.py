@@ -35,9 +35,11 @@ class VqaTraining(nn.Module):
         self.model = model
         self.config = config or AnsweringConfig()
 
-    def losses(
-        self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0, first: bool = True
-    ) -> dict[str, Tensor]:
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return list(self.model.visual_encoder.blocks)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient (`answer_loss`), and without one "accuracy": the mean over questions of the
         weight of the answer that greedy decoding writes, 0 where nobody gave it, as a share of the question's weights.
         """
@@ -66,9 +68,11 @@ class NlvrTraining(nn.Module):
         super().__init__()
         self.model = model
 
-    def losses(
-        self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0, first: bool = True
-    ) -> dict[str, Tensor]:
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return list(self.model.visual_encoder.blocks)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient (mean cross-entropy over statements, BLIP, code) and "accuracy"."""
         assert isinstance(batch, TaskBatch)
         pixels = _pixels(batch)

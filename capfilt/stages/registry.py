@@ -119,6 +119,21 @@ STAGES = (
         ("capfilt finetune filter --init pretrained --human coco",),
     ),
     StageCommand(
+        ("finetune", "vqa"),
+        stage_options.FinetuneVqaOptions,
+        ("capfilt.stages.task_training:FinetuneVqa",),
+        (
+            "capfilt finetune vqa --init pretrained --examples vqav2 --images coco",
+            "capfilt finetune vqa --examples vqav2 --examples vg --answer-weight vg=0.2 --images coco --images vg",
+        ),
+    ),
+    StageCommand(
+        ("finetune", "nlvr"),
+        stage_options.FinetuneNlvrOptions,
+        ("capfilt.stages.task_training:FinetuneNlvr",),
+        ("capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",),
+    ),
+    StageCommand(
         ("caption",),
         stage_options.CaptionOptions,
         ("capfilt.stages.caption:CaptionStage",),
