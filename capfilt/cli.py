@@ -19,6 +19,7 @@ import typer
 from capfilt.errors import RunError, UserError
 from capfilt.stages import options as stage_options
 from capfilt.stages.registry import STAGES, StageCommand
+from capfilt.training.launched import launched_rank
 
 WORKSPACE_HELP = "directory of everything of a run: images/ captions/ scores/ verdicts/ pairs/ models/ runs/"
 
@@ -211,6 +212,9 @@ def _without_options(command: StageCommand) -> Callable[[], None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit codes: 0 done, 1 the run failed, 2 the call was wrong."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if launched_rank():
+        # Of the processes that torchrun starts, the first speaks; errors are everyone's.
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     sys.exit(_run(arguments))
 
 

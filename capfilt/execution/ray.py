@@ -47,20 +47,32 @@ class _Worker:
         return process_and_commit(self.stage, mark, shard)
 
 
-class _Board:
-    """An actor without a processor, on which a piece of work posts how far it is."""
+class Board:
+    """An actor without a processor, on which a piece of work posts how far it is, what came out, and why it failed."""
 
     def __init__(self) -> None:
         self.latest: tuple[int, int, dict[str, Any]] = (0, 0, {})
+        self.result: dict[str, Any] | None = None
+        self.failure: Exception | None = None
 
     def post(self, step: int, total: int, figures: dict[str, Any]) -> None:
         self.latest = (step, total, figures)
 
+    def finish(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+    def fail(self, failure: Exception) -> None:
+        self.failure = failure
+
     def read(self) -> tuple[int, int, dict[str, Any]]:
         return self.latest
 
+    def end(self) -> tuple[dict[str, Any] | None, Exception | None]:
+        return self.result, self.failure
 
-def _run_model(stage: ModelStage, board: Any) -> Mapping[str, Any]:
+
+def run_and_post(stage: ModelStage, board: Any) -> Mapping[str, Any]:
+    """Runs the stage, telling the board now and then how far it is."""
     last = 0.0
 
     def report(step: int, total: int, figures: Mapping[str, Any]) -> None:
@@ -198,9 +210,9 @@ class RayExecutor:
                 stage, ranks, _share(resources.get("CPU", 1), self._ways * ranks), gpus > 0, report
             )
         gpus = 1 if resources.get("GPU", 0) >= 1 else 0
-        board = ray.remote(_Board).options(num_cpus=0).remote()
+        board = ray.remote(Board).options(num_cpus=0).remote()
         task = (
-            ray.remote(_run_model)
+            ray.remote(run_and_post)
             .options(
                 num_cpus=cpus,
                 num_gpus=gpus,

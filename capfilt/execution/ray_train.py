@@ -7,7 +7,6 @@ workspace is what they go on from. Not here: stages in one process (`ray.py`), r
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import warnings
@@ -15,8 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from capfilt.errors import RunError, UserError
+from capfilt.execution.ray import Board, ray, run_and_post
 from capfilt.stages.base import ModelStage, Report
+from capfilt.training.launched import launched_rank
 
 RESTARTS = 2
 """So often all ranks are started again after one was lost."""
@@ -24,40 +27,15 @@ RESTARTS = 2
 
 def _rank(settings: dict[str, Any]) -> None:
     """What each worker runs."""
-    import torch
-
-    stage, board, threads = settings["stage"], settings["board"], settings["threads"]
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings["threads"])
+    board = settings["board"]
     try:
-        figures = stage.run(lambda step, total, figures: board.post.remote(step, total, dict(figures)))
+        figures = run_and_post(settings["stage"], board)
     except (UserError, RunError) as error:
-        board.fail.remote(type(error), str(error))
+        ray.get(board.fail.remote(error))
         raise
-    if int(os.environ["RANK"]) == 0:
-        import ray
-
-        ray.get(board.finish.remote(dict(figures)))  # type: ignore[attr-defined]
-
-
-class _Board:
-    """An actor on which ranks post how far they are, what they found, and why they failed."""
-
-    def __init__(self) -> None:
-        self.latest: tuple[int, int, dict[str, Any]] = (0, 0, {})
-        self.found: dict[str, Any] | None = None
-        self.failure: tuple[type[Exception], str] | None = None
-
-    def post(self, step: int, total: int, figures: dict[str, Any]) -> None:
-        self.latest = (step, total, figures)
-
-    def finish(self, figures: dict[str, Any]) -> None:
-        self.found = figures
-
-    def fail(self, kind: type[Exception], message: str) -> None:
-        self.failure = (kind, message)
-
-    def read(self) -> tuple[tuple[int, int, dict[str, Any]], dict[str, Any] | None, Any]:
-        return self.latest, self.found, self.failure
+    if launched_rank() == 0:
+        ray.get(board.finish.remote(dict(figures)))
 
 
 def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Report) -> Mapping[str, Any]:
@@ -66,9 +44,6 @@ def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Re
     Returns what rank 0 returned. Raises what a rank raised, where it is an error of ours; RunError where ranks were lost
     more than twice.
     """
-    import ray as _ray
-
-    ray: Any = _ray
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -77,7 +52,7 @@ def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Re
             f"training in {ranks} ranks on Ray needs Ray Train: pip install 'capfilt[train]' ({error})"
         ) from error
 
-    board = ray.remote(_Board).options(num_cpus=0).remote()
+    board = ray.remote(Board).options(num_cpus=0).remote()
     scratch = Path(stage.output) / "ray_train"
     settings = {"stage": stage, "board": board, "threads": max(1, int(cpus))}
     with warnings.catch_warnings():
@@ -97,15 +72,14 @@ def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Re
             ),
         )
         ended = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(ray, board, report, ended), daemon=True)
+        watcher = threading.Thread(target=_watch, args=(board, report, ended), daemon=True)
         watcher.start()
         try:
             trainer.fit()
         except Exception as error:
-            _, _, failure = ray.get(board.read.remote())
+            _, failure = ray.get(board.end.remote())
             if failure is not None:
-                kind, message = failure
-                raise kind(message) from None
+                raise failure from None
             raise RunError(
                 f"{stage.name}: ranks were lost {RESTARTS + 1} times ({str(error).splitlines()[0]}); run again to go on "
                 "from the last state"
@@ -114,12 +88,12 @@ def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Re
             ended.set()
             watcher.join()
             shutil.rmtree(scratch, ignore_errors=True)
-    _, found, _ = ray.get(board.read.remote())
-    return dict(found or {})
+    result, _ = ray.get(board.end.remote())
+    return dict(result or {})
 
 
-def _watch(ray: Any, board: Any, report: Report, ended: threading.Event) -> None:
+def _watch(board: Any, report: Report, ended: threading.Event) -> None:
     while not ended.wait(0.5):
-        (step, total, figures), _, _ = ray.get(board.read.remote())
+        step, total, figures = ray.get(board.read.remote())
         if step:
             report(step, total, figures)

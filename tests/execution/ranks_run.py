@@ -1,0 +1,66 @@
+"""What test_ranks.py runs where only the loopback exists. Prints a line of JSON per run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from capfilt.errors import RunError, UserError
+from capfilt.execution.run import executor, run_stage
+from capfilt.stages import options as o
+from capfilt.stages.pairs import Held
+from capfilt.stages.train import FinetuneFilter
+from capfilt.tables.workspace import Workspace
+from capfilt.training.launched import launched_rank
+
+
+class Dies(Held):
+    """Pairs whose reader, on rank 1, kills its process once, or says that it cannot go on."""
+
+    def batches(self, *arguments, **options):
+        mark = self.corpus.mark
+        for batch in super().batches(*arguments, **options):
+            if launched_rank() == 1 and batch.step == 3 and mark.suffix == ".fails":
+                raise RunError("the disk is on fire")
+            if launched_rank() == 1 and batch.step == 3 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+class Filter(FinetuneFilter):
+    """As the stage, but its reader dies."""
+
+    mark = None
+
+    def _pairs(self, size):
+        pairs = super()._pairs(size)
+        if self.mark is None:
+            return pairs
+        pairs.corpus.mark = self.mark
+        return Dies(pairs.corpus)
+
+
+def attempt(place: Workspace, work, out: str, ranks: int, mark: Path | None = None, **more):
+    settings = {"steps": 5, "batch_size": 4, "augment": False, "save_every": 2, "queue_size": 8, **more}
+    options = o.FinetuneFilterOptions(init="filter", human=("human",), out=out, ranks=ranks, **settings)
+    stage = Filter(options, place)
+    stage.mark = mark
+    try:
+        return {out: dict(run_stage(stage, work, quiet=True).figures)}
+    except (UserError, RunError) as error:
+        return {out: {"error": type(error).__name__, "message": str(error)}}
+
+
+if __name__ == "__main__":
+    place, how = Workspace(sys.argv[1]), sys.argv[2]
+    with executor(how) as work:
+        runs = [("whole", None, {}), ("bad-batch", None, {"batch_size": 5}), ("fails", ".fails", {})]
+        if how == "ray":
+            runs.append(("killed", ".killed", {}))
+        for name, mark, more in runs:
+            path = None if mark is None else (Path(sys.argv[1]) / how).with_suffix(mark)
+            print(json.dumps(attempt(place, work, f"{how}-{name}", 2, path, **more)), flush=True)

@@ -1,0 +1,97 @@
+"""Catches a training in several ranks that is another one wherever it runs, writes twice, is lost with one rank, or turns a
+clear error into a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capfilt.tables.ids import file_sha256
+from capfilt.tables.workspace import Workspace
+from tests.loopback import UNAVAILABLE
+from tests.worlds import image_rows, tiny_checkpoint, write_images
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+FINETUNE = (
+    "finetune", "filter", "--init", "filter", "--human", "human", "--steps", "5", "--batch-size", "4",
+    "--no-augment", "--save-every", "2", "--queue-size", "8", "--out", "torchrun",
+)  # fmt: skip
+
+
+def isolated(*command, check=True):
+    """A command where only the loopback exists."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "loopback.py"), sys.executable, *command],
+        capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    if done.returncode == UNAVAILABLE:
+        pytest.skip(done.stderr.strip())
+    assert not check or done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = Workspace(tmp_path_factory.mktemp("ranks"))
+    rows = image_rows("human", 9, source="human", texts=2, split="train")
+    write_images(place.part("images", "human"), [rows])
+    tiny_checkpoint(place.model("filter"), seed=2)
+    return place
+
+
+@pytest.fixture(scope="module")
+def found(place):
+    results = {}
+    for how in ("inline", "ray"):
+        script = str(ROOT / "tests" / "execution" / "ranks_run.py")
+        for line in isolated(script, str(place.path), how).stdout.splitlines():
+            if line.startswith("{"):
+                results |= json.loads(line)
+    return results
+
+
+def weights(place, name):
+    return file_sha256(place.model(name) / "model.safetensors")
+
+
+@pytest.mark.parametrize("how", ["inline", "ray"])
+def test_two_ranks_write_one_checkpoint(place, found, how):
+    assert found[f"{how}-whole"]["steps"] == 5
+    directory = place.model(f"{how}-whole")
+    assert [json.loads(line)["step"] for line in (directory / "log.jsonl").read_text().splitlines()] == [5]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "config.json", "exposures.parquet", "log.jsonl", "model.safetensors", "tokenizer.json"
+    ]  # fmt: skip
+
+
+def test_ranks_are_the_same_wherever_they_run(place, found):
+    assert weights(place, "ray-whole") == weights(place, "inline-whole")
+
+
+def test_a_killed_rank_is_started_again_by_ray_and_nothing_differs(place, found):
+    assert found["ray-killed"]["steps"] == 5
+    assert (place.path / "ray.killed").exists()
+    assert weights(place, "ray-killed") == weights(place, "ray-whole")
+
+
+@pytest.mark.parametrize("how", ["inline", "ray"])
+def test_errors_of_a_rank_come_through_as_they_were(found, how):
+    assert found[f"{how}-bad-batch"]["error"] == "UserError"
+    assert "--batch-size 5: 2 ranks" in found[f"{how}-bad-batch"]["message"]
+    assert found[f"{how}-fails"] == {"error": "RunError", "message": "the disk is on fire"}
+
+
+def test_under_torchrun_one_of_them_speaks(place, found):
+    command = ("-m", *TORCHRUN, "-m", "capfilt", *FINETUNE, "-w", str(place.path), "--execution")
+    done = isolated(*command, "inline")
+    assert done.stdout.count("finetune-filter") == 1, done.stdout
+    assert weights(place, "torchrun") == weights(place, "inline-whole")
+    assert "give --execution inline" in isolated(*command, "ray", check=False).stderr
