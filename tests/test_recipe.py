@@ -210,7 +210,7 @@ FILTER = {
     "multi_positive": True,
 }
 VQA = {
-    **FINETUNING, "image_size": 480, "learning_rate": 2e-5, "epochs": 10.0, "max_text_tokens": 35, "max_words": 30,
+    **FINETUNING, "image_size": 480, "learning_rate": 2e-5, "epochs": 10.0, "max_text_tokens": 35, "max_words": 50,
     "drop_path": 0.1, "label_smoothing": 0.1, "splits": ("train", "val"), "answer_weight": ("vg=0.2",),
 }  # fmt: skip
 NLVR2 = {

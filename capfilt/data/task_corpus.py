@@ -229,7 +229,8 @@ def task_batches(
         tokenizer: makes the ids, of texts after `clean`, of answers as they are ("10:30" keeps its colon).
         batch_size, seed, epochs, steps: as in `Plan`.
         start_step: the first batch to yield; what comes before is neither decoded nor read.
-        max_text_tokens, max_words: per text, as in `loader.batches` (BLIP: questions 35 tokens, statements 40 words).
+        max_text_tokens, max_words: per text, as in `loader.batches` (BLIP's code: 50 words and 35 tokens of
+            questions, whose punctuation it drops where `clean` makes it a space; 40 words of statements).
         max_answer_tokens: per answer, [CLS] and [SEP] included.
         swap: chance that an example with two pictures shows them in the other order, left and right exchanged in its text
             (BLIP, released code for NLVR2: 0.5).

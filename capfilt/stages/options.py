@@ -349,7 +349,7 @@ class FinetuneVqaOptions(TaskOptions):
         10.0, "passes over the questions, where `steps` is 0 (BLIP's VQA configuration: 10)"
     )
     max_text_tokens: int = _option(35, "questions are cut to this many tokens (BLIP's released code: 35)")
-    max_words: int = _option(30, "and before that to this many words (BLIP's released code: 30)")
+    max_words: int = _option(50, "and before that to this many words (BLIP's released code: 50)")
     out: str = _option("vqa", "name of the checkpoint to write")
 
 
