@@ -24,7 +24,7 @@ COMMENT ON COLUMN captions.image_id IS '128-bit hash of (dataset, key), 32 hex d
 COMMENT ON COLUMN captions.text IS 'the synthetic text, without the prompt; null where it failed';
 COMMENT ON COLUMN captions.sample_index IS 'which of the image''s synthetic texts, from 0';
 COMMENT ON COLUMN captions.captioner IS 'the part''s name: which captioner wrote the text';
-COMMENT ON COLUMN captions.decoding IS 'nucleus, beam or greedy';
+COMMENT ON COLUMN captions.decoding IS 'nucleus, beam or greedy, as asked of the captioner';
 COMMENT ON COLUMN captions.logprob IS 'sum of the tokens'' log-probabilities under the captioner';
 COMMENT ON COLUMN captions.fold IS 'fold of the image in cross-fitting; null where one checkpoint judged all';
 COMMENT ON COLUMN captions.failure IS 'why the row failed, from the closed list; null where it did not';

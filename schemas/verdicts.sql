@@ -13,7 +13,7 @@ CREATE TABLE verdicts (
     CHECK (source IN ('web', 'human', 'synthetic'))
 );
 
-COMMENT ON TABLE verdicts IS 'a text under one rule, no pixels (contract version 1)';
+COMMENT ON TABLE verdicts IS 'a text under one rule, no pixels; a plug-in''s score that was judged by follows (contract version 1)';
 COMMENT ON COLUMN verdicts.text_id IS '128-bit hash of (image_id, source, text, generator, sample index), 32 hex digits';
 COMMENT ON COLUMN verdicts.image_id IS '128-bit hash of (dataset, key), 32 hex digits; unique across datasets';
 COMMENT ON COLUMN verdicts.source IS 'web, human or synthetic';

@@ -18,6 +18,8 @@ Points = tuple[tuple[float, float], ...]
 # Not figures of learning: the axis itself, clocks, counters and schedules that the options tell.
 _NO_CURVES = frozenset({"step", "epoch", "seconds", "images_per_second", "skipped_steps", "alpha"})
 
+_LONGEST_GIVEN = 80
+
 _CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -91,7 +93,8 @@ def read_runs(directory: Path) -> Iterator[Run]:
 def checkpoint_fingerprint(directory: Path) -> str:
     """What `capfilt.models.checkpoint.fingerprint` says of a checkpoint, or "" where that cannot be told.
 
-    It believes the digests that the config carries, so no weights are hashed, and imports no torch.
+    It believes the digests that the config carries, so no weights are hashed, and imports no torch. Other projects'
+    layouts carry none: what was made with them says so itself (`origins`).
     """
     config = directory / _CHECKPOINT_FILES[0]
     files = mapping(read_json(config).get("files"))
@@ -100,6 +103,23 @@ def checkpoint_fingerprint(directory: Path) -> str:
     digests = {**files, config.name: hashlib.sha256(config.read_bytes()).hexdigest()}
     lines = "".join(f"{name}:{digests.get(name, '')}\n" for name in _CHECKPOINT_FILES)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def origins(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(mark, name) of the checkpoints and plug-ins that a part's description or a result says it was made with.
+
+    The name is how each was given, its layout and the beginning of its fingerprint, as in `./blip (transformers, 1f0c...)`:
+    what is outside of the workspace, or is no checkpoint of capfilt's, has no other.
+    """
+    for mark, origin in mapping(said.get("origins")).items():
+        found = mapping(origin)
+        given, layout = found.get("given"), found.get("layout")
+        if isinstance(given, str) and isinstance(layout, str):
+            # A plug-in's mark begins with its name, which is given already.
+            fingerprint = mark.removeprefix(f"{given.partition(':')[0]}:")
+            # Of a long path the end tells most.
+            shown = given if len(given) <= _LONGEST_GIVEN else f"…{given[1 - _LONGEST_GIVEN :]}"
+            yield mark, f"{shown} ({layout}, {fingerprint[:12]})"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from capfilt.catalog.artefacts import (
     leaves,
     mapping,
     number,
+    origins,
     read_json,
     read_models,
     read_runs,
@@ -55,7 +56,7 @@ THUMBNAIL_PIXELS = 240
 THUMBNAIL_QUALITY = 80
 LONGEST_TEXT = 220
 
-_SCORES = ("itm_score", "itc_score")
+_SCORE = "itm_score"
 _PRIOR = Reference(0.6365, "knows only its prior: 0.6365")
 """ITM's cross-entropy for a head that always answers one match in three: -(1/3 ln 1/3 + 2/3 ln 2/3)."""
 
@@ -106,7 +107,7 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
             f"{workspace.path}: holds no parts, models or runs; run a stage first, or name the workspace"
         )
     chosen = _chosen_rules(found, rules)
-    names = _names(found, models)
+    names = _names(found, models, runs)
     scorers = [account for account in found if account.table == "scores"]
     judged = any(account.table == "verdicts" for account in found)
     with open_catalog(workspace, found) as connection:
@@ -346,11 +347,11 @@ def _rule_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Ht
     rule = account.part.name
     options = account.identity.get("options")
     by = options.get("by") if isinstance(options, Mapping) else None
-    score = by if by in _SCORES else _SCORES[0]
+    score = by if by in account.part.contract.score_names else _SCORE
     cut = account.identity.get("threshold") if by in (None, score) else None
     if not is_number(cut):
         row = connection.execute(
-            f"SELECT min({score}) FILTER (WHERE keep) FROM verdicts WHERE rule = ?",  # noqa: S608 - one of _SCORES
+            f'SELECT min("{score}") FILTER (WHERE keep) FROM verdicts WHERE rule = ?',  # noqa: S608 - a column of the part
             [rule],
         ).fetchone()
         cut = row[0] if row and by in (None, score) else None
@@ -363,7 +364,7 @@ def _rule_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Ht
         connection,
         score,
         cut,
-        f"SELECT source, keep, {score} AS score FROM verdicts WHERE rule = ?",  # noqa: S608 - one of _SCORES
+        f'SELECT source, keep, "{score}" AS score FROM verdicts WHERE rule = ?',  # noqa: S608 - as above
         [rule],
     )
     return _section(
@@ -377,11 +378,13 @@ def _rule_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Ht
 
 
 def _scorer_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Html:
+    score = next(iter(account.part.contract.further), _SCORE)
     figures = _histograms(
         connection,
-        _SCORES[0],
+        score,
         None,
-        "SELECT source, true AS keep, itm_score AS score FROM texts JOIN scores USING (text_id) WHERE scorer = ?",
+        f'SELECT source, true AS keep, "{score}" AS score FROM texts JOIN scores USING (text_id) '  # noqa: S608 - as above
+        "WHERE scorer = ?",
         [account.part.name],
     )
     return _section(
@@ -426,7 +429,7 @@ def _histograms(
 
 def _source_table(connection: duckdb.DuckDBPyConnection, rule: str, score: str) -> Html:
     totals = connection.execute(
-        f"SELECT source, count(*), count(*) FILTER (WHERE keep), median({score}) FROM verdicts "  # noqa: S608
+        f'SELECT source, count(*), count(*) FILTER (WHERE keep), median("{score}") FROM verdicts '  # noqa: S608
         "WHERE rule = ? GROUP BY source",
         [rule],
     ).fetchall()
@@ -479,8 +482,8 @@ def _sample_groups(connection: duckdb.DuckDBPyConnection, rule: str, score: str)
     samples = {image: _Sample(image) for _, _, _, images in groups for image in images}
     chosen = list(samples)
     for image, *text in connection.execute(
-        f"SELECT image_id, source, text, {score}, keep, reason FROM verdicts "  # noqa: S608 - one of _SCORES
-        f"WHERE rule = ? AND image_id IN (SELECT unnest(?)) ORDER BY image_id, {score} DESC NULLS LAST, text_id",
+        f'SELECT image_id, source, text, "{score}", keep, reason FROM verdicts '  # noqa: S608 - as above
+        f'WHERE rule = ? AND image_id IN (SELECT unnest(?)) ORDER BY image_id, "{score}" DESC NULLS LAST, text_id',
         [rule, chosen],
     ).fetchall():
         samples[image].texts.append((text[0], text[1], text[2], text[3], text[4]))
@@ -595,9 +598,12 @@ def _runs_section(runs: Sequence[Run]) -> Html:
 # -- lineage -------------------------------------------------------------------------------------------------
 
 
-def _names(found: Sequence[Account], models: Sequence[Model]) -> dict[str, str]:
+def _names(found: Sequence[Account], models: Sequence[Model], runs: Sequence[Run]) -> dict[str, str]:
     """What each fingerprint and digest of this workspace is the mark of."""
     names: dict[str, str] = {}
+    # First, so that what stands in the workspace is called by its place there.
+    for said in (*(a.part.info for a in found), *(m.extra for m in models), *(run.content for run in runs)):
+        names |= dict(origins(said))
     for model in models:
         for mark in (model.fingerprint, str(model.extra.get("fingerprint", ""))):
             names[mark] = f"models/{model.name}"

@@ -85,6 +85,10 @@ def open_catalog(
         parameters: Any = ["VARCHAR", "VARCHAR", "VARCHAR", "INTEGER"]
         connection.create_function("found_text_id", _found_text_ids, parameters, "VARCHAR", type=kind)
         connection.execute(_script())
+        for account in found:
+            further = account.part.contract.further if account.manifests else {}
+            for name, meaning in further.items():
+                connection.execute(f'COMMENT ON COLUMN {account.table}."{name}" IS {_literal(meaning)}')
         _lock(connection, found)
         yield connection
 

@@ -29,6 +29,9 @@ def _rank(settings: dict[str, Any]) -> None:
     """What each worker runs."""
     torch.set_num_threads(settings["threads"])
     board = settings["board"]
+    if ray.get(board.end.remote())[1] is not None:
+        # Ray starts everyone again whatever happened, and what a rank has already explained would happen again.
+        return
     try:
         figures = run_and_post(settings["stage"], board)
     except (UserError, RunError) as error:
@@ -88,7 +91,9 @@ def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Re
             ended.set()
             watcher.join()
             shutil.rmtree(scratch, ignore_errors=True)
-    result, _ = ray.get(board.end.remote())
+    result, failure = ray.get(board.end.remote())
+    if failure is not None:
+        raise failure
     return dict(result or {})
 
 

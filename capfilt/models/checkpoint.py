@@ -28,7 +28,7 @@ from capfilt.models.vqa import VqaConfig
 from capfilt.models.weights import check_tensors, read_safetensors, tensors
 from capfilt.tables.ids import file_sha256
 
-__all__ = ["check_tensors", "fingerprint", "load", "open_any", "read_config", "save", "tensors"]
+__all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 KINDS: dict[str, type[Config]] = {"blip": BlipConfig, "blip_vqa": VqaConfig, "blip_nlvr": NlvrConfig}
@@ -130,6 +130,11 @@ def fingerprint(path: str | Path) -> str:
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         total.update(f"{name}:{file_sha256(_existing(place / name))}\n".encode())
     return total.hexdigest()
+
+
+def layout_of(path: str | Path) -> str:
+    """The layout of a checkpoint: capfilt, transformers or original. UserError where there is none."""
+    return layouts.locate(path)[0]
 
 
 def _meta(layout: str, config: Config, extra: dict[str, Any]) -> dict[str, Any]:

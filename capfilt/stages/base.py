@@ -39,7 +39,7 @@ class ShardStage(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int]
-    contract: ClassVar[Contract]
+    contract: Contract
     uses_gpu: ClassVar[bool] = False
 
     output: Part
@@ -47,6 +47,13 @@ class ShardStage(ABC):
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
         """Everything the rows depend on beside input shards: options, input parts, checkpoints. JSON-able."""
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        """For each checkpoint or plug-in, by its mark in `identity`: how it was `given`, and its `layout`.
+
+        For people who ask later what a mark stands for; no part of the fingerprint, for a checkpoint may move.
+        """
+        return {}
 
     @abstractmethod
     def shards(self) -> list[int]:
@@ -78,7 +85,7 @@ class ShardStage(ABC):
 
     def begin(self) -> str:
         """Create or continue the output part. Returns its fingerprint. Raises UserError on another identity."""
-        return self.output.begin(self.contract, self.name, self.full_identity())
+        return self.output.begin(self.contract, self.name, self.full_identity(), self.origins())
 
     def shard_fingerprint(self, part: str, shard: int) -> str:
         """The fingerprint of one shard: the part's, and the bytes it is made from."""
@@ -108,6 +115,10 @@ class ModelStage(ABC):
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
         """Everything the result depends on: options, digests of input parts, checkpoints. JSON-able."""
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        """As `ShardStage.origins`."""
+        return {}
 
     def fingerprint(self) -> str:
         return fingerprint({"stage": self.name, "version": self.version, **self.identity()})

@@ -1,14 +1,14 @@
-"""`caption`: synthetic texts for every image of a part. How they are drawn is `inference/`'s business."""
+"""`caption`: synthetic texts for every image of a part. What writes them, and how, is behind `plugins/`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.inference.captioner import Captioner
-from capfilt.models import checkpoint
+from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captioner, reference
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import CaptionOptions
@@ -44,16 +44,26 @@ class CaptionStage(ShardStage):
             )
         self.options = options
         self.images = workspace.part("images", options.images).expect("images")
-        self.checkpoint = workspace.model(options.captioner)
-        self.output = output or workspace.part("captions", options.out or self.checkpoint.name)
-        checkpoint.read_config(self.checkpoint)
+        self.captioner = reference(
+            CAPTIONERS, options.captioner, options.captioner_option, "--captioner-option", workspace.model
+        )
+        self.output = output or workspace.part("captions", options.out or self.captioner.name)
+        open_captioner(self.captioner)
+
+    @cached_property
+    def mark(self) -> str:
+        """The captioner in the identity. Kept: it is a hash of all its weights."""
+        return self.captioner.mark(open_captioner(self.captioner))
 
     def identity(self) -> Mapping[str, Any]:
         return {
             "options": option_values(self.options),
-            "captioner": checkpoint.fingerprint(self.checkpoint),
+            "captioner": self.mark,
             "images": self.images.info["fingerprint"],
         }
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return {self.mark: self.captioner.origin()}
 
     def shards(self) -> list[int]:
         return shards_of(self.images)
@@ -62,38 +72,25 @@ class CaptionStage(ShardStage):
         return input_hashes(shard, self.images)
 
     def setup(self) -> None:
-        self.captioner = Captioner.load(self.checkpoint)
+        self.writer = open_captioner(self.captioner)
+        self.writer.setup()
 
     def process(self, shard: int) -> Produced:
         o = self.options
         name = self.output.name
-        size = self.captioner.model.config.image_size
         made: list[dict[str, Any]] = []
         kept = 0
         dropped: Counter[str] = Counter()
         failed: Counter[str] = Counter()
         rows_in = 0
-        for batch in pictures(self.images, shard, size, o.batch_size, ()):
+        for batch in pictures(self.images, shard, self.writer.prepare, o.batch_size):
             rows_in += len(batch.rows)
             decoded = [
                 row["image_id"]
                 for row, failure in zip(batch.rows, batch.failures, strict=True)
                 if not failure
             ]
-            captions = self.captioner.caption(
-                batch.pixels,
-                method=o.method,
-                top_p=o.top_p,
-                num_beams=o.num_beams,
-                max_new_tokens=o.max_new_tokens,
-                min_new_tokens=o.min_new_tokens,
-                repetition_penalty=o.repetition_penalty,
-                prompt=o.prompt,
-                seed=o.seed,
-                samples=o.samples,
-                keys=decoded,
-                batch_size=o.batch_size,
-            )
+            captions = self._captions(batch.images, decoded)
             for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
                 if failure == "no_image":
                     dropped[failure] += 1
@@ -102,11 +99,10 @@ class CaptionStage(ShardStage):
                 texts = (
                     captions[place * o.samples : (place + 1) * o.samples]
                     if not failure
-                    else [None] * o.samples
+                    else [("", None)] * o.samples
                 )
                 reasons = set()
-                for index, caption in enumerate(texts):
-                    text = caption.text if caption else ""
+                for index, (text, logprob) in enumerate(texts):
                     reason = failure or (None if text else "empty_text")
                     reasons.add(reason)
                     made.append(
@@ -117,7 +113,7 @@ class CaptionStage(ShardStage):
                             "sample_index": index,
                             "captioner": name,
                             "decoding": o.method,
-                            "logprob": caption.logprob if caption else None,
+                            "logprob": logprob,
                             "failure": reason,
                         }
                     )
@@ -126,3 +122,27 @@ class CaptionStage(ShardStage):
                 else:
                     failed[min(reason for reason in reasons if reason)] += 1
         return Produced(CAPTIONS.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)))
+
+    def _captions(self, images: list[Any], keys: list[str]) -> list[tuple[str, float | None]]:
+        """(text, log-probability) of each sample of each image; a text of white space alone is none."""
+        if not images:
+            return []
+        o = self.options
+        made = self.writer.caption(
+            images,
+            keys,
+            samples=o.samples,
+            seed=o.seed,
+            method=o.method,
+            top_p=o.top_p,
+            num_beams=o.num_beams,
+            prompt=o.prompt,
+            max_new_tokens=o.max_new_tokens,
+            min_new_tokens=o.min_new_tokens,
+            repetition_penalty=o.repetition_penalty,
+            batch_size=o.batch_size,
+        )
+        return [
+            (text if text.strip() else "", logprob)
+            for text, logprob in checked_captions(self.captioner, made, len(keys) * o.samples)
+        ]

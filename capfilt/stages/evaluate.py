@@ -49,6 +49,10 @@ class Evaluate(ResultStage):
             "images": self.images.digest(),
         }
 
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        layout = checkpoint.layout_of(self.checkpoint)
+        return {checkpoint.fingerprint(self.checkpoint): {"given": self.options.model, "layout": layout}}
+
     def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {name: metrics[name] for name in ("tr@1", "ir@1", "cider") if name in metrics}
 

@@ -52,6 +52,12 @@ class Grade(ResultStage):
             "expert": file_sha256(Path(self.options.expert)) if self.options.expert else "",
         }
 
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        if self.filter is None:
+            return {}
+        layout = checkpoint.layout_of(self.filter)
+        return {checkpoint.fingerprint(self.filter): {"given": self.options.filter, "layout": layout}}
+
     def outlook(self) -> str:
         return f"verdicts {self.verdicts.path} against planted noise" + (
             " and experts" if self.options.expert else ""
@@ -77,15 +83,15 @@ class Grade(ResultStage):
         kept: Counter[str] = Counter()
         seen: Counter[str] = Counter()
         scores: list[tuple[float, str, str]] = []
-        for table in self.verdicts.tables(
-            ["text_id", "image_id", "source", "itm_score", "itc_score", "keep"]
-        ):
+        # A plug-in's verdicts carry the score they were judged by; the filter's are graded by ITM.
+        column = next(iter(self.verdicts.contract.further), "itm_score")
+        for table in self.verdicts.tables(["text_id", "image_id", "source", column, "keep"]):
             for row in table.to_pylist():
                 kind = truth.get(row["text_id"], row["source"])
                 seen[kind] += 1
                 kept[kind] += row["keep"]
-                if row["itm_score"] is not None and kind in ("true", "other_image"):
-                    scores.append((row["itm_score"], kind, row["image_id"]))
+                if row[column] is not None and kind in ("true", "other_image"):
+                    scores.append((row[column], kind, row["image_id"]))
         values = [score for score, _, _ in scores]
         labels = [kind == "true" for _, kind, _ in scores]
         if any(labels) and not all(labels):

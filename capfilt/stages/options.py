@@ -375,7 +375,14 @@ class FinetuneNlvrOptions(TaskOptions):
 class CaptionOptions:
     """Step 2: write synthetic texts for every image of a part."""
 
-    captioner: str = _option("captioner", "checkpoint of the captioner", kind="model")
+    captioner: str = _option(
+        "captioner",
+        "checkpoint of the captioner; or NAME:ARGUMENT of a plug-in (docs/plugins.md)",
+        kind="model",
+    )
+    captioner_option: tuple[str, ...] = _option(
+        (), "KEY=VALUE, an option of the plug-in's own; repeatable", later=True
+    )
     images: str = _option(REQUIRED, "images part to caption", kind="images")
     out: str = _option("", "name of the captions part to write; default: the captioner's")
     method: str = _option("nucleus", "nucleus, beam or greedy (BLIP, section 4.2: nucleus)")
@@ -397,11 +404,20 @@ class CaptionOptions:
 class ScoreOptions:
     """Step 2: judge web and synthetic texts alike with the filter."""
 
-    filter: str = _option("filter", "checkpoint of the filter", kind="model")
+    filter: str = _option(
+        "filter",
+        "checkpoint of the filter; or NAME:ARGUMENT of a plug-in, such as clip:DIR (docs/plugins.md)",
+        kind="model",
+    )
+    filter_option: tuple[str, ...] = _option(
+        (), "KEY=VALUE, an option of the plug-in's own; repeatable", later=True
+    )
     images: str = _option(REQUIRED, "images part whose texts to score", kind="images")
     captions: tuple[str, ...] = _option((), "captions parts of the same images; repeatable", kind="captions")
     out: str = _option("", "name of the scores part to write; default: the filter's")
-    max_text_tokens: int = _option(35, "texts are cut to this many tokens (BLIP's released code: 35)")
+    max_text_tokens: int = _option(
+        35, "texts are cut to this many tokens (BLIP's released code: 35); a plug-in may have its own limit"
+    )
     batch_size: int = _option(64, "images per batch")
 
 
@@ -413,7 +429,9 @@ class SelectOptions:
     captions: tuple[str, ...] = _option((), "captions parts; repeatable", kind="captions")
     scores: str = _option("filter", "scores part", kind="scores")
     out: str = _option("capfilt", "name of the rule: of the verdicts part and the pairs part")
-    by: str = _option("itm_score", "itm_score, itc_score or itm_probability")
+    by: str = _option(
+        "itm_score", "itm_score, itc_score or itm_probability; of a plug-in's part, a column of its own"
+    )
     threshold: float = _option(0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)")
     keep_fraction: float = _option(
         0.0, "instead: keep this share of all scored texts (a global quantile); 0 for none"

@@ -140,13 +140,17 @@ STAGES = (
         (
             "capfilt caption --images cc12m --captioner captioner",
             "capfilt caption --images cc12m --method beam --num-beams 3 --out captioner-beam",
+            "capfilt caption --images cc12m --captioner my-vlm:./checkpoint --captioner-option style=short",
         ),
     ),
     StageCommand(
         ("score",),
         stage_options.ScoreOptions,
         ("capfilt.stages.score:ScoreStage",),
-        ("capfilt score --images cc12m --captions captioner --filter filter",),
+        (
+            "capfilt score --images cc12m --captions captioner --filter filter",
+            "capfilt score --images cc12m --captions captioner --filter clip:./clip-vit-base-patch32",
+        ),
     ),
     StageCommand(
         ("select",),
@@ -155,6 +159,7 @@ STAGES = (
         (
             "capfilt select --images cc12m --captions captioner --scores filter --threshold 0.5",
             "capfilt select --images cc12m --captions captioner --keep-fraction 0.3 --out top30 --no-pairs",
+            "capfilt select --images cc12m --scores clip --by clip_score --threshold 0.28 --out clip28",
         ),
         without="pairs",
     ),

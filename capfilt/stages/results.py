@@ -14,7 +14,7 @@ from capfilt.tables.publish import publish_new_bytes
 
 
 class ResultStage(ModelStage):
-    """A stage that ends in `runs/<name>.json`: {"name", "stage", "fingerprint", "identity", "metrics", ...}."""
+    """A stage that ends in `runs/<name>.json`: {"name", "stage", "fingerprint", "identity", "origins", "metrics", ...}."""
 
     unit = "batches"
     output: Path
@@ -42,6 +42,7 @@ class ResultStage(ModelStage):
             "stage": self.name,
             "fingerprint": self.fingerprint(),
             "identity": dict(self.identity()),
+            "origins": dict(self.origins()),
             **self.measure(report),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,23 @@
-"""`score`: the filter judges web and synthetic texts alike. A picture is encoded once, however many texts it has."""
+"""`score`: a scorer judges web and synthetic texts alike. A picture is encoded once, however many texts it has.
+
+What scores, and how, is behind `plugins/`: the BLIP filter, or another scorer with columns of its own.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from capfilt.data.tokenizer import clean
-from capfilt.inference.filter import Filter
-from capfilt.models import checkpoint
+from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, reference, score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
 from capfilt.stages.pixels import pictures
-from capfilt.tables.contracts import MAX_TEXT_CHARACTERS, SCORES
+from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
@@ -25,24 +28,37 @@ class ScoreStage(ShardStage):
 
     name = "score"
     version = 1
-    contract = SCORES
     uses_gpu = True
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
         self.images = workspace.part("images", options.images).expect("images")
         self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
-        self.checkpoint = workspace.model(options.filter)
-        self.output = output or workspace.part("scores", options.out or self.checkpoint.name)
-        checkpoint.read_config(self.checkpoint)
+        self.filter = reference(
+            SCORERS, options.filter, options.filter_option, "--filter-option", workspace.model
+        )
+        self.output = output or workspace.part("scores", options.out or self.filter.name)
+        self.columns = dict(open_scorer(self.filter).columns)
+        self.contract = score_contract(self.columns)
+
+    @cached_property
+    def mark(self) -> str:
+        """The scorer in the identity. Kept: it is a hash of all its weights."""
+        return self.filter.mark(open_scorer(self.filter))
 
     def identity(self) -> Mapping[str, Any]:
+        # What `select` may judge by; the BLIP filter's columns were never told, and its older parts still count.
+        columns = {"columns": list(self.columns)} if self.filter.plugin else {}
         return {
             "options": option_values(self.options),
-            "filter": checkpoint.fingerprint(self.checkpoint),
+            "filter": self.mark,
+            **columns,
             "images": self.images.info["fingerprint"],
             "captions": [part.info["fingerprint"] for part in self.captions],
         }
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return {self.mark: self.filter.origin()}
 
     def shards(self) -> list[int]:
         return shards_of(self.images, *self.captions)
@@ -51,7 +67,8 @@ class ScoreStage(ShardStage):
         return input_hashes(shard, self.images, *self.captions)
 
     def setup(self) -> None:
-        self.filter = Filter.load(self.checkpoint)
+        self.scorer = open_scorer(self.filter)
+        self.scorer.setup()
 
     def process(self, shard: int) -> Produced:
         found = self.images.read(shard, FOUND_COLUMNS)
@@ -63,9 +80,9 @@ class ScoreStage(ShardStage):
         dropped: Counter[str] = Counter()
         failed: Counter[str] = Counter()
         kept = 0
-        size = self.filter.model.config.image_size
-        for batch in pictures(self.images, shard, size, self.options.batch_size, ()):
+        for batch in pictures(self.images, shard, self.scorer.prepare, self.options.batch_size):
             asked: list[dict[str, Any]] = []
+            judged: list[str] = []
             image_index: list[int] = []
             for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
                 for text in texts.pop(row["image_id"], []):
@@ -78,23 +95,31 @@ class ScoreStage(ShardStage):
                     if reason:
                         failed[reason] += 1
                     else:
-                        asked.append({"entry": entry, "text": text["text"]})
+                        asked.append(entry)
+                        judged.append(text["text"])
                         image_index.append(place)
-            scores = self.filter.score_texts(
-                batch.pixels,
-                image_index,
-                [item["text"] for item in asked],
-                batch_size=self.options.batch_size,
-                max_text_tokens=self.options.max_text_tokens,
-            )
-            for item, score in zip(asked, scores, strict=True):
-                if math.isfinite(score.itm_score) and math.isfinite(score.itc_score):
-                    item["entry"] |= {"itm_score": score.itm_score, "itc_score": score.itc_score}
+            for entry, values in zip(asked, self._scores(batch.images, image_index, judged), strict=True):
+                if all(map(math.isfinite, values)):
+                    entry |= dict(zip(self.columns, values, strict=True))
                     kept += 1
                 else:
-                    item["entry"]["failure"] = "not_finite"
+                    entry["failure"] = "not_finite"
                     failed["not_finite"] += 1
-        return Produced(SCORES.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)))
+        return Produced(self.contract.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)))
+
+    def _scores(self, images: list[Any], image_index: list[int], texts: list[str]) -> list[list[float]]:
+        """A row per text, a number per column."""
+        if not texts:
+            return []
+        made = self.scorer.score(
+            images,
+            image_index,
+            texts,
+            max_text_tokens=self.options.max_text_tokens,
+            batch_size=self.options.batch_size,
+        )
+        rows: list[list[float]] = checked_scores(self.filter, made, len(texts), list(self.columns)).tolist()
+        return rows
 
 
 def _fault(text: str | None) -> str | None:

@@ -16,12 +16,10 @@ from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import SelectOptions
-from capfilt.tables.contracts import PAIRS, SOURCES, VERDICTS
+from capfilt.tables.contracts import PAIRS, SCORES, SOURCES, VERDICTS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
-
-SCORE_COLUMNS = ("itm_score", "itc_score", "itm_probability")
 
 
 class Select(ShardStage):
@@ -33,11 +31,8 @@ class Select(ShardStage):
 
     name = "select"
     version = 1
-    contract = VERDICTS
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if options.by not in SCORE_COLUMNS:
-            raise UserError(f"--by {options.by!r}: choose one of {', '.join(SCORE_COLUMNS)}")
         if not 0 <= options.keep_fraction <= 1:
             raise UserError(f"--keep-fraction {options.keep_fraction}: give a share between 0 and 1")
         unknown = [source for source in options.sources if source not in SOURCES]
@@ -48,6 +43,13 @@ class Select(ShardStage):
         self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
         self.scores = workspace.part("scores", options.scores).expect("scores")
         self.output = output or workspace.part("verdicts", options.out)
+        contract = self.scores.contract
+        # A plug-in tells which columns it fills; the others of its part are null.
+        choices = self.scores.info.get("identity", {}).get("columns") or SCORES.score_names
+        if options.by not in contract.score_names or options.by not in choices:
+            raise UserError(f"--by {options.by!r}: {self.scores.path} has {', '.join(choices)}; choose one")
+        used = {} if options.by in VERDICTS.score_names else {options.by: contract.doc_of(options.by)}
+        self.contract = VERDICTS.extended(used)
 
     @cached_property
     def threshold(self) -> float:
@@ -63,7 +65,7 @@ class Select(ShardStage):
         with duckdb.connect() as connection:
             # The k-th largest score, counted exactly: a quantile function would interpolate or round.
             row = connection.execute(
-                f"SELECT count({self.options.by}) FROM read_parquet(?, union_by_name=true)",  # noqa: S608
+                f'SELECT count("{self.options.by}") FROM read_parquet(?, union_by_name=true)',  # noqa: S608
                 [files],
             ).fetchone()
             count = int(row[0]) if row else 0
@@ -73,8 +75,8 @@ class Select(ShardStage):
                 )
             place = max(1, round(self.options.keep_fraction * count))
             row = connection.execute(
-                f"SELECT {self.options.by} FROM read_parquet(?, union_by_name=true) "  # noqa: S608
-                f"WHERE {self.options.by} IS NOT NULL ORDER BY 1 DESC LIMIT 1 OFFSET ?",
+                f'SELECT "{self.options.by}" FROM read_parquet(?, union_by_name=true) '  # noqa: S608
+                f'WHERE "{self.options.by}" IS NOT NULL ORDER BY 1 DESC LIMIT 1 OFFSET ?',
                 [files, place - 1],
             ).fetchone()
         assert row is not None
@@ -106,7 +108,7 @@ class Select(ShardStage):
         for row in rows:
             score = scores.get(row["text_id"], {})
             failure = row.pop("failure") or score.get("failure")
-            row["itm_score"], row["itc_score"] = score.get("itm_score"), score.get("itc_score")
+            row |= {name: score.get(name) for name in self.contract.score_names}
             row["keep"], row["reason"] = False, ""
             value = score.get(self.options.by)
             if failure:
@@ -126,7 +128,7 @@ class Select(ShardStage):
                 kept += 1
                 continue
             dropped[row["reason"]] += 1
-        return Produced(VERDICTS.table(rows), Counts(len(rows), kept, dict(dropped), dict(failed)))
+        return Produced(self.contract.table(rows), Counts(len(rows), kept, dict(dropped), dict(failed)))
 
 
 class WritePairs(ShardStage):

@@ -6,7 +6,9 @@ where it has one. A change of a column's name, type or meaning raises the contra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -40,6 +42,10 @@ MAX_TEXT_CHARACTERS = 10_000
 """A text longer than this is a row with the failure `too_long`; shorter ones are cut to the model's token limit."""
 
 
+IDENTIFIER = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+"""What a further column may be called: a name that SQL and Python take as it is."""
+
+
 @dataclass(frozen=True)
 class Contract:
     """What one table promises: its columns in order, and which of them identify a row.
@@ -59,6 +65,32 @@ class Contract:
     key: tuple[str, ...]
     doc: str
     open: bool = False
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The columns that are numbers to judge by: every float32."""
+        return tuple(field.name for field in self.schema if field.type == pa.float32())
+
+    @property
+    def further(self) -> dict[str, str]:
+        """Name and meaning of the columns that `extended` put behind the table's."""
+        known = set(CONTRACTS[self.name].schema.names) if self.name in CONTRACTS else set()
+        return {field.name: _doc(field) for field in self.schema if field.name not in known}
+
+    def doc_of(self, name: str) -> str:
+        """What the column `name` means."""
+        return _doc(self.schema.field(name))
+
+    def extended(self, columns: Mapping[str, str]) -> Contract:
+        """This contract with nullable float32 columns (name: meaning) behind its own, which every shard of a part has.
+
+        Raises UserError for a name that is no plain lower-case SQL identifier, or that a column has already.
+        """
+        for name in columns:
+            if not IDENTIFIER.fullmatch(name) or name in self.schema.names:
+                raise UserError(f"table {self.name}: {name!r} cannot be the name of a further column")
+        fields = [_field(name, pa.float32(), doc, null=True) for name, doc in columns.items()]
+        return replace(self, schema=pa.schema([*self.schema, *fields], metadata=self.schema.metadata))
 
     def conform(self, table: pa.Table) -> pa.Table:
         """Return `table` with this contract's columns first, in order and type.
@@ -203,7 +235,7 @@ CAPTIONS = Contract(
             ),
             _field("sample_index", pa.int32(), "which of the image's synthetic texts, from 0"),
             _field("captioner", pa.string(), "the part's name: which captioner wrote the text"),
-            _field("decoding", pa.string(), "nucleus, beam or greedy"),
+            _field("decoding", pa.string(), "nucleus, beam or greedy, as asked of the captioner"),
             _field(
                 "logprob", pa.float32(), "sum of the tokens' log-probabilities under the captioner", null=True
             ),
@@ -232,7 +264,7 @@ SCORES = Contract(
         ]
     ),
     ("text_id",),
-    "a text under one filter",
+    "a text under one scorer; in a plug-in's part its own columns follow",
 )
 
 SIGNALS = Contract(
@@ -262,7 +294,7 @@ VERDICTS = Contract(
         ]
     ),
     ("text_id",),
-    "a text under one rule, no pixels",
+    "a text under one rule, no pixels; a plug-in's score that was judged by follows",
 )
 
 PAIRS = Contract(

@@ -2,7 +2,8 @@
 
 A part is a directory:
 
-    _part.json            what wrote it: table, contract version, stage, options, inputs, fingerprint
+    _part.json            what wrote it: table, contract version, further columns, stage, options, inputs, fingerprint,
+                          and where checkpoints came from
     00000.parquet         shard 0
     00000.manifest.json   written last: the shard is done when this exists and agrees with the file
     00000_stats.json      counts, seconds, rows per second
@@ -159,15 +160,20 @@ class Part:
                     f"{path}: contract version {info['contract_version']} of {contract.name} is newer than this "
                     f"capfilt's {contract.version}; upgrade capfilt"
                 )
-            return dict(info)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not readable as a part's description ({error!r}); restore or remove it"
             ) from error
+        try:
+            contract.extended(info.get("columns", {}))
+        except (UserError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: `columns` cannot be ({error}); restore or remove it") from error
+        return dict(info)
 
     @property
     def contract(self) -> Contract:
-        return CONTRACTS[self.info["table"]]
+        """The table's, with the further columns this part was begun with."""
+        return CONTRACTS[self.info["table"]].extended(self.info.get("columns", {}))
 
     def expect(self, table: str) -> Part:
         """Return self, or raise UserError when the part is of another table."""
@@ -179,8 +185,16 @@ class Part:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def begin(self, contract: Contract, stage: str, identity: Mapping[str, Any]) -> str:
+    def begin(
+        self,
+        contract: Contract,
+        stage: str,
+        identity: Mapping[str, Any],
+        origins: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> str:
         """Create the part, or continue it when it was begun with the same identity. Returns its fingerprint.
+
+        `origins` says of marks in `identity` what they stand for; it is written down and takes part in nothing.
 
         Raises UserError when the part was written with another identity: rows of different options, inputs,
         checkpoints or code are never mixed.
@@ -193,6 +207,10 @@ class Part:
             "identity": identity,
             "fingerprint": mark,
         }
+        if contract.further:
+            info["columns"] = contract.further
+        if origins:
+            info["origins"] = origins
         if not self.exists:
             if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
                 raise UserError(f"{self.path}: is not empty and not a part; name another output")
@@ -210,7 +228,9 @@ class Part:
         Raises UserError when the part stands and was written with another identity.
         """
         identity = json.loads(json.dumps(identity))
-        mark = fingerprint({"stage": stage, "contract": [contract.name, contract.version], **identity})
+        # Parts without further columns keep the fingerprints they had before there were any.
+        written = [contract.name, contract.version, *contract.further]
+        mark = fingerprint({"stage": stage, "contract": written, **identity})
         if self.exists and self.info["fingerprint"] != mark:
             change = _first_difference(self.info.get("identity", {}), identity)
             raise UserError(

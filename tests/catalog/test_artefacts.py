@@ -11,6 +11,7 @@ from capfilt.catalog import artefacts
 from capfilt.catalog.artefacts import (
     leaves,
     number,
+    origins,
     read_json,
     read_log,
     read_models,
@@ -58,6 +59,27 @@ def test_checkpoint_fingerprint_is_the_models_rooms_own(tmp_path: Path) -> None:
     files = {name: file_sha256(tmp_path / name) for name in ("model.safetensors", "tokenizer.json")}
     (tmp_path / "config.json").write_text(json.dumps({"files": files}))
     assert artefacts.checkpoint_fingerprint(tmp_path) == checkpoint.fingerprint(tmp_path)
+
+
+def test_origins_of_any_shape() -> None:
+    digest = "0123456789abcdef" * 4
+    said = {
+        digest: {"given": "./blip", "layout": "transformers"},
+        f"clip:{digest}": {"given": "clip:/data/b32", "layout": "plug-in"},
+        "vlm:v2": {"given": "vlm:", "layout": "plug-in"},
+        "long": {"given": "/" + "x" * 200 + "/end", "layout": "original"},
+        "half": {"given": "./blip"},
+        "numbers": {"given": 1, "layout": 2},
+        "text": "torn",
+    }
+    found = dict(origins({"origins": said}))
+    assert found.pop("long").endswith("xxx/end (original, long)")
+    assert found == {
+        digest: "./blip (transformers, 0123456789ab)",
+        f"clip:{digest}": "clip:/data/b32 (plug-in, 0123456789ab)",
+        "vlm:v2": "vlm: (plug-in, v2)",
+    }
+    assert dict(origins({})) == dict(origins({"origins": ["torn"]})) == {}
 
 
 def test_runs_of_any_shape(tmp_path: Path) -> None:

@@ -58,9 +58,8 @@ def attempt(place: Workspace, work, out: str, ranks: int, mark: Path | None = No
 if __name__ == "__main__":
     place, how = Workspace(sys.argv[1]), sys.argv[2]
     with executor(how) as work:
-        runs = [("whole", None, {}), ("bad-batch", None, {"batch_size": 5}), ("fails", ".fails", {})]
-        if how == "ray":
-            runs.append(("killed", ".killed", {}))
+        runs = [("whole", None, {}), ("fails", ".fails", {})]
+        runs.append(("killed", ".killed", {}) if how == "ray" else ("odd", None, {"batch_size": 5}))
         for name, mark, more in runs:
             path = None if mark is None else (Path(sys.argv[1]) / how).with_suffix(mark)
             print(json.dumps(attempt(place, work, f"{how}-{name}", 2, path, **more)), flush=True)

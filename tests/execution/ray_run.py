@@ -16,8 +16,14 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.ray import RayExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.base import ModelStage, Produced, ShardStage
+from capfilt.stages.caption import CaptionStage
+from capfilt.stages.options import CaptionOptions, ScoreOptions
+from capfilt.stages.score import ScoreStage
 from capfilt.tables.contracts import SIGNALS
 from capfilt.tables.shards import Counts, Part
+from capfilt.tables.workspace import Workspace
+from tests.plugins.packages import install_documented
+from tests.worlds import image_rows, write_images
 
 
 class Rows(ShardStage):
@@ -132,6 +138,10 @@ def attempt(stage, work):
 
 if __name__ == "__main__":
     root = sys.argv[1]
+    site = str(install_documented(Path(root) / "site"))
+    sys.path.insert(0, site)
+    # Workers are new processes: what is installed for them is what their own path has.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
     with RayExecutor() as work:
         checks = {
             "plain": Rows(root, "plain"),
@@ -144,6 +154,22 @@ if __name__ == "__main__":
         }
         for name, stage in checks.items():
             print(json.dumps({name: attempt(stage, work)}), flush=True)
+        place = Workspace(Path(root) / "workspace")
+        write_images(place.part("images", "web"), [image_rows("web", 4), image_rows("web", 3, start=9)])
+        captions = attempt(
+            CaptionStage(CaptionOptions(images="web", captioner="colours:square"), place), work
+        )
+        scores = ScoreOptions(images="web", captions=("colours",), filter="colours:")
+        judged = attempt(ScoreStage(scores, place), work)
+        texts = [
+            row["text"] for table in place.part("captions", "colours").tables() for row in table.to_pylist()
+        ]
+        values = [
+            row["colour_score"]
+            for table in place.part("scores", "colours").tables()
+            for row in table.to_pylist()
+        ]
+        print(json.dumps({"plugins": [captions, judged, texts, values]}), flush=True)
         met = together(work, Meets(root, "one", "two"), Meets(root, "two", "one"), Rows(root, "beside"))
         print(json.dumps({"together": met}), flush=True)
         stopped = together(work, Meets(root, "lonely", "nobody"), Meets(root, "fails", "lonely"))

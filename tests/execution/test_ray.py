@@ -59,6 +59,14 @@ def test_a_piece_of_work_has_the_node_s_processors(results):
     assert results["steps"]["now"] == 1
 
 
+def test_workers_find_plug_ins_by_their_name(results):
+    captions, judged, texts, values = results["plugins"]
+    assert captions == {"rows": 7, "now": 2, "figures": {}}
+    assert judged == {"rows": 14, "now": 2, "figures": {}}
+    assert set(texts) == {"a red square", "a green square", "a blue square"}
+    assert all(0 <= value <= 1 for value in values)
+
+
 def test_stages_that_run_together_overlap(results):
     one, two, rows = results["together"]
     assert one["figures"] == two["figures"]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from capfilt.cli import main
+from capfilt.models import checkpoint
 from capfilt.tables.workspace import Workspace
 from tests.models.interop.reference import saved
 from tests.worlds import image_rows, write_images
@@ -60,6 +65,27 @@ def test_caption_score_and_export_take_transformers_directories(tmp_path, capsys
     assert call(*evaluate, "--tasks", "captioning") == 2
     assert "--tasks captioning" in capsys.readouterr().err
     assert call(*evaluate, "--tasks", "retrieval") == 0
+
+    # The lineage tells what each was made with, where it was and in which layout, without torch.
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from capfilt.catalog.report import write_report; from capfilt.tables.workspace import Workspace\n"
+        f"write_report(Workspace({str(place.path)!r}), {str(tmp_path / 'report.html')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    page = (tmp_path / "report.html").read_text()
+    rows = {row[: row.index("<")]: row for row in page.split("<h2>Lineage")[1].split("<tr><td>")[1:]}
+    itm = f"itm (transformers, {checkpoint.fingerprint(tmp_path / 'itm')[:12]})"
+    first = json.loads((place.path / "captions" / "blip" / "_part.json").read_text())["identity"]["captioner"]
+    assert f"blip (transformers, {first[:12]})" in rows["captions/blip"]
+    assert itm in rows["scores/itm"]
+    assert itm in rows["runs/itm"]
+
+    # A checkpoint that was moved is the same checkpoint.
+    (tmp_path / "itm").rename(tmp_path / "moved")
+    score = ("score", "--images", "web", "--captions", "blip", "--filter", tmp_path / "moved", "--out", "itm")
+    assert call(*score, *here) == 0
+    (tmp_path / "moved").rename(tmp_path / "itm")
 
     exported = tmp_path / "ws" / "models" / "filter"
     assert call("export", tmp_path / "itm", "--to", "capfilt", "--out", exported) == 0

@@ -1,0 +1,70 @@
+"""BLIP checkpoints behind the plug-ins' interface: what `--captioner` and `--filter` name when they name no plug-in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capfilt.data.transforms import decode_uint8
+from capfilt.inference.captioner import Captioner
+from capfilt.inference.engine import Engine
+from capfilt.inference.filter import Filter
+from capfilt.models import checkpoint
+
+EngineT = TypeVar("EngineT", bound=Engine)
+Pixels = npt.NDArray[np.uint8]
+
+
+class _Checkpoint(Generic[EngineT]):
+    """A checkpoint in any layout. Raises UserError at once where there is none that can be read."""
+
+    kind: ClassVar[type[Any]]
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        checkpoint.read_config(self.path)
+
+    def fingerprint(self) -> str:
+        return checkpoint.fingerprint(self.path)
+
+    def setup(self) -> None:
+        self.engine: EngineT = self.kind.load(self.path)
+
+    def prepare(self, data: bytes) -> Pixels:
+        """uint8 [3, S, S] at the model's size."""
+        return decode_uint8(data, self.engine.model.config.image_size)
+
+
+class BlipCaptioner(_Checkpoint[Captioner]):
+    """The captioner, with all of the stage's options."""
+
+    kind = Captioner
+
+    def caption(
+        self, images: Sequence[Pixels], keys: Sequence[str], **options: Any
+    ) -> list[tuple[str, float | None]]:
+        """As `Captioner.caption`, whose options these are."""
+        made = self.engine.caption(torch.from_numpy(np.stack(images)), keys=keys, **options)
+        return [(each.text, each.logprob) for each in made]
+
+
+class BlipFilter(_Checkpoint[Filter]):
+    """The filter. Its columns have their place in the contract of `scores`."""
+
+    kind = Filter
+    columns: Mapping[str, str] = {
+        "itm_score": "softmax(itm_logits)[1] of the image-grounded encoder fed [ENC], in [0, 1]",
+        "itc_score": "cosine of the unimodal image and text embeddings, in [-1, 1]",
+    }
+
+    def score(
+        self, images: Sequence[Pixels], image_index: Sequence[int], texts: Sequence[str], **options: Any
+    ) -> list[tuple[float, float]]:
+        """As `Filter.score_texts`, whose options these are."""
+        made = self.engine.score_texts(torch.from_numpy(np.stack(images)), image_index, texts, **options)
+        return [(each.itm_score, each.itc_score) for each in made]

@@ -1,0 +1,91 @@
+"""What `caption` and `score` ask of whatever writes and scores texts. BLIP checkpoints answer it, and so do plug-ins.
+
+A plug-in knows nothing of tables: pictures and texts come in, texts or numbers go out. Which rows they belong to is the
+stages' business; how one is found by its name is `registry.py`'s. A guide is in `docs/plugins.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Plugin(Protocol):
+    """What both kinds have in common.
+
+    It is made cheaply, from the argument after `NAME:`, in the process that plans a run and again in every worker;
+    weights are loaded by `setup`, in workers alone.
+    """
+
+    def fingerprint(self) -> str:
+        """Changes with whatever the answers depend on: version of the code, digest of the weights. Never empty."""
+
+    def setup(self) -> None:
+        """Load what the answers need; called once in each worker, before anything below."""
+
+    def prepare(self, data: bytes) -> Any:
+        """One encoded picture in the form this plug-in wants it, called from several threads at once.
+
+        `capfilt.data.transforms.decode_uint8(data, size)` gives uint8 [3, size, size], `capfilt.data.images.decode`
+        an RGB picture at its own size, both within capfilt's limits; `data` itself may be returned. Raise
+        `capfilt.data.images.BadImage` for a picture that cannot be used: it becomes a row with that failure.
+        """
+
+
+class CaptionerPlugin(Plugin, Protocol):
+    """Writes texts for pictures."""
+
+    def caption(
+        self,
+        images: Sequence[Any],
+        keys: Sequence[str],
+        *,
+        samples: int,
+        seed: int,
+        method: str,
+        top_p: float,
+        num_beams: int,
+        prompt: str,
+        max_new_tokens: int,
+        min_new_tokens: int,
+        repetition_penalty: float,
+        batch_size: int,
+    ) -> Sequence[tuple[str, float | None]]:
+        """`samples` pairs (text, log-probability or None) per image, image by image. Never called without images.
+
+        A plug-in names the options that mean something to it and takes the rest as `**rest`.
+
+        Args:
+            images: what `prepare` returned, one per picture.
+            keys: the pictures' image_ids: text k of image i should be drawn from (seed, keys[i], k) alone, so that it
+                does not depend on the batch it is in.
+            samples, seed, method, ...: the options of `capfilt caption`.
+        """
+
+
+class ScorerPlugin(Plugin, Protocol):
+    """Gives texts numbers under pictures."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """The scores' names, each with what it means and its range: columns of the part, float32, in this order."""
+
+    def score(
+        self,
+        images: Sequence[Any],
+        image_index: Sequence[int],
+        texts: Sequence[str],
+        *,
+        max_text_tokens: int,
+        batch_size: int,
+    ) -> Sequence[Sequence[float]]:
+        """Row j has a number per column, for texts[j] under images[image_index[j]]. Never called without texts.
+
+        A number that is not finite becomes the failure `not_finite`. A plug-in takes options it has no use for as
+        `**rest`.
+
+        Args:
+            images: what `prepare` returned, one per picture; one that nothing points at is not asked about.
+            image_index: for each text, the place of its picture in `images`.
+            max_text_tokens, batch_size: the options of `capfilt score`.
+        """
