@@ -128,3 +128,22 @@ def test_batches_of_another_task_are_refused_by_name(answering):
         NlvrTraining(model).losses(batch(pixels=pixels, label=torch.zeros(3, dtype=torch.int64)))
     with pytest.raises(UserError, match="no pixels"):
         NlvrTraining(model).losses(batch())
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr"])
+def test_half_precision_changes_little_and_losses_stay_whole(answering, task):
+    """A head or a loss computed in bf16, or dtypes that do not meet, found out on the first GPU."""
+    if task == "vqa":
+        module, given = VqaTraining(answering), questions(ANSWERS, WEIGHTS)
+    else:
+        module = NlvrTraining(loud(build_nlvr(NlvrConfig(VISION, TEXT)), 2))
+        given = batch(pixels=torch.randn(3, 2, 3, 16, 16), label=torch.tensor([0, 1, 1]))
+    module.eval()
+    plain = module.losses(given)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = module.losses(given)["loss"]
+    half.backward()
+    assert half.dtype == plain.dtype == torch.float32
+    found, expected = float(half.detach()), float(plain.detach())
+    assert found == pytest.approx(expected, rel=0.1)
+    assert found != expected, "autocast should have done something"

@@ -101,7 +101,7 @@ def test_vqa_v2_questions_meet_their_answers_and_pictures(place):
     counts = stage.output.counts()
     assert (counts.rows_in, counts.kept) == (6, 3)
     assert counts.failed == {"no_image": 1, "no_answer": 1, "empty_text": 1}
-    assert stage.output.contract is EXAMPLES
+    assert stage.output.contract == EXAMPLES
 
 
 def test_a_test_split_without_answers_is_no_fault(place):
