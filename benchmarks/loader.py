@@ -67,13 +67,17 @@ def write(root: Path, count: int, seed: int) -> Part:
     return part
 
 
+def statistics_of_clip() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation by channel, [3, 1, 1] each."""
+    return torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+
+
 class Plain(IterableDataset[tuple[torch.Tensor, str]]):
     """What one writes without a loader."""
 
     def __init__(self, paths: list[Path], size: int) -> None:
         self.paths, self.size = paths, size
-        self.mean = torch.tensor(MEAN)[:, None, None]
-        self.std = torch.tensor(STD)[:, None, None]
+        self.mean, self.std = statistics_of_clip()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, str]]:
         for path in self.paths:
@@ -97,6 +101,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
         paths = [part.path / f"{shard:05d}.parquet" for shard in part.shards()]
         pairs = PairStream([StreamInput(part)])
         tokenizer = Tokenizer.train([text.text or "" for _, text in pairs.rows()], 200)
+        mean, std = statistics_of_clip()
         steps = count // BATCH
         delivered: list[int] = []
         for size in (224, 384):
@@ -107,7 +112,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
                 for batch in pairs.batches(tokenizer, BATCH, size=size, steps=steps, window=200):
                     assert batch.pixels is not None
                     delivered[-1] += len(batch)
-                    found = normalise(batch.pixels)[0, 0, 0, 0].item()
+                    found = normalise(batch.pixels, mean, std)[0, 0, 0, 0].item()
                 return float(found)
 
             def theirs(size: int = size) -> float:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -52,20 +51,12 @@ def decode_uint8(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> npt
     return to_uint8(decode(data, max_pixels=max_pixels, draft_size=2 * size), size)
 
 
-@lru_cache(maxsize=32)
-def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    mean = torch.tensor(MEAN, dtype=torch.float64) * 255.0
-    scale = 1.0 / (torch.tensor(STD, dtype=torch.float64) * 255.0)
-    return mean.to(device, dtype)[:, None, None], scale.to(device, dtype)[:, None, None]
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [..., 3, H, W] to (x / 255 - mean) / std, in the dtype of `mean` and `std` [3, 1, 1], on the same device.
 
-
-def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (or float on the 0..255 scale) [..., 3, H, W] to float: (x / 255 - MEAN) / STD, on the same device.
-
-    Computed in float32, returned as `dtype`.
+    In place after the conversion: at the size of a batch, every further tensor would be fresh memory to be faulted in.
     """
-    mean, scale = _statistics(pixels.device, torch.float32)
-    return ((pixels.to(torch.float32) - mean) * scale).to(dtype)
+    return pixels.to(mean.dtype, copy=True).sub_(mean * 255).mul_(1 / (std * 255))
 
 
 # ---------------------------------------------------------------------- batches, on any device

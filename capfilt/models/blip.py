@@ -160,11 +160,20 @@ class Blip(nn.Module):
         with full_precision(states):
             return F.linear(states[:, 0].float(), self.itm_head.weight.float(), self.itm_head.bias.float())
 
-    def lm_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor | Sequence[Pair]) -> Tensor:
-        """fp32 logits [B, L, V]; position t predicts token t + 1 from the image and tokens 0..t."""
+    def lm_logits(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        image_tokens: Tensor | Sequence[Pair],
+        where: Tensor | None = None,
+    ) -> Tensor:
+        """fp32 logits [B, L, V]; position t predicts token t + 1 from the image and tokens 0..t.
+
+        where: bool [B, L] asks for these positions only, [T, V]: most of a small model's time goes into this projection.
+        """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
         states = self.text_decoder.bert(self._start(ids, self.config.text.dec_id), mask, cross, causal=True)
-        return self.text_decoder.logits(states)
+        return self.text_decoder.logits(states if where is None else states[where])
 
     # Writing, token by token.
 

@@ -285,13 +285,14 @@ def language_loss(
     vocabulary of 30524. No token to predict gives loss 0. With other `ranks`, the mean is over their tokens too.
     """
     labels = language_labels(ids, mask, prompt_length)
+    return token_loss(logits[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing, ranks)
+
+
+def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.1, ranks: Ranks = ALONE) -> Tensor:
+    """`language_loss` of logits [T, V] and labels int64 [T], -100 where nothing is to be predicted."""
     with full_precision(logits):
         total = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels.flatten(),
-            ignore_index=-100,
-            label_smoothing=label_smoothing,
-            reduction="sum",
+            logits.float(), labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="sum"
         )
         return total / ranks.mean((labels != -100).sum()).clamp(min=1.0 / ranks.world)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
@@ -26,12 +27,14 @@ from capfilt.models.objectives import (
     contrastive_targets,
     ema_update,
     hard_negatives,
+    language_labels,
     language_loss,
     matching_loss,
     matching_rows,
     mean_cosine,
     positives,
     similarities,
+    token_loss,
 )
 from capfilt.models.ranks import ALONE, Ranks, Rows
 
@@ -217,16 +220,7 @@ class BlipPretraining(nn.Module):
                 detached["itm_accuracy"] = matching.accuracy
                 detached["itm_balanced_accuracy"] = matching.balanced_accuracy
         if "lm" in objectives:
-            # No padding mask: pads come last, so no token before them sees one through the causal mask.
-            logits = model.lm_logits(batch.ids, None, cross)
-            found["lm"] = language_loss(
-                logits,
-                batch.ids,
-                batch.mask,
-                self.config.prompt_length,
-                self.config.label_smoothing,
-                self.ranks,
-            )
+            found["lm"] = self._write(batch, cross)
         total = torch.stack([self.config.weights.get(name, 1.0) * loss for name, loss in found.items()]).sum()
         return {"loss": total, **found, **detached}
 
@@ -353,9 +347,7 @@ class BlipPretraining(nn.Module):
         sizes = [len(some) for some, _ in groups]
         # Gathered once and split, not once per group: the gradient of a gather is as large as what was gathered from.
         image = pairs.image[order]
-        gathered = [
-            (torch.split(keys[image], sizes), torch.split(values[image], sizes)) for keys, values in cross
-        ]
+        gathered = [tuple(torch.split(each.index_select(0, image), sizes) for each in pair) for pair in cross]
         logits = [
             self.model.match_logits(
                 ids[pairs.text[some], :length],
@@ -365,6 +357,29 @@ class BlipPretraining(nn.Module):
             for group, (some, length) in enumerate(groups)
         ]
         return matching_loss(torch.cat(logits), pairs.label[order], pairs.keep[order], self.ranks)
+
+    def _write(self, batch: Batch, cross: Sequence[Pair]) -> Tensor:
+        # No padding mask: pads come last, so no token before them sees one through the causal mask.
+        config = self.config
+        if batch.ids.device.type != "cpu":
+            logits = self.model.lm_logits(batch.ids, None, cross)
+            return language_loss(
+                logits, batch.ids, batch.mask, config.prompt_length, config.label_smoothing, self.ranks
+            )
+        # Pads are skipped where looking at them costs nothing: see `length_chunks`.
+        labels = F.pad(language_labels(batch.ids, batch.mask, config.prompt_length), (0, 1), value=-100)
+        groups = length_chunks(batch.mask)
+        said, predicted = [], []
+        for some, length in groups:
+            near = (
+                cross
+                if len(groups) == 1
+                else [(k.index_select(0, some), v.index_select(0, some)) for k, v in cross]
+            )
+            wanted = labels[some, :length]
+            predicted.append(self.model.lm_logits(batch.ids[some, :length], None, near, wanted != -100))
+            said.append(wanted[wanted != -100])
+        return token_loss(torch.cat(predicted), torch.cat(said), config.label_smoothing, self.ranks)
 
 
 def _embed_text(towers: Blip | MomentumTowers, batch: Batch) -> Tensor:

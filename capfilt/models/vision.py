@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.data.transforms import normalise
 from capfilt.errors import UserError
 from capfilt.models.layers import PreNormBlock, init_std, init_truncated, run_layer
 from capfilt.models.trunk import TRUNKS, Trunk
@@ -176,7 +177,7 @@ class VisionTower(nn.Module):
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
         if pixels.dtype == torch.uint8:
-            return (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+            return normalise(pixels, self.mean, self.std)
         return pixels
 
     @torch.no_grad()

@@ -76,14 +76,16 @@ def test_decode_uint8_is_close_to_full_decoding() -> None:
 
 def test_normalise_known_answer() -> None:
     pixels = torch.tensor([0, 255, 128], dtype=torch.uint8)[:, None, None].expand(2, 3, 4, 4)
-    result = normalise(pixels)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    before = pixels.clone()
+    result = normalise(pixels, mean, std)
+    assert torch.equal(pixels, before)
     assert (result.shape, result.dtype) == ((2, 3, 4, 4), torch.float32)
     for channel, value in enumerate((0.0, 1.0, 128 / 255)):
         expected = (value - MEAN[channel]) / STD[channel]
         assert result[0, channel, 0, 0].item() == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(normalise(pixels.float()), result)
-    assert normalise(pixels, torch.bfloat16).dtype == torch.bfloat16
-    assert normalise(pixels[0]).shape == (3, 4, 4)
+    assert normalise(pixels, mean.bfloat16(), std.bfloat16()).dtype == torch.bfloat16
+    assert normalise(pixels[0], mean, std).shape == (3, 4, 4)
 
 
 # ------------------------------------------------------------------ batches
