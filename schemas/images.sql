@@ -26,7 +26,8 @@ CREATE TABLE images (
     CHECK (failure IN ('not_found', 'timeout', 'dns', 'connection', 'blocked_address', 'bad_url',
         'too_many_redirects', 'rate_limited', 'http_error', 'too_large', 'hash_mismatch', 'opted_out',
         'worker_died', 'no_image', 'not_an_image', 'truncated', 'too_many_pixels', 'too_small',
-        'bad_aspect_ratio', 'decode_error', 'file_missing', 'empty_text', 'too_long', 'not_finite'))
+        'bad_aspect_ratio', 'decode_error', 'file_missing', 'empty_text', 'too_long', 'not_finite',
+        'no_answer', 'unknown_label'))
 );
 
 COMMENT ON TABLE images IS 'a requested image, failures too (contract version 1, open to further columns)';

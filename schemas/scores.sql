@@ -12,7 +12,8 @@ CREATE TABLE scores (
     CHECK (failure IN ('not_found', 'timeout', 'dns', 'connection', 'blocked_address', 'bad_url',
         'too_many_redirects', 'rate_limited', 'http_error', 'too_large', 'hash_mismatch', 'opted_out',
         'worker_died', 'no_image', 'not_an_image', 'truncated', 'too_many_pixels', 'too_small',
-        'bad_aspect_ratio', 'decode_error', 'file_missing', 'empty_text', 'too_long', 'not_finite'))
+        'bad_aspect_ratio', 'decode_error', 'file_missing', 'empty_text', 'too_long', 'not_finite',
+        'no_answer', 'unknown_label'))
 );
 
 COMMENT ON TABLE scores IS 'a text under one scorer; in a plug-in''s part its own columns follow (contract version 1)';

@@ -1,6 +1,6 @@
 -- The analyst's views, by hand. What they stand on:
 --
---   raw.images, raw.captions, raw.scores, raw.signals, raw.verdicts, raw.pairs
+--   raw.images, raw.captions, raw.scores, raw.signals, raw.verdicts, raw.pairs, raw.examples
 --       every committed shard of every part of the table, pixels included: the columns of images.sql, captions.sql, ...
 --       and those carried along, behind `part`, the name of the part's directory
 --   raw.parts, raw.funnel
@@ -61,6 +61,10 @@ COMMENT ON COLUMN verdicts.rule IS 'the verdicts part: which rule decided';
 CREATE VIEW pairs AS SELECT part AS rule, * EXCLUDE (part, image) FROM raw.pairs;
 COMMENT ON VIEW pairs IS 'a kept image with its kept texts; without its pixels, which are in raw.pairs';
 COMMENT ON COLUMN pairs.rule IS 'the pairs part: which rule kept it';
+
+CREATE VIEW examples AS SELECT * FROM raw.examples;
+COMMENT ON VIEW examples IS 'a question or statement about one or two pictures, with its answers or its label';
+COMMENT ON COLUMN examples.part IS 'the examples part';
 
 CREATE VIEW funnel AS
 SELECT * FROM raw.funnel

@@ -209,6 +209,14 @@ FILTER = {
     "alpha_ramp_epochs": 1.0,
     "multi_positive": True,
 }
+VQA = {
+    **FINETUNING, "image_size": 480, "learning_rate": 2e-5, "epochs": 10.0, "max_text_tokens": 35, "max_words": 50,
+    "drop_path": 0.1, "label_smoothing": 0.1, "splits": ("train", "val"), "answer_weight": ("vg=0.2",),
+}  # fmt: skip
+NLVR2 = {
+    **FINETUNING, "learning_rate": 3e-5, "epochs": 15.0, "max_words": 40, "drop_path": 0.1, "swap": 0.5,
+    "splits": ("train",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -226,6 +234,8 @@ FILTER = {
         ("blip-finetune-retrieval", "finetune-filter", {**FILTER, "learning_rate": 1e-5}),
         ("blip-finetune-retrieval", "evaluate", {"rerank": 256, "split": "test"}),
         ("blip-finetune-caption", "evaluate", {"num_beams": 3, "max_new_tokens": 16, "method": "beam"}),
+        ("blip-finetune-vqa", "finetune-vqa", VQA),
+        ("blip-finetune-nlvr2", "finetune-nlvr", NLVR2),
         ("blip-base-14m", "select-cc12m", {"threshold": 0.5, "by": "itm_score"}),
         ("blip-base-14m", "caption-cc12m", {"method": "nucleus", "top_p": 0.9, "samples": 1}),
     ],

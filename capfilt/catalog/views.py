@@ -59,7 +59,7 @@ class View:
 def open_catalog(
     workspace: Workspace, found: Sequence[Account] | None = None
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with the views `images captions texts scores signals verdicts pairs funnel parts`.
+    """A connection with the views `images captions texts scores signals verdicts pairs examples funnel parts`.
 
     It reads the files of the shards that were committed when it was opened, and no other file; it cannot be told
     otherwise (`lock_configuration`). Pixels are read only by a query that names `raw.images.image` or

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,8 @@ from capfilt.data.examples import (
     slices,
     usable,
 )
-from capfilt.data.images import BadImage
 from capfilt.data.loader import Batch, Plan, TokenTable, batches
+from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, ImageStore, Index, JoinedRows, NoRows, Rows
 from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Tokenizer, clean
 from capfilt.errors import UserError
@@ -45,16 +45,6 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
-
-
-class BuildOptions(TypedDict, total=False):
-    """Keyword arguments that every builder takes: those of `ImageStore`, and `progress`."""
-
-    memory_limit: int
-    spill_dir: str | os.PathLike[str] | None
-    workers: int | None
-    max_pixels: int
-    progress: Callable[[int], None]
 
 
 @dataclass
@@ -340,24 +330,19 @@ class _Builder:
     """Columns of a corpus under construction."""
 
     def __init__(self, size: int, options: BuildOptions) -> None:
-        given = dict(options)
         self._progress = options.get("progress")
-        given.pop("progress", None)
-        self._store = ImageStore(size, **given)  # type: ignore[arg-type]
         self.skipped: Counter[str] = Counter()
         self.deselected: Counter[str] = Counter()
-        self._row_of: dict[str, int | None] = {}  # by image_id; None where the picture cannot be used
-        self._image_ids: list[str] = []
-        self._splits: list[str | None] = []
+        self._pictures = Pictures(size, options, self.skipped)
         self._image_of_text: list[int] = []
         self._texts: list[Text] = []
 
     def feed(self, entries: list[Entry], splits: Sequence[str | None] | None) -> None:
         """Take rows with their texts: what is unusable is counted, pictures that no text needs are not decoded."""
         chosen = list(usable(entries, splits, self.skipped, self.deselected))
-        self._decode([entry.row for entry in chosen])
+        self._pictures.add(entry.row for entry in chosen)
         for row, texts in chosen:
-            number = self._row_of[row["image_id"]]
+            number = self._pictures.row_of[row["image_id"]]
             if number is not None:
                 for text in texts:
                     self._image_of_text.append(number)
@@ -368,39 +353,17 @@ class _Builder:
 
     def corpus(self) -> Corpus:
         return Corpus(
-            images=self._store,
+            images=self._pictures.store,
             image_of_text=np.array(self._image_of_text, dtype=np.int64),
             texts=[text.text or "" for text in self._texts],
             sources=[text.source for text in self._texts],
             text_ids=[text.key for text in self._texts],
-            image_ids=self._image_ids,
+            image_ids=self._pictures.image_ids,
             weights=np.array([text.weight for text in self._texts], dtype=np.float32),
-            image_split=self._splits,
+            image_split=self._pictures.splits,
             skipped={reason: count for reason, count in sorted(self.skipped.items()) if count},
             deselected={reason: count for reason, count in sorted(self.deselected.items()) if count},
         )
-
-    def _decode(self, rows: list[dict[str, Any]]) -> None:
-        fresh: dict[str, tuple[bytes, str | None]] = {}
-        for row in rows:
-            key = row["image_id"]
-            if key in self._row_of or key in fresh:
-                continue
-            data = (row["image"] or {}).get("bytes")
-            if data:
-                fresh[key] = (data, row.get("split"))
-            else:
-                self._row_of[key] = None
-                self.skipped["no_image"] += 1
-        added = self._store.add([data for data, _ in fresh.values()])
-        for (key, (_, split)), result in zip(fresh.items(), added, strict=True):
-            if isinstance(result, BadImage):
-                self._row_of[key] = None
-                self.skipped[result.failure] += 1
-            else:
-                self._row_of[key] = result
-                self._image_ids.append(key)
-                self._splits.append(split)
 
 
 def _chained(lists: Iterable[list[T]]) -> list[T]:

@@ -285,12 +285,13 @@ class TokenTable:
         max_length: int = MAX_TOKENS,
         prompt: str = "",
         max_words: int | None = MAX_WORDS,
+        raw: bool = False,
     ) -> TokenTable:
-        """Tokenise `texts`, some thousands at a time."""
+        """Tokenise `texts`, some thousands at a time; arguments as in `Tokenizer.encode_ragged`."""
         parts: list[npt.NDArray[np.int32]] = []
         lengths = np.zeros(len(texts) + 1, dtype=np.int64)
         for start in range(0, len(texts), 8192):
-            rows = tokenizer.encode_ragged(texts[start : start + 8192], max_length, prompt, max_words)
+            rows = tokenizer.encode_ragged(texts[start : start + 8192], max_length, prompt, max_words, raw)
             lengths[start + 1 : start + 1 + len(rows)] = [len(row) for row in rows]
             parts.append(np.fromiter((i for row in rows for i in row), dtype=np.int32))
         flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

@@ -199,18 +199,20 @@ class Tokenizer:
         max_length: int = MAX_TOKENS,
         prompt: str = "",
         max_words: int | None = MAX_WORDS,
+        raw: bool = False,
     ) -> list[list[int]]:
         """[CLS] prompt text [SEP] as ids, a list per text, unpadded; at most `max_length` ids with [SEP] kept.
 
-        The word limit counts the text's words, not the prompt's (BLIP, official code). Raises ValueError for
-        `max_length` < 2.
+        The word limit counts the text's words, not the prompt's (BLIP, official code). `raw` texts are not cleaned
+        first, so that "10:30" keeps its colon; no word limit then. Raises ValueError for `max_length` < 2.
         """
         if max_length < 2:
             raise ValueError(f"max_length {max_length} leaves no room for [CLS] and [SEP]")
         lead = self._pieces([prompt], None)[0]
         room = max_length - 2
         return [
-            [self.cls_id, *(lead + pieces)[:room], self.sep_id] for pieces in self._pieces(texts, max_words)
+            [self.cls_id, *(lead + pieces)[:room], self.sep_id]
+            for pieces in self._pieces(texts, max_words, raw)
         ]
 
     def encode(
@@ -247,8 +249,8 @@ class Tokenizer:
         """
         return 1 + len(self._pieces([prompt], None)[0])
 
-    def _pieces(self, texts: Sequence[str], max_words: int | None) -> list[list[int]]:
-        cleaned = [clean(text, max_words) for text in texts]
+    def _pieces(self, texts: Sequence[str], max_words: int | None, raw: bool = False) -> list[list[int]]:
+        cleaned = list(texts) if raw else [clean(text, max_words) for text in texts]
         return [row.ids for row in self._inner.encode_batch(cleaned, add_special_tokens=False)]
 
     # ------------------------------------------------------------------ ids to text

@@ -23,14 +23,16 @@ from capfilt.models.blip import Blip, BlipConfig
 from capfilt.models.interop import layouts
 from capfilt.models.interop.contents import LEFTOVERS, Contents, Model, assemble
 from capfilt.models.interop.keymaps import Config
-from capfilt.models.vqa import BlipVqa, VqaConfig
+from capfilt.models.nlvr import NlvrConfig
+from capfilt.models.vqa import VqaConfig
 from capfilt.models.weights import check_tensors, read_safetensors, tensors
 from capfilt.tables.ids import file_sha256
 
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-KINDS: dict[str, type[BlipConfig | VqaConfig]] = {"blip": BlipConfig, "blip_vqa": VqaConfig}
+KINDS: dict[str, type[Config]] = {"blip": BlipConfig, "blip_vqa": VqaConfig, "blip_nlvr": NlvrConfig}
+WHAT = {"blip_vqa": "answers questions (BlipVqa)", "blip_nlvr": "judges statements about pictures (BlipNlvr)"}
 
 
 class Saveable(Protocol):
@@ -62,7 +64,7 @@ def save(
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save(partial)
         content = {
-            "model_type": "blip_vqa" if isinstance(model, BlipVqa) else "blip",
+            "model_type": _kind(model.config),
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
@@ -87,7 +89,7 @@ def load(
     contents, meta = open_any(path, image_size)
     if not isinstance(contents.model, Blip):
         raise UserError(
-            f"{path}: answers questions (BlipVqa); captioning, scoring and training need another checkpoint"
+            f"{path}: {WHAT[meta['model_type']]}; captioning, scoring and training need another checkpoint"
         )
     return contents.model.to(device), contents.tokenizer, meta
 
@@ -101,7 +103,9 @@ def open_any(path: str | Path, image_size: int = 0) -> tuple[Contents, dict[str,
     contents, meta = _read(place)
     if image_size and image_size != contents.model.config.image_size:
         if not isinstance(contents.model, Blip):
-            raise UserError(f"{place}: a BlipVqa keeps the image size it was saved with")
+            raise UserError(
+                f"{place}: a {type(contents.model).__name__} keeps the image size it was saved with"
+            )
         contents.model.resize_image(image_size)
     return contents, meta
 
@@ -134,8 +138,13 @@ def layout_of(path: str | Path) -> str:
 
 
 def _meta(layout: str, config: Config, extra: dict[str, Any]) -> dict[str, Any]:
-    kind = "blip_vqa" if isinstance(config, VqaConfig) else "blip"
-    return {"model_type": kind, "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout}
+    return {
+        "model_type": _kind(config), "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout
+    }  # fmt: skip
+
+
+def _kind(config: Config) -> str:
+    return next(name for name, each in KINDS.items() if type(config) is each)
 
 
 def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:

@@ -6,8 +6,9 @@ tensor has the name it has in the published checkpoints. Nothing here knows how 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -100,13 +101,46 @@ class ResidualNorm(nn.Module):
         return out
 
 
-class Attention(nn.Module):
-    """Attention of text states over themselves or over image tokens, with its output dense and LayerNorm."""
+class CrossAttention(nn.Module):
+    """What may stand as cross-attention in a layer: text states over keys and values made of image tokens."""
 
-    def __init__(self, config: TextConfig, source_width: int) -> None:
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.attention_dropout = config.attention_dropout
+
+    def keys_values(self, source: Tensor) -> Pair:
+        """Returns keys and values of `source` [B, N, S], each [B, H, N, d]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
+        """New states [R, L, D] of x [R, L, D]; `source` and `mask` as in `attend`."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
+        """The heads' outputs [R, L, D] of queries [R, L, D], before any dense layer.
+
+        source: keys and values of R rows, or of R/K images whose K rows lie side by side. mask: bool, as in SDPA.
+        """
+        rows, length, width = query.shape
+        keys, values = source
+        if keys.shape[0] != rows:
+            # Rows of one image attend to one copy of its keys: K rows of L tokens are K*L queries of that image.
+            query = query.view(keys.shape[0], -1, width)
+        dropout = self.attention_dropout if self.training else 0.0
+        # Under autocast the cache may hold another dtype than the query; SDPA wants one.
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        heads = F.scaled_dot_product_attention(
+            split_heads(query, self.heads), keys, values, attn_mask=mask, dropout_p=dropout
+        )
+        return merge_heads(heads).view(rows, length, width)
+
+
+class Attention(CrossAttention):
+    """Attention of text states over themselves or over image tokens, with its output dense and LayerNorm."""
+
+    def __init__(self, config: TextConfig, source_width: int) -> None:
+        super().__init__(config)
         self.self = Projections(config.width, source_width)
         self.output = ResidualNorm(config.width, config.width, config.dropout)
 
@@ -117,20 +151,8 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
-        """x [R, L, D]; source: keys and values of R rows, or of R/K images whose K rows lie side by side in x."""
-        rows, length, width = x.shape
-        keys, values = source
-        query = self.self.query(x)
-        if keys.shape[0] != rows:
-            # Rows of one image attend to one copy of its keys: K rows of L tokens are K*L queries of that image.
-            query = query.view(keys.shape[0], -1, width)
-        dropout = self.attention_dropout if self.training else 0.0
-        # Under autocast the cache may hold another dtype than the query; SDPA wants one.
-        keys, values = keys.to(query.dtype), values.to(query.dtype)
-        heads = F.scaled_dot_product_attention(
-            split_heads(query, self.heads), keys, values, attn_mask=mask, dropout_p=dropout
-        )
-        out: Tensor = self.output(merge_heads(heads).view(rows, length, width), x)
+        """New states [R, L, D] of x [R, L, D]; `source` and `mask` as in `attend`."""
+        out: Tensor = self.output(self.attend(self.self.query(x), source, mask), x)
         return out
 
 
@@ -148,11 +170,13 @@ class Intermediate(nn.Module):
 class Layer(nn.Module):
     """Self-attention, then (when there is an image) cross-attention, then feed-forward; each post-norm."""
 
-    def __init__(self, config: TextConfig, image_width: int, shared: Layer | None) -> None:
+    def __init__(
+        self, config: TextConfig, crossattention: Callable[[], CrossAttention], shared: Layer | None
+    ) -> None:
         super().__init__()
         self.attention = Attention(config, config.width)
         # BLIP, table 3: sharing all but self-attention is the best of four ways to share.
-        self.crossattention: Attention = shared.crossattention if shared else Attention(config, image_width)
+        self.crossattention: CrossAttention = shared.crossattention if shared else crossattention()
         self.intermediate: Intermediate = shared.intermediate if shared else Intermediate(config)
         self.output: ResidualNorm = (
             shared.output if shared else ResidualNorm(config.hidden, config.width, config.dropout)
@@ -205,15 +229,26 @@ class Stack(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Embeddings and layers. Built with `shared`, it owns its self-attention only and uses the other's rest."""
+    """Embeddings and layers. Built with `shared`, it owns its self-attention only and uses the other's rest.
 
-    def __init__(self, config: TextConfig, image_width: int, shared: TextTransformer | None = None) -> None:
+    crossattention: makes that of layer i, in place of `Attention`.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        image_width: int,
+        shared: TextTransformer | None = None,
+        crossattention: Callable[[int], CrossAttention] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.recompute = False  # see `Blip.recompute_activations`
         self.embeddings: Embeddings = shared.embeddings if shared else Embeddings(config)
+        cross = crossattention or (lambda index: Attention(config, image_width))
         layers = [
-            Layer(config, image_width, shared.layers[i] if shared else None) for i in range(config.depth)
+            Layer(config, partial(cross, index), shared.layers[index] if shared else None)
+            for index in range(config.depth)
         ]
         self.encoder = Stack(layers)
         for layer in layers:

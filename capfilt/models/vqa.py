@@ -7,6 +7,8 @@ the metric is the evaluations'.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.blip import ModelConfig
+from capfilt.models.blip import Blip, ModelConfig
 from capfilt.models.layers import Pair, full_precision
 from capfilt.models.objectives import language_labels
 from capfilt.models.text import SelfCache, TextDecoder, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
+from capfilt.models.weights import start_from
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class BlipVqa(nn.Module):
         self.text_encoder = TextTransformer(config.text, config.vision.width)
         # The decoder reads text states, so its keys and values come from the text width whatever the vision tower's is.
         self.text_decoder = TextDecoder(config.text, config.text.width)
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """As `Blip.recompute_activations`."""
+        for tower in (self.visual_encoder, self.text_encoder, self.text_decoder.bert):
+            tower.recompute = on
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
@@ -121,6 +129,27 @@ def build_vqa(config: VqaConfig, seed: int = 0) -> BlipVqa:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BlipVqa(config)
+
+
+def vqa_from_blip(model: Blip, seed: int = 0, drop_path: float = 0.1) -> BlipVqa:
+    """A BlipVqa that starts from a pretrained BLIP: encoder and decoder become copies, what they shared included.
+
+    Where the vision tower's width is not the text's, the decoder's cross-attention keys and values are new: it read
+    image tokens and will read the question's (BLIP, code). drop_path 0.1: BLIP, code, for this finetuning.
+    """
+    model.require("filter")
+    model.require("captioner")
+    vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
+    made = build_vqa(VqaConfig(vision, model.config.text), seed)
+
+    def new(name: str) -> bool:
+        read = name.startswith("text_decoder.") and re.search(r"crossattention\.self\.(key|value)\.", name)
+        return bool(read) and vision.width != model.config.text.width
+
+    found = model.state_dict()
+    names = [name for name in made.state_dict() if name in found and not new(name)]
+    start_from(made, {name: found[name] for name in names}, new)
+    return made
 
 
 def _start(ids: Tensor, token: int) -> Tensor:

@@ -6,7 +6,7 @@ Which name means what in another project's layout is `capfilt.models.interop`'s.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,17 @@ def fill(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         )
     check_tensors(path, tensors(model), {**unique, **rest})
     model.load_state_dict(unique, strict=False, assign=True)
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, state: Mapping[str, Tensor], new: Callable[[str], bool]) -> None:
+    """Copies `state` into the model's tensors of the same names; the rest, which must all be `new`, stay as they are.
+
+    ValueError where a tensor is neither given nor new, or is given and has no place.
+    """
+    own = model.state_dict(keep_vars=True)
+    lost = sorted(set(state) - set(own)) + sorted(name for name in own if name not in state and not new(name))
+    if lost:
+        raise ValueError(f"{len(lost)} tensors have no start or no place: {listed(lost)}")
+    for name, tensor in state.items():
+        own[name].copy_(tensor)

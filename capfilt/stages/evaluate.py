@@ -14,8 +14,8 @@ from capfilt.inference.captioner import Captioner
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
+from capfilt.stages.pair_training import IMAGE_COLUMNS
 from capfilt.stages.results import ResultStage, result_path
-from capfilt.stages.training import IMAGE_COLUMNS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.capabilities import BlipCapabilities

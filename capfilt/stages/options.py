@@ -2,7 +2,7 @@
 
 Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy.
 A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
-"images", "captions", "scores", "verdicts", "pairs" (parts), "model" (a checkpoint), "path" (a file or directory).
+"images", "captions", "scores", "verdicts", "pairs", "examples" (parts), "model" (a checkpoint), "path" (a file or directory).
 `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
 that those still count as done. `told` marks one that changes what a run says or keeps, and no result.
 """
@@ -92,6 +92,28 @@ class IngestOptions:
 
 
 @dataclass(frozen=True)
+class ExamplesOptions:
+    """Bring questions or statements about ingested pictures into an examples part, with their answers or labels."""
+
+    source_path: str = _option(
+        REQUIRED,
+        "VQA v2's questions, NLVR2's file, or records (JSON Lines or a JSON list): image or images; question, sentence "
+        "or hypothesis; answers or label; split",
+        kind="path",
+    )
+    dataset: str = _option(REQUIRED, "name of the examples part to write")
+    images: tuple[str, ...] = _option(
+        (), "images parts that hold the pictures, found by their keys; repeatable", kind="images"
+    )
+    annotations: str = _option("", "VQA v2's answers, where they are public", kind="path")
+    task: str = _option("auto", "auto (by the text's field), vqa, nlvr or entailment")
+    splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
+    split: str = _option("", "put every row into this split, where the source names none")
+    limit: int = _option(0, "only the first so many examples; 0 for all")
+    shard_size: int = _option(10_000, "rows per shard: the unit of resume")
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """The architecture, where a model is made from scratch."""
 
@@ -112,8 +134,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class OptimisationOptions:
-    """How long and how to train."""
+class LoopOptions:
+    """How long and how to train, whatever is learned."""
 
     steps: int = _option(0, "optimiser steps; 0: use `epochs`")
     epochs: float = _option(20.0, "passes over the texts, where `steps` is 0 (BLIP, section 4.1: 20)")
@@ -174,18 +196,6 @@ class OptimisationOptions:
         told=True,
     )
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
-    cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
-    stream: bool = _option(
-        False,
-        "read pictures from their shards as they are needed: memory does not grow with the corpus",
-        later=True,
-    )
-    loader_workers: int = _option(0, "with `stream`: processes that decode; 0 for threads", told=True)
-    mix: tuple[str, ...] = _option(
-        (),
-        "SOURCE=WEIGHT, the share of web, human or synthetic texts in every batch; repeatable",
-        later=True,
-    )
     precision: str = _option("auto", "auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16")
     save_every: int = _option(
         500, "steps between the states that an interrupted run continues from; 0 for none"
@@ -199,13 +209,31 @@ class OptimisationOptions:
     tensorboard: bool = _option(
         False, "also write tensorboard/ beside the checkpoint (capfilt[tensorboard])", told=True
     )
+    seed: int = _option(0, "of initialisation, order, crops and negatives")
+
+
+@dataclass(frozen=True)
+class OptimisationOptions(LoopOptions):
+    """How long and how to train on pairs."""
+
+    cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
+    stream: bool = _option(
+        False,
+        "read pictures from their shards as they are needed: memory does not grow with the corpus",
+        later=True,
+    )
+    loader_workers: int = _option(0, "with `stream`: processes that decode; 0 for threads", told=True)
+    mix: tuple[str, ...] = _option(
+        (),
+        "SOURCE=WEIGHT, the share of web, human or synthetic texts in every batch; repeatable",
+        later=True,
+    )
     stuck_steps: int = _option(
         2000, "warn after so many steps of ITM at its class prior, 0.6365; 0: never", told=True
     )
     collapse_steps: int = _option(
         500, "warn after so many steps of embeddings that are one point; 0: never", told=True
     )
-    seed: int = _option(0, "of initialisation, order, crops and negatives")
 
 
 @dataclass(frozen=True)
@@ -284,6 +312,63 @@ class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
     )
     image_size: int = _option(0, "pixels; 0 for the checkpoint's (BLIP's released code: 384)", later=True)
     out: str = _option("filter", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class TaskOptions(LoopOptions):
+    """What the stages that finetune for a task share: the recipes of BLIP's VQA and NLVR2 are these defaults."""
+
+    examples: tuple[str, ...] = _option((), "examples parts; repeatable", kind="examples")
+    images: tuple[str, ...] = _option((), "images parts with their pictures; repeatable", kind="images")
+    init: str = _option(
+        "pretrained", "checkpoint to start from: a pretrained BLIP, or a model of the task", kind="model"
+    )
+    splits: tuple[str, ...] = _option(("train",), "splits to train on; rows without one always are")
+    validate: int = _option(
+        2000,
+        "so many examples of the split val are judged at the end, where it is not trained on; 0 for none",
+        told=True,
+    )
+    image_size: int = _option(0, "pixels; 0 for the checkpoint's")
+    drop_path: float = _option(0.1, "of the vision tower (BLIP's released code for both tasks)")
+    min_lr: float = _option(0.0, "the schedule's end (BLIP's released code: 0)")
+    flip: bool = _option(True, "random horizontal flips, where neither text nor answer names a side")
+
+
+@dataclass(frozen=True)
+class FinetuneVqaOptions(TaskOptions):
+    """Finetune a BLIP to answer questions about pictures (BLIP, section 5.3)."""
+
+    answer_weight: tuple[str, ...] = _option(
+        (),
+        "PART=WEIGHT, what all answers of a part weigh (BLIP's released code: Visual Genome's 0.2); repeatable",
+    )
+    label_smoothing: float = _option(0.1, "of the answers' tokens (BLIP's released code)")
+    learning_rate: float = _option(2e-5, "peak (BLIP's VQA configuration)")
+    epochs: float = _option(
+        10.0, "passes over the questions, where `steps` is 0 (BLIP's VQA configuration: 10)"
+    )
+    max_text_tokens: int = _option(35, "questions are cut to this many tokens (BLIP's released code: 35)")
+    max_words: int = _option(50, "and before that to this many words (BLIP's released code: 50)")
+    out: str = _option("vqa", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class FinetuneNlvrOptions(TaskOptions):
+    """Finetune a BLIP to judge statements about two pictures (NLVR2; BLIP, section 5.4)."""
+
+    swap: float = _option(
+        0.5, "chance of showing a pair in the other order, left and right exchanged (BLIP's released code)"
+    )
+    learning_rate: float = _option(3e-5, "peak (BLIP's NLVR2 configuration)")
+    epochs: float = _option(
+        15.0, "passes over the statements, where `steps` is 0 (BLIP's NLVR2 configuration: 15)"
+    )
+    max_text_tokens: int = _option(
+        128, "statements are cut to this many tokens (BLIP's released code has no limit)"
+    )
+    max_words: int = _option(40, "and before that to this many words (BLIP's released code: 40)")
+    out: str = _option("nlvr", "name of the checkpoint to write")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,17 @@ STAGES = (
         out=True,
     ),
     StageCommand(
+        ("examples",),
+        stage_options.ExamplesOptions,
+        ("capfilt.stages.examples:Examples",),
+        (
+            "capfilt examples questions.json --annotations annotations.json --images coco --dataset vqav2",
+            "capfilt examples nlvr2/train.json --images nlvr2 --dataset nlvr2 --split train",
+        ),
+        positional="source_path",
+        out=True,
+    ),
+    StageCommand(
         ("subset",),
         stage_options.SubsetOptions,
         ("capfilt.stages.subset:Subset",),
@@ -106,6 +117,21 @@ STAGES = (
         stage_options.FinetuneFilterOptions,
         ("capfilt.stages.train:FinetuneFilter",),
         ("capfilt finetune filter --init pretrained --human coco",),
+    ),
+    StageCommand(
+        ("finetune", "vqa"),
+        stage_options.FinetuneVqaOptions,
+        ("capfilt.stages.task_training:FinetuneVqa",),
+        (
+            "capfilt finetune vqa --init pretrained --examples vqav2 --images coco",
+            "capfilt finetune vqa --examples vqav2 --examples vg --answer-weight vg=0.2 --images coco --images vg",
+        ),
+    ),
+    StageCommand(
+        ("finetune", "nlvr"),
+        stage_options.FinetuneNlvrOptions,
+        ("capfilt.stages.task_training:FinetuneNlvr",),
+        ("capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",),
     ),
     StageCommand(
         ("caption",),

@@ -1,6 +1,6 @@
 """The stages that train a BLIP: `pretrain`, `finetune captioner`, `finetune filter`, `retrain`.
 
-They differ in what they start from, which pairs they see and which losses they take; what they share is `training.py`'s.
+They differ in what they start from, which pairs they see and which losses they take; what they share is `pair_training.py`'s.
 A checkpoint directory holds `config.json` (written last), `model.safetensors`, `tokenizer.json`, `log.jsonl` (learning
 curves) and `exposures.parquet` (how often each text was trained on); where options ask for them, `live/` (the weights
 that were not averaged) and `best/` (those of the lowest training loss) are checkpoints of their own.
@@ -29,8 +29,8 @@ from capfilt.stages.options import (
     PretrainOptions,
     RetrainOptions,
 )
+from capfilt.stages.pair_training import IMAGE_COLUMNS, PairTraining
 from capfilt.stages.pairs import Pairs
-from capfilt.stages.training import IMAGE_COLUMNS, Training
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -38,7 +38,7 @@ from capfilt.tables.workspace import Workspace
 VERDICT_COLUMNS = ("text_id", "image_id", "source", "text", "keep")
 
 
-class Pretrain(Training):
+class Pretrain(PairTraining):
     """Step 1: noisy web pairs and human pairs; ITC, ITM and LM (BLIP, section 3.2)."""
 
     name = "pretrain"
@@ -175,7 +175,7 @@ def _loaded(directory: Path, image_size: int) -> tuple[Blip, Tokenizer]:
     return model, tokenizer
 
 
-class _Finetune(Training):
+class _Finetune(PairTraining):
     """Starts from a pretrained checkpoint and sees human pairs only."""
 
     options: FinetuneCaptionerOptions | FinetuneFilterOptions

@@ -1,34 +1,32 @@
-"""What the stages that train share: checks of options, the corpus, the loop's settings, and what lands in a checkpoint.
+"""What the stages that train share: checks of options, the loop's settings, and what lands in a checkpoint.
 
-Not here: what each starts from and which losses it takes (`train.py`), the loop itself (`capfilt.training`).
+Not here: what they train on (`pair_training.py`, `task_training.py`), what each starts from and which losses it takes
+(`train.py`), the loop itself (`capfilt.training`).
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from capfilt.data import transforms
-from capfilt.data.corpus import Batch, Corpus, concat, from_images
+from capfilt.data.loader import Batch
 from capfilt.data.store import cpu_workers
-from capfilt.data.stream import PairStream, StreamInput
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
-from capfilt.models.blip import Blip
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
+from capfilt.models.interop.contents import Model, empty
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
-from capfilt.stages.options import OptimisationOptions
-from capfilt.stages.pairs import Held, Pairs, Streamed, shares
+from capfilt.stages.options import LoopOptions
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -39,42 +37,63 @@ from capfilt.training.loop import TrainConfig, train
 from capfilt.training.optim import DECAY_RULES
 from capfilt.training.schedule import SCHEDULES
 
-IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure", "image")
 LOG_EVERY = 20
 
 
-class Training(ModelStage):
-    """What the four share: inputs, output, the loop."""
+class Data(Protocol):
+    """What a model is trained on, whatever it is."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """What is left out for a fault, by reason."""
+
+    @property
+    def deselected(self) -> Mapping[str, int]:
+        """What is left out without a fault, by reason."""
+
+    def batches(
+        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+    ) -> Iterator[Batch]:
+        """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
+        `transform`, and what the stage's `feed` adds.
+        """
+
+
+D = TypeVar("D", bound=Data)
+
+
+class Training(ModelStage, Generic[D]):
+    """What they share: checks, the loop, the checkpoint.
+
+    Attributes:
+        least: the smallest micro-batch that can be learned from.
+        shown: figures of the loop that progress and summary show.
+    """
 
     version = 1
+    least: ClassVar[int] = 1
+    shown: ClassVar[tuple[str, ...]]
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
         self.ranks = options.ranks
         self.output = output.path if output else workspace.model(options.out)
-        self.human = [workspace.part("images", name).expect("images").check() for name in options.human]
-        web = getattr(options, "web", ())
-        self.web = [workspace.part("images", name).expect("images").check() for name in web]
         if options.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"--precision {options.precision!r}: choose auto, fp32 or bf16")
         if options.steps < 0 or (not options.steps and options.epochs <= 0):
             raise UserError("--steps, or --epochs, must be above 0")
-        if options.batch_size < 2:
-            raise UserError(f"--batch-size {options.batch_size}: contrast and hard negatives need at least 2")
-        shares(options.mix)
-        if options.stream and options.cache_features:
-            raise UserError("--stream and --cache-features: features are cached for pictures that are held")
-        if options.loader_workers < 0 or (options.loader_workers and not options.stream):
-            raise UserError(f"--loader-workers {options.loader_workers}: 0 or more, and with --stream")
-        if options.accumulate < 1 or options.batch_size // options.accumulate < 2:
+        if options.batch_size < self.least:
+            why = ": contrast and hard negatives need at least 2" if self.least > 1 else ": give 1 or more"
+            raise UserError(f"--batch-size {options.batch_size}{why}")
+        if options.accumulate < 1 or options.batch_size // options.accumulate < self.least:
             raise UserError(
                 f"--accumulate {options.accumulate}: {options.batch_size} texts do not make so many micro-batches of at "
-                "least 2"
+                f"least {self.least}"
             )
         if options.ranks < 0 or (options.shard and options.ranks == 1):
             raise UserError(f"--ranks {options.ranks}: 0 or more, and with --shard more than 1")
-        if options.shard and options.cache_features:
-            raise UserError("--shard and --cache-features: features are cached by models that are whole")
         for name, allowed in (("schedule", SCHEDULES), ("decay", DECAY_RULES)):
             if getattr(options, name) not in allowed:
                 raise UserError(f"--{name} {getattr(options, name)!r}: choose {', '.join(allowed)}")
@@ -83,7 +102,7 @@ class Training(ModelStage):
                 f"--randaugment {options.randaugment}, level {options.randaugment_level:g}: give 0 or more operations, "
                 "and a level from 0 to 10"
             )
-        if options.randaugment and (options.cache_features or not options.augment):
+        if options.randaugment and not options.augment:
             raise UserError("--randaugment changes pictures: it needs --augment, and no --cache-features")
         if options.tensorboard:
             check_tensorboard()
@@ -95,37 +114,43 @@ class Training(ModelStage):
     # What each stage says for itself.
 
     @abstractmethod
-    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
-        """The model to train, and its tokenizer."""
-
-    @abstractmethod
-    def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
-        """Which losses."""
+    def inputs(self) -> list[Part]:
+        """Every part the training reads."""
 
     @abstractmethod
     def image_size(self) -> int:
         """Side of the pictures the model sees, in pixels."""
 
-    @property
-    def prompt(self) -> str:
-        """What stands before every text."""
-        return ""
+    @abstractmethod
+    def data(self, size: int) -> D:
+        """What to train on, with pictures of this side."""
 
-    def inputs(self) -> list[Part]:
-        """Every part the training reads."""
-        return [*self.human, *self.web]
+    @abstractmethod
+    def initial(self, data: D) -> tuple[Model, Tokenizer]:
+        """The model to train, and its tokenizer."""
 
-    def corpora(self, size: int) -> list[Corpus]:
-        """The pairs, a corpus per kind of input."""
-        return [
-            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size)
-            for parts in (self.human, self.web)
-            if parts
-        ]
+    @abstractmethod
+    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+        """The model with its losses."""
 
-    def streamed(self) -> list[StreamInput]:
-        """The same pairs, as a stream takes them."""
-        return [StreamInput(part) for part in (*self.human, *self.web)]
+    @abstractmethod
+    def feed(self) -> dict[str, Any]:
+        """Further options of the data's `batches`."""
+
+    @abstractmethod
+    def account(self, data: D) -> dict[str, Any]:
+        """What was trained on, in numbers."""
+
+    @abstractmethod
+    def exposures(self, data: D, counts: list[int]) -> pa.Table:
+        """How often each of the data was trained on."""
+
+    def prepare(self, data: D, model: Any, where: torch.device) -> None:
+        """Change the data for a model that is on its device, before the first batch."""
+
+    def judged(self, model: Any, tokenizer: Tokenizer, where: torch.device) -> dict[str, float]:
+        """Figures of the finished model, on rank 0."""
+        return {}
 
     # The same for all.
 
@@ -147,7 +172,7 @@ class Training(ModelStage):
         return True
 
     def outlook(self) -> str:
-        o: OptimisationOptions = self.options
+        o: LoopOptions = self.options
         length = f"{o.steps:,} steps" if o.steps else f"{o.epochs:g} epochs"
         rows = sum(part.rows for part in self.inputs())
         return f"{length} of {o.batch_size} texts over {rows:,} images"
@@ -162,25 +187,16 @@ class Training(ModelStage):
             raise UserError(
                 f"--batch-size {o.batch_size}: {ranks.world} ranks with {o.accumulate} micro-batches each do not divide it"
             )
-        pairs = self._pairs(self.image_size())
-        model, tokenizer = self.initial(pairs)
+        data = self.data(self.image_size())
+        model, tokenizer = self.initial(data)
         where = distributed.device()
         model.to(where)
         if o.freeze_vision:
             model.visual_encoder.requires_grad_(False)
         model.recompute_activations(o.recompute)
-        if o.cache_features:
-            if not (model.config.vision.trunk and model.config.vision.trunk_frozen):
-                raise UserError(
-                    "--cache-features: only a frozen trunk has features to cache (--preset trunk)"
-                )
-            assert isinstance(pairs, Held)
-            pairs.corpus = pairs.corpus.with_features(
-                lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)),
-                progress=lambda count: None,
-            )
-        steps = o.steps or math.ceil(o.epochs * len(pairs) / o.batch_size)
-        epoch = len(pairs) / o.batch_size
+        self.prepare(data, model, where)
+        steps = o.steps or math.ceil(o.epochs * len(data) / o.batch_size)
+        epoch = len(data) / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
         by_step = o.schedule == "cosine"
         config = TrainConfig(
@@ -192,7 +208,7 @@ class Training(ModelStage):
             warmup_steps=min(o.warmup_steps, steps // 2) if by_step else o.warmup_steps,
             schedule=o.schedule,
             decay_rate=o.decay_rate,
-            epoch_texts=0 if by_step else len(pairs),
+            epoch_texts=0 if by_step else len(data),
             weight_decay=o.weight_decay,
             decay=o.decay,
             clip_norm=o.clip_norm,
@@ -202,92 +218,87 @@ class Training(ModelStage):
             alpha_ramp_steps=math.ceil(ramp * epoch),
             hardness_ramp_steps=getattr(o, "hardness_ramp_steps", 0),
             precision=o.precision,
-            augment=None if not o.augment or o.cache_features or o.randaugment else self._augment,
+            augment=None
+            if not o.augment or getattr(o, "cache_features", False) or o.randaugment
+            else self._augment,
             log_every=LOG_EVERY,
             save_every=o.save_every,
             keep_states=o.keep_states,
-            stuck_steps=o.stuck_steps,
-            collapse_steps=o.collapse_steps,
+            stuck_steps=getattr(o, "stuck_steps", 0),
+            collapse_steps=getattr(o, "collapse_steps", 0),
         )
         self.output.mkdir(parents=True, exist_ok=True)
         state_path = self.output / "state.safetensors"
-        module = BlipPretraining(model, self.objective(tokenizer), ranks).to(where)
+        module = self.module(model, tokenizer, ranks).to(where)
         result = train(
             module,
-            lambda start: pairs.batches(
+            lambda start: data.batches(
                 tokenizer,
                 o.batch_size,
                 seed=o.seed,
                 steps=steps,
                 start_step=start,
-                max_text_tokens=o.max_text_tokens,
-                prompt=self.prompt,
+                max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
                 transform=partial(self._vary, ranks.rank) if o.randaugment else None,
-                mixing=shares(o.mix),
                 rank=ranks.rank,
                 world=ranks.world,
                 parts=o.accumulate,
+                **self.feed(),
             ),
             config,
-            on_step=lambda step, values: report(step, steps, _shown(values)),
+            on_step=lambda step, values: report(step, steps, self._shown(values)),
             on_best=partial(self._keep, "best", model, tokenizer, ranks) if o.keep_best else None,
             log_path=self.output / "log.jsonl",
             tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
             fingerprint=self._state_fingerprint(ranks),
-            examples=len(pairs),
+            examples=len(data),
             ranks=ranks,
             shard=o.shard,
         )
         figures = {
             "steps": result.steps,
-            "texts": len(pairs),
-            "images": pairs.pictures,
-            "by_source": pairs.texts_by_source(),
-            "left_out": {**pairs.skipped, **pairs.deselected},
+            **self.account(data),
+            "left_out": {**data.skipped, **data.deselected},
             "skipped_steps": result.skipped_steps,
             "seconds": round(result.seconds, 1),
-            **_shown(result.losses),
+            **self._shown(result.losses),
         }
         if ranks.rank == 0:
-            _write_exposures(self.output / "exposures.parquet", pairs, result.exposures.tolist())
-        extra = {
+            _publish(self.output / "exposures.parquet", self.exposures(data, result.exposures.tolist()))
+        if result.average:
+            self._keep("live", model, tokenizer, ranks, result.steps, result.losses.get("loss"))
+        extra: dict[str, Any] = {
             "stage": self.name,
             "fingerprint": self.fingerprint(),
             "identity": dict(self.identity()),
-            "figures": figures,
             "warnings": list(result.warnings),
         }
-        if result.average:
-            self._keep("live", model, tokenizer, ranks, result.steps, result.losses.get("loss"))
         # What everything downstream loads under the checkpoint's name is the average, where there is one.
         with swapped(module, result.average):
-            _save(self.output, model, tokenizer, ranks, extra)
-        if ranks.rank == 0:
-            state.remove(state_path)
-        return {name: figures[name] for name in ("steps", "texts", "images", *_shown(result.losses))}
-
-    def _pairs(self, size: int) -> Pairs:
-        if self.options.stream:
-            return Streamed(PairStream(self.streamed()), size, self.options.loader_workers)
-        corpus = concat(self.corpora(size))
-        if not len(corpus):
-            raise UserError(
-                f"{self.name}: no training pairs in {', '.join(str(part.path) for part in self.inputs())} "
-                f"(left out: {dict(corpus.skipped) | dict(corpus.deselected)})"
-            )
-        return Held(corpus)
+            complete = distributed.unsplit(model, lambda: empty(model.config))
+            if ranks.rank == 0:
+                figures |= self.judged(complete, tokenizer, where)
+                checkpoint.save(self.output, complete, tokenizer, {**extra, "figures": figures})
+                state.remove(state_path)
+        return {name: value for name, value in figures.items() if name not in _APART}
 
     def _state_fingerprint(self, ranks: Ranks) -> str:
         """What a saved state must share: where ranks have shards of their own, how many they are too."""
-        own = self.options.stream and ranks.world > 1
+        own = getattr(self.options, "stream", False) and ranks.world > 1
         return f"{self.fingerprint()} in {ranks.world} ranks" if own else self.fingerprint()
 
     def _keep(
-        self, name: str, model: Blip, tokenizer: Tokenizer, ranks: Ranks, step: int, loss: float | None
+        self, name: str, model: Model, tokenizer: Tokenizer, ranks: Ranks, step: int, loss: float | None
     ) -> None:
-        extra = {"stage": self.name, "of": self.output.name, "step": step, "loss": loss}
-        _save(self.output / name, model, tokenizer, ranks, extra)
+        """The checkpoint, by rank 0; all call it, since the weights may be split over them."""
+        complete = distributed.unsplit(model, lambda: empty(model.config))
+        if ranks.rank == 0:
+            extra = {"stage": self.name, "of": self.output.name, "step": step, "loss": loss}
+            checkpoint.save(self.output / name, complete, tokenizer, extra)
+
+    def _shown(self, values: Mapping[str, Any]) -> dict[str, float]:
+        return {name: float(values[name]) for name in (*self.shown, "images_per_second") if name in values}
 
     def _augmentation(self) -> transforms.Augmentation:
         return transforms.Augmentation(
@@ -298,7 +309,11 @@ class Training(ModelStage):
 
     def _augment(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         assert batch.pixels is not None
-        return transforms.augment(batch.pixels, generator, self._augmentation(), keep_sides=batch.sided)[0]
+        # An example may have two pictures: [B, 2, 3, S, S].
+        pictures = batch.pixels.flatten(0, -4)
+        sided = batch.sided.repeat_interleave(len(pictures) // len(batch.sided))
+        views = transforms.augment(pictures, generator, self._augmentation(), keep_sides=sided)[0]
+        return views.view_as(batch.pixels)
 
     def _vary(self, rank: int, pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
         o = self.options
@@ -313,16 +328,8 @@ class Training(ModelStage):
         )
 
 
-def _save(directory: Path, model: Blip, tokenizer: Tokenizer, ranks: Ranks, extra: dict[str, Any]) -> None:
-    """The checkpoint, by rank 0; all call it, since the weights may be split over them."""
-    complete = distributed.unsplit(model, lambda: Blip(model.config))
-    if ranks.rank == 0:
-        checkpoint.save(directory, complete, tokenizer, extra)
-
-
-def _shown(values: Mapping[str, Any]) -> dict[str, float]:
-    wanted = ("itc", "itm", "lm", "itm_balanced_accuracy", "images_per_second")
-    return {name: float(values[name]) for name in wanted if name in values}
+_APART = ("by_source", "left_out", "skipped_steps", "seconds")
+"""Figures of a checkpoint that a summary does not repeat."""
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -334,8 +341,6 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f" ({names[0]} changed)" if names else ""
 
 
-def _write_exposures(path: Path, pairs: Pairs, counts: list[int]) -> None:
-    text_ids, image_ids, sources = zip(*pairs.identities(), strict=True)
-    table = pa.table({"text_id": text_ids, "image_id": image_ids, "source": sources, "exposures": counts})
+def _publish(path: Path, table: pa.Table) -> None:
     path.unlink(missing_ok=True)
     publish_new(path, lambda attempt: pq.write_table(table, attempt, compression="zstd"))

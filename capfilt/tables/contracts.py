@@ -29,8 +29,14 @@ IMAGE_FAILURES = (
     "file_missing",
 )  # fmt: skip
 TEXT_FAILURES = ("empty_text", "too_long", "not_finite")
-FAILURES = DOWNLOAD_FAILURES + IMAGE_FAILURES + TEXT_FAILURES
+EXAMPLE_FAILURES = ("no_answer", "unknown_label")
+FAILURES = DOWNLOAD_FAILURES + IMAGE_FAILURES + TEXT_FAILURES + EXAMPLE_FAILURES
 """Why a row failed: the closed list of every `failure` column."""
+
+LABELS = {"vqa": (), "nlvr": ("false", "true"), "entailment": ("contradiction", "neutral", "entailment")}
+"""The tasks of examples, and the labels of each in the order of a classifier's outputs (entailment: ALBEF's order)."""
+
+TASKS = tuple(LABELS)
 
 MAX_TEXT_CHARACTERS = 10_000
 """A text longer than this is a row with the failure `too_long`; shorter ones are cut to the model's token limit."""
@@ -150,6 +156,8 @@ TEXT_TYPE = pa.struct(
         pa.field("weight", pa.float32()),
     ]
 )
+
+ANSWER_TYPE = pa.struct([pa.field("answer", pa.string()), pa.field("count", pa.int32())])
 
 # Without this key `datasets` shows the struct as a dict instead of decoding a picture.
 _DECODES_IMAGE = {"huggingface": '{"info": {"features": {"image": {"_type": "Image"}}}}'}
@@ -308,4 +316,57 @@ PAIRS = Contract(
     "a kept image with its kept texts: the corpus",
 )
 
-CONTRACTS = {contract.name: contract for contract in (IMAGES, CAPTIONS, SCORES, SIGNALS, VERDICTS, PAIRS)}
+EXAMPLES = Contract(
+    "examples",
+    1,
+    pa.schema(
+        [
+            _field(
+                "example_id",
+                pa.string(),
+                "128-bit hash of (dataset, key), 32 hex digits; unique across datasets",
+            ),
+            _field("dataset", pa.string(), "named source of the example, the first level under examples/"),
+            _field(
+                "key",
+                pa.string(),
+                "the example's key within its dataset: a question's or a sentence's number",
+            ),
+            _field("task", pa.string(), "vqa, nlvr or entailment: what is asked of a model"),
+            _field(
+                "image_ids",
+                pa.list_(pa.string()),
+                "the pictures, in the order the text means them (left, right), rows of images parts; empty where one of "
+                "them is not there",
+            ),
+            _field(
+                "text",
+                pa.string(),
+                "the question (vqa), statement (nlvr) or hypothesis (entailment), as found",
+                null=True,
+            ),
+            _field(
+                "answers",
+                pa.list_(ANSWER_TYPE),
+                "each answer once, as found, with how many annotators gave it; empty where there are none",
+            ),
+            _field(
+                "label",
+                pa.string(),
+                "the right class by name: true or false (nlvr), entailment, neutral or contradiction; else null",
+                null=True,
+            ),
+            _field(
+                "split", pa.string(), "train, val or test; null where the source has no splits", null=True
+            ),
+            _FAILURE,
+            _field("error_message", pa.string(), "the failure in words", null=True),
+        ]
+    ),
+    ("example_id",),
+    "a question or statement about one or two pictures, with its answers or its label",
+)
+
+CONTRACTS = {
+    contract.name: contract for contract in (IMAGES, CAPTIONS, SCORES, SIGNALS, VERDICTS, PAIRS, EXAMPLES)
+}

@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from capfilt.errors import UserError
-from capfilt.tables.contracts import CONTRACTS, FAILURES, SOURCES, SPLITS, STATUSES, Contract
+from capfilt.tables.contracts import CONTRACTS, FAILURES, SOURCES, SPLITS, STATUSES, TASKS, Contract
 from capfilt.tables.publish import replace
 
 BY_HAND = "views.sql"
@@ -35,7 +35,7 @@ _TYPES = {
     pa.float64(): "DOUBLE",
 }
 
-_CLOSED = {"status": STATUSES, "failure": FAILURES, "split": SPLITS, "source": SOURCES}
+_CLOSED = {"status": STATUSES, "failure": FAILURES, "split": SPLITS, "source": SOURCES, "task": TASKS}
 """The closed list of every column of this name. `images.source` is shorter: pictures come with found texts only."""
 
 _IDENTIFIER = re.compile(r"^[a-z_][a-z0-9_]*$")

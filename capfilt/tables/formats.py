@@ -17,10 +17,10 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,6 +108,16 @@ class Reading:
     split: str | None = None
     limit: int = 0
     shard_size: int = 1000
+
+
+class _HasKey(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def key(self) -> str: ...
+
+
+Keyed = TypeVar("Keyed", bound=_HasKey)
 
 
 class Source(ABC):
@@ -219,7 +229,7 @@ def coco_rows(data: Any, path: Path, images: Path, extra: Sequence[str] = ()) ->
     texts: dict[Any, list[str]] = {}
     for annotation in data["annotations"]:
         if isinstance(annotation, dict) and annotation.get("caption") is not None:
-            texts.setdefault(_hashable(annotation.get("image_id")), []).append(_text(annotation["caption"]))
+            texts.setdefault(_hashable(annotation.get("image_id")), []).append(text_of(annotation["caption"]))
     if data["annotations"] and not texts:
         raise UserError(
             f"{path}: its annotations have no `caption`; give the captions file, not instances or keypoints"
@@ -240,8 +250,8 @@ def coco_rows(data: Any, path: Path, images: Path, extra: Sequence[str] = ()) ->
             replace(
                 row,
                 captions=tuple(texts.get(identity, ())),
-                split=_split(entry.get("split")),
-                license=None if license_ is None else licenses.get(_hashable(license_), _text(license_)),
+                split=split_named(entry.get("split")),
+                license=None if license_ is None else licenses.get(_hashable(license_), text_of(license_)),
                 extra={name: entry.get(name) for name in extra},
             )
         )
@@ -249,7 +259,7 @@ def coco_rows(data: Any, path: Path, images: Path, extra: Sequence[str] = ()) ->
         if identity not in listed:
             words = f"captions are of image {identity!r}, which the file does not list"
             rows.append(_missing(SourceRow(f"#{identity}", tuple(captions)), words))
-    return _unique(rows)
+    return unique(rows)
 
 
 def karpathy_rows(data: Any, path: Path, images: Path, extra: Sequence[str] = ()) -> list[SourceRow]:
@@ -275,12 +285,12 @@ def karpathy_rows(data: Any, path: Path, images: Path, extra: Sequence[str] = ()
         rows.append(
             replace(
                 row,
-                captions=tuple(_text(each["raw"]) for each in sentences if each.get("raw") is not None),
-                split=_split(entry.get("split")),
+                captions=tuple(text_of(each["raw"]) for each in sentences if each.get("raw") is not None),
+                split=split_named(entry.get("split")),
                 extra={field: entry.get(field) for field in extra},
             )
         )
-    return _unique(rows)
+    return unique(rows)
 
 
 # -- folders --------------------------------------------------------------------------------------------------------
@@ -297,7 +307,7 @@ def folder_rows(path: Path, reading: Reading) -> list[SourceRow]:
     if path.is_file():
         beside = path.parent / "images"
         root = reading.images or (beside if beside.is_dir() else path.parent)
-        return _unique(_table_rows(path, root, reading))
+        return unique(_table_rows(path, root, reading))
     root = reading.images or path
     metadata = [path / name for name in _METADATA if (path / name).is_file()]
     if len(metadata) > 1:
@@ -312,7 +322,7 @@ def folder_rows(path: Path, reading: Reading) -> list[SourceRow]:
             file = root / name
             texts = () if metadata else _sidecar(file.with_suffix(".txt"))
             rows.append(SourceRow(storable(name), texts, _folder_split(name), file=file, extra=nothing))
-    return _unique(rows)
+    return unique(rows)
 
 
 def _table_rows(path: Path, root: Path, reading: Reading) -> list[SourceRow]:
@@ -341,8 +351,8 @@ def _table_rows(path: Path, root: Path, reading: Reading) -> list[SourceRow]:
         rows[row.key] = replace(
             row,
             captions=captions,
-            split=_split(record.get("split")) or _folder_split(row.key),
-            license=None if license_ is None else _text(license_),
+            split=split_named(record.get("split")) or _folder_split(row.key),
+            license=None if license_ is None else text_of(license_),
             extra={name: record.get(name) for name in reading.extra},
         )
     return list(rows.values())
@@ -426,14 +436,14 @@ def parquet_rows(path: Path, reading: Reading) -> list[SourceRow]:
     samples = {} if picture or not tar.is_file() else {sample.key: sample for sample in read_tar(tar)}
     rows = []
     for number, record in enumerate(pq.read_table(path).to_pylist()):
-        key = _text(record["key"]) if record.get("key") is not None else f"{path.stem}/{number:06d}"
+        key = text_of(record["key"]) if record.get("key") is not None else f"{path.stem}/{number:06d}"
         status, message = record.get("status") or "success", record.get("error_message")
         if status not in ("success", "failed_to_download", "failed_to_resize"):
             status, message = "failed_to_download", f"status {status!r}"
         row = SourceRow(
             key,
             tuple(text for column in columns for text in texts_in(record.get(column))),
-            _split(record.get("split")),
+            split_named(record.get("split")),
             url=_optional(record.get("url")),
             license=_optional(record.get("license")),
             status=status,
@@ -448,7 +458,7 @@ def parquet_rows(path: Path, reading: Reading) -> list[SourceRow]:
             sample = samples.get(key, samples.get(REST))
             row = _with_picture(row, record.get(picture) if picture else None, sample, path)
         rows.append(row)
-    return _unique(rows)
+    return unique(rows)
 
 
 def _with_picture(row: SourceRow, value: Any, sample: TarSample | None, path: Path) -> SourceRow:
@@ -577,7 +587,7 @@ def tar_rows(path: Path, reading: Reading) -> list[SourceRow]:
         row = SourceRow(
             key,
             captions,
-            _split(record.get("split")),
+            split_named(record.get("split")),
             url=_optional(record.get("url")),
             license=_optional(record.get("license")),
             original_width=_integer(record.get("original_width")),
@@ -591,7 +601,7 @@ def tar_rows(path: Path, reading: Reading) -> list[SourceRow]:
             )
         else:
             rows.append(sample.onto(row))
-    return _unique(rows)
+    return unique(rows)
 
 
 def _sample_fields(sample: TarSample) -> tuple[dict[str, Any], str]:
@@ -818,7 +828,7 @@ def arrow_column(values: Iterable[Any], type_: pa.DataType) -> pa.Array:
     """JSON values as an Arrow array: in a column of text, whatever is no text becomes its JSON."""
     if type_ != pa.string():
         return pa.array(list(values), type_)
-    return pa.array([None if value is None else _text(value) for value in values], type_)
+    return pa.array([None if value is None else text_of(value) for value in values], type_)
 
 
 def texts_in(value: Any) -> list[str]:
@@ -827,7 +837,7 @@ def texts_in(value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [text for each in value for text in texts_in(each)]
-    return [_text(value)]
+    return [text_of(value)]
 
 
 def storable(text: str) -> str:
@@ -872,7 +882,7 @@ def _placed(name: Any, root: Path, otherwise: str) -> SourceRow:
     return SourceRow(storable(PurePosixPath(name).as_posix()), file=file)
 
 
-def _unique(rows: list[SourceRow]) -> list[SourceRow]:
+def unique(rows: list[Keyed]) -> list[Keyed]:
     """The rows with unlike keys: of those that share one, all but the first get a number."""
     counts = Counter(row.key for row in rows)
     if len(counts) == len(rows):
@@ -900,23 +910,25 @@ def _failed(row: SourceRow, failure: str, message: str) -> SourceRow:
     return replace(row, file=None, picture=None, status="failed_to_resize", failure=failure, message=message)
 
 
-def _split(value: Any) -> str | None:
+def split_named(value: Any) -> str | None:
+    """train, val or test by any of the names that other tools give them; None for anything else."""
     return _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def _folder_split(name: str) -> str | None:
     folder, separator, _ = name.partition("/")
-    return _split(folder) if separator else None
+    return split_named(folder) if separator else None
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A JSON value as a text that can be stored: a string as it is, anything else as its JSON."""
     if isinstance(value, str):
         return storable(value)
     return storable(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _optional(value: Any) -> str | None:
-    return None if value is None else _text(value)
+    return None if value is None else text_of(value)
 
 
 def _integer(value: Any) -> int | None:

@@ -24,6 +24,11 @@ def image_id(dataset: str, key: str) -> str:
     return _hash("image", dataset, key)
 
 
+def example_id(dataset: str, key: str) -> str:
+    """The id of an example: 32 hex digits, unique across datasets (`key` is unique only within its dataset)."""
+    return _hash("example", dataset, key)
+
+
 def text_id(image: str, source: str, text: str, generator: str, sample_index: int) -> str:
     """The id of a text of the image with id `image`: 32 hex digits.
 

@@ -11,7 +11,7 @@ from capfilt.tables.shards import Part
 
 
 class Workspace:
-    """One directory holding `images/ captions/ scores/ signals/ verdicts/ pairs/ models/ runs/`."""
+    """One directory holding `images/ captions/ scores/ signals/ verdicts/ pairs/ examples/ models/ runs/`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if "://" in str(path):

@@ -17,7 +17,18 @@ from capfilt.tables.shards import Counts
 from capfilt.tables.texts import texts_of
 from capfilt.tables.workspace import Workspace
 
-VIEWS = ["images", "captions", "texts", "scores", "signals", "verdicts", "pairs", "funnel", "parts"]
+VIEWS = [
+    "images",
+    "captions",
+    "texts",
+    "scores",
+    "signals",
+    "verdicts",
+    "pairs",
+    "examples",
+    "funnel",
+    "parts",
+]
 
 
 def bytes_read() -> int:

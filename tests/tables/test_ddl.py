@@ -95,7 +95,7 @@ def test_key_and_closed_lists_are_enforced(connection, contract: Contract) -> No
 
 
 def filler(field: pa.Field) -> object:
-    known = {"status": "success", "source": "web", "split": "val"}
+    known = {"status": "success", "source": "web", "split": "val", "task": "vqa"}
     if pa.types.is_list(field.type):
         return []
     if pa.types.is_boolean(field.type):

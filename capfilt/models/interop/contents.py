@@ -19,12 +19,13 @@ import capfilt
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
-from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, kind_of, reason
+from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, reason
+from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vision import resize_position_embedding
 from capfilt.models.vqa import BlipVqa, VqaConfig
 from capfilt.models.weights import fill, listed, read_safetensors
 
-Model = Blip | BlipVqa
+Model = Blip | BlipVqa | BlipNlvr
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
 
 
@@ -81,10 +82,17 @@ def take(
 def assemble(path: Path, config: Config, state: dict[str, Tensor]) -> Model:
     """A model of `config` in evaluation mode that owns `state`; UserError as `weights.fill`."""
     with torch.device("meta"):
-        model: Model = Blip(config) if isinstance(config, BlipConfig) else BlipVqa(config)
+        model = empty(config)
     fill(path, model, state)
     model.visual_encoder.set_normalisation()
     return model.eval()
+
+
+def empty(config: Config) -> Model:
+    """A model of the class that `config` is the configuration of."""
+    if isinstance(config, BlipConfig):
+        return Blip(config)
+    return BlipVqa(config) if isinstance(config, VqaConfig) else BlipNlvr(config)
 
 
 def resized(path: Path, config: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +138,7 @@ def with_settings(path: Path, config: Config, names: tuple[str, ...], settings: 
         group, _, leaf = name.rpartition(".")
         (values[group] if group else values)[leaf] = value
     try:
-        return BlipConfig.from_dict(values) if kind_of(config) != "vqa" else VqaConfig.from_dict(values)
+        return type(config).from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

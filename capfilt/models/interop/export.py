@@ -35,10 +35,10 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
         raise UserError(f"--only {only!r}: choose captioner or filter")
     if out.exists():
         raise UserError(f"{out}: exists already; name a new directory")
-    contents, _ = checkpoint.open_any(source, image_size)
+    contents, meta = checkpoint.open_any(source, image_size)
     if only:
         if not isinstance(contents.model, Blip):
-            raise UserError(f"{source}: answers questions; it has no {only} inside")
+            raise UserError(f"{source}: {checkpoint.WHAT[meta['model_type']]}; it has no {only} inside")
         contents = replace(contents, model=halved(contents.model, only))
         if only == "captioner":
             # They belong to ITC, which a captioner does not have.

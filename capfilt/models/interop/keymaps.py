@@ -10,9 +10,10 @@ import re
 from dataclasses import dataclass
 
 from capfilt.models.blip import BlipConfig
+from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.vqa import VqaConfig
 
-Config = BlipConfig | VqaConfig
+Config = BlipConfig | VqaConfig | NlvrConfig
 
 _TRANSFORMERS_TOWER = {
     "cls_token": "embeddings.class_embedding",
@@ -44,6 +45,16 @@ _TEXT_LAYER = (
     "output.dense",
     "output.LayerNorm",
 )
+_TWIN_ATTENTION = (
+    *(f"crossattention.{twin}.{each}" for twin in ("self0", "self1") for each in ("query", "key", "value")),
+    *(f"crossattention.output.{each}" for each in ("dense0", "dense1", "LayerNorm")),
+)
+_TWIN_LAYER = (
+    *(each for each in _TEXT_LAYER if not each.startswith("crossattention.")),
+    *_TWIN_ATTENTION,
+)
+_MERGE = "crossattention.output.merge_layer"
+_TRUTH_HEAD = ("cls_head.0.weight", "cls_head.0.bias", "cls_head.2.weight", "cls_head.2.bias")
 _LM_HEAD = (
     "cls.predictions.bias",
     "cls.predictions.transform.dense.weight",
@@ -90,14 +101,19 @@ def reason(name: str) -> str | None:
 
 
 def kind_of(config: Config) -> str:
-    """ "both", "captioner", "filter" or "vqa"."""
-    return config.half if isinstance(config, BlipConfig) else "vqa"
+    """ "both", "captioner", "filter", "vqa" or "nlvr"."""
+    if isinstance(config, BlipConfig):
+        return config.half
+    return "vqa" if isinstance(config, VqaConfig) else "nlvr"
 
 
 def original_names(config: Config) -> dict[str, str]:
     """Our name of every tensor of the model, shared ones under each of their names -> the original repository's."""
     kind = kind_of(config)
     names = [*_tower_names(config.vision.depth)]
+    if kind == "nlvr":
+        names += [*_twin_names(config.text.depth), *_TRUTH_HEAD]
+        return {name: name for name in names}
     if kind != "captioner":
         names += _text_names("text_encoder.", config.text.depth)
     if kind != "filter":
@@ -112,7 +128,7 @@ def original_names(config: Config) -> dict[str, str]:
 
 
 def transformers_names(config: Config) -> dict[str, str]:
-    """Our name of every tensor that transformers' class of this kind has -> its name there; no kind "both".
+    """Our name of every tensor that transformers' class of this kind has -> its name there; no kind "both" or "nlvr".
 
     The temperature is missing: transformers has no home for it.
     """
@@ -138,11 +154,21 @@ def _tower_names(depth: int) -> list[str]:
     ]
 
 
-def _text_names(prefix: str, depth: int) -> list[str]:
+def _text_names(prefix: str, depth: int, layer: tuple[str, ...] = _TEXT_LAYER) -> list[str]:
     names = [prefix + each for each in _TEXT_EMBEDDINGS]
     return names + [
         f"{prefix}encoder.layer.{index}.{module}.{leaf}"
         for index in range(depth)
-        for module in _TEXT_LAYER
+        for module in layer
+        for leaf in ("weight", "bias")
+    ]
+
+
+def _twin_names(depth: int) -> list[str]:
+    """The text encoder with two cross-attentions a layer; the second half of its layers has merging layers."""
+    names = _text_names("text_encoder.", depth, _TWIN_LAYER)
+    return names + [
+        f"text_encoder.encoder.layer.{index}.{_MERGE}.{leaf}"
+        for index in range(depth // 2, depth)
         for leaf in ("weight", "bias")
     ]

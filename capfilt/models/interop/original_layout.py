@@ -1,7 +1,7 @@
 """The original repository's `.pth` files: a dictionary whose `model` holds the tensors of one of its model classes.
 
-Pretraining (BLIP_Pretrain), captioning (BLIP_Decoder), retrieval (BLIP_Retrieval) and VQA (BLIP_VQA). Such a file holds
-no geometry: sizes are read off the tensors, numbers of heads follow from BLIP's 64 channels a head.
+Pretraining (BLIP_Pretrain), captioning (BLIP_Decoder), retrieval (BLIP_Retrieval), VQA (BLIP_VQA) and NLVR2 (BLIP_NLVR).
+Such a file holds no geometry: sizes are read off the tensors, numbers of heads follow from BLIP's 64 channels a head.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from capfilt.models.interop.contents import (
     write_beside,
 )
 from capfilt.models.interop.keymaps import TIED, Config, original_names
+from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.presets import LARGE
 from capfilt.models.vqa import VqaConfig
 from capfilt.models.weights import listed, read_pickled
@@ -45,9 +46,10 @@ NO_HOME = (
     "text.attention_dropout",
     "embed_dim",
     "max_text_tokens",
+    "max_words",
     "prompt",
 )
-_NLVR = "cls_head."
+_OTHERS: dict[str, type[VqaConfig | NlvrConfig]] = {"vqa": VqaConfig, "nlvr": NlvrConfig}
 
 
 def files(path: Path) -> list[Path]:
@@ -123,17 +125,17 @@ def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
 
 
 def _config(path: Path, found: dict[str, Tensor], image_size: int) -> tuple[Config, dict[str, Any]]:
-    if any(name.startswith(_NLVR) for name in found):
-        raise UserError(f"{path}: an NLVR2 model ({_NLVR}*), which has no class in capfilt")
     encoder, decoder = "text_encoder.", "text_decoder.bert."
     present = [prefix for prefix in (encoder, decoder) if _any(found, prefix)]
     if not present:
         raise UserError(f"{path}: neither {encoder}* nor {decoder}*: no BLIP of the original repository")
     root = present[0]
-    heads_of = "itm_head.weight" in found
-    kind = (
-        "captioner" if root == decoder else "filter" if len(present) == 1 else "both" if heads_of else "vqa"
-    )
+    if root == decoder:
+        kind = "captioner"
+    elif len(present) == 1:
+        kind = "nlvr" if _any(found, "cls_head.") else "filter"
+    else:
+        kind = "both" if "itm_head.weight" in found else "vqa"
     tower = "visual_encoder."
     width, patch = (_shape(path, found, tower + "patch_embed.proj.weight", 4)[i] for i in (0, 3))
     rows = _shape(path, found, tower + "pos_embed", 3)[1] - 1
@@ -162,8 +164,9 @@ def _config(path: Path, found: dict[str, Tensor], image_size: int) -> tuple[Conf
     }
     values: dict[str, Any] = {"vision": vision, "text": text}
     try:
-        if kind == "vqa":
-            config: Config = VqaConfig.from_dict(values)
+        config: Config
+        if kind in _OTHERS:
+            config = _OTHERS[kind].from_dict(values)
         else:
             embed = (
                 {"embed_dim": found["vision_proj.weight"].shape[0]} if "vision_proj.weight" in found else {}

@@ -17,15 +17,17 @@ from capfilt.models.blip import Blip, BlipConfig, build
 from capfilt.models.interop import original_layout, transformers_layout, vocabulary
 from capfilt.models.interop.contents import Contents
 from capfilt.models.interop.export import _write, export
+from capfilt.models.nlvr import BlipNlvr, NlvrConfig, build_nlvr
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.models.vqa import VqaConfig, build_vqa
 from tests.models.interop.reference import CLASSES, WORDS, loud
 
-KINDS = ("both", "captioner", "filter", "vqa")
+KINDS = ("both", "captioner", "filter", "vqa")  # those that transformers has classes for
 # Every ordered pair of layouts once, each with itself too.
 TOUR = ("capfilt", "capfilt", "transformers", "transformers", "original", "original", "capfilt", "original",
         "transformers", "capfilt")  # fmt: skip
+NLVR_TOUR = ("capfilt", "capfilt", "original", "original", "capfilt")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,9 @@ def made(kind: str, tokenizer: Tokenizer, seed: int = 1) -> Contents:
     if kind == "vqa":
         model = loud(build_vqa(VqaConfig(vision, text, max_text_tokens=17)), seed)
         return Contents(model, tokenizer, {"note": kind})
+    if kind == "nlvr":
+        model = loud(build_nlvr(NlvrConfig(vision, text, max_words=17)), seed)
+        return Contents(model, tokenizer, {"note": kind})
     config = BlipConfig(vision, text, 12, 17, "an etching of ", kind)
     model = loud(build(config), seed)
     leftovers = {}
@@ -66,7 +71,10 @@ def made(kind: str, tokenizer: Tokenizer, seed: int = 1) -> Contents:
 def outputs(model) -> list[torch.Tensor]:
     ids, mask = torch.tensor([[2, 7, 9, 3, 0]]), torch.tensor([[True, True, True, True, False]])
     side = model.config.image_size
-    tokens = model.encode_image(torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side))
+    images = torch.linspace(-1, 1, 6 * side * side).view(2, 3, side, side)
+    if isinstance(model, BlipNlvr):
+        return [model.truth_logits(ids, mask, model.encode_image(images))]
+    tokens = model.encode_image(images[:1])
     if not isinstance(model, Blip):
         states = model.encode_question(ids, mask, tokens)
         return [model.answer_logits(ids, mask, model.prefill_cross(states), mask)]
@@ -86,19 +94,23 @@ def same(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_layout_into_every_other_keeps_everything(tmp_path, bert, kind):
+def test_the_tours_leave_no_pair_of_layouts_out():
+    assert len(set(pairwise(TOUR))) == 9
+    assert len(set(pairwise(NLVR_TOUR))) == 4
+
+
+@pytest.mark.parametrize(("kind", "tour"), [*((kind, TOUR) for kind in KINDS), ("nlvr", NLVR_TOUR)])
+def test_every_layout_into_every_other_keeps_everything(tmp_path, bert, kind, tour):
     start = made(kind, bert)
     expected = outputs(start.model)
     place = tmp_path / "0"
     place.mkdir()
-    _write(place, TOUR[0], start)
-    assert len(set(pairwise(TOUR))) == 9
-    for step, layout in enumerate(TOUR[1:], start=1):
+    _write(place, tour[0], start)
+    for step, layout in enumerate(tour[1:], start=1):
         lines = export(place, layout, tmp_path / str(step))
         place = tmp_path / str(step)
         found, meta = checkpoint.open_any(place)
-        where = f"{TOUR[step - 1]} to {layout}"
+        where = f"{tour[step - 1]} to {layout}"
         assert meta.get("layout", "capfilt") == layout
         assert found.model.config == start.model.config, where
         assert same(found.model.state_dict(), start.model.state_dict()), where
@@ -240,6 +252,18 @@ def test_an_answering_model_with_a_wider_tower_has_no_home_in_transformers(tmp_p
     checkpoint.save(tmp_path / "source", build_vqa(wide), corpus)
     with pytest.raises(UserError, match=r"vision\.width \(32\) other than text\.width \(16\) has no home"):
         export(tmp_path / "source", "transformers", tmp_path / "out")
+
+
+def test_a_model_of_two_images_has_no_class_in_transformers_and_no_halves(tmp_path, corpus):
+    source = made("nlvr", corpus)
+    checkpoint.save(tmp_path / "source", source.model, corpus)
+    with pytest.raises(UserError, match=r"source: an NLVR2 model \(BlipNlvr\) has no home in transformers"):
+        export(tmp_path / "source", "transformers", tmp_path / "out")
+    with pytest.raises(UserError, match=r"judges statements about pictures .* no filter inside"):
+        export(tmp_path / "source", "capfilt", tmp_path / "out", only="filter")
+    with pytest.raises(UserError, match=r"judges statements about pictures .* need another checkpoint"):
+        checkpoint.load(tmp_path / "source")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["source"]
 
 
 def test_an_existing_directory_is_left_alone(tmp_path, corpus):

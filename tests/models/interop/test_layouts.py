@@ -16,6 +16,7 @@ from capfilt.inference.filter import Filter
 from capfilt.models import checkpoint
 from capfilt.models.interop import layouts
 from capfilt.models.interop.keymaps import original_names, transformers_names
+from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vision import resize_position_embedding
 from tests.models.interop.reference import DEC, DEPTH, PATCH, SIDE, pictures, saved, texts, write_vocabulary
 
@@ -114,6 +115,62 @@ def test_a_captioning_and_an_answering_checkpoint(tmp_path):
     assert torch.equal(*logits)
 
 
+@pytest.fixture
+def nlvr2(retrieval):
+    """A filter as the original code makes an NLVR2 model of it, with what it adds, and its file."""
+    state, path, _ = retrieval
+    state = {
+        name: each
+        for name, each in state.items()
+        if name.partition(".")[0] in ("visual_encoder", "text_encoder")
+    }
+    for name in [
+        name for name in state if "crossattention.self." in name or "crossattention.output.dense." in name
+    ]:
+        tensor = state.pop(name)
+        state[name.replace("crossattention.self.", "crossattention.self0.").replace("dense", "dense0")] = (
+            tensor
+        )
+        state[name.replace("crossattention.self.", "crossattention.self1.").replace("dense", "dense1")] = (
+            tensor + 0.1
+        )
+    merge = "text_encoder.encoder.layer.1.crossattention.output.merge_layer"
+    state |= {
+        f"{merge}.weight": torch.randn(16, 32), f"{merge}.bias": torch.randn(16),
+        "cls_head.0.weight": torch.randn(16, 16), "cls_head.0.bias": torch.randn(16),
+        "cls_head.2.weight": torch.randn(2, 16), "cls_head.2.bias": torch.randn(2),
+    }  # fmt: skip
+    return state, path
+
+
+@torch.no_grad()
+def test_an_nlvr2_checkpoint(nlvr2):
+    state, path = nlvr2
+    model = checkpoint.open_any(save(state, path))[0].model
+    assert isinstance(model, BlipNlvr)
+    assert (model.config.image_size, model.config.vision.heads, model.config.text.heads) == (SIDE, 3, 2)
+    assert set(original_names(model.config)) == set(model.state_dict())
+    ours = model.state_dict()
+    assert all(torch.equal(ours[name], state[name]) for name in ours)
+    assert state.keys() - ours.keys() == {"text_encoder.embeddings.position_ids"}
+
+
+@pytest.mark.parametrize("broken", [
+    "text_encoder.encoder.layer.0.crossattention.self1.key.weight",
+    "text_encoder.encoder.layer.1.crossattention.output.merge_layer.bias",
+    "cls_head.2.bias",
+])  # fmt: skip
+def test_one_broken_key_of_an_nlvr2_checkpoint_is_named(nlvr2, broken):
+    state, path = nlvr2
+    wrong = broken.replace("self1", "self2").replace("layer.1", "layer.0").replace("head.2", "head.3")
+    state[wrong] = state.pop(broken)
+    with pytest.raises(UserError, match=f"1 tensors missing: {broken}".replace(".", r"\.")):
+        checkpoint.open_any(save(state, path))
+    state[broken] = state[wrong]
+    with pytest.raises(UserError, match=f"1 tensors that no BLIP .*: {wrong}".replace("[", r"\[")):
+        checkpoint.open_any(save(state, path))
+
+
 def test_the_maps_name_every_tensor_of_a_model_once(retrieval):
     state, path, directory = retrieval
     del state
@@ -146,7 +203,7 @@ def change(state, name, edit):
             r"visual_encoder\.norm\.weight \[23\] instead of \[24\]",
         ),
         ("visual_encoder.pos_embed", lambda t: t[:, :-1], "pos_embed has 8 rows"),
-        ("cls_head.0.weight", lambda _: torch.zeros(1), "NLVR2"),
+        ("cls_head.0.weight", lambda _: torch.zeros(16, 16), r"\d+ tensors missing: cls_head\.0\.bias"),
     ],
 )
 def test_an_unexplained_or_wrong_tensor_is_listed(retrieval, name, edit, message):

@@ -1,0 +1,311 @@
+"""Rows of examples tables to batches: questions with their answers, statements about pairs of pictures with their labels.
+
+Held in memory as `corpus.py` holds pairs, in the same order of batches (`loader.Plan`): a pure function of (corpus,
+options, seed, step). What cannot be trained on is left out and counted, never raised.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from capfilt.data.examples import TRAINING_SPLITS, slices
+from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead, share
+from capfilt.data.pictures import BuildOptions, Pictures
+from capfilt.data.store import Index, Rows
+from capfilt.data.tokenizer import MAX_WORDS, Tokenizer, clean
+from capfilt.data.transforms import mentions_sides, swap_left_right
+from capfilt.tables.contracts import LABELS, TASKS
+
+PICTURES = {"vqa": 1, "nlvr": 2, "entailment": 1}
+"""How many pictures a model of the task looks at."""
+
+NEEDED = ("example_id", "task", "image_ids", "text", "answers", "label", "failure")
+
+
+@dataclass
+class TaskBatch(Batch):
+    """B examples. Beside what every batch has, and where it differs:
+
+    Attributes:
+        image_index: int64 [B] or, for pairs, [B, 2].
+        text_index: int64 [B], the same as `example`.
+        weight: float32 [B], ones.
+        sided: bool [B], True where the text or an answer names left or right.
+        pixels: uint8 [B, 3, S, S], or [B, 2, 3, S, S] for pairs.
+        answer_ids, answer_mask: int64 and bool [B, A, L]: [CLS] answer [SEP]; a question has up to A answers.
+        answer_weight: float32 [B, A], 0 where there is no further answer.
+        label: int64 [B], the place of the label in `contracts.LABELS`; -1 where there is none.
+    """
+
+    answer_ids: Tensor | None = None
+    answer_mask: Tensor | None = None
+    answer_weight: Tensor | None = None
+    label: Tensor | None = None
+
+
+@dataclass
+class TaskCorpus:
+    """E examples of one task over N pictures, by column.
+
+    Attributes:
+        task: one of `contracts.TASKS`.
+        images: pixels of the pictures, uint8 [3, S, S] each.
+        pictures: int64 [E, 1 or 2], the rows in `images` of each example's pictures; an example with one picture shows a
+            model of pairs that one twice.
+        image_ids: N strings.
+        example_ids, texts: E strings each; texts as found.
+        answers: each example's answers with their weights.
+        labels: int64 [E], places in `contracts.LABELS`, -1 where there is none.
+        skipped: how many were left out for a fault: pictures by their failure (once per picture), examples by theirs,
+            by `no_image` where a picture cannot be used, and by `empty_text`.
+        deselected: how many were left out without a fault: as `split`, `task`, `no_answer`, `no_label`, `pictures`,
+            `limit`.
+    """
+
+    task: str
+    images: Rows
+    pictures: Index
+    image_ids: list[str]
+    example_ids: list[str]
+    texts: list[str]
+    answers: list[tuple[tuple[str, float], ...]]
+    labels: Index
+    skipped: dict[str, int] = field(default_factory=dict)
+    deselected: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.example_ids)
+        for name in ("pictures", "texts", "answers", "labels"):
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {count} examples")
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @property
+    def paired(self) -> npt.NDArray[np.bool_]:
+        """bool [E], True where an example has two pictures of its own."""
+        found: npt.NDArray[np.bool_] = self.pictures[:, 0] != self.pictures[:, -1]
+        return found
+
+
+def from_examples(
+    example_tables: Iterable[tuple[pa.Table, float]],
+    image_tables: Iterable[pa.Table],
+    task: str,
+    splits: Sequence[str | None] | None = TRAINING_SPLITS,
+    *,
+    size: int,
+    limit: int = 0,
+    **options: Unpack[BuildOptions],
+) -> TaskCorpus:
+    """The examples of one task that can be trained on.
+
+    Args:
+        example_tables: Arrow tables with the columns of the examples contract, each with a factor for its answers'
+            weights (ALBEF and BLIP take Visual Genome's at less than VQA v2's); read first and held.
+        image_tables: Arrow tables with the columns of the images contract; read one at a time.
+        task: one of `contracts.TASKS`; a vqa example needs an answer, another one a label.
+        splits: only examples of these splits, None meaning rows without one; all where the argument is None.
+        size: side of the pictures in pixels.
+        limit: only so many of them, a sample that is always the same; 0 for all.
+        **options: as in `corpus.from_images`; `progress` is called with numbers of image rows.
+
+    An answer's weight is its share of the question's annotators (BLIP, released code) times the factor. Raises UserError
+    for a column that is missing or wrong, RunError for a full disk.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is none of {', '.join(TASKS)}")
+    skipped: Counter[str] = Counter()
+    deselected: Counter[str] = Counter()
+    chosen = [
+        (row, factor)
+        for table, factor in example_tables
+        for rows in slices([table], "examples", NEEDED, ("split",))
+        for row in rows
+        if _chosen(row, task, splits, skipped, deselected)
+    ]
+    if limit and len(chosen) > limit:
+        # Ids are hashes, so the smallest are a random sample.
+        deselected["limit"] = len(chosen) - limit
+        chosen = sorted(chosen, key=lambda each: str(each[0]["example_id"]))[:limit]
+    pictures = Pictures(size, options, skipped)
+    wanted = pa.array(sorted({key for row, _ in chosen for key in row["image_ids"]}), pa.string())
+    progress = options.get("progress")
+    for rows in slices(image_tables, "images", ("image_id", "image"), ("split",), wanted):
+        pictures.add(rows)
+        if progress is not None:
+            progress(len(rows))
+    kept, places = [], []
+    for row, factor in chosen:
+        found = [pictures.row_of.get(key) for key in row["image_ids"]]
+        here = [number for number in found if number is not None]
+        if len(here) < len(found):
+            skipped["no_image"] += 1
+            continue
+        kept.append((row, factor))
+        places.append(here * (PICTURES[task] // len(here)))
+    return TaskCorpus(
+        task=task,
+        images=pictures.store,
+        pictures=np.array(places, dtype=np.int64).reshape(len(kept), PICTURES[task]),
+        image_ids=pictures.image_ids,
+        example_ids=[row["example_id"] for row, _ in kept],
+        texts=[row["text"] for row, _ in kept],
+        answers=[_weighted(row, factor) for row, factor in kept],
+        labels=np.array(
+            [LABELS[task].index(row["label"]) if row["label"] in LABELS[task] else -1 for row, _ in kept],
+            dtype=np.int64,
+        ),
+        skipped={reason: count for reason, count in sorted(skipped.items()) if count},
+        deselected={reason: count for reason, count in sorted(deselected.items()) if count},
+    )
+
+
+def _chosen(
+    row: dict[str, Any],
+    task: str,
+    splits: Sequence[str | None] | None,
+    skipped: Counter[str],
+    deselected: Counter[str],
+) -> bool:
+    if row["failure"] is not None:
+        skipped[row["failure"]] += 1
+    elif row["task"] != task:
+        deselected["task"] += 1
+    elif splits is not None and row.get("split") not in splits:
+        deselected["split"] += 1
+    elif row["text"] is None or not clean(row["text"]):
+        skipped["empty_text"] += 1
+    elif not 1 <= len(row["image_ids"]) <= PICTURES[task]:
+        deselected["pictures"] += 1
+    elif task == "vqa" and not _weighted(row, 1.0):
+        deselected["no_answer"] += 1
+    elif task != "vqa" and row["label"] not in LABELS[task]:
+        deselected["no_label"] += 1
+    else:
+        return True
+    return False
+
+
+def _weighted(row: dict[str, Any], factor: float) -> tuple[tuple[str, float], ...]:
+    answers = [(each["answer"], each["count"]) for each in row["answers"] or [] if each and each["count"]]
+    total = sum(count for _, count in answers)
+    return tuple((answer, factor * count / total) for answer, count in answers if answer and answer.strip())
+
+
+def task_batches(
+    corpus: TaskCorpus,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epochs: float | None = None,
+    steps: int | None = None,
+    start_step: int = 0,
+    max_text_tokens: int,
+    max_words: int | None = MAX_WORDS,
+    max_answer_tokens: int = 20,
+    swap: float = 0.0,
+    transform: Transform | None = None,
+    prefetch: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    parts: int = 1,
+) -> Iterator[TaskBatch]:
+    """Batches of examples, the same for the same arguments; see `loader.Plan` for the order.
+
+    Args:
+        corpus: the examples.
+        tokenizer: makes the ids, of texts after `clean`, of answers as they are ("10:30" keeps its colon).
+        batch_size, seed, epochs, steps: as in `Plan`.
+        start_step: the first batch to yield; what comes before is neither decoded nor read.
+        max_text_tokens, max_words: per text, as in `loader.batches` (BLIP's code: 50 words and 35 tokens of
+            questions, whose punctuation it drops where `clean` makes it a space; 40 words of statements).
+        max_answer_tokens: per answer, [CLS] and [SEP] included.
+        swap: chance that an example with two pictures shows them in the other order, left and right exchanged in its text
+            (BLIP, released code for NLVR2: 0.5).
+        transform: as in `loader.batches`; gets pairs as a batch of pictures, the two of an example side by side.
+        prefetch: batches assembled ahead, in one thread.
+        rank, world, parts: only this rank's share of every batch, as in `loader.batches`.
+
+    Raises UserError at once, not at the first batch, for what `Plan` refuses.
+    """
+    if start_step < 0:
+        raise ValueError(f"start_step {start_step} is negative")
+    count = len(corpus)
+    plan = Plan(np.arange(count), [""] * count, batch_size, seed=seed, epochs=epochs, steps=steps)
+    paired = corpus.paired
+    # Both orders' texts, the exchanged ones behind the others.
+    spoken = corpus.texts + ([swap_left_right(text) for text in corpus.texts] if swap else [])
+    table = TokenTable.build(spoken, tokenizer, max_text_tokens, "", max_words)
+    written = [answer for answers in corpus.answers for answer, _ in answers]
+    answer_table = TokenTable.build(written, tokenizer, max_answer_tokens, raw=True)
+    first_answer = np.cumsum([0, *map(len, corpus.answers)])
+    sided = np.array(
+        [
+            mentions_sides(text) or any(mentions_sides(answer) for answer, _ in answers)
+            for text, answers in zip(corpus.texts, corpus.answers, strict=True)
+        ],
+        dtype=np.bool_,
+    )
+
+    def assemble(step: int) -> TaskBatch:
+        rows = plan.rows(step)
+        # Drawn per step, not in sequence: a resumed run must see what it would have seen.
+        turned = (np.random.default_rng([seed, step, 2]).random(len(rows)) < swap) & paired[rows]
+        mine = share(np.arange(len(rows)), rank, world, parts)
+        rows, turned = rows[mine], turned[mine]
+        shown = np.where(turned[:, None], corpus.pictures[rows, ::-1], corpus.pictures[rows])
+        spoken_rows = rows + count * turned
+        ids, mask = table.read(spoken_rows)
+        keep = torch.from_numpy(sided[rows])
+        pixels = torch.from_numpy(corpus.images.read(shown.reshape(-1)))
+        if transform is not None:
+            pixels = transform(pixels, keep.repeat_interleave(shown.shape[1]), step)
+        index = torch.from_numpy(shown)
+        if shown.shape[1] > 1:
+            pixels = pixels.view(*shown.shape, *pixels.shape[1:])
+        batch = TaskBatch(
+            ids=ids,
+            mask=mask,
+            image_index=index if shown.shape[1] > 1 else index[:, 0],
+            text_index=torch.from_numpy(rows),
+            example=torch.from_numpy(rows),
+            weight=torch.ones(len(rows)),
+            sided=keep,
+            texts=[spoken[row] for row in spoken_rows.tolist()],
+            step=step,
+            epoch=plan.epoch(step),
+            pixels=pixels,
+            label=torch.from_numpy(corpus.labels[rows]),
+        )
+        if corpus.task == "vqa":
+            _add_answers(batch, corpus, rows, answer_table, first_answer)
+        return batch
+
+    return ahead(assemble, range(start_step, plan.steps), prefetch)
+
+
+def _add_answers(
+    batch: TaskBatch, corpus: TaskCorpus, rows: Index, table: TokenTable, first: npt.NDArray[np.int64]
+) -> None:
+    """Answers of each question side by side, as many as the question with the most has."""
+    most = int((first[rows + 1] - first[rows]).max())
+    places = first[rows][:, None] + np.arange(most)
+    here = places < first[rows + 1][:, None]
+    ids, mask = table.read(np.where(here, places, first[rows][:, None]).reshape(-1))
+    weights = np.zeros(here.shape, dtype=np.float32)
+    weights[here] = [weight for row in rows.tolist() for _, weight in corpus.answers[row]]
+    batch.answer_ids = ids.view(*here.shape, -1)
+    batch.answer_mask = mask.view(*here.shape, -1)
+    batch.answer_weight = torch.from_numpy(weights)

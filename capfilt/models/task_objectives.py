@@ -1,0 +1,94 @@
+"""What the finetuned models learn from: answers to questions (VQA), labels of statements about two pictures (NLVR2).
+
+Each is a module with `losses(batch, alpha, hardness)`, as the training loop wants it; how examples become batches is
+`capfilt.data.task_corpus`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capfilt.data.loader import Batch
+from capfilt.data.task_corpus import TaskBatch
+from capfilt.errors import UserError
+from capfilt.models.layers import full_precision
+from capfilt.models.nlvr import BlipNlvr
+from capfilt.models.vqa import BlipVqa, answer_loss
+
+
+@dataclass(frozen=True)
+class AnsweringConfig:
+    """What decides VQA's loss."""
+
+    label_smoothing: float = 0.1  # BLIP, arXiv 2201.12086, sec. 3.2, as in pretraining
+
+
+class VqaTraining(nn.Module):
+    """A BlipVqa and its loss."""
+
+    def __init__(self, model: BlipVqa, config: AnsweringConfig | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config or AnsweringConfig()
+
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return list(self.model.visual_encoder.blocks)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" with gradient (`answer_loss`), and without one "accuracy": the mean over questions of the
+        weight of the answer that greedy decoding writes, 0 where nobody gave it, as a share of the question's weights.
+        """
+        assert isinstance(batch, TaskBatch)
+        if batch.answer_ids is None or batch.answer_mask is None or batch.answer_weight is None:
+            raise UserError("a batch has no answers: its examples must be of the task vqa")
+        tokens = self.model.encode_image(_pixels(batch))
+        question = self.model.encode_question(batch.ids, batch.mask, tokens)
+        # Every question's answers are its A rows side by side; attention reads one copy of its keys for all of them.
+        ids, mask = batch.answer_ids.flatten(0, 1), batch.answer_mask.flatten(0, 1)
+        logits = self.model.answer_logits(ids, mask, self.model.prefill_cross(question), batch.mask)
+        weights = batch.answer_weight
+        loss = answer_loss(logits, ids, mask, weights.flatten(), len(batch), self.config.label_smoothing)
+        with torch.no_grad():
+            # An answer whose every token is the likeliest after those before it is what greedy decoding writes.
+            written = (logits[:, :-1].argmax(dim=2) == ids[:, 1:]) | ~mask[:, 1:]
+            right = written.all(dim=1).view_as(weights) * weights
+            accuracy = (right.sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)).mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class NlvrTraining(nn.Module):
+    """A BlipNlvr and its loss."""
+
+    def __init__(self, model: BlipNlvr) -> None:
+        super().__init__()
+        self.model = model
+
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return list(self.model.visual_encoder.blocks)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" with gradient (mean cross-entropy over statements, BLIP, code) and "accuracy"."""
+        assert isinstance(batch, TaskBatch)
+        pixels = _pixels(batch)
+        if pixels.dim() != 5 or batch.label is None:
+            raise UserError(
+                "a batch has no pairs of pictures with labels: its examples must be of the task nlvr"
+            )
+        tokens = self.model.encode_image(pixels.transpose(0, 1).flatten(0, 1))
+        logits = self.model.truth_logits(batch.ids, batch.mask, tokens)
+        with full_precision(logits):
+            loss = F.cross_entropy(logits, batch.label)
+        accuracy = (logits.detach().argmax(dim=1) == batch.label).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def _pixels(batch: Batch) -> Tensor:
+    if batch.pixels is None:
+        raise UserError("a batch has no pixels: these models are trained on pictures, not on cached features")
+    return batch.pixels

@@ -1,0 +1,205 @@
+"""The `examples` stage: questions and statements about pictures that were ingested become an examples part.
+
+Which layouts there are is `tables/example_formats.py`. Here each row's pictures are found by their names, and its answers
+and label are looked at: what cannot be used is a row that says why.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from capfilt.errors import UserError
+from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.options import ExamplesOptions
+from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
+from capfilt.tables.example_formats import ExampleRow, example_rows
+from capfilt.tables.ids import example_id, file_sha256
+from capfilt.tables.shards import Counts, Part
+from capfilt.tables.workspace import Workspace
+
+_TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
+_NUMBER = re.compile(r"(\d+)$")
+
+
+class Examples(ShardStage):
+    """Brings other tools' questions and statements in. Every one of the source is one row, in the source's order."""
+
+    name = "examples"
+    version = 1
+    contract = EXAMPLES
+
+    def __init__(self, options: ExamplesOptions, workspace: Workspace, output: Part | None = None) -> None:
+        _check(options)
+        self.options = options
+        self.output = output or workspace.part("examples", options.dataset)
+        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
+        self.source = Path(options.source_path).expanduser()
+        self.annotations = Path(options.annotations).expanduser() if options.annotations else None
+        self._pictures: _Pictures | None = None
+
+    def identity(self) -> Mapping[str, Any]:
+        # Whoever asks is about to begin a part: a broken file must be found out before.
+        self.shards()
+        files = [path for path in (self.source, self.annotations) if path]
+        return {
+            "options": option_values(self.options),
+            "dataset": self.options.dataset,
+            "source": [file_sha256(path) for path in files],
+            "images": [part.digest() for part in self.images],
+        }
+
+    @cached_property
+    def _found(self) -> tuple[str, list[ExampleRow]]:
+        """(task, rows); pickled with the stage, so that every worker cuts the same list."""
+        o = self.options
+        task, rows = example_rows(self.source, self.annotations)
+        if o.task != "auto":
+            task = o.task
+        if o.split:
+            rows = [row if row.split else replace(row, split=o.split) for row in rows]
+        if o.splits:
+            rows = [row for row in rows if row.split in o.splits]
+        rows = rows[: o.limit] if o.limit else rows
+        if not rows:
+            raise UserError(f"{self.source}: has no examples in the splits {', '.join(o.splits)}")
+        return task, rows
+
+    def shards(self) -> list[int]:
+        return list(range(math.ceil(len(self._found[1]) / self.options.shard_size)))
+
+    def _rows(self, shard: int) -> list[ExampleRow]:
+        size = self.options.shard_size
+        return self._found[1][shard * size : (shard + 1) * size]
+
+    def expected_rows(self, shard: int) -> int:
+        return len(self._rows(shard))
+
+    def setup(self) -> None:
+        self._pictures = _Pictures(self.images)
+
+    def process(self, shard: int) -> Produced:
+        failed = Counter[str]()
+        made = []
+        for row in self._rows(shard):
+            columns = self._columns(row)
+            if columns["failure"] is not None:
+                failed[columns["failure"]] += 1
+            made.append(columns)
+        counts = Counts(len(made), len(made) - failed.total(), {}, dict(sorted(failed.items())))
+        return Produced(EXAMPLES.table(made), counts)
+
+    def _columns(self, row: ExampleRow) -> dict[str, Any]:
+        assert self._pictures is not None
+        task = self._found[0]
+        image_ids, lost = self._pictures.find(row)
+        label = None if row.label is None else _label(task, row.label)
+        failure, message = None, None
+        if lost:
+            failure, message = "no_image", lost
+        elif row.text is None or not row.text.strip():
+            failure, message = "empty_text", f"the {task} example has no text"
+        elif len(row.text) > MAX_TEXT_CHARACTERS:
+            failure, message = "too_long", f"{len(row.text)} characters, more than {MAX_TEXT_CHARACTERS}"
+        elif row.label is not None and label is None:
+            failure, message = "unknown_label", f"{row.label!r} is none of {', '.join(LABELS[task])}"
+        elif task == "vqa" and row.answers == ():
+            failure, message = "no_answer", "the source answers other questions, and not this one"
+        return {
+            "example_id": example_id(self.options.dataset, row.key),
+            "dataset": self.options.dataset,
+            "key": row.key,
+            "task": task,
+            "image_ids": [] if lost else image_ids,
+            "text": row.text,
+            "answers": [{"answer": answer, "count": count} for answer, count in row.answers or ()],
+            "label": label,
+            "split": row.split,
+            "failure": failure,
+            "error_message": message,
+        }
+
+
+def _label(task: str, value: str) -> str | None:
+    """The label as the table spells it; None where it is none of the task's."""
+    name = value.strip().lower()
+    name = _TRUTH.get(name, name) if task == "nlvr" else name
+    return name if name in LABELS[task] else None
+
+
+class _Pictures:
+    """Which picture a name or number means, by the keys of images parts."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._failed: dict[str, str] = {}
+        # From the most exact way of naming to the least; a name that two pictures share in one way says nothing there.
+        self._ways: tuple[dict[str, str | None], ...] = ({}, {}, {}, {})
+        columns = ("image_id", "key", "status", "failure")
+        for table in (table for part in parts for table in part.tables(columns)):
+            for row in table.to_pylist():
+                if row["status"] != "success":
+                    self._failed[row["image_id"]] = row["failure"] or row["status"]
+                for way, name in zip(self._ways, _spellings(row["key"]), strict=True):
+                    if name:
+                        way[name] = (
+                            row["image_id"] if way.get(name, row["image_id"]) == row["image_id"] else None
+                        )
+
+    def find(self, row: ExampleRow) -> tuple[list[str], str]:
+        """(image ids in order, "" or what is wrong in words)."""
+        if not row.images:
+            return [], "no picture is named"
+        found = []
+        for image in row.images:
+            number = self._find(image, row.subset)
+            if number is None:
+                return [], f"{image}: no picture, or more than one, is called so in the images given"
+            if number in self._failed:
+                return [], f"{image}: there is no picture in its row ({self._failed[number]})"
+            found.append(number)
+        return found, ""
+
+    def _find(self, image: str | int, subset: str) -> str | None:
+        if isinstance(image, int):
+            # COCO's file names of 2014 and of 2017, then any name that ends in the number.
+            stems, numbers = self._ways[2:]
+            for name in (f"COCO_{subset}_{image:012d}", f"{image:012d}"):
+                if stems.get(name):
+                    return stems[name]
+            return numbers.get(str(image))
+        for way, name in zip(self._ways[:3], _spellings(image)[:3], strict=True):
+            if way.get(name):
+                return way[name]
+        return None
+
+
+def _spellings(key: str) -> tuple[str, str, str, str]:
+    """A picture's key in full, without its folders, without its suffix too, and the number that ends it."""
+    path = PurePosixPath(key)
+    number = _NUMBER.search(path.stem)
+    return path.as_posix(), path.name, path.stem, str(int(number[1])) if number else ""
+
+
+def _check(options: ExamplesOptions) -> None:
+    """Raise UserError for the first option that cannot be."""
+    if not options.images:
+        raise UserError(
+            "examples: --images must name at least one images part, whose pictures are asked about"
+        )
+    if os.sep in options.dataset or not options.dataset.strip("\0"):
+        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
+    if options.task not in ("auto", *TASKS):
+        raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")
+    for split in (*options.splits, *((options.split,) if options.split else ())):
+        if split not in SPLITS:
+            raise UserError(f"--split {split!r}: choose {', '.join(SPLITS)}")
+    for name, least in (("limit", 0), ("shard_size", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")

@@ -1,0 +1,243 @@
+"""The stages that finetune a BLIP for a task on its examples: `finetune vqa`, `finetune nlvr`.
+
+What every training shares is `training.py`'s. A checkpoint directory holds what that of the other stages holds;
+`exposures.parquet` counts examples. The figures in its `config.json` are the loop's last ones, and with `--validate` the
+loss and accuracy on examples of the split val: of VQA the share of annotators whose answer is the one written greedily,
+which is no official metric.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import torch
+
+from capfilt.data.task_corpus import NEEDED, TaskBatch, TaskCorpus, from_examples, task_batches
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import UserError
+from capfilt.models import checkpoint
+from capfilt.models.blip import Blip
+from capfilt.models.interop.contents import Model
+from capfilt.models.nlvr import BlipNlvr, nlvr_from_blip
+from capfilt.models.ranks import ALONE, Ranks
+from capfilt.models.task_objectives import AnsweringConfig, NlvrTraining, VqaTraining
+from capfilt.models.vqa import BlipVqa, vqa_from_blip
+from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
+from capfilt.stages.training import Training
+from capfilt.tables.contracts import SPLITS
+from capfilt.tables.shards import Part
+from capfilt.tables.workspace import Workspace
+
+IMAGE_COLUMNS = ("image_id", "image", "split")
+
+
+@dataclass
+class HeldExamples:
+    """Examples in memory, as a training takes them."""
+
+    corpus: TaskCorpus
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        return self.corpus.skipped
+
+    @property
+    def deselected(self) -> Mapping[str, int]:
+        return self.corpus.deselected
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def batches(
+        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+    ) -> Iterator[TaskBatch]:
+        return task_batches(
+            self.corpus, tokenizer, batch_size, rank=rank, world=world, parts=parts, **options
+        )
+
+
+class TaskTraining(Training[HeldExamples]):
+    """What the two share: examples, pictures, where a model starts, how it is judged."""
+
+    shown = ("loss", "accuracy")
+    task: ClassVar[str]
+    trained: ClassVar[type[BlipVqa | BlipNlvr]]
+
+    def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
+        for name in ("examples", "images"):
+            if not getattr(options, name):
+                raise UserError(f"{self.name}: give at least one part of {name} (--{name})")
+        self.parts = {
+            name: workspace.part("examples", name).expect("examples").check() for name in options.examples
+        }
+        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
+        super().__init__(options, workspace, output)
+        for split in options.splits:
+            if split not in SPLITS:
+                raise UserError(f"--splits {split!r}: choose {', '.join(SPLITS)}")
+        if options.validate < 0 or options.max_words < 1:
+            raise UserError(
+                f"--validate {options.validate}, --max-words {options.max_words}: 0 or more, and 1 or more"
+            )
+        if not 0 <= options.drop_path < 1:
+            raise UserError(f"--drop-path {options.drop_path:g}: give a probability in [0, 1)")
+        self.init = workspace.model(options.init)
+        checkpoint.read_config(self.init)
+
+    @abstractmethod
+    def started(self, model: Blip) -> BlipVqa | BlipNlvr:
+        """The task's model, from a pretrained one."""
+
+    def weights(self) -> Mapping[str, float]:
+        """What the answers of a part weigh, where that is not 1."""
+        return {}
+
+    def inputs(self) -> list[Part]:
+        return [*self.parts.values(), *self.images]
+
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity(), "init": checkpoint.fingerprint(self.init)}
+
+    def outlook(self) -> str:
+        o = self.options
+        length = f"{o.steps:,} steps" if o.steps else f"{o.epochs:g} epochs"
+        rows = sum(part.rows for part in self.parts.values())
+        return f"{length} of {o.batch_size} over {rows:,} examples"
+
+    def image_size(self) -> int:
+        return int(
+            self.options.image_size or checkpoint.read_config(self.init)["config"]["vision"]["image_size"]
+        )
+
+    def data(self, size: int) -> HeldExamples:
+        corpus = self._corpus(size, (*self.options.splits, None))
+        if not len(corpus):
+            raise UserError(
+                f"{self.name}: no examples of the task {self.task} to train on in "
+                f"{', '.join(str(part.path) for part in self.parts.values())} "
+                f"(left out: {corpus.skipped | corpus.deselected})"
+            )
+        return HeldExamples(corpus)
+
+    def _corpus(self, size: int, splits: tuple[str | None, ...], limit: int = 0) -> TaskCorpus:
+        weights = self.weights()
+        return from_examples(
+            (
+                (table, weights.get(name, 1.0))
+                for name, part in self.parts.items()
+                for table in part.tables((*NEEDED, "split"))
+            ),
+            (table for part in self.images for table in part.tables(IMAGE_COLUMNS)),
+            self.task,
+            splits,
+            size=size,
+            limit=limit,
+        )
+
+    def initial(self, data: HeldExamples) -> tuple[Model, Tokenizer]:
+        contents, _ = checkpoint.open_any(self.init)
+        model, size = contents.model, self.image_size()
+        if isinstance(model, Blip):
+            if size != model.config.image_size:
+                model.resize_image(size)
+            model = self.started(model)
+        elif not isinstance(model, self.trained):
+            raise UserError(
+                f"{self.init}: is a {type(model).__name__}; start from a BLIP or a {self.trained.__name__}"
+            )
+        elif size != model.config.image_size:
+            raise UserError(
+                f"--image-size {size}: {self.init} was trained with {model.config.image_size} and keeps it"
+            )
+        return model, contents.tokenizer
+
+    def feed(self) -> dict[str, Any]:
+        return {"max_words": self.options.max_words}
+
+    def account(self, data: HeldExamples) -> dict[str, Any]:
+        return {"examples": len(data), "images": len(data.corpus.image_ids)}
+
+    def exposures(self, data: HeldExamples, counts: list[int]) -> pa.Table:
+        return pa.table({"example_id": data.corpus.example_ids, "exposures": counts})
+
+    @torch.no_grad()
+    def judged(
+        self, model: BlipVqa | BlipNlvr, tokenizer: Tokenizer, where: torch.device
+    ) -> dict[str, float]:
+        o = self.options
+        if not o.validate or "val" in o.splits:
+            return {}
+        corpus = self._corpus(self.image_size(), ("val",), o.validate)
+        if not len(corpus):
+            return {}
+        module = self.module(model.to(where), tokenizer, ALONE).eval()
+        totals = {"loss": 0.0, "accuracy": 0.0}
+        longest = min(o.max_text_tokens, model.config.text.max_positions)
+        options = {"max_text_tokens": longest, "max_words": o.max_words}
+        for batch in task_batches(corpus, tokenizer, o.batch_size, epochs=1, **options):
+            found = module.losses(batch.to(where))  # type: ignore[operator]
+            for name in totals:
+                totals[name] += float(found[name]) * len(batch) / len(corpus)
+        return {"val_examples": len(corpus), **{f"val_{name}": value for name, value in totals.items()}}
+
+
+class FinetuneVqa(TaskTraining):
+    """Questions with their annotators' answers (BLIP, section 5.3)."""
+
+    name = "finetune-vqa"
+    task = "vqa"
+    trained = BlipVqa
+    options: FinetuneVqaOptions
+
+    def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
+        super().__init__(options, workspace, output)
+        self.weights()
+
+    def weights(self) -> Mapping[str, float]:
+        found = {}
+        for item in self.options.answer_weight:
+            name, equals, weight = item.partition("=")
+            try:
+                found[name] = float(weight)
+            except ValueError:
+                equals = ""
+            if not equals or name not in self.parts or not 0 < found[name] < float("inf"):
+                raise UserError(
+                    f"--answer-weight {item}: write PART=WEIGHT, one of --examples and a number above 0"
+                )
+        return found
+
+    def started(self, model: Blip) -> BlipVqa:
+        return vqa_from_blip(model, self.options.seed, self.options.drop_path)
+
+    def module(self, model: BlipVqa, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+        return VqaTraining(model, AnsweringConfig(self.options.label_smoothing))
+
+
+class FinetuneNlvr(TaskTraining):
+    """Statements about two pictures, or about one that is shown twice (BLIP, section 5.4)."""
+
+    name = "finetune-nlvr"
+    task = "nlvr"
+    trained = BlipNlvr
+    options: FinetuneNlvrOptions
+
+    def __init__(
+        self, options: FinetuneNlvrOptions, workspace: Workspace, output: Part | None = None
+    ) -> None:
+        super().__init__(options, workspace, output)
+        if not 0 <= options.swap <= 1:
+            raise UserError(f"--swap {options.swap:g}: give a probability")
+
+    def started(self, model: Blip) -> BlipNlvr:
+        return nlvr_from_blip(model, self.options.seed, self.options.drop_path)
+
+    def feed(self) -> dict[str, Any]:
+        return {**super().feed(), "swap": self.options.swap}
+
+    def module(self, model: BlipNlvr, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+        return NlvrTraining(model)
