@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_type_hints
@@ -222,7 +223,9 @@ def _run(arguments: Sequence[str]) -> int:
     app = build_app(arguments)
     try:
         result = app(args=list(arguments), prog_name="capfilt", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        # What some releases of typer make of Ctrl-C; others let it through.
+        return _interrupted() if code == 128 + signal.SIGINT else code
     except typer.Exit as error:
         return error.exit_code
     except UserError as error:
@@ -232,11 +235,7 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"capfilt: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        print(
-            "capfilt: interrupted; what was committed is valid, run the same command again to go on",
-            file=sys.stderr,
-        )
-        return 1
+        return _interrupted()
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away; not a failure, and Python must not try to flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -247,6 +246,14 @@ def _run(arguments: Sequence[str]) -> int:
             print(f"capfilt: {_usage(error)}", file=sys.stderr)
             return 2
         raise
+
+
+def _interrupted() -> int:
+    print(
+        "capfilt: interrupted; what was committed is valid, run the same command again to go on",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _usage(error: Any) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,29 @@ def test_the_version_and_the_module(tmp_path):
     process = capfilt("--version", cwd=tmp_path)
     assert process.returncode == 0
     assert process.stdout.startswith("capfilt 0.")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_is_one_line_and_the_state_is_saved(tmp_path, ranks):
+    """A traceback, another exit code, or a run that begins anew."""
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "human"), [image_rows("human", 8, source="human", split="train")])
+    arguments = (
+        "pretrain", "--human", "human", "--preset", "tiny", "--vocab-size", "60", "--steps", "100000",
+        "--batch-size", "4", "--queue-size", "0", "--momentum", "0", "--ranks", str(ranks),
+        "--execution", "inline", "-w", str(place.path),
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "capfilt", *arguments], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    log = place.model("pretrained") / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert said.strip().splitlines()[-1].startswith("capfilt: interrupted")
+    assert "Traceback" not in said
+    assert (place.model("pretrained") / "state.safetensors").is_file()

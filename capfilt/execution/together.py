@@ -5,6 +5,7 @@ Not here: ranks on a Ray cluster (`ray_train.py`), what the ranks do (`capfilt.t
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -47,6 +49,10 @@ def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]
         monitor_interval=0.2,
         start_method="spawn",
     )
+    # What went wrong is said once, below.
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     posts = multiprocessing.get_context("spawn").SimpleQueue()
     failures: list[tuple[type[Exception], str]] = []
     reader = threading.Thread(target=_read, args=(posts, report, failures), daemon=True)
@@ -55,6 +61,9 @@ def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]
     os.environ.update(threads)
     try:
         found: dict[int, Mapping[str, Any]] = elastic_launch(config, _run)(stage, posts)
+    except SignalException:
+        # The launcher passed it on to the ranks, which saved their state and ended.
+        raise KeyboardInterrupt from None
     except ChildFailedError as error:
         posts.put(None)
         reader.join()

@@ -137,6 +137,11 @@ def layout_of(path: str | Path) -> str:
     return layouts.locate(path)[0]
 
 
+def origin(path: str | Path, given: str) -> dict[str, dict[str, str]]:
+    """What the checkpoint's fingerprint stands for, for those who write it down: how it was given, and its layout."""
+    return {fingerprint(path): {"given": given, "layout": layout_of(path)}}
+
+
 def _meta(layout: str, config: Config, extra: dict[str, Any]) -> dict[str, Any]:
     return {
         "model_type": _kind(config), "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout

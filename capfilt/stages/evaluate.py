@@ -50,8 +50,7 @@ class Evaluate(ResultStage):
         }
 
     def origins(self) -> Mapping[str, Mapping[str, str]]:
-        layout = checkpoint.layout_of(self.checkpoint)
-        return {checkpoint.fingerprint(self.checkpoint): {"given": self.options.model, "layout": layout}}
+        return checkpoint.origin(self.checkpoint, self.options.model)
 
     def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {name: metrics[name] for name in ("tr@1", "ir@1", "cider") if name in metrics}

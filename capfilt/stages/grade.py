@@ -53,10 +53,7 @@ class Grade(ResultStage):
         }
 
     def origins(self) -> Mapping[str, Mapping[str, str]]:
-        if self.filter is None:
-            return {}
-        layout = checkpoint.layout_of(self.filter)
-        return {checkpoint.fingerprint(self.filter): {"given": self.options.filter, "layout": layout}}
+        return checkpoint.origin(self.filter, self.options.filter) if self.filter else {}
 
     def outlook(self) -> str:
         return f"verdicts {self.verdicts.path} against planted noise" + (

@@ -102,6 +102,9 @@ class TaskTraining(Training[HeldExamples]):
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "init": checkpoint.fingerprint(self.init)}
 
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return checkpoint.origin(self.init, self.options.init)
+
     def outlook(self) -> str:
         o = self.options
         length = f"{o.steps:,} steps" if o.steps else f"{o.epochs:g} epochs"

@@ -141,6 +141,9 @@ class Retrain(Pretrain):
         start = checkpoint.fingerprint(self.start) if self.start else ""
         return {**super().identity(), "continue_from": start}
 
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return checkpoint.origin(self.start, self.options.continue_from) if self.start else {}
+
     def image_size(self) -> int:
         if self.start and not self.options.image_size:
             return _image_size_of(self.start)
@@ -189,6 +192,9 @@ class _Finetune(PairTraining):
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "init": checkpoint.fingerprint(self.init)}
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return checkpoint.origin(self.init, self.options.init)
 
     def image_size(self) -> int:
         return self.options.image_size or _image_size_of(self.init)

@@ -272,6 +272,7 @@ class Training(ModelStage, Generic[D]):
             "stage": self.name,
             "fingerprint": self.fingerprint(),
             "identity": dict(self.identity()),
+            "origins": dict(self.origins()),
             "warnings": list(result.warnings),
         }
         # What everything downstream loads under the checkpoint's name is the average, where there is one.

@@ -7,6 +7,7 @@ of other ranks' rows (`capfilt.models.ranks`), who starts the processes (`capfil
 from __future__ import annotations
 
 import datetime as dt
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -99,10 +100,14 @@ class Together:
             # Imported with the class: several seconds that a run alone does not pay.
             from torch.nn.parallel import DistributedDataParallel
 
-            # Queues are the same everywhere by themselves, and a frozen trunk's statistics do not move.
+            # Queues are the same everywhere by themselves, and a frozen trunk's statistics do not move. The option got
+            # another name, and the old one a warning.
+            names = inspect.signature(DistributedDataParallel).parameters
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+            options: dict[str, Any] = {buffers: False}
             self._run = DistributedDataParallel(
                 self._run,
-                broadcast_buffers=False,
+                **options,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=bool(getattr(module, "leaves_unused", False)),
             )
