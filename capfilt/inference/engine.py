@@ -5,11 +5,11 @@ What is asked of the model is captioner.py's and filter.py's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from capfilt.data.images import BadImage
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8, to_uint8
 from capfilt.errors import UserError
+from capfilt.inference.lowbit import fp8_model, int8_model
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
 
@@ -28,19 +29,37 @@ ImageLike = Image.Image | bytes | str | PathLike[str]
 Images = Sequence[ImageLike] | Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float16]
 
 
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp8")
+"""auto: bf16 on a GPU, fp32 on a processor, where bf16 is slower unless it has AMX; int8: on processors; fp8: the vision
+tower on GPUs that have it, the rest in bf16."""
+
+T = TypeVar("T")
+
+
 class Engine:
-    """A Blip in evaluation mode. Computes in bf16 autocast on a GPU and in fp32 on a CPU; answers are always fp32."""
+    """A Blip in evaluation mode, in one of `PRECISIONS`; answers are always fp32.
+
+    Attributes:
+        fits: the largest batch that is known to fit, once one did not; 0 before.
+    """
 
     half: ClassVar[str]  # which half of a Blip the engine needs, "captioner" or "filter"
 
     def __init__(self, model: Blip, tokenizer: Tokenizer, precision: str = "auto") -> None:
-        if precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"precision {precision!r} is unknown: use 'auto', 'fp32' or 'bf16'")
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
         model.require(self.half)
+        self.device = next(model.parameters()).device
+        if precision == "int8":
+            model = int8_model(model)
+        elif precision == "fp8":
+            model = fp8_model(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.device = next(model.parameters()).device
-        self.low_precision = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+        self.low_precision = precision in ("bf16", "fp8") or (
+            precision == "auto" and self.device.type == "cuda"
+        )
+        self.fits = 0
 
     @classmethod
     def load(
@@ -67,6 +86,33 @@ class Engine:
         """The precision everything is computed in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
 
+    def in_batches(self, count: int, batch_size: int, work: Callable[[int, int], list[T]]) -> list[T]:
+        """What `work(first, last)` gives for ranges of at most `batch_size` of `count`, one after the other.
+
+        A range that a GPU's memory cannot hold is done again in halves, and so is what follows: no row is lost. UserError
+        where a single one does not fit.
+        """
+        size = min(batch_size, self.fits or batch_size)
+        made: list[T] = []
+        first = 0
+        while first < count:
+            last = min(first + size, count)
+            try:
+                done = work(first, last)
+            except torch.OutOfMemoryError as error:
+                if last - first == 1:
+                    said = str(error).splitlines()[0]
+                    raise UserError(f"one image at a time does not fit on the GPU: {said}") from error
+                self.fits = size = (last - first) // 2
+                done = None
+            if done is None:
+                # Here, where the error and the tensors in its frames are gone.
+                torch.cuda.empty_cache()
+                continue
+            made += done
+            first = last
+        return made
+
     def tensor(self, images: Images, chosen: Sequence[int]) -> Tensor:
         """The chosen images on the device: uint8 [B, 3, S, S], or cached trunk features as they came.
 
@@ -76,10 +122,16 @@ class Engine:
             images = torch.from_numpy(images)
         if isinstance(images, Tensor):
             self._check(images)
-            return images[torch.as_tensor(chosen)].to(self.device, non_blocking=True)
+            return self._sent(images[torch.as_tensor(chosen)])
         size = self.model.config.image_size
         rows = [pixels(images[index], size, index) for index in chosen]
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        return self._sent(torch.from_numpy(np.stack(rows)))
+
+    def _sent(self, images: Tensor) -> Tensor:
+        """On the device. Bytes travel, from pinned memory, while the GPU computes; the model normalises them there."""
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()
+        return images.to(self.device, non_blocking=True)
 
     def _check(self, images: Tensor) -> None:
         size = self.model.config.image_size

@@ -74,11 +74,6 @@ class SelfCache:
         self._used = 0
         self._seen: Tensor | None = None  # bool [B, ways, slots], from the first step on; not for one way
 
-    @property
-    def used(self) -> int:
-        """Slots that hold something."""
-        return self._used
-
     def restart(self) -> None:
         """Empty again, the buffers as they are."""
         self.length = self._used = 0
@@ -116,6 +111,10 @@ class SelfCache:
         """After all layers have appended `length` tokens of `rows` texts."""
         self._used += self._slots(rows, length)
         self.length += length
+
+    def rewind(self, length: int) -> None:
+        """Back to where each text had `length` tokens; for one way only."""
+        self.length = self._used = length
 
     def reorder(self, ways: Tensor) -> None:
         """Text w of image i goes on from what was text ways[i, w] (int64 [B, ways]): beam search's step."""

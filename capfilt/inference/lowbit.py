@@ -1,0 +1,110 @@
+"""Linear layers in 8 bits: int8 on processors, fp8 on GPUs that have it. Options: they change scores and texts a little.
+
+Weights are quantised once, per output row (int8) or as a whole (fp8); activations whenever they come, by the largest value of
+the whole tensor, so that an answer depends, within the rounding, on what else is in its batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.errors import UserError
+from capfilt.models.blip import Blip
+
+FP8 = torch.float8_e4m3fn
+FP8_CAPABILITY = (8, 9)  # Ada; torch's scaled matmul needs it
+
+
+class Int8Linear(nn.Module):
+    """`linear` with int8 weights and activations and fp32 results, on a processor."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scales = (weight.abs().amax(1).clamp_min(1e-8) / 127).double()
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        rows = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        bias = linear.bias.detach().float() if linear.bias is not None else None
+        self.packed = torch.ops.quantized.linear_prepack(rows, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without the range reduced to 7 bits, processors that lack VNNI overflow.
+        out: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
+        return out
+
+
+class Fp8Linear(nn.Module):
+    """`linear` with e4m3 weights and activations, accumulated in fp32, bf16 results.
+
+    `plain` computes the same without the GPU's instruction: what is tested where there is none.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, plain: bool = False) -> None:
+        super().__init__()
+        quantised, scale = to_fp8(linear.weight.detach())
+        self.register_buffer("weight", quantised, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.bias = linear.bias.detach().bfloat16() if linear.bias is not None else None
+        self.plain = plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = to_fp8(x.reshape(-1, x.shape[-1]))
+        if self.plain:
+            out = (rows.float() * scale) @ (self.weight.float() * self.scale).T
+            out = (out if self.bias is None else out + self.bias.float()).bfloat16()
+        else:
+            out = torch._scaled_mm(
+                rows, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=torch.bfloat16
+            )
+        return out.view(*x.shape[:-1], -1)
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as e4m3 (4 bits of exponent, 3 of mantissa) and the fp32 scalar that it is to be multiplied by."""
+    scale = x.abs().amax().float().clamp_min(1e-12) / torch.finfo(FP8).max
+    return (x.float() / scale).to(FP8), scale
+
+
+def int8_model(model: Blip) -> Blip:
+    """A copy whose blocks compute their linear layers in int8; embeddings, heads and the vocabulary's stay as they are."""
+    if next(model.parameters()).device.type != "cpu":
+        raise UserError("precision 'int8' is for processors: use 'bf16' or 'fp8' on a GPU")
+    made = copy.deepcopy(model)
+    towers: list[nn.Module] = [made.visual_encoder.blocks]
+    if made.config.half != "captioner":
+        towers.append(made.text_encoder.encoder)
+    if made.config.half != "filter":
+        towers += [made.text_decoder.bert.encoder, made.text_decoder.cls.predictions.transform]
+    replace_linears(towers, Int8Linear)
+    return made
+
+
+def fp8_model(model: Blip) -> Blip:
+    """A copy whose vision blocks compute their linear layers in fp8. UserError on a device that cannot."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise UserError(
+            "precision 'fp8' needs a GPU of compute capability 8.9 or more: use 'bf16', or 'int8' on a processor"
+        )
+    made = copy.deepcopy(model)
+    replace_linears([made.visual_encoder.blocks], Fp8Linear)
+    return made
+
+
+def replace_linears(towers: Sequence[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Puts `make(linear)` in place of every nn.Linear inside, one for all places of a shared one."""
+    made: dict[int, nn.Module] = {}
+    replaced = []  # kept until the end: an id is its own only while the object lives
+    for tower in towers:
+        for module in list(tower.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    replaced.append(child)
+                    setattr(module, name, made.setdefault(id(child), make(child)))
