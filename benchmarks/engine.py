@@ -1,8 +1,10 @@
 """Captioning and scoring: images/s of the engines, their share of a floor, and transformers' BLIP doing the same work.
 
-Work per image: a vision pass, a caption of 20 tokens drawn from the nucleus, another vision pass, two texts scored. The floor is
-the arithmetic of that work at the rate of a plain matrix product here. Weights are random, with the language model's logits
-spread as a trained one's are; what the engines answer is first held against the model called plainly.
+Work per image: a vision pass, a caption of 20 tokens drawn from the nucleus, another vision pass, two texts scored. The floor
+is the arithmetic of that work at the rate of a plain matrix product here. Weights are random, with the language model's
+logits spread as a trained one's are; what the engines answer is first held against the model called plainly. "shared" is
+both with one vision pass, "int8" both in 8 bits (on processors), with how far its scores are off. "stages": `caption` and
+`score` from Parquet shards of 512-pixel JPEGs to Parquet shards, and the engine's share of their wall time.
 
 With --vs-transformers the same weights and pictures go through transformers in the same run, in turn. "called", as its model
 cards do: `generate` for a picture, then an ITM forward per pair, each with its own vision pass (on a GPU in batches of the
@@ -27,6 +29,7 @@ from torch import Tensor
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
+from capfilt.inference.lowbit import FP8_CAPABILITY
 from capfilt.models.blip import Blip, BlipConfig, build
 from capfilt.models.presets import preset
 
@@ -303,8 +306,121 @@ def measure_one(
         speed = rows / statistics.median(found)
         record.figure(f"{label}_{what}_images_per_second", speed)
         record.figure(f"{label}_{what}_share_of_floor", speed * flops[what] / rate)
+    others(label, model, tokenizer, data, captioner, scorer, rounds, record)  # type: ignore[arg-type]
     gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak.gib
     record.figure(f"{label}_peak_gib", gib)
+
+
+def others(
+    label: str,
+    model: Blip,
+    tokenizer: Tokenizer,
+    data: Given,
+    captioner: Captioner,
+    scorer: Filter,
+    rounds: int,
+    record: Record,
+) -> None:
+    """What the same work takes with one vision pass for both, and in 8 bits; how far 8 bits are off."""
+    rows, device = len(data.pixels), data.pixels.device
+    plain = scorer.score_texts(data.pixels, data.image_index, data.texts, batch_size=rows)
+    captioner.share_vision(scorer)
+
+    def shared() -> None:
+        encoded = captioner.encode(data.pixels)
+        captioner.caption(
+            encoded,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            batch_size=rows,
+            seed=1,  # type: ignore[arg-type]
+        )
+        scorer.score_texts(encoded, data.image_index, data.texts, batch_size=rows)
+
+    seconds = in_turn({"shared": shared}, rounds, device)["shared"]
+    record.figure(f"{label}_shared_images_per_second", rows / statistics.median(seconds))
+    low = "int8" if device.type == "cpu" else "fp8"
+    if low == "fp8" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        return
+    engines = Captioner(model, tokenizer, low), Filter(model, tokenizer, low)
+    work = works(*engines, data)["both"]
+    work()
+    seconds = in_turn({low: work}, rounds, device)[low]
+    record.figure(f"{label}_{low}_images_per_second", rows / statistics.median(seconds))
+    found = engines[1].score_texts(data.pixels, data.image_index, data.texts, batch_size=rows)
+    for score in ("itm_score", "itc_score"):
+        apart = [abs(getattr(a, score) - getattr(b, score)) for a, b in zip(plain, found, strict=True)]
+        record.figure(f"{label}_{low}_{score}_mean_difference", statistics.mean(apart))
+        record.figure(f"{label}_{low}_{score}_largest_difference", max(apart))
+
+
+def stages(name: str, count: int, args: argparse.Namespace, record: Record, device: torch.device) -> None:
+    """From Parquet shards to Parquet shards: images/s of each stage, and the engine's share of its wall time."""
+    import io
+    import json
+    import tempfile
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    from capfilt.execution.run import process_and_commit
+    from capfilt.models import checkpoint
+    from capfilt.stages.caption import CaptionStage
+    from capfilt.stages.options import CaptionOptions, ScoreOptions
+    from capfilt.stages.score import ScoreStage
+    from capfilt.tables.contracts import IMAGES
+    from capfilt.tables.ids import image_id
+    from capfilt.tables.shards import Counts
+    from capfilt.tables.workspace import Workspace
+
+    rng = np.random.default_rng(args.seed)
+    model, tokenizer = made(name, args.seed, device)
+    with tempfile.TemporaryDirectory() as directory:
+        workspace = Workspace(Path(directory))
+        checkpoint.save(Path(directory) / "models" / "both", model, tokenizer)
+        images = workspace.part("images", "web")
+        mark = images.begin(IMAGES, "benchmark", {})
+        for shard in range(2):
+            rows = []
+            for number in range(count // 2):
+                blocks = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(blocks).resize((512, 512), Image.Resampling.BICUBIC).save(
+                    buffer, "JPEG", quality=90
+                )
+                key = f"{shard:05d}{number:04d}"
+                rows.append(
+                    {
+                        "image_id": image_id("web", key), "dataset": "web", "key": key, "status": "success", "source": "web",
+                        "captions": [" ".join(f"w{i}" for i in rng.integers(0, 1000, 12))],
+                        "image": {"bytes": buffer.getvalue(), "path": f"{key}.jpg"},
+                    }
+                )  # fmt: skip
+            images.commit(shard, IMAGES.table(rows), Counts(len(rows), len(rows)), mark, 1.0)
+        batch = 4 if name == "base" and device.type == "cpu" else 64
+        caption = CaptionStage(
+            CaptionOptions(captioner="both", images="web", min_new_tokens=TOKENS, batch_size=batch), workspace
+        )
+        score_options = ScoreOptions(filter="both", images="web", captions=("both",), batch_size=batch)
+        for stage in (caption, lambda: ScoreStage(score_options, workspace)):
+            stage = stage() if callable(stage) else stage
+            begun = stage.begin()
+            stage.setup()
+            start = time.perf_counter()
+            for shard in stage.shards():
+                process_and_commit(stage, begun, shard)
+            seconds = time.perf_counter() - start
+            engine = sum(
+                json.loads(path.read_text())["engine_seconds"]
+                for path in stage.output.path.glob("*_stats.json")
+            )
+            record.figure(f"{name}_stage_{stage.name}_images_per_second", count / seconds)
+            share = engine / seconds
+            if name == "base":
+                record.target(f"{name}_stage_{stage.name}_engine_share", share, ">=", 0.85)
+            else:
+                record.figure(f"{name}_stage_{stage.name}_engine_share", share)
 
 
 AT_LEAST = {"tiny": (5.0, 2.0), "base": (1.4, 1.0)}
@@ -345,7 +461,8 @@ def compare(
     for what, limit in zip(("called", "best"), limits[name], strict=True):
         times = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[what], strict=True))
         record.figure(
-            f"{label}_transformers_{what}_images_per_second", len(data.pixels) / statistics.median(seconds[what])
+            f"{label}_transformers_{what}_images_per_second",
+            len(data.pixels) / statistics.median(seconds[what]),
         )
         record.target(f"{label}_times_faster_than_{what}", times, ">=", limit)
     return seconds["ours"]
@@ -361,6 +478,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
         for rows in args.batch_size:
             rounds = 2 if name == "base" and device.type == "cpu" else 3 if args.quick else 7
             measure_one(name, rows, rounds, args, record, device)
+        stages(name, {"tiny": 256, "base": 1024 if device.type == "cuda" else 8}[name], args, record, device)
         if args.batch_size == [default]:
             args.batch_size = []
 
@@ -368,7 +486,9 @@ def measure(args: argparse.Namespace, record: Record) -> None:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("--preset", nargs="+", choices=["tiny", "base"], default=["tiny", "base"])
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[], help="images per batch, each in turn")
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", default=[], help="images per batch, each in turn"
+    )
     parser.add_argument("--precision", default="auto", help="of the engines")
     parser.add_argument("--vs-transformers", action="store_true", help="and transformers, in the same run")
 

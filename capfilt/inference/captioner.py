@@ -60,7 +60,7 @@ class Captioner(Engine):
 
         Args:
             images: PIL images, encoded bytes or paths; or a uint8 tensor or array [B, 3, S, S] at the model's size;
-                or cached trunk features, floating [B, N, C].
+                or cached trunk features, floating [B, N, C]; or what `encode` returned.
             method: "nucleus", "beam" (`samples` best texts of `num_beams` beams) or "greedy" (one sample only).
             max_new_tokens, min_new_tokens: lengths in tokens, [SEP] included, the prompt not.
             prompt: text to continue; None for the model's own ("a picture of "), "" for none.
@@ -88,9 +88,8 @@ class Captioner(Engine):
         model = self.writer
 
         def written(first: int, last: int) -> list[Caption]:
-            batch = self.tensor(images, range(first, last))
             with self.autocast():
-                cross = self.model.prefill_cross(self.model.encode_image(batch))
+                cross = self.model.prefill_cross(self.tokens(images, range(first, last)))
                 if method == "beam":
                     count = last - first
                     decoded = beam_search(

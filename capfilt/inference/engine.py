@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
@@ -24,9 +25,23 @@ from capfilt.errors import UserError
 from capfilt.inference.lowbit import fp8_model, int8_model
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
+from capfilt.models.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Image tokens [B, N, Dv] as a vision tower made them, for every engine whose tower is the same."""
+
+    tokens: Tensor
+    tower: VisionTower
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
 
 ImageLike = Image.Image | bytes | str | PathLike[str]
-Images = Sequence[ImageLike] | Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float16]
+Pixels = Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float16]
+Images = Sequence[ImageLike] | Encoded | Pixels
 
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp8")
@@ -113,7 +128,42 @@ class Engine:
             first = last
         return made
 
-    def tensor(self, images: Images, chosen: Sequence[int]) -> Tensor:
+    @torch.inference_mode()
+    def encode(self, images: Images) -> Encoded:
+        """The images' tokens, to be given in place of images: to this engine again, or to one that shares its tower."""
+        return Encoded(self.tokens(images, range(len(images))), self.model.visual_encoder)
+
+    def share_vision(self, other: Engine) -> None:
+        """From now on `other` encodes with this engine's vision tower, so that one `encode` serves both.
+
+        UserError where the towers differ in anything: each model reads its own tower's tokens only. They are the same where
+        both were finetuned with `--freeze-vision` from one checkpoint.
+        """
+        mine, theirs = self.model.visual_encoder, other.model.visual_encoder
+        own, others = mine.state_dict(), theirs.state_dict()
+        same = mine.config == theirs.config and own.keys() == others.keys()
+        if same:
+            # As floats: there is no comparing in fp8.
+            same = all(
+                torch.equal(each.float(), others[name].to(each.device).float()) for name, each in own.items()
+            )
+        if not same or self.device != other.device or self.low_precision != other.low_precision:
+            raise UserError(
+                "the two models' vision towers differ, so each needs its own: finetune both with --freeze-vision from one "
+                "checkpoint, and load them on the same device in the same precision"
+            )
+        other.model.visual_encoder = mine
+
+    def tokens(self, images: Images, chosen: Sequence[int]) -> Tensor:
+        """Image tokens [B, N, Dv] of the chosen images, on the device. Raises UserError as `tensor`."""
+        if isinstance(images, Encoded):
+            if images.tower is not self.model.visual_encoder:
+                raise UserError("these images were encoded by another vision tower: see Engine.share_vision")
+            return images.tokens[torch.as_tensor(chosen, device=images.tokens.device)]
+        with self.autocast():
+            return self.model.encode_image(self.tensor(images, chosen))
+
+    def tensor(self, images: Sequence[ImageLike] | Pixels, chosen: Sequence[int]) -> Tensor:
         """The chosen images on the device: uint8 [B, 3, S, S], or cached trunk features as they came.
 
         Raises UserError naming the index of an image that cannot be read.

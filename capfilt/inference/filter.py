@@ -32,7 +32,7 @@ class Filter(Engine):
         """
         if len(images) != len(texts):
             raise UserError(f"{len(images)} images and {len(texts)} texts: score wants one text per image")
-        if isinstance(images, Tensor) or not isinstance(images, Sequence):
+        if not isinstance(images, Sequence):
             return self.score_texts(images, range(len(texts)), texts, batch_size)
         first: dict[object, int] = {}
         # Identity for PIL images: they compare by their pixels, which costs more than encoding some.
@@ -79,12 +79,14 @@ class Filter(Engine):
             chunk = wanted[first:last]
             found = []
             with self.autocast():
-                tokens = self.model.encode_image(self.tensor(images, chunk))
+                tokens = self.tokens(images, chunk)
                 vectors = self.model.embed_image(tokens)
                 cross = self.model.prefill_cross(tokens)
                 # Texts of like length side by side, for the least padding.
                 order = sorted(
-                    (len(rows[text]), text, row) for row, image in enumerate(chunk) for text in texts_of[image]
+                    (len(rows[text]), text, row)
+                    for row, image in enumerate(chunk)
+                    for text in texts_of[image]
                 )
                 for part in buckets(order, last - first):
                     ids, mask = self.tokenizer.pad([rows[text] for _, text, _ in part])
@@ -108,7 +110,9 @@ def buckets(order: Sequence[tuple[int, int, int]], most: int) -> list[list[tuple
     """`order` (length first, ascending) in groups of at most `most` whose lengths end in the same `BUCKET` tokens."""
     groups: list[list[tuple[int, int, int]]] = []
     for each in order:
-        same = groups and len(groups[-1]) < most and (groups[-1][0][0] - 1) // BUCKET == (each[0] - 1) // BUCKET
+        same = (
+            groups and len(groups[-1]) < most and (groups[-1][0][0] - 1) // BUCKET == (each[0] - 1) // BUCKET
+        )
         if not same:
             groups.append([])
         groups[-1].append(each)

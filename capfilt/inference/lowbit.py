@@ -1,7 +1,7 @@
 """Linear layers in 8 bits: int8 on processors, fp8 on GPUs that have it. Options: they change scores and texts a little.
 
-Weights are quantised once, per output row (int8) or as a whole (fp8); activations whenever they come, by the largest value of
-the whole tensor, so that an answer depends, within the rounding, on what else is in its batch.
+Weights are quantised once, activations whenever they come: in int8 every row by its own largest value, so that an answer does
+not depend on its batch; in fp8 the whole tensor by one, so that it does, within the rounding.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ FP8_CAPABILITY = (8, 9)  # Ada; torch's scaled matmul needs it
 class Int8Linear(nn.Module):
     """`linear` with int8 weights and activations and fp32 results, on a processor."""
 
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scales = (weight.abs().amax(1).clamp_min(1e-8) / 127).double()
-        zeros = torch.zeros(len(weight), dtype=torch.int64)
-        rows = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        bias = linear.bias.detach().float() if linear.bias is not None else None
-        self.packed = torch.ops.quantized.linear_prepack(rows, bias)
+        quantised, scales = to_int8(linear.weight.detach().float())
+        self.register_buffer("weight", quantised)
+        self.register_buffer("scales", scales[:, 0])
+        self.register_buffer("bias", linear.bias.detach().float() if linear.bias is not None else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without the range reduced to 7 bits, processors that lack VNNI overflow.
-        out: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
-        return out
+        rows, scales = to_int8(x.reshape(-1, x.shape[-1]).float())
+        # Exact in int32, so that a row's result does not depend on how many others there are.
+        out = torch._int_mm(rows, self.weight.t()).float().mul_(scales).mul_(self.scales)
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], -1)
 
 
 class Fp8Linear(nn.Module):
@@ -45,13 +50,14 @@ class Fp8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, plain: bool = False) -> None:
         super().__init__()
         quantised, scale = to_fp8(linear.weight.detach())
-        self.register_buffer("weight", quantised, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.bias = linear.bias.detach().bfloat16() if linear.bias is not None else None
+        self.register_buffer("weight", quantised)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", linear.bias.detach().bfloat16() if linear.bias is not None else None)
         self.plain = plain
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +70,12 @@ class Fp8Linear(nn.Module):
                 rows, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=torch.bfloat16
             )
         return out.view(*x.shape[:-1], -1)
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x [R, K] as int8 in [-127, 127], and the fp32 [R, 1] that they are to be multiplied by."""
+    scales = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    return (x / scales).round_().to(torch.int8), scales
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

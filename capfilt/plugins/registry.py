@@ -116,7 +116,9 @@ def reference(
             )
         return Reference(group, given, "", str(model(given)), (("precision", precision),))
     if precision != "auto":
-        raise UserError(f"--precision is for checkpoints; {given} is a plug-in, and may have an option of its own")
+        raise UserError(
+            f"--precision is for checkpoints; {given} is a plug-in, and may have an option of its own"
+        )
     pairs = {}
     for item in options:
         key, equals, value = item.partition("=")

@@ -45,7 +45,12 @@ class CaptionStage(ShardStage):
         self.options = options
         self.images = workspace.part("images", options.images).expect("images")
         self.captioner = reference(
-            CAPTIONERS, options.captioner, options.captioner_option, "--captioner-option", workspace.model, options.precision
+            CAPTIONERS,
+            options.captioner,
+            options.captioner_option,
+            "--captioner-option",
+            workspace.model,
+            options.precision,
         )
         self.output = output or workspace.part("captions", options.out or self.captioner.name)
         open_captioner(self.captioner)
@@ -123,7 +128,8 @@ class CaptionStage(ShardStage):
                     kept += 1
                 else:
                     failed[min(reason for reason in reasons if reason)] += 1
-        return Produced(CAPTIONS.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)), engine.stats(self.writer))
+        counts = Counts(rows_in, kept, dict(dropped), dict(failed))
+        return Produced(CAPTIONS.table(made), counts, engine.stats(self.writer))
 
     def _captions(self, images: list[Any], keys: list[str]) -> list[tuple[str, float | None]]:
         """(text, log-probability) of each sample of each image; a text of white space alone is none."""

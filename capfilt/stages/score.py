@@ -35,7 +35,12 @@ class ScoreStage(ShardStage):
         self.images = workspace.part("images", options.images).expect("images")
         self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
         self.filter = reference(
-            SCORERS, options.filter, options.filter_option, "--filter-option", workspace.model, options.precision
+            SCORERS,
+            options.filter,
+            options.filter_option,
+            "--filter-option",
+            workspace.model,
+            options.precision,
         )
         self.output = output or workspace.part("scores", options.out or self.filter.name)
         self.columns = dict(open_scorer(self.filter).columns)
@@ -108,7 +113,8 @@ class ScoreStage(ShardStage):
                 else:
                     entry["failure"] = "not_finite"
                     failed["not_finite"] += 1
-        return Produced(self.contract.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)), engine.stats(self.scorer))
+        counts = Counts(rows_in, kept, dict(dropped), dict(failed))
+        return Produced(self.contract.table(made), counts, engine.stats(self.scorer))
 
     def _scores(self, images: list[Any], image_index: list[int], texts: list[str]) -> list[list[float]]:
         """A row per text, a number per column."""

@@ -174,7 +174,9 @@ def test_position_0_is_the_modes_own_and_the_callers_ids_stay(model):
 def test_decoding_with_the_cache_equals_the_full_forward(model, prompt, samples, seed):
     pixels, _, _ = batch(2, seed=seed)
     _, ids, _ = batch(2 * samples, 7, seed)
-    ids[:, :prompt] = ids[::samples, :prompt].repeat_interleave(samples, 0)  # an image's texts share its prompt
+    ids[:, :prompt] = ids[::samples, :prompt].repeat_interleave(
+        samples, 0
+    )  # an image's texts share its prompt
     tokens = model.encode_image(pixels)
     full = model.lm_logits(ids, None, tokens.repeat_interleave(samples, 0))
     cross = model.prefill_cross(tokens)
