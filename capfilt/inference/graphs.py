@@ -32,7 +32,7 @@ def run_again(compute: Callable[[], Tensor]) -> Recorded:
 def cuda_graph(compute: Callable[[], Tensor]) -> Recorded:
     """A CUDA graph of `compute`; what it returns is overwritten by the next replay."""
     # Off the default stream first, as recording wants it: libraries make their plans and workspaces there.
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         compute()

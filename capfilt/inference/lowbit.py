@@ -31,7 +31,7 @@ class Int8Linear(nn.Module):
         quantised, scales = to_int8(linear.weight.detach().float())
         self.register_buffer("weight", quantised)
         self.register_buffer("scales", scales[:, 0])
-        self.register_buffer("bias", linear.bias.detach().float() if linear.bias is not None else None)
+        self.register_buffer("bias", _bias(linear, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scales = to_int8(x.reshape(-1, x.shape[-1]).float())
@@ -57,7 +57,7 @@ class Fp8Linear(nn.Module):
         quantised, scale = to_fp8(linear.weight.detach())
         self.register_buffer("weight", quantised)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", linear.bias.detach().bfloat16() if linear.bias is not None else None)
+        self.register_buffer("bias", _bias(linear, torch.bfloat16))
         self.plain = plain
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,6 +70,11 @@ class Fp8Linear(nn.Module):
                 rows, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=torch.bfloat16
             )
         return out.view(*x.shape[:-1], -1)
+
+
+def _bias(linear: nn.Linear, dtype: torch.dtype) -> Tensor | None:
+    found: Tensor | None = getattr(linear, "bias", None)
+    return None if found is None else found.detach().to(dtype)
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,9 @@ def test_a_shard_says_how_long_its_engine_worked(workspace):
 def test_a_precision_is_part_of_what_a_part_is_and_the_default_is_not(workspace):
     caption(workspace)
     plain = CaptionStage(CaptionOptions(images="web"), workspace)
-    assert "precision" not in plain.identity()["options"], "or parts of earlier releases would not count as done"
+    assert "precision" not in plain.identity()["options"], (
+        "or parts of earlier releases would not count as done"
+    )
     with pytest.raises(UserError, match="precision"):
         caption(workspace, precision="int8")
     caption(workspace, precision="int8", out="low")
