@@ -111,6 +111,11 @@ class Captioner(Engine):
         """The model for the decoding loops: on a GPU with its steps recorded as CUDA graphs."""
         return RecordedWriter(self.model) if self.device.type == "cuda" else self.model
 
+    def release(self) -> None:
+        """Forgets recorded steps and their buffers."""
+        if isinstance(self.writer, RecordedWriter):
+            self.writer.forget()
+
     def prompt_ids(self, prompt: str) -> Tensor:
         """int64 [P] on the device: position 0 (which decoding makes [DEC]) and the prompt's pieces, no [SEP]."""
         longest = self.model.config.text.max_positions

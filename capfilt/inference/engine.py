@@ -22,7 +22,7 @@ from capfilt.data.images import BadImage
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8, to_uint8
 from capfilt.errors import UserError
-from capfilt.inference.lowbit import fp8_model, int8_model
+from capfilt.inference.lowbit import bf16_model, fp8_model, int8_model
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
 from capfilt.models.vision import VisionTower
@@ -65,15 +65,13 @@ class Engine:
             raise UserError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
         model.require(self.half)
         self.device = next(model.parameters()).device
-        if precision == "int8":
-            model = int8_model(model)
-        elif precision == "fp8":
-            model = fp8_model(model)
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "fp32"
+        if precision != "fp32":
+            model = {"bf16": bf16_model, "int8": int8_model, "fp8": fp8_model}[precision](model)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.low_precision = precision in ("bf16", "fp8") or (
-            precision == "auto" and self.device.type == "cuda"
-        )
+        self.low_precision = precision in ("bf16", "fp8")
         self.fits = 0
 
     @classmethod
@@ -99,7 +97,10 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision everything is computed in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
+        # Nothing is kept converted: see `bf16_model`.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.low_precision, cache_enabled=False
+        )
 
     def in_batches(self, count: int, batch_size: int, work: Callable[[int, int], list[T]]) -> list[T]:
         """What `work(first, last)` gives for ranges of at most `batch_size` of `count`, one after the other.
@@ -122,11 +123,15 @@ class Engine:
                 done = None
             if done is None:
                 # Here, where the error and the tensors in its frames are gone.
+                self.release()
                 torch.cuda.empty_cache()
                 continue
             made += done
             first = last
         return made
+
+    def release(self) -> None:
+        """Lets go of what is kept for speed alone; called when memory is out."""
 
     @torch.inference_mode()
     def encode(self, images: Images) -> Encoded:

@@ -71,6 +71,11 @@ class RecordedWriter:
         self.failed = False
         self._now: _Shape | None = None
 
+    def forget(self) -> None:
+        """Lets go of all buffers and recordings."""
+        self.shapes.clear()
+        self._now = None
+
     def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
         """The shape's own cache, emptied; its cross-attention keys and values become `cross`."""
         self._now = None
@@ -103,6 +108,8 @@ class RecordedWriter:
         if at not in shape.steps:
             try:
                 self._record(shape, at, ids)
+            except torch.OutOfMemoryError:
+                raise  # for who can make the batch smaller
             except RuntimeError as error:
                 self.failed = True
                 cache.rewind(at)

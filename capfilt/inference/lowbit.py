@@ -1,6 +1,6 @@
-"""Linear layers in 8 bits: int8 on processors, fp8 on GPUs that have it. Options: they change scores and texts a little.
+"""Linear layers in fewer bits: bf16 by conversion, int8 on processors, fp8 on GPUs that have it.
 
-Weights are quantised once, activations whenever they come: in int8 every row by its own largest value, so that an answer does
+Of the last two, which change scores and texts a little: weights are quantised once, activations whenever they come: in int8 every row by its own largest value, so that an answer does
 not depend on its batch; in fp8 the whole tensor by one, so that it does, within the rounding.
 """
 
@@ -89,30 +89,52 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(FP8), scale
 
 
+def bf16_model(model: Blip) -> Blip:
+    """A copy whose blocks hold their linear layers' weights in bf16.
+
+    Autocast alone would convert every weight for every token, or keep converted ones for as long as its context lasts, which
+    a recorded step outlives.
+    """
+    made = copy.deepcopy(model)
+    for tower in _towers(made):
+        for module in tower.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+    return made
+
+
 def int8_model(model: Blip) -> Blip:
     """A copy whose blocks compute their linear layers in int8; embeddings, heads and the vocabulary's stay as they are."""
     if next(model.parameters()).device.type != "cpu":
         raise UserError("precision 'int8' is for processors: use 'bf16' or 'fp8' on a GPU")
     made = copy.deepcopy(model)
-    towers: list[nn.Module] = [made.visual_encoder.blocks]
-    if made.config.half != "captioner":
-        towers.append(made.text_encoder.encoder)
+    towers = _towers(made)
     if made.config.half != "filter":
-        towers += [made.text_decoder.bert.encoder, made.text_decoder.cls.predictions.transform]
+        towers.append(made.text_decoder.cls.predictions.transform)
     replace_linears(towers, Int8Linear)
     return made
 
 
 def fp8_model(model: Blip) -> Blip:
-    """A copy whose vision blocks compute their linear layers in fp8. UserError on a device that cannot."""
+    """`bf16_model` with the vision blocks' linear layers in fp8. UserError on a device that cannot."""
     device = next(model.parameters()).device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise UserError(
             "precision 'fp8' needs a GPU of compute capability 8.9 or more: use 'bf16', or 'int8' on a processor"
         )
-    made = copy.deepcopy(model)
+    made = bf16_model(model)
     replace_linears([made.visual_encoder.blocks], Fp8Linear)
     return made
+
+
+def _towers(model: Blip) -> list[nn.Module]:
+    """The blocks that a Blip has: where nearly all of its arithmetic is."""
+    towers: list[nn.Module] = [model.visual_encoder.blocks]
+    if model.config.half != "captioner":
+        towers.append(model.text_encoder.encoder)
+    if model.config.half != "filter":
+        towers.append(model.text_decoder.bert.encoder)
+    return towers
 
 
 def replace_linears(towers: Sequence[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> None:

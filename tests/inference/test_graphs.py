@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.decoding import Limits, sample
 from capfilt.inference.graphs import RecordedWriter, run_again
@@ -90,6 +91,28 @@ def test_a_failed_recording_warns_once_and_writes_the_same(scene):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(sample(writer, crosses[0], prompt, 3, limits).tokens, plain.tokens)
+
+
+@torch.no_grad()
+def test_memory_that_runs_out_is_the_callers_to_hear_of(scene, pair, images):
+    """Not a reason to stop recording for good: a smaller batch will fit, once the large one's buffers are gone."""
+    model, prompt, limits, crosses = scene
+
+    def full(compute):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    writer = RecordedWriter(model, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(writer, crosses[0], prompt, 3, limits)
+    assert not writer.failed
+    captioner = Captioner(*pair)
+    captioner.__dict__["writer"] = writer
+    with pytest.raises(UserError, match="one image at a time"):
+        captioner.caption(images)
+    assert not writer.shapes or next(iter(writer.shapes.values())).cross[0][0].shape[0] == 1
+    writer.record = Counting()
+    made, plain = (each.caption(images, batch_size=3) for each in (captioner, Captioner(*pair)))
+    assert [each.text for each in made] == [each.text for each in plain]
 
 
 @pytest.mark.gpu

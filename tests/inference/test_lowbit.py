@@ -61,6 +61,21 @@ def test_int8_scores_and_texts_are_near_and_the_model_is_left_alone(pair, images
     assert all(torch.equal(each, before[name]) for name, each in pair[0].state_dict().items())
 
 
+def test_bf16_weights_are_those_that_autocast_would_use(pair, images):
+    """Converted once and converted at every step are the same numbers."""
+    engine = Filter(*pair, precision="bf16")
+    assert engine.model.visual_encoder.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert (
+        engine.model.text_encoder.layers[0].crossattention
+        is engine.model.text_decoder.bert.layers[0].crossattention
+    )
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = pair[0].encode_image(images)
+    with torch.inference_mode(), engine.autocast():
+        assert torch.equal(engine.model.encode_image(images), expected)
+    assert pair[0].visual_encoder.blocks[0].mlp.fc1.weight.dtype == torch.float32
+
+
 def test_fp8_is_refused_where_no_gpu_has_it(pair):
     with pytest.raises(UserError, match="int8"):
         Filter(*pair, precision="fp8")
