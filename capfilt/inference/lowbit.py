@@ -1,7 +1,8 @@
 """Linear layers in fewer bits: bf16 by conversion, int8 on processors, fp8 on GPUs that have it.
 
-Of the last two, which change scores and texts a little: weights are quantised once, activations whenever they come: in int8 every row by its own largest value, so that an answer does
-not depend on its batch; in fp8 the whole tensor by one, so that it does, within the rounding.
+The last two change scores and texts a little. Weights are quantised once, activations whenever they come: in int8 every row by
+its own largest value, so that an answer does not depend on its batch; in fp8 the whole tensor by one, so that it does, within
+the rounding.
 """
 
 from __future__ import annotations
