@@ -226,5 +226,10 @@ def process_and_commit(stage: ShardStage, mark: str, shard: int) -> Manifest:
     start = time.monotonic()
     produced = stage.process(shard)
     return stage.output.commit(
-        shard, produced.table, produced.counts, stage.shard_fingerprint(mark, shard), time.monotonic() - start
+        shard,
+        produced.table,
+        produced.counts,
+        stage.shard_fingerprint(mark, shard),
+        time.monotonic() - start,
+        produced.stats,
     )

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from capfilt.errors import UserError
-from capfilt.inference.decoding import Decoded, Limits, beam_search, sample
+from capfilt.inference.decoding import Decoded, Limits, Writes, beam_search, sample
 from capfilt.inference.engine import Engine, Images
+from capfilt.inference.graphs import RecordedWriter
 from capfilt.inference.sampling import uniforms
 
 METHODS = ("nucleus", "beam", "greedy")
@@ -58,7 +60,7 @@ class Captioner(Engine):
 
         Args:
             images: PIL images, encoded bytes or paths; or a uint8 tensor or array [B, 3, S, S] at the model's size;
-                or cached trunk features, floating [B, N, C].
+                or cached trunk features, floating [B, N, C]; or what `encode` returned.
             method: "nucleus", "beam" (`samples` best texts of `num_beams` beams) or "greedy" (one sample only).
             max_new_tokens, min_new_tokens: lengths in tokens, [SEP] included, the prompt not.
             prompt: text to continue; None for the model's own ("a picture of "), "" for none.
@@ -83,15 +85,15 @@ class Captioner(Engine):
             self.tokenizer.sep_id, self.tokenizer.pad_id, max_new_tokens, min_new_tokens, repetition_penalty
         )
         start = self.prompt_ids(self.model.config.prompt if prompt is None else prompt)
-        captions: list[Caption] = []
-        for first in range(0, len(images), batch_size):
-            last = min(first + batch_size, len(images))
-            batch = self.tensor(images, range(first, last))
+        model = self.writer
+
+        def written(first: int, last: int) -> list[Caption]:
             with self.autocast():
-                cross = self.model.prefill_cross(self.model.encode_image(batch))
+                cross = self.model.prefill_cross(self.tokens(images, range(first, last)))
                 if method == "beam":
+                    count = last - first
                     decoded = beam_search(
-                        self.model, cross, start, last - first, limits, num_beams, samples, length_penalty
+                        model, cross, start, count, limits, num_beams, samples, length_penalty
                     )
                 else:
                     rows = (last - first) * samples
@@ -99,9 +101,20 @@ class Captioner(Engine):
                     if method == "nucleus":
                         names = keys[first:last] if keys is not None else [str(i) for i in range(first, last)]
                         draws = uniforms(seed, names, samples, max_new_tokens).to(self.device)
-                    decoded = sample(self.model, cross, start, rows, limits, draws, top_p, top_k, temperature)
-            captions += self.texts(start, decoded)
-        return captions
+                    decoded = sample(model, cross, start, rows, limits, draws, top_p, top_k, temperature)
+            return self.texts(start, decoded)
+
+        return self.in_batches(len(images), batch_size, written)
+
+    @cached_property
+    def writer(self) -> Writes:
+        """The model for the decoding loops: on a GPU with its steps recorded as CUDA graphs."""
+        return RecordedWriter(self.model) if self.device.type == "cuda" else self.model
+
+    def release(self) -> None:
+        """Forgets recorded steps and their buffers."""
+        if isinstance(self.writer, RecordedWriter):
+            self.writer.forget()
 
     def prompt_ids(self, prompt: str) -> Tensor:
         """int64 [P] on the device: position 0 (which decoding makes [DEC]) and the prompt's pieces, no [SEP]."""

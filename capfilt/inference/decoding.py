@@ -1,7 +1,7 @@
 """The captioner's loops: sampling or taking the best token row by row, and beam search. Tokens in, tokens out.
 
-Images, strings, seeds and batches are captioner.py's. An image's cross-attention keys and values are computed once and
-shared by all of its rows; self-attention's go into a static cache.
+Images, strings, seeds and batches are captioner.py's. An image's cross-attention keys and values, and those of its prompt,
+are computed once and shared by all of its rows; self-attention's go into a static cache.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ IMPOSSIBLE = -1.0e9
 class Writes(Protocol):
     """What the loops need of a model: `Blip` has it, and so has `BlipVqa.writer`."""
 
-    def new_cache(self, rows: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
-        """A self-attention cache for `rows` texts of at most `max_length` tokens."""
+    def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
+        """A self-attention cache for `ways` texts of at most `max_length` tokens per image in `cross`."""
 
     def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
         """fp32 logits [R, V] of the token after `ids` int64 [R, T]; updates the cache."""
@@ -64,27 +64,34 @@ def sample(
 
     uniform: float64 [rows, max_new_tokens] for sampling, None for the most likely token each time.
     """
-    device = prompt.device
-    ids = prompt.expand(rows, -1)
-    cache = model.new_cache(rows, ids.shape[1] + limits.max_new_tokens, cross)
+    device, images = prompt.device, len(cross[0][0])
+    ways = rows // images
+    cache = model.new_cache(ways, len(prompt) + limits.max_new_tokens, cross)
     written = torch.full((rows, limits.max_new_tokens), limits.pad_id, dtype=torch.int64, device=device)
     logprob = torch.zeros(rows, device=device)
+    # Which rows of the result are still worked on.
+    live = torch.arange(rows, device=device)
     open_rows = torch.ones(rows, dtype=torch.bool, device=device)
-    step_ids = ids
+    logits = model.decode(prompt.expand(images, -1), cache, cross).repeat_interleave(ways, 0)
     for step in range(limits.max_new_tokens):
-        logits = model.decode(step_ids, cache, cross)
-        scores = _restrict(logits, torch.cat([ids, written[:, :step]], dim=1), step, limits)
+        scores = _restrict(logits, prompt, written[live, :step], step, limits)
         if uniform is None:
             token = scores.argmax(-1)
         else:
-            token = draw(scores, uniform[:, step], top_p, top_k, temperature)
+            token = draw(scores, uniform[live, step], top_p, top_k, temperature)
         own = torch.log_softmax(logits, dim=-1).gather(1, token[:, None])[:, 0]
-        logprob += torch.where(open_rows, own, torch.zeros_like(own))
-        written[:, step] = torch.where(open_rows, token, torch.full_like(token, limits.pad_id))
+        logprob[live] += torch.where(open_rows, own, torch.zeros_like(own))
+        written[live, step] = torch.where(open_rows, token, torch.full_like(token, limits.pad_id))
         open_rows = open_rows & (token != limits.sep_id)
-        if not bool(open_rows.any()):
+        if step + 1 == limits.max_new_tokens or not bool(open_rows.any()):
             break
-        step_ids = token[:, None]
+        kept = _worth_keeping(open_rows.view(-1, ways).any(1))
+        if kept is not None:
+            cache.keep(kept)
+            cross = [(keys[kept], values[kept]) for keys, values in cross]
+            rows_kept = (kept[:, None] * ways + torch.arange(ways, device=device)).view(-1)
+            live, open_rows, token = live[rows_kept], open_rows[rows_kept], token[rows_kept]
+        logits = model.decode(token[:, None], cache, cross)
     return Decoded(written, logprob)
 
 
@@ -110,9 +117,7 @@ def beam_search(
     device, width = prompt.device, limits.max_new_tokens
     # Twice as many continuations as beams: should the best `beams` all end here, as many are left to go on.
     wide = 2 * beams
-    rows = images * beams
-    ids = prompt.expand(rows, -1)
-    cache = model.new_cache(rows, ids.shape[1] + width, cross)
+    cache = model.new_cache(beams, len(prompt) + width, cross)
     open_tokens = torch.full((images, beams, width), limits.pad_id, dtype=torch.int64, device=device)
     open_scores = torch.zeros(images, beams, device=device)
     open_scores[:, 1:] = IMPOSSIBLE  # at first all beams are the same text
@@ -122,18 +127,18 @@ def beam_search(
     best_logprob = torch.zeros(images, beams, device=device)
     hopeful = torch.ones(images, 1, dtype=torch.bool, device=device)
     may_finish = torch.arange(wide, device=device)[None] < beams
-    step_ids = ids
+    # Which images are still worked on, and what the others came to.
+    live = torch.arange(images, device=device)
+    found_tokens, found_logprob = best_tokens.clone(), best_logprob.clone()
+    logits = model.decode(prompt.expand(images, -1), cache, cross).repeat_interleave(beams, 0)
     for step in range(width):
-        logits = model.decode(step_ids, cache, cross)
         own = torch.log_softmax(logits, dim=-1)
-        scores = _restrict(
-            own, torch.cat([ids, open_tokens.view(rows, width)[:, :step]], dim=1), step, limits
-        )
+        scores = _restrict(own, prompt, open_tokens.view(-1, width)[:, :step], step, limits)
         vocabulary = scores.shape[1]
-        total = (scores.view(images, beams, vocabulary) + open_scores[:, :, None]).view(images, -1)
+        total = (scores.view(-1, beams, vocabulary) + open_scores[:, :, None]).flatten(1)
         found = total.topk(min(wide, total.shape[1]), dim=-1)
         beam, token = found.indices // vocabulary, found.indices % vocabulary
-        logprob = open_logprob.gather(1, beam) + own.view(images, -1).gather(1, found.indices)
+        logprob = open_logprob.gather(1, beam) + own.view(len(total), -1).gather(1, found.indices)
         tokens = open_tokens.gather(1, beam[:, :, None].expand(-1, -1, width)).clone()
         tokens[:, :, step] = token
         ended = (token == limits.sep_id) if step + 1 < width else torch.ones_like(token, dtype=torch.bool)
@@ -154,15 +159,35 @@ def beam_search(
         hopeful = hopeful & (reachable > best_scores[:, -1:])
         if step + 1 == width or not bool(hopeful.any()):
             break
-        first_row = torch.arange(images, device=device)[:, None] * beams
-        cache.reorder((beam.gather(1, order) + first_row).view(-1))
-        step_ids = open_tokens[:, :, step].reshape(rows, 1)
-    return Decoded(best_tokens[:, :keep].reshape(images * keep, width), best_logprob[:, :keep].reshape(-1))
+        cache.reorder(beam.gather(1, order))
+        kept = _worth_keeping(hopeful[:, 0])
+        if kept is not None:
+            found_tokens[live], found_logprob[live] = best_tokens, best_logprob
+            cache.keep(kept)
+            cross = [(keys[kept], values[kept]) for keys, values in cross]
+            live, hopeful = live[kept], hopeful[kept]
+            open_tokens, open_scores, open_logprob = open_tokens[kept], open_scores[kept], open_logprob[kept]
+            best_tokens, best_scores, best_logprob = best_tokens[kept], best_scores[kept], best_logprob[kept]
+        logits = model.decode(open_tokens[:, :, step].reshape(-1, 1), cache, cross)
+    found_tokens[live], found_logprob[live] = best_tokens, best_logprob
+    return Decoded(found_tokens[:, :keep].reshape(images * keep, width), found_logprob[:, :keep].reshape(-1))
 
 
-def _restrict(scores: Tensor, previous: Tensor, step: int, limits: Limits) -> Tensor:
+def _worth_keeping(going: Tensor) -> Tensor | None:
+    """Which images (int64) to go on with when only those in `going` (bool [B]) have a text that has not ended; None: all.
+
+    At half of them or fewer, what a step saves soon exceeds what copying the rest's keys and values costs. On a GPU all
+    stay: a step's time hardly depends on its rows there, and a step recorded as a graph has a fixed shape.
+    """
+    if going.device.type != "cpu" or 2 * int(going.sum()) > len(going):
+        return None
+    return going.nonzero()[:, 0]
+
+
+def _restrict(scores: Tensor, prompt: Tensor, written: Tensor, step: int, limits: Limits) -> Tensor:
     """Scores [R, V] with the repetition penalty, and without [SEP] while the text is too short."""
     if limits.repetition_penalty != 1.0:
+        previous = torch.cat([prompt.expand(len(written), -1), written], dim=1)
         scores = penalise_repetition(scores, previous, limits.repetition_penalty)
     if step < limits.min_new_tokens:
         scores = scores.clone()

@@ -5,11 +5,12 @@ What is asked of the model is captioner.py's and filter.py's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,26 +22,57 @@ from capfilt.data.images import BadImage
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8, to_uint8
 from capfilt.errors import UserError
+from capfilt.inference.lowbit import bf16_model, fp8_model, int8_model
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
+from capfilt.models.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Image tokens [B, N, Dv] as a vision tower made them, for every engine whose tower is the same."""
+
+    tokens: Tensor
+    tower: VisionTower
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
 
 ImageLike = Image.Image | bytes | str | PathLike[str]
-Images = Sequence[ImageLike] | Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float16]
+Pixels = Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float16]
+Images = Sequence[ImageLike] | Encoded | Pixels
+
+
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp8")
+"""auto: bf16 on a GPU, fp32 on a processor, where bf16 is slower unless it has AMX; int8: on processors; fp8: the vision
+tower on GPUs that have it, the rest in bf16."""
+
+T = TypeVar("T")
 
 
 class Engine:
-    """A Blip in evaluation mode. Computes in bf16 autocast on a GPU and in fp32 on a CPU; answers are always fp32."""
+    """A Blip in evaluation mode, in one of `PRECISIONS`; answers are always fp32.
+
+    Attributes:
+        fits: the largest batch that is known to fit, once one did not; 0 before.
+    """
 
     half: ClassVar[str]  # which half of a Blip the engine needs, "captioner" or "filter"
 
     def __init__(self, model: Blip, tokenizer: Tokenizer, precision: str = "auto") -> None:
-        if precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"precision {precision!r} is unknown: use 'auto', 'fp32' or 'bf16'")
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
         model.require(self.half)
+        self.device = next(model.parameters()).device
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "fp32"
+        if precision != "fp32":
+            model = {"bf16": bf16_model, "int8": int8_model, "fp8": fp8_model}[precision](model)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.device = next(model.parameters()).device
-        self.low_precision = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+        self.low_precision = precision in ("bf16", "fp8")
+        self.fits = 0
 
     @classmethod
     def load(
@@ -65,9 +97,78 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision everything is computed in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
+        # Nothing is kept converted: see `bf16_model`.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.low_precision, cache_enabled=False
+        )
 
-    def tensor(self, images: Images, chosen: Sequence[int]) -> Tensor:
+    def in_batches(self, count: int, batch_size: int, work: Callable[[int, int], list[T]]) -> list[T]:
+        """What `work(first, last)` gives for ranges of at most `batch_size` of `count`, one after the other.
+
+        A range that a GPU's memory cannot hold is done again in halves, and so is what follows: no row is lost. UserError
+        where a single one does not fit.
+        """
+        size = min(batch_size, self.fits or batch_size)
+        made: list[T] = []
+        first = 0
+        while first < count:
+            last = min(first + size, count)
+            try:
+                done = work(first, last)
+            except torch.OutOfMemoryError as error:
+                if last - first == 1:
+                    said = str(error).splitlines()[0]
+                    raise UserError(f"one image at a time does not fit on the GPU: {said}") from error
+                self.fits = size = (last - first) // 2
+                done = None
+            if done is None:
+                # Here, where the error and the tensors in its frames are gone.
+                self.release()
+                torch.cuda.empty_cache()
+                continue
+            made += done
+            first = last
+        return made
+
+    def release(self) -> None:
+        """Lets go of what is kept for speed alone; called when memory is out."""
+
+    @torch.inference_mode()
+    def encode(self, images: Images) -> Encoded:
+        """The images' tokens, to be given in place of images: to this engine again, or to one that shares its tower."""
+        return Encoded(self.tokens(images, range(len(images))), self.model.visual_encoder)
+
+    def share_vision(self, other: Engine) -> None:
+        """From now on `other` encodes with this engine's vision tower, so that one `encode` serves both.
+
+        UserError where the towers differ in anything: each model reads its own tower's tokens only. They are the same where
+        both were finetuned with `--freeze-vision` from one checkpoint.
+        """
+        mine, theirs = self.model.visual_encoder, other.model.visual_encoder
+        own, others = mine.state_dict(), theirs.state_dict()
+        same = mine.config == theirs.config and own.keys() == others.keys()
+        if same:
+            # As floats: there is no comparing in fp8.
+            same = all(
+                torch.equal(each.float(), others[name].to(each.device).float()) for name, each in own.items()
+            )
+        if not same or self.device != other.device or self.low_precision != other.low_precision:
+            raise UserError(
+                "the two models' vision towers differ, so each needs its own: finetune both with --freeze-vision from one "
+                "checkpoint, and load them on the same device in the same precision"
+            )
+        other.model.visual_encoder = mine
+
+    def tokens(self, images: Images, chosen: Sequence[int]) -> Tensor:
+        """Image tokens [B, N, Dv] of the chosen images, on the device. Raises UserError as `tensor`."""
+        if isinstance(images, Encoded):
+            if images.tower is not self.model.visual_encoder:
+                raise UserError("these images were encoded by another vision tower: see Engine.share_vision")
+            return images.tokens[torch.as_tensor(chosen, device=images.tokens.device)]
+        with self.autocast():
+            return self.model.encode_image(self.tensor(images, chosen))
+
+    def tensor(self, images: Sequence[ImageLike] | Pixels, chosen: Sequence[int]) -> Tensor:
         """The chosen images on the device: uint8 [B, 3, S, S], or cached trunk features as they came.
 
         Raises UserError naming the index of an image that cannot be read.
@@ -76,10 +177,16 @@ class Engine:
             images = torch.from_numpy(images)
         if isinstance(images, Tensor):
             self._check(images)
-            return images[torch.as_tensor(chosen)].to(self.device, non_blocking=True)
+            return self._sent(images[torch.as_tensor(chosen)])
         size = self.model.config.image_size
         rows = [pixels(images[index], size, index) for index in chosen]
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        return self._sent(torch.from_numpy(np.stack(rows)))
+
+    def _sent(self, images: Tensor) -> Tensor:
+        """On the device. Bytes travel, from pinned memory, while the GPU computes; the model normalises them there."""
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()
+        return images.to(self.device, non_blocking=True)
 
     def _check(self, images: Tensor) -> None:
         size = self.model.config.image_size

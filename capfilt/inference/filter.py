@@ -32,7 +32,7 @@ class Filter(Engine):
         """
         if len(images) != len(texts):
             raise UserError(f"{len(images)} images and {len(texts)} texts: score wants one text per image")
-        if isinstance(images, Tensor) or not isinstance(images, Sequence):
+        if not isinstance(images, Sequence):
             return self.score_texts(images, range(len(texts)), texts, batch_size)
         first: dict[object, int] = {}
         # Identity for PIL images: they compare by their pixels, which costs more than encoding some.
@@ -74,24 +74,21 @@ class Filter(Engine):
         for text, image in enumerate(index):
             texts_of.setdefault(image, []).append(text)
         wanted = sorted(texts_of)
-        scores: list[Score] = [Score(0.0, 0.0)] * len(texts)
-        for start in range(0, len(wanted), batch_size):
-            chunk = wanted[start : start + batch_size]
-            batch = self.tensor(images, chunk)
+
+        def judged(first: int, last: int) -> list[tuple[int, Score]]:
+            chunk = wanted[first:last]
+            found = []
             with self.autocast():
-                tokens = self.model.encode_image(batch)
+                tokens = self.tokens(images, chunk)
                 vectors = self.model.embed_image(tokens)
                 cross = self.model.prefill_cross(tokens)
                 # Texts of like length side by side, for the least padding.
                 order = sorted(
-                    (
-                        (len(rows[text]), text, row)
-                        for row, image in enumerate(chunk)
-                        for text in texts_of[image]
-                    )
+                    (len(rows[text]), text, row)
+                    for row, image in enumerate(chunk)
+                    for text in texts_of[image]
                 )
-                for at in range(0, len(order), batch_size):
-                    part = order[at : at + batch_size]
+                for part in buckets(order, last - first):
                     ids, mask = self.tokenizer.pad([rows[text] for _, text, _ in part])
                     ids, mask = ids.to(self.device), mask.to(self.device)
                     of = torch.tensor([row for _, _, row in part], device=self.device)
@@ -99,5 +96,24 @@ class Filter(Engine):
                     itm = self.model.match_logits(ids, mask, cross_of).softmax(-1)[:, 1]
                     itc = (self.model.embed_text(ids, mask) * vectors[of]).sum(-1).clamp(-1, 1)
                     for (_, text, _), a, b in zip(part, itm.tolist(), itc.tolist(), strict=True):
-                        scores[text] = Score(a, b)
-        return scores
+                        found.append((text, Score(a, b)))
+            return found
+
+        scores = dict(self.in_batches(len(wanted), batch_size, judged))
+        return [scores[text] for text in range(len(texts))]
+
+
+BUCKET = 8
+
+
+def buckets(order: Sequence[tuple[int, int, int]], most: int) -> list[list[tuple[int, int, int]]]:
+    """`order` (length first, ascending) in groups of at most `most` whose lengths end in the same `BUCKET` tokens."""
+    groups: list[list[tuple[int, int, int]]] = []
+    for each in order:
+        same = (
+            groups and len(groups[-1]) < most and (groups[-1][0][0] - 1) // BUCKET == (each[0] - 1) // BUCKET
+        )
+        if not same:
+            groups.append([])
+        groups[-1].append(each)
+    return groups

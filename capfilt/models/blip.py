@@ -182,20 +182,24 @@ class Blip(nn.Module):
         stack = self.text_decoder.bert if self.config.half == "captioner" else self.text_encoder
         return stack.cross_keys_values(image_tokens)
 
-    def new_cache(self, rows: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
-        """A static self-attention cache for `rows` texts of at most `max_length` tokens, [DEC] and prompt included."""
+    def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
+        """A static self-attention cache for `ways` texts per image in `cross`.
+
+        max_length: tokens of a text at most, [DEC] and prompt included.
+        """
         if max_length > self.config.text.max_positions:
             raise UserError(
                 f"{max_length} tokens (prompt included) are more than this model's {self.config.text.max_positions}"
                 " positions: lower max_new_tokens"
             )
-        return self.text_decoder.bert.new_cache(rows, max_length, like=cross[0][0])
+        like = cross[0][0]
+        return self.text_decoder.bert.new_cache(len(like), ways, max_length, like)
 
     def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
         """fp32 logits [R, V] of the token after `ids` int64 [R, T], which continue what the cache holds.
 
-        The first call's position 0 becomes [DEC]. R may be K times the images in `cross`: rows i*K .. i*K+K-1 then
-        belong to image i. Updates the cache.
+        The first call takes a prompt, one row per image, whose position 0 becomes [DEC]. Later ones take the next token
+        of each of an image's K texts, side by side: rows i*K .. i*K+K-1 belong to image i. Updates the cache.
         """
         if cache.length == 0:
             ids = self._start(ids, self.config.text.dec_id)

@@ -55,26 +55,86 @@ class TextConfig:
 
 
 class SelfCache:
-    """Keys and values of the tokens decoded so far, in buffers of a fixed size: [layers] x [R, H, max_length, d]."""
+    """Keys and values of the tokens decoded so far, in buffers of a fixed size: [layers] x [B, H, slots, d].
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+    A prompt is kept once per image, however many texts go on from it; after it, every step takes one slot for each of the
+    image's `ways` texts. Which slots are a text's own past is a mask, so beams change places and no key or value moves.
+
+    Attributes:
+        length: tokens of each text so far.
+        kept: int64, which of the images it was made for are still here; None for all.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], ways: int = 1) -> None:
         self.keys = keys
         self.values = values
+        self.ways = ways
         self.length = 0
+        self.kept: Tensor | None = None
+        self._used = 0
+        self._seen: Tensor | None = None  # bool [B, ways, slots], from the first step on; not for one way
+
+    def restart(self) -> None:
+        """Empty again, the buffers as they are."""
+        self.length = self._used = 0
+        self._seen = None
+
+    def begin(self, rows: int, length: int) -> Tensor | None:
+        """The mask that the next `length` tokens of `rows` texts attend with, as SDPA takes it; None: all are seen.
+
+        rows: B for a prompt (or where there is one way), B * ways for one further token of every text.
+        """
+        images, end = self.keys[0].shape[0], self._used + self._slots(rows, length)
+        device = self.keys[0].device
+        if rows == images:
+            if length == 1:
+                return None
+            return torch.ones(length, end, dtype=torch.bool, device=device).tril(self._used)
+        if self._seen is None:
+            slots = self.keys[0].shape[2]
+            self._seen = torch.zeros(images, self.ways, slots, dtype=torch.bool, device=device)
+            self._seen[:, :, : self._used] = True
+        self._seen[:, :, self._used : end] = torch.eye(self.ways, dtype=torch.bool, device=device)
+        return self._seen[:, None, :, :end]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> Pair:
-        """Writes at the current end and returns all keys and values up to and including the new ones."""
-        end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Writes [R, H, L, d] at the current end and returns all keys and values up to and including the new ones."""
+        keys, values = self.keys[layer], self.values[layer]
+        if key.shape[0] != keys.shape[0]:
+            key, value = self._beside(key), self._beside(value)
+        end = self._used + key.shape[2]
+        keys[:, :, self._used : end] = key
+        values[:, :, self._used : end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row r becomes the old row rows[r] (int64 [R]): beam search's step."""
-        for buffers in (self.keys, self.values):
-            for buffer in buffers:
-                used = buffer[:, :, : self.length]
-                buffer[: len(rows), :, : self.length] = used.index_select(0, rows)
+    def advance(self, rows: int, length: int) -> None:
+        """After all layers have appended `length` tokens of `rows` texts."""
+        self._used += self._slots(rows, length)
+        self.length += length
+
+    def rewind(self, length: int) -> None:
+        """Back to where each text had `length` tokens; for one way only."""
+        self.length = self._used = length
+
+    def reorder(self, ways: Tensor) -> None:
+        """Text w of image i goes on from what was text ways[i, w] (int64 [B, ways]): beam search's step."""
+        if self._seen is not None:
+            self._seen = self._seen.gather(1, ways[:, :, None].expand(-1, -1, self._seen.shape[2]))
+
+    def keep(self, images: Tensor) -> None:
+        """Forgets all images but these (int64 [b]): rows of what has ended cost as much as others."""
+        self.keys = [each[images] for each in self.keys]
+        self.values = [each[images] for each in self.values]
+        self._seen = self._seen[images] if self._seen is not None else None
+        self.kept = images if self.kept is None else self.kept[images]
+
+    def _slots(self, rows: int, length: int) -> int:
+        return length if rows == self.keys[0].shape[0] else self.ways
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """[B * ways, H, 1, d] -> [B, H, ways, d]."""
+        rows, heads, _, depth = x.shape
+        return x.reshape(rows // self.ways, self.ways, heads, depth).transpose(1, 2)
 
 
 class Projections(nn.Module):
@@ -264,12 +324,12 @@ class TextTransformer(nn.Module):
         """Keys and values of image tokens [B, N, Dv] for every layer: each a pair of [B, H, N, d]."""
         return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
 
-    def new_cache(self, rows: int, max_length: int, like: Tensor) -> SelfCache:
-        """An empty cache for `rows` texts of up to `max_length` tokens, on `like`'s device in its dtype."""
-        shape = (rows, self.config.heads, max_length, self.config.width // self.config.heads)
+    def new_cache(self, images: int, ways: int, max_length: int, like: Tensor) -> SelfCache:
+        """An empty cache for `ways` texts of up to `max_length` tokens per image, on `like`'s device in its dtype."""
+        shape = (images, self.config.heads, ways * max_length, self.config.width // self.config.heads)
         depth = self.config.depth
         return SelfCache(
-            [like.new_zeros(shape) for _ in range(depth)], [like.new_zeros(shape) for _ in range(depth)]
+            [like.new_zeros(shape) for _ in range(depth)], [like.new_zeros(shape) for _ in range(depth)], ways
         )
 
     def forward(
@@ -292,8 +352,10 @@ class TextTransformer(nn.Module):
         length = ids.shape[1]
         start = cache.length if cache is not None else 0
         attend = mask[:, None, None, :] if mask is not None else None
-        if (causal or cache is not None) and length > 1:
-            square = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).tril(start)
+        if cache is not None:
+            attend = cache.begin(*ids.shape)
+        elif causal and length > 1:
+            square = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
             attend = square if attend is None else attend & square
         image_attend = cross_mask[:, None, None, :] if cross_mask is not None else None
         x: Tensor = self.embeddings(ids, start)
@@ -306,7 +368,7 @@ class TextTransformer(nn.Module):
                 recompute=self.recompute and cache is None,
             )
         if cache is not None:
-            cache.length += length
+            cache.advance(*ids.shape)
         return x
 
 

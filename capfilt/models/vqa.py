@@ -88,20 +88,24 @@ class AnswerWriter:
         self.model = model
         self.question_mask = question_mask
 
-    def new_cache(self, rows: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
-        """A static self-attention cache for `rows` answers of at most `max_length` tokens, [DEC] included."""
+    def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
+        """A static self-attention cache for `ways` answers per question, of at most `max_length` tokens, [DEC] included."""
         if max_length > self.model.config.text.max_positions:
             raise UserError(
                 f"{max_length} tokens are more than this model's {self.model.config.text.max_positions} positions:"
                 " lower max_new_tokens"
             )
-        return self.model.text_decoder.bert.new_cache(rows, max_length, like=cross[0][0])
+        like = cross[0][0]
+        return self.model.text_decoder.bert.new_cache(len(like), ways, max_length, like)
 
     def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
-        """fp32 logits [R, V] of the token after `ids` int64 [R, T]; R may be K times the questions, side by side."""
+        """fp32 logits [R, V] of the token after `ids` int64 [R, T], as `Blip.decode`."""
         if cache.length == 0:
             ids = _start(ids, self.model.config.text.dec_id)
-        states = self.model.text_decoder.bert(ids, cross=cross, cross_mask=self.question_mask, cache=cache)
+        mask = self.question_mask
+        if mask is not None and cache.kept is not None:
+            mask = mask[cache.kept]
+        states = self.model.text_decoder.bert(ids, cross=cross, cross_mask=mask, cache=cache)
         return self.model.text_decoder.logits(states[:, -1])
 
 

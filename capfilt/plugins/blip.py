@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 
 from capfilt.data.transforms import decode_uint8
+from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
-from capfilt.inference.engine import Engine
+from capfilt.inference.engine import PRECISIONS, Engine
 from capfilt.inference.filter import Filter
 from capfilt.models import checkpoint
 
@@ -21,19 +22,30 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class _Checkpoint(Generic[EngineT]):
-    """A checkpoint in any layout. Raises UserError at once where there is none that can be read."""
+    """A checkpoint in any layout. Raises UserError at once where there is none that can be read.
+
+    precision: one of `capfilt.inference.engine.PRECISIONS`.
+    """
 
     kind: ClassVar[type[Any]]
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, precision: str = "auto") -> None:
+        if precision not in PRECISIONS:
+            raise UserError(f"--precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.path = Path(path)
+        self.precision = precision
         checkpoint.read_config(self.path)
 
     def fingerprint(self) -> str:
         return checkpoint.fingerprint(self.path)
 
     def setup(self) -> None:
-        self.engine: EngineT = self.kind.load(self.path)
+        self.engine: EngineT = self.kind.load(self.path, precision=self.precision)
+
+    @property
+    def fits(self) -> int:
+        """The largest batch that fitted into memory, where one did not; 0 where all did."""
+        return self.engine.fits
 
     def prepare(self, data: bytes) -> Pixels:
         """uint8 [3, S, S] at the model's size."""

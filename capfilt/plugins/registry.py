@@ -54,7 +54,7 @@ class Reference:
         given: the option as it was written.
         plugin: the plug-in's name; "" for a checkpoint.
         argument: what follows the plug-in's name; a checkpoint's path.
-        options: the plug-in's own, KEY=VALUE.
+        options: the plug-in's own, KEY=VALUE; of a checkpoint, its precision.
     """
 
     group: str
@@ -88,7 +88,12 @@ class Reference:
 
 
 def reference(
-    group: str, given: str, options: Sequence[str], option: str, model: Callable[[str], Path]
+    group: str,
+    given: str,
+    options: Sequence[str],
+    option: str,
+    model: Callable[[str], Path],
+    precision: str = "auto",
 ) -> Reference:
     """What `given` names.
 
@@ -98,9 +103,10 @@ def reference(
         options: KEY=VALUE each, for the plug-in.
         option: the name of the option that `options` were given by.
         model: from a checkpoint's name to its path.
+        precision: what a checkpoint is computed in.
 
     Raises:
-        UserError: where an option is not KEY=VALUE, or there is no plug-in to give it to.
+        UserError: where an option is not KEY=VALUE, or there is no plug-in to give it to, or a plug-in is given a precision.
     """
     found = _REFERENCE.fullmatch(given)
     if found is None:
@@ -108,7 +114,11 @@ def reference(
             raise UserError(
                 f"{option} {options[0]}: {given} is a checkpoint, and only plug-ins have options of their own"
             )
-        return Reference(group, given, "", str(model(given)))
+        return Reference(group, given, "", str(model(given)), (("precision", precision),))
+    if precision != "auto":
+        raise UserError(
+            f"--precision is for checkpoints; {given} is a plug-in, and may have an option of its own"
+        )
     pairs = {}
     for item in options:
         key, equals, value = item.partition("=")
@@ -170,7 +180,7 @@ def checked_scores(
 
 def _open(named: Reference) -> Any:
     if not named.plugin:
-        return pkgutil.resolve_name(_CHECKPOINTS[named.group])(named.argument)
+        return pkgutil.resolve_name(_CHECKPOINTS[named.group])(named.argument, **dict(named.options))
     load = _loader(named)
     options = dict(named.options)
     try:

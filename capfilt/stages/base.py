@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,10 +19,14 @@ from capfilt.tables.shards import Counts, Part, fingerprint
 
 @dataclass(frozen=True)
 class Produced:
-    """What `process` made of one shard: the rows to commit, and the account of the input rows."""
+    """What `process` made of one shard: the rows to commit, and the account of the input rows.
+
+    stats: what else `00000_stats.json` is to say of it.
+    """
 
     table: pa.Table
     counts: Counts
+    stats: Mapping[str, float] = field(default_factory=dict)
 
 
 class ShardStage(ABC):

@@ -12,7 +12,7 @@ from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captione
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import CaptionOptions
-from capfilt.stages.pixels import pictures
+from capfilt.stages.pixels import Clock, pictures
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
 from capfilt.tables.shards import Counts, Part
@@ -45,7 +45,12 @@ class CaptionStage(ShardStage):
         self.options = options
         self.images = workspace.part("images", options.images).expect("images")
         self.captioner = reference(
-            CAPTIONERS, options.captioner, options.captioner_option, "--captioner-option", workspace.model
+            CAPTIONERS,
+            options.captioner,
+            options.captioner_option,
+            "--captioner-option",
+            workspace.model,
+            options.precision,
         )
         self.output = output or workspace.part("captions", options.out or self.captioner.name)
         open_captioner(self.captioner)
@@ -83,6 +88,7 @@ class CaptionStage(ShardStage):
         dropped: Counter[str] = Counter()
         failed: Counter[str] = Counter()
         rows_in = 0
+        engine = Clock()
         for batch in pictures(self.images, shard, self.writer.prepare, o.batch_size):
             rows_in += len(batch.rows)
             decoded = [
@@ -90,7 +96,8 @@ class CaptionStage(ShardStage):
                 for row, failure in zip(batch.rows, batch.failures, strict=True)
                 if not failure
             ]
-            captions = self._captions(batch.images, decoded)
+            with engine:
+                captions = self._captions(batch.images, decoded)
             for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
                 if failure == "no_image":
                     dropped[failure] += 1
@@ -121,7 +128,8 @@ class CaptionStage(ShardStage):
                     kept += 1
                 else:
                     failed[min(reason for reason in reasons if reason)] += 1
-        return Produced(CAPTIONS.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)))
+        counts = Counts(rows_in, kept, dict(dropped), dict(failed))
+        return Produced(CAPTIONS.table(made), counts, engine.stats(self.writer))
 
     def _captions(self, images: list[Any], keys: list[str]) -> list[tuple[str, float | None]]:
         """(text, log-probability) of each sample of each image; a text of white space alone is none."""

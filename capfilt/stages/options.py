@@ -396,7 +396,12 @@ class CaptionOptions:
     max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded")
     min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
     repetition_penalty: float = _option(1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)")
-    batch_size: int = _option(64, "images per batch")
+    batch_size: int = _option(64, "images per batch; halved where a GPU's memory is too small")
+    precision: str = _option(
+        "auto",
+        "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, newer GPUs)",
+        later=True,
+    )
     seed: int = _option(0, "of sampling; each text has its own stream")
 
 
@@ -418,7 +423,12 @@ class ScoreOptions:
     max_text_tokens: int = _option(
         35, "texts are cut to this many tokens (BLIP's released code: 35); a plug-in may have its own limit"
     )
-    batch_size: int = _option(64, "images per batch")
+    batch_size: int = _option(64, "images per batch; halved where a GPU's memory is too small")
+    precision: str = _option(
+        "auto",
+        "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, newer GPUs)",
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

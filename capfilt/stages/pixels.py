@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from capfilt.data.images import BadImage, decode
 from capfilt.data.store import cpu_workers
+from capfilt.plugins.interface import Plugin
 from capfilt.tables.shards import Part
 
 
@@ -30,38 +33,79 @@ class Pictures:
     place: list[int]
 
 
+class Clock:
+    """How long an engine was at work: the seconds spent inside `with`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def stats(self, plugin: Plugin) -> dict[str, float]:
+        """For the shard's stats: `engine_seconds`, and `batch_size` where memory forced a smaller one than was asked for."""
+        found: dict[str, float] = {"engine_seconds": round(self.seconds, 3)}
+        fits = getattr(plugin, "fits", 0)
+        return found | {"batch_size": fits} if fits else found
+
+
+Rows = list[dict[str, Any]]
+Prepared = tuple[str | None, Any]
+
+
 def pictures(part: Part, shard: int, prepare: Callable[[bytes], Any], batch_size: int) -> Iterator[Pictures]:
     """Batches of at most `batch_size` rows; where they are cut depends on the shard and `batch_size` alone.
 
     `prepare` turns encoded bytes into what a model takes, in threads; it raises BadImage for a picture that it cannot
-    use. Anything else it raises for a picture that can be decoded is raised here.
+    use. Anything else it raises for a picture that can be decoded is raised here. While a batch is worked on, the next one is
+    being prepared and the one after it is read.
     """
-    with ThreadPoolExecutor(cpu_workers()) as pool:
-        for batch in part.batches(shard, ("image_id", "status", "image")):
-            for start in range(0, batch.num_rows, batch_size):
-                yield _prepared(pool, batch.slice(start, batch_size).to_pylist(), prepare)
-
-
-def _prepared(
-    pool: ThreadPoolExecutor, rows: list[dict[str, Any]], prepare: Callable[[bytes], Any]
-) -> Pictures:
-    def one(row: dict[str, Any]) -> tuple[str | None, Any]:
-        image = row.pop("image")
-        if row["status"] != "success" or image is None or not image["bytes"]:
-            return "no_image", None
+    cut = _cut(part, shard, batch_size)
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(cpu_workers()) as pool:
         try:
-            return None, prepare(image["bytes"])
+            coming = reader.submit(next, cut, None)
+            ahead: deque[tuple[Rows, list[Future[Prepared]]]] = deque()
+            while (rows := coming.result()) is not None:
+                coming = reader.submit(next, cut, None)
+                ahead.append((rows, [pool.submit(_one, row, prepare) for row in rows]))
+                if len(ahead) > 1:
+                    yield _batch(*ahead.popleft())
+            while ahead:
+                yield _batch(*ahead.popleft())
+        finally:
+            # Whoever stops half-way should not wait for pictures that nobody will look at.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cut(part: Part, shard: int, batch_size: int) -> Iterator[Rows]:
+    for batch in part.batches(shard, ("image_id", "status", "image")):
+        for start in range(0, batch.num_rows, batch_size):
+            yield batch.slice(start, batch_size).to_pylist()
+
+
+def _one(row: dict[str, Any], prepare: Callable[[bytes], Any]) -> Prepared:
+    """(why the row's picture cannot be used or None, what `prepare` made of it); takes the pixels out of the row."""
+    image = row.pop("image")
+    if row["status"] != "success" or image is None or not image["bytes"]:
+        return "no_image", None
+    try:
+        return None, prepare(image["bytes"])
+    except BadImage as error:
+        return error.failure, None
+    except Exception:
+        # A plug-in with a decoder of its own: what capfilt cannot decode either is the picture's fault.
+        try:
+            decode(image["bytes"])
         except BadImage as error:
             return error.failure, None
-        except Exception:
-            # A plug-in with a decoder of its own: what capfilt cannot decode either is the picture's fault.
-            try:
-                decode(image["bytes"])
-            except BadImage as error:
-                return error.failure, None
-            raise
+        raise
 
-    found = list(pool.map(one, rows))
+
+def _batch(rows: Rows, coming: list[Future[Prepared]]) -> Pictures:
+    found = [each.result() for each in coming]
     failures = [failure for failure, _ in found]
     place, count = [], 0
     for failure in failures:

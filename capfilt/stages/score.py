@@ -16,7 +16,7 @@ from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, refer
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
-from capfilt.stages.pixels import pictures
+from capfilt.stages.pixels import Clock, pictures
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
@@ -35,7 +35,12 @@ class ScoreStage(ShardStage):
         self.images = workspace.part("images", options.images).expect("images")
         self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
         self.filter = reference(
-            SCORERS, options.filter, options.filter_option, "--filter-option", workspace.model
+            SCORERS,
+            options.filter,
+            options.filter_option,
+            "--filter-option",
+            workspace.model,
+            options.precision,
         )
         self.output = output or workspace.part("scores", options.out or self.filter.name)
         self.columns = dict(open_scorer(self.filter).columns)
@@ -80,6 +85,7 @@ class ScoreStage(ShardStage):
         dropped: Counter[str] = Counter()
         failed: Counter[str] = Counter()
         kept = 0
+        engine = Clock()
         for batch in pictures(self.images, shard, self.scorer.prepare, self.options.batch_size):
             asked: list[dict[str, Any]] = []
             judged: list[str] = []
@@ -98,14 +104,17 @@ class ScoreStage(ShardStage):
                         asked.append(entry)
                         judged.append(text["text"])
                         image_index.append(place)
-            for entry, values in zip(asked, self._scores(batch.images, image_index, judged), strict=True):
+            with engine:
+                scores = self._scores(batch.images, image_index, judged)
+            for entry, values in zip(asked, scores, strict=True):
                 if all(map(math.isfinite, values)):
                     entry |= dict(zip(self.columns, values, strict=True))
                     kept += 1
                 else:
                     entry["failure"] = "not_finite"
                     failed["not_finite"] += 1
-        return Produced(self.contract.table(made), Counts(rows_in, kept, dict(dropped), dict(failed)))
+        counts = Counts(rows_in, kept, dict(dropped), dict(failed))
+        return Produced(self.contract.table(made), counts, engine.stats(self.scorer))
 
     def _scores(self, images: list[Any], image_index: list[int], texts: list[str]) -> list[list[float]]:
         """A row per text, a number per column."""

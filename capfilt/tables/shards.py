@@ -239,8 +239,16 @@ class Part:
             )
         return mark
 
-    def commit(self, shard: int, table: pa.Table, counts: Counts, mark: str, seconds: float) -> Manifest:
-        """Publish one shard: file, then manifest, then stats. Returns the manifest that stands.
+    def commit(
+        self,
+        shard: int,
+        table: pa.Table,
+        counts: Counts,
+        mark: str,
+        seconds: float,
+        stats: Mapping[str, float] | None = None,
+    ) -> Manifest:
+        """Publish one shard: file, then manifest, then stats, which say `stats` too. Returns the manifest that stands.
 
         A late attempt at a shard that is already committed leaves it as it is. A file that an earlier attempt
         published without its manifest is adopted when its footer carries the same fingerprint: it is whole, because it
@@ -259,7 +267,7 @@ class Part:
                 return standing
             counts = self._orphan_counts(path, shard, mark)
         manifest = self._publish_manifest(path, shard, mark, counts)
-        self._write_stats(manifest, seconds)
+        self._write_stats(manifest, seconds, stats or {})
         return manifest
 
     def _orphan_counts(self, path: Path, shard: int, mark: str) -> Counts:
@@ -294,7 +302,7 @@ class Part:
             return standing
         return manifest
 
-    def _write_stats(self, manifest: Manifest, seconds: float) -> None:
+    def _write_stats(self, manifest: Manifest, seconds: float, further: Mapping[str, float]) -> None:
         stats = {
             "count": manifest.counts.rows_in,
             "kept": manifest.counts.kept,
@@ -304,6 +312,7 @@ class Part:
             "seconds": round(seconds, 3),
             "rows_per_second": round(manifest.counts.rows_in / seconds, 1) if seconds > 0 else None,
             "end_time": time.time(),
+            **further,
         }
         replace(self.path / f"{manifest.shard:05d}_stats.json", (json.dumps(stats, indent=1) + "\n").encode())
 

@@ -3,11 +3,13 @@ transformers; log probabilities of something else than the text; rows that go on
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 
+from capfilt.inference import decoding
 from capfilt.inference.decoding import Limits, beam_search, sample
 from capfilt.inference.sampling import uniforms
 
@@ -161,3 +163,35 @@ def test_same_texts_as_transformers(pair, images, transformers_twins, method, pe
         assert mine[:end] == other[:end]  # what pads the rest is each library's own
         assert set(mine[end:]) <= {tokenizer.pad_id}
     assert len({tuple(row) for row in ours.tokens.tolist()}) > 2
+
+
+EAGER = {"greedy": 0.4, "nucleus": 2.0, "beam": 1.0}  # to end a text: so that half of them do, and not all
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["greedy", "nucleus", "beam"])
+def test_images_whose_texts_have_ended_are_dropped_and_nothing_changes(scene, monkeypatch, method):
+    model, tokenizer, _, cross = scene
+    model = copy.deepcopy(model)
+    model.text_decoder.cls.predictions.bias[tokenizer.sep_id] += EAGER[method]
+    prompt = start(tokenizer)
+    draws = uniforms(2, [str(i) for i in range(7)], 2, 8)
+    rows_fed = []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda ids, *rest: rows_fed.append(len(ids)) or decode(ids, *rest))
+
+    def written():
+        rows_fed.clear()
+        if method == "beam":
+            return beam_search(model, cross, prompt, 7, limits(tokenizer, 8), 2, 2)
+        if method == "nucleus":
+            return sample(model, cross, prompt, 14, limits(tokenizer, 8), draws)
+        return sample(model, cross, prompt, 7, limits(tokenizer, 8))
+
+    fewer = written()
+    assert rows_fed[-1] < rows_fed[1], "some texts should end early for this test to mean anything"
+    monkeypatch.setattr(decoding, "_worth_keeping", lambda going: None)
+    whole = written()
+    assert len(set(rows_fed[1:])) == 1
+    assert torch.equal(fewer.tokens, whole.tokens)
+    assert torch.allclose(fewer.logprob, whole.logprob, atol=1e-5)

@@ -174,28 +174,60 @@ def test_position_0_is_the_modes_own_and_the_callers_ids_stay(model):
 def test_decoding_with_the_cache_equals_the_full_forward(model, prompt, samples, seed):
     pixels, _, _ = batch(2, seed=seed)
     _, ids, _ = batch(2 * samples, 7, seed)
+    ids[:, :prompt] = ids[::samples, :prompt].repeat_interleave(
+        samples, 0
+    )  # an image's texts share its prompt
     tokens = model.encode_image(pixels)
     full = model.lm_logits(ids, None, tokens.repeat_interleave(samples, 0))
     cross = model.prefill_cross(tokens)
-    cache = model.new_cache(len(ids), 7, cross)
-    logits = model.decode(ids[:, :prompt], cache, cross)
-    assert torch.allclose(logits, full[:, prompt - 1], atol=1e-4)
+    cache = model.new_cache(samples, 7, cross)
+    logits = model.decode(ids[::samples, :prompt], cache, cross)
+    assert torch.allclose(logits, full[::samples, prompt - 1], atol=1e-4)
     for step in range(prompt, 7):
         logits = model.decode(ids[:, step : step + 1], cache, cross)
         assert torch.allclose(logits, full[:, step], atol=1e-4)
 
 
-def test_reordered_cache_goes_on_from_the_chosen_rows(model):
-    pixels, ids, _ = batch(3, 6)
-    tokens = model.encode_image(pixels[:1])
+def test_reordered_cache_goes_on_from_the_chosen_texts(model):
+    """Of two images, three texts each; a text's past is what it chose at every step, not what lies in its slots."""
+    pixels, ids, _ = batch(2, 6)
+    steps = torch.randint(5, 30, (4, 6, 1), generator=torch.Generator().manual_seed(1))
+    orders = [torch.tensor([[2, 2, 0], [1, 0, 1]]), torch.tensor([[1, 0, 2], [2, 2, 2]])]
+    tokens = model.encode_image(pixels)
     cross = model.prefill_cross(tokens)
-    cache = model.new_cache(3, 6, cross)
-    model.decode(ids[:, :5], cache, cross)
-    order = torch.tensor([2, 2, 0])
-    cache.reorder(order)
-    logits = model.decode(ids[:, 5:], cache, cross)
-    texts = torch.cat([ids[order, :5], ids[:, 5:]], dim=1)
-    assert torch.allclose(logits, model.lm_logits(texts, None, tokens.expand(3, -1, -1))[:, -1], atol=1e-4)
+    cache = model.new_cache(3, 8, cross)
+    model.decode(ids[:, :4], cache, cross)
+    texts = ids[:, :4].repeat_interleave(3, 0)
+    for step, order in zip(steps, [*orders, None, None], strict=True):
+        logits = model.decode(step, cache, cross)
+        texts = torch.cat([texts, step], dim=1)
+        full = model.lm_logits(texts, None, tokens.repeat_interleave(3, 0))[:, -1]
+        assert torch.allclose(logits, full, atol=1e-4)
+        if order is not None:
+            cache.reorder(order)
+            texts = texts.view(2, 3, -1)[torch.arange(2)[:, None], order].view(6, -1)
+
+
+def test_forgotten_images_leave_the_others_as_they_were(model):
+    pixels, ids, _ = batch(3, 6)
+    tokens = model.encode_image(pixels)
+    cross = model.prefill_cross(tokens)
+    cache = model.new_cache(2, 8, cross)
+    model.decode(ids[:, :4], cache, cross)
+    step = ids[:, 4:5].repeat_interleave(2, 0) + torch.tensor([[0], [1]] * 3)
+    model.decode(step, cache, cross)
+    kept = torch.tensor([0, 2])
+    cache.keep(kept)
+    cross = [(keys[kept], values[kept]) for keys, values in cross]
+    more = torch.tensor([[7], [8], [9], [10]])
+    logits = model.decode(more, cache, cross)
+    rows = torch.tensor([0, 1, 4, 5])
+    texts = torch.cat([ids[:, :4].repeat_interleave(2, 0)[rows], step[rows], more], dim=1)
+    full = model.lm_logits(texts, None, tokens[kept].repeat_interleave(2, 0))[:, -1]
+    assert torch.allclose(logits, full, atol=1e-4)
+    assert cache.kept.tolist() == [0, 2]
+    cache.keep(torch.tensor([1]))
+    assert cache.kept.tolist() == [2]
 
 
 def test_too_long_a_caption_is_refused(model):

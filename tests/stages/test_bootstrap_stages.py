@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,6 +13,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
+from capfilt.stages.pixels import Clock
 from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import SCORES
@@ -76,6 +80,67 @@ def test_a_text_does_not_depend_on_the_batch_it_is_written_in(workspace):
     )
     assert first == second
     assert first != other
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_rows_are_the_same_however_shards_are_shared_among_workers(workspace, batch_size):
+    """One worker with every shard in order, against a worker of its own for each, in the other order: to the last bit."""
+    options = CaptionOptions(
+        images="web", prompt="", max_new_tokens=6, min_new_tokens=2, samples=2, seed=4, batch_size=batch_size
+    )
+
+    def stage():
+        made = CaptionStage(options, workspace)
+        made.setup()
+        return made
+
+    def scored(shard, scorer):
+        return scorer.process(shard).table
+
+    alone = stage()
+    together = {shard: alone.process(shard) for shard in alone.shards()}
+    assert len(together) == 2
+    for shard in reversed(list(together)):
+        apart = stage().process(shard)
+        assert apart.table.equals(together[shard].table)
+        assert apart.counts == together[shard].counts
+    caption(workspace, samples=2)
+    scoring = ScoreOptions(filter="filter", images="web", captions=("captioner",), batch_size=batch_size)
+    one, other = (ScoreStage(scoring, workspace) for _ in range(2))
+    for each in (one, other):
+        each.setup()
+    tables = {shard: scored(shard, one) for shard in one.shards()}
+    for shard in reversed(list(tables)):
+        assert scored(shard, other).equals(tables[shard])
+
+
+def test_a_shard_says_how_long_its_engine_worked(workspace):
+    caption(workspace)
+    part = workspace.part("captions", "captioner")
+    for shard in part.shards():
+        stats = json.loads((part.path / f"{shard:05d}_stats.json").read_text())
+        assert 0 < stats["engine_seconds"] < stats["seconds"]
+        assert "batch_size" not in stats, "it is there where memory forced a smaller one"
+    stats = Clock().stats(SimpleNamespace(fits=16))
+    assert stats == {"engine_seconds": 0.0, "batch_size": 16}
+
+
+def test_a_precision_is_part_of_what_a_part_is_and_the_default_is_not(workspace):
+    caption(workspace)
+    plain = CaptionStage(CaptionOptions(images="web"), workspace)
+    assert "precision" not in plain.identity()["options"], (
+        "or parts of earlier releases would not count as done"
+    )
+    with pytest.raises(UserError, match="precision"):
+        caption(workspace, precision="int8")
+    caption(workspace, precision="int8", out="low")
+    rows, low = (rows_of(workspace.part("captions", name)) for name in ("captioner", "low"))
+    assert [row["image_id"] for row in rows] == [row["image_id"] for row in low]
+    assert [row["logprob"] for row in rows] != [row["logprob"] for row in low]
+    with pytest.raises(UserError, match="--precision 'fp4'"):
+        caption(workspace, precision="fp4", out="other")
+    with pytest.raises(UserError, match="clip:x is a plug-in"):
+        ScoreStage(ScoreOptions(filter="clip:x", images="web", precision="int8"), workspace)
 
 
 def test_a_second_run_does_nothing_and_a_changed_option_is_refused(workspace):
