@@ -37,6 +37,7 @@ from capfilt.stages.download.addresses import AddressPolicy, parse_allowed_host,
 from capfilt.stages.download.engine import Settings
 from capfilt.stages.download.lists import open_list
 from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
+from capfilt.stages.download.presets import Layout
 from capfilt.stages.download.worker import Worker, close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.contracts import FAILURES, IMAGES, STATUSES
@@ -665,7 +666,7 @@ def test_a_stage_travels_to_a_worker(tmp_path, server):
         ({"url_list": "nowhere.csv"}, "--url-list nowhere.csv"),
         ({"url_list": ""}, "--url-list must be given"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
-        ({"url_list": "s3://bucket/urls.csv"}, "copy it there"),
+        ({"url_list": "nosuch://bucket/urls.csv"}, "cannot be read"),
         ({"url_col": "URL"}, "--url-col"),
         ({"caption_col": "TEXT"}, "--caption-col ''"),
         ({"save_additional_columns": ("nope",)}, "--save-additional-columns"),
@@ -704,7 +705,7 @@ def test_a_missing_engine_is_named(tmp_path, monkeypatch):
 
 
 def read_all(path, extra=(), rows=2, **options):
-    listing = pickle.loads(pickle.dumps(open_list(str(path), "auto", "url", "caption", extra, rows)))
+    listing = pickle.loads(pickle.dumps(open_list(str(path), "auto", Layout(), extra, rows)))
     slices = [listing.read(number) for number in range(-(-listing.rows // rows))]
     urls = [url for each in slices for url in each.urls]
     captions = [texts for each in slices for texts in each.captions]
@@ -771,7 +772,7 @@ def test_jsonl_and_json(tmp_path):
 def test_a_broken_list_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
-        open_list(str(tmp_path / name), "auto", "url", "caption", (), 10)
+        open_list(str(tmp_path / name), "auto", Layout(), (), 10)
     assert str(tmp_path / name) in str(caught.value)
 
 
