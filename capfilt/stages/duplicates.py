@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,8 @@ def cluster(images: pa.Table, distance: int) -> pa.Table:
 
     `images` has image_id, status, sha256, phash, original_width and original_height. Rows that are no success, and
     those with neither hash, are in no cluster. Near pairs are looked for within bands of bits that equal hashes of at
-    most `distance` differing bits must share one of: for millions of pictures seconds to minutes, memory flat.
+    most `distance` differing bits must share one of: some
+    hundred bytes of memory per row, seconds for a million of them.
     """
     have = np.array([status == "success" for status in images["status"].to_pylist()], bool)
     have &= images["sha256"].is_valid().to_numpy() | images["phash"].is_valid().to_numpy()
@@ -155,16 +157,18 @@ def _area(width: int | None, height: int | None) -> int:
 
 def near_pairs(values: npt.NDArray[np.uint64], distance: int) -> Iterator[tuple[int, int]]:
     """Places (a, b) of distinct 64-bit values that differ in 1 to `distance` bits; a pair may come more than once."""
-    if not distance:
+    if not distance or len(values) < 2:
         return
     # Of distance + 1 bands of bits, at most `distance` differing bits leave one untouched.
     edges = np.linspace(0, 64, distance + 2).astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
         starts = np.flatnonzero(np.diff(band[order], prepend=band[order][:1] + np.uint64(1)))
-        for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
-            group = order[begin:end]
+        sizes = np.diff(starts, append=len(order))
+        # Most values are alone in their band.
+        for begin, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+            group = order[begin : begin + size]
             for first in range(0, len(group), _BLOCK):
                 some = group[first : first + _BLOCK]
                 for second in range(first, len(group), _BLOCK):
