@@ -131,7 +131,7 @@ def good_rows(folder: Path) -> int:
 
 def compare(root: Path, port: int, args: argparse.Namespace, record: Record) -> None:
     """Both tools on both lists, in turn."""
-    small, large = (100, 900) if args.quick else (200, 4200)
+    small, large = (50, 350) if args.quick else (200, 4200)
     lists = {count: write_list(root / f"{count}.parquet", port, count) for count in (small, large)}
     script = root / "theirs.py"
     script.write_text(THEIRS)
