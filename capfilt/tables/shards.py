@@ -526,11 +526,23 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
     pq.write_table(
         table,
         path,
-        compression="zstd",
+        # JPEGs do not get smaller; trying costs more than writing them.
+        compression={name: "none" if name == "image.bytes" else "zstd" for name in _leaves(table.schema)},
         row_group_size=IMAGE_ROW_GROUP if pictures else 65536,
         use_dictionary=plain if pictures else True,
         write_page_index=True,
     )
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The Parquet columns of a schema, structs taken apart: `image.bytes`, `image.path`, ..."""
+    leaves: list[str] = []
+    for field_ in schema:
+        if pa.types.is_struct(field_.type):
+            leaves += [f"{field_.name}.{inner.name}" for inner in field_.type]
+        else:
+            leaves.append(field_.name)
+    return leaves
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str:

@@ -16,7 +16,7 @@ import sys
 import threading
 import types
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -98,6 +98,7 @@ class Engine:
         self._download_image = downloader.download_image
         self._resizer_class = resizer.Resizer
         self._watch = resizer.cv2 = _Watch(resizer.cv2)
+        resizer.A = _Transforms(resizer.A)
         self._opener: SafeOpener | None = None
         self._settings: Settings | None = None
 
@@ -248,6 +249,27 @@ class _Watch:
         grey = Image.fromarray(self._cv2.cvtColor(self.shown, self._cv2.COLOR_BGR2GRAY))
         factor = min(grey.size) // 96
         return grey.reduce(factor) if factor > 1 else grey
+
+
+class _Transforms:
+    """Stands in for `albumentations` in img2dataset's resizer module: what was made once with the same options is used again.
+
+    The resizer makes its transforms anew for every picture, and checking their options takes longer than applying them.
+    They are resizing, cropping and padding, which keep no state.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._made: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def make(**options: Any) -> Any:
+            key = f"{name} {sorted(options.items())}"
+            if key not in self._made:
+                self._made[key] = getattr(self._module, name)(**options)
+            return self._made[key]
+
+        return make
 
 
 def import_img2dataset() -> str:
