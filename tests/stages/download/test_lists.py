@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from capfilt.errors import UserError
 from capfilt.stages.download.lists import open_list
-from capfilt.stages.download.presets import Layout
+from capfilt.stages.download.presets import Layout, layout
 
 
 def read_all(path, extra=(), rows=2, **options):
@@ -113,3 +114,97 @@ def test_slices_of_any_size_are_the_list(tmp_path_factory, pairs, rows):
         [u for u, _ in pairs],
         [[t] for _, t in pairs],
     )
+
+
+# -- published layouts, folders, URLs ----------------------------------------------------------------------------------
+
+
+def opened(path, preset="", rows=2, url_col="url", caption_col="caption"):
+    listing = pickle.loads(
+        pickle.dumps(open_list(str(path), "auto", layout(preset, url_col, caption_col), (), rows))
+    )
+    slices = [listing.read(number) for number in range(listing.slices)]
+    assert [listing.bounds(n)[1] - listing.bounds(n)[0] for n in range(listing.slices)] == [
+        len(each.urls) for each in slices
+    ]
+    pairs = [pair for each in slices for pair in zip(each.urls, each.captions, strict=True)]
+    return listing, pairs, slices
+
+
+def test_presets_are_the_published_layouts(tmp_path):
+    laion = tmp_path / "laion.parquet"
+    columns = {
+        "SAMPLE_ID": [1.0],
+        "URL": ["u"],
+        "TEXT": ["t"],
+        "WIDTH": [3],
+        "LICENSE": ["?"],
+        "punsafe": [0.1],
+    }
+    pq.write_table(pa.table(columns), laion)
+    _listing, pairs, slices = opened(laion, "laion")
+    assert pairs == [("u", ["t"])]
+    assert slices[0].extra.column_names == ["SAMPLE_ID", "punsafe", "LICENSE"]
+    pq.write_table(
+        pa.table({"uid": ["x"], "url": ["u"], "text": ["t"], "sha256": ["0"]}), tmp_path / "d.parquet"
+    )
+    assert opened(tmp_path / "d.parquet", "datacomp")[1] == [("u", ["t"])]
+    (tmp_path / "cc3m.tsv").write_text('a "quoted" text\thttp://a\nother\thttp://b\n')
+    assert opened(tmp_path / "cc3m.tsv", "cc3m")[1] == [
+        ("http://a", ['a "quoted" text']),
+        ("http://b", ["other"]),
+    ]
+    (tmp_path / "cc12m.tsv").write_text("http://a\tone\nhttp://b\ttwo\nhttp://c\tthree\n")
+    assert [url for url, _ in opened(tmp_path / "cc12m.tsv", "cc12m")[1]] == [
+        "http://a",
+        "http://b",
+        "http://c",
+    ]
+    # Many put the missing line in front.
+    (tmp_path / "named.tsv").write_text("caption\turl\none\thttp://a\n")
+    assert opened(tmp_path / "named.tsv", "cc12m")[1] == [("http://a", ["one"])]
+    # What is given by name wins.
+    assert opened(laion, "laion", caption_col="LICENSE")[1] == [("u", ["?"])]
+    with pytest.raises(UserError, match="--preset laion"):
+        opened(laion)
+    with pytest.raises(UserError, match="choose laion, datacomp"):
+        opened(laion, "coyo")
+
+
+def test_a_folder_is_its_lists_one_after_the_other(tmp_path):
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    for name, count in (("b.csv", 3), ("a.csv", 5)):
+        (folder / name).write_text("url,caption\n" + "".join(f"{name}{n},t\n" for n in range(count)))
+    for name in ("_SUCCESS.csv", ".hidden.csv", "README.md"):
+        (folder / name).write_text("no list")
+    listing, pairs, slices = opened(folder)
+    assert [url for url, _ in pairs] == [*(f"a.csv{n}" for n in range(5)), *(f"b.csv{n}" for n in range(3))]
+    assert [len(each.urls) for each in slices] == [2, 2, 1, 2, 1]
+    before = listing.digest
+    (folder / "b.csv").write_text("url,caption\nx,t\n")
+    assert opened(folder)[0].digest != before
+    with pytest.raises(UserError, match="no list in this folder"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["u.txt", "u.csv", "u.jsonl", "u.parquet", "u.json"])
+def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
+    pytest.importorskip("fsspec")
+    plain = tmp_path / name
+    rows = [{"url": f"http://a/{n}", "caption": f"t{n}"} for n in range(5)]
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), plain, row_group_size=2)
+    else:
+        text = {
+            ".txt": "\n".join(row["url"] for row in rows),
+            ".csv": "url,caption\n" + "\n".join(f"{row['url']},{row['caption']}" for row in rows),
+            ".jsonl": "\n".join(json.dumps(row) for row in rows),
+            ".json": json.dumps(rows),
+        }[plain.suffix]
+        plain.write_text(text)
+    local, remote = opened(plain), opened(f"file://{plain}")
+    assert remote[1] == local[1]
+    assert remote[0].digest == local[0].digest
+    with pytest.raises(UserError, match="no such file"):
+        opened(f"file://{plain}.gone")

@@ -30,6 +30,7 @@ from tests.stages.download.web import (
     Server,
     make,
     needs_img2dataset,
+    picture,
     redirect,
     run,
 )
@@ -51,6 +52,10 @@ def test_every_url_is_the_row_it_should_be(tmp_path, server):
         (here("cmyk"), None),
         (here("alpha"), None),
         (here("deep"), None),
+        (here("deep-colour"), None),
+        (here("grey-alpha"), None),
+        (here("palette"), None),
+        (here("see-through"), None),
         (here("grey"), None),
         (here("turned"), None),
         (here("icc"), None),
@@ -83,6 +88,7 @@ def test_every_url_is_the_row_it_should_be(tmp_path, server):
         (here("tiny"), "too_small"),
         (here("strip"), "bad_aspect_ratio"),
         (here("bomb"), "too_many_pixels"),
+        (here("giant"), "too_many_pixels"),
         (here("announced"), "too_large"),
         (here("endless"), "too_large"),
         (here("drip"), "timeout"),
@@ -110,7 +116,7 @@ def test_every_url_is_the_row_it_should_be(tmp_path, server):
     assert time.monotonic() - start < 60
 
     assert [row["key"] for row in rows] == [
-        f"{shard * 100 + i:07d}" for shard in (0, 1) for i in range((40, 16)[shard])
+        f"{shard * 100 + i:07d}" for shard in (0, 1) for i in range((40, 21)[shard])
     ]
     assert len({row["image_id"] for row in rows}) == len(rows)
     for row in rows:
@@ -159,6 +165,15 @@ def test_every_url_is_the_row_it_should_be(tmp_path, server):
     assert (by_name["turned"]["width"], by_name["turned"]["height"]) == (32, 64)
     assert np.allclose(pixel("turned", 0.5, 0.2), (220, 20, 20), atol=12)
     assert np.allclose(pixel("alpha", 0.5, 0.5), (255, 255, 255), atol=2)
+    assert np.allclose(pixel("grey-alpha", 0.5, 0.5), (255, 255, 255), atol=2)
+    assert np.allclose(pixel("palette", 0.2, 0.5), (220, 20, 20), atol=12)
+    assert np.allclose(pixel("palette", 0.8, 0.5), (20, 20, 220), atol=12)
+    assert np.allclose(pixel("see-through", 0.2, 0.5), (255, 255, 255), atol=12)
+    assert np.allclose(pixel("see-through", 0.8, 0.5), (20, 20, 220), atol=12)
+    assert np.allclose(pixel("deep-colour", 0.5, 0.5), (156, 39, 234), atol=5)
+    with Image.open(io.BytesIO(by_name["gif"]["image"]["bytes"])) as still:
+        wanted = picture().quantize(256).convert("RGB")
+        assert np.abs(np.asarray(still, float) - np.asarray(wanted, float)).mean() < 8
     assert np.allclose(pixel("deep", 0.5, 0.5), (156, 156, 156), atol=3)
 
     # Nothing of the file that a redirect and a row named.

@@ -8,6 +8,7 @@ import io
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from urllib.parse import urlsplit
 
@@ -53,6 +54,39 @@ def turned():
     return encoded(halves(), exif=exif)
 
 
+def see_through():
+    """A palette picture whose first colour is transparent: left half that, right half blue."""
+    image = Image.new("P", (64, 32), 0)
+    image.putpalette([220, 20, 20, 20, 20, 220] + [0] * 762)
+    image.paste(1, (32, 0, 64, 32))
+    return image
+
+
+def chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def png(width, height, depth, colour, lines):
+    """A PNG whose compressed lines are `lines`; Pillow writes neither 16-bit colour nor what it would not open."""
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+def deep_colour():
+    """16 bits per channel: (40000, 10000, 60000)."""
+    pixel = b"".join(value.to_bytes(2, "big") for value in (40000, 10000, 60000))
+    return png(40, 30, 16, 2, zlib.compress((b"\0" + pixel * 40) * 30))
+
+
+def giant():
+    """50,000 x 50,000 pixels in about a megabyte, whole and valid as far as anybody reads."""
+    packer = zlib.compressobj(1)
+    line = bytes(6251)
+    return png(
+        50_000, 50_000, 1, 0, b"".join([packer.compress(line * 1000) for _ in range(50)] + [packer.flush()])
+    )
+
+
 GOOD = encoded(picture())
 BODIES = {
     "good": GOOD,
@@ -69,6 +103,11 @@ BODIES = {
     "grey": encoded(picture().convert("L")),
     "turned": turned(),
     "icc": encoded(picture(), icc_profile=b"not a profile at all"),
+    "palette": encoded(halves().convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+    "see-through": encoded(see_through(), "PNG", transparency=0),
+    "deep-colour": deep_colour(),
+    "grey-alpha": encoded(Image.new("LA", (40, 30), (0, 0)), "PNG"),
+    "giant": giant(),
     "cut": GOOD[: len(GOOD) // 2],
     "html": b"<!doctype html><title>404</title>" * 20,
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"/>',
@@ -88,6 +127,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.log = []
         self.agents = set()
         self.once = Counter()
+        self.failing = False
         self.hold = threading.Event()
         self.hold.set()
         super().__init__((host, 0), Handler)
@@ -130,7 +170,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name, _, rest = urlsplit(self.path).path[1:].partition("/")
         self.server.log.append(self.path)
         self.server.agents.add(self.headers["User-Agent"])
-        if name in BODIES:
+        if self.server.failing:
+            self.answer(503, b"later")
+        elif name in BODIES:
             self.answer(body=BODIES[name], Content_Type="image/jpeg")
         elif name.isdigit():
             self.answer(int(name), b"no")
