@@ -55,7 +55,8 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
             annotation: Any = Annotated[
                 kind, typer.Argument(help=text, show_default=False, metavar=field.name.upper())
             ]
-            default = ...
+            # One that another option makes needless is asked for by the stage.
+            default = stage_options.REQUIRED if field.metadata["unless"] else ...
         else:
             declaration = (
                 f"{_flag(field.name)}/--no-{field.name.replace('_', '-')}"
@@ -127,7 +128,7 @@ def run_stages(
 
     output = Part(out) if out else None
     for summary in run_command(command, options, Workspace(workspace), execution, output=output, quiet=quiet):
-        typer.echo(summary.line())
+        typer.echo(summary.text())
 
 
 def _epilog(examples: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def run(
             typer.echo(line)
         return
     for _, summary in recipes.run_recipe(name, steps, place, execution, quiet=quiet):
-        typer.echo(summary.line())
+        typer.echo(summary.text())
 
 
 def quickstart(

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from capfilt.errors import UserError
 from capfilt.execution.run import Executor, SharedExecutor, Summary, executor, outlook, run_command
 from capfilt.resources import find_recipe
-from capfilt.stages.options import REQUIRED
+from capfilt.stages.options import missing
 from capfilt.stages.registry import stage_command
 from capfilt.tables.publish import replace
 from capfilt.tables.workspace import Workspace
@@ -162,9 +162,9 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
         raise UserError(
             f"step {step.label!r}: option {where}: {first['msg']}, got {first['input']!r}"
         ) from error
-    missing = [name for name in fields if getattr(options, name) == REQUIRED]
-    if missing:
-        raise UserError(f"step {step.label!r}: option {missing[0]!r} must be given")
+    open_ = missing(options)
+    if open_:
+        raise UserError(f"step {step.label!r}: option {open_[0]!r} must be given")
     return options
 
 

@@ -114,22 +114,17 @@ def _account(table: str, part: Part) -> Account:
         part.check()
     seconds, finished = 0.0, 0.0
     for manifest in manifests:
-        stats = _stats(part, manifest.shard)
-        seconds += stats.get("seconds") or 0.0
-        finished = max(finished, stats.get("end_time") or 0.0)
+        stats = part.stats(manifest.shard)
+        seconds += _number(stats.get("seconds"))
+        finished = max(finished, _number(stats.get("end_time")))
     counts = sum((manifest.counts for manifest in manifests), Counts(0, 0))
     return Account(
         table, part, manifests, counts, seconds, datetime.fromtimestamp(finished, UTC) if finished else None
     )
 
 
-def _stats(part: Part, shard: int) -> dict[str, float]:
-    # Stats are a courtesy: a crash may have come between the manifest and them.
-    try:
-        stats = json.loads((part.path / f"{shard:05d}_stats.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in stats.items() if isinstance(value, int | float)}
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def parts_table(found: Sequence[Account]) -> pa.Table:

@@ -67,3 +67,8 @@ def table(
     head = element("thead", line("th", headers)) if any(headers) else ""
     body = element("tbody", *(line("td", row) for row in rows))
     return element("div", element("table", head, body, class_=class_ or None), class_="scroll")
+
+
+def section(title: str, *children: Html | str) -> Html:
+    """One section of the page, with its heading."""
+    return element("section", element("h2", title), *children)

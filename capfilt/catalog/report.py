@@ -31,7 +31,7 @@ from capfilt.catalog.artefacts import (
     shown_figures,
 )
 from capfilt.catalog.funnel import Account, accounts
-from capfilt.catalog.html import Html, element, join, table
+from capfilt.catalog.html import Html, element, join, section, table
 from capfilt.catalog.plots import (
     CURVE_COLOURS,
     Curve,
@@ -43,6 +43,7 @@ from capfilt.catalog.plots import (
 )
 from capfilt.catalog.text import shortened, visible
 from capfilt.catalog.views import open_catalog
+from capfilt.catalog.yields import yield_section
 from capfilt.data.images import BadImage, decode, encode_jpeg
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import SOURCES
@@ -115,7 +116,7 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
             sections: list[Html] = [
                 _summary_section(summary),
                 _funnel_section(found),
-                _yield_section(connection, found),
+                yield_section(connection, found),
                 *(_rule_section(connection, account) for account in chosen),
                 *(_scorer_section(connection, account) for account in scorers if not judged),
             ]
@@ -145,10 +146,6 @@ def _page(workspace: Workspace, found: Sequence[Account], tiles: Html, sections:
     lead = element("p", f"capfilt report, {newest}", class_="lead")
     body = element("body", element("main", element("header", element("h1", name), lead, tiles), *sections))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _section(title: str, *children: Html | str) -> Html:
-    return element("section", element("h2", title), *children)
 
 
 def _legend(*kinds: str) -> Html:
@@ -209,7 +206,7 @@ def _summary_section(summary: Mapping[str, Any]) -> Html:
             boxes.append(element("figure", element("h3", key.capitalize()), table((), rows, numeric=(1,))))
     if boxes:
         children.append(element("div", *boxes, class_="charts"))
-    return _section("Summary", *children) if children else Html("")
+    return section("Summary", *children) if children else Html("")
 
 
 def _evaluation_table(evaluation: Mapping[str, Any]) -> Html:
@@ -256,7 +253,7 @@ def _funnel_section(found: Sequence[Account]) -> Html:
         "tr",
         *(element("th", name, class_="n" if 2 <= place <= 6 else None) for place, name in enumerate(headers)),
     )
-    return _section(
+    return section(
         "Funnel",
         element(
             "p",
@@ -299,35 +296,6 @@ def _funnel_rows(account: Account, most: int) -> Iterator[Html]:
         yield element("tr", *cells, class_="reason last" if place == len(reasons) - 1 else "reason")
 
 
-def _yield_section(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> Html:
-    """What became of the images asked for, per images part in which some failed or that was downloaded."""
-    blocks = []
-    for account in found:
-        if account.table != "images" or not (account.stage == "download" or account.counts.failed):
-            continue
-        rows = connection.execute(
-            "SELECT status, failure, count(*), min(error_message) FROM images WHERE part = ? "
-            "GROUP BY status, failure ORDER BY status = 'success' DESC, 3 DESC, 1, 2",
-            [account.part.name],
-        ).fetchall()
-        total = sum(count for _, _, count, _ in rows)
-        lines = [
-            (
-                failure or status,
-                status if failure else "",
-                f"{count:,}",
-                share(count, total),
-                stacked_bar([("kept" if status == "success" else "failed", count)], total or 1),
-                element("span", shortened(message, 90), class_="quiet") if message else "",
-            )
-            for status, failure, count, message in rows
-        ]
-        headers = ("outcome", "status", "images", "share", "", "for example")
-        shown = table(headers, lines, numeric=(2, 3), class_="lines")
-        blocks += [element("h3", f"images/{account.part.name}"), shown]
-    return _section("Yield", *blocks) if blocks else Html("")
-
-
 # -- scores and samples --------------------------------------------------------------------------------------
 
 
@@ -367,7 +335,7 @@ def _rule_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Ht
         f'SELECT source, keep, "{score}" AS score FROM verdicts WHERE rule = ?',  # noqa: S608 - as above
         [rule],
     )
-    return _section(
+    return section(
         f"Scores and samples: {rule}",
         element("p", ", ".join(parts) + ".", class_="quiet"),
         _legend("kept", "dropped"),
@@ -387,7 +355,7 @@ def _scorer_section(connection: duckdb.DuckDBPyConnection, account: Account) -> 
         "WHERE scorer = ?",
         [account.part.name],
     )
-    return _section(
+    return section(
         f"Scores: {account.part.name}", element("p", "Nothing is selected yet.", class_="quiet"), figures
     )
 
@@ -573,7 +541,7 @@ def _curves_section(models: Sequence[Model]) -> Html:
         for model in drawn
         for warning in model.extra.get("warnings") or ()
     ]
-    return _section(
+    return section(
         "Learning curves",
         element("div", *legend, class_="legend"),
         *warnings,
@@ -592,7 +560,7 @@ def _runs_section(runs: Sequence[Run]) -> Html:
     names = dict.fromkeys(name for run in runs for name in run.figures)
     rows = [(name, *(run.figures.get(name, "–") for run in runs)) for name in names]
     shown = table(("", *(run.name for run in runs)), rows, numeric=range(1, len(runs) + 1), class_="narrow")
-    return _section("Evaluations", shown)
+    return section("Evaluations", shown)
 
 
 # -- lineage -------------------------------------------------------------------------------------------------
@@ -651,7 +619,7 @@ def _lineage_section(
     if not made:
         return Html("")
     headers = ("output", "stage", "made from", "holds", "seconds", "fingerprint", "options")
-    return _section("Lineage", table(headers, [_lineage_row(row, names) for row in made], numeric=(4,)))
+    return section("Lineage", table(headers, [_lineage_row(row, names) for row in made], numeric=(4,)))
 
 
 def _other(name: str, said: Mapping[str, Any], holds: str, seconds: Any) -> _Made:

@@ -128,9 +128,11 @@ def phash(image: Image.Image) -> str:
     ImageHash package made common: grey, 32x32 by Lanczos, DCT-II both ways, the 8x8 lowest frequencies (DC included),
     one bit each for being above their median, row by row, most significant bit first.
     """
-    grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    grey = (image if image.mode == "L" else image.convert("L")).resize((32, 32), Image.Resampling.LANCZOS)
     low = _DCT @ np.asarray(grey, dtype=np.float64) @ _DCT.T
-    bits = (low > np.median(low)).ravel()
+    # What np.median gives for an even count, in a fifth of its time.
+    ranked = np.sort(low, axis=None)
+    bits = (low > (ranked[31] + ranked[32]) / 2).ravel()
     return np.packbits(bits).tobytes().hex()
 
 

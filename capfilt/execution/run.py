@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from capfilt.errors import UserError
+from capfilt.errors import RunError, UserError
 from capfilt.execution.progress import StageProgress
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.stages.registry import StageCommand
@@ -21,6 +21,9 @@ from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank, started_together
 
 EXECUTIONS = ("ray", "inline")
+
+INPUT_CHANGES = 3
+"""How often a shard is made anew because a retry of its input committed a generation meanwhile."""
 
 
 class Executor(Protocol):
@@ -54,6 +57,7 @@ class Summary:
         done_before: units (shards, or 1) that stood already.
         done_now: units done by this run.
         figures: what else the stage has to say.
+        table: lines for people about what was done now.
     """
 
     stage: str
@@ -64,6 +68,11 @@ class Summary:
     done_before: int = 0
     done_now: int = 0
     figures: Mapping[str, Any] = field(default_factory=dict)
+    table: Sequence[str] = ()
+
+    def text(self) -> str:
+        """The line, and the table where there is one."""
+        return "\n".join((self.line(), *(f"  {row}" for row in self.table)))
 
     def line(self) -> str:
         """One line for people."""
@@ -123,7 +132,8 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
             f"{stage.output.path}: holds shard {foreign[0]:05d}, which the input has not; name another output, or "
             "remove the part to make it again"
         )
-    missing, standing = [], []
+    missing: list[int] = []
+    standing: list[int] = []
     for shard in shards:
         manifest = stage.output.manifest(shard) if shard in committed else None
         if manifest is None:
@@ -137,7 +147,7 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
                 f"{stage.output.path}: shard {shard:05d} was made from other input rows than stand now; name another "
                 "output, or remove the part to make it again"
             )
-        standing.append(shard)
+        (missing if stage.renews(manifest) else standing).append(shard)
     return missing, standing
 
 
@@ -160,12 +170,16 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
         raise UserError(f"{stage.name} works shard by shard: start it without torchrun")
     mark = stage.begin()
     missing, standing = todo(stage, mark)
+    tally = stage.tally()
     if missing:
         rows = 0
         with StageProgress(stage.name, len(missing) + len(standing), "shards", quiet=quiet) as progress:
             for number, manifest in enumerate(work.shards(stage, mark, missing), start=1):
                 rows += manifest.counts.rows_in
-                progress.update(len(standing) + number, rows=rows)
+                if tally is not None:
+                    tally.add(manifest, stage.output.stats(manifest.shard))
+                figures = None if tally is None else tally.figures(time.monotonic() - start)
+                progress.update(len(standing) + number, rows=rows, figures=figures)
         stage.output.write_index()
     return Summary(
         stage.name,
@@ -175,6 +189,7 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
         stage.output.rows,
         len(standing),
         len(missing),
+        table=tally.lines(time.monotonic() - start) if tally is not None and missing else (),
     )
 
 
@@ -223,13 +238,22 @@ def run_command(
 
 def process_and_commit(stage: ShardStage, mark: str, shard: int) -> Manifest:
     """What a worker does with one shard, wherever it runs."""
-    start = time.monotonic()
-    produced = stage.process(shard)
-    return stage.output.commit(
-        shard,
-        produced.table,
-        produced.counts,
-        stage.shard_fingerprint(mark, shard),
-        time.monotonic() - start,
-        produced.stats,
+    for _ in range(INPUT_CHANGES):
+        start = time.monotonic()
+        before = stage.shard_fingerprint(mark, shard) if stage.reads_manifests else None
+        produced = stage.process(shard)
+        after = stage.shard_fingerprint(mark, shard)
+        if before in (None, after):
+            return stage.output.commit(
+                shard,
+                produced.table,
+                produced.counts,
+                after,
+                time.monotonic() - start,
+                stats=produced.stats,
+                successor=produced.successor,
+            )
+    raise RunError(
+        f"{stage.name}, shard {shard:05d}: its input got a new generation while it was read, {INPUT_CHANGES} times; "
+        "run again when that run is over"
     )

@@ -6,27 +6,45 @@ Scheduling, retries and progress are the business of `execution/`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
 from capfilt.tables.contracts import Contract
-from capfilt.tables.shards import Counts, Part, fingerprint
+from capfilt.tables.shards import Counts, Manifest, Part, Successor, fingerprint
 
 
 @dataclass(frozen=True)
 class Produced:
     """What `process` made of one shard: the rows to commit, and the account of the input rows.
 
-    stats: what else `00000_stats.json` is to say of it.
+    Attributes:
+        table: the rows.
+        counts: the account.
+        stats: what else the shard's stats say; JSON-able.
+        successor: where the rows are a further generation of a shard that stands.
     """
 
     table: pa.Table
     counts: Counts
-    stats: Mapping[str, float] = field(default_factory=dict)
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    successor: Successor | None = None
+
+
+class Tally(Protocol):
+    """Adds up what a run's shards say about themselves, for people who watch."""
+
+    def add(self, manifest: Manifest, stats: Mapping[str, Any]) -> None:
+        """One more shard was committed."""
+
+    def figures(self, seconds: float) -> Mapping[str, Any]:
+        """For the line of progress, `seconds` after the start."""
+
+    def lines(self, seconds: float) -> Sequence[str]:
+        """For the end of the run."""
 
 
 class ShardStage(ABC):
@@ -39,12 +57,14 @@ class ShardStage(ABC):
         version: raised when the code changes the rows it makes; part of the fingerprint.
         contract: the table it writes.
         uses_gpu: whether a worker wants a GPU where there is one.
+        reads_manifests: whether `inputs` is a look at manifests, which may be looked at before and after the work.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     contract: Contract
     uses_gpu: ClassVar[bool] = False
+    reads_manifests: ClassVar[bool] = True
 
     output: Part
 
@@ -76,6 +96,14 @@ class ShardStage(ABC):
     @abstractmethod
     def process(self, shard: int) -> Produced:
         """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""
+
+    def renews(self, manifest: Manifest) -> bool:
+        """Whether a shard that stands is to be made again, as its next generation."""
+        return False
+
+    def tally(self) -> Tally | None:
+        """What to tell of a run beside its rows."""
+        return None
 
     def expected_rows(self, shard: int) -> int:
         """How many input rows `shard` is made from: those of the stage's `images` part, unless it says otherwise."""

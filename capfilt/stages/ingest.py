@@ -49,6 +49,7 @@ class Ingest(ShardStage):
     name = "ingest"
     version = 1
     contract = IMAGES
+    reads_manifests = False
 
     def __init__(self, options: IngestOptions, workspace: Workspace, output: Part | None = None) -> None:
         _check(options)

@@ -2,7 +2,8 @@
 
 Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy.
 A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
-"images", "captions", "scores", "verdicts", "pairs", "examples" (parts), "model" (a checkpoint), "path" (a file or directory).
+"images", "captions", "scores", "signals", "verdicts", "pairs", "examples" (parts), "model" (a checkpoint), "path" (a file
+or directory). `unless` names an option that, when set, makes it needless to give this one.
 `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
 that those still count as done. `told` marks one that changes what a run says or keeps, and no result.
 """
@@ -16,26 +17,49 @@ REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
 
 
-def _option(default: Any, help: str, *, kind: str = "", later: bool = False, told: bool = False) -> Any:
-    return field(default=default, metadata={"help": help, "kind": kind, "later": later, "told": told})
+def _option(
+    default: Any, help: str, *, kind: str = "", later: bool = False, told: bool = False, unless: str = ""
+) -> Any:
+    return field(
+        default=default,
+        metadata={"help": help, "kind": kind, "later": later, "told": told, "unless": unless},
+    )
 
 
 def missing(options: Any) -> list[str]:
     """The names of the options that must be given and were not."""
-    return [name for name in type(options).__dataclass_fields__ if getattr(options, name) == REQUIRED]
+    fields = type(options).__dataclass_fields__
+    open_ = [name for name in fields if getattr(options, name) == REQUIRED]
+    return [name for name in open_ if not getattr(options, fields[name].metadata["unless"] or "_", "")]
 
 
 @dataclass(frozen=True)
 class DownloadOptions:
     """Fetch a list of URLs into an images part, one row per URL, failures included."""
 
-    url_list: str = _option(REQUIRED, "file of URLs: txt, csv, tsv, json, jsonl or parquet", kind="path")
+    url_list: str = _option(
+        REQUIRED,
+        "URLs: a txt, csv, tsv, json, jsonl or parquet file, a folder of them, or an fsspec URL; not for --retry",
+        kind="path",
+        unless="retry",
+    )
     dataset: str = _option("web", "name of the images part to write")
     input_format: str = _option("auto", "auto, txt, csv, tsv, json, jsonl or parquet")
+    preset: str = _option(
+        "",
+        "the layout of a published list: laion (URL, TEXT), datacomp (url, text), cc3m or cc12m (tsv without a header)",
+        later=True,
+    )
     # Flag names and defaults are img2dataset's (its README, "API"), except where a comment says why not.
     url_col: str = _option("url", "column of the URLs")
     caption_col: str = _option("caption", "column of the texts; empty for none")
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the list to carry through")
+    license_col: str = _option(
+        "", "column of the licences, for the table's own; default: `license`", later=True
+    )
+    verify_hash: str = _option(
+        "", "column of SHA-256 that bodies must have, else the failure hash_mismatch", later=True
+    )
     image_size: int = _option(256, "target size in pixels")
     resize_mode: str = _option("keep_ratio", "border, keep_ratio, keep_ratio_largest, center_crop or no")
     resize_only_if_bigger: bool = _option(True, "leave smaller pictures as they are")
@@ -51,7 +75,17 @@ class DownloadOptions:
     # img2dataset has no such limit: its timeout starts anew with every byte.
     total_timeout: float = _option(30.0, "seconds one download may take, redirects included")
     # img2dataset retries 0 times by default and does not tell transient failures apart.
-    retries: int = _option(0, "further attempts at each URL")
+    retries: int = _option(0, "further attempts at each URL, only after failures that may pass, ever later")
+    # img2dataset has neither; a list sorted by host is otherwise an attack on that host.
+    host_concurrency: int = _option(
+        0, "fetches in flight per host and worker; 0: as many as `thread_count`", later=True
+    )
+    host_rate: float = _option(
+        0.0, "requests per second per host and worker, retries included; 0: no limit", later=True
+    )
+    robots: bool = _option(
+        False, "obey robots.txt (RFC 9309), asked for once per host; what it forbids is opted_out", later=True
+    )
     max_bytes: int = _option(50_000_000, "a body above this many bytes is the failure too_large")
     max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
     user_agent_token: str = _option("capfilt", "named in the User-Agent header and in opt-out headers")
@@ -60,6 +94,13 @@ class DownloadOptions:
     )
     allow_host: tuple[str, ...] = _option((), "HOST:PORT that may have a private address; repeatable")
     allow_private: bool = _option(False, "allow every private address (intranets)")
+    retry: str = _option(
+        "",
+        "failed: fetch the failed rows of the part again, as a new generation of their shards; options not given are "
+        "those the part was made with",
+        told=True,
+    )
+    failure: tuple[str, ...] = _option((), "with --retry: only rows with this failure; repeatable", told=True)
 
 
 @dataclass(frozen=True)
@@ -89,6 +130,18 @@ class IngestOptions:
         0, "shrink pictures whose longer side is above this many pixels; 0 keeps the bytes as found"
     )
     max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
+
+
+@dataclass(frozen=True)
+class DuplicatesOptions:
+    """Find exact and near duplicates among the pictures of an images part; no pixels are read, no model is needed."""
+
+    images: str = _option(REQUIRED, "images part", kind="images")
+    out: str = _option("duplicates", "name of the signals part to write")
+    # Equal pictures saved at other sizes and qualities differ in 0 to 4 bits; unrelated ones in 32 on average.
+    distance: int = _option(
+        4, "perceptual hashes that differ in at most so many of 64 bits are near, 0 to 10"
+    )
 
 
 @dataclass(frozen=True)
@@ -447,6 +500,11 @@ class SelectOptions:
         0.0, "instead: keep this share of all scored texts (a global quantile); 0 for none"
     )
     sources: tuple[str, ...] = _option(("web", "synthetic"), "which texts may be kept")
+    duplicates: str = _option(
+        "",
+        "signals part of `capfilt duplicates`: texts are kept of one image per cluster only",
+        kind="signals",
+    )
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 
 

@@ -29,6 +29,7 @@ class StageCommand:
     positional: str = ""
     out: bool = False  # whether --out names a directory (the option dataclass has none of its own)
     without: str = ""  # a boolean option that, when off, leaves out all stages but the first
+    instead: tuple[str, str] = ("", "")  # an option that, when set, runs this class in place of the others
 
     @property
     def name(self) -> str:
@@ -37,6 +38,9 @@ class StageCommand:
 
     def classes(self, options: Any) -> tuple[str, ...]:
         """The classes to run with these options, in order."""
+        option, path = self.instead
+        if option and getattr(options, option):
+            return (path,)
         return self.stages[:1] if self.without and not getattr(options, self.without) else self.stages
 
     def build(
@@ -63,9 +67,12 @@ STAGES = (
         (
             "capfilt download urls.parquet --dataset cc12m --image-size 384",
             "capfilt download urls.tsv --url-col URL --caption-col TEXT --out images/laion",
+            "capfilt download s3://bucket/laion/ --preset laion --robots --host-rate 2 --retries 2",
+            "capfilt download --dataset cc12m --retry failed --failure timeout --failure dns --timeout 30",
         ),
         positional="url_list",
         out=True,
+        instead=("retry", "capfilt.stages.download:Retry"),
     ),
     StageCommand(
         ("ingest",),
@@ -88,6 +95,15 @@ STAGES = (
         ),
         positional="source_path",
         out=True,
+    ),
+    StageCommand(
+        ("duplicates",),
+        stage_options.DuplicatesOptions,
+        ("capfilt.stages.duplicates:Duplicates",),
+        (
+            "capfilt duplicates --images cc12m",
+            "capfilt duplicates --images cc12m --distance 0 --out exact",
+        ),
     ),
     StageCommand(
         ("subset",),

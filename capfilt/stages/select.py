@@ -43,6 +43,11 @@ class Select(ShardStage):
         self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
         self.scores = workspace.part("scores", options.scores).expect("scores")
         self.output = output or workspace.part("verdicts", options.out)
+        self.duplicates = (
+            workspace.part("signals", options.duplicates).expect("signals") if options.duplicates else None
+        )
+        if self.duplicates is not None and self.duplicates.info.get("stage") != "duplicates":
+            raise UserError(f"--duplicates {options.duplicates}: {self.duplicates.path} is of another stage")
         contract = self.scores.contract
         # A plug-in tells which columns it fills; the others of its part are null.
         choices = self.scores.info.get("identity", {}).get("columns") or SCORES.score_names
@@ -89,18 +94,32 @@ class Select(ShardStage):
             "images": self.images.info["fingerprint"],
             "captions": [part.info["fingerprint"] for part in self.captions],
             "scores": self.scores.info["fingerprint"],
+            # Absent where it was not asked for, as before there was any.
+            **({"duplicates": self.duplicates.info["fingerprint"]} if self.duplicates else {}),
         }
 
+    def _parts(self) -> list[Part]:
+        return [self.images, *self.captions, self.scores, *([self.duplicates] if self.duplicates else [])]
+
     def shards(self) -> list[int]:
-        return shards_of(self.images, *self.captions, self.scores)
+        return shards_of(*self._parts())
 
     def inputs(self, shard: int) -> list[str]:
-        return input_hashes(shard, self.images, *self.captions, self.scores)
+        return input_hashes(shard, *self._parts())
+
+    def _later_copies(self, shard: int) -> set[str]:
+        """The images of a shard that show what another, kept in their place, shows."""
+        if self.duplicates is None:
+            return set()
+        table = self.duplicates.read(shard, ["image_id", "first"])
+        rows = zip(table["image_id"].to_pylist(), table["first"].to_pylist(), strict=True)
+        return {image for image, first in rows if first is False}
 
     def process(self, shard: int) -> Produced:
         images = self.images.read(shard, [*FOUND_COLUMNS, "status", "failure"])
         rows = texts_of(images, (part.read(shard) for part in self.captions)).to_pylist()
         fetched = dict(zip(images["image_id"].to_pylist(), images["status"].to_pylist(), strict=True))
+        copies = self._later_copies(shard)
         scores = {row["text_id"]: row for row in self.scores.read(shard).to_pylist()}
         dropped: Counter[str] = Counter()
         failed: Counter[str] = Counter()
@@ -117,6 +136,8 @@ class Select(ShardStage):
                 continue
             if fetched.get(row["image_id"]) != "success":
                 row["reason"] = "no_image"
+            elif row["image_id"] in copies:
+                row["reason"] = "duplicate"
             elif row["source"] not in self.options.sources:
                 row["reason"] = "source_not_selected"
             elif value is None:

@@ -9,6 +9,14 @@ A part is a directory:
     00000_stats.json      counts, seconds, rows per second
     _index.json           the manifests in one file, written when a run ends
 
+A shard whose failed rows were tried again has further generations, each a whole shard with a manifest of its own:
+
+    _00000.g1.parquet     generation 1 of shard 0: its failed rows may have succeeded, all others are as before
+    00000.g1.manifest.json
+
+Readers see the newest committed generation; the older ones stay as they are and may be deleted. The name begins with `_`
+so that a reader which knows no manifests, and takes every *.parquet, has each row once: the first generation's.
+
 What the columns mean is in `contracts.py`; which process writes which shard is the business of `execution/`.
 """
 
@@ -86,7 +94,11 @@ def _add(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed shard is: see the module docstring. `etag` is a hash of the file's last 64 KiB and its size."""
+    """What a committed shard is: see the module docstring. `etag` is a hash of the file's last 64 KiB and its size.
+
+    Of a generation above 0, `previous` is the SHA-256 of the one it was made from, and `changed` the options that it was
+    made with otherwise than the part.
+    """
 
     shard: int
     file: str
@@ -98,15 +110,36 @@ class Manifest:
     etag: str
     sha256: str
     counts: Counts
+    generation: int = 0
+    previous: str = ""
+    changed: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        values = asdict(self)
+        if not self.generation:
+            # As before there were generations: a part that was never retried has the bytes it always had.
+            for name in ("generation", "previous", "changed"):
+                del values[name]
+        return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
         """Raises ValueError, KeyError or TypeError when `data` is not a manifest."""
         fields = json.loads(data)
         return Manifest(**{**fields, "counts": Counts(**fields["counts"])})
+
+
+@dataclass(frozen=True)
+class Successor:
+    """What the rows of a further generation come after; see Manifest."""
+
+    generation: int = 0
+    previous: str = ""
+    changed: dict[str, Any] = field(default_factory=dict)
+
+
+def _file_name(shard: int, generation: int) -> str:
+    return f"_{shard:05d}.g{generation}.parquet" if generation else f"{shard:05d}.parquet"
 
 
 def _etag(path: Path) -> tuple[int, str]:
@@ -246,42 +279,63 @@ class Part:
         counts: Counts,
         mark: str,
         seconds: float,
-        stats: Mapping[str, float] | None = None,
+        *,
+        stats: Mapping[str, Any] | None = None,
+        successor: Successor | None = None,
     ) -> Manifest:
         """Publish one shard: file, then manifest, then stats, which say `stats` too. Returns the manifest that stands.
 
         A late attempt at a shard that is already committed leaves it as it is. A file that an earlier attempt
         published without its manifest is adopted when its footer carries the same fingerprint: it is whole, because it
         was synced before it got its name.
+
+        Args:
+            shard: its number.
+            table: the rows.
+            counts: the account, in the stage's input rows.
+            mark: the shard's fingerprint.
+            seconds: how long it took.
+            stats: what else its stats say; JSON-able.
+            successor: where the rows are a further generation of a committed shard.
         """
         counts.check()
+        after = successor or Successor()
+        standing = self._read_manifest(shard, after.generation)
+        if standing is not None:
+            return standing
         contract = self.contract
         table = contract.conform(table)
-        path = self.path / f"{shard:05d}.parquet"
-        footer = json.dumps({"fingerprint": mark, "shard": shard, "counts": asdict(counts)}, sort_keys=True)
+        path = self.path / _file_name(shard, after.generation)
+        said: dict[str, Any] = {"fingerprint": mark, "shard": shard, "counts": asdict(counts)}
+        if after.generation:
+            said |= asdict(after)
+        footer = json.dumps(said, sort_keys=True)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FOOTER_KEY: footer.encode()})
 
         if not publish_new(path, lambda attempt: _write_parquet(table, attempt)):
-            standing = self.manifest(shard)
+            standing = self._read_manifest(shard, after.generation)
             if standing is not None:
                 return standing
-            counts = self._orphan_counts(path, shard, mark)
-        manifest = self._publish_manifest(path, shard, mark, counts)
+            counts, after = self._orphan(path, shard, mark)
+        manifest = self._publish_manifest(path, shard, mark, counts, after)
         self._write_stats(manifest, seconds, stats or {})
         return manifest
 
-    def _orphan_counts(self, path: Path, shard: int, mark: str) -> Counts:
+    def _orphan(self, path: Path, shard: int, mark: str) -> tuple[Counts, Successor]:
         try:
             footer = json.loads((pq.read_schema(path).metadata or {})[_FOOTER_KEY])
             if footer["fingerprint"] == mark and footer["shard"] == shard:
-                return Counts(**footer["counts"])
+                known = {name: footer[name] for name in Successor.__dataclass_fields__ if name in footer}
+                return Counts(**footer["counts"]), Successor(**known)
         except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
             pass
         raise RunError(
             f"{path}: a file of other origin stands where shard {shard} belongs; remove it and run again"
         )
 
-    def _publish_manifest(self, path: Path, shard: int, mark: str, counts: Counts) -> Manifest:
+    def _publish_manifest(
+        self, path: Path, shard: int, mark: str, counts: Counts, after: Successor
+    ) -> Manifest:
         size, etag = _etag(path)
         contract = self.contract
         manifest = Manifest(
@@ -295,14 +349,15 @@ class Part:
             etag=etag,
             sha256=file_sha256(path),
             counts=counts,
+            **asdict(after),
         )
-        if not publish_new_bytes(self._manifest_path(shard), manifest.to_json()):
-            standing = self.manifest(shard)
+        if not publish_new_bytes(self._manifest_path(shard, after.generation), manifest.to_json()):
+            standing = self._read_manifest(shard, after.generation)
             assert standing is not None
             return standing
         return manifest
 
-    def _write_stats(self, manifest: Manifest, seconds: float, further: Mapping[str, float]) -> None:
+    def _write_stats(self, manifest: Manifest, seconds: float, further: Mapping[str, Any]) -> None:
         stats = {
             "count": manifest.counts.rows_in,
             "kept": manifest.counts.kept,
@@ -316,6 +371,14 @@ class Part:
         }
         replace(self.path / f"{manifest.shard:05d}_stats.json", (json.dumps(stats, indent=1) + "\n").encode())
 
+    def stats(self, shard: int) -> dict[str, Any]:
+        """The stats of a shard; empty where a crash came between its manifest and them, for they are a courtesy."""
+        try:
+            stats = json.loads((self.path / f"{shard:05d}_stats.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return stats if isinstance(stats, dict) else {}
+
     def write_index(self) -> None:
         """Write `_index.json`, all manifests in one file. Derived: it may be deleted at any time."""
         index = [asdict(manifest) for manifest in self.manifests()]
@@ -323,8 +386,9 @@ class Part:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def _manifest_path(self, shard: int) -> Path:
-        return self.path / f"{shard:05d}.manifest.json"
+    def _manifest_path(self, shard: int, generation: int = 0) -> Path:
+        suffix = f".g{generation}" if generation else ""
+        return self.path / f"{shard:05d}{suffix}.manifest.json"
 
     def shards(self) -> list[int]:
         """The numbers of the committed shards, ascending."""
@@ -333,8 +397,21 @@ class Part:
         return sorted(int(match[1]) for name in os.listdir(self.path) if (match := _MANIFEST.match(name)))
 
     def manifest(self, shard: int) -> Manifest | None:
-        """The manifest of `shard`, or None when it is not committed. Raises UserError when it is not readable."""
-        path = self._manifest_path(shard)
+        """The manifest of `shard`'s newest generation, or None when it is not committed.
+
+        Raises UserError when it is not readable.
+        """
+        manifest = self._read_manifest(shard, 0)
+        while manifest is not None:
+            # Each generation was made from the one before it, so that there is none without it.
+            newer = self._read_manifest(shard, manifest.generation + 1)
+            if newer is None:
+                return manifest
+            manifest = newer
+        return None
+
+    def _read_manifest(self, shard: int, generation: int) -> Manifest | None:
+        path = self._manifest_path(shard, generation)
         try:
             manifest = Manifest.from_json(path.read_bytes())
         except FileNotFoundError:
@@ -343,7 +420,8 @@ class Part:
             raise UserError(
                 f"{path}: not readable as a manifest; remove it and its shard, then run again"
             ) from error
-        if manifest.shard != shard or manifest.file != f"{shard:05d}.parquet":
+        expected = (shard, generation, _file_name(shard, generation))
+        if (manifest.shard, manifest.generation, manifest.file) != expected:
             raise UserError(
                 f"{path}: names shard {manifest.shard} in {manifest.file!r}; remove it and run again"
             )
@@ -448,11 +526,23 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
     pq.write_table(
         table,
         path,
-        compression="zstd",
+        # JPEGs do not get smaller; trying costs more than writing them.
+        compression={name: "none" if name == "image.bytes" else "zstd" for name in _leaves(table.schema)},
         row_group_size=IMAGE_ROW_GROUP if pictures else 65536,
         use_dictionary=plain if pictures else True,
         write_page_index=True,
     )
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The Parquet columns of a schema, structs taken apart: `image.bytes`, `image.path`, ..."""
+    leaves: list[str] = []
+    for field_ in schema:
+        if pa.types.is_struct(field_.type):
+            leaves += [f"{field_.name}.{inner.name}" for inner in field_.type]
+        else:
+            leaves.append(field_.name)
+    return leaves
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str:

@@ -36,8 +36,8 @@ class Filter(FinetuneFilter):
 
     mark = None
 
-    def _pairs(self, size):
-        pairs = super()._pairs(size)
+    def data(self, size):
+        pairs = super().data(size)
         if self.mark is None:
             return pairs
         pairs.corpus.mark = self.mark

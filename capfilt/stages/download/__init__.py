@@ -2,12 +2,17 @@
 
 img2dataset is the engine: its `download_image` fetches and its `Resizer` resizes and encodes, in a child process.
     stage.py      the stage: slices of the list in, rows out
-    lists.py      the formats a list of URLs comes in
+    retry.py      the same for failed rows of a part that stands: a new generation of their shards
+    rows.py       answers as rows, accounts and figures
+    tally.py      what is told while it runs, and at the end
+    lists.py      the formats a list of URLs comes in; places.py where it lies, presets.py what published ones look like
     worker.py     the child process as its parent sees it: started, spoken to, replaced when it dies
     child.py      the child process from the inside; wire.py is what the two say to each other
     engine.py     what the child does with a slice: fetch, decode within limits, hand on to img2dataset
+    schedule.py   which URL is fetched next, within what a host is to bear
     opener.py     what img2dataset's urllib calls really do: HTTP within limits
     addresses.py  which addresses may be asked at all
+    robots.py     what a robots.txt says
 """
 
 from __future__ import annotations
@@ -15,9 +20,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from capfilt.stages.download.retry import Retry
     from capfilt.stages.download.stage import Download
 
-__all__ = ["Download"]
+__all__ = ["Download", "Retry"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from capfilt.stages.download.stage import Download
 
         return Download
+    if name == "Retry":
+        from capfilt.stages.download.retry import Retry
+
+        return Retry
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

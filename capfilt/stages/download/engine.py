@@ -14,10 +14,9 @@ import io
 import queue
 import sys
 import threading
-import time
 import types
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,6 +25,7 @@ from PIL import Image
 from capfilt.data.images import BadImage, decode, phash, sha256
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
+from capfilt.stages.download.schedule import Errand, Schedule
 from capfilt.stages.pictures import Header, read_header
 
 OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
@@ -50,6 +50,9 @@ class Settings:
     timeout: float
     total_timeout: float
     retries: int
+    host_concurrency: int
+    host_rate: float
+    robots: bool
     max_bytes: int
     max_pixels: int
     user_agent: str
@@ -70,7 +73,10 @@ class Settings:
     def longest_silence(self) -> float:
         """Seconds that may pass without a word from a child that is well."""
         waits = _BACKOFF[1] + _RETRY_AFTER_MOST
-        return 60.0 + self.retries * waits + (self.retries + 1) * (self.total_timeout + self.timeout)
+        # robots.txt has a deadline of its own before that of what it is asked for.
+        fetch = (2 if self.robots else 1) * self.total_timeout + self.timeout
+        pause = 1 / self.host_rate if self.host_rate else 0.0
+        return 60.0 + self.retries * waits + (self.retries + 1) * (fetch + pause)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Engine:
         self._download_image = downloader.download_image
         self._resizer_class = resizer.Resizer
         self._watch = resizer.cv2 = _Watch(resizer.cv2)
+        resizer.A = _Transforms(resizer.A)
         self._opener: SafeOpener | None = None
         self._settings: Settings | None = None
 
@@ -129,6 +136,7 @@ class Engine:
                 AddressPolicy.of(settings.allow_host, settings.allow_private),
                 Limits(settings.timeout, settings.total_timeout, settings.max_bytes),
                 settings.user_agent,
+                (settings.user_agent_token or "capfilt") if settings.robots else "",
             )
         # Typed for urllib's own class; `urlopen` calls nothing but its `open`.
         urllib.request.install_opener(self._opener)  # type: ignore[arg-type]
@@ -137,20 +145,26 @@ class Engine:
     def _fetch_all(
         self, rows: Sequence[tuple[int, str | None]], opener: SafeOpener, settings: Settings
     ) -> Iterator[Fetched]:
-        todo: queue.SimpleQueue[tuple[int, str | None] | None] = queue.SimpleQueue()
-        threads = min(settings.thread_count, len(rows))
-        for row in rows:
-            todo.put(row)
-        for _ in range(threads):
-            todo.put(None)
+        schedule = Schedule(
+            (Errand(row, url, _host(url)) for row, url in rows),
+            concurrency=settings.host_concurrency,
+            rate=settings.host_rate,
+        )
         # Bounded, so that bodies do not pile up faster than they are decoded.
         done: queue.Queue[Fetched] = queue.Queue(2 * settings.thread_count)
 
         def work() -> None:
-            while (item := todo.get()) is not None:
-                done.put(self._fetch(*item, opener, settings))
+            while (errand := schedule.take()) is not None:
+                fetched = self._fetch(errand.row, errand.url, opener, settings)
+                fault = fetched.fault
+                if fault is not None and fault.transient and errand.attempt < settings.retries:
+                    wait = min(_BACKOFF[1], _BACKOFF[0] * 2**errand.attempt)
+                    schedule.again(errand, max(wait, min(fault.retry_after or 0.0, _RETRY_AFTER_MOST)))
+                    continue
+                schedule.done(errand)
+                done.put(fetched)
 
-        for _ in range(threads):
+        for _ in range(min(settings.thread_count, len(rows))):
             threading.Thread(target=work, name="fetch", daemon=True).start()
         for _ in rows:
             yield done.get()
@@ -158,23 +172,16 @@ class Engine:
     def _fetch(self, row: int, url: str | None, opener: SafeOpener, settings: Settings) -> Fetched:
         try:
             parse_url(url)
-            attempt = 0
-            while True:
-                opener.take_fault()
-                _, stream, words = self._download_image(
-                    (row, url),
-                    settings.timeout,
-                    settings.user_agent_token,
-                    settings.disallowed_header_directives,
-                )
-                if stream is not None:
-                    return Fetched(row, stream.getvalue(), None)
-                fault = opener.take_fault() or _unheard_of(str(words))
-                if not fault.transient or attempt == settings.retries:
-                    return Fetched(row, None, fault)
-                wait = min(_BACKOFF[1], _BACKOFF[0] * 2**attempt)
-                time.sleep(max(wait, min(fault.retry_after or 0.0, _RETRY_AFTER_MOST)))
-                attempt += 1
+            opener.take_fault()
+            _, stream, words = self._download_image(
+                (row, url),
+                settings.timeout,
+                settings.user_agent_token,
+                settings.disallowed_header_directives,
+            )
+            if stream is not None:
+                return Fetched(row, stream.getvalue(), None)
+            return Fetched(row, None, opener.take_fault() or _unheard_of(str(words)))
         except Fault as bad:
             return Fetched(row, None, bad)
         except Exception as error:  # noqa: BLE001 - one URL's surprise must not end the thread that serves the others
@@ -183,7 +190,7 @@ class Engine:
     def _picture(
         self, row: int, body: bytes, resizer: Any, settings: Settings
     ) -> tuple[dict[str, Any], bytes]:
-        facts: dict[str, Any] = {"sha256": sha256(body)}
+        facts: dict[str, Any] = {"sha256": sha256(body), "received": len(body)}
         self._watch.shown = None
         try:
             header = _plain_jpeg(body, settings)
@@ -244,6 +251,27 @@ class _Watch:
         return grey.reduce(factor) if factor > 1 else grey
 
 
+class _Transforms:
+    """Stands in for `albumentations` in img2dataset's resizer module: what was made once with the same options is used again.
+
+    The resizer makes its transforms anew for every picture, and checking their options takes longer than applying them.
+    They are resizing, cropping and padding, which keep no state.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._made: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def make(**options: Any) -> Any:
+            key = f"{name} {sorted(options.items())}"
+            if key not in self._made:
+                self._made[key] = getattr(self._module, name)(**options)
+            return self._made[key]
+
+        return make
+
+
 def import_img2dataset() -> str:
     """Import the two modules of img2dataset that are used, and return its version. Raises ImportError.
 
@@ -284,6 +312,13 @@ def _plain_jpeg(body: bytes, settings: Settings) -> Header | None:
         and (settings.resize_mode == "no" or shorter < 4 * settings.image_size)
     )
     return header if plain else None
+
+
+def _host(url: str | None) -> str:
+    try:
+        return parse_url(url).host
+    except Fault:
+        return ""
 
 
 def _received_size(header: Header) -> dict[str, int]:

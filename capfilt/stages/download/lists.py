@@ -1,25 +1,30 @@
-"""Lists of URLs on disk: txt, csv, tsv, json, jsonl and Parquet, read a slice at a time.
+"""Lists of URLs: txt, csv, tsv, json, jsonl and Parquet, one file or a folder of them, read a slice at a time.
 
-What a list says comes through as it is; whether a URL makes sense is found out when it is fetched (`opener.py`).
+What a list says comes through as it is; whether a URL makes sense is found out when it is fetched (`opener.py`). Where
+the files lie is `places.py`, what columns well-known lists have is `presets.py`.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
+from capfilt.stages.download.places import Place, places
+from capfilt.stages.download.presets import Layout, fitting
 from capfilt.tables.formats import ColumnTypes, arrow_column, storable, texts_in
-from capfilt.tables.ids import file_sha256
+from capfilt.tables.shards import fingerprint
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
 
@@ -55,14 +60,16 @@ class Slice:
 
 
 class UrlList(ABC):
-    """A list of URLs cut into slices of `slice_rows` rows. Picklable; what it reads is remembered in each process."""
+    """A list of URLs cut into slices of `slice_rows` rows. Picklable; what it reads is remembered in each process.
 
-    def __init__(
-        self, path: Path, url_col: str, caption_col: str, extra: Sequence[str], slice_rows: int
-    ) -> None:
+    `extra` are the further columns that its slices have: those asked for, then those of the layout that are there.
+    """
+
+    def __init__(self, path: Place, layout: Layout, extra: Sequence[str], slice_rows: int) -> None:
         self.path = path
-        self.url_col = url_col
-        self.caption_col = caption_col
+        self.layout = layout
+        self.url_col = layout.url_col
+        self.caption_col = layout.caption_col
         self.extra = tuple(extra)
         self.slice_rows = slice_rows
         self.check()
@@ -70,7 +77,12 @@ class UrlList(ABC):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file, hex."""
-        return file_sha256(self.path)
+        return self.path.sha256()
+
+    @property
+    def slices(self) -> int:
+        """How many slices there are."""
+        return math.ceil(self.rows / self.slice_rows)
 
     @property
     @abstractmethod
@@ -100,31 +112,79 @@ class UrlList(ABC):
             for column in columns:
                 if column not in names:
                     hint = ", or --caption-col '' for none" if option == "--caption-col" else ""
+                    if preset := fitting(list(names)):
+                        hint += f", or give --preset {preset}"
                     known = ", ".join(names) if names else "none"
                     raise UserError(
                         f"{self.path}: has no column {column!r}; its columns are {known}: name one with {option}{hint}"
                     )
+        further = (*self.layout.carried, *self.layout.license_cols)
+        self.extra = tuple(dict.fromkeys((*self.extra, *(name for name in further if name in names))))
 
 
-def open_list(
-    path: str, input_format: str, url_col: str, caption_col: str, extra: Sequence[str], slice_rows: int
-) -> UrlList:
-    """The list at `path`. Raises UserError where there is none, or it is not what the options say."""
-    if "://" in path:
-        raise UserError(
-            f"--url-list {path}: lists are read from a local or shared file system; copy it there first"
-        )
-    file = Path(path).expanduser()
-    if not file.is_file():
-        reason = "is a directory; name one file" if file.is_dir() else "no such file"
-        raise UserError(f"--url-list {path}: {reason}")
-    if input_format == "auto":
-        input_format = _SUFFIXES.get(file.suffix.lower(), "")
-        if not input_format:
-            raise UserError(f"--url-list {path}: its name does not tell the format; give --input-format")
-    if input_format not in _READERS:
+def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str], slice_rows: int) -> UrlList:
+    """The list at `path`: a file, a folder, or an fsspec URL of one.
+
+    Raises UserError where there is none, or it is not what the options say.
+    """
+    if input_format not in ("auto", *_READERS):
         raise UserError(f"--input-format {input_format!r}: choose auto, {', '.join(INPUT_FORMATS)}")
-    return _READERS[input_format](file, url_col, caption_col, extra, slice_rows)
+    suffixes = frozenset(
+        suffix for suffix, format in _SUFFIXES.items() if input_format in ("auto", format)
+    )  # of a folder; a file that is named may be called anything
+    files = []
+    for place in places(path, suffixes):
+        format = _SUFFIXES.get(place.suffix, "") if input_format == "auto" else input_format
+        if not format:
+            raise UserError(f"--url-list {path}: its name does not tell the format; give --input-format")
+        files.append(_READERS[format](place, layout, extra, slice_rows))
+    return files[0] if len(files) == 1 else _Folder(Place(path), files)
+
+
+class _Folder(UrlList):
+    """The lists of a folder, one after the other; no slice has rows of two."""
+
+    def __init__(self, path: Place, files: Sequence[UrlList]) -> None:
+        self.files = list(files)
+        # A column that only some of the files have cannot be carried: shards of one part have the same columns.
+        common = [name for name in files[0].extra if all(name in each.extra for each in files)]
+        for each in files:
+            each.extra = tuple(common)
+        super().__init__(path, files[0].layout, common, files[0].slice_rows)
+
+    def check(self) -> None:
+        """Each file was, when it was opened."""
+
+    @cached_property
+    def digest(self) -> str:
+        return fingerprint({"files": [each.digest for each in self.files]})
+
+    @property
+    def rows(self) -> int:
+        return sum(each.rows for each in self.files)
+
+    @property
+    def slices(self) -> int:
+        return self._firsts[-1]
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        """The number of each file's first slice, and how many there are."""
+        return [0, *accumulate(each.slices for each in self.files)]
+
+    def _where(self, number: int) -> tuple[UrlList, int]:
+        place = bisect_right(self._firsts, number) - 1
+        return self.files[place], number - self._firsts[place]
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        file, inner = self._where(number)
+        before = sum(each.rows for each in self.files[: self.files.index(file)])
+        start, stop = file.bounds(inner)
+        return before + start, before + stop
+
+    def read(self, number: int) -> Slice:
+        file, inner = self._where(number)
+        return file.read(inner)
 
 
 @dataclass(frozen=True)
@@ -172,7 +232,7 @@ class _IndexedList(_RecordList):
     @cached_property
     def _index(self) -> tuple[int, list[int]]:
         offsets, rows = [], 0
-        with self.path.open("rb") as file:
+        with self.path.open() as file:
             for offset, record in self._scan(file):
                 if rows % self.slice_rows == 0:
                     offsets.append(offset)
@@ -189,13 +249,13 @@ class _IndexedList(_RecordList):
 
     def _records(self, number: int) -> list[_Record]:
         start, stop = self.bounds(number)
-        with self.path.open("rb") as file:
+        with self.path.open() as file:
             file.seek(self._index[1][number])
             records = self._scan(file)
             return [next(records)[1] for _ in range(stop - start)]
 
     def _head(self) -> list[_Record]:
-        with self.path.open("rb") as file:
+        with self.path.open() as file:
             return [record for (_, record), _ in zip(self._scan(file), range(_HEAD), strict=False)]
 
 
@@ -217,18 +277,23 @@ class _DelimitedList(_IndexedList):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.header: list[str] = []
+        self.named = True  # whether the first line has the names
         super().__init__(*arguments, **options)
 
     @abstractmethod
     def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]: ...
 
     def check(self) -> None:
-        with self.path.open("rb") as file:
+        with self.path.open() as file:
             _, fields = next(self._fields(file), (0, []))
         if not fields:
             raise UserError(f"{self.path}: is empty; its first line must name the columns")
-        self.header = fields
-        self.check_columns(fields)
+        names = {self.url_col, self.caption_col} - {""}
+        if self.layout.header and not names <= set(fields):
+            self.header, self.named = list(self.layout.header), False
+        else:
+            self.header = fields
+        self.check_columns(self.header)
 
     def _fields(self, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
         position = file.tell()
@@ -255,7 +320,7 @@ class _DelimitedList(_IndexedList):
             offset = position
 
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
-        skip = file.tell() == 0
+        skip = self.named and file.tell() == 0
         for offset, fields in self._fields(file):
             if skip:
                 skip = False
@@ -281,11 +346,9 @@ class _TsvList(_DelimitedList):
 class _JsonlList(_IndexedList):
     """One JSON object per line."""
 
-    def __init__(
-        self, path: Path, url_col: str, caption_col: str, extra: Sequence[str], slice_rows: int
-    ) -> None:
-        self._types = ColumnTypes(extra)
-        super().__init__(path, url_col, caption_col, extra, slice_rows)
+    def __init__(self, path: Place, layout: Layout, extra: Sequence[str], slice_rows: int) -> None:
+        super().__init__(path, layout, extra, slice_rows)
+        self._types = ColumnTypes(self.extra)
 
     def check(self) -> None:
         head = self._head()
@@ -316,7 +379,9 @@ class _JsonlList(_IndexedList):
 
     def _extra_types(self) -> dict[str, pa.DataType]:
         _ = self._index
-        return self._types.types()
+        types = self._types.types()
+        # In a folder fewer columns may be carried than this file has.
+        return {name: types[name] for name in self.extra}
 
 
 class _JsonList(_RecordList):
@@ -328,7 +393,8 @@ class _JsonList(_RecordList):
     @cached_property
     def _all(self) -> list[_Record]:
         try:
-            values = json.loads(self.path.read_bytes())
+            with self.path.open() as file:
+                values = json.loads(file.read())
         except ValueError as error:
             raise UserError(
                 f"{self.path}: is not JSON ({error}); for one object per line give --input-format jsonl"
@@ -371,7 +437,7 @@ class _ParquetList(UrlList):
     @cached_property
     def _file(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.path)
+            return pq.ParquetFile(self.path.open() if self.path.remote else self.path.name)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{self.path}: is not a Parquet file ({_first_line(error)})") from None
 

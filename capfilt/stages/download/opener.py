@@ -20,11 +20,13 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from email.message import Message
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urljoin, urlsplit
 
 from capfilt.stages.download.addresses import AddressPolicy
+from capfilt.stages.download.robots import MAX_BYTES, Rules, parse_robots
 
 MAX_REDIRECTS = 10
 """As urllib's HTTPRedirectHandler.max_redirections."""
@@ -34,6 +36,12 @@ MAX_ADDRESSES = 3
 
 DNS_SECONDS = 120.0
 """How long an answer, or the lack of one, is remembered."""
+
+ROBOTS_SECONDS = 86_400.0
+"""How long a robots.txt is remembered (RFC 9309, section 2.4: at most a day)."""
+
+MAX_ROBOTS = 20_000
+"""Of how many hosts."""
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK = 1 << 16
@@ -180,9 +188,12 @@ class SafeOpener:
     policy: AddressPolicy = field(default_factory=AddressPolicy)
     limits: Limits = field(default_factory=Limits)
     user_agent: str = "capfilt"
+    robots_token: str = ""
 
     def __post_init__(self) -> None:
         self._resolver = _Resolver()
+        self._robots: dict[tuple[str, str, int], tuple[float, concurrent.futures.Future[Rules]]] = {}
+        self._robots_lock = threading.Lock()
         self._faults = threading.local()
         self._tls = ssl.create_default_context()
         self._tls.sslsocket_class = _TLSSocket
@@ -205,18 +216,70 @@ class SafeOpener:
         url = fullurl.full_url if isinstance(fullurl, urllib.request.Request) else fullurl
         until = time.monotonic() + self.limits.total_timeout
         try:
-            for _ in range(MAX_REDIRECTS + 1):
-                response = self._get(parse_url(url), until)
-                place = response.headers.get("Location") if response.status in _REDIRECTS else None
-                if place is None:
-                    return self._accept(response, until)
-                response.close()
-                url = _redirected(url, place)
-            raise Fault("too_many_redirects", f"more than {MAX_REDIRECTS} redirects")
+            return self._accept(self._follow(url, until, obey=bool(self.robots_token)), until)
         except Fault as fault:
             raise self.remember(fault) from None
         except Exception as error:  # noqa: BLE001 - whatever a hostile server brings about is this row's failure
             raise self.remember(self.fault_of(error, until)) from None
+
+    def _follow(self, url: str, until: float, *, obey: bool) -> http.client.HTTPResponse:
+        """The answer at the end of the redirects. With `obey`, robots.txt is asked before every one of them."""
+        for _ in range(MAX_REDIRECTS + 1):
+            target = parse_url(url)
+            if obey and not self._rules(target, until).allows(target.path):
+                raise Fault("opted_out", f"{target.address}: robots.txt forbids {_short(target.path)}")
+            response = self._get(target, until)
+            place = response.headers.get("Location") if response.status in _REDIRECTS else None
+            if place is None:
+                return response
+            response.close()
+            url = _redirected(url, place)
+        raise Fault("too_many_redirects", f"more than {MAX_REDIRECTS} redirects")
+
+    def _rules(self, target: Target, until: float) -> Rules:
+        """The rules of the target's host, asked for once. Raises Fault where they could not be had."""
+        origin = (target.scheme, target.host, target.port)
+        with self._robots_lock:
+            expires, answer = self._robots.get(origin, (0.0, None))
+            mine = answer is None or (answer.done() and expires < time.monotonic())
+            if answer is None or mine:
+                if len(self._robots) > MAX_ROBOTS:
+                    self._robots.clear()
+                answer = concurrent.futures.Future()
+                self._robots[origin] = (math.inf, answer)
+        if mine:
+            try:
+                rules, keep = self._ask_robots(target), ROBOTS_SECONDS
+                answer.set_result(rules)
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the answer raises it
+                keep = DNS_SECONDS
+                answer.set_exception(error)
+            with self._robots_lock:
+                self._robots[origin] = (time.monotonic() + keep, answer)
+        try:
+            return answer.result(max(0.0, until - time.monotonic()))
+        except concurrent.futures.TimeoutError:
+            raise Fault("timeout", f"{target.address}: waited for its robots.txt", transient=True) from None
+
+    def _ask_robots(self, target: Target) -> Rules:
+        # A deadline of its own: it serves every URL of the host, not only the one that came first.
+        until = time.monotonic() + self.limits.total_timeout
+        try:
+            response = self._follow(f"{target.scheme}://{target.address}/robots.txt", until, obey=False)
+            with response:
+                if 400 <= response.status < 500:
+                    return Rules()
+                if not 200 <= response.status < 300:
+                    # RFC 9309, section 2.3.1.4: what cannot be asked is taken for forbidden.
+                    raise Fault("http_error", f"HTTP {response.status}", transient=True)
+                data = b""
+                while len(data) < MAX_BYTES and (chunk := response.read1(_CHUNK)):
+                    data += chunk
+            return parse_robots(data, self.robots_token)
+        except Exception as error:  # noqa: BLE001 - as in `open`
+            fault = error if isinstance(error, Fault) else self.fault_of(error, until)
+            words = f"{target.address}: robots.txt: {fault.message}"
+            raise Fault(fault.failure, words, transient=fault.transient) from None
 
     def _get(self, target: Target, until: float) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection(target.host, target.port)
@@ -374,9 +437,15 @@ def _redirected(url: str, place: str) -> str:
 
 
 def _retry_after(headers: Message) -> float | None:
-    """Seconds, where the header gives them as a number (RFC 9110, section 10.2.3); its date form is not used."""
+    """Seconds that the header asks for, as a number or as a date (RFC 9110, section 10.2.3); None without one."""
     value = str(headers.get("Retry-After") or "").strip()
-    return float(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
+    if value.isascii() and value.isdigit() and len(value) < 10:
+        return float(value)
+    try:
+        moment = parsedate_to_datetime(value)
+        return max(0.0, moment.timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
 
 
 def _short(text: str) -> str:

@@ -8,28 +8,38 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
-import capfilt
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.engine import Settings
-from capfilt.stages.download.lists import open_list
-from capfilt.stages.download.worker import MISSING, Row, close_shared_worker, shared_worker
+from capfilt.stages.download.lists import Slice, open_list
+from capfilt.stages.download.presets import layout
+from capfilt.stages.download.rows import (
+    answered,
+    as_text,
+    bad_url,
+    counts_of,
+    settings_of,
+    stats_of,
+    verified,
+)
+from capfilt.stages.download.tally import DownloadTally
+from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.contracts import IMAGES
-from capfilt.tables.formats import storable
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 RESIZE_MODES = ("border", "keep_ratio", "keep_ratio_largest", "center_crop", "no")
 ENCODE_FORMATS = ("jpg", "png", "webp")
+
+WITHOUT = ("thread_count",)
+"""Options that change no row: how many fetches are in flight changes the order of answers, which are put back in order."""
 
 SHARD_DIGITS = 5
 """Digits of the shard's number in a key (img2dataset's `oom_shard_count`)."""
@@ -46,32 +56,40 @@ class Download(ShardStage):
     contract = IMAGES
 
     def __init__(self, options: DownloadOptions, workspace: Workspace, output: Part | None = None) -> None:
-        _check(options)
+        check(options)
         if importlib.util.find_spec("img2dataset") is None:
             raise UserError(MISSING)
         self.options = options
         self.output = output or workspace.part("images", options.dataset)
+        found = layout(options.preset, options.url_col, options.caption_col)
+        asked = [*options.save_additional_columns, options.license_col, options.verify_hash]
         self.list = open_list(
             options.url_list,
             options.input_format,
-            options.url_col,
-            options.caption_col,
-            options.save_additional_columns,
+            found,
+            [name for name in dict.fromkeys(asked) if name],
             options.number_sample_per_shard,
         )
+        candidates = (options.license_col, "license", *found.license_cols)
+        self.license_col = next((name for name in candidates if name and name in self.list.extra), "")
+        # What only fills or checks a column of the table's own is not carried by its own name as well.
+        unnamed = {*found.license_cols, options.license_col, options.verify_hash} - {
+            *options.save_additional_columns
+        }
+        self.carried = [
+            name for name in self.list.extra if name not in unnamed and name not in IMAGES.schema.names
+        ]
 
     def identity(self) -> Mapping[str, Any]:
-        # How many fetches are in flight changes the order of answers, and rows are put back in the list's.
         return {
-            "options": option_values(self.options, without=("thread_count",)),
+            "options": option_values(self.options, without=WITHOUT),
             "url_list": self.list.digest,
         }
 
     def shards(self) -> list[int]:
-        rows = self.list.rows
-        if not rows:
+        if not self.list.rows:
             raise UserError(f"{self.list.path}: has no URLs")
-        return list(range(math.ceil(rows / self.options.number_sample_per_shard)))
+        return list(range(self.list.slices))
 
     def expected_rows(self, shard: int) -> int:
         start, stop = self.list.bounds(shard)
@@ -84,84 +102,61 @@ class Download(ShardStage):
         # Inline, the same process goes on to train; the child's memory is better spent there.
         close_shared_worker()
 
+    def tally(self) -> DownloadTally:
+        return DownloadTally()
+
     def process(self, shard: int) -> Produced:
         listed = self.list.read(shard)
-        answers = {row: _bad_url(words) for row, words in enumerate(listed.faults) if words is not None}
+        answers = {row: bad_url(words) for row, words in enumerate(listed.faults) if words is not None}
         wanted = [(row, url) for row, url in enumerate(listed.urls) if row not in answers]
-        answers |= shared_worker().run(wanted, self._settings())
-
-        rows, failed = [], Counter[str]()
+        answers |= shared_worker().run(wanted, settings_of(self.options))
+        hashes = self._hashes(listed)
+        answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}
+        rows = []
         for row, url in enumerate(listed.urls):
-            columns, picture = answers[row].columns, answers[row].picture
             key = self.key(shard, row)
-            if columns["status"] != "success":
-                failed[columns["failure"]] += 1
             rows.append(
                 {
-                    **columns,
                     "image_id": image_id(self.options.dataset, key),
                     "dataset": self.options.dataset,
                     "key": key,
                     "url": url,
                     "source": "web",
                     "captions": listed.captions[row],
-                    "error_message": None
-                    if (words := columns.get("error_message")) is None
-                    else storable(words),
-                    "image": {"bytes": picture, "path": f"{key}.{self.options.encode_format}"}
-                    if picture
-                    else None,
+                    **answered(answers[row], key, self.options.encode_format),
                 }
             )
         table = IMAGES.table(rows)
-        for name in listed.extra.column_names:
+        if self.license_col:
+            place = table.schema.get_field_index("license")
+            column = as_text(listed.extra[self.license_col])
+            table = table.set_column(place, table.schema.field("license"), column)
+        for name in self.carried:
             column = listed.extra[name]
-            if name == "license":
-                place = table.schema.get_field_index(name)
-                table = table.set_column(place, table.schema.field(name), _as_text(column))
-            else:
-                table = table.append_column(pa.field(name, column.type), column)
-        return Produced(
-            table, Counts(len(rows), len(rows) - failed.total(), {}, dict(sorted(failed.items())))
-        )
+            table = table.append_column(pa.field(name, column.type), column)
+        return Produced(table, counts_of(table), stats_of(table, answers.values()))
+
+    def expected_hashes(self, shard: int) -> list[str | None]:
+        """The SHA-256 that each body of a shard must have; None where any may come."""
+        return self._hashes(self.list.read(shard))
+
+    def _hashes(self, listed: Slice) -> list[str | None]:
+        if not self.options.verify_hash:
+            return [None] * len(listed.urls)
+        return [
+            None if value is None else str(value)
+            for value in listed.extra[self.options.verify_hash].to_pylist()
+        ]
 
     def key(self, shard: int, row: int) -> str:
         """img2dataset's key (its `compute_key`): the shard's number, then the row's within it, zero-padded."""
         digits = math.ceil(math.log10(self.options.number_sample_per_shard))
         return f"{10**digits * shard + row:0{digits + SHARD_DIGITS}d}"
 
-    def _settings(self) -> Settings:
-        options = self.options
-        token = options.user_agent_token.strip()
-        program = f"capfilt/{capfilt.__version__}"
-        values: dict[str, Any] = {
-            name: getattr(options, name, None) for name in Settings.__dataclass_fields__
-        }
-        values["user_agent"] = program if token.lower() in ("", "capfilt") else f"{token} {program}"
-        # As img2dataset's Downloader prepares them for its comparison with the header.
-        values["user_agent_token"] = token.lower()
-        values["disallowed_header_directives"] = [
-            directive.strip().lower() for directive in options.disallowed_header_directives
-        ]
-        return Settings.of(values)
 
-
-def _bad_url(words: str) -> Row:
-    return Row({"status": "failed_to_download", "failure": "bad_url", "error_message": words}, b"")
-
-
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    try:
-        return column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.chunked_array(
-            [pa.array([None if v is None else str(v) for v in column.to_pylist()], pa.string())]
-        )
-
-
-def _check(options: DownloadOptions) -> None:
+def check(options: DownloadOptions) -> None:
     """Raise UserError for the first option that cannot be."""
-    for name in ("url_list", "dataset", "url_col"):
+    for name in ("dataset", "url_col") if options.retry else ("url_list", "dataset", "url_col"):
         if getattr(options, name).strip("\0") == "":
             raise UserError(f"download: {_flag(name)} must be given")
     if os.sep in options.dataset:
@@ -175,9 +170,13 @@ def _check(options: DownloadOptions) -> None:
     for name in ("timeout", "total_timeout"):
         if not 0 < getattr(options, name) < float("inf"):
             raise UserError(f"{_flag(name)} {getattr(options, name)}: give seconds above 0")
-    for name in ("retries", "min_image_size"):
+    for name in ("retries", "min_image_size", "host_concurrency"):
         if getattr(options, name) < 0:
             raise UserError(f"{_flag(name)} {getattr(options, name)}: give 0 or more")
+    if not 0 <= options.host_rate < float("inf"):
+        raise UserError(f"--host-rate {options.host_rate}: give requests per second, or 0 for no limit")
+    if options.failure and not options.retry:
+        raise UserError("--failure: only with --retry failed")
     if not options.max_aspect_ratio >= 1:
         raise UserError(f"--max-aspect-ratio {options.max_aspect_ratio}: give at least 1")
     # cv2 takes PNG's number as a compression level, and img2dataset refuses levels it has not.

@@ -24,6 +24,9 @@ from capfilt.stages.download.engine import Settings
 START_SECONDS = 300.0
 """How long a child may take to import img2dataset; seconds on an idle machine."""
 
+PIPE_BYTES = 1 << 20
+"""What Linux lets any user ask for."""
+
 MAX_DEATHS = 10
 """How many children one slice may cost."""
 
@@ -83,6 +86,8 @@ class Worker:
             env=environment,
             # Ctrl-C is for the parent; the child goes when the parent is gone.
             start_new_session=True,
+            # Several pictures: with the usual 64 KiB the child stops in the middle of each until this process wakes.
+            pipesize=PIPE_BYTES,
         )
 
     def close(self) -> None:

@@ -1,0 +1,103 @@
+"""What the child's answers are as rows of the images table: columns, accounts, and figures for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+import capfilt
+from capfilt.stages.download.engine import Settings
+from capfilt.stages.download.worker import Row
+from capfilt.stages.options import DownloadOptions
+from capfilt.tables.formats import storable
+from capfilt.tables.shards import Counts
+
+HOSTS_TOLD = 50
+"""How many hosts a shard's stats name: those with most failed rows."""
+
+ANSWERED = (
+    "status", "failure", "error_message", "image", "width", "height", "original_width", "original_height", "sha256",
+    "phash",
+)  # fmt: skip
+"""The columns of the images table that fetching decides."""
+
+
+def settings_of(options: DownloadOptions) -> Settings:
+    """What the child is told of the options."""
+    token = options.user_agent_token.strip()
+    program = f"capfilt/{capfilt.__version__}"
+    values: dict[str, Any] = {name: getattr(options, name, None) for name in Settings.__dataclass_fields__}
+    values["user_agent"] = program if token.lower() in ("", "capfilt") else f"{token} {program}"
+    # As img2dataset's Downloader prepares them for its comparison with the header.
+    values["user_agent_token"] = token.lower()
+    values["disallowed_header_directives"] = [
+        directive.strip().lower() for directive in options.disallowed_header_directives
+    ]
+    return Settings.of(values)
+
+
+def bad_url(words: str) -> Row:
+    """The answer for a row of the list that cannot be read."""
+    return Row({"status": "failed_to_download", "failure": "bad_url", "error_message": words}, b"")
+
+
+def verified(answer: Row, expected: str | None) -> Row:
+    """The answer, or the failure `hash_mismatch` where the body's SHA-256 is not the one the list has."""
+    received = answer.columns.get("sha256")
+    if expected is None or received is None or received == expected.strip().lower():
+        return answer
+    words = f"the body's SHA-256 is {received[:16]}..., the list says {expected.strip()[:16]}"
+    columns = {"status": "failed_to_download", "failure": "hash_mismatch", "error_message": words}
+    # What was received is told; what it shows is not what was asked for.
+    return Row({**columns, "sha256": received, "received": answer.columns.get("received", 0)}, b"")
+
+
+def answered(answer: Row, key: str, encode_format: str) -> dict[str, Any]:
+    """The answer as the columns ANSWERED."""
+    columns = {name: answer.columns.get(name) for name in ANSWERED}
+    words = columns["error_message"]
+    columns["error_message"] = None if words is None else storable(words)
+    columns["image"] = {"bytes": answer.picture, "path": f"{key}.{encode_format}"} if answer.picture else None
+    return columns
+
+
+def counts_of(table: pa.Table) -> Counts:
+    """The account of a shard of images."""
+    failed = Counter(failure for failure in table["failure"].to_pylist() if failure is not None)
+    return Counts(table.num_rows, table.num_rows - failed.total(), {}, dict(sorted(failed.items())))
+
+
+def stats_of(table: pa.Table, answers: Iterable[Row]) -> dict[str, Any]:
+    """For the shard's stats: bytes received now, and its worst hosts as {host: [rows, failed rows]}."""
+    asked, failed = Counter[str](), Counter[str]()
+    for url, failure in zip(table["url"].to_pylist(), table["failure"].to_pylist(), strict=True):
+        host = host_of(url)
+        asked[host] += 1
+        failed[host] += failure is not None
+    worst = sorted(asked, key=lambda host: (-failed[host], -asked[host], host))[:HOSTS_TOLD]
+    return {
+        "bytes_received": sum(answer.columns.get("received") or 0 for answer in answers),
+        "hosts": {host: [asked[host], failed[host]] for host in worst if host},
+    }
+
+
+def host_of(url: str | None) -> str:
+    """The host that a URL names, in lower case; empty where it names none."""
+    try:
+        return urlsplit((url or "").strip()).hostname or ""
+    except ValueError:
+        return ""
+
+
+def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as text, whatever it holds."""
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.chunked_array(
+            [pa.array([None if v is None else str(v) for v in column.to_pylist()], pa.string())]
+        )

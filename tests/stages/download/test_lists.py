@@ -1,0 +1,210 @@
+"""Would catch: a list that loses rows or shifts them, a caption that is not what the list has, a format misread in silence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capfilt.errors import UserError
+from capfilt.stages.download.lists import open_list
+from capfilt.stages.download.presets import Layout, layout
+
+
+def read_all(path, extra=(), rows=2, **options):
+    listing = pickle.loads(pickle.dumps(open_list(str(path), "auto", Layout(), extra, rows)))
+    slices = [listing.read(number) for number in range(-(-listing.rows // rows))]
+    urls = [url for each in slices for url in each.urls]
+    captions = [texts for each in slices for texts in each.captions]
+    faults = [fault for each in slices for fault in each.faults]
+    assert len(urls) == len(captions) == len(faults) == listing.rows
+    return urls, captions, faults, slices
+
+
+def test_txt_is_a_url_per_line(tmp_path):
+    path = tmp_path / "u.txt"
+    path.write_bytes(b"\xef\xbb\xbfhttp://a/1,2.jpg\r\n\n  http://a/3.jpg \nhttp://a/\xff.jpg")
+    urls, captions, _, _ = read_all(path)
+    assert urls == ["http://a/1,2.jpg", "http://a/3.jpg", "http://a/\ufffd.jpg"]
+    assert captions == [[], [], []]
+
+
+def test_csv_quotes_and_tsv_does_not(tmp_path):
+    csv, tsv = tmp_path / "u.csv", tmp_path / "u.tsv"
+    csv.write_bytes(b'url,caption,n\r\nu1,"a ""b"",\nc",1\r\n\r\nu2,,\nu3,too,many,commas\nu4\n')
+    urls, captions, faults, slices = read_all(csv, extra=("n",))
+    assert urls == ["u1", "u2", None, "u4"]
+    assert captions == [['a "b",\nc'], [""], [], []]
+    assert faults == [None, None, "the line has 4 fields, the header 3", None]
+    assert pa.concat_tables(each.extra for each in slices)["n"].to_pylist() == ["1", "", None, None]
+    tsv.write_bytes(b'caption\turl\n"Quoted" he said\tu1\n"open\tu2\n')
+    assert read_all(tsv)[:2] == (["u1", "u2"], [['"Quoted" he said'], ['"open']])
+
+
+def test_jsonl_and_json(tmp_path):
+    lines = [
+        '{"url": "u1", "caption": "a\\ud83d b", "n": 1, "tags": ["x"]}',
+        "not json",
+        "",
+        '{"url": 5, "caption": ["one", null, "two"], "n": 2.5}',
+        "[1]",
+        '{"caption": null, "tags": "y"}',
+    ]
+    path = tmp_path / "u.jsonl"
+    path.write_text("\n".join(lines))
+    urls, captions, faults, slices = read_all(path, extra=("n", "tags"))
+    assert urls == ["u1", None, "5", None, None]
+    assert captions == [["a\ufffd b"], [], ["one", "two"], [], []]
+    assert [fault is None for fault in faults] == [True, False, True, False, True]
+    extra = pa.concat_tables(each.extra for each in slices)
+    assert extra["n"].to_pylist() == [1.0, None, 2.5, None, None]
+    assert extra["tags"].to_pylist() == ['["x"]', None, None, None, "y"]
+
+    path = tmp_path / "u.json"
+    path.write_text('[{"url": "u1", "caption": "x"}, 3, {"url": "u2"}]')
+    assert read_all(path)[0] == ["u1", None, "u2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("u.json", b'{"url": 1}', "not an array"),
+        ("u.json", b"[", "is not JSON"),
+        ("u.jsonl", b"<html>\n", "is not JSON"),
+        ("u.csv", b"", "is empty"),
+        ("u.parquet", b"PAR1 no", "not a Parquet file"),
+        ("u.list", b"http://a\n", "--input-format"),
+    ],
+)
+def test_a_broken_list_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        open_list(str(tmp_path / name), "auto", Layout(), (), 10)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+TEXTS = st.text(st.characters(exclude_characters="\r\n\t\0", exclude_categories=("Cs",)), max_size=30)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=12), st.integers(1, 5))
+def test_slices_of_any_size_are_the_list(tmp_path_factory, pairs, rows):
+    """Independent writers: csv and pyarrow. A record is found by its offset, whatever quotes and newlines it has."""
+    import csv
+
+    directory = tmp_path_factory.mktemp("lists")
+    pairs = [(f"u{url}", text) for url, text in pairs]
+    with (directory / "u.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("url", "caption"), *((url, f"{text}\n,") for url, text in pairs)])
+    assert read_all(directory / "u.csv", rows=rows)[:2] == (
+        [u for u, _ in pairs],
+        [[f"{t}\n,"] for _, t in pairs],
+    )
+    pq.write_table(
+        pa.table({"url": [u for u, _ in pairs], "caption": [t for _, t in pairs]}),
+        directory / "u.parquet",
+        row_group_size=2,
+    )
+    assert read_all(directory / "u.parquet", rows=rows)[:2] == (
+        [u for u, _ in pairs],
+        [[t] for _, t in pairs],
+    )
+
+
+# -- published layouts, folders, URLs ----------------------------------------------------------------------------------
+
+
+def opened(path, preset="", rows=2, url_col="url", caption_col="caption"):
+    listing = pickle.loads(
+        pickle.dumps(open_list(str(path), "auto", layout(preset, url_col, caption_col), (), rows))
+    )
+    slices = [listing.read(number) for number in range(listing.slices)]
+    assert [listing.bounds(n)[1] - listing.bounds(n)[0] for n in range(listing.slices)] == [
+        len(each.urls) for each in slices
+    ]
+    pairs = [pair for each in slices for pair in zip(each.urls, each.captions, strict=True)]
+    return listing, pairs, slices
+
+
+def test_presets_are_the_published_layouts(tmp_path):
+    laion = tmp_path / "laion.parquet"
+    columns = {
+        "SAMPLE_ID": [1.0],
+        "URL": ["u"],
+        "TEXT": ["t"],
+        "WIDTH": [3],
+        "LICENSE": ["?"],
+        "punsafe": [0.1],
+    }
+    pq.write_table(pa.table(columns), laion)
+    _listing, pairs, slices = opened(laion, "laion")
+    assert pairs == [("u", ["t"])]
+    assert slices[0].extra.column_names == ["SAMPLE_ID", "punsafe", "LICENSE"]
+    pq.write_table(
+        pa.table({"uid": ["x"], "url": ["u"], "text": ["t"], "sha256": ["0"]}), tmp_path / "d.parquet"
+    )
+    assert opened(tmp_path / "d.parquet", "datacomp")[1] == [("u", ["t"])]
+    (tmp_path / "cc3m.tsv").write_text('a "quoted" text\thttp://a\nother\thttp://b\n')
+    assert opened(tmp_path / "cc3m.tsv", "cc3m")[1] == [
+        ("http://a", ['a "quoted" text']),
+        ("http://b", ["other"]),
+    ]
+    (tmp_path / "cc12m.tsv").write_text("http://a\tone\nhttp://b\ttwo\nhttp://c\tthree\n")
+    assert [url for url, _ in opened(tmp_path / "cc12m.tsv", "cc12m")[1]] == [
+        "http://a",
+        "http://b",
+        "http://c",
+    ]
+    # Many put the missing line in front.
+    (tmp_path / "named.tsv").write_text("caption\turl\none\thttp://a\n")
+    assert opened(tmp_path / "named.tsv", "cc12m")[1] == [("http://a", ["one"])]
+    # What is given by name wins.
+    assert opened(laion, "laion", caption_col="LICENSE")[1] == [("u", ["?"])]
+    with pytest.raises(UserError, match="--preset laion"):
+        opened(laion)
+    with pytest.raises(UserError, match="choose laion, datacomp"):
+        opened(laion, "coyo")
+
+
+def test_a_folder_is_its_lists_one_after_the_other(tmp_path):
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    for name, count in (("b.csv", 3), ("a.csv", 5)):
+        (folder / name).write_text("url,caption\n" + "".join(f"{name}{n},t\n" for n in range(count)))
+    for name in ("_SUCCESS.csv", ".hidden.csv", "README.md"):
+        (folder / name).write_text("no list")
+    listing, pairs, slices = opened(folder)
+    assert [url for url, _ in pairs] == [*(f"a.csv{n}" for n in range(5)), *(f"b.csv{n}" for n in range(3))]
+    assert [len(each.urls) for each in slices] == [2, 2, 1, 2, 1]
+    before = listing.digest
+    (folder / "b.csv").write_text("url,caption\nx,t\n")
+    assert opened(folder)[0].digest != before
+    with pytest.raises(UserError, match="no list in this folder"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["u.txt", "u.csv", "u.jsonl", "u.parquet", "u.json"])
+def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
+    pytest.importorskip("fsspec")
+    plain = tmp_path / name
+    rows = [{"url": f"http://a/{n}", "caption": f"t{n}"} for n in range(5)]
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), plain, row_group_size=2)
+    else:
+        text = {
+            ".txt": "\n".join(row["url"] for row in rows),
+            ".csv": "url,caption\n" + "\n".join(f"{row['url']},{row['caption']}" for row in rows),
+            ".jsonl": "\n".join(json.dumps(row) for row in rows),
+            ".json": json.dumps(rows),
+        }[plain.suffix]
+        plain.write_text(text)
+    local, remote = opened(plain), opened(f"file://{plain}")
+    assert remote[1] == local[1]
+    assert remote[0].digest == local[0].digest
+    with pytest.raises(UserError, match="no such file"):
+        opened(f"file://{plain}.gone")

@@ -1,0 +1,209 @@
+"""Would catch: a host asked more often than told, a URL that waits in a thread's way, a robots.txt read otherwise than
+RFC 9309 has it, asked for per URL or not obeyed after a redirect, a body that is not the one the list means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import Counter
+from email.message import Message
+from email.utils import formatdate
+
+import pytest
+
+from capfilt.stages.download.opener import _retry_after
+from capfilt.stages.download.robots import parse_robots
+from capfilt.stages.download.schedule import Errand, Schedule
+from tests.stages.download.web import GOOD, Server, make, needs_img2dataset, redirect, run
+
+# -- the schedule ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def errands(hosts):
+    return [Errand(row, f"http://{host}/", host) for row, host in enumerate(hosts)]
+
+
+def test_without_limits_urls_come_in_the_lists_order():
+    schedule = Schedule(errands("aabca"))
+    taken = [schedule.take() for _ in range(5)]
+    assert [each.row for each in taken] == [0, 1, 2, 3, 4]
+    for each in taken:
+        schedule.done(each)
+    assert schedule.take() is None
+
+
+def test_a_host_at_its_limit_does_not_hold_up_the_others():
+    schedule = Schedule(errands("aaabb"), concurrency=1)
+    first, second = schedule.take(), schedule.take()
+    assert [(each.host, each.row) for each in (first, second)] == [("a", 0), ("b", 3)]
+    schedule.done(first)
+    third = schedule.take()
+    assert third.row == 1
+    schedule.done(second)
+    schedule.done(third)
+    assert {schedule.take().row, schedule.take().row} == {2, 4}
+
+
+def test_a_rate_spaces_a_hosts_requests_retries_included():
+    clock = Clock()
+    schedule = Schedule(errands("aab"), rate=2.0, clock=clock)
+    first, other = schedule.take(), schedule.take()
+    assert (first.host, other.host) == ("a", "b")
+    schedule.again(first, 0.1)  # due before the second's turn ends, so it is third
+    clock.now = 0.5
+    second = schedule.take()
+    assert second.row == 1
+    found = []
+    waiter = threading.Thread(target=lambda: found.append(schedule.take()), daemon=True)
+    waiter.start()
+    time.sleep(0.05)
+    assert not found
+    clock.now = 1.0
+    schedule.done(other)  # wakes who waits
+    waiter.join(30)
+    assert [(each.row, each.attempt) for each in found] == [(0, 1)]
+
+
+@needs_img2dataset
+def test_a_hosts_limits_hold_on_the_wire(tmp_path, server):
+    server.log.clear()
+    start = time.monotonic()
+    rows = run(
+        make(tmp_path, [server.url("good")] * 6, server, host_rate=5.0, host_concurrency=1, total_timeout=9.0)
+    )
+    assert [row["failure"] for row in rows] == [None] * 6
+    assert time.monotonic() - start >= 1.0
+
+
+# -- robots.txt --------------------------------------------------------------------------------------------------------
+
+ROBOTS = b"""\xef\xbb\xbf# a comment
+User-agent: otherbot
+User-Agent: CapFilt/2.0   # us
+Disallow: /private
+Allow: /private/open$
+Disallow: /*.php
+Disallow: /caf%C3%A9
+Disallow:
+
+Sitemap: http://example.com/
+User-agent: *
+Disallow: /
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "own", "others"),
+    [
+        ("/good", True, False),
+        ("/private", False, False),
+        ("/private/x", False, False),
+        ("/private/open", True, False),
+        ("/private/open/x", False, False),
+        ("/a/b.php?x=1", False, False),
+        ("/caf\u00e9", False, False),
+        ("/%70rivate", False, False),
+        ("/robots.txt", True, True),
+    ],
+)
+def test_the_longest_rule_of_the_crawlers_own_group_decides(path, own, others):
+    assert parse_robots(ROBOTS, "capfilt").allows(path) == own
+    assert parse_robots(ROBOTS, "somebot").allows(path) == others
+
+
+def test_a_hostile_robots_txt_costs_nothing():
+    pattern = b"User-agent: *\nDisallow: /" + b"*a" * 5_000 + b"b\n"
+    start = time.process_time()
+    assert parse_robots(pattern * 20, "x").allows("/" + "a" * 5_000)
+    assert parse_robots(b"\0\xff:\n" * 100_000 + b"no colon", "x").allows("/")
+    assert time.process_time() - start < 5
+
+
+@needs_img2dataset
+def test_robots_txt_is_asked_once_per_host_and_obeyed_after_redirects(tmp_path, server, monkeypatch):
+    import tests.stages.download.web as web
+
+    other, broken = Server(), Server()
+    robots = b"User-agent: *\nDisallow: /big\nDisallow: /wide"
+    monkeypatch.setitem(web.BODIES, "robots.txt", robots)
+    broken.failing = True
+    try:
+        urls = [other.url(name) for name in ("good", "wide", "good")] + [redirect(server, other.url("big"))]
+        urls += [server.url("good"), broken.url("good")]
+        allow = tuple(f"127.0.0.1:{each.port}" for each in (server, other, broken))
+        server.log.clear()
+        rows = run(make(tmp_path, urls, allow_host=allow, robots=True, total_timeout=9.0))
+        expected = [None, "opted_out", None, "opted_out", None, "http_error"]
+        assert [row["failure"] for row in rows] == expected
+        assert "robots.txt" in rows[1]["error_message"]
+        assert "robots.txt" in rows[5]["error_message"]
+        assert Counter(other.log) == {"/robots.txt": 1, "/good": 2}
+        assert server.log.count("/robots.txt") == 1
+        assert broken.log == ["/robots.txt"]
+        # Unasked, nobody's robots.txt is fetched.
+        other.log.clear()
+        run(make(tmp_path, [other.url("wide")], allow_host=allow, name="plain", dataset="plain"))
+        assert other.log == ["/wide"]
+    finally:
+        other.stop()
+        broken.stop()
+
+
+# -- waiting and verifying ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [
+        ("7", 7, 7),
+        (formatdate(time.time() + 3600, usegmt=True), 3000, 3700),
+        (formatdate(0, usegmt=True), 0, 0),
+    ],
+)
+def test_retry_after_is_a_number_or_a_date(value, low, high):
+    headers = Message()
+    headers["Retry-After"] = value
+    assert low <= _retry_after(headers) <= high
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-3", "9" * 40, "\u0663", "Mon, 99 Foo 2026"])
+def test_a_retry_after_that_says_nothing_is_none(value):
+    headers = Message()
+    headers["Retry-After"] = value
+    assert _retry_after(headers) is None
+
+
+@needs_img2dataset
+def test_a_body_that_is_not_the_lists_is_a_mismatch(tmp_path, server):
+    from capfilt.stages.download import Download
+    from capfilt.stages.options import DownloadOptions
+    from capfilt.tables.workspace import Workspace
+
+    right = hashlib.sha256(GOOD).hexdigest()
+    lines = [("good", right.upper()), ("good", "0" * 64), ("good", ""), ("404", right), ("html", "0" * 64)]
+    (tmp_path / "urls.csv").write_text(
+        "url,caption,sha256,LICENCE\n"
+        + "".join(f"{server.url(path)},t,{value},CC-{path}\n" for path, value in lines)
+    )
+    options = DownloadOptions(
+        url_list=str(tmp_path / "urls.csv"), verify_hash="sha256", license_col="LICENCE",
+        allow_host=(f"127.0.0.1:{server.port}",),
+    )  # fmt: skip
+    rows = run(Download(options, Workspace(tmp_path / "ws")))
+    assert [row["failure"] for row in rows] == [
+        None, "hash_mismatch", "hash_mismatch", "not_found", "hash_mismatch",
+    ]  # fmt: skip
+    assert [row["license"] for row in rows] == [f"CC-{path}" for path, _ in lines]
+    assert rows[1]["image"] is None
+    assert rows[1]["sha256"] == right
+    assert rows[1]["status"] == "failed_to_download"
+    assert "LICENCE" not in rows[0]

@@ -1,0 +1,172 @@
+"""Would catch: a retry that asks for what succeeded, that writes over the old generation, that mixes rows of other
+options, or that leaves a half one behind; a reader that sees the old generation, or both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pyarrow.dataset as ds
+import pytest
+
+from capfilt.catalog.query import query
+from capfilt.doctor import workspace as doctor
+from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import process_and_commit, run_stage, todo
+from capfilt.stages.download import Retry
+from capfilt.stages.options import DownloadOptions
+from capfilt.tables.workspace import Workspace
+from tests.stages.download.web import make, needs_img2dataset, run
+
+pytestmark = needs_img2dataset
+
+
+@pytest.fixture
+def failed(tmp_path, server):
+    """A part of two shards: the first has a row that fails once and one that is gone, the second is whole."""
+    server.once.clear()
+    urls = [server.url(path) for path in ("good", "flaky/r", "404", "good", "wide", "good")]
+    stage = make(tmp_path, urls, server, number_sample_per_shard=3, image_size=100)
+    run(stage)
+    server.log.clear()
+    return stage
+
+
+def retry(stage, **options):
+    given = DownloadOptions(retry="failed", allow_host=stage.options.allow_host, **options)
+    return Retry(given, Workspace(stage.output.path.parents[1]))
+
+
+class Here(InlineExecutor):
+    """Leaves the child process to the next test: its imports take seconds."""
+
+    def shards(self, stage, mark, todo):
+        for shard in todo:
+            yield process_and_commit(stage, mark, shard)
+
+
+def go(stage):
+    return run_stage(stage, Here(), quiet=True)
+
+
+def test_only_failed_rows_are_asked_for_and_the_old_generation_stays(failed, server):
+    before = {path.name: path.read_bytes() for path in failed.output.path.glob("0*.parquet")}
+    old = failed.output.read(0).to_pylist()
+    summary = go(retry(failed))
+    assert Counter(server.log) == {"/flaky/r": 1, "/404": 1}
+    assert summary.counts.failed == {"not_found": 1}
+    assert (summary.done_before, summary.done_now) == (1, 1)
+    assert {path.name: path.read_bytes() for path in failed.output.path.glob("0*.parquet")} == before
+
+    new = failed.output.read(0).to_pylist()
+    assert new[0] == old[0]
+    assert new[2] == old[2]
+    assert [row["failure"] for row in new] == [None, None, "not_found"]
+    assert new[1]["image"]["bytes"]
+    assert (new[1]["key"], new[1]["captions"]) == (old[1]["key"], old[1]["captions"])
+    manifest = failed.output.manifest(0)
+    assert (manifest.generation, manifest.file) == (1, "_00000.g1.parquet")
+    assert failed.output.manifest(1).generation == 0
+
+    # Each reader sees each row once: ours the newest, one that takes every *.parquet the first.
+    place = Workspace(failed.output.path.parents[1])
+    assert query(place, "SELECT count(*) n, count(failure) f FROM images").to_pylist() == [{"n": 6, "f": 1}]
+    assert ds.dataset(failed.output.path, format="parquet", exclude_invalid_files=True).count_rows() == 6
+    assert all(good for good, _ in doctor(str(place.path), full=True))
+
+    # Nothing changed the second time, so nothing is written.
+    files = sorted(path.name for path in failed.output.path.iterdir())
+    go(retry(failed))
+    assert sorted(path.name for path in failed.output.path.iterdir()) == files
+    # The download itself is done, whatever its generations.
+    assert todo(failed, failed.begin()) == ([], [0, 1])
+
+
+def test_failures_narrow_a_retry(failed, server):
+    go(retry(failed, failure=("http_error",)))
+    assert server.log == ["/flaky/r"]
+    assert go(retry(failed, failure=("timeout",))).done_now == 0
+    with pytest.raises(UserError, match="--failure 'gone'"):
+        retry(failed, failure=("gone",))
+
+
+def test_a_retry_makes_rows_as_the_part_was_made(failed, server):
+    go(retry(failed, timeout=7.0))
+    row = failed.output.read(0).to_pylist()[1]
+    assert row["failure"] is None
+    assert failed.output.manifest(0).changed == {"timeout": 7.0}
+    with pytest.raises(UserError, match="--image-size 100"):
+        retry(failed, image_size=64)
+    other = make(
+        failed.output.path.parents[2], ["http://a.invalid/"], name="other", number_sample_per_shard=3
+    )
+    with pytest.raises(UserError, match="another list"):
+        retry(failed, url_list=str(other.options.url_list))
+    assert retry(failed, url_list=failed.options.url_list).expected_rows(0) == 1
+    with pytest.raises(UserError, match="no such part"):
+        Retry(DownloadOptions(retry="failed", dataset="nowhere"), Workspace(failed.output.path.parents[1]))
+
+
+def test_a_killed_retry_leaves_the_old_generation_and_is_adopted(failed, server, monkeypatch):
+    """Between the file and its manifest: the next attempt finds a whole file that nothing vouches for."""
+    stage = retry(failed)
+    monkeypatch.setattr(
+        "capfilt.tables.shards.publish_new_bytes", lambda path, data: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        go(stage)
+    monkeypatch.undo()
+    assert (failed.output.path / "_00000.g1.parquet").is_file()
+    assert failed.output.manifest(0).generation == 0
+    assert failed.output.read(0)["failure"].to_pylist() == [None, "http_error", "not_found"]
+    go(retry(failed))
+    assert failed.output.manifest(0).generation == 1
+    assert failed.output.read(0)["failure"].to_pylist() == [None, None, "not_found"]
+
+
+def test_of_two_retries_at_once_one_counts(failed, server):
+    mark = failed.begin()
+    one, other = retry(failed), retry(failed)
+    made = [stage.process(0) for stage in (one, other)]
+    for stage, produced in zip((one, other), made, strict=True):
+        fingerprint = stage.shard_fingerprint(mark, 0)
+        stage.output.commit(
+            0, produced.table, produced.counts, fingerprint, 1.0, successor=produced.successor
+        )
+    manifests = sorted(path.name for path in failed.output.path.glob("*.manifest.json"))
+    assert manifests == ["00000.g1.manifest.json", "00000.manifest.json", "00001.manifest.json"]
+
+
+def test_what_was_made_from_the_old_generation_does_not_pass_for_made_from_the_new(failed):
+    from capfilt.stages.duplicates import Duplicates
+    from capfilt.stages.options import DuplicatesOptions
+
+    place = Workspace(failed.output.path.parents[1])
+    go(Duplicates(DuplicatesOptions("web"), place))
+    go(retry(failed))
+    with pytest.raises(UserError, match="another identity"):
+        go(Duplicates(DuplicatesOptions("web"), place))
+
+
+def test_a_first_generation_is_described_as_before_there_were_others(failed):
+    manifest = json.loads((failed.output.path / "00000.manifest.json").read_bytes())
+    assert not {"generation", "previous", "changed"} & set(manifest)
+
+
+def test_a_retry_needs_the_hashes_it_has_to_compare(tmp_path, server):
+    (tmp_path / "urls.csv").write_text(f"url,sha256\n{server.url('flaky/h')},{'0' * 64}\n")
+    options = DownloadOptions(
+        url_list=str(tmp_path / "urls.csv"), caption_col="", verify_hash="sha256",
+        allow_host=(f"127.0.0.1:{server.port}",),
+    )  # fmt: skip
+    from capfilt.stages.download import Download
+
+    place = Workspace(tmp_path / "ws")
+    assert [row["failure"] for row in run(Download(options, place))] == ["http_error"]
+    with pytest.raises(UserError, match="name the list"):
+        Retry(DownloadOptions(retry="failed"), place)
+    go(Retry(replace(options, retry="failed"), place))
+    assert place.part("images", "web").read(0)["failure"].to_pylist() == ["hash_mismatch"]

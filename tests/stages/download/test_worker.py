@@ -1,0 +1,150 @@
+"""Would catch: a dead child that takes its rows along, one that hangs for ever, one that outlives its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from capfilt.errors import RunError
+from capfilt.stages.download.engine import Settings
+from capfilt.stages.download.worker import Worker, shared_worker
+from capfilt.stages.options import DownloadOptions
+from tests.stages.download.web import (
+    make,
+    needs_img2dataset,
+    run,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@needs_img2dataset
+def test_a_killed_child_costs_no_row(tmp_path, server):
+    urls = [server.url("good")] * 8 + [server.url("held")] + [server.url("good")] * 3
+    stage = make(tmp_path, urls, server, total_timeout=20.0, timeout=20.0)
+    stage.setup()
+    server.hold.clear()
+
+    def kill():
+        while server.log.count("/held") < 1 or len(server.log) < 12:
+            time.sleep(0.02)
+        time.sleep(2.0)  # for the other answers to arrive, on a busy machine too
+        os.kill(shared_worker().pid, signal.SIGKILL)
+        server.hold.set()
+
+    server.log.clear()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    rows = run(stage)
+    killer.join()
+    assert [row["failure"] for row in rows] == [None] * 12
+    assert server.log.count("/held") == 2
+    # What the first child had answered was kept: fewer requests than twice the list.
+    assert len(server.log) < 24
+
+
+# A child that speaks the same frames and does what each URL says; its start costs nothing.
+PUPPET = """
+import os, sys, time
+sys.path[:] = __import__("json").loads(sys.argv[1])
+from capfilt.stages.download import wire
+out = os.dup(1)
+send = lambda *frame: os.write(out, wire.pack(*frame))
+send({"ready": "0"})
+while True:
+    rows = wire.unpack(sys.stdin.buffer.read)[0]["rows"]
+    for row, url in rows:
+        if url == "exit":
+            print("its last words", file=sys.stderr, flush=True)
+            os._exit(7)
+        send({"begin": row})
+        if url == "poison":
+            os.kill(os.getpid(), 11)
+        if url == "hang":
+            time.sleep(60)
+        send({"row": row, "status": "success"}, b"x" * 100_000)
+    send({"done": len(rows)})
+"""
+
+PLAIN = Settings.of(
+    {
+        **{field.name: getattr(DownloadOptions(url_list="x"), field.name, "") for field in fields(Settings)},
+        "timeout": 0.1,
+        "total_timeout": 0.1,
+    }
+)
+
+
+@pytest.fixture
+def puppet(monkeypatch):
+    monkeypatch.setattr(
+        "capfilt.stages.download.worker.command",
+        lambda path: [sys.executable, "-S", "-c", PUPPET, json.dumps(path)],
+    )
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+def failures(answers):
+    return [answers[row].columns.get("failure") for row in sorted(answers)]
+
+
+def test_a_picture_that_kills_its_child_costs_only_itself(puppet):
+    rows = list(enumerate(["ok", "poison", "ok", "ok", "poison", "ok"]))
+    answers = puppet.run(rows, PLAIN)
+    assert failures(answers) == [None, "worker_died", None, None, "worker_died", None]
+    assert "exit status -11" in answers[1].columns["error_message"]
+    assert answers[5].picture == b"x" * 100_000
+
+
+def test_a_child_that_keeps_dying_leaves_failed_rows(puppet):
+    answers = puppet.run(list(enumerate(["ok", "exit", "ok"])), PLAIN)
+    assert failures(answers) == [None, "worker_died", "worker_died"]
+    assert "exit status 7: its last words" in answers[1].columns["error_message"]
+    assert failures(puppet.run([(0, "ok")], PLAIN)) == [None]
+
+
+def test_a_slice_costs_a_bounded_number_of_children(puppet):
+    answers = puppet.run([(row, "poison") for row in range(40)], PLAIN)
+    assert failures(answers) == ["worker_died"] * 40
+
+
+def test_a_child_that_hangs_is_replaced(puppet, monkeypatch):
+    monkeypatch.setattr(Settings, "longest_silence", 0.5)
+    start = time.monotonic()
+    assert failures(puppet.run(list(enumerate(["ok", "hang", "ok"])), PLAIN)) == [None, "worker_died", None]
+    assert time.monotonic() - start < 10
+
+
+def test_a_child_that_never_starts_ends_the_run(puppet, monkeypatch):
+    monkeypatch.setattr(
+        "capfilt.stages.download.worker.command",
+        lambda path: [sys.executable, "-S", "-c", "raise SystemExit('broken')"],
+    )
+    with pytest.raises(RunError, match=r"does not start \(exit status 1: broken\)"):
+        puppet.run([(0, "ok")], PLAIN)
+
+
+def test_a_child_does_not_outlive_its_parent():
+    code = (
+        "from capfilt.stages.download.worker import shared_worker; import os\n"
+        "shared_worker().start(); print(shared_worker().pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    parent = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout)
+    until = time.monotonic() + 30
+    while time.monotonic() < until and Path(f"/proc/{child}/stat").exists():
+        if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists()
