@@ -58,8 +58,13 @@ def attempt(place: Workspace, work, out: str, ranks: int, mark: Path | None = No
 if __name__ == "__main__":
     place, how = Workspace(sys.argv[1]), sys.argv[2]
     with executor(how) as work:
-        runs = [("whole", None, {}), ("fails", ".fails", {})]
-        runs.append(("killed", ".killed", {}) if how == "ray" else ("odd", None, {"batch_size": 5}))
-        for name, mark, more in runs:
+        runs = {
+            "whole": (None, {}),
+            "fails": (".fails", {}),
+            "odd": (None, {"batch_size": 5}),
+            "killed": (".killed", {}),
+        }
+        for name in sys.argv[3:]:
+            mark, more = runs[name]
             path = None if mark is None else (Path(sys.argv[1]) / how).with_suffix(mark)
             print(json.dumps(attempt(place, work, f"{how}-{name}", 2, path, **more)), flush=True)
