@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from _device import matmul_rate, timed, twins
 from _form import Record, main, peak_memory
 from torch import Tensor
 
@@ -148,30 +149,12 @@ class Transformers:
     """transformers' captioner and retrieval model with the same weights, and what one writes around them."""
 
     def __init__(self, model: Blip, tokenizer: Tokenizer, data: Given, half: bool) -> None:
-        import transformers
-        from training import transformers_config
-
-        from capfilt.models.interop.keymaps import transformers_names
-
         self.tokenizer, self.data = tokenizer, data
         self.device = data.pixels.device
-        config = transformers_config(model.config)
-        config.text_config.sep_token_id = config.text_config.eos_token_id = tokenizer.sep_id
-        twins = {
-            "captioner": transformers.BlipForConditionalGeneration(config),
-            "filter": transformers.BlipForImageTextRetrieval(config),
-        }
-        own = model.state_dict()
-        for name, twin in twins.items():
-            names = transformers_names(dataclasses.replace(model.config, half=name))
-            state = {theirs: own[ours] for ours, theirs in names.items()}
-            missing = twin.load_state_dict(state, strict=False).missing_keys
-            assert all("predictions.decoder" in each for each in missing), missing
-            twin.tie_weights()
-            dtype = torch.bfloat16 if half else torch.float32
-            twins[name] = twin.to(self.device, dtype).eval()
-        self.captioner, self.filter = twins["captioner"], twins["filter"]
-        self.dtype = dtype
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self.captioner, self.filter = (
+            twin.to(self.device, self.dtype).eval() for twin in twins(model, tokenizer.sep_id)
+        )
         self.mean, self.std = model.visual_encoder.mean, model.visual_encoder.std
         self.prompt = tokenizer.encode([model.config.prompt])[0].to(self.device)
 
@@ -214,24 +197,6 @@ class Transformers:
         ).last_hidden_state
         found: list[float] = self.filter.itm_head(states[:, 0]).softmax(-1)[:, 1].tolist()
         return found
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a plain matrix product here: the best of ten."""
-    side = 8192 if device.type == "cuda" else 2048
-    one = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / min(timed(lambda: one @ one, device) for _ in range(10))
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def in_turn(

@@ -17,21 +17,19 @@ import dataclasses
 import multiprocessing
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _device import matmul_rate, timed, twins
 from _form import Record, main
 from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.models.blip import Blip, BlipConfig, build
-from capfilt.models.interop.keymaps import transformers_names
 from capfilt.models.presets import preset
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
-from capfilt.models.weights import tensors
 from capfilt.training import optim, throughput
 
 VOCABULARY = {"tiny": 4096, "base": 30524}
@@ -77,23 +75,12 @@ class Assembled(nn.Module):
 
     def __init__(self, model: Blip, queue: int) -> None:
         super().__init__()
-        import transformers
-
         config = model.config
         self.config = config
-        theirs = transformers_config(config)
-        captioner = transformers.BlipForConditionalGeneration(theirs)
-        retrieval = transformers.BlipForImageTextRetrieval(theirs)
-        own = tensors(model)
-        shared = {**model.state_dict(), **own}
-        for half, twin in (("captioner", captioner), ("filter", retrieval)):
-            names = transformers_names(dataclasses.replace(config, half=half))
-            state = {name: shared[ours] for ours, name in names.items()}
-            twin.load_state_dict(state, strict=False)
+        captioner, retrieval = twins(model, sep_id=102)
         self.vision = retrieval.vision_model
         self.text_encoder = retrieval.text_encoder
         self.text_decoder = captioner.text_decoder
-        self.text_decoder.cls.predictions.bias.data.copy_(shared["text_decoder.cls.predictions.bias"])
         # Encoder and decoder share all but self-attention (BLIP, table 3).
         self.text_decoder.bert.embeddings = self.text_encoder.embeddings
         self.text_decoder.cls.predictions.decoder.weight = self.text_encoder.embeddings.word_embeddings.weight
@@ -183,32 +170,6 @@ class Assembled(nn.Module):
         return {"loss": itc + itm + lm, "itc": itc, "itm": itm, "lm": lm}
 
 
-def transformers_config(config: BlipConfig):
-    """transformers' config of the same shape."""
-    import transformers
-
-    text, vision = config.text, config.vision
-    sizes = {
-        "num_attention_heads": text.heads,
-        "num_hidden_layers": text.depth,
-        "intermediate_size": text.hidden,
-    }
-    return transformers.BlipConfig(
-        text_config={
-            "vocab_size": text.vocab_size, "hidden_size": text.width, "encoder_hidden_size": vision.width, **sizes,
-            "max_position_embeddings": text.max_positions, "hidden_dropout_prob": text.dropout,
-            "attention_probs_dropout_prob": text.attention_dropout, "bos_token_id": text.dec_id, "sep_token_id": 102,
-            "eos_token_id": 102, "pad_token_id": 0, "is_decoder": True, "label_smoothing": 0.1,
-        },
-        vision_config={
-            "hidden_size": vision.width, "intermediate_size": vision.hidden, "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.heads, "image_size": vision.image_size, "patch_size": vision.patch_size,
-            "layer_norm_eps": 1e-6,
-        },
-        image_text_hidden_size=config.embed_dim,
-    )  # fmt: skip
-
-
 def stepper(
     side: str, name: str, rows: int, seed: int, device: torch.device
 ) -> Callable[[], dict[str, Tensor]]:
@@ -257,17 +218,6 @@ def fill(module: BlipPretraining, seed: int) -> None:
     sides = [F.normalize(torch.randn(shape, generator=generator), dim=1).to(device) for _ in range(2)]
     numbers = -2 - torch.arange(len(queue.image), device=device)
     queue.enqueue(*sides, numbers, numbers)
-
-
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def resident() -> int:
@@ -336,18 +286,11 @@ def compare(
     batch = batches(config_of(name), rows, args.seed, device)[0]
     flops = throughput.flops_per_text(model, batch, lambda few: model.losses(few, ALPHA))
     record.figure(f"{name}_gflops_per_image", flops / 1e9)
-    reached = throughput.peak_flops(device) or matmul_rate(device)
+    reached = throughput.peak_flops(device) or matmul_rate(device, torch.float32)
     record.figure(
         f"{name}_{'mfu' if device.type == 'cuda' else 'share_of_matmul_rate'}", rate * flops / reached
     )
     return statistics.median(b / a for a, b in zip(*seconds, strict=True))
-
-
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a plain matrix product here: the best of five."""
-    one = torch.randn(2048, 2048, device=device)
-    best = min(timed(lambda: one @ one, device) for _ in range(5))
-    return 2 * 2048**3 / best
 
 
 def measure(args: argparse.Namespace, record: Record) -> None:

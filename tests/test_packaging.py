@@ -1,5 +1,6 @@
 """Would catch: a wheel with a stray top-level package or without its recipes, the torch pin leaking into it, an sdist
-that cannot build, a console script that starts only in the checkout, a CI that tests something else than the README.
+that cannot build, a console script that starts only in the checkout, a CI that tests something else than the README, a
+benchmark that needs an install.
 """
 
 from __future__ import annotations
@@ -192,3 +193,26 @@ def test_ci_fails_when_the_tests_fail_or_are_not_there(clone, readme, told):
     assert result.returncode != 0
     assert told in result.stdout + result.stderr
     assert "just check" not in result.stdout
+
+
+def test_benchmarks_start_in_a_checkout_that_is_not_installed():
+    # Without `site` no .pth is read, so an editable install of this checkout does not help.
+    start = (
+        "import runpy, sys; script, *packages = sys.argv[1:]; sys.path[:] += packages; "
+        "sys.path.insert(0, str(__import__('pathlib').Path(script).parent)); "
+        "sys.argv[:] = [script, '--help']; runpy.run_path(script, run_name='__main__')"
+    )
+    scripts = sorted((ROOT / "benchmarks").glob("[a-z]*.py"))
+    assert scripts
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", start, script, *site.getsitepackages()],
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for script in scripts
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert not any(process.returncode for process in started), "\n".join(said)

@@ -52,11 +52,12 @@ def _hosts(connection: duckdb.DuckDBPyConnection, part: str) -> Html:
     rows = connection.execute(
         f"""
         WITH asked AS (
-            SELECT lower(regexp_extract(url, '{_HOST}', 1)) AS host, failure
-            FROM images WHERE part = ? AND url IS NOT NULL
+            SELECT lower(regexp_extract(url, '{_HOST}', 1)) AS host, failure, count(*) AS images
+            FROM images WHERE part = ? AND url IS NOT NULL GROUP BY ALL
         )
-        SELECT host, count(*), count(failure), mode(failure), count(*) OVER (),
-            count(*) FILTER (WHERE count(failure) = count(*)) OVER ()
+        SELECT host, sum(images)::BIGINT, coalesce(sum(images) FILTER (WHERE failure IS NOT NULL), 0)::BIGINT,
+            first(failure ORDER BY images DESC, failure) FILTER (WHERE failure IS NOT NULL), count(*) OVER (),
+            count(*) FILTER (WHERE bool_and(failure IS NOT NULL)) OVER ()
         FROM asked WHERE host <> '' GROUP BY host
         ORDER BY 3 DESC, 2 DESC, 1 LIMIT {HOSTS}
         """,  # noqa: S608 - our own constants

@@ -91,6 +91,10 @@ class TaskCorpus:
     def __len__(self) -> int:
         return len(self.example_ids)
 
+    def batches(self, tokenizer: Tokenizer, batch_size: int, **options: Any) -> Iterator[TaskBatch]:
+        """`task_batches` of this corpus."""
+        return task_batches(self, tokenizer, batch_size, **options)
+
     @property
     def paired(self) -> npt.NDArray[np.bool_]:
         """bool [E], True where an example has two pictures of its own."""

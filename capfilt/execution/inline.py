@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from capfilt.errors import UserError
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.tables.shards import Manifest
@@ -35,12 +36,17 @@ class InlineExecutor:
             stage.teardown()
 
     def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
-        if stage.ranks != 1 and not started_together():
-            # Not at the top: it imports torch, which other stages here do without.
-            from capfilt.execution.together import ranks_here, run_here
+        if not started_together():
+            # Not at the top: other stages here do without torch.
+            import torch
 
-            ranks = ranks_here(stage)
+            gpus = torch.cuda.device_count()
+            ranks = stage.ranks(gpus)
+            if gpus and ranks > gpus:
+                raise UserError(f"--ranks {ranks}: this machine has {gpus} GPUs")
             if ranks > 1:
+                from capfilt.execution.together import run_here
+
                 return run_here(stage, ranks, report)
         return stage.run(report)
 

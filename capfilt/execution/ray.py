@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -201,14 +202,18 @@ class RayExecutor:
         largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
         cpus = _share(largest, self._ways)
         gpus = int(resources.get("GPU", 0)) // self._ways
-        ranks = stage.ranks or max(1, gpus)
+        ranks = stage.ranks(gpus)
         if ranks > 1:
             # Ray Train takes seconds to import, which a stage in one process should not wait for.
-            from capfilt.execution.ray_train import run_on_ray
+            from capfilt.execution.ray_train import missing, run_on_ray
 
-            return run_on_ray(
-                stage, ranks, _share(resources.get("CPU", 1), self._ways * ranks), gpus > 0, report
-            )
+            lacking = missing()
+            if not lacking:
+                cpus = _share(resources.get("CPU", 1), self._ways * ranks)
+                return run_on_ray(stage, ranks, cpus, gpus > 0, report)
+            if stage.ranks(1) > 1:
+                raise UserError(f"--ranks {ranks} on Ray needs Ray Train: {lacking}")
+            warnings.warn(f"{stage.name} trains on 1 of {gpus} GPUs: {lacking}", RuntimeWarning, stacklevel=2)
         gpus = 1 if resources.get("GPU", 0) >= 1 else 0
         board = ray.remote(Board).options(num_cpus=0).remote()
         task = (

@@ -41,19 +41,23 @@ def _rank(settings: dict[str, Any]) -> None:
         ray.get(board.finish.remote(dict(figures)))
 
 
+def missing() -> str:
+    """What to do where Ray Train is not installed with all that it needs; "" where it is."""
+    try:
+        import ray.train.torch  # noqa: F401
+    except ImportError as error:
+        return f"pip install 'capfilt[train]' ({error})"
+    return ""
+
+
 def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Report) -> Mapping[str, Any]:
     """`stage.run` in `ranks` workers of the connected cluster, with `cpus` processors each, and a GPU or none.
 
     Returns what rank 0 returned. Raises what a rank raised, where it is an error of ours; RunError where ranks were lost
     more than twice.
     """
-    try:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        raise UserError(
-            f"training in {ranks} ranks on Ray needs Ray Train: pip install 'capfilt[train]' ({error})"
-        ) from error
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
 
     board = ray.remote(Board).options(num_cpus=0).remote()
     scratch = Path(stage.output) / "ray_train"

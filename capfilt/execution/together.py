@@ -12,21 +12,12 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from capfilt.errors import RunError, UserError
 from capfilt.stages.base import ModelStage, Report
-
-
-def ranks_here(stage: ModelStage) -> int:
-    """How many ranks the stage has on this machine. UserError where it asks for more than there are GPUs."""
-    gpus = torch.cuda.device_count()
-    if gpus and stage.ranks > gpus:
-        raise UserError(f"--ranks {stage.ranks}: this machine has {gpus} GPUs")
-    return stage.ranks or max(1, gpus)
 
 
 def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]:

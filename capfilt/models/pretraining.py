@@ -296,7 +296,7 @@ class BlipPretraining(nn.Module):
             model.temperature,
             targets,
             valid,
-            # As every row of the whole batch, whoever has it: with a rank for each, this is the mean over all of them.
+            # The rows that a rank has on average, so that the mean over ranks is the mean over everyone's rows.
             rows.total / self.ranks.world,
         )
         with torch.no_grad():

@@ -6,6 +6,7 @@ tensor has the name it has in the published checkpoints. Nothing here knows how 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -161,7 +162,7 @@ class ResidualNorm(nn.Module):
         return out
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(nn.Module, ABC):
     """What may stand as cross-attention in a layer: text states over keys and values made of image tokens."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -169,13 +170,13 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.attention_dropout = config.attention_dropout
 
+    @abstractmethod
     def keys_values(self, source: Tensor) -> Pair:
         """Returns keys and values of `source` [B, N, S], each [B, H, N, d]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
         """New states [R, L, D] of x [R, L, D]; `source` and `mask` as in `attend`."""
-        raise NotImplementedError
 
     def attend(self, query: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
         """The heads' outputs [R, L, D] of queries [R, L, D], before any dense layer.

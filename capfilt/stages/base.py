@@ -129,18 +129,11 @@ Report = Callable[[int, int, Mapping[str, Any]], None]
 
 
 class ModelStage(ABC):
-    """A stage from parts to a checkpoint directory, or to one result file. It runs as one piece of work.
-
-    Attributes:
-        ranks: in how many processes `run` is called, all at once, with torchrun's environment; 0: one for every GPU. The
-            first one reports, writes, and has the figures.
-    """
+    """A stage from parts to a checkpoint directory, or to one result file. It runs as one piece of work."""
 
     name: ClassVar[str]
     version: ClassVar[int]
     unit: ClassVar[str] = "steps"
-
-    ranks: int = 1
 
     output: Path
 
@@ -162,6 +155,13 @@ class ModelStage(ABC):
     @abstractmethod
     def done(self) -> bool:
         """Whether the output stands. Raises UserError when it was made with another identity."""
+
+    def ranks(self, gpus: int) -> int:
+        """In how many processes `run` is called, all at once, with torchrun's environment, where there are `gpus` for it.
+
+        The first one reports, writes, and has the figures.
+        """
+        return 1
 
     @abstractmethod
     def run(self, report: Report) -> Mapping[str, Any]:

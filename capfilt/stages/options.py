@@ -240,7 +240,7 @@ class LoopOptions:
     )
     ranks: int = _option(
         0,
-        "processes that train together, each with a GPU of its own; 0: one for every GPU, else one",
+        "processes that train together, each with a GPU of its own; 0: as many GPUs as divide the batch, or one CPU process",
         told=True,
     )
     shard: bool = _option(
@@ -424,6 +424,13 @@ class FinetuneNlvrOptions(TaskOptions):
     out: str = _option("nlvr", "name of the checkpoint to write")
 
 
+_ENGINE_BATCH = "images per batch; halved where a GPU's memory is too small"
+_ENGINE_PRECISION = (
+    "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, "
+    "newer GPUs)"
+)
+
+
 @dataclass(frozen=True)
 class CaptionOptions:
     """Step 2: write synthetic texts for every image of a part."""
@@ -449,12 +456,8 @@ class CaptionOptions:
     max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded")
     min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
     repetition_penalty: float = _option(1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)")
-    batch_size: int = _option(64, "images per batch; halved where a GPU's memory is too small")
-    precision: str = _option(
-        "auto",
-        "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, newer GPUs)",
-        later=True,
-    )
+    batch_size: int = _option(64, _ENGINE_BATCH)
+    precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     seed: int = _option(0, "of sampling; each text has its own stream")
 
 
@@ -476,12 +479,8 @@ class ScoreOptions:
     max_text_tokens: int = _option(
         35, "texts are cut to this many tokens (BLIP's released code: 35); a plug-in may have its own limit"
     )
-    batch_size: int = _option(64, "images per batch; halved where a GPU's memory is too small")
-    precision: str = _option(
-        "auto",
-        "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, newer GPUs)",
-        later=True,
-    )
+    batch_size: int = _option(64, _ENGINE_BATCH)
+    precision: str = _option("auto", _ENGINE_PRECISION, later=True)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ which is no official metric.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import torch
 
-from capfilt.data.task_corpus import NEEDED, TaskBatch, TaskCorpus, from_examples, task_batches
+from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
@@ -35,32 +34,7 @@ from capfilt.tables.workspace import Workspace
 IMAGE_COLUMNS = ("image_id", "image", "split")
 
 
-@dataclass
-class HeldExamples:
-    """Examples in memory, as a training takes them."""
-
-    corpus: TaskCorpus
-
-    @property
-    def skipped(self) -> Mapping[str, int]:
-        return self.corpus.skipped
-
-    @property
-    def deselected(self) -> Mapping[str, int]:
-        return self.corpus.deselected
-
-    def __len__(self) -> int:
-        return len(self.corpus)
-
-    def batches(
-        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
-    ) -> Iterator[TaskBatch]:
-        return task_batches(
-            self.corpus, tokenizer, batch_size, rank=rank, world=world, parts=parts, **options
-        )
-
-
-class TaskTraining(Training[HeldExamples]):
+class TaskTraining(Training[TaskCorpus]):
     """What the two share: examples, pictures, where a model starts, how it is judged."""
 
     shown = ("loss", "accuracy")
@@ -116,7 +90,7 @@ class TaskTraining(Training[HeldExamples]):
             self.options.image_size or checkpoint.read_config(self.init)["config"]["vision"]["image_size"]
         )
 
-    def data(self, size: int) -> HeldExamples:
+    def data(self, size: int) -> TaskCorpus:
         corpus = self._corpus(size, (*self.options.splits, None))
         if not len(corpus):
             raise UserError(
@@ -124,7 +98,7 @@ class TaskTraining(Training[HeldExamples]):
                 f"{', '.join(str(part.path) for part in self.parts.values())} "
                 f"(left out: {corpus.skipped | corpus.deselected})"
             )
-        return HeldExamples(corpus)
+        return corpus
 
     def _corpus(self, size: int, splits: tuple[str | None, ...], limit: int = 0) -> TaskCorpus:
         weights = self.weights()
@@ -141,7 +115,7 @@ class TaskTraining(Training[HeldExamples]):
             limit=limit,
         )
 
-    def initial(self, data: HeldExamples) -> tuple[Model, Tokenizer]:
+    def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
         contents, _ = checkpoint.open_any(self.init)
         model, size = contents.model, self.image_size()
         if isinstance(model, Blip):
@@ -161,11 +135,11 @@ class TaskTraining(Training[HeldExamples]):
     def feed(self) -> dict[str, Any]:
         return {"max_words": self.options.max_words}
 
-    def account(self, data: HeldExamples) -> dict[str, Any]:
-        return {"examples": len(data), "images": len(data.corpus.image_ids)}
+    def account(self, data: TaskCorpus) -> dict[str, Any]:
+        return {"examples": len(data), "images": len(data.image_ids)}
 
-    def exposures(self, data: HeldExamples, counts: list[int]) -> pa.Table:
-        return pa.table({"example_id": data.corpus.example_ids, "exposures": counts})
+    def exposures(self, data: TaskCorpus, counts: list[int]) -> pa.Table:
+        return pa.table({"example_id": data.example_ids, "exposures": counts})
 
     @torch.no_grad()
     def judged(

@@ -54,7 +54,7 @@ class Data(Protocol):
         """What is left out without a fault, by reason."""
 
     def batches(
-        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+        self, tokenizer: Tokenizer, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
     ) -> Iterator[Batch]:
         """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
         `transform`, and what the stage's `feed` adds.
@@ -78,7 +78,6 @@ class Training(ModelStage, Generic[D]):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
-        self.ranks = options.ranks
         self.output = output.path if output else workspace.model(options.out)
         if options.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"--precision {options.precision!r}: choose auto, fp32 or bf16")
@@ -176,6 +175,14 @@ class Training(ModelStage, Generic[D]):
         length = f"{o.steps:,} steps" if o.steps else f"{o.epochs:g} epochs"
         rows = sum(part.rows for part in self.inputs())
         return f"{length} of {o.batch_size} texts over {rows:,} images"
+
+    def ranks(self, gpus: int) -> int:
+        o: LoopOptions = self.options
+        # A batch that all GPUs cannot share is shared by as many as can.
+        able = [n for n in range(1, gpus + 1) if o.batch_size % (n * o.accumulate) == 0]
+        return o.ranks or max(
+            (n for n in able if o.batch_size // (n * o.accumulate) >= self.least), default=1
+        )
 
     def run(self, report: Report) -> Mapping[str, Any]:
         with distributed.joined() as ranks:

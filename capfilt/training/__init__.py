@@ -1,1 +1,1 @@
-"""The training loop, optimisers and schedules. Plain torch."""
+"""The training loop, optimisers, schedules, states, and several processes that train together. Plain torch."""

@@ -60,6 +60,19 @@ def test_pretraining_sees_training_pairs_and_says_how_often(place):
         run(Pretrain(other, place))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "settings", "ranks"),
+    [
+        (0, {}, 1), (1, {}, 1), (8, {}, 8), (6, {}, 4), (8, {"accumulate": 4}, 8), (8, {"batch_size": 6}, 3),
+        (8, {"batch_size": 7}, 1), (0, {"ranks": 2}, 2), (8, {"ranks": 2}, 2),
+    ],
+)  # fmt: skip
+def test_a_batch_is_shared_by_as_many_gpus_as_can(place, gpus, settings, ranks):
+    """A run that is refused, or that leaves GPUs idle, because they do not divide its batch."""
+    options = o.PretrainOptions(human=("human",), **{"batch_size": 64, **settings})
+    assert Pretrain(options, place).ranks(gpus) == ranks
+
+
 def test_the_same_options_and_seed_give_the_same_weights(place):
     for out in ("a", "b"):
         run(Pretrain(o.PretrainOptions(human=("human",), out=out, **FAST), place))

@@ -12,13 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import UserError
-from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.base import Produced, option_values
 from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of, verified
-from capfilt.stages.download.stage import WITHOUT, Download, check
-from capfilt.stages.download.tally import DownloadTally
-from capfilt.stages.download.worker import close_shared_worker, shared_worker
+from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
+from capfilt.stages.download.worker import shared_worker
 from capfilt.stages.options import REQUIRED, DownloadOptions
-from capfilt.tables.contracts import DOWNLOAD_FAILURES, IMAGE_FAILURES, IMAGES
+from capfilt.tables.contracts import DOWNLOAD_FAILURES, IMAGE_FAILURES
 from capfilt.tables.shards import Manifest, Part, Successor
 from capfilt.tables.workspace import Workspace
 
@@ -30,15 +29,11 @@ FETCHING = (
 of what it then looks like. Each generation's manifest names those that changed."""
 
 
-class Retry(ShardStage):
+class Retry(Fetching):
     """Fetches failed rows again. A shard in which no row's outcome changed keeps its generation.
 
     URLs are the part's, and so are all options that are not given; one that shapes rows cannot be given otherwise.
     """
-
-    name = "download"
-    version = Download.version
-    contract = IMAGES
 
     def __init__(self, options: DownloadOptions, workspace: Workspace, output: Part | None = None) -> None:
         if options.retry != "failed":
@@ -87,15 +82,6 @@ class Retry(ShardStage):
         manifest = self.output.manifest(shard)
         failed = manifest.counts.failed if manifest else {}
         return sum(rows for failure, rows in failed.items() if failure in self.failures)
-
-    def setup(self) -> None:
-        shared_worker().start()
-
-    def teardown(self) -> None:
-        close_shared_worker()
-
-    def tally(self) -> DownloadTally:
-        return DownloadTally()
 
     def process(self, shard: int) -> Produced:
         manifest = self.output.manifest(shard)

@@ -45,15 +45,29 @@ SHARD_DIGITS = 5
 """Digits of the shard's number in a key (img2dataset's `oom_shard_count`)."""
 
 
-class Download(ShardStage):
-    """Fetches a list of URLs. Every URL is one row, in the order of the list; what fails is a row that says why.
-
-    A list's `license` column, where it is among the additional columns, fills the table's own.
-    """
+class Fetching(ShardStage):
+    """What fetches share: the child process they have it done in, and how they are watched."""
 
     name = "download"
     version = 1
     contract = IMAGES
+
+    def setup(self) -> None:
+        shared_worker().start()
+
+    def teardown(self) -> None:
+        # Inline, the same process goes on to train; the child's memory is better spent there.
+        close_shared_worker()
+
+    def tally(self) -> DownloadTally:
+        return DownloadTally()
+
+
+class Download(Fetching):
+    """Fetches a list of URLs. Every URL is one row, in the order of the list; what fails is a row that says why.
+
+    A list's `license` column, where it is among the additional columns, fills the table's own.
+    """
 
     def __init__(self, options: DownloadOptions, workspace: Workspace, output: Part | None = None) -> None:
         check(options)
@@ -94,16 +108,6 @@ class Download(ShardStage):
     def expected_rows(self, shard: int) -> int:
         start, stop = self.list.bounds(shard)
         return stop - start
-
-    def setup(self) -> None:
-        shared_worker().start()
-
-    def teardown(self) -> None:
-        # Inline, the same process goes on to train; the child's memory is better spent there.
-        close_shared_worker()
-
-    def tally(self) -> DownloadTally:
-        return DownloadTally()
 
     def process(self, shard: int) -> Produced:
         listed = self.list.read(shard)

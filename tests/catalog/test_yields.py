@@ -1,0 +1,82 @@
+"""Would catch: a host's yield that counts wrongly, forgets a host, or names another failure each time two are as many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from capfilt.catalog.funnel import accounts
+from capfilt.catalog.text import visible
+from capfilt.catalog.views import open_catalog
+from capfilt.catalog.yields import yield_section
+from capfilt.tables.contracts import IMAGES
+from capfilt.tables.ids import image_id
+from capfilt.tables.shards import Counts
+from capfilt.tables.workspace import Workspace
+from tests.catalog.conftest import picture
+
+ASKED = [
+    ("https://user:pass@Good.example:8443/a.jpg", ""),
+    ("http://good.example/b.jpg?from=http://dead.example/", ""),
+    ("http://[2001:db8::1]:80/a.jpg", "timeout"),
+    *[
+        (f"http://even.example/{n}.jpg", failure)
+        for n, failure in enumerate(["timeout", "not_found"] * 3 + [""])
+    ],
+    *[
+        (f"http://dead.example/{n}.jpg", failure)
+        for n, failure in enumerate(["dns", "dns", "blocked_address"])
+    ],
+    (None, "truncated"),
+]
+
+
+def test_hosts_are_counted_and_ties_are_always_told_alike(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    part = workspace.part("images", "web")
+    mark = part.begin(IMAGES, "download", {"version": 1})
+    rows = [
+        {
+            "image_id": image_id("web", str(place)),
+            "dataset": "web",
+            "key": str(place),
+            "url": url,
+            "source": "web",
+            "captions": [],
+            "status": "failed_to_download" if failure else "success",
+            "failure": failure or None,
+            "image": None if failure else {"bytes": picture(place), "path": None},
+        }
+        for place, (url, failure) in enumerate(ASKED)
+    ]
+    failed = {
+        kind: sum(failure == kind for _, failure in ASKED)
+        for kind in {failure for _, failure in ASKED} - {""}
+    }
+    part.commit(
+        0, IMAGES.table(rows), Counts(len(rows), len(rows) - sum(failed.values()), {}, failed), mark, 1.0
+    )
+
+    pages = set()
+    for _ in range(5):
+        with open_catalog(workspace) as connection:
+            pages.add(str(yield_section(connection, accounts(workspace))))
+    assert len(pages) == 1
+    page = pages.pop()
+    assert "4 hosts, of which 2 gave nothing" in page
+    # Lost most first, then asked most, then by name.
+    expected = [
+        ("even.example", "7", "14.3%", "6", "not_found"),
+        ("dead.example", "3", "0.0%", "3", "dns"),
+        (visible("[2001:db8::1]"), "1", "0.0%", "1", "timeout"),
+        ("good.example", "2", "100.0%", "0", ""),
+    ]
+    places = []
+    for row in expected:
+        cells = (
+            f"<td>{row[0]}</td>"
+            + "".join(f'<td class="n">{cell}</td>' for cell in row[1:4])
+            + f"<td>{row[4]}</td>"
+        )
+        assert cells in page
+        places.append(page.index(cells))
+    assert places == sorted(places)
