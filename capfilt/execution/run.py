@@ -252,6 +252,7 @@ def process_and_commit(stage: ShardStage, mark: str, shard: int) -> Manifest:
                 time.monotonic() - start,
                 stats=produced.stats,
                 successor=produced.successor,
+                batch_size=produced.batch_size,
             )
     raise RunError(
         f"{stage.name}, shard {shard:05d}: its input got a new generation while it was read, {INPUT_CHANGES} times; "

@@ -54,7 +54,7 @@ class Captioner(Engine):
         temperature: float = 1.0,
         top_k: int = 0,
         length_penalty: float = 1.0,
-        batch_size: int = 64,
+        batch_size: int = 0,
     ) -> list[Caption]:
         """`samples` captions per image, image by image: caption k of image i is entry i * samples + k.
 
@@ -69,14 +69,12 @@ class Captioner(Engine):
                 falls within it of a boundary can too.)
             temperature, top_k: of sampling; top_k 0 is off (BLIP's code had, unnoticed, 50).
             length_penalty: of beam search: score = logprob / tokens ** length_penalty.
-            batch_size: images at a time.
+            batch_size: images at a time; 0 for as many as fit.
 
         Raises:
             UserError: an option out of range, or an image that cannot be read, named by its index.
         """
-        _check(
-            method, top_p, num_beams, max_new_tokens, min_new_tokens, samples, temperature, top_k, batch_size
-        )
+        _check(method, top_p, num_beams, max_new_tokens, min_new_tokens, samples, temperature, top_k)
         if repetition_penalty <= 0:
             raise UserError(f"repetition_penalty is {repetition_penalty}: it must be above 0 (1.0 is off)")
         if keys is not None and len(keys) != len(images):
@@ -104,7 +102,13 @@ class Captioner(Engine):
                     decoded = sample(model, cross, start, rows, limits, draws, top_p, top_k, temperature)
             return self.texts(start, decoded)
 
-        return self.in_batches(len(images), batch_size, written)
+        size = self.batch_size(batch_size, self.ways(method, samples, num_beams))
+        return self.in_batches(len(images), size, written)
+
+    @staticmethod
+    def ways(method: str, samples: int, num_beams: int) -> int:
+        """Texts that are written per image at the same time."""
+        return num_beams if method == "beam" else samples
 
     @cached_property
     def writer(self) -> Writes:
@@ -143,7 +147,6 @@ def _check(
     samples: int,
     temperature: float,
     top_k: int,
-    batch_size: int,
 ) -> None:
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
@@ -157,7 +160,6 @@ def _check(
         "num_beams": num_beams,
         "max_new_tokens": max_new_tokens,
         "samples": samples,
-        "batch_size": batch_size,
     }
     for name, value in counts.items():
         if value < 1:

@@ -22,6 +22,7 @@ from capfilt.data.images import BadImage
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8, to_uint8
 from capfilt.errors import UserError
+from capfilt.inference.capacity import batch_that_fits
 from capfilt.inference.lowbit import bf16_model, fp8_model, int8_model
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
@@ -102,13 +103,23 @@ class Engine:
             self.device.type, torch.bfloat16, enabled=self.low_precision, cache_enabled=False
         )
 
-    def in_batches(self, count: int, batch_size: int, work: Callable[[int, int], list[T]]) -> list[T]:
-        """What `work(first, last)` gives for ranges of at most `batch_size` of `count`, one after the other.
+    def batch_size(self, asked: int, ways: int = 1) -> int:
+        """Images at a time: as many as are asked for, or for 0 what `batch_that_fits` finds; fewer once those did not fit.
+
+        ways: texts that are written per image.
+        """
+        if asked < 0:
+            raise UserError(f"batch_size is {asked}: it must be at least 1, or 0 for as many as fit")
+        itemsize = 2 if self.low_precision else 4
+        size = asked or batch_that_fits(self.model.config, self.device, ways, itemsize)
+        return min(size, self.fits or size)
+
+    def in_batches(self, count: int, size: int, work: Callable[[int, int], list[T]]) -> list[T]:
+        """What `work(first, last)` gives for ranges of at most `size` of `count`, one after the other.
 
         A range that a GPU's memory cannot hold is done again in halves, and so is what follows: no row is lost. UserError
         where a single one does not fit.
         """
-        size = min(batch_size, self.fits or batch_size)
         made: list[T] = []
         first = 0
         while first < count:

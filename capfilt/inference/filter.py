@@ -25,7 +25,7 @@ class Filter(Engine):
 
     half = "filter"
 
-    def score(self, images: Images, texts: Sequence[str], batch_size: int = 64) -> list[Score]:
+    def score(self, images: Images, texts: Sequence[str], batch_size: int = 0) -> list[Score]:
         """Score i is of images[i] with texts[i]; the same image object or path given several times is encoded once.
 
         Raises UserError for lists of different lengths and for an image that cannot be read (named by its index).
@@ -48,13 +48,13 @@ class Filter(Engine):
         images: Images,
         image_index: Sequence[int] | Tensor,
         texts: Sequence[str],
-        batch_size: int = 64,
+        batch_size: int = 0,
         max_text_tokens: int = 0,
     ) -> list[Score]:
         """Score j is of images[image_index[j]] with texts[j]; an image is encoded once, however many texts it has.
 
         Texts are cut to `max_text_tokens`; 0 is the model's own (35: BLIP, arXiv 2201.12086, code for retrieval).
-        batch_size: images, and texts, at a time.
+        batch_size: images, and texts, at a time; 0 for as many as fit.
         """
         index = [int(each) for each in image_index]
         if len(index) != len(texts):
@@ -63,8 +63,6 @@ class Filter(Engine):
             raise UserError(
                 f"image_index runs from {min(index)} to {max(index)}; there are {len(images)} images"
             )
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         config = self.model.config
         limit = min(max_text_tokens or config.max_text_tokens, config.text.max_positions)
         if limit < 2:
@@ -99,7 +97,7 @@ class Filter(Engine):
                         found.append((text, Score(a, b)))
             return found
 
-        scores = dict(self.in_batches(len(wanted), batch_size, judged))
+        scores = dict(self.in_batches(len(wanted), self.batch_size(batch_size), judged))
         return [scores[text] for text in range(len(texts))]
 
 

@@ -42,10 +42,9 @@ class _Checkpoint(Generic[EngineT]):
     def setup(self) -> None:
         self.engine: EngineT = self.kind.load(self.path, precision=self.precision)
 
-    @property
-    def fits(self) -> int:
-        """The largest batch that fitted into memory, where one did not; 0 where all did."""
-        return self.engine.fits
+    def batch_size(self, asked: int, ways: int) -> int:
+        """As `Engine.batch_size`."""
+        return self.engine.batch_size(asked, ways)
 
     def prepare(self, data: bytes) -> Pixels:
         """uint8 [3, S, S] at the model's size."""

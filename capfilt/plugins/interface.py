@@ -7,7 +7,7 @@ stages' business; how one is found by its name is `registry.py`'s. A guide is in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class Plugin(Protocol):
@@ -29,6 +29,18 @@ class Plugin(Protocol):
         `capfilt.data.transforms.decode_uint8(data, size)` gives uint8 [3, size, size], `capfilt.data.images.decode`
         an RGB picture at its own size, both within capfilt's limits; `data` itself may be returned. Raise
         `capfilt.data.images.BadImage` for a picture that cannot be used: it becomes a row with that failure.
+        """
+
+
+@runtime_checkable
+class FindsBatchSize(Protocol):
+    """A plug-in that knows how many pictures it can take at a time. Others are given 64 where nobody says."""
+
+    def batch_size(self, asked: int, ways: int) -> int:
+        """Pictures at a time, at least 1, once `setup` was called: `asked`, its own choice where that is 0, fewer where memory
+        turned out not to hold so many. A choice of its own must be the same in every worker.
+
+        ways: texts that are written per picture at the same time; 1 for a scorer.
         """
 
 
@@ -59,7 +71,7 @@ class CaptionerPlugin(Plugin, Protocol):
             images: what `prepare` returned, one per picture.
             keys: the pictures' image_ids: text k of image i should be drawn from (seed, keys[i], k) alone, so that it
                 does not depend on the batch it is in.
-            samples, seed, method, ...: the options of `capfilt caption`.
+            samples, seed, method, ...: the options of `capfilt caption`; batch_size: pictures at a time, at least 1.
         """
 
 
@@ -87,5 +99,5 @@ class ScorerPlugin(Plugin, Protocol):
         Args:
             images: what `prepare` returned, one per picture; one that nothing points at is not asked about.
             image_index: for each text, the place of its picture in `images`.
-            max_text_tokens, batch_size: the options of `capfilt score`.
+            max_text_tokens: the option of `capfilt score`; batch_size: pictures at a time, at least 1.
         """

@@ -26,12 +26,14 @@ class Produced:
         counts: the account.
         stats: what else the shard's stats say; JSON-able.
         successor: where the rows are a further generation of a shard that stands.
+        batch_size: where rows were computed in batches of another size than the options say; the manifest keeps it.
     """
 
     table: pa.Table
     counts: Counts
     stats: Mapping[str, Any] = field(default_factory=dict)
     successor: Successor | None = None
+    batch_size: int = 0
 
 
 class Tally(Protocol):

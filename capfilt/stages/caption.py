@@ -12,7 +12,7 @@ from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captione
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import CaptionOptions
-from capfilt.stages.pixels import Clock, pictures
+from capfilt.stages.pixels import Clock, batch_size_for, done, pictures
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
 from capfilt.tables.shards import Counts, Part
@@ -89,7 +89,9 @@ class CaptionStage(ShardStage):
         failed: Counter[str] = Counter()
         rows_in = 0
         engine = Clock()
-        for batch in pictures(self.images, shard, self.writer.prepare, o.batch_size):
+        ways = o.num_beams if o.method == "beam" else o.samples
+        size = batch_size_for(self.writer, o.batch_size, ways)
+        for batch in pictures(self.images, shard, self.writer.prepare, size):
             rows_in += len(batch.rows)
             decoded = [
                 row["image_id"]
@@ -97,7 +99,7 @@ class CaptionStage(ShardStage):
                 if not failure
             ]
             with engine:
-                captions = self._captions(batch.images, decoded)
+                captions = self._captions(batch.images, decoded, size)
             for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
                 if failure == "no_image":
                     dropped[failure] += 1
@@ -129,9 +131,12 @@ class CaptionStage(ShardStage):
                 else:
                     failed[min(reason for reason in reasons if reason)] += 1
         counts = Counts(rows_in, kept, dict(dropped), dict(failed))
-        return Produced(CAPTIONS.table(made), counts, engine.stats(self.writer))
+        used = batch_size_for(self.writer, o.batch_size, ways)
+        return done(CAPTIONS.table(made), counts, engine, o.batch_size, used)
 
-    def _captions(self, images: list[Any], keys: list[str]) -> list[tuple[str, float | None]]:
+    def _captions(
+        self, images: list[Any], keys: list[str], batch_size: int
+    ) -> list[tuple[str, float | None]]:
         """(text, log-probability) of each sample of each image; a text of white space alone is none."""
         if not images:
             return []
@@ -148,7 +153,7 @@ class CaptionStage(ShardStage):
             max_new_tokens=o.max_new_tokens,
             min_new_tokens=o.min_new_tokens,
             repetition_penalty=o.repetition_penalty,
-            batch_size=o.batch_size,
+            batch_size=batch_size,
         )
         return [
             (text if text.strip() else "", logprob)

@@ -424,7 +424,7 @@ class FinetuneNlvrOptions(TaskOptions):
     out: str = _option("nlvr", "name of the checkpoint to write")
 
 
-_ENGINE_BATCH = "images per batch; halved where a GPU's memory is too small"
+_ENGINE_BATCH = "images per batch; 0: as many as fit; halved where a GPU's memory is too small"
 _ENGINE_PRECISION = (
     "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, "
     "newer GPUs)"
@@ -456,7 +456,7 @@ class CaptionOptions:
     max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded")
     min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
     repetition_penalty: float = _option(1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)")
-    batch_size: int = _option(64, _ENGINE_BATCH)
+    batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     seed: int = _option(0, "of sampling; each text has its own stream")
 
@@ -479,7 +479,7 @@ class ScoreOptions:
     max_text_tokens: int = _option(
         35, "texts are cut to this many tokens (BLIP's released code: 35); a plug-in may have its own limit"
     )
-    batch_size: int = _option(64, _ENGINE_BATCH)
+    batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
 
 

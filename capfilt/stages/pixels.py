@@ -9,10 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from capfilt.data.images import BadImage, decode
 from capfilt.data.store import cpu_workers
-from capfilt.plugins.interface import Plugin
-from capfilt.tables.shards import Part
+from capfilt.plugins.interface import FindsBatchSize, Plugin
+from capfilt.stages.base import Produced
+from capfilt.tables.shards import Counts, Part
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,24 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self._start
 
-    def stats(self, plugin: Plugin) -> dict[str, float]:
-        """For the shard's stats: `engine_seconds`, and `batch_size` where memory forced a smaller one than was asked for."""
-        found: dict[str, float] = {"engine_seconds": round(self.seconds, 3)}
-        fits = getattr(plugin, "fits", 0)
-        return found | {"batch_size": fits} if fits else found
+
+DEFAULT_BATCH_SIZE = 64
+"""Pictures at a time for a plug-in that does not find its own number."""
+
+
+def batch_size_for(plugin: Plugin, asked: int, ways: int = 1) -> int:
+    """Pictures at a time; see `FindsBatchSize`."""
+    if isinstance(plugin, FindsBatchSize):
+        return plugin.batch_size(asked, ways)
+    return asked or DEFAULT_BATCH_SIZE
+
+
+def done(table: pa.Table, counts: Counts, engine: Clock, asked: int, used: int) -> Produced:
+    """What a stage made of a shard: its stats say how long the engine took and the batch size, the manifest the latter where
+    it is not the one that was asked for.
+    """
+    stats = {"engine_seconds": round(engine.seconds, 3), "batch_size": used}
+    return Produced(table, counts, stats, batch_size=used if used != asked else 0)
 
 
 Rows = list[dict[str, Any]]

@@ -16,7 +16,7 @@ from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, refer
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
-from capfilt.stages.pixels import Clock, pictures
+from capfilt.stages.pixels import Clock, batch_size_for, done, pictures
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
@@ -86,7 +86,9 @@ class ScoreStage(ShardStage):
         failed: Counter[str] = Counter()
         kept = 0
         engine = Clock()
-        for batch in pictures(self.images, shard, self.scorer.prepare, self.options.batch_size):
+        asked_size = self.options.batch_size
+        size = batch_size_for(self.scorer, asked_size)
+        for batch in pictures(self.images, shard, self.scorer.prepare, size):
             asked: list[dict[str, Any]] = []
             judged: list[str] = []
             image_index: list[int] = []
@@ -105,7 +107,7 @@ class ScoreStage(ShardStage):
                         judged.append(text["text"])
                         image_index.append(place)
             with engine:
-                scores = self._scores(batch.images, image_index, judged)
+                scores = self._scores(batch.images, image_index, judged, size)
             for entry, values in zip(asked, scores, strict=True):
                 if all(map(math.isfinite, values)):
                     entry |= dict(zip(self.columns, values, strict=True))
@@ -114,9 +116,12 @@ class ScoreStage(ShardStage):
                     entry["failure"] = "not_finite"
                     failed["not_finite"] += 1
         counts = Counts(rows_in, kept, dict(dropped), dict(failed))
-        return Produced(self.contract.table(made), counts, engine.stats(self.scorer))
+        used = batch_size_for(self.scorer, asked_size)
+        return done(self.contract.table(made), counts, engine, asked_size, used)
 
-    def _scores(self, images: list[Any], image_index: list[int], texts: list[str]) -> list[list[float]]:
+    def _scores(
+        self, images: list[Any], image_index: list[int], texts: list[str], batch_size: int
+    ) -> list[list[float]]:
         """A row per text, a number per column."""
         if not texts:
             return []
@@ -125,7 +130,7 @@ class ScoreStage(ShardStage):
             image_index,
             texts,
             max_text_tokens=self.options.max_text_tokens,
-            batch_size=self.options.batch_size,
+            batch_size=batch_size,
         )
         rows: list[list[float]] = checked_scores(self.filter, made, len(texts), list(self.columns)).tolist()
         return rows

@@ -97,7 +97,8 @@ class Manifest:
     """What a committed shard is: see the module docstring. `etag` is a hash of the file's last 64 KiB and its size.
 
     Of a generation above 0, `previous` is the SHA-256 of the one it was made from, and `changed` the options that it was
-    made with otherwise than the part.
+    made with otherwise than the part. `batch_size`: images at a time, where a stage's engine chose that itself or memory
+    forced fewer than the options say; 0 where it was as they say.
     """
 
     shard: int
@@ -113,6 +114,7 @@ class Manifest:
     generation: int = 0
     previous: str = ""
     changed: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 0
 
     def to_json(self) -> bytes:
         values = asdict(self)
@@ -120,6 +122,8 @@ class Manifest:
             # As before there were generations: a part that was never retried has the bytes it always had.
             for name in ("generation", "previous", "changed"):
                 del values[name]
+        if not self.batch_size:
+            del values["batch_size"]
         return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
@@ -282,6 +286,7 @@ class Part:
         *,
         stats: Mapping[str, Any] | None = None,
         successor: Successor | None = None,
+        batch_size: int = 0,
     ) -> Manifest:
         """Publish one shard: file, then manifest, then stats, which say `stats` too. Returns the manifest that stands.
 
@@ -297,6 +302,7 @@ class Part:
             seconds: how long it took.
             stats: what else its stats say; JSON-able.
             successor: where the rows are a further generation of a committed shard.
+            batch_size: see Manifest.
         """
         counts.check()
         after = successor or Successor()
@@ -309,6 +315,8 @@ class Part:
         said: dict[str, Any] = {"fingerprint": mark, "shard": shard, "counts": asdict(counts)}
         if after.generation:
             said |= asdict(after)
+        if batch_size:
+            said["batch_size"] = batch_size
         footer = json.dumps(said, sort_keys=True)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FOOTER_KEY: footer.encode()})
 
@@ -316,17 +324,17 @@ class Part:
             standing = self._read_manifest(shard, after.generation)
             if standing is not None:
                 return standing
-            counts, after = self._orphan(path, shard, mark)
-        manifest = self._publish_manifest(path, shard, mark, counts, after)
+            counts, after, batch_size = self._orphan(path, shard, mark)
+        manifest = self._publish_manifest(path, shard, mark, counts, after, batch_size)
         self._write_stats(manifest, seconds, stats or {})
         return manifest
 
-    def _orphan(self, path: Path, shard: int, mark: str) -> tuple[Counts, Successor]:
+    def _orphan(self, path: Path, shard: int, mark: str) -> tuple[Counts, Successor, int]:
         try:
             footer = json.loads((pq.read_schema(path).metadata or {})[_FOOTER_KEY])
             if footer["fingerprint"] == mark and footer["shard"] == shard:
                 known = {name: footer[name] for name in Successor.__dataclass_fields__ if name in footer}
-                return Counts(**footer["counts"]), Successor(**known)
+                return Counts(**footer["counts"]), Successor(**known), footer.get("batch_size", 0)
         except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
             pass
         raise RunError(
@@ -334,7 +342,7 @@ class Part:
         )
 
     def _publish_manifest(
-        self, path: Path, shard: int, mark: str, counts: Counts, after: Successor
+        self, path: Path, shard: int, mark: str, counts: Counts, after: Successor, batch_size: int
     ) -> Manifest:
         size, etag = _etag(path)
         contract = self.contract
@@ -350,6 +358,7 @@ class Part:
             sha256=file_sha256(path),
             counts=counts,
             **asdict(after),
+            batch_size=batch_size,
         )
         if not publish_new_bytes(self._manifest_path(shard, after.generation), manifest.to_json()):
             standing = self._read_manifest(shard, after.generation)

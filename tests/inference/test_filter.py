@@ -102,7 +102,7 @@ def test_wrong_input_is_named(scorer, images):
         (lambda: scorer.score_texts(images, [0, 9], ["a", "b"]), "9"),
         (lambda: scorer.score_texts(images, [-1], ["a"]), "-1"),
         (lambda: scorer.score_texts(images, [0], ["a", "b"]), "image indices"),
-        (lambda: scorer.score_texts(images, [0], ["a"], 0), "batch_size"),
+        (lambda: scorer.score_texts(images, [0], ["a"], -1), "batch_size"),
         (lambda: scorer.score_texts(images, [0], ["a"], max_text_tokens=1), "max_text_tokens"),
         (lambda: scorer.score([b"nothing"], ["a"]), "image 0"),
     ]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
+from capfilt.models.blip import Blip
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
-from capfilt.stages.pixels import Clock
 from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import SCORES
@@ -120,9 +120,44 @@ def test_a_shard_says_how_long_its_engine_worked(workspace):
     for shard in part.shards():
         stats = json.loads((part.path / f"{shard:05d}_stats.json").read_text())
         assert 0 < stats["engine_seconds"] < stats["seconds"]
-        assert "batch_size" not in stats, "it is there where memory forced a smaller one"
-    stats = Clock().stats(SimpleNamespace(fits=16))
-    assert stats == {"engine_seconds": 0.0, "batch_size": 16}
+
+
+def test_a_batch_size_that_no_option_says_is_in_the_manifest(workspace, monkeypatch):
+    def sizes(table, name):
+        part = workspace.part(table, name)
+        return [(part.manifest(shard).batch_size, part.stats(shard)["batch_size"]) for shard in part.shards()]
+
+    caption(workspace, batch_size=5, out="asked")
+    assert sizes("captions", "asked") == [(0, 5)] * 2
+    assert (
+        b"batch_size"
+        not in next(workspace.part("captions", "asked").path.glob("*.manifest.json")).read_bytes()
+    )
+    caption(workspace, out="found")
+    assert sizes("captions", "found") == [(64, 64)] * 2
+
+    encode = Blip.encode_image
+
+    def limited(self, images):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(self, images)
+
+    monkeypatch.setattr(Blip, "encode_image", limited)
+    caption(workspace, batch_size=4, out="forced")
+    assert sizes("captions", "forced") == [(2, 2)] * 2
+    texts = [
+        [row["text"] for row in rows_of(workspace.part("captions", name))] for name in ("asked", "forced")
+    ]
+    assert texts[0] == texts[1]
+    run(ScoreStage(ScoreOptions(filter="filter", images="web", batch_size=4, out="forced"), workspace))
+    assert sizes("scores", "forced") == [(2, 2)] * 2
+    # A shard whose writer died before its manifest is adopted with what its footer says.
+    part = workspace.part("scores", "forced")
+    for path in part.path.glob("00000*.json"):
+        path.unlink()
+    run(ScoreStage(ScoreOptions(filter="filter", images="web", batch_size=4, out="forced"), workspace))
+    assert part.manifest(0).batch_size == 2
 
 
 def test_a_precision_is_part_of_what_a_part_is_and_the_default_is_not(workspace):
