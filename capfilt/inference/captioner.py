@@ -87,7 +87,7 @@ class Captioner(Engine):
 
         def written(first: int, last: int) -> list[Caption]:
             with self.autocast():
-                cross = self.model.prefill_cross(self.tokens(images, range(first, last)))
+                cross = self.cross(self.tokens(images, range(first, last)))
                 if method == "beam":
                     count = last - first
                     decoded = beam_search(

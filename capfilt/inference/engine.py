@@ -16,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from capfilt.data.images import BadImage
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8, to_uint8
 from capfilt.errors import UserError
 from capfilt.inference.capacity import batch_that_fits
-from capfilt.inference.lowbit import bf16_model, fp8_model, int8_model
+from capfilt.inference.cross import CrossProjections
+from capfilt.inference.lowbit import Int8Linear, bf16_model, fp8_model, int8_model
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
 from capfilt.models.vision import VisionTower
@@ -49,11 +50,19 @@ PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp8")
 """auto: bf16 on a GPU, fp32 on a processor, where bf16 is slower unless it has AMX; int8: on processors; fp8: the vision
 tower on GPUs that have it, the rest in bf16."""
 
+_IN: dict[str, tuple[Callable[[Blip], Blip], Callable[[nn.Linear], nn.Module]]] = {
+    "fp32": (Blip.eval, nn.Linear.eval),
+    "bf16": (bf16_model, nn.Linear.bfloat16),
+    "int8": (int8_model, Int8Linear),
+    "fp8": (fp8_model, nn.Linear.bfloat16),
+}
+"""What each makes of a model, and of a linear layer of its text side."""
+
 T = TypeVar("T")
 
 
 class Engine:
-    """A Blip in evaluation mode, in one of `PRECISIONS`; answers are always fp32.
+    """A Blip in evaluation mode, in one of `PRECISIONS`; answers are always fp32. What is trained further needs a new one.
 
     Attributes:
         fits: the largest batch that is known to fit, once one did not; 0 before.
@@ -68,9 +77,9 @@ class Engine:
         self.device = next(model.parameters()).device
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
-        if precision != "fp32":
-            model = {"bf16": bf16_model, "int8": int8_model, "fp8": fp8_model}[precision](model)
-        self.model = model.eval()
+        make, convert = _IN[precision]
+        self.model = make(model).eval()
+        self.cross = CrossProjections(model, convert)
         self.tokenizer = tokenizer
         self.low_precision = precision in ("bf16", "fp8")
         self.fits = 0

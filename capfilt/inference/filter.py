@@ -79,7 +79,7 @@ class Filter(Engine):
             with self.autocast():
                 tokens = self.tokens(images, chunk)
                 vectors = self.model.embed_image(tokens)
-                cross = self.model.prefill_cross(tokens)
+                cross = self.cross(tokens)
                 # Texts of like length side by side, for the least padding.
                 order = sorted(
                     (len(rows[text]), text, row)
