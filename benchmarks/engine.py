@@ -271,6 +271,9 @@ def measure_one(
         speed = rows / statistics.median(found)
         record.figure(f"{label}_{what}_images_per_second", speed)
         record.figure(f"{label}_{what}_share_of_floor", speed * flops[what] / rate)
+    for shape, (plain, kernel) in getattr(captioner.reader, "seconds", {}).items():
+        record.figure(f"{label}_{shape[2]}_queries_sdpa_microseconds", plain * 1e6)
+        record.figure(f"{label}_{shape[2]}_queries_kernel_microseconds", kernel * 1e6)
     others(label, model, tokenizer, data, captioner, scorer, rounds, record)  # type: ignore[arg-type]
     gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak.gib
     record.figure(f"{label}_peak_gib", gib)

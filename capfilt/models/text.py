@@ -169,6 +169,7 @@ class CrossAttention(nn.Module, ABC):
         super().__init__()
         self.heads = config.heads
         self.attention_dropout = config.attention_dropout
+        self.product: Callable[..., Tensor] = F.scaled_dot_product_attention  # or one with its parameters
 
     @abstractmethod
     def keys_values(self, source: Tensor) -> Pair:
@@ -191,9 +192,7 @@ class CrossAttention(nn.Module, ABC):
         dropout = self.attention_dropout if self.training else 0.0
         # Under autocast the cache may hold another dtype than the query; SDPA wants one.
         keys, values = keys.to(query.dtype), values.to(query.dtype)
-        heads = F.scaled_dot_product_attention(
-            split_heads(query, self.heads), keys, values, attn_mask=mask, dropout_p=dropout
-        )
+        heads = self.product(split_heads(query, self.heads), keys, values, attn_mask=mask, dropout_p=dropout)
         return merge_heads(heads).view(rows, length, width)
 
 
