@@ -249,7 +249,7 @@ def measure_one(
     if f"{name}_greedy_agreement" not in record.targets:
         plain = [kind(model, tokenizer, "fp32") for kind in (Captioner, Filter)]
         check(name, plain[0], plain[1], data, record)  # type: ignore[arg-type]
-    captioner, scorer = (kind(model, tokenizer, args.precision) for kind in (Captioner, Filter))
+    captioner, scorer = (kind(model, tokenizer, args.precision, args.compile) for kind in (Captioner, Filter))
     label = f"{name}_{rows}" if len(args.batch_size) > 1 else name
     ours = works(captioner, scorer, data)  # type: ignore[arg-type]
     lengths = [len(row) for row in tokenizer.encode_ragged(data.texts)]
@@ -458,6 +458,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, nargs="+", default=[], help="images per batch, each in turn"
     )
     parser.add_argument("--precision", default="auto", help="of the engines")
+    parser.add_argument("--compile", action="store_true", help="the engines' vision towers")
     parser.add_argument("--vs-transformers", action="store_true", help="and transformers, in the same run")
 
 

@@ -23,6 +23,7 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8, to_uint8
 from capfilt.errors import UserError
 from capfilt.inference.capacity import batch_that_fits
+from capfilt.inference.compiling import compiled_tower
 from capfilt.inference.cross import CrossProjections
 from capfilt.inference.decode_attention import read_faster
 from capfilt.inference.lowbit import Int8Linear, bf16_model, fp8_model, int8_model
@@ -71,7 +72,9 @@ class Engine:
 
     half: ClassVar[str]  # which half of a Blip the engine needs, "captioner" or "filter"
 
-    def __init__(self, model: Blip, tokenizer: Tokenizer, precision: str = "auto") -> None:
+    def __init__(
+        self, model: Blip, tokenizer: Tokenizer, precision: str = "auto", compiled: bool = False
+    ) -> None:
         if precision not in PRECISIONS:
             raise UserError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
         model.require(self.half)
@@ -84,6 +87,7 @@ class Engine:
         self.cross = CrossProjections(model, convert)
         # Of the engine's own copy, which a low precision is.
         self.reader = read_faster(self.model) if low and self.device.type == "cuda" else None
+        self.compiled = compiled_tower(self.model) if compiled else None
         self.tokenizer = tokenizer
         self.low_precision = low
         self.fits = 0
@@ -95,17 +99,18 @@ class Engine:
         device: str | torch.device | None = None,
         precision: str = "auto",
         image_size: int = 0,
+        compiled: bool = False,
     ) -> Self:
         """From a checkpoint, onto `device` (None: a GPU if any). UserError names a file that is wrong.
 
         `path` is a capfilt directory, a transformers BLIP directory, or an original `.pth`; `image_size` other than 0
-        resizes the position embedding to pictures of that side.
+        resizes the position embedding to pictures of that side; `compiled`: see `compiled_tower`.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer, _ = checkpoint.load(Path(path), device, image_size)
         try:
-            return cls(model, tokenizer, precision)
+            return cls(model, tokenizer, precision, compiled)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
@@ -182,6 +187,7 @@ class Engine:
                 "checkpoint, and load them on the same device in the same precision"
             )
         other.model.visual_encoder = mine
+        other.compiled = self.compiled
 
     def tokens(self, images: Images, chosen: Sequence[int]) -> Tensor:
         """Image tokens [B, N, Dv] of the chosen images, on the device. Raises UserError as `tensor`."""
@@ -190,7 +196,12 @@ class Engine:
                 raise UserError("these images were encoded by another vision tower: see Engine.share_vision")
             return images.tokens[torch.as_tensor(chosen, device=images.tokens.device)]
         with self.autocast():
-            return self.model.encode_image(self.tensor(images, chosen))
+            pixels = self.tensor(images, chosen)
+            if self.compiled is None:
+                return self.model.encode_image(pixels)
+            # One compilation for batches of any size: the last of a shard is smaller.
+            torch._dynamo.maybe_mark_dynamic(pixels, 0)
+            return self.compiled(pixels)
 
     def tensor(self, images: Sequence[ImageLike] | Pixels, chosen: Sequence[int]) -> Tensor:
         """The chosen images on the device: uint8 [B, 3, S, S], or cached trunk features as they came.

@@ -24,23 +24,24 @@ Pixels = npt.NDArray[np.uint8]
 class _Checkpoint(Generic[EngineT]):
     """A checkpoint in any layout. Raises UserError at once where there is none that can be read.
 
-    precision: one of `capfilt.inference.engine.PRECISIONS`.
+    precision: one of `capfilt.inference.engine.PRECISIONS`. compiled: whether the vision tower is; "" for not.
     """
 
     kind: ClassVar[type[Any]]
 
-    def __init__(self, path: str, precision: str = "auto") -> None:
+    def __init__(self, path: str, precision: str = "auto", compiled: str = "") -> None:
         if precision not in PRECISIONS:
             raise UserError(f"--precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.path = Path(path)
         self.precision = precision
+        self.compiled = bool(compiled)
         checkpoint.read_config(self.path)
 
     def fingerprint(self) -> str:
         return checkpoint.fingerprint(self.path)
 
     def setup(self) -> None:
-        self.engine: EngineT = self.kind.load(self.path, precision=self.precision)
+        self.engine: EngineT = self.kind.load(self.path, precision=self.precision, compiled=self.compiled)
 
     def batch_size(self, asked: int, ways: int) -> int:
         """As `Engine.batch_size`."""

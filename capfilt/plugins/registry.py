@@ -54,7 +54,7 @@ class Reference:
         given: the option as it was written.
         plugin: the plug-in's name; "" for a checkpoint.
         argument: what follows the plug-in's name; a checkpoint's path.
-        options: the plug-in's own, KEY=VALUE; of a checkpoint, its precision.
+        options: the plug-in's own, KEY=VALUE; of a checkpoint, how it is computed.
     """
 
     group: str
@@ -94,6 +94,7 @@ def reference(
     option: str,
     model: Callable[[str], Path],
     precision: str = "auto",
+    compiled: bool = False,
 ) -> Reference:
     """What `given` names.
 
@@ -103,10 +104,11 @@ def reference(
         options: KEY=VALUE each, for the plug-in.
         option: the name of the option that `options` were given by.
         model: from a checkpoint's name to its path.
-        precision: what a checkpoint is computed in.
+        precision, compiled: how a checkpoint is computed.
 
     Raises:
-        UserError: where an option is not KEY=VALUE, or there is no plug-in to give it to, or a plug-in is given a precision.
+        UserError: where an option is not KEY=VALUE, or there is no plug-in to give it to, or a plug-in is given what is for
+            checkpoints.
     """
     found = _REFERENCE.fullmatch(given)
     if found is None:
@@ -114,11 +116,13 @@ def reference(
             raise UserError(
                 f"{option} {options[0]}: {given} is a checkpoint, and only plug-ins have options of their own"
             )
-        return Reference(group, given, "", str(model(given)), (("precision", precision),))
-    if precision != "auto":
-        raise UserError(
-            f"--precision is for checkpoints; {given} is a plug-in, and may have an option of its own"
-        )
+        how = (("precision", precision), ("compiled", "yes" if compiled else ""))
+        return Reference(group, given, "", str(model(given)), how)
+    for option_given, name in ((precision != "auto", "--precision"), (compiled, "--compile")):
+        if option_given:
+            raise UserError(
+                f"{name} is for checkpoints; {given} is a plug-in, and may have an option of its own"
+            )
     pairs = {}
     for item in options:
         key, equals, value = item.partition("=")

@@ -51,6 +51,7 @@ class CaptionStage(ShardStage):
             "--captioner-option",
             workspace.model,
             options.precision,
+            options.compile,
         )
         self.output = output or workspace.part("captions", options.out or self.captioner.name)
         open_captioner(self.captioner)

@@ -429,6 +429,10 @@ _ENGINE_PRECISION = (
     "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, "
     "newer GPUs)"
 )
+_ENGINE_COMPILE = (
+    "have torch.compile make the vision tower's kernels: for GPUs; takes a minute, once: ~/.cache/capfilt "
+    "keeps them"
+)
 
 
 @dataclass(frozen=True)
@@ -458,6 +462,7 @@ class CaptionOptions:
     repetition_penalty: float = _option(1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)")
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
+    compile: bool = _option(False, _ENGINE_COMPILE, later=True)
     seed: int = _option(0, "of sampling; each text has its own stream")
 
 
@@ -481,6 +486,7 @@ class ScoreOptions:
     )
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
+    compile: bool = _option(False, _ENGINE_COMPILE, later=True)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class ScoreStage(ShardStage):
             "--filter-option",
             workspace.model,
             options.precision,
+            options.compile,
         )
         self.output = output or workspace.part("scores", options.out or self.filter.name)
         self.columns = dict(open_scorer(self.filter).columns)
