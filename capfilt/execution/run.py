@@ -180,7 +180,7 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
                     tally.add(manifest, stage.output.stats(manifest.shard))
                 figures = None if tally is None else tally.figures(time.monotonic() - start)
                 progress.update(len(standing) + number, rows=rows, figures=figures)
-        stage.output.write_index()
+        stage.finish()
     return Summary(
         stage.name,
         str(stage.output.path),

@@ -165,7 +165,12 @@ class Engine:
     @torch.inference_mode()
     def encode(self, images: Images) -> Encoded:
         """The images' tokens, to be given in place of images: to this engine again, or to one that shares its tower."""
-        return Encoded(self.tokens(images, range(len(images))), self.model.visual_encoder)
+        parts = self.in_batches(
+            len(images),
+            self.batch_size(len(images)),
+            lambda first, last: [self.tokens(images, range(first, last))],
+        )
+        return Encoded(torch.cat(parts), self.model.visual_encoder)
 
     def share_vision(self, other: Engine) -> None:
         """From now on `other` encodes with this engine's vision tower, so that one `encode` serves both.
@@ -173,15 +178,12 @@ class Engine:
         UserError where the towers differ in anything: each model reads its own tower's tokens only. They are the same where
         both were finetuned with `--freeze-vision` from one checkpoint.
         """
-        mine, theirs = self.model.visual_encoder, other.model.visual_encoder
-        own, others = mine.state_dict(), theirs.state_dict()
-        same = mine.config == theirs.config and own.keys() == others.keys()
-        if same:
-            # As floats: there is no comparing in fp8.
-            same = all(
-                torch.equal(each.float(), others[name].to(each.device).float()) for name, each in own.items()
-            )
-        if not same or self.device != other.device or self.low_precision != other.low_precision:
+        mine = self.model.visual_encoder
+        if (
+            not same_tower(mine, other.model.visual_encoder)
+            or self.device != other.device
+            or self.low_precision != other.low_precision
+        ):
             raise UserError(
                 "the two models' vision towers differ, so each needs its own: finetune both with --freeze-vision from one "
                 "checkpoint, and load them on the same device in the same precision"
@@ -231,6 +233,17 @@ class Engine:
         if not is_pixels and not is_features:
             wanted = f"uint8 [B, 3, {size}, {size}]" + (" or float features [B, N, C]" if trunk else "")
             raise UserError(f"images are {images.dtype} {list(images.shape)}; this model takes {wanted}")
+
+
+def same_tower(one: VisionTower, other: VisionTower) -> bool:
+    """Whether two vision towers give the same tokens: equal shapes and weights."""
+    own, others = one.state_dict(), other.state_dict()
+    return (
+        one.config == other.config
+        and own.keys() == others.keys()
+        # As floats: there is no comparing in fp8.
+        and all(torch.equal(each.float(), others[name].to(each.device).float()) for name, each in own.items())
+    )
 
 
 def pixels(image: ImageLike, size: int, index: int) -> npt.NDArray[np.uint8]:

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
-from capfilt.inference.engine import PRECISIONS, Engine
+from capfilt.inference.engine import PRECISIONS, Encoded, Engine
 from capfilt.inference.filter import Filter
 from capfilt.models import checkpoint
 
@@ -52,16 +53,21 @@ class _Checkpoint(Generic[EngineT]):
         return decode_uint8(data, self.engine.model.config.image_size)
 
 
+def stacked(images: Sequence[Pixels] | Encoded) -> Tensor | Encoded:
+    """uint8 [B, 3, S, S] of prepared pictures; what an engine has encoded stays as it is."""
+    return images if isinstance(images, Encoded) else torch.from_numpy(np.stack(images))
+
+
 class BlipCaptioner(_Checkpoint[Captioner]):
     """The captioner, with all of the stage's options."""
 
     kind = Captioner
 
     def caption(
-        self, images: Sequence[Pixels], keys: Sequence[str], **options: Any
+        self, images: Sequence[Pixels] | Encoded, keys: Sequence[str], **options: Any
     ) -> list[tuple[str, float | None]]:
         """As `Captioner.caption`, whose options these are."""
-        made = self.engine.caption(torch.from_numpy(np.stack(images)), keys=keys, **options)
+        made = self.engine.caption(stacked(images), keys=keys, **options)
         return [(each.text, each.logprob) for each in made]
 
 
@@ -75,8 +81,12 @@ class BlipFilter(_Checkpoint[Filter]):
     }
 
     def score(
-        self, images: Sequence[Pixels], image_index: Sequence[int], texts: Sequence[str], **options: Any
+        self,
+        images: Sequence[Pixels] | Encoded,
+        image_index: Sequence[int],
+        texts: Sequence[str],
+        **options: Any,
     ) -> list[tuple[float, float]]:
         """As `Filter.score_texts`, whose options these are."""
-        made = self.engine.score_texts(torch.from_numpy(np.stack(images)), image_index, texts, **options)
+        made = self.engine.score_texts(stacked(images), image_index, texts, **options)
         return [(each.itm_score, each.itc_score) for each in made]

@@ -99,6 +99,10 @@ class ShardStage(ABC):
     def process(self, shard: int) -> Produced:
         """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""
 
+    def finish(self) -> None:
+        """After a run that did something, once its shards are committed."""
+        self.output.write_index()
+
     def renews(self, manifest: Manifest) -> bool:
         """Whether a shard that stands is to be made again, as its next generation."""
         return False

@@ -12,13 +12,63 @@ from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captione
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import CaptionOptions
-from capfilt.stages.pixels import Clock, batch_size_for, done, pictures
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
 
 METHODS = ("nucleus", "beam", "greedy")
+
+
+class CaptionRows:
+    """The rows of one captions shard in the making, and their account."""
+
+    def __init__(self, options: CaptionOptions, captioner: str) -> None:
+        self.options = options
+        self.captioner = captioner
+        self.made: list[dict[str, Any]] = []
+        self.rows_in = self.kept = 0
+        self.dropped: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+
+    def add(self, batch: Pictures, captions: list[tuple[str, float | None]]) -> list[dict[str, Any]]:
+        """The rows of a batch, `samples` captions for each of its images that can be used; returns them."""
+        samples = self.options.samples
+        first = len(self.made)
+        self.rows_in += len(batch.rows)
+        for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
+            if failure == "no_image":
+                self.dropped[failure] += 1
+                continue
+            image = row["image_id"]
+            texts = (
+                captions[place * samples : (place + 1) * samples] if not failure else [("", None)] * samples
+            )
+            reasons = set()
+            for index, (text, logprob) in enumerate(texts):
+                reason = failure or (None if text else "empty_text")
+                reasons.add(reason)
+                self.made.append(
+                    {
+                        "text_id": text_id(image, "synthetic", text, self.captioner, index),
+                        "image_id": image,
+                        "text": text or None,
+                        "sample_index": index,
+                        "captioner": self.captioner,
+                        "decoding": self.options.method,
+                        "logprob": logprob,
+                        "failure": reason,
+                    }
+                )
+            if None in reasons:
+                self.kept += 1
+            else:
+                self.failed[min(reason for reason in reasons if reason)] += 1
+        return self.made[first:]
+
+    def counts(self) -> Counts:
+        return Counts(self.rows_in, self.kept, dict(self.dropped), dict(self.failed))
 
 
 class CaptionStage(ShardStage):
@@ -82,64 +132,24 @@ class CaptionStage(ShardStage):
         self.writer.setup()
 
     def process(self, shard: int) -> Produced:
-        o = self.options
-        name = self.output.name
-        made: list[dict[str, Any]] = []
-        kept = 0
-        dropped: Counter[str] = Counter()
-        failed: Counter[str] = Counter()
-        rows_in = 0
-        engine = Clock()
-        ways = o.num_beams if o.method == "beam" else o.samples
-        size = batch_size_for(self.writer, o.batch_size, ways)
+        size = self.batch_size()
+        engine, rows = Clock(), CaptionRows(self.options, self.output.name)
         for batch in pictures(self.images, shard, self.writer.prepare, size):
-            rows_in += len(batch.rows)
-            decoded = [
-                row["image_id"]
-                for row, failure in zip(batch.rows, batch.failures, strict=True)
-                if not failure
-            ]
             with engine:
-                captions = self._captions(batch.images, decoded, size)
-            for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
-                if failure == "no_image":
-                    dropped[failure] += 1
-                    continue
-                image = row["image_id"]
-                texts = (
-                    captions[place * o.samples : (place + 1) * o.samples]
-                    if not failure
-                    else [("", None)] * o.samples
-                )
-                reasons = set()
-                for index, (text, logprob) in enumerate(texts):
-                    reason = failure or (None if text else "empty_text")
-                    reasons.add(reason)
-                    made.append(
-                        {
-                            "text_id": text_id(image, "synthetic", text, name, index),
-                            "image_id": image,
-                            "text": text or None,
-                            "sample_index": index,
-                            "captioner": name,
-                            "decoding": o.method,
-                            "logprob": logprob,
-                            "failure": reason,
-                        }
-                    )
-                if None in reasons:
-                    kept += 1
-                else:
-                    failed[min(reason for reason in reasons if reason)] += 1
-        counts = Counts(rows_in, kept, dict(dropped), dict(failed))
-        used = batch_size_for(self.writer, o.batch_size, ways)
-        return done(CAPTIONS.table(made), counts, engine, o.batch_size, used)
+                captions = self.captions(batch.images, batch.decoded, size)
+            rows.add(batch, captions)
+        return done(
+            CAPTIONS.table(rows.made), rows.counts(), engine, self.options.batch_size, self.batch_size()
+        )
 
-    def _captions(
-        self, images: list[Any], keys: list[str], batch_size: int
-    ) -> list[tuple[str, float | None]]:
+    def batch_size(self) -> int:
+        """Pictures at a time, as far as is known now."""
+        o = self.options
+        return batch_size_for(self.writer, o.batch_size, o.num_beams if o.method == "beam" else o.samples)
+
+    def captions(self, images: Any, keys: list[str], batch_size: int) -> list[tuple[str, float | None]]:
         """(text, log-probability) of each sample of each image; a text of white space alone is none."""
-        if not images:
+        if not keys:
             return []
         o = self.options
         made = self.writer.caption(

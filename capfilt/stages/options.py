@@ -452,6 +452,12 @@ class CaptionOptions:
     method: str = _option("nucleus", "nucleus, beam or greedy (BLIP, section 4.2: nucleus)")
     top_p: float = _option(0.9, "nucleus: share of the probability to draw from (BLIP, section 4.2)")
     num_beams: int = _option(3, "beam: width (BLIP's caption configuration: 3)")
+    filter: str = _option(
+        "",
+        "also score, in the same pass over the pictures: a filter with the captioner's vision tower, as `finetune "
+        "--freeze-vision` makes them",
+        kind="model",
+    )
     samples: int = _option(1, "texts per image (BLIP: 1)")
     prompt: str = _option(
         "a picture of ", "put before the text, not part of it (BLIP's caption configuration)"

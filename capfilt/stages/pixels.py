@@ -35,6 +35,11 @@ class Pictures:
     images: list[Any]
     place: list[int]
 
+    @property
+    def decoded(self) -> list[str]:
+        """The image_id of each of `images`."""
+        return [row["image_id"] for row, failure in zip(self.rows, self.failures, strict=True) if not failure]
+
 
 class Clock:
     """How long an engine was at work: the seconds spent inside `with`."""

@@ -157,7 +157,9 @@ STAGES = (
             "capfilt caption --images cc12m --captioner captioner",
             "capfilt caption --images cc12m --method beam --num-beams 3 --out captioner-beam",
             "capfilt caption --images cc12m --captioner my-vlm:./checkpoint --captioner-option style=short",
+            "capfilt caption --images cc12m --captioner captioner --filter filter",
         ),
+        instead=("filter", "capfilt.stages.caption_and_score:CaptionAndScore"),
     ),
     StageCommand(
         ("score",),

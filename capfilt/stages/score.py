@@ -7,20 +7,86 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+import pyarrow as pa
 
 from capfilt.data.tokenizer import clean
 from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, reference, score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
-from capfilt.stages.pixels import Clock, batch_size_for, done, pictures
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
+
+
+@dataclass
+class Asked:
+    """The texts of a batch that can be scored: the row that waits for it, the text, and the place of its image."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    image_index: list[int] = field(default_factory=list)
+
+
+class ScoreRows:
+    """The rows of one scores shard in the making, and their account."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self.columns = columns
+        self.made: list[dict[str, Any]] = []
+        self.rows_in = self.kept = 0
+        self.dropped: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+
+    def asked(self, batch: Pictures, texts: dict[str, list[dict[str, Any]]]) -> Asked:
+        """What is to be scored of a batch; its images are taken out of `texts`, rows of theirs by image."""
+        asked = Asked()
+        for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
+            for text in texts.pop(row["image_id"], []):
+                self.rows_in += 1
+                if failure == "no_image":
+                    self.dropped[failure] += 1
+                    continue
+                reason = failure or text["failure"] or _fault(text["text"])
+                entry = {"text_id": text["text_id"], "image_id": row["image_id"], "failure": reason}
+                self.made.append(entry)
+                if reason:
+                    self.failed[reason] += 1
+                else:
+                    asked.entries.append(entry)
+                    asked.texts.append(text["text"])
+                    asked.image_index.append(place)
+        return asked
+
+    def add(self, asked: Asked, scores: list[list[float]]) -> None:
+        """Puts the scores where they belong."""
+        for entry, values in zip(asked.entries, scores, strict=True):
+            if all(map(math.isfinite, values)):
+                entry |= dict(zip(self.columns, values, strict=True))
+                self.kept += 1
+            else:
+                entry["failure"] = "not_finite"
+                self.failed["not_finite"] += 1
+
+    def counts(self, left: Mapping[str, list[dict[str, Any]]]) -> Counts:
+        """The account. `left`: texts whose image did not come; a shard that has any does not add up."""
+        rows_in = self.rows_in + sum(map(len, left.values()))
+        return Counts(rows_in, self.kept, dict(self.dropped), dict(self.failed))
+
+
+def texts_by_image(found: pa.Table, captions: Iterable[pa.Table]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of `texts_of`, by their image."""
+    texts: dict[str, list[dict[str, Any]]] = {}
+    for row in texts_of(found, captions).to_pylist():
+        texts.setdefault(row["image_id"], []).append(row)
+    return texts
 
 
 class ScoreStage(ShardStage):
@@ -33,7 +99,7 @@ class ScoreStage(ShardStage):
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
         self.images = workspace.part("images", options.images).expect("images")
-        self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
+        self.captions = self.caption_parts(workspace)
         self.filter = reference(
             SCORERS,
             options.filter,
@@ -46,6 +112,10 @@ class ScoreStage(ShardStage):
         self.output = output or workspace.part("scores", options.out or self.filter.name)
         self.columns = dict(open_scorer(self.filter).columns)
         self.contract = score_contract(self.columns)
+
+    def caption_parts(self, workspace: Workspace) -> list[Part]:
+        """The captions parts to score."""
+        return [workspace.part("captions", name).expect("captions") for name in self.options.captions]
 
     @cached_property
     def mark(self) -> str:
@@ -60,8 +130,12 @@ class ScoreStage(ShardStage):
             "filter": self.mark,
             **columns,
             "images": self.images.info["fingerprint"],
-            "captions": [part.info["fingerprint"] for part in self.captions],
+            "captions": self.caption_marks(),
         }
+
+    def caption_marks(self) -> list[str]:
+        """The captions parts in the identity."""
+        return [part.info["fingerprint"] for part in self.captions]
 
     def origins(self) -> Mapping[str, Mapping[str, str]]:
         return {self.mark: self.filter.origin()}
@@ -77,63 +151,42 @@ class ScoreStage(ShardStage):
         self.scorer.setup()
 
     def process(self, shard: int) -> Produced:
-        found = self.images.read(shard, FOUND_COLUMNS)
-        texts: dict[str, list[dict[str, Any]]] = {}
-        for row in texts_of(found, (part.read(shard) for part in self.captions)).to_pylist():
-            texts.setdefault(row["image_id"], []).append(row)
-        rows_in = sum(len(each) for each in texts.values())
-        made: list[dict[str, Any]] = []
-        dropped: Counter[str] = Counter()
-        failed: Counter[str] = Counter()
-        kept = 0
-        engine = Clock()
-        asked_size = self.options.batch_size
-        size = batch_size_for(self.scorer, asked_size)
+        texts = texts_by_image(
+            self.images.read(shard, FOUND_COLUMNS), (part.read(shard) for part in self.captions)
+        )
+        size = self.batch_size()
+        engine, rows = Clock(), ScoreRows(self.columns)
         for batch in pictures(self.images, shard, self.scorer.prepare, size):
-            asked: list[dict[str, Any]] = []
-            judged: list[str] = []
-            image_index: list[int] = []
-            for row, failure, place in zip(batch.rows, batch.failures, batch.place, strict=True):
-                for text in texts.pop(row["image_id"], []):
-                    if failure == "no_image":
-                        dropped[failure] += 1
-                        continue
-                    reason = failure or text["failure"] or _fault(text["text"])
-                    entry = {"text_id": text["text_id"], "image_id": row["image_id"], "failure": reason}
-                    made.append(entry)
-                    if reason:
-                        failed[reason] += 1
-                    else:
-                        asked.append(entry)
-                        judged.append(text["text"])
-                        image_index.append(place)
+            asked = rows.asked(batch, texts)
             with engine:
-                scores = self._scores(batch.images, image_index, judged, size)
-            for entry, values in zip(asked, scores, strict=True):
-                if all(map(math.isfinite, values)):
-                    entry |= dict(zip(self.columns, values, strict=True))
-                    kept += 1
-                else:
-                    entry["failure"] = "not_finite"
-                    failed["not_finite"] += 1
-        counts = Counts(rows_in, kept, dict(dropped), dict(failed))
-        used = batch_size_for(self.scorer, asked_size)
-        return done(self.contract.table(made), counts, engine, asked_size, used)
+                scores = self.scores(batch.images, asked, size)
+            rows.add(asked, scores)
+        return done(
+            self.contract.table(rows.made),
+            rows.counts(texts),
+            engine,
+            self.options.batch_size,
+            self.batch_size(),
+        )
 
-    def _scores(
-        self, images: list[Any], image_index: list[int], texts: list[str], batch_size: int
-    ) -> list[list[float]]:
+    def batch_size(self) -> int:
+        """Pictures at a time, as far as is known now."""
+        return batch_size_for(self.scorer, self.options.batch_size)
+
+    def scores(self, images: Any, asked: Asked, batch_size: int) -> list[list[float]]:
         """A row per text, a number per column."""
-        if not texts:
+        if not asked.texts:
             return []
         made = self.scorer.score(
             images,
-            image_index,
-            texts,
+            asked.image_index,
+            asked.texts,
             max_text_tokens=self.options.max_text_tokens,
             batch_size=batch_size,
         )
-        rows: list[list[float]] = checked_scores(self.filter, made, len(texts), list(self.columns)).tolist()
+        rows: list[list[float]] = checked_scores(
+            self.filter, made, len(asked.texts), list(self.columns)
+        ).tolist()
         return rows
 
 
