@@ -347,26 +347,30 @@ def stages(name: str, count: int, args: argparse.Namespace, record: Record, devi
     with tempfile.TemporaryDirectory() as directory:
         workspace = Workspace(Path(directory))
         checkpoint.save(Path(directory) / "models" / "both", model, tokenizer)
+        pictures = []
+        for _ in range(min(count, 256)):
+            blocks = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(blocks).resize((512, 512), Image.Resampling.BICUBIC).save(
+                buffer, "JPEG", quality=90
+            )
+            pictures.append(buffer.getvalue())
         images = workspace.part("images", "web")
         mark = images.begin(IMAGES, "benchmark", {})
         for shard in range(2):
             rows = []
             for number in range(count // 2):
-                blocks = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-                buffer = io.BytesIO()
-                Image.fromarray(blocks).resize((512, 512), Image.Resampling.BICUBIC).save(
-                    buffer, "JPEG", quality=90
-                )
                 key = f"{shard:05d}{number:04d}"
                 rows.append(
                     {
                         "image_id": image_id("web", key), "dataset": "web", "key": key, "status": "success", "source": "web",
                         "captions": [" ".join(f"w{i}" for i in rng.integers(0, 1000, 12))],
-                        "image": {"bytes": buffer.getvalue(), "path": f"{key}.jpg"},
+                        "image": {"bytes": pictures[number % len(pictures)], "path": f"{key}.jpg"},
                     }
                 )  # fmt: skip
             images.commit(shard, IMAGES.table(rows), Counts(len(rows), len(rows)), mark, 1.0)
-        batch = 4 if name == "base" and device.type == "cpu" else 64
+        # Two batches at least in each shard, so that one can be made ready while another is worked on.
+        batch = 0 if device.type == "cuda" else 2 if name == "base" else 64
         caption = CaptionStage(
             CaptionOptions(captioner="both", images="web", min_new_tokens=TOKENS, batch_size=batch), workspace
         )
@@ -446,7 +450,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
         for rows in args.batch_size:
             rounds = 2 if name == "base" and device.type == "cpu" else 3 if args.quick else 7
             measure_one(name, rows, rounds, args, record, device)
-        stages(name, {"tiny": 256, "base": 1024 if device.type == "cuda" else 8}[name], args, record, device)
+        stages(name, 8192 if device.type == "cuda" else {"tiny": 256, "base": 8}[name], args, record, device)
         if args.batch_size == [default]:
             args.batch_size = []
 

@@ -52,10 +52,12 @@ class _Checkpoint(Generic[EngineT]):
         """uint8 [3, S, S] at the model's size."""
         return decode_uint8(data, self.engine.model.config.image_size)
 
-
-def stacked(images: Sequence[Pixels] | Encoded) -> Tensor | Encoded:
-    """uint8 [B, 3, S, S] of prepared pictures; what an engine has encoded stays as it is."""
-    return images if isinstance(images, Encoded) else torch.from_numpy(np.stack(images))
+    def gather(self, images: list[Pixels]) -> Tensor:
+        """uint8 [B, 3, S, S]; for a GPU in memory that it can read by itself."""
+        batch = torch.empty(
+            (len(images), *images[0].shape), dtype=torch.uint8, pin_memory=self.engine.device.type == "cuda"
+        )
+        return torch.stack([torch.from_numpy(image) for image in images], out=batch)
 
 
 class BlipCaptioner(_Checkpoint[Captioner]):
@@ -64,10 +66,10 @@ class BlipCaptioner(_Checkpoint[Captioner]):
     kind = Captioner
 
     def caption(
-        self, images: Sequence[Pixels] | Encoded, keys: Sequence[str], **options: Any
+        self, images: Tensor | Encoded, keys: Sequence[str], **options: Any
     ) -> list[tuple[str, float | None]]:
         """As `Captioner.caption`, whose options these are."""
-        made = self.engine.caption(stacked(images), keys=keys, **options)
+        made = self.engine.caption(images, keys=keys, **options)
         return [(each.text, each.logprob) for each in made]
 
 
@@ -82,11 +84,11 @@ class BlipFilter(_Checkpoint[Filter]):
 
     def score(
         self,
-        images: Sequence[Pixels] | Encoded,
+        images: Tensor | Encoded,
         image_index: Sequence[int],
         texts: Sequence[str],
         **options: Any,
     ) -> list[tuple[float, float]]:
         """As `Filter.score_texts`, whose options these are."""
-        made = self.engine.score_texts(stacked(images), image_index, texts, **options)
+        made = self.engine.score_texts(images, image_index, texts, **options)
         return [(each.itm_score, each.itc_score) for each in made]

@@ -44,12 +44,22 @@ class FindsBatchSize(Protocol):
         """
 
 
+@runtime_checkable
+class Gathers(Protocol):
+    """A plug-in that wants a batch's pictures in one piece; others are given a list of them."""
+
+    def gather(self, images: list[Any]) -> Any:
+        """All that `prepare` returned for a batch, at least one, in the form that `caption` or `score` takes; called in a
+        thread while the batch before is worked on.
+        """
+
+
 class CaptionerPlugin(Plugin, Protocol):
     """Writes texts for pictures."""
 
     def caption(
         self,
-        images: Sequence[Any],
+        images: Any,
         keys: Sequence[str],
         *,
         samples: int,
@@ -68,7 +78,7 @@ class CaptionerPlugin(Plugin, Protocol):
         A plug-in names the options that mean something to it and takes the rest as `**rest`.
 
         Args:
-            images: what `prepare` returned, one per picture.
+            images: what `prepare` returned, one per picture, or what `gather` made of it.
             keys: the pictures' image_ids: text k of image i should be drawn from (seed, keys[i], k) alone, so that it
                 does not depend on the batch it is in.
             samples, seed, method, ...: the options of `capfilt caption`; batch_size: pictures at a time, at least 1.
@@ -84,7 +94,7 @@ class ScorerPlugin(Plugin, Protocol):
 
     def score(
         self,
-        images: Sequence[Any],
+        images: Any,
         image_index: Sequence[int],
         texts: Sequence[str],
         *,
@@ -97,7 +107,8 @@ class ScorerPlugin(Plugin, Protocol):
         `**rest`.
 
         Args:
-            images: what `prepare` returned, one per picture; one that nothing points at is not asked about.
+            images: what `prepare` returned, one per picture, or what `gather` made of it; one that
+                nothing points at is not asked about.
             image_index: for each text, the place of its picture in `images`.
             max_text_tokens: the option of `capfilt score`; batch_size: pictures at a time, at least 1.
         """

@@ -134,7 +134,7 @@ class CaptionStage(ShardStage):
     def process(self, shard: int) -> Produced:
         size = self.batch_size()
         engine, rows = Clock(), CaptionRows(self.options, self.output.name)
-        for batch in pictures(self.images, shard, self.writer.prepare, size):
+        for batch in pictures(self.images, shard, self.writer, size):
             with engine:
                 captions = self.captions(batch.images, batch.decoded, size)
             rows.add(batch, captions)

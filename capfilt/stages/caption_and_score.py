@@ -15,7 +15,7 @@ from typing import Any
 from capfilt.errors import RunError, UserError
 from capfilt.inference.engine import same_tower
 from capfilt.models import checkpoint
-from capfilt.plugins.blip import BlipCaptioner, BlipFilter, stacked
+from capfilt.plugins.blip import BlipCaptioner, BlipFilter
 from capfilt.plugins.registry import SCORERS, reference
 from capfilt.stages.base import Produced
 from capfilt.stages.caption import CaptionRows, CaptionStage
@@ -151,9 +151,9 @@ class CaptionAndScore(ScoreStage):
         scores = ScoreRows(self.columns)
         texts = texts_by_image(self.images.read(shard, FOUND_COLUMNS), ())
         size = min(self.captioning.batch_size(), self.batch_size())
-        for batch in pictures(self.images, shard, self.scorer.prepare, size):
+        for batch in pictures(self.images, shard, self.scorer, size):
             with writing:
-                encoded = self.vision.encode(stacked(batch.images)) if batch.images else None
+                encoded = self.vision.encode(batch.images) if batch.decoded else None
                 written = self.captioning.captions(encoded, batch.decoded, size)
             for row in captions.add(batch, written):
                 texts.setdefault(row["image_id"], []).append(row)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from capfilt.data.images import BadImage, decode
 from capfilt.data.store import cpu_workers
-from capfilt.plugins.interface import FindsBatchSize, Plugin
+from capfilt.plugins.interface import FindsBatchSize, Gathers, Plugin
 from capfilt.stages.base import Produced
 from capfilt.tables.shards import Counts, Part
 
@@ -26,13 +26,13 @@ class Pictures:
         rows: the rows, pixels left out.
         failures: per row, None where the picture can be used, else why not (from the closed list; "no_image" where
             the row has none to begin with).
-        images: what became of those that can be used, in order.
+        images: what became of those that can be used, in order: a list, or what the plug-in's `gather` made of it.
         place: per row, its place in `images`, or -1.
     """
 
     rows: list[dict[str, Any]]
     failures: list[str | None]
-    images: list[Any]
+    images: Any
     place: list[int]
 
     @property
@@ -77,27 +77,34 @@ Rows = list[dict[str, Any]]
 Prepared = tuple[str | None, Any]
 
 
-def pictures(part: Part, shard: int, prepare: Callable[[bytes], Any], batch_size: int) -> Iterator[Pictures]:
+def pictures(part: Part, shard: int, plugin: Plugin, batch_size: int) -> Iterator[Pictures]:
     """Batches of at most `batch_size` rows; where they are cut depends on the shard and `batch_size` alone.
 
-    `prepare` turns encoded bytes into what a model takes, in threads; it raises BadImage for a picture that it cannot
-    use. Anything else it raises for a picture that can be decoded is raised here. While a batch is worked on, the next one is
-    being prepared and the one after it is read.
+    The plug-in's `prepare` is called in threads, and its `gather` in another; `prepare` raises BadImage for a picture that it
+    cannot use. Anything else it raises for a picture that can be decoded is raised here. While a batch is worked on, the next
+    one is being prepared and the one after it is read.
     """
     cut = _cut(part, shard, batch_size)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(cpu_workers()) as pool:
+    gather = plugin.gather if isinstance(plugin, Gathers) else None
+    with (
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as gatherer,
+        ThreadPoolExecutor(cpu_workers()) as pool,
+    ):
         try:
             coming = reader.submit(next, cut, None)
-            ahead: deque[tuple[Rows, list[Future[Prepared]]]] = deque()
+            ahead: deque[Future[Pictures]] = deque()
             while (rows := coming.result()) is not None:
                 coming = reader.submit(next, cut, None)
-                ahead.append((rows, [pool.submit(_one, row, prepare) for row in rows]))
+                prepared = [pool.submit(_one, row, plugin.prepare) for row in rows]
+                ahead.append(gatherer.submit(_batch, rows, prepared, gather))
                 if len(ahead) > 1:
-                    yield _batch(*ahead.popleft())
+                    yield ahead.popleft().result()
             while ahead:
-                yield _batch(*ahead.popleft())
+                yield ahead.popleft().result()
         finally:
             # Whoever stops half-way should not wait for pictures that nobody will look at.
+            gatherer.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -125,11 +132,12 @@ def _one(row: dict[str, Any], prepare: Callable[[bytes], Any]) -> Prepared:
         raise
 
 
-def _batch(rows: Rows, coming: list[Future[Prepared]]) -> Pictures:
+def _batch(rows: Rows, coming: list[Future[Prepared]], gather: Callable[[list[Any]], Any] | None) -> Pictures:
     found = [each.result() for each in coming]
     failures = [failure for failure, _ in found]
     place, count = [], 0
     for failure in failures:
         place.append(-1 if failure else count)
         count += not failure
-    return Pictures(rows, failures, [image for failure, image in found if not failure], place)
+    images = [image for failure, image in found if not failure]
+    return Pictures(rows, failures, gather(images) if gather and images else images, place)

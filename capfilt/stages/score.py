@@ -156,7 +156,7 @@ class ScoreStage(ShardStage):
         )
         size = self.batch_size()
         engine, rows = Clock(), ScoreRows(self.columns)
-        for batch in pictures(self.images, shard, self.scorer.prepare, size):
+        for batch in pictures(self.images, shard, self.scorer, size):
             asked = rows.asked(batch, texts)
             with engine:
                 scores = self.scores(batch.images, asked, size)
