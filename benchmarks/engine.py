@@ -289,9 +289,8 @@ def others(
     rounds: int,
     record: Record,
 ) -> None:
-    """What the same work takes with one vision pass for both, and in 8 bits; how far 8 bits are off."""
+    """What the same work takes with one vision pass for both, and in 8 bits; how far each precision is from fp32."""
     rows, device = len(data.pixels), data.pixels.device
-    plain = scorer.score_texts(data.pixels, data.image_index, data.texts, batch_size=rows)
     captioner.share_vision(scorer)
 
     def shared() -> None:
@@ -307,19 +306,51 @@ def others(
 
     seconds = in_turn({"shared": shared}, rounds, device)["shared"]
     record.figure(f"{label}_shared_images_per_second", rows / statistics.median(seconds))
-    low = "int8" if device.type == "cpu" else "fp8"
-    if low == "fp8" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
-        return
-    engines = Captioner(model, tokenizer, low), Filter(model, tokenizer, low)
-    work = works(*engines, data)["both"]
-    work()
-    seconds = in_turn({low: work}, rounds, device)[low]
-    record.figure(f"{label}_{low}_images_per_second", rows / statistics.median(seconds))
-    found = engines[1].score_texts(data.pixels, data.image_index, data.texts, batch_size=rows)
+    lows = ["bf16", "int8"] if device.type == "cpu" else ["bf16"]
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY:
+        lows.append("fp8")
+    exact = Captioner(model, tokenizer, "fp32"), Filter(model, tokenizer, "fp32")
+    for low in lows:
+        engines = Captioner(model, tokenizer, low), Filter(model, tokenizer, low)
+        if low != "bf16":
+            work = works(*engines, data)["both"]
+            work()
+            seconds = in_turn({low: work}, rounds, device)[low]
+            record.figure(f"{label}_{low}_images_per_second", rows / statistics.median(seconds))
+        differences(f"{label}_{low}", data, engines, exact, record)
+
+
+def differences(
+    label: str,
+    data: Given,
+    engines: tuple[Captioner, Filter],
+    exact: tuple[Captioner, Filter],
+    record: Record,
+) -> None:
+    """How far a precision is from fp32: the share of greedy captions that are the same, and its scores."""
+    few = data.pixels[:64]
+    texts, index = data.texts[: len(few) * TEXTS], data.image_index[: len(few) * TEXTS]
+    said = [
+        [
+            each.text
+            for each in each_captioner.caption(
+                few, method="greedy", max_new_tokens=TOKENS, min_new_tokens=TOKENS
+            )
+        ]
+        for each_captioner in (engines[0], exact[0])
+    ]
+    record.figure(f"{label}_greedy_agreement", statistics.mean(a == b for a, b in zip(*said, strict=True)))
+    words = [
+        statistics.mean(a == b for a, b in zip(one.split(), other.split(), strict=False))
+        for one, other in zip(*said, strict=True)
+        if one and other
+    ]
+    record.figure(f"{label}_greedy_word_agreement", statistics.mean(words) if words else 1.0)
+    found, plain = (scorer.score_texts(few, index, texts) for scorer in (engines[1], exact[1]))
     for score in ("itm_score", "itc_score"):
         apart = [abs(getattr(a, score) - getattr(b, score)) for a, b in zip(plain, found, strict=True)]
-        record.figure(f"{label}_{low}_{score}_mean_difference", statistics.mean(apart))
-        record.figure(f"{label}_{low}_{score}_largest_difference", max(apart))
+        record.figure(f"{label}_{score}_mean_difference", statistics.mean(apart))
+        record.figure(f"{label}_{score}_largest_difference", max(apart))
 
 
 def stages(name: str, count: int, args: argparse.Namespace, record: Record, device: torch.device) -> None:
