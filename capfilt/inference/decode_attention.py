@@ -30,7 +30,7 @@ def kernel() -> Attend | None:
         from capfilt.inference.flash_decode import flash_decode, stretches
     except ImportError:
         return None
-    processors = torch.cuda.get_device_properties().multi_processor_count
+    processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
     def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return flash_decode(
