@@ -6,6 +6,7 @@ No whole model lives here, and nothing that knows what an image or a caption is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -102,44 +103,65 @@ class DropPath(nn.Module):
         return x * mask / keep
 
 
-class Mlp(nn.Module):
-    """Two linears around an exact GELU."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with (its released code)."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, width: int, hidden: int) -> None:
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class Mlp(nn.Module):
+    """Two linears around an activation, by default an exact GELU."""
+
+    def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(self.activation(self.fc1(x)))
         return out
 
 
 class FusedAttention(nn.Module):
-    """Self-attention with one qkv projection (with bias), scale d^-1/2, no dropout."""
+    """Self-attention with one qkv projection (with bias), scale d^-1/2, no dropout; `causal`: to what is before, and itself."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        out: Tensor = self.proj(merge_heads(F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])))
+        seen = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
+        out: Tensor = self.proj(merge_heads(seen))
         return out
 
 
 class PreNormBlock(nn.Module):
-    """A ViT block: x + attention(LN(x)), then x + MLP(LN(x)); LayerNorm eps 1e-6 (BLIP, arXiv 2201.12086, code)."""
+    """A transformer block: x + attention(LN(x)), then x + MLP(LN(x)); eps 1e-6 is ViT's (BLIP, arXiv 2201.12086, code)."""
 
-    def __init__(self, width: int, heads: int, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        drop_path: float = 0.0,
+        *,
+        eps: float = 1e-6,
+        activation: str = "gelu",
+        causal: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = FusedAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, hidden)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = FusedAttention(width, heads, causal)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden, activation)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
