@@ -390,13 +390,23 @@ class TaskOptions(LoopOptions):
 
 @dataclass(frozen=True)
 class FinetuneVqaOptions(TaskOptions):
-    """Finetune a BLIP to answer questions about pictures (BLIP, section 5.3)."""
+    """Finetune a BLIP to answer questions about pictures: by writing (BLIP, section 5.3), or from a closed list."""
 
     answer_weight: tuple[str, ...] = _option(
         (),
         "PART=WEIGHT, what all answers of a part weigh (BLIP's released code: Visual Genome's 0.2); repeatable",
     )
-    label_smoothing: float = _option(0.1, "of the answers' tokens (BLIP's released code)")
+    label_smoothing: float = _option(0.1, "of the answers' tokens (BLIP's released code); not with --closed")
+    closed: bool = _option(
+        False,
+        "choose among the frequent answers, a classifier on soft targets (ViLT), in place of writing",
+        later=True,
+    )
+    min_answers: int = _option(
+        9,
+        "with --closed: answers that are the most frequent of so many questions (ViLT's code: 9)",
+        later=True,
+    )
     learning_rate: float = _option(2e-5, "peak (BLIP's VQA configuration)")
     epochs: float = _option(
         10.0, "passes over the questions, where `steps` is 0 (BLIP's VQA configuration: 10)"
@@ -408,8 +418,11 @@ class FinetuneVqaOptions(TaskOptions):
 
 @dataclass(frozen=True)
 class FinetuneNlvrOptions(TaskOptions):
-    """Finetune a BLIP to judge statements about two pictures (NLVR2; BLIP, section 5.4)."""
+    """Finetune a BLIP to judge statements about two pictures (NLVR2; BLIP, section 5.4), or about one (NLVR)."""
 
+    single: bool = _option(
+        False, "statements are about one picture: a classifier of it and the text, seen once", later=True
+    )
     swap: float = _option(
         0.5, "chance of showing a pair in the other order, left and right exchanged (BLIP's released code)"
     )
@@ -422,6 +435,22 @@ class FinetuneNlvrOptions(TaskOptions):
     )
     max_words: int = _option(40, "and before that to this many words (BLIP's released code: 40)")
     out: str = _option("nlvr", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class FinetuneEntailmentOptions(TaskOptions):
+    """Finetune a BLIP to tell whether a picture entails a text, contradicts it, or neither (SNLI-VE; as ALBEF does)."""
+
+    learning_rate: float = _option(2e-5, "peak (ALBEF's SNLI-VE configuration)")
+    epochs: float = _option(
+        5.0, "passes over the hypotheses, where `steps` is 0 (ALBEF's SNLI-VE configuration: 5)"
+    )
+    min_lr: float = _option(1e-6, "the schedule's end (ALBEF's SNLI-VE configuration)")
+    max_text_tokens: int = _option(
+        64, "hypotheses are cut to this many tokens (ALBEF's released code has no limit)"
+    )
+    max_words: int = _option(30, "and before that to this many words (ALBEF's released code: 30)")
+    out: str = _option("entailment", "name of the checkpoint to write")
 
 
 _ENGINE_BATCH = "images per batch; halved where a GPU's memory is too small"

@@ -140,14 +140,26 @@ STAGES = (
         ("capfilt.stages.task_training:FinetuneVqa",),
         (
             "capfilt finetune vqa --init pretrained --examples vqav2 --images coco",
+            "capfilt finetune vqa --closed --examples vqav2 --images coco --out vqa-closed",
             "capfilt finetune vqa --examples vqav2 --examples vg --answer-weight vg=0.2 --images coco --images vg",
         ),
+        instead=("closed", "capfilt.stages.classifier_training:FinetuneClosedVqa"),
     ),
     StageCommand(
         ("finetune", "nlvr"),
         stage_options.FinetuneNlvrOptions,
         ("capfilt.stages.task_training:FinetuneNlvr",),
-        ("capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",),
+        (
+            "capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",
+            "capfilt finetune nlvr --single --init pretrained --examples nlvr --images nlvr",
+        ),
+        instead=("single", "capfilt.stages.classifier_training:FinetuneSingleNlvr"),
+    ),
+    StageCommand(
+        ("finetune", "entailment"),
+        stage_options.FinetuneEntailmentOptions,
+        ("capfilt.stages.classifier_training:FinetuneEntailment",),
+        ("capfilt finetune entailment --init pretrained --examples snli-ve --images flickr30k",),
     ),
     StageCommand(
         ("caption",),

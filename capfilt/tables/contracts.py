@@ -351,6 +351,12 @@ EXAMPLES = Contract(
                 "each answer once, as found, with how many annotators gave it; empty where there are none",
             ),
             _field(
+                "answer_type",
+                pa.string(),
+                "what the source calls the kind of the answer (VQA v2: yes/no, number or other); else null",
+                null=True,
+            ),
+            _field(
                 "label",
                 pa.string(),
                 "the right class by name: true or false (nlvr), entailment, neutral or contradiction; else null",
