@@ -24,10 +24,10 @@ from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import Index, Rows
 from capfilt.data.tokenizer import MAX_WORDS, Tokenizer, clean
 from capfilt.data.transforms import mentions_sides, swap_left_right
-from capfilt.tables.contracts import LABELS, TASKS
+from capfilt.tables.contracts import LABELS
 
 PICTURES = {"vqa": 1, "nlvr": 2, "entailment": 1}
-"""How many pictures a model of the task looks at."""
+"""How many pictures a model of the task looks at, of the tasks that are trained on."""
 
 Answers = tuple[tuple[str, int], ...]
 """The answers to a question, each with how many annotators gave it."""
@@ -63,7 +63,7 @@ class TaskCorpus:
     """E examples of one task over N pictures, by column.
 
     Attributes:
-        task: one of `contracts.TASKS`.
+        task: one of `PICTURES`.
         images: pixels of the pictures, uint8 [3, S, S] each.
         pictures: int64 [E, 1 or 2], the rows in `images` of each example's pictures; an example with one picture shows a
             model of pairs that one twice.
@@ -130,7 +130,7 @@ def from_examples(
         example_tables: Arrow tables with the columns of the examples contract, each with a factor for its answers'
             weights (ALBEF and BLIP take Visual Genome's at less than VQA v2's); read first and held.
         image_tables: Arrow tables with the columns of the images contract; read one at a time.
-        task: one of `contracts.TASKS`; a vqa example needs an answer, another one a label.
+        task: one of `PICTURES`; a vqa example needs an answer, another one a label.
         splits: only examples of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
         limit: only so many of them, a sample that is always the same; 0 for all.
@@ -143,8 +143,8 @@ def from_examples(
     An answer's weight is its share of the question's annotators (BLIP, released code) times the factor. Raises UserError
     for a column that is missing or wrong, RunError for a full disk.
     """
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is none of {', '.join(TASKS)}")
+    if task not in PICTURES:
+        raise ValueError(f"task {task!r} is none of {', '.join(PICTURES)}")
     looks_at = pictures or PICTURES[task]
     skipped: Counter[str] = Counter()
     deselected: Counter[str] = Counter()

@@ -18,7 +18,7 @@ from capfilt.stages.pair_training import IMAGE_COLUMNS
 from capfilt.stages.results import ResultStage, result_path
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-from capfilt.tasks.capabilities import BlipCapabilities
+from capfilt.tasks.adapters import BlipCapabilities
 from capfilt.tasks.captioning import evaluate_captioning
 from capfilt.tasks.retrieval import evaluate_retrieval
 from capfilt.training.distributed import device
