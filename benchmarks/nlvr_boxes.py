@@ -185,7 +185,9 @@ def about_towers(rng: Random, boxes: list[Box]) -> Statement:
         tall = rng.random() < 0.7
         true = any(stack[END[end]] == c and (not tall or agrees(len(stack))) for stack in stacks)
         some, flip = rng.choice((("a", False), ("a", False), ("at least one", False), ("no", True)))
-        return f"there is {some} {c} block as the {end} of a tower" + (f" with {words}" if tall else ""), true != flip
+        return f"there is {some} {c} block as the {end} of a tower" + (
+            f" with {words}" if tall else ""
+        ), true != flip
     if form == 4:
         words, agrees = height(rng)
         many, n, right = quantity(rng, 3)
@@ -213,7 +215,9 @@ def about_towers(rng: Random, boxes: list[Box]) -> Statement:
         together = rng.random() < 0.4 and n > 1
         runs = [any(stack[i : i + n] == [c] * n for i in range(len(stack))) for stack in stacks]
         counts = [stack.count(c) >= n for stack in stacks] if not together else runs
-        one = rng.choice(("there is 1 tower with", "there is a tower with", "there is one tower with", "one tower with"))
+        one = rng.choice(
+            ("there is 1 tower with", "there is a tower with", "there is one tower with", "one tower with")
+        )
         s = "" if n == 1 else "s"
         return f"{one} {number(rng, n)} {c} block{s}" + (" stacked together" if together else ""), any(counts)
     if form == 9:
@@ -319,7 +323,9 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
         return there(rng, f"{words} {thing}{s}" + (f" {place}" if placed else ""), n), agrees(count)
     if form == 3:
         some, flip = rng.choice((("a", False), ("a", False), ("no", True), ("at least one", False)))
-        return f"there is {some} {thing} {place}", any(map(lambda i: fits(i) and there_is(i), everything)) != flip
+        return f"there is {some} {thing} {place}", any(
+            map(lambda i: fits(i) and there_is(i), everything)
+        ) != flip
     if form == 4:
         return f"none of the {thing}s are {place}", not any(fits(i) and there_is(i) for i in everything)
     who, single = rng.choice((("there is a box with", True), ("one of the grey box has", True),
@@ -355,10 +361,12 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
         n = rng.randint(1, 5)
         counted = rng.random() < 0.6
         top = rng.choice((f"a {colour} item on top", f"the {colour} item is on top"))
-        text = f"there is a box with {number(rng, n)} items and {top}" if counted else f"there is a {colour} item on top"
-        return text, any(
-            box[0].colour == colour and (not counted or len(box) == n) for box in boxes if box
+        text = (
+            f"there is a box with {number(rng, n)} items and {top}"
+            if counted
+            else f"there is a {colour} item on top"
         )
+        return text, any(box[0].colour == colour and (not counted or len(box) == n) for box in boxes if box)
     if form == 10:
         n = rng.randint(1, 2)
         kind = rng.choice(("at least ", "", "exactly "))
@@ -439,7 +447,12 @@ def main() -> None:
             arranged([drawn(box) for box in things], rng, mirror=False).save(options.out / name)
             split = "val" if place % 50 == 0 else "train"
             for turn, (text, true) in enumerate(statements(rng, things, tower, options.statements)):
-                record = {"identifier": f"drawn-{place}-{turn}", "image": name, "sentence": text, "label": true}
+                record = {
+                    "identifier": f"drawn-{place}-{turn}",
+                    "image": name,
+                    "sentence": text,
+                    "label": true,
+                }
                 file.write(json.dumps({**record, "split": split}) + "\n")
 
 

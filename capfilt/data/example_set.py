@@ -19,7 +19,7 @@ from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import Rows
 from capfilt.tables.contracts import TASKS
 
-NEEDED = ("example_id", "task", "image_ids", "text", "answers", "label", "failure")
+NEEDED = ("example_id", "key", "task", "image_ids", "text", "answers", "label", "failure")
 OPTIONAL = ("split", "wrong_texts", "category")
 
 
@@ -32,7 +32,7 @@ class ExampleSet:
         images: pixels of the pictures, uint8 [3, S, S] each.
         image_ids: N strings.
         pictures: E tuples of rows in `images`, in the order the text means them.
-        example_ids: E strings.
+        example_ids, keys: E strings each; a key is the source's own name of an example.
         texts: E strings as found; None where the task has none.
         answers: of each example, what annotators said and how many did.
         labels: E names of classes, None where there is none.
@@ -48,6 +48,7 @@ class ExampleSet:
     image_ids: list[str]
     pictures: list[tuple[int, ...]]
     example_ids: list[str]
+    keys: list[str]
     texts: list[str | None]
     answers: list[tuple[tuple[str, int], ...]]
     labels: list[str | None]
@@ -135,6 +136,7 @@ def read_examples(
         image_ids=found.image_ids,
         pictures=[places for _, places in kept],
         example_ids=[row["example_id"] for row, _ in kept],
+        keys=[row["key"] for row, _ in kept],
         texts=[row["text"] for row, _ in kept],
         answers=[tuple((each["answer"], each["count"]) for each in row["answers"] or ()) for row, _ in kept],
         labels=[row["label"] for row, _ in kept],

@@ -30,10 +30,12 @@ class ClassifierConfig(ModelConfig):
     Attributes:
         task: which of `capfilt.tables.contracts.TASKS` it was made for; decides the head, and what an output means.
         classes: what the outputs stand for, in order: the labels of the task, or the answers it can give.
+        max_text_tokens, max_words: longest text, as it was trained with.
     """
 
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=384, drop_path=0.1))
     max_text_tokens: int = 35
+    max_words: int = 50
     task: str = "entailment"
     classes: tuple[str, ...] = ("contradiction", "neutral", "entailment")
 
@@ -100,17 +102,22 @@ def build_classifier(config: ClassifierConfig, seed: int = 0) -> BlipClassifier:
 
 
 def classifier_from_blip(
-    model: Blip | BlipClassifier, task: str, classes: Sequence[str], seed: int = 0, drop_path: float = 0.1
+    model: Blip | BlipClassifier,
+    task: str,
+    classes: Sequence[str],
+    seed: int = 0,
+    drop_path: float = 0.1,
+    **longest: int,
 ) -> BlipClassifier:
     """A BlipClassifier that starts from a pretrained BLIP, a filter, or a classifier of other classes; its head is new.
 
-    drop_path 0.1: BLIP, code, for its two other finetunings of this kind.
+    longest: `max_text_tokens` and `max_words` of its config. drop_path 0.1: BLIP, code, for its two other finetunings of this kind.
     """
     if isinstance(model, Blip):
         model.require("filter")
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     made = build_classifier(
-        ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes)), seed
+        ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest), seed
     )
     found = model.state_dict()
     names = [name for name in made.state_dict() if name in found and not _is_head(name)]

@@ -38,15 +38,18 @@ class ClassifierTask(TaskTraining):
     def reading(self, model: Any = None) -> dict[str, Any]:
         return {"pictures": 1}
 
-    def started(self, model: Blip, data: TaskCorpus) -> BlipClassifier:
+    def started(self, model: Blip | BlipClassifier, data: TaskCorpus) -> BlipClassifier:
         o = self.options
-        return classifier_from_blip(model, self.task, self.classes(data), o.seed, o.drop_path)
+        longest = {
+            "max_text_tokens": min(o.max_text_tokens, model.config.text.max_positions),
+            "max_words": o.max_words,
+        }
+        return classifier_from_blip(model, self.task, self.classes(data), o.seed, o.drop_path, **longest)
 
     def continued(self, model: BlipClassifier, data: TaskCorpus) -> BlipClassifier:
         if (model.config.task, model.config.classes) == (self.task, self.classes(data)):
             return model
-        o = self.options
-        return classifier_from_blip(model, self.task, self.classes(data), o.seed, o.drop_path)
+        return self.started(model, data)
 
     def module(self, model: BlipClassifier, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return ClassifierTraining(model)

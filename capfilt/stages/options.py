@@ -567,6 +567,15 @@ class EvaluateOptions:
     num_beams: int = _option(3, "captioning: beams (BLIP's caption configuration: 3)")
     prompt: str = _option("", "captioning: prompt; pretrained models learned none")
     max_new_tokens: int = _option(20, "captioning: longest text in tokens")
+    answer_list: str = _option(
+        "",
+        "vqa: answers to rank, a JSON list or lines; default: those of the examples to learn from",
+        kind="path",
+        later=True,
+    )
+    answer_k: int = _option(
+        128, "vqa: so many answers are compared whole when ranking (BLIP's released code: 128)", later=True
+    )
     limit: int = _option(0, "only the first so many images; 0 for all")
     batch_size: int = _option(64, "images per batch")
     out: str = _option("", "name of the result in runs/; default: the model's")

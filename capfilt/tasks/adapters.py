@@ -19,6 +19,7 @@ from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import Limits, beam_search
 from capfilt.models.blip import Blip
+from capfilt.models.classifier import BlipClassifier
 from capfilt.models.interop.contents import Contents
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vqa import BlipVqa
@@ -239,6 +240,29 @@ class BlipReasoning(_OnDevice):
         return out
 
 
+class BlipClassifying(_OnDevice):
+    """A `BlipClassifier` as a classifier of texts about one picture."""
+
+    pictures = 1
+
+    def __init__(self, model: BlipClassifier, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer, model.config.max_text_tokens, model.config.max_words)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it was trained to tell apart: the task's labels, or answers in VQA's normal form."""
+        found: tuple[str, ...] = self._model.config.classes
+        return found
+
+    def classify(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logits float32 [B, C] of texts about pixels uint8 [B, 1, 3, S, S]."""
+        with self._evaluating():
+            ids, mask = self._encode(texts)
+            tokens = self._model.encode_image(self._sent(images[:, 0]))
+            out: Tensor = self._model.class_logits(ids, mask, tokens)
+        return out
+
+
 def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
     halves: dict[str, Any] = {
         "both": WholeBlip,
@@ -253,6 +277,7 @@ ADAPTERS: dict[type[nn.Module], Callable[[Any, Tokenizer], object]] = {
     Blip: _blip,
     BlipVqa: BlipAnswering,
     BlipNlvr: BlipReasoning,
+    BlipClassifier: BlipClassifying,
 }
 """What a class of model is evaluated through."""
 
@@ -260,4 +285,5 @@ _NAMES: dict[type[nn.Module], str] = {
     Blip: "BLIP",
     BlipVqa: "BLIP for questions",
     BlipNlvr: "BLIP for statements",
+    BlipClassifier: "BLIP with a classifier",
 }

@@ -129,6 +129,38 @@ TASKS = (
         "capfilt.tasks.evaluations:choice",
         adds=(MATCHES, EMBEDS),
     ),
+    Task(
+        "vqa",
+        "the answer to a question, as people gave it",
+        "vqa",
+        ((ANSWERS, CLASSIFIES),),
+        (
+            "vqa_written",
+            "vqa_ranked",
+            "vqa_closed",
+            "vqa_written_exact",
+            "vqa_ranked_exact",
+            "vqa_closed_exact",
+        ),
+        "capfilt.tasks.answers:evaluate_vqa",
+        support=True,
+    ),
+    Task(
+        "nlvr",
+        "whether a statement is true of one picture or two",
+        "nlvr",
+        ((CLASSIFIES,),),
+        ("nlvr_accuracy", "nlvr_consistency"),
+        "capfilt.tasks.reasoning:evaluate_nlvr",
+    ),
+    Task(
+        "entailment",
+        "whether a picture entails a text, contradicts it, or neither",
+        "entailment",
+        ((CLASSIFIES,),),
+        ("entailment_accuracy",),
+        "capfilt.tasks.reasoning:evaluate_entailment",
+    ),
 )
 
 
