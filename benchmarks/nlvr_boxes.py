@@ -323,9 +323,7 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
         return there(rng, f"{words} {thing}{s}" + (f" {place}" if placed else ""), n), agrees(count)
     if form == 3:
         some, flip = rng.choice((("a", False), ("a", False), ("no", True), ("at least one", False)))
-        return f"there is {some} {thing} {place}", any(
-            map(lambda i: fits(i) and there_is(i), everything)
-        ) != flip
+        return f"there is {some} {thing} {place}", any(fits(i) and there_is(i) for i in everything) != flip
     if form == 4:
         return f"none of the {thing}s are {place}", not any(fits(i) and there_is(i) for i in everything)
     who, single = rng.choice((("there is a box with", True), ("one of the grey box has", True),

@@ -111,7 +111,7 @@ def classifier_from_blip(
 ) -> BlipClassifier:
     """A BlipClassifier that starts from a pretrained BLIP, a filter, or a classifier of other classes; its head is new.
 
-    longest: `max_text_tokens` and `max_words` of its config. drop_path 0.1: BLIP, code, for its two other finetunings of this kind.
+    longest: `max_text_tokens` and `max_words` of its config. drop_path 0.1: BLIP, code, for its two other finetunings.
     """
     if isinstance(model, Blip):
         model.require("filter")

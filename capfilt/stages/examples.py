@@ -20,7 +20,7 @@ from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.options import ExamplesOptions
 from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
-from capfilt.tables.example_formats import ExampleRow, example_rows
+from capfilt.tables.example_formats import ExampleRow, example_rows, in_parts
 from capfilt.tables.ids import example_id, file_sha256
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
@@ -63,6 +63,8 @@ class Examples(ShardStage):
         task, rows = example_rows(self.source, self.annotations)
         if o.task != "auto":
             task = o.task
+        if o.answer_parts:
+            rows = [_joined(row) for row in rows]
         if o.split:
             rows = [row if row.split else replace(row, split=o.split) for row in rows]
         if o.splits:
@@ -132,6 +134,14 @@ def _label(task: str, value: str) -> str | None:
     name = value.strip().lower()
     name = _TRUTH.get(name, name) if task == "nlvr" else name
     return name if name in LABELS[task] else None
+
+
+def _joined(row: ExampleRow) -> ExampleRow:
+    """The row with its answers as the parts of one."""
+    if not row.answers:
+        return row
+    parts = ", ".join(part for answer, count in row.answers for part in [answer] * count)
+    return replace(row, answers=((in_parts(parts), 1),))
 
 
 class _Pictures:

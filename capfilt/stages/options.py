@@ -150,8 +150,8 @@ class ExamplesOptions:
 
     source_path: str = _option(
         REQUIRED,
-        "VQA v2's questions, NLVR2's file, or records (JSON Lines or a JSON list): image or images; question, sentence "
-        "or hypothesis; answers or label; split",
+        "VQA v2's questions; NLVR's, NLVR2's, SNLI-VE's, DAQUAR's or easy-VQA's file; or records (JSON Lines or a JSON "
+        "list): image or images; question, sentence or hypothesis; answers or label; split",
         kind="path",
     )
     dataset: str = _option(REQUIRED, "name of the examples part to write")
@@ -160,6 +160,11 @@ class ExamplesOptions:
     )
     annotations: str = _option("", "VQA v2's answers, where they are public", kind="path")
     task: str = _option("auto", "auto (by the text's field), vqa, nlvr or entailment")
+    answer_parts: bool = _option(
+        False,
+        "a record's answers are the parts of one answer, so a set (DAQUAR), and not several people's",
+        later=True,
+    )
     splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
     split: str = _option("", "put every row into this split, where the source names none")
     limit: int = _option(0, "only the first so many examples; 0 for all")

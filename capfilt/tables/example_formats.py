@@ -1,4 +1,5 @@
-"""Questions and statements about pictures in other tools' layouts, as rows: VQA v2, NLVR2, and lists of records.
+"""Questions and statements about pictures in other tools' layouts, as rows: VQA v2, DAQUAR, easy-VQA, NLVR and NLVR2,
+SNLI-VE, and lists of records.
 
 What is read here is described, not judged: whether a picture is there and what a fault costs a row is the business of
 `stages/examples`.
@@ -7,18 +8,26 @@ What is read here is described, not judged: whether a picture is there and what 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
+from capfilt.tables.contracts import LABELS
 from capfilt.tables.formats import read_json, split_named, text_of, texts_in, unique
 
-KEYS = ("question_id", "identifier", "pair_id", "example_id", "id")
-TEXTS = {"question": "vqa", "sentence": "nlvr", "hypothesis": "entailment"}
-"""Where a record's text is looked for, and which task that tells."""
+KEYS = ("question_id", "identifier", "pair_id", "pairID", "example_id", "id")
+TEXTS = {"question": "vqa", "hypothesis": "entailment", "sentence2": "entailment", "sentence": "nlvr"}
+"""Where a record's text is looked for, and which task that tells (SNLI-VE's own files call the hypothesis sentence2)."""
+
+PICTURE_NUMBERS = ("Flickr30K_ID", "Flikr30kID")
+"""Where SNLI-VE's own files have the name of the picture, with and without its ending, by their version."""
+
+ORDERS = 6
+"""NLVR draws every picture with its three boxes in each of their orders."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,18 @@ def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list
 
     VQA v2: the questions' JSON, with the answers' JSON as `annotations` where they are public. Otherwise records, as a
     JSON list or JSON Lines: a text (question, sentence or hypothesis), the pictures (`image`, or `images` in order; in
-    NLVR2's own files they follow from the identifier), `answers` or `label`, `split`, and a key. Raises UserError naming
-    what is broken, or when there is no row.
+    NLVR's and NLVR2's own files they follow from the identifier), `answers` or `label`, `split`, and a key. SNLI-VE's own
+    lines have other names for these. DAQUAR's is a text, of questions and answers line by line; easy-VQA's a list of
+    [question, answer, picture's number]. Raises UserError naming what is broken, or when there is no row.
     """
     if not path.is_file():
         raise UserError(f"--source-path {path}: no such file")
+    if path.suffix == ".txt":
+        if annotations is not None:
+            raise UserError(
+                f"--annotations {annotations}: {path} holds its own answers; only VQA v2's does not"
+            )
+        return "vqa", daquar_rows(path)
     data = _json_or_lines(path)
     if isinstance(data, dict) and isinstance(data.get("questions"), list):
         rows = _vqa_rows(data, path, annotations)
@@ -63,8 +79,15 @@ def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list
             raise UserError(
                 f"--annotations {annotations}: {path} holds its own answers; only VQA v2's does not"
             )
+        if data and isinstance(data[0], list):
+            return "vqa", easy_rows(data, path)
         task = _task(data, path)
-        rows = [_record(record, number) for number, record in enumerate(data)]
+        told = split_named(path.stem) or "train"
+        rows = [
+            row
+            for number, record in enumerate(data)
+            for row in (_nlvr(record, told) if _is_nlvr(record) else [_record(record, number)])
+        ]
     else:
         raise UserError(f"{path}: has no list `questions` (VQA v2) and is no list of records")
     if not rows:
@@ -100,7 +123,9 @@ def _task(records: list[Any], path: Path) -> str:
     for record in records:
         for name, task in TEXTS.items():
             if isinstance(record, dict) and record.get(name) is not None:
-                return task
+                # ALBEF's lists for SNLI-VE call a hypothesis a sentence too; their labels tell.
+                entails = task == "nlvr" and str(record.get("label")).lower() in LABELS["entailment"]
+                return "entailment" if entails else task
     raise UserError(f"{path}: no record has {', '.join(TEXTS)}: it holds no examples")
 
 
@@ -145,6 +170,8 @@ def _record(record: Any, number: int) -> ExampleRow:
     fields = record if isinstance(record, dict) else {}
     key = next((fields[name] for name in KEYS if fields.get(name) is not None), None)
     images = fields.get("images", fields.get("image"))
+    if images is None:
+        images = next((str(fields[name]) for name in PICTURE_NUMBERS if fields.get(name) is not None), None)
     named = images if isinstance(images, list) else [images]
     names = tuple(each for each in named if isinstance(each, str | int) and not isinstance(each, bool))
     split = fields.get("split")
@@ -154,7 +181,7 @@ def _record(record: Any, number: int) -> ExampleRow:
         names = (f"{stem}-img0.png", f"{stem}-img1.png")
         split = split or key.partition("-")[0].rstrip("0123456789")
     given = fields.get("answers", fields.get("answer"))
-    label = fields.get("label")
+    label = fields.get("label", fields.get("gold_label"))
     return ExampleRow(
         _key(key, number),
         names,
@@ -163,6 +190,68 @@ def _record(record: Any, number: int) -> ExampleRow:
         None if label is None else text_of(label),
         split_named(split),
     )
+
+
+def _is_nlvr(record: Any) -> bool:
+    """Whether it is a record of NLVR's own files, which has all of a picture's orders at once."""
+    return (
+        isinstance(record, dict) and "structured_rep" in record and isinstance(record.get("identifier"), str)
+    )
+
+
+def _nlvr(record: Mapping[str, Any], split: str) -> list[ExampleRow]:
+    """A row per order of the boxes: sentence 72-0 is about train-72-0-0.png to train-72-0-5.png (NLVR, its README)."""
+    row = _record({**record, "image": ""}, 0)
+    return [
+        replace(
+            row, key=f"{split}-{row.key}-{order}", images=(f"{split}-{row.key}-{order}.png",), split=split
+        )
+        for order in range(ORDERS)
+    ]
+
+
+def daquar_rows(path: Path) -> list[ExampleRow]:
+    """Rows of DAQUAR's text file (Malinowski and Fritz, arXiv 1410.0210): a line with a question, a line with its answer.
+
+    The picture is named at the question's end ("... in the image3 ?"), which is left out of the text. An answer of several
+    parts ("cup, book") is one answer, its parts in the alphabet's order: their set is what is right.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    split = next((name for name in ("train", "test") if name in path.stem), None)
+    rows = []
+    for number, (question, answer) in enumerate(zip(lines[::2], lines[1::2], strict=False)):
+        found = _DAQUAR.fullmatch(question)
+        if found is None:
+            raise UserError(
+                f"{path}: question {number} names no picture (... in the image3 ?): {question[:60]!r}; DAQUAR's file "
+                "has a line with a question, then one with its answer"
+            )
+        text = f"{found['text'].strip()} ?"
+        rows.append(
+            ExampleRow(f"{split}-{number}", (found["image"],), text, ((in_parts(answer), 1),), split=split)
+        )
+    if not rows or len(lines) % 2:
+        raise UserError(f"{path}: has {len(lines)} lines, not pairs of a question and its answer (DAQUAR)")
+    return unique(rows)
+
+
+_DAQUAR = re.compile(r"(?P<text>.*?)(?:\s+(?:in|on|of))?(?:\s+the)?\s+(?P<image>image\d+)\s*\??")
+
+
+def in_parts(answer: str) -> str:
+    """An answer that is a set, as one text: its parts in the alphabet's order."""
+    return ", ".join(sorted(part.strip() for part in answer.split(",") if part.strip()))
+
+
+def easy_rows(data: list[Any], path: Path) -> list[ExampleRow]:
+    """Rows of easy-VQA's list (github.com/vzhou842/easy-VQA): [question, answer, picture's number]."""
+    rows = []
+    for number, each in enumerate(data):
+        if not (isinstance(each, list) and len(each) == 3 and isinstance(each[2], int)):
+            raise UserError(f"{path}: entry {number} is not [question, answer, picture's number] (easy-VQA)")
+        rows.append(ExampleRow(f"#{number}", (each[2],), _text(each[0]), _counted([each[1]])))
+    return unique(rows)
 
 
 def _key(value: Any, number: int) -> str:
