@@ -1,4 +1,4 @@
-"""Questions and statements about pictures in other tools' layouts, as rows: VQA v2, NLVR2, and lists of records.
+"""Questions, statements and labels of pictures in other tools' layouts, as rows: VQA v2, NLVR2, records, class folders.
 
 What is read here is described, not judged: whether a picture is there and what a fault costs a row is the business of
 `stages/examples`.
@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.tables.formats import read_json, split_named, text_of, texts_in, unique
+from capfilt.tables.formats import folder_split, read_json, split_named, text_of, texts_in, unique, walk
 
-KEYS = ("question_id", "identifier", "pair_id", "example_id", "id")
+KEYS = ("question_id", "identifier", "pair_id", "example_id", "item_id", "id")
 TEXTS = {"question": "vqa", "sentence": "nlvr", "hypothesis": "entailment"}
 """Where a record's text is looked for, and which task that tells."""
+
+CAPTIONS = ("caption", "text")
+"""Where a record's text is looked for else: a caption that is rated, or told from a wrong one, or labelled a match."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ExampleRow:
         label: as its source spells it; None where the source says nothing.
         split: train, val or test.
         subset: what VQA v2 calls its pictures' subset ("train2014"), which is part of their files' names.
+        wrong_texts: texts that are wrong of the picture (SugarCrepe's negative caption).
+        category: the source's own name of the kind of example.
     """
 
     key: str
@@ -42,6 +47,8 @@ class ExampleRow:
     label: str | None = None
     split: str | None = None
     subset: str = ""
+    wrong_texts: tuple[str, ...] = ()
+    category: str | None = None
 
 
 def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list[ExampleRow]]:
@@ -49,11 +56,16 @@ def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list
 
     VQA v2: the questions' JSON, with the answers' JSON as `annotations` where they are public. Otherwise records, as a
     JSON list or JSON Lines: a text (question, sentence or hypothesis), the pictures (`image`, or `images` in order; in
-    NLVR2's own files they follow from the identifier), `answers` or `label`, `split`, and a key. Raises UserError naming
-    what is broken, or when there is no row.
+    NLVR2's own files they follow from the identifier), `answers` or `label`, `split`, and a key. A record with a `caption`
+    is a rating where it has `ratings`, a choice where it has a `negative_caption`, else a match; one with a label and no
+    text is a classification. A folder of folders of pictures is a classification by the folders' names.
+
+    Raises UserError naming what is broken, or when there is no row.
     """
+    if path.is_dir():
+        return "classification", class_folders(path)
     if not path.is_file():
-        raise UserError(f"--source-path {path}: no such file")
+        raise UserError(f"--source-path {path}: no such file or folder")
     data = _json_or_lines(path)
     if isinstance(data, dict) and isinstance(data.get("questions"), list):
         rows = _vqa_rows(data, path, annotations)
@@ -101,7 +113,32 @@ def _task(records: list[Any], path: Path) -> str:
         for name, task in TEXTS.items():
             if isinstance(record, dict) and record.get(name) is not None:
                 return task
-    raise UserError(f"{path}: no record has {', '.join(TEXTS)}: it holds no examples")
+    for record in records:
+        fields = record if isinstance(record, dict) else {}
+        captioned = any(fields.get(name) is not None for name in CAPTIONS)
+        if captioned and fields.get("ratings") is not None:
+            return "rating"
+        if captioned and (fields.get("negative_caption") or fields.get("wrong_texts")):
+            return "choice"
+        if fields.get("label") is not None:
+            return "match" if captioned else "classification"
+    raise UserError(
+        f"{path}: no record has {', '.join(TEXTS)}, a caption with ratings or a negative_caption, or a label: it holds no "
+        "examples"
+    )
+
+
+def class_folders(root: Path) -> list[ExampleRow]:
+    """Pictures in folders named by their classes, as torchvision's ImageFolder has them, perhaps in folders of splits."""
+    rows = []
+    for name in walk(root):
+        *folders, _ = name.split("/")
+        split = folder_split(name) if len(folders) > 1 else None
+        if folders:
+            rows.append(ExampleRow(name, (name,), label=folders[1] if split else folders[0], split=split))
+    if not rows:
+        raise UserError(f"{root}: has no pictures in folders; a class is a folder of its pictures")
+    return rows
 
 
 def _vqa_rows(data: Mapping[str, Any], path: Path, annotations: Path | None) -> list[ExampleRow]:
@@ -153,15 +190,18 @@ def _record(record: Any, number: int) -> ExampleRow:
         stem = key.rpartition("-")[0]
         names = (f"{stem}-img0.png", f"{stem}-img1.png")
         split = split or key.partition("-")[0].rstrip("0123456789")
-    given = fields.get("answers", fields.get("answer"))
+    given = fields.get("answers", fields.get("answer", fields.get("ratings")))
     label = fields.get("label")
+    wrong = fields.get("negative_caption", fields.get("wrong_texts"))
     return ExampleRow(
         _key(key, number),
         names,
-        _text(next((fields[name] for name in TEXTS if fields.get(name) is not None), None)),
+        _text(next((fields[name] for name in (*TEXTS, *CAPTIONS) if fields.get(name) is not None), None)),
         None if given is None else _counted(given if isinstance(given, list) else [given]),
         None if label is None else text_of(label),
         split_named(split),
+        wrong_texts=tuple(texts_in(wrong)) if wrong is not None else (),
+        category=_text(fields.get("category")),
     )
 
 
