@@ -146,12 +146,13 @@ class DuplicatesOptions:
 
 @dataclass(frozen=True)
 class ExamplesOptions:
-    """Bring questions or statements about ingested pictures into an examples part, with their answers or labels."""
+    """Bring questions, statements or labels of ingested pictures into an examples part."""
 
     source_path: str = _option(
         REQUIRED,
-        "VQA v2's questions; NLVR's, NLVR2's, SNLI-VE's, DAQUAR's or easy-VQA's file; or records (JSON Lines or a JSON "
-        "list): image or images; question, sentence or hypothesis; answers or label; split",
+        "VQA v2's questions; NLVR's, NLVR2's, SNLI-VE's, DAQUAR's or easy-VQA's file; a folder of class folders; or records "
+        "(JSON Lines or a JSON list): image or images; question, sentence, hypothesis or caption; answers, ratings, "
+        "negative_caption or label; split",
         kind="path",
     )
     dataset: str = _option(REQUIRED, "name of the examples part to write")
@@ -159,11 +160,13 @@ class ExamplesOptions:
         (), "images parts that hold the pictures, found by their keys; repeatable", kind="images"
     )
     annotations: str = _option("", "VQA v2's answers, where they are public", kind="path")
-    task: str = _option("auto", "auto (by the text's field), vqa, nlvr or entailment")
     answer_parts: bool = _option(
         False,
         "a record's answers are the parts of one answer, so a set (DAQUAR), and not several people's",
         later=True,
+    )
+    task: str = _option(
+        "auto", "auto (by the fields), vqa, nlvr, entailment, classification, match, rating or choice"
     )
     splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
     split: str = _option("", "put every row into this split, where the source names none")
@@ -559,14 +562,32 @@ class RetrainOptions(PretrainOptions):
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a checkpoint: retrieval and captioning on one split of an images part."""
+    """Measure what a checkpoint can do, task by task, on one split: see docs/evaluation.md."""
 
     model: str = _option("retrained", "checkpoint", kind="model")
-    images: str = _option(REQUIRED, "images part with human captions", kind="images")
+    images: str = _option(
+        REQUIRED,
+        "images part: with human captions for retrieval and captioning, else with the examples' pictures",
+        kind="images",
+    )
+    examples: tuple[str, ...] = _option(
+        (),
+        "examples parts for the other tasks, each of which takes its own rows; repeatable",
+        kind="examples",
+    )
+    pictures: tuple[str, ...] = _option(
+        (), "further images parts that hold pictures of the examples; repeatable", kind="images"
+    )
     split: str = _option("test", "split to evaluate on; empty for every row")
-    tasks: tuple[str, ...] = _option(("retrieval", "captioning"), "retrieval, captioning")
+    support_split: str = _option(
+        "", "split to learn from (few-shot: train) or to choose a threshold on (match: val)"
+    )
+    tasks: tuple[str, ...] = _option(
+        ("retrieval", "captioning"),
+        "retrieval, captioning, zero-shot, few-shot, match, rating, choice; repeatable",
+    )
     rerank: int = _option(
-        128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128); 0: rank by ITC alone"
+        128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"
     )
     method: str = _option("beam", "captioning: beam, greedy or nucleus")
     num_beams: int = _option(3, "captioning: beams (BLIP's caption configuration: 3)")
@@ -574,17 +595,26 @@ class EvaluateOptions:
     max_new_tokens: int = _option(20, "captioning: longest text in tokens")
     answer_list: str = _option(
         "",
-        "vqa: answers to rank, a JSON list or lines; default: those of the examples to learn from",
+        "vqa: answers to rank, a JSON list or lines, such as the answers.json of a finetuned checkpoint; default: none",
         kind="path",
-        later=True,
     )
     answer_k: int = _option(
-        128, "vqa: so many answers are compared whole when ranking (BLIP's released code: 128)", later=True
+        128, "vqa: so many answers are compared whole when ranking (BLIP's released code: 128)"
     )
-    limit: int = _option(0, "only the first so many images; 0 for all")
+    caption_scorer: str = _option(
+        "capfilt", "captioning: capfilt (no Java), or pycocoevalcap (METEOR and SPICE too, where Java is)"
+    )
+    templates: str = _option(
+        "cifar", "zero-shot: prompts, single, cifar or imagenet (CLIP's), or a file with one {} per line", kind="path"
+    )  # fmt: skip
+    shots: str = _option("1,2,4,8,16", "few-shot: numbers of examples per class, with commas")
+    draws: int = _option(3, "few-shot: how often the examples are drawn")
+    limit: int = _option(0, "only so many images, or examples; 0 for all")
     batch_size: int = _option(64, "images per batch")
     out: str = _option("", "name of the result in runs/; default: the model's")
-    seed: int = _option(0, "of the bootstrap intervals")
+    seed: int = _option(0, "of the bootstrap intervals, and of few-shot draws")
+    resamples: int = _option(2000, "of the bootstrap intervals, by image; 0: no intervals")
+    markdown: str = _option("", "also write the figures to this file, as a Markdown table", told=True)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 Those that put a classifier on it are `classifier_training.py`'s.
 
 What every training shares is `training.py`'s. A checkpoint directory holds what that of the other stages holds;
-`exposures.parquet` counts examples. The figures in its `config.json` are the loop's last ones, and with `--validate` the
+`exposures.parquet` counts examples, and for VQA `answers.json` lists those to rank. The figures in its `config.json` are the loop's last ones, and with `--validate` the
 loss and accuracy on examples of the split val: of VQA the share of annotators whose answer is the one written greedily,
 which is no official metric.
 """
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
+from capfilt.data.answers import closed_list
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
@@ -205,6 +207,12 @@ class FinetuneVqa(TaskTraining):
                     f"--answer-weight {item}: write PART=WEIGHT, one of --examples and a number above 0"
                 )
         return found
+
+    def prepare(self, data: TaskCorpus, model: Any, where: torch.device) -> None:
+        # BLIP ranks the answers that are frequent in training (released code: answer_list.json).
+        answers = closed_list(data.annotated, self.options.min_answers)
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "answers.json").write_text(json.dumps(answers, indent=0) + "\n", encoding="utf-8")
 
     def started(self, model: Blip, data: TaskCorpus) -> BlipVqa:
         return vqa_from_blip(model, self.options.seed, self.options.drop_path)

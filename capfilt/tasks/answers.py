@@ -22,7 +22,6 @@ from torch import Tensor
 
 from capfilt.data.answers import (
     LEAST_ANNOTATORS,
-    closed_list,
     merged,
     normalised,
     soft_score,
@@ -73,8 +72,7 @@ def worth(predicted: Sequence[str], questions: Sequence[Answers]) -> NDArray[np.
 def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress) -> Outcome:
     """VQA with whatever the model has: `vqa_written` and `vqa_ranked` (open set), `vqa_closed` (closed set), in percent.
 
-    options: `batch_size`, `num_beams`, `answer_list` (a file; else the answers of `data.support`, where there are any) and
-    `answer_k`. Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
+    options: `batch_size`, `num_beams`, `answer_list` (without one nothing is ranked) and `answer_k`. Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
     """
     if not len(data):
         raise UserError("--tasks vqa: there is no question in this split")
@@ -88,7 +86,7 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     written: dict[str, list[str]] = {}
     protocol = []
     if isinstance(model, AnswersQuestions):
-        listed = answer_list(options, data)
+        listed = answer_list(options.answer_list)
         written[f"vqa_written{suffix}"] = []
         protocol.append(f"open set: written with {options.num_beams} beams")
         if listed:
@@ -125,7 +123,7 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     )
     figures, made_of = {}, {}
     image_of = [data.image_ids[places[0]] for places in data.pictures]
-    constant = most_frequent(data)
+    constant = most_frequent(questions)
     baselines = {}
     for name, made in written.items():
         values = worth(made, questions)
@@ -140,7 +138,7 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
         counts={"examples": count, "images": len(set(image_of))},
         baselines=baselines,
         details={
-            "baseline": f"always {constant!r}",
+            "baseline": f"always the split's own most frequent answer, {constant!r}",
             "answers": {
                 name: dict(zip(data.example_ids, made, strict=True)) for name, made in written.items()
             },
@@ -148,27 +146,31 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     )
 
 
-def answer_list(options: Any, data: ExampleSet) -> list[str]:
-    """The answers to rank: of the file `options.answer_list`, a JSON list or lines, else those of `data.support`."""
-    if not options.answer_list:
-        return list(closed_list(data.support.answers, least=1)) if data.support is not None else []
-    path = Path(options.answer_list).expanduser()
+def answer_list(path: str) -> list[str]:
+    """The answers in a file, a JSON list or lines, each once; none where no file is named. UserError naming it."""
+    if not path:
+        return []
+    file = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
         found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"--answer-list {path}: not readable as a list of answers ({error})") from error
+        raise UserError(f"--answer-list {file}: not readable as a list of answers ({error})") from error
     listed = list(dict.fromkeys(each for each in found if isinstance(each, str) and each.strip()))
     if not listed:
-        raise UserError(f"--answer-list {path}: has no answers; give a JSON list of strings, or lines")
+        raise UserError(f"--answer-list {file}: has no answers; give a JSON list of strings, or lines")
     return listed
 
 
-def most_frequent(data: ExampleSet) -> str:
-    """The answer that most questions have: of the examples to learn from, where there are any."""
-    source = data.support if data.support is not None and len(data.support) else data
+def depends(options: Any) -> list[str]:
+    """What the figures depend on beside options and inputs: the answers to rank."""
+    return answer_list(options.answer_list)
+
+
+def most_frequent(questions: Sequence[Answers]) -> str:
+    """The answer that most people gave, in its normal form; the last in the alphabet of several."""
     counts = Counter[str]()
-    for answers in source.answers:
+    for answers in questions:
         counts.update(merged(answers))
     return max(counts, key=lambda answer: (counts[answer], answer)) if counts else ""
 

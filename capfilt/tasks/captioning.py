@@ -321,13 +321,14 @@ class CaptioningResult:
 
     `metrics` is flat: `bleu@1 .. bleu@4`, `rouge_l`, `cider`, all x100. `cider` and `rouge_l` float64
     [images] are the per-image scores whose means those are, for the bootstrap (the idf stays that of the
-    whole set); BLEU is a corpus figure and has none. `captions` are the texts judged, empty where the
-    captioner wrote nothing: those score 0 and count.
+    whole set); `bleu` float64 [images, 10] is what BLEU adds up (`bleu_parts`). `captions` are the texts
+    judged, empty where the captioner wrote nothing: those score 0 and count.
     """
 
     metrics: dict[str, float]
     cider: Floats
     rouge_l: Floats
+    bleu: Floats
     captions: tuple[str, ...]
 
 
@@ -340,9 +341,10 @@ def caption_metrics(captions: Sequence[str | None], references: Sequence[Sequenc
     candidates = [tokenize(text) for text in texts]
     options = [[tokenize(text) for text in image] for image in references]
     cider, rouge = cider_d(candidates, options), rouge_l(candidates, options)
-    metrics = {f"bleu@{n}": value for n, value in enumerate(bleu(candidates, options), start=1)}
+    parts = bleu_parts(candidates, options)
+    metrics = {f"bleu@{n}": float(v) for n, v in enumerate(bleu_of(parts.sum(axis=0)[None])[0], start=1)}
     metrics |= {"rouge_l": float(rouge.mean()), "cider": float(cider.mean())}
-    return CaptioningResult(metrics, cider, rouge, texts)
+    return CaptioningResult(metrics, cider, rouge, parts, texts)
 
 
 def evaluate_captioning(

@@ -36,7 +36,8 @@ class Task:
         headline: the figures that fit in a line.
         run: "module:function", called with (model, data, options, progress), which gives an `Outcome`: data is the
             `data.corpus.Corpus` or `data.example_set.ExampleSet` of what it reads, options are `EvaluateOptions`.
-        support: whether it also learns from examples of another split; then `data.support` holds those.
+        further: "module:function", called with the options, which gives what else the figures depend on, such as a file.
+        support: the split it also learns or tunes on, unless another is named; then `data.support` holds those examples.
     """
 
     name: str
@@ -46,7 +47,8 @@ class Task:
     headline: tuple[str, ...]
     run: str
     adds: tuple[str, ...] = ()
-    support: bool = False
+    support: str = ""
+    further: str = ""
 
     def possible(self, can: Sequence[str]) -> bool:
         """Whether a model with these capabilities can do it."""
@@ -58,9 +60,17 @@ class Task:
 
     def function(self) -> Callable[[Any, Any, Any, Progress], Outcome]:
         """What evaluates it."""
-        module, _, name = self.run.partition(":")
-        found: Callable[[Any, Any, Any, Progress], Outcome] = getattr(importlib.import_module(module), name)
-        return found
+        return _named(self.run)
+
+    def depends(self, options: Any) -> Any:
+        """What its figures depend on beside options and inputs: JSON-able."""
+        return _named(self.further)(options) if self.further else None
+
+
+def _named(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 EMBEDS, FEATURES, MATCHES = "embeds images and texts", "embeds images", "matches pairs"
@@ -92,6 +102,7 @@ TASKS = (
         ((EMBEDS,),),
         ("zero_shot_top1",),
         "capfilt.tasks.evaluations:zero_shot",
+        further="capfilt.tasks.evaluations:chosen_prompts",
     ),
     Task(
         "few-shot",
@@ -100,7 +111,7 @@ TASKS = (
         ((FEATURES,),),
         ("probe@16", "class_mean@16"),
         "capfilt.tasks.evaluations:few_shot",
-        support=True,
+        support="train",
     ),
     Task(
         "match",
@@ -110,6 +121,7 @@ TASKS = (
         ("match_auc_itm", "match_auc_itc"),
         "capfilt.tasks.evaluations:match",
         adds=(MATCHES, EMBEDS),
+        support="val",
     ),
     Task(
         "rating",
@@ -143,7 +155,7 @@ TASKS = (
             "vqa_closed_exact",
         ),
         "capfilt.tasks.answers:evaluate_vqa",
-        support=True,
+        further="capfilt.tasks.answers:depends",
     ),
     Task(
         "nlvr",
