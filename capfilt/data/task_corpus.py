@@ -70,6 +70,7 @@ class TaskCorpus:
         image_ids: N strings.
         example_ids, texts: E strings each; texts as found.
         answers: each example's answers with their weights.
+        annotated: each example's answers with how many annotators gave them.
         labels: int64 [E], places in `contracts.LABELS`, -1 where there is none.
         classes: of the closed list of answers (vqa), in the order of a classifier's outputs; empty without one.
         targets: (place in `classes`, worth in [0, 1]) of each example's answers that are among them.
@@ -87,6 +88,7 @@ class TaskCorpus:
     texts: list[str]
     answers: list[tuple[tuple[str, float], ...]]
     labels: Index
+    annotated: list[Answers] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     targets: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
@@ -193,6 +195,7 @@ def from_examples(
             [LABELS[task].index(row["label"]) if row["label"] in LABELS[task] else -1 for row, _ in kept],
             dtype=np.int64,
         ),
+        annotated=[counted(row) for row, _ in kept],
         classes=known,
         targets=[soft_targets(counted(row), place_of) for row, _ in kept] if known else [],
         skipped={reason: count for reason, count in sorted(skipped.items()) if count},

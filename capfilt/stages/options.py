@@ -413,7 +413,7 @@ class FinetuneVqaOptions(TaskOptions):
     )
     min_answers: int = _option(
         9,
-        "with --closed: answers that are the most frequent of so many questions (ViLT's code: 9)",
+        "answers that are the most frequent of so many questions make the closed list, and the one to rank (ViLT's code: 9)",
         later=True,
     )
     learning_rate: float = _option(2e-5, "peak (BLIP's VQA configuration)")

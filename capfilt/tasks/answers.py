@@ -72,7 +72,8 @@ def worth(predicted: Sequence[str], questions: Sequence[Answers]) -> NDArray[np.
 def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress) -> Outcome:
     """VQA with whatever the model has: `vqa_written` and `vqa_ranked` (open set), `vqa_closed` (closed set), in percent.
 
-    options: `batch_size`, `num_beams`, `answer_list` (without one nothing is ranked) and `answer_k`. Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
+    options: `batch_size`, `num_beams`, `answer_list` (without one nothing is ranked) and `answer_k`.
+    Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
     """
     if not len(data):
         raise UserError("--tasks vqa: there is no question in this split")
