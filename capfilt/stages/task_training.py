@@ -4,8 +4,8 @@ Those that put a classifier on it are `classifier_training.py`'s.
 
 What every training shares is `training.py`'s. A checkpoint directory holds what that of the other stages holds;
 `exposures.parquet` counts examples, and for VQA `answers.json` lists those to rank. The figures in its `config.json` are
-the loop's last ones, and with `--validate` the loss and accuracy on examples of the split val: of VQA the share of annotators whose answer is the one written greedily,
-which is no official metric.
+the loop's last ones, and with `--validate` the loss and accuracy on examples of the split val: of VQA the share of
+annotators whose answer is the one written greedily, which is no official metric.
 """
 
 from __future__ import annotations
