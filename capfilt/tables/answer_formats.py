@@ -12,7 +12,7 @@ from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.tables.example_row import ExampleRow, counted
-from capfilt.tables.formats import text_of
+from capfilt.tables.formats import split_named, text_of
 
 ORDERS = 6
 """NLVR draws every picture with its three boxes in each of their orders."""
@@ -25,17 +25,14 @@ def is_nlvr(record: Any) -> bool:
     )
 
 
-def nlvr_rows(row: ExampleRow, split: str) -> list[ExampleRow]:
-    """A row per order of the boxes of a record of NLVR's own file.
+def nlvr_rows(row: ExampleRow, name: str) -> list[ExampleRow]:
+    """A row per order of the boxes of a record of NLVR's own file, which is called `name`.json.
 
-    Sentence 72-0 is about train-72-0-0.png to train-72-0-5.png (NLVR, its README).
+    Sentence 72-0 of dev.json is about dev-72-0-0.png to dev-72-0-5.png (NLVR, its README).
     """
-    return [
-        replace(
-            row, key=f"{split}-{row.key}-{order}", images=(f"{split}-{row.key}-{order}.png",), split=split
-        )
-        for order in range(ORDERS)
-    ]
+    keys = [f"{name}-{row.key}-{order}" for order in range(ORDERS)]
+    split = row.split or split_named(name)
+    return [replace(row, key=key, images=(f"{key}.png",), split=split) for key in keys]
 
 
 def daquar_rows(path: Path) -> list[ExampleRow]:

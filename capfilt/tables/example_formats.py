@@ -57,12 +57,11 @@ def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list
         if data and isinstance(data[0], list):
             return "vqa", unique(easy_rows(data, path))
         task = _task(data, path)
-        told = split_named(path.stem) or "train"
         rows = [
             row
             for number, record in enumerate(data)
             for row in (
-                nlvr_rows(_record({**record, "image": ""}, 0), told)
+                nlvr_rows(_record({**record, "image": ""}, 0), path.stem)
                 if is_nlvr(record)
                 else [_record(record, number)]
             )
