@@ -6,13 +6,13 @@ What they share with BLIP's own finetunings is `task_training.py`'s; the model i
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from capfilt.data.answers import closed_list
-from capfilt.data.task_corpus import TaskCorpus
+from capfilt.data.task_corpus import Answers, TaskCorpus
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
@@ -70,16 +70,23 @@ class FinetuneClosedVqa(ClassifierTask):
             raise UserError(f"--min-answers {options.min_answers}: give 1 or more")
 
     def classes(self, data: TaskCorpus) -> tuple[str, ...]:
-        if len(data.classes) < 2:
-            raise UserError(
-                f"{self.name}: {len(data.classes)} answers are the most frequent of {self.options.min_answers} "
-                "questions, and a closed list needs two: lower --min-answers"
-            )
         return data.classes
 
     def reading(self, model: Any = None) -> dict[str, Any]:
-        found = partial(closed_list, least=self.options.min_answers)
-        return {**super().reading(model), "classes": model.config.classes if model is not None else found}
+        return {
+            **super().reading(model),
+            "classes": model.config.classes if model is not None else self._closed_list,
+        }
+
+    def _closed_list(self, questions: Sequence[Answers]) -> tuple[str, ...]:
+        least = self.options.min_answers
+        found = closed_list(questions, least)
+        if len(found) < 2:
+            raise UserError(
+                f"{self.name}: of {len(questions)} questions, {len(found)} answers are the most frequent of {least} "
+                "or more, and a closed list needs two: lower --min-answers"
+            )
+        return found
 
 
 class FinetuneSingleNlvr(ClassifierTask):
