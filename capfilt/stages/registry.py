@@ -30,6 +30,9 @@ class StageCommand:
     out: bool = False  # whether --out names a directory (the option dataclass has none of its own)
     without: str = ""  # a boolean option that, when off, leaves out all stages but the first
     instead: tuple[str, str] = ("", "")  # an option that, when set, runs this class in place of the others
+    shows: str = (
+        ""  # "module:function" that the command line calls with (output, options, quiet, where) at the end
+    )
 
     @property
     def name(self) -> str:
@@ -92,6 +95,7 @@ STAGES = (
         (
             "capfilt examples questions.json --annotations annotations.json --images coco --dataset vqav2",
             "capfilt examples nlvr2/train.json --images nlvr2 --dataset nlvr2 --split train",
+            "capfilt examples imagenet --images imagenet --dataset imagenet",
         ),
         positional="source_path",
         out=True,
@@ -207,7 +211,10 @@ STAGES = (
         (
             "capfilt evaluate --model retrained --images coco --split test",
             "capfilt evaluate --model filter --images coco --tasks retrieval --rerank 256",
+            "capfilt evaluate --model filter --images cifar10 --examples cifar10 --tasks zero-shot --tasks few-shot",
+            "capfilt evaluate --images coco --tasks captioning --caption-scorer pycocoevalcap --markdown table.md",
         ),
+        shows="capfilt.results:shown_after",
     ),
     StageCommand(
         ("grade",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -168,9 +169,9 @@ class BlipCapabilities(_OnDevice):
 class BlipCaptioning(_OnDevice):
     """A `Blip` with its captioner's half as a writer of captions and an image encoder."""
 
-    def __init__(self, model: Blip, tokenizer: Tokenizer) -> None:
-        super().__init__(model, tokenizer, model.config.max_text_tokens)
-        self._captioner = Captioner(model, tokenizer)
+    @cached_property
+    def _captioner(self) -> Captioner:
+        return Captioner(self._model, self._tokenizer)
 
     def caption(self, images: Any, *args: Any, **options: Any) -> Sequence[Caption]:
         """As `Captioner.caption`."""
@@ -179,10 +180,6 @@ class BlipCaptioning(_OnDevice):
 
 class WholeBlip(BlipCapabilities, BlipCaptioning):
     """A `Blip` with both halves: everything that either can do."""
-
-    def __init__(self, model: Blip, tokenizer: Tokenizer) -> None:
-        BlipCapabilities.__init__(self, model, tokenizer)
-        self._captioner = Captioner(model, tokenizer)
 
 
 class BlipAnswering(_OnDevice):
@@ -264,13 +261,9 @@ class BlipClassifying(_OnDevice):
 
 
 def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
-    halves: dict[str, Any] = {
-        "both": WholeBlip,
-        "filter": BlipCapabilities,
-        "captioner": BlipCaptioning,
-    }
-    made: _OnDevice = halves[model.config.half](model, tokenizer)
-    return made
+    if model.config.half == "captioner":
+        return BlipCaptioning(model, tokenizer, model.config.max_text_tokens)
+    return (WholeBlip if model.config.half == "both" else BlipCapabilities)(model, tokenizer)
 
 
 ADAPTERS: dict[type[nn.Module], Callable[[Any, Tokenizer], object]] = {

@@ -31,8 +31,7 @@ class Task:
         name: as in `--tasks`.
         about: what is asked of a model, in a few words.
         reads: `CAPTIONS`, or the task of the examples (`contracts.TASKS`).
-        needs: names of capabilities (`capabilities.CAPABILITIES`); of each group, one suffices.
-        adds: capabilities that a model may have beside, for further figures.
+        needs: names of capabilities (`capabilities.CAPABILITIES`); of each group one suffices, and each gives figures.
         headline: the figures that fit in a line.
         run: "module:function", called with (model, data, options, progress), which gives an `Outcome`: data is the
             `data.corpus.Corpus` or `data.example_set.ExampleSet` of what it reads, options are `EvaluateOptions`.
@@ -46,7 +45,6 @@ class Task:
     needs: tuple[tuple[str, ...], ...]
     headline: tuple[str, ...]
     run: str
-    adds: tuple[str, ...] = ()
     support: str = ""
     further: str = ""
 
@@ -85,7 +83,6 @@ TASKS = (
         ((EMBEDS, MATCHES),),
         ("tr@1", "ir@1", "r_mean"),
         "capfilt.tasks.evaluations:retrieval",
-        adds=(MATCHES,),
     ),
     Task(
         "captioning",
@@ -120,7 +117,6 @@ TASKS = (
         _JUDGES,
         ("match_auc_itm", "match_auc_itc"),
         "capfilt.tasks.evaluations:match",
-        adds=(MATCHES, EMBEDS),
         support="val",
     ),
     Task(
@@ -130,7 +126,6 @@ TASKS = (
         _JUDGES,
         ("tau_c_itm", "tau_c_itc"),
         "capfilt.tasks.evaluations:rating",
-        adds=(MATCHES, EMBEDS),
     ),
     Task(
         "choice",
@@ -139,7 +134,6 @@ TASKS = (
         _JUDGES,
         ("choice_itm", "choice_itc"),
         "capfilt.tasks.evaluations:choice",
-        adds=(MATCHES, EMBEDS),
     ),
     Task(
         "vqa",
@@ -205,7 +199,7 @@ def _plain(text: str) -> str:
 
 
 def matrix() -> list[tuple[str, ...]]:
-    """The tasks by the capabilities, as rows of a table with its head: needs, one of (where another would do too), adds."""
+    """The tasks by the capabilities, as rows of a table with its head: needs, or one of (where another would do too)."""
     from capfilt.tasks.capabilities import CAPABILITIES
 
     rows: list[tuple[str, ...]] = [("task", "asks for", *CAPABILITIES)]
@@ -213,8 +207,6 @@ def matrix() -> list[tuple[str, ...]]:
         cells = []
         for name in CAPABILITIES:
             group = next((group for group in task.needs if name in group), ())
-            cells.append(
-                "one of" if len(group) > 1 else "needs" if group else "adds" if name in task.adds else ""
-            )
+            cells.append("one of" if len(group) > 1 else "needs" if group else "")
         rows.append((task.name, task.about, *cells))
     return rows
