@@ -584,13 +584,13 @@ class EvaluateOptions:
     )
     tasks: tuple[str, ...] = _option(
         ("retrieval", "captioning"),
-        "retrieval, captioning, zero-shot, few-shot, match, rating, choice; repeatable",
+        "retrieval, captioning, zero-shot, few-shot, match, rating, choice, vqa, nlvr, entailment; repeatable",
     )
     rerank: int = _option(
         128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"
     )
     method: str = _option("beam", "captioning: beam, greedy or nucleus")
-    num_beams: int = _option(3, "captioning: beams (BLIP's caption configuration: 3)")
+    num_beams: int = _option(3, "captioning, vqa: beams (BLIP's configurations of both: 3)")
     prompt: str = _option("", "captioning: prompt; pretrained models learned none")
     max_new_tokens: int = _option(20, "captioning: longest text in tokens")
     answer_list: str = _option(
