@@ -1,5 +1,5 @@
-"""The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, report,
-doctor, recipe and export.
+"""The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, compare,
+report, doctor, recipe and export.
 
 Only typer and the standard library are imported here; what a command needs is imported when it runs. Options are
 declared once, in `stages/options.py`.
@@ -29,6 +29,7 @@ OTHERS = {
     "run": "Run a recipe: its stages in order, skipping what is done.",
     "quickstart": "Run the whole loop on a generated world, end to end, on this machine.",
     "query": "Ask a workspace in SQL.",
+    "compare": "Show a result of evaluate, or set several side by side.",
     "report": "Write one HTML file about a workspace.",
     "doctor": "Check this machine, and a workspace's shards against their manifests.",
     "recipe list": "List the recipes that come with capfilt.",
@@ -129,6 +130,17 @@ def run_stages(
     output = Part(out) if out else None
     for summary in run_command(command, options, Workspace(workspace), execution, output=output, quiet=quiet):
         typer.echo(summary.text())
+        if command.shows:
+            _show(command.shows, summary.output, options, quiet)
+
+
+def _show(path: str, output: str, options: Any, quiet: bool) -> None:
+    """What a command has to show of the result it wrote."""
+    import importlib
+    from pathlib import Path
+
+    module, _, name = path.partition(":")
+    getattr(importlib.import_module(module), name)(Path(output), options, quiet, sys.stdout)
 
 
 def _epilog(examples: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The commands that are not stages: run, quickstart, query, report, doctor, recipe list, recipe show, export.
+"""The commands that are not stages: run, quickstart, query, compare, report, doctor, recipe list, recipe show, export.
 
 Light: each imports what it needs when it runs.
 """
@@ -32,6 +32,11 @@ EXAMPLES = {
         'capfilt query "SELECT source, count(*), avg(itm_score) FROM texts JOIN scores USING (text_id) GROUP BY 1"',
         'capfilt query "SELECT quantile_cont(itm_score, 0.3) FROM scores" --format json',
         "capfilt query",
+    ),
+    "compare": (
+        "capfilt compare curated",
+        "capfilt compare human_only curated raw",
+        "capfilt compare human_only curated --format markdown > table.md",
     ),
     "report": ("capfilt report -w quickstart --out report.html",),
     "doctor": ("capfilt doctor", "capfilt doctor -w quickstart --verify"),
@@ -107,6 +112,23 @@ def query(
     from capfilt.tables.workspace import Workspace
 
     print_query(Workspace(workspace), sql, format, sys.stdout)
+
+
+def compare(
+    results: Annotated[
+        list[str],
+        typer.Argument(
+            help="results in runs/, or paths; others are compared with the first", metavar="RUN..."
+        ),
+    ],
+    format: Annotated[str, typer.Option("--format", help="table, markdown or json")] = "table",
+    workspace: WORKSPACE = ".",
+) -> None:
+    """Show a result of evaluate, or set several side by side and say which differences are outside their interval."""
+    from capfilt.results import show
+    from capfilt.tables.workspace import Workspace
+
+    show(Workspace(workspace), results, format, sys.stdout)
 
 
 def report(

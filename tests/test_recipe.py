@@ -217,6 +217,14 @@ NLVR2 = {
     **FINETUNING, "learning_rate": 3e-5, "epochs": 15.0, "max_words": 40, "drop_path": 0.1, "swap": 0.5,
     "splits": ("train",),
 }  # fmt: skip
+VQA_CLOSED = {
+    "closed": True, "min_answers": 9, "epochs": 10.0, "batch_size": 256, "splits": ("train", "val"), "image_size": 480,
+    "max_text_tokens": 40, "warmup_steps": 2500,
+}  # fmt: skip
+SNLI_VE = {
+    **FINETUNING, "learning_rate": 2e-5, "min_lr": 1e-6, "epochs": 5.0, "weight_decay": 0.02, "decay": "matrices",
+    "max_words": 30, "randaugment_level": 7.0, "splits": ("train",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -236,6 +244,8 @@ NLVR2 = {
         ("blip-finetune-caption", "evaluate", {"num_beams": 3, "max_new_tokens": 16, "method": "beam"}),
         ("blip-finetune-vqa", "finetune-vqa", VQA),
         ("blip-finetune-nlvr2", "finetune-nlvr", NLVR2),
+        ("blip-finetune-vqa-closed", "finetune-vqa", VQA_CLOSED),
+        ("blip-finetune-snli-ve", "finetune-entailment", SNLI_VE),
         ("blip-base-14m", "select-cc12m", {"threshold": 0.5, "by": "itm_score"}),
         ("blip-base-14m", "caption-cc12m", {"method": "nucleus", "top_p": 0.9, "samples": 1}),
     ],

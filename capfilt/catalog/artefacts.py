@@ -85,9 +85,20 @@ def read_runs(directory: Path) -> Iterator[Run]:
         return
     for path in sorted(directory.glob("*.json")):
         content = read_json(path)
-        figures = dict(shown_figures(content.get("metrics", content)))
+        metrics = content.get("metrics", content)
+        if isinstance(metrics, Mapping):
+            # Where a figure has an interval, that says all of it.
+            intervals = mapping(content.get("intervals"))
+            metrics = {name: _with_interval(value, intervals.get(name)) for name, value in metrics.items()}
+        figures = dict(shown_figures(metrics))
         if figures:
             yield Run(str(content.get("name") or path.stem), figures, content)
+
+
+def _with_interval(value: Any, interval: Any) -> Any:
+    found = mapping(interval)
+    whole = all(is_number(found.get(key)) for key in ("value", "low", "high"))
+    return {key: found[key] for key in ("value", "low", "high")} if whole else value
 
 
 def checkpoint_fingerprint(directory: Path) -> str:

@@ -7,7 +7,7 @@ options, seed, step). What cannot be trained on is left out and counted, never r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -17,16 +17,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from capfilt.data.answers import soft_targets
 from capfilt.data.examples import TRAINING_SPLITS, slices
 from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead, share
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import Index, Rows
 from capfilt.data.tokenizer import MAX_WORDS, Tokenizer, clean
 from capfilt.data.transforms import mentions_sides, swap_left_right
-from capfilt.tables.contracts import LABELS, TASKS
+from capfilt.tables.contracts import LABELS
 
 PICTURES = {"vqa": 1, "nlvr": 2, "entailment": 1}
-"""How many pictures a model of the task looks at."""
+"""How many pictures a model of the task looks at, of the tasks that are trained on."""
+
+Answers = tuple[tuple[str, int], ...]
+"""The answers to a question, each with how many annotators gave it."""
 
 NEEDED = ("example_id", "task", "image_ids", "text", "answers", "label", "failure")
 
@@ -44,12 +48,14 @@ class TaskBatch(Batch):
         answer_ids, answer_mask: int64 and bool [B, A, L]: [CLS] answer [SEP]; a question has up to A answers.
         answer_weight: float32 [B, A], 0 where there is no further answer.
         label: int64 [B], the place of the label in `contracts.LABELS`; -1 where there is none.
+        targets: float32 [B, C], what each answer of a closed list is worth, in [0, 1]; None without one.
     """
 
     answer_ids: Tensor | None = None
     answer_mask: Tensor | None = None
     answer_weight: Tensor | None = None
     label: Tensor | None = None
+    targets: Tensor | None = None
 
 
 @dataclass
@@ -57,18 +63,21 @@ class TaskCorpus:
     """E examples of one task over N pictures, by column.
 
     Attributes:
-        task: one of `contracts.TASKS`.
+        task: one of `PICTURES`.
         images: pixels of the pictures, uint8 [3, S, S] each.
         pictures: int64 [E, 1 or 2], the rows in `images` of each example's pictures; an example with one picture shows a
             model of pairs that one twice.
         image_ids: N strings.
         example_ids, texts: E strings each; texts as found.
         answers: each example's answers with their weights.
+        annotated: each example's answers with how many annotators gave them.
         labels: int64 [E], places in `contracts.LABELS`, -1 where there is none.
+        classes: of the closed list of answers (vqa), in the order of a classifier's outputs; empty without one.
+        targets: (place in `classes`, worth in [0, 1]) of each example's answers that are among them.
         skipped: how many were left out for a fault: pictures by their failure (once per picture), examples by theirs,
             by `no_image` where a picture cannot be used, and by `empty_text`.
         deselected: how many were left out without a fault: as `split`, `task`, `no_answer`, `no_label`, `pictures`,
-            `limit`.
+            `unlisted` (none of its answers is on the closed list), `limit`.
     """
 
     task: str
@@ -79,6 +88,9 @@ class TaskCorpus:
     texts: list[str]
     answers: list[tuple[tuple[str, float], ...]]
     labels: Index
+    annotated: list[Answers] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
+    targets: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     deselected: dict[str, int] = field(default_factory=dict)
 
@@ -110,6 +122,8 @@ def from_examples(
     *,
     size: int,
     limit: int = 0,
+    pictures: int = 0,
+    classes: Callable[[Sequence[Answers]], Sequence[str]] | Sequence[str] = (),
     **options: Unpack[BuildOptions],
 ) -> TaskCorpus:
     """The examples of one task that can be trained on.
@@ -118,17 +132,22 @@ def from_examples(
         example_tables: Arrow tables with the columns of the examples contract, each with a factor for its answers'
             weights (ALBEF and BLIP take Visual Genome's at less than VQA v2's); read first and held.
         image_tables: Arrow tables with the columns of the images contract; read one at a time.
-        task: one of `contracts.TASKS`; a vqa example needs an answer, another one a label.
+        task: one of `PICTURES`; a vqa example needs an answer, another one a label.
         splits: only examples of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
         limit: only so many of them, a sample that is always the same; 0 for all.
+        pictures: how many the model looks at; 0 for the task's. Examples with more are left out.
+        classes: the closed list of answers, for a classifier of questions: a list, or what makes one of the answers to
+            the questions that were chosen (`answers.closed_list`). Questions without an answer on a list that is made
+            are left out; on one that is given they have no targets, as they should where a model is judged.
         **options: as in `corpus.from_images`; `progress` is called with numbers of image rows.
 
     An answer's weight is its share of the question's annotators (BLIP, released code) times the factor. Raises UserError
     for a column that is missing or wrong, RunError for a full disk.
     """
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is none of {', '.join(TASKS)}")
+    if task not in PICTURES:
+        raise ValueError(f"task {task!r} is none of {', '.join(PICTURES)}")
+    looks_at = pictures or PICTURES[task]
     skipped: Counter[str] = Counter()
     deselected: Counter[str] = Counter()
     chosen = [
@@ -136,33 +155,39 @@ def from_examples(
         for table, factor in example_tables
         for rows in slices([table], "examples", NEEDED, ("split",))
         for row in rows
-        if _chosen(row, task, splits, skipped, deselected)
+        if _chosen(row, task, looks_at, splits, skipped, deselected)
     ]
+    known = tuple(classes([counted(row) for row, _ in chosen]) if callable(classes) else classes)
+    place_of = {answer: place for place, answer in enumerate(known)}
+    if callable(classes):
+        listed = [each for each in chosen if soft_targets(counted(each[0]), place_of)]
+        deselected["unlisted"] = len(chosen) - len(listed)
+        chosen = listed
     if limit and len(chosen) > limit:
         # Ids are hashes, so the smallest are a random sample.
         deselected["limit"] = len(chosen) - limit
         chosen = sorted(chosen, key=lambda each: str(each[0]["example_id"]))[:limit]
-    pictures = Pictures(size, options, skipped)
+    stored = Pictures(size, options, skipped)
     wanted = pa.array(sorted({key for row, _ in chosen for key in row["image_ids"]}), pa.string())
     progress = options.get("progress")
     for rows in slices(image_tables, "images", ("image_id", "image"), ("split",), wanted):
-        pictures.add(rows)
+        stored.add(rows)
         if progress is not None:
             progress(len(rows))
     kept, places = [], []
     for row, factor in chosen:
-        found = [pictures.row_of.get(key) for key in row["image_ids"]]
+        found = [stored.row_of.get(key) for key in row["image_ids"]]
         here = [number for number in found if number is not None]
         if len(here) < len(found):
             skipped["no_image"] += 1
             continue
         kept.append((row, factor))
-        places.append(here * (PICTURES[task] // len(here)))
+        places.append(here * (looks_at // len(here)))
     return TaskCorpus(
         task=task,
-        images=pictures.store,
-        pictures=np.array(places, dtype=np.int64).reshape(len(kept), PICTURES[task]),
-        image_ids=pictures.image_ids,
+        images=stored.store,
+        pictures=np.array(places, dtype=np.int64).reshape(len(kept), looks_at),
+        image_ids=stored.image_ids,
         example_ids=[row["example_id"] for row, _ in kept],
         texts=[row["text"] for row, _ in kept],
         answers=[_weighted(row, factor) for row, factor in kept],
@@ -170,6 +195,9 @@ def from_examples(
             [LABELS[task].index(row["label"]) if row["label"] in LABELS[task] else -1 for row, _ in kept],
             dtype=np.int64,
         ),
+        annotated=[counted(row) for row, _ in kept],
+        classes=known,
+        targets=[soft_targets(counted(row), place_of) for row, _ in kept] if known else [],
         skipped={reason: count for reason, count in sorted(skipped.items()) if count},
         deselected={reason: count for reason, count in sorted(deselected.items()) if count},
     )
@@ -178,6 +206,7 @@ def from_examples(
 def _chosen(
     row: dict[str, Any],
     task: str,
+    pictures: int,
     splits: Sequence[str | None] | None,
     skipped: Counter[str],
     deselected: Counter[str],
@@ -190,7 +219,7 @@ def _chosen(
         deselected["split"] += 1
     elif row["text"] is None or not clean(row["text"]):
         skipped["empty_text"] += 1
-    elif not 1 <= len(row["image_ids"]) <= PICTURES[task]:
+    elif not 1 <= len(row["image_ids"]) <= pictures:
         deselected["pictures"] += 1
     elif task == "vqa" and not _weighted(row, 1.0):
         deselected["no_answer"] += 1
@@ -201,8 +230,13 @@ def _chosen(
     return False
 
 
+def counted(row: dict[str, Any]) -> Answers:
+    """The answers of a row with how many annotators gave each."""
+    return tuple((each["answer"], each["count"]) for each in row["answers"] or () if each and each["count"])
+
+
 def _weighted(row: dict[str, Any], factor: float) -> tuple[tuple[str, float], ...]:
-    answers = [(each["answer"], each["count"]) for each in row["answers"] or [] if each and each["count"]]
+    answers = counted(row)
     total = sum(count for _, count in answers)
     return tuple((answer, factor * count / total) for answer, count in answers if answer and answer.strip())
 
@@ -293,7 +327,13 @@ def task_batches(
             pixels=pixels,
             label=torch.from_numpy(corpus.labels[rows]),
         )
-        if corpus.task == "vqa":
+        if corpus.classes:
+            targets = torch.zeros(len(rows), len(corpus.classes))
+            for number, row in enumerate(rows.tolist()):
+                for place, worth in corpus.targets[row]:
+                    targets[number, place] = worth
+            batch.targets = targets
+        elif corpus.task == "vqa":
             _add_answers(batch, corpus, rows, answer_table, first_answer)
         return batch
 

@@ -20,6 +20,7 @@ import capfilt
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models.classifier import ClassifierConfig
 from capfilt.models.interop import layouts
 from capfilt.models.interop.contents import LEFTOVERS, Contents, Model, assemble
 from capfilt.models.interop.keymaps import Config
@@ -31,8 +32,14 @@ from capfilt.tables.ids import file_sha256
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-KINDS: dict[str, type[Config]] = {"blip": BlipConfig, "blip_vqa": VqaConfig, "blip_nlvr": NlvrConfig}
-WHAT = {"blip_vqa": "answers questions (BlipVqa)", "blip_nlvr": "judges statements about pictures (BlipNlvr)"}
+KINDS: dict[str, type[Config]] = {
+    "blip": BlipConfig, "blip_vqa": VqaConfig, "blip_nlvr": NlvrConfig, "blip_classifier": ClassifierConfig,
+}  # fmt: skip
+WHAT = {
+    "blip_vqa": "answers questions (BlipVqa)",
+    "blip_nlvr": "judges statements about pictures (BlipNlvr)",
+    "blip_classifier": "classifies pictures with texts (BlipClassifier)",
+}
 
 
 class Saveable(Protocol):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.models.blip import Blip, ModelConfig
-from capfilt.models.layers import Pair, full_precision, init_std, init_truncated, split_heads
+from capfilt.models.classifier import classifier_head
+from capfilt.models.layers import Pair, full_precision, split_heads
 from capfilt.models.text import CrossAttention, Projections, TextConfig, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
 from capfilt.models.weights import start_from
@@ -49,9 +50,7 @@ class BlipNlvr(nn.Module):
                 config.text, config.vision.width, merge=index >= config.text.depth // 2
             ),
         )
-        width = config.text.width
-        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
-        init_truncated(self.cls_head, init_std(width))
+        self.cls_head = classifier_head(config.text.width, 2)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [2B, N, Dv] after the final LayerNorm, [CLS] first."""

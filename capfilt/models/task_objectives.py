@@ -1,4 +1,4 @@
-"""What the finetuned models learn from: answers to questions (VQA), labels of statements about two pictures (NLVR2).
+"""What the finetuned models learn from: answers to questions (VQA), labels of texts about one picture or two.
 
 Each is a module with `losses(batch, alpha, hardness)`, as the training loop wants it; how examples become batches is
 `capfilt.data.task_corpus`.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from capfilt.data.loader import Batch
 from capfilt.data.task_corpus import TaskBatch
 from capfilt.errors import UserError
+from capfilt.models.classifier import BlipClassifier
 from capfilt.models.layers import full_precision
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vqa import BlipVqa, answer_loss
@@ -85,6 +86,39 @@ class NlvrTraining(nn.Module):
         with full_precision(logits):
             loss = F.cross_entropy(logits, batch.label)
         accuracy = (logits.detach().argmax(dim=1) == batch.label).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class ClassifierTraining(nn.Module):
+    """A BlipClassifier and its loss."""
+
+    def __init__(self, model: BlipClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return list(self.model.visual_encoder.blocks)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" with gradient, and "accuracy".
+
+        Labels: the mean cross-entropy, and the share of examples whose likeliest class is the right one. Targets of a
+        closed list: binary cross-entropy summed over the answers, the mean over questions (ViLT, arXiv 2102.03334,
+        code), and the mean worth of the likeliest answer.
+        """
+        assert isinstance(batch, TaskBatch)
+        logits = self.model.class_logits(batch.ids, batch.mask, self.model.encode_image(_pixels(batch)))
+        best = logits.detach().argmax(dim=1)
+        with full_precision(logits):
+            if batch.targets is not None:
+                loss = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum") / len(batch)
+                accuracy = batch.targets.gather(1, best[:, None]).mean()
+            elif batch.label is not None:
+                loss = F.cross_entropy(logits, batch.label)
+                accuracy = (best == batch.label).float().mean()
+            else:
+                raise UserError("a batch has neither labels nor targets of a closed list to learn from")
         return {"loss": loss, "accuracy": accuracy}
 
 

@@ -1,45 +1,57 @@
-"""`evaluate`: retrieval and captioning of one checkpoint on one split. The protocols are `tasks/`'s."""
+"""`evaluate`: one checkpoint on the tasks it can do. The protocols are `tasks/`'s; which there are, its registry's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
 from capfilt.data.corpus import Corpus, from_images
+from capfilt.data.example_set import ExampleSet, read_examples
 from capfilt.errors import UserError
-from capfilt.inference.captioner import Captioner
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.pair_training import IMAGE_COLUMNS
 from capfilt.stages.results import ResultStage, result_path
+from capfilt.tables.contracts import SPLITS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-from capfilt.tasks.capabilities import BlipCapabilities
-from capfilt.tasks.captioning import evaluate_captioning
-from capfilt.tasks.retrieval import evaluate_retrieval
+from capfilt.tasks import registry
+from capfilt.tasks.adapters import opened
+from capfilt.tasks.intervals import LEVEL
+from capfilt.tasks.outcome import Outcome, pack
+from capfilt.tasks.registry import CAPTIONS, Task
 from capfilt.training.distributed import device
-
-TASKS = ("retrieval", "captioning")
 
 
 class Evaluate(ResultStage):
-    """Writes `runs/<out>.json`: metrics in percent (CIDEr x 100), protocol, counts, and the captions written."""
+    """Writes `runs/<out>.json`: metrics in percent (CIDEr x 100) with intervals, protocols, counts, and their units."""
 
     name = "evaluate"
-    version = 1
+    version = 2
 
     def __init__(self, options: EvaluateOptions, workspace: Workspace, output: Part | None = None) -> None:
-        unknown = [task for task in options.tasks if task not in TASKS]
-        if unknown or not options.tasks:
-            raise UserError(f"--tasks {unknown[0] if unknown else ''!r}: choose among {', '.join(TASKS)}")
         self.options = options
+        self.tasks = registry.chosen(options.tasks)
         self.checkpoint = workspace.model(options.model)
         checkpoint.read_config(self.checkpoint)
         self.images = workspace.part("images", options.images).expect("images").check()
+        self.pictures = [workspace.part("images", name).expect("images").check() for name in options.pictures]
+        self.examples = [
+            workspace.part("examples", name).expect("examples").check() for name in options.examples
+        ]
+        asking = [task.name for task in self.tasks if task.reads != CAPTIONS]
+        if asking and not self.examples:
+            raise UserError(f"--tasks {asking[0]}: name examples to evaluate on (--examples)")
+        for name in ("split", "support_split"):
+            if getattr(options, name) not in ("", *SPLITS):
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(options, name)!r}: choose {', '.join(SPLITS)}"
+                )
+        for name, least in (("batch_size", 1), ("limit", 0), ("rerank", 0), ("resamples", 0), ("draws", 1)):
+            if getattr(options, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
         self.output = result_path(workspace.path, options.out or self.checkpoint.name)
 
     def identity(self) -> Mapping[str, Any]:
@@ -47,13 +59,17 @@ class Evaluate(ResultStage):
             "options": option_values(self.options),
             "model": checkpoint.fingerprint(self.checkpoint),
             "images": self.images.digest(),
+            "pictures": [part.digest() for part in self.pictures],
+            "examples": [part.digest() for part in self.examples],
+            "further": {task.name: task.depends(self.options) for task in self.tasks if task.further},
         }
 
     def origins(self) -> Mapping[str, Mapping[str, str]]:
         return checkpoint.origin(self.checkpoint, self.options.model)
 
     def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return {name: metrics[name] for name in ("tr@1", "ir@1", "cider") if name in metrics}
+        shown = [name for task in self.tasks for name in task.headline if name in metrics]
+        return {name: metrics[name] for name in shown}
 
     def outlook(self) -> str:
         return (
@@ -61,85 +77,146 @@ class Evaluate(ResultStage):
         )
 
     def measure(self, report: Report) -> dict[str, Any]:
-        o = self.options
-        model, tokenizer, _ = checkpoint.load(self.checkpoint, device())
-        for task in o.tasks:
-            try:
-                model.require("filter" if task == "retrieval" else "captioner")
-            except UserError as error:
-                raise UserError(f"--tasks {task}: {self.checkpoint}: {error}") from error
-        corpus = self._corpus(model.config.image_size)
-        batches = _PixelBatches(corpus, o.batch_size)
-        image_of_text = corpus.image_of_text.tolist()
-        metrics: dict[str, float] = {}
-        result: dict[str, Any] = {
-            "metrics": metrics,
-            "split": o.split,
-            "images": len(corpus.image_ids),
-            "texts": len(corpus),
-            "left_out": dict(corpus.skipped),
+        contents, _ = checkpoint.open_any(self.checkpoint)
+        model = opened(contents, device())
+        registry.check(self.tasks, model.can, f"{self.checkpoint} ({model.what})")
+        data = _Data(self, model.image_size)
+        result = _Result(self.options)
+        for task in self.tasks:
+            read = data.of(task)
+            outcome = task.function()(
+                model.model,
+                read,
+                self.options,
+                # The task's name binds now, not when the last one runs.
+                lambda what, done, of, name=task.name: report(done, of, {name: what}),  # type: ignore[misc]
+            )
+            result.add(task, outcome, read.skipped | read.deselected)
+        return {
+            "checkpoint": checkpoint.fingerprint(self.checkpoint),
+            "model": model.what,
+            "split": self.options.split,
+            **result.content(),
         }
-        if "retrieval" in o.tasks:
-            found = evaluate_retrieval(
-                BlipCapabilities(model, tokenizer),
-                batches,
-                corpus.image_ids,
-                corpus.texts,
-                [corpus.image_ids[row] for row in image_of_text],
-                rerank_k=o.rerank,
-                progress=lambda what, done, of: report(done, of, {"scoring": what}),
-            )
-            best = found.itm or found.itc
-            metrics |= {name: round(value, 3) for name, value in best.metrics.items()}
-            metrics |= {f"itc_{name}": round(value, 3) for name, value in found.itc.metrics.items()}
-            result["protocol"] = (
-                f"re-ranked by ITM, k = {o.rerank}" if found.itm else "cosine of ITC embeddings"
-            )
-            result["image_ranks"] = best.image_ranks.tolist()
-            result["text_ranks"] = best.text_ranks.tolist()
-        if "captioning" in o.tasks:
-            references: list[list[str]] = [[] for _ in corpus.image_ids]
-            for row, text in zip(image_of_text, corpus.texts, strict=True):
-                references[row].append(text)
-            written = evaluate_captioning(
-                Captioner(model, tokenizer),
-                batches,
-                references,
-                progress=lambda done, of: report(done, of, {"writing": "captions"}),
-                method=o.method,
-                num_beams=o.num_beams,
-                prompt=o.prompt,
-                max_new_tokens=o.max_new_tokens,
-            )
-            metrics |= {name: round(value, 3) for name, value in written.metrics.items()}
-            result["captions"] = dict(zip(corpus.image_ids, written.captions, strict=True))
-        return result
 
-    def _corpus(self, size: int) -> Corpus:
-        splits = (self.options.split,) if self.options.split else None
-        corpus = from_images(self.images.tables(IMAGE_COLUMNS), splits=splits, size=size)
-        if self.options.limit:
-            keep = [
-                row for row, image in enumerate(corpus.image_of_text.tolist()) if image < self.options.limit
-            ]
+
+@dataclass
+class _Data:
+    """What the tasks read, each once."""
+
+    stage: Evaluate
+    size: int
+    _read: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def of(self, task: Task) -> Corpus | ExampleSet:
+        """The corpus or the examples of a task; UserError where there are none."""
+        o = self.stage.options
+        if task.reads == CAPTIONS:
+            corpus: Corpus = self._once((CAPTIONS, o.split), self._corpus)
+            return corpus
+        examples: ExampleSet = self._once(
+            (task.reads, o.split), lambda: self._examples(task, o.split, o.limit)
+        )
+        if not len(examples):
+            raise UserError(
+                f"--tasks {task.name}: no examples of the task {task.reads} in split {o.split!r} of "
+                f"{', '.join(str(part.path) for part in self.stage.examples)} "
+                f"(left out: {examples.skipped | examples.deselected})"
+            )
+        if task.support:
+            split = o.support_split or task.support
+            if split == o.split or not o.split:
+                raise UserError(
+                    f"--tasks {task.name}: learns from split {split!r}, so name another --split to evaluate on"
+                )
+            examples.support = self._once((task.reads, split), lambda: self._examples(task, split, 0))
+        return examples
+
+    def _once(self, key: tuple[str, str], read: Any) -> Any:
+        if key not in self._read:
+            self._read[key] = read()
+        return self._read[key]
+
+    def _corpus(self) -> Corpus:
+        o, images = self.stage.options, self.stage.images
+        splits = (o.split,) if o.split else None
+        corpus = from_images(images.tables(IMAGE_COLUMNS), splits=splits, size=self.size)
+        if o.limit:
+            keep = [row for row, image in enumerate(corpus.image_of_text.tolist()) if image < o.limit]
             corpus = corpus.take(keep)
         if not len(corpus):
             raise UserError(
-                f"{self.images.path}: no texts with pictures in split {self.options.split!r} "
+                f"{images.path}: no texts with pictures in split {o.split!r} "
                 f"(left out: {dict(corpus.skipped) | dict(corpus.deselected)})"
             )
         return corpus
 
+    def _examples(self, task: Task, split: str, limit: int) -> ExampleSet:
+        parts = [self.stage.images, *self.stage.pictures]
+        return read_examples(
+            (table for part in self.stage.examples for table in part.tables()),
+            (table for part in parts for table in part.tables(("image_id", "image", "split"))),
+            task.reads,
+            (split,) if split else None,
+            size=self.size,
+            limit=limit,
+        )
 
-class _PixelBatches:
-    """The pictures of a corpus, uint8 [B, 3, S, S] at a time; can be iterated over again."""
 
-    def __init__(self, corpus: Corpus, batch_size: int) -> None:
-        self.corpus, self.batch_size = corpus, batch_size
+class _Result:
+    """The result file's content, task by task."""
 
-    def __iter__(self) -> Any:
+    def __init__(self, options: EvaluateOptions) -> None:
+        self._options = options
+        self._metrics: dict[str, float] = {}
+        self._intervals: dict[str, dict[str, Any]] = {}
+        self._baselines: dict[str, float] = {}
+        self._tasks: dict[str, dict[str, Any]] = {}
+        self._units: dict[str, dict[str, Any]] = {}
+        self._groups: dict[str, dict[str, Any]] = {}
+        self._top: dict[str, Any] = {}
 
-        count = len(self.corpus.image_ids)
-        for start in range(0, count, self.batch_size):
-            rows = np.arange(start, min(start + self.batch_size, count), dtype=np.int64)
-            yield torch.from_numpy(self.corpus.images.read(rows))
+    def add(self, task: Task, outcome: Outcome, left_out: Mapping[str, int]) -> None:
+        """One task's figures. Raises ValueError where another task has a metric of the same name."""
+        twice = sorted(set(self._metrics) & set(outcome.metrics))
+        if twice:
+            raise ValueError(f"{task.name}: {', '.join(twice)} is another task's metric too")
+        o = self._options
+        self._metrics |= {name: round(value, 3) for name, value in outcome.metrics.items()}
+        self._baselines |= {name: round(value, 3) for name, value in outcome.baselines.items()}
+        for name, units in outcome.units.items():
+            if o.resamples:
+                interval = units.interval(o.resamples, seed=o.seed).as_dict()
+                self._intervals[name] = {
+                    key: round(value, 3) if isinstance(value, float) and key != "level" else value
+                    for key, value in interval.items()
+                }
+            self._units[name] = units.as_dict()
+            self._groups.setdefault(units.queries, {"groups": pack(units.groups), "number": len(units.names)})
+        details = dict(outcome.details)
+        # Where readers of a result have always found them.
+        if "captions" in details:
+            self._top["captions"] = details.pop("captions")
+        for name in ("images", "texts"):
+            if name in outcome.counts:
+                self._top.setdefault(name, outcome.counts[name])
+        self._tasks[task.name] = {
+            "protocol": outcome.protocol,
+            "metrics": list(outcome.metrics),
+            "counts": dict(outcome.counts),
+            "left_out": dict(left_out),
+            **({"details": details} if details else {}),
+        }
+
+    def content(self) -> dict[str, Any]:
+        """What goes into the file."""
+        return {
+            "metrics": self._metrics,
+            "intervals": self._intervals,
+            "baselines": self._baselines,
+            "bootstrap": {"resamples": self._options.resamples, "seed": self._options.seed, "level": LEVEL},
+            "tasks": self._tasks,
+            **self._top,
+            "units": self._units,
+            "queries": self._groups,
+        }

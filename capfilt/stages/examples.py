@@ -1,4 +1,4 @@
-"""The `examples` stage: questions and statements about pictures that were ingested become an examples part.
+"""The `examples` stage: questions, statements and labels of pictures that were ingested become an examples part.
 
 Which layouts there are is `tables/example_formats.py`. Here each row's pictures are found by their names, and its answers
 and label are looked at: what cannot be used is a row that says why.
@@ -19,10 +19,12 @@ from typing import Any
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.options import ExamplesOptions
+from capfilt.tables.answer_formats import in_parts
 from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
-from capfilt.tables.example_formats import ExampleRow, example_rows
+from capfilt.tables.example_formats import example_rows
+from capfilt.tables.example_row import ExampleRow
 from capfilt.tables.ids import example_id, file_sha256
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.shards import Counts, Part, fingerprint
 from capfilt.tables.workspace import Workspace
 
 _TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
@@ -52,7 +54,13 @@ class Examples(ShardStage):
         return {
             "options": option_values(self.options),
             "dataset": self.options.dataset,
-            "source": [file_sha256(path) for path in files],
+            # Of a folder the names are all that is read here.
+            "source": [
+                fingerprint({"names": [row.key for row in self._found[1]]})
+                if path.is_dir()
+                else file_sha256(path)
+                for path in files
+            ],
             "images": [part.digest() for part in self.images],
         }
 
@@ -63,6 +71,8 @@ class Examples(ShardStage):
         task, rows = example_rows(self.source, self.annotations)
         if o.task != "auto":
             task = o.task
+        if o.answer_parts:
+            rows = [_joined(row) for row in rows]
         if o.split:
             rows = [row if row.split else replace(row, split=o.split) for row in rows]
         if o.splits:
@@ -104,14 +114,23 @@ class Examples(ShardStage):
         failure, message = None, None
         if lost:
             failure, message = "no_image", lost
-        elif row.text is None or not row.text.strip():
+        elif task != "classification" and (row.text is None or not row.text.strip()):
             failure, message = "empty_text", f"the {task} example has no text"
-        elif len(row.text) > MAX_TEXT_CHARACTERS:
+        elif row.text is not None and len(row.text) > MAX_TEXT_CHARACTERS:
             failure, message = "too_long", f"{len(row.text)} characters, more than {MAX_TEXT_CHARACTERS}"
         elif row.label is not None and label is None:
-            failure, message = "unknown_label", f"{row.label!r} is none of {', '.join(LABELS[task])}"
+            failure, message = (
+                "unknown_label",
+                f"{row.label!r} is none of {', '.join(LABELS[task]) or 'any class'}",
+            )
         elif task == "vqa" and row.answers == ():
             failure, message = "no_answer", "the source answers other questions, and not this one"
+        elif task == "rating" and not _numbers(row.answers):
+            failure, message = "no_answer", "a rating is one or more finite numbers"
+        elif task == "choice" and not any(text.strip() for text in row.wrong_texts):
+            failure, message = "no_answer", "there is no wrong text to tell the right one from"
+        elif task in ("classification", "match") and label is None:
+            failure, message = "no_answer", "there is no label"
         return {
             "example_id": example_id(self.options.dataset, row.key),
             "dataset": self.options.dataset,
@@ -124,14 +143,37 @@ class Examples(ShardStage):
             "split": row.split,
             "failure": failure,
             "error_message": message,
+            "wrong_texts": list(row.wrong_texts) if task == "choice" else None,
+            "category": row.category,
         }
+
+
+def _numbers(answers: tuple[tuple[str, int], ...] | None) -> bool:
+    """Whether there are ratings, every one of them a number."""
+    try:
+        return bool(answers) and all(math.isfinite(float(answer)) for answer, _ in answers or ())
+    except ValueError:
+        return False
 
 
 def _label(task: str, value: str) -> str | None:
     """The label as the table spells it; None where it is none of the task's."""
+    if task == "classification":
+        return value.strip() or None
     name = value.strip().lower()
-    name = _TRUTH.get(name, name) if task == "nlvr" else name
+    if task == "nlvr":
+        name = _TRUTH.get(name, name)
+    elif task == "match":
+        name = {"true": "match", "false": "no-match"}.get(_TRUTH.get(name, name), name.replace("_", "-"))
     return name if name in LABELS[task] else None
+
+
+def _joined(row: ExampleRow) -> ExampleRow:
+    """The row with its answers as the parts of one."""
+    if not row.answers:
+        return row
+    parts = ", ".join(part for answer, count in row.answers for part in [answer] * count)
+    return replace(row, answers=((in_parts(parts), 1),))
 
 
 class _Pictures:

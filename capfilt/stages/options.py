@@ -146,12 +146,13 @@ class DuplicatesOptions:
 
 @dataclass(frozen=True)
 class ExamplesOptions:
-    """Bring questions or statements about ingested pictures into an examples part, with their answers or labels."""
+    """Bring questions, statements or labels of ingested pictures into an examples part."""
 
     source_path: str = _option(
         REQUIRED,
-        "VQA v2's questions, NLVR2's file, or records (JSON Lines or a JSON list): image or images; question, sentence "
-        "or hypothesis; answers or label; split",
+        "VQA v2's questions; NLVR's, NLVR2's, SNLI-VE's, DAQUAR's or easy-VQA's file; a folder of class folders; or records "
+        "(JSON Lines or a JSON list): image or images; question, sentence, hypothesis or caption; answers, ratings, "
+        "negative_caption or label; split",
         kind="path",
     )
     dataset: str = _option(REQUIRED, "name of the examples part to write")
@@ -159,7 +160,14 @@ class ExamplesOptions:
         (), "images parts that hold the pictures, found by their keys; repeatable", kind="images"
     )
     annotations: str = _option("", "VQA v2's answers, where they are public", kind="path")
-    task: str = _option("auto", "auto (by the text's field), vqa, nlvr or entailment")
+    answer_parts: bool = _option(
+        False,
+        "a record's answers are the parts of one answer, so a set (DAQUAR), and not several people's",
+        later=True,
+    )
+    task: str = _option(
+        "auto", "auto (by the fields), vqa, nlvr, entailment, classification, match, rating or choice"
+    )
     splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
     split: str = _option("", "put every row into this split, where the source names none")
     limit: int = _option(0, "only the first so many examples; 0 for all")
@@ -172,6 +180,7 @@ class ModelOptions:
 
     preset: str = _option("small", "tiny, small, trunk (a frozen ImageNet trunk), base or large")
     image_size: int = _option(0, "pixels; 0 for the preset's")
+    patch_size: int = _option(0, "pixels per side of what becomes one token; 0 for the preset's", later=True)
     vocab: str = _option(
         "corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path"
     )
@@ -390,13 +399,23 @@ class TaskOptions(LoopOptions):
 
 @dataclass(frozen=True)
 class FinetuneVqaOptions(TaskOptions):
-    """Finetune a BLIP to answer questions about pictures (BLIP, section 5.3)."""
+    """Finetune a BLIP to answer questions about pictures: by writing (BLIP, section 5.3), or from a closed list."""
 
     answer_weight: tuple[str, ...] = _option(
         (),
         "PART=WEIGHT, what all answers of a part weigh (BLIP's released code: Visual Genome's 0.2); repeatable",
     )
-    label_smoothing: float = _option(0.1, "of the answers' tokens (BLIP's released code)")
+    label_smoothing: float = _option(0.1, "of the answers' tokens (BLIP's released code); not with --closed")
+    closed: bool = _option(
+        False,
+        "choose among the frequent answers, a classifier on soft targets (ViLT), in place of writing",
+        later=True,
+    )
+    min_answers: int = _option(
+        9,
+        "answers that are the most frequent of so many questions make the closed list, and the one to rank (ViLT's code: 9)",
+        later=True,
+    )
     learning_rate: float = _option(2e-5, "peak (BLIP's VQA configuration)")
     epochs: float = _option(
         10.0, "passes over the questions, where `steps` is 0 (BLIP's VQA configuration: 10)"
@@ -408,8 +427,11 @@ class FinetuneVqaOptions(TaskOptions):
 
 @dataclass(frozen=True)
 class FinetuneNlvrOptions(TaskOptions):
-    """Finetune a BLIP to judge statements about two pictures (NLVR2; BLIP, section 5.4)."""
+    """Finetune a BLIP to judge statements about two pictures (NLVR2; BLIP, section 5.4), or about one (NLVR)."""
 
+    single: bool = _option(
+        False, "statements are about one picture: a classifier of it and the text, seen once", later=True
+    )
     swap: float = _option(
         0.5, "chance of showing a pair in the other order, left and right exchanged (BLIP's released code)"
     )
@@ -422,6 +444,22 @@ class FinetuneNlvrOptions(TaskOptions):
     )
     max_words: int = _option(40, "and before that to this many words (BLIP's released code: 40)")
     out: str = _option("nlvr", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
+class FinetuneEntailmentOptions(TaskOptions):
+    """Finetune a BLIP to tell whether a picture entails a text, contradicts it, or neither (SNLI-VE; as ALBEF does)."""
+
+    learning_rate: float = _option(2e-5, "peak (ALBEF's SNLI-VE configuration)")
+    epochs: float = _option(
+        5.0, "passes over the hypotheses, where `steps` is 0 (ALBEF's SNLI-VE configuration: 5)"
+    )
+    min_lr: float = _option(1e-6, "the schedule's end (ALBEF's SNLI-VE configuration)")
+    max_text_tokens: int = _option(
+        64, "hypotheses are cut to this many tokens (ALBEF's released code has no limit)"
+    )
+    max_words: int = _option(30, "and before that to this many words (ALBEF's released code: 30)")
+    out: str = _option("entailment", "name of the checkpoint to write")
 
 
 _ENGINE_BATCH = "images per batch; 0: as many as fit; halved where a GPU's memory is too small"
@@ -536,23 +574,59 @@ class RetrainOptions(PretrainOptions):
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a checkpoint: retrieval and captioning on one split of an images part."""
+    """Measure what a checkpoint can do, task by task, on one split: see docs/evaluation.md."""
 
     model: str = _option("retrained", "checkpoint", kind="model")
-    images: str = _option(REQUIRED, "images part with human captions", kind="images")
+    images: str = _option(
+        REQUIRED,
+        "images part: with human captions for retrieval and captioning, else with the examples' pictures",
+        kind="images",
+    )
+    examples: tuple[str, ...] = _option(
+        (),
+        "examples parts for the other tasks, each of which takes its own rows; repeatable",
+        kind="examples",
+    )
+    pictures: tuple[str, ...] = _option(
+        (), "further images parts that hold pictures of the examples; repeatable", kind="images"
+    )
     split: str = _option("test", "split to evaluate on; empty for every row")
-    tasks: tuple[str, ...] = _option(("retrieval", "captioning"), "retrieval, captioning")
+    support_split: str = _option(
+        "", "split to learn from (few-shot: train) or to choose a threshold on (match: val)"
+    )
+    tasks: tuple[str, ...] = _option(
+        ("retrieval", "captioning"),
+        "retrieval, captioning, zero-shot, few-shot, match, rating, choice, vqa, nlvr, entailment; repeatable",
+    )
     rerank: int = _option(
-        128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128); 0: rank by ITC alone"
+        128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"
     )
     method: str = _option("beam", "captioning: beam, greedy or nucleus")
-    num_beams: int = _option(3, "captioning: beams (BLIP's caption configuration: 3)")
+    num_beams: int = _option(3, "captioning, vqa: beams (BLIP's configurations of both: 3)")
     prompt: str = _option("", "captioning: prompt; pretrained models learned none")
     max_new_tokens: int = _option(20, "captioning: longest text in tokens")
-    limit: int = _option(0, "only the first so many images; 0 for all")
+    answer_list: str = _option(
+        "",
+        "vqa: answers to rank, a JSON list or lines, such as the answers.json of a finetuned checkpoint; default: none",
+        kind="path",
+    )
+    answer_k: int = _option(
+        128, "vqa: so many answers are compared whole when ranking (BLIP's released code: 128)"
+    )
+    caption_scorer: str = _option(
+        "capfilt", "captioning: capfilt (no Java), or pycocoevalcap (METEOR and SPICE too, where Java is)"
+    )
+    templates: str = _option(
+        "cifar", "zero-shot: prompts, single, cifar or imagenet (CLIP's), or a file with one {} per line", kind="path"
+    )  # fmt: skip
+    shots: str = _option("1,2,4,8,16", "few-shot: numbers of examples per class, with commas")
+    draws: int = _option(3, "few-shot: how often the examples are drawn")
+    limit: int = _option(0, "only so many images, or examples; 0 for all")
     batch_size: int = _option(64, "images per batch")
     out: str = _option("", "name of the result in runs/; default: the model's")
-    seed: int = _option(0, "of the bootstrap intervals")
+    seed: int = _option(0, "of the bootstrap intervals, and of few-shot draws")
+    resamples: int = _option(2000, "of the bootstrap intervals, by image; 0: no intervals")
+    markdown: str = _option("", "also write the figures to this file, as a Markdown table", told=True)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class StageCommand:
     out: bool = False  # whether --out names a directory (the option dataclass has none of its own)
     without: str = ""  # a boolean option that, when off, leaves out all stages but the first
     instead: tuple[str, str] = ("", "")  # an option that, when set, runs this class in place of the others
+    shows: str = (
+        ""  # "module:function" that the command line calls with (output, options, quiet, where) at the end
+    )
 
     @property
     def name(self) -> str:
@@ -92,6 +95,7 @@ STAGES = (
         (
             "capfilt examples questions.json --annotations annotations.json --images coco --dataset vqav2",
             "capfilt examples nlvr2/train.json --images nlvr2 --dataset nlvr2 --split train",
+            "capfilt examples imagenet --images imagenet --dataset imagenet",
         ),
         positional="source_path",
         out=True,
@@ -140,14 +144,26 @@ STAGES = (
         ("capfilt.stages.task_training:FinetuneVqa",),
         (
             "capfilt finetune vqa --init pretrained --examples vqav2 --images coco",
+            "capfilt finetune vqa --closed --examples vqav2 --images coco --out vqa-closed",
             "capfilt finetune vqa --examples vqav2 --examples vg --answer-weight vg=0.2 --images coco --images vg",
         ),
+        instead=("closed", "capfilt.stages.classifier_training:FinetuneClosedVqa"),
     ),
     StageCommand(
         ("finetune", "nlvr"),
         stage_options.FinetuneNlvrOptions,
         ("capfilt.stages.task_training:FinetuneNlvr",),
-        ("capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",),
+        (
+            "capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",
+            "capfilt finetune nlvr --single --init pretrained --examples nlvr --images nlvr",
+        ),
+        instead=("single", "capfilt.stages.classifier_training:FinetuneSingleNlvr"),
+    ),
+    StageCommand(
+        ("finetune", "entailment"),
+        stage_options.FinetuneEntailmentOptions,
+        ("capfilt.stages.classifier_training:FinetuneEntailment",),
+        ("capfilt finetune entailment --init pretrained --examples snli-ve --images flickr30k",),
     ),
     StageCommand(
         ("caption",),
@@ -197,7 +213,10 @@ STAGES = (
         (
             "capfilt evaluate --model retrained --images coco --split test",
             "capfilt evaluate --model filter --images coco --tasks retrieval --rerank 256",
+            "capfilt evaluate --model filter --images cifar10 --examples cifar10 --tasks zero-shot --tasks few-shot",
+            "capfilt evaluate --images coco --tasks captioning --caption-scorer pycocoevalcap --markdown table.md",
         ),
+        shows="capfilt.results:shown_after",
     ),
     StageCommand(
         ("grade",),

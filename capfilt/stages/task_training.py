@@ -1,13 +1,16 @@
-"""The stages that finetune a BLIP for a task on its examples: `finetune vqa`, `finetune nlvr`.
+"""The stages that finetune a BLIP for a task on its examples: `finetune vqa`, `finetune nlvr`, in BLIP's own ways.
+
+Those that put a classifier on it are `classifier_training.py`'s.
 
 What every training shares is `training.py`'s. A checkpoint directory holds what that of the other stages holds;
-`exposures.parquet` counts examples. The figures in its `config.json` are the loop's last ones, and with `--validate` the
-loss and accuracy on examples of the split val: of VQA the share of annotators whose answer is the one written greedily,
-which is no official metric.
+`exposures.parquet` counts examples, and for VQA `answers.json` lists those to rank. The figures in its `config.json` are
+the loop's last ones, and with `--validate` the loss and accuracy on examples of the split val: of VQA the share of
+annotators whose answer is the one written greedily, which is no official metric.
 """
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,11 +18,13 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
+from capfilt.data.answers import closed_list
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
+from capfilt.models.classifier import BlipClassifier
 from capfilt.models.interop.contents import Model
 from capfilt.models.nlvr import BlipNlvr, nlvr_from_blip
 from capfilt.models.ranks import ALONE, Ranks
@@ -34,12 +39,15 @@ from capfilt.tables.workspace import Workspace
 IMAGE_COLUMNS = ("image_id", "image", "split")
 
 
+Trained = BlipVqa | BlipNlvr | BlipClassifier
+
+
 class TaskTraining(Training[TaskCorpus]):
-    """What the two share: examples, pictures, where a model starts, how it is judged."""
+    """What they share: examples, pictures, where a model starts, how it is judged."""
 
     shown = ("loss", "accuracy")
     task: ClassVar[str]
-    trained: ClassVar[type[BlipVqa | BlipNlvr]]
+    trained: ClassVar[type[Trained]]
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         for name in ("examples", "images"):
@@ -63,8 +71,17 @@ class TaskTraining(Training[TaskCorpus]):
         checkpoint.read_config(self.init)
 
     @abstractmethod
-    def started(self, model: Blip) -> BlipVqa | BlipNlvr:
+    def started(self, model: Blip, data: TaskCorpus) -> Trained:
         """The task's model, from a pretrained one."""
+
+    def continued(self, model: Any, data: TaskCorpus) -> Trained:
+        """The task's model, from one of its class."""
+        made: Trained = model
+        return made
+
+    def reading(self, model: Any = None) -> dict[str, Any]:
+        """Further options of `from_examples`, for training, or for judging `model`."""
+        return {}
 
     def weights(self) -> Mapping[str, float]:
         """What the answers of a part weigh, where that is not 1."""
@@ -91,7 +108,7 @@ class TaskTraining(Training[TaskCorpus]):
         )
 
     def data(self, size: int) -> TaskCorpus:
-        corpus = self._corpus(size, (*self.options.splits, None))
+        corpus = self._corpus(size, (*self.options.splits, None), **self.reading())
         if not len(corpus):
             raise UserError(
                 f"{self.name}: no examples of the task {self.task} to train on in "
@@ -100,7 +117,9 @@ class TaskTraining(Training[TaskCorpus]):
             )
         return corpus
 
-    def _corpus(self, size: int, splits: tuple[str | None, ...], limit: int = 0) -> TaskCorpus:
+    def _corpus(
+        self, size: int, splits: tuple[str | None, ...], limit: int = 0, **options: Any
+    ) -> TaskCorpus:
         weights = self.weights()
         return from_examples(
             (
@@ -113,6 +132,7 @@ class TaskTraining(Training[TaskCorpus]):
             splits,
             size=size,
             limit=limit,
+            **options,
         )
 
     def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
@@ -121,7 +141,7 @@ class TaskTraining(Training[TaskCorpus]):
         if isinstance(model, Blip):
             if size != model.config.image_size:
                 model.resize_image(size)
-            model = self.started(model)
+            model = self.started(model, data)
         elif not isinstance(model, self.trained):
             raise UserError(
                 f"{self.init}: is a {type(model).__name__}; start from a BLIP or a {self.trained.__name__}"
@@ -130,6 +150,8 @@ class TaskTraining(Training[TaskCorpus]):
             raise UserError(
                 f"--image-size {size}: {self.init} was trained with {model.config.image_size} and keeps it"
             )
+        else:
+            model = self.continued(model, data)
         return model, contents.tokenizer
 
     def feed(self) -> dict[str, Any]:
@@ -142,13 +164,11 @@ class TaskTraining(Training[TaskCorpus]):
         return pa.table({"example_id": data.example_ids, "exposures": counts})
 
     @torch.no_grad()
-    def judged(
-        self, model: BlipVqa | BlipNlvr, tokenizer: Tokenizer, where: torch.device
-    ) -> dict[str, float]:
+    def judged(self, model: Trained, tokenizer: Tokenizer, where: torch.device) -> dict[str, float]:
         o = self.options
         if not o.validate or "val" in o.splits:
             return {}
-        corpus = self._corpus(self.image_size(), ("val",), o.validate)
+        corpus = self._corpus(self.image_size(), ("val",), o.validate, **self.reading(model))
         if not len(corpus):
             return {}
         module = self.module(model.to(where), tokenizer, ALONE).eval()
@@ -188,7 +208,13 @@ class FinetuneVqa(TaskTraining):
                 )
         return found
 
-    def started(self, model: Blip) -> BlipVqa:
+    def prepare(self, data: TaskCorpus, model: Any, where: torch.device) -> None:
+        # BLIP ranks the answers that are frequent in training (released code: answer_list.json).
+        answers = closed_list(data.annotated, self.options.min_answers)
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "answers.json").write_text(json.dumps(answers, indent=0) + "\n", encoding="utf-8")
+
+    def started(self, model: Blip, data: TaskCorpus) -> BlipVqa:
         return vqa_from_blip(model, self.options.seed, self.options.drop_path)
 
     def module(self, model: BlipVqa, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
@@ -210,7 +236,7 @@ class FinetuneNlvr(TaskTraining):
         if not 0 <= options.swap <= 1:
             raise UserError(f"--swap {options.swap:g}: give a probability")
 
-    def started(self, model: Blip) -> BlipNlvr:
+    def started(self, model: Blip, data: TaskCorpus) -> BlipNlvr:
         return nlvr_from_blip(model, self.options.seed, self.options.drop_path)
 
     def feed(self) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class Pretrain(PairTraining):
         else:
             tokenizer = Tokenizer.load(o.vocab)
         config = preset(o.preset, tokenizer.vocab_size)
-        vision = dataclasses.replace(config.vision, image_size=self.image_size())
+        patch = o.patch_size or config.vision.patch_size
+        vision = dataclasses.replace(config.vision, image_size=self.image_size(), patch_size=patch)
         text = dataclasses.replace(config.text, pad_id=tokenizer.pad_id)
         model = build(dataclasses.replace(config, vision=vision, text=text, prompt=""), seed=o.seed)
         if o.vision_init:

@@ -33,8 +33,17 @@ EXAMPLE_FAILURES = ("no_answer", "unknown_label")
 FAILURES = DOWNLOAD_FAILURES + IMAGE_FAILURES + TEXT_FAILURES + EXAMPLE_FAILURES
 """Why a row failed: the closed list of every `failure` column."""
 
-LABELS = {"vqa": (), "nlvr": ("false", "true"), "entailment": ("contradiction", "neutral", "entailment")}
-"""The tasks of examples, and the labels of each in the order of a classifier's outputs (entailment: ALBEF's order)."""
+LABELS: dict[str, tuple[str, ...]] = {
+    "vqa": (),
+    "nlvr": ("false", "true"),
+    "entailment": ("contradiction", "neutral", "entailment"),
+    "classification": (),
+    "match": ("no-match", "match"),
+    "rating": (),
+    "choice": (),
+}
+"""The tasks of examples, and the labels of each in the order of a classifier's outputs (entailment: ALBEF's order); none
+where a task has no labels, or where they are the source's own (classification)."""
 
 TASKS = tuple(LABELS)
 
@@ -318,7 +327,7 @@ PAIRS = Contract(
 
 EXAMPLES = Contract(
     "examples",
-    1,
+    2,
     pa.schema(
         [
             _field(
@@ -332,7 +341,11 @@ EXAMPLES = Contract(
                 pa.string(),
                 "the example's key within its dataset: a question's or a sentence's number",
             ),
-            _field("task", pa.string(), "vqa, nlvr or entailment: what is asked of a model"),
+            _field(
+                "task",
+                pa.string(),
+                "what is asked of a model: vqa, nlvr, entailment, classification, match, rating or choice",
+            ),
             _field(
                 "image_ids",
                 pa.list_(pa.string()),
@@ -342,18 +355,20 @@ EXAMPLES = Contract(
             _field(
                 "text",
                 pa.string(),
-                "the question (vqa), statement (nlvr) or hypothesis (entailment), as found",
+                "the question (vqa), statement (nlvr), hypothesis (entailment) or caption, as found; null in classification",
                 null=True,
             ),
             _field(
                 "answers",
                 pa.list_(ANSWER_TYPE),
-                "each answer once, as found, with how many annotators gave it; empty where there are none",
+                "each answer once, as found, with how many annotators gave it (rating: the numbers they gave); empty where "
+                "there are none",
             ),
             _field(
                 "label",
                 pa.string(),
-                "the right class by name: true or false (nlvr), entailment, neutral or contradiction; else null",
+                "the right class by name: true or false (nlvr); entailment, neutral or contradiction; match or no-match; the "
+                "source's own (classification); else null",
                 null=True,
             ),
             _field(
@@ -361,10 +376,22 @@ EXAMPLES = Contract(
             ),
             _FAILURE,
             _field("error_message", pa.string(), "the failure in words", null=True),
+            _field(
+                "wrong_texts",
+                pa.list_(pa.string()),
+                "texts that are wrong of the picture, to be told from `text` (choice); null elsewhere, and before version 2",
+                null=True,
+            ),
+            _field(
+                "category",
+                pa.string(),
+                "the source's own name of the kind of example; null where it has none, and before version 2",
+                null=True,
+            ),
         ]
     ),
     ("example_id",),
-    "a question or statement about one or two pictures, with its answers or its label",
+    "a question or statement about one or two pictures, or a picture by itself, with its answers or its label",
 )
 
 CONTRACTS = {

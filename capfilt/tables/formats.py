@@ -317,11 +317,11 @@ def folder_rows(path: Path, reading: Reading) -> list[SourceRow]:
     rows = _table_rows(metadata[0], root, reading) if metadata else []
     named = {row.key for row in rows}
     nothing = dict.fromkeys(reading.extra)
-    for name in _walk(root):
+    for name in walk(root):
         if name not in named:
             file = root / name
             texts = () if metadata else _sidecar(file.with_suffix(".txt"))
-            rows.append(SourceRow(storable(name), texts, _folder_split(name), file=file, extra=nothing))
+            rows.append(SourceRow(storable(name), texts, folder_split(name), file=file, extra=nothing))
     return unique(rows)
 
 
@@ -351,7 +351,7 @@ def _table_rows(path: Path, root: Path, reading: Reading) -> list[SourceRow]:
         rows[row.key] = replace(
             row,
             captions=captions,
-            split=split_named(record.get("split")) or _folder_split(row.key),
+            split=split_named(record.get("split")) or folder_split(row.key),
             license=None if license_ is None else text_of(license_),
             extra={name: record.get(name) for name in reading.extra},
         )
@@ -398,7 +398,8 @@ def _csv_lines(path: Path, file: Iterable[str]) -> Iterator[list[str]]:
         raise UserError(f"{path}: line {reader.line_num}: {error}") from None
 
 
-def _walk(root: Path) -> list[str]:
+def walk(root: Path) -> list[str]:
+    """The pictures below a folder by their names relative to it, in order."""
     found: list[str] = []
     for directory, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -915,7 +916,8 @@ def split_named(value: Any) -> str | None:
     return _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def _folder_split(name: str) -> str | None:
+def folder_split(name: str) -> str | None:
+    """The split that the first folder of a relative name is called by, if any."""
     folder, separator, _ = name.partition("/")
     return split_named(folder) if separator else None
 

@@ -1,22 +1,17 @@
-"""What a model must be able to do to be evaluated, and BLIP seen that way.
+"""What a model can do, as protocols: the evaluations are written against these and know no model by name.
 
-What lives here: the protocols the evaluations are written against, so that they know no model by name, and
-the adapter that gives them a `Blip`. What does not: the evaluations, and batching of captions
-(`capfilt.inference`).
+What lives here: the protocols with their shapes, and which of them an object has. What does not: the models seen that way
+(`adapters`), and which task needs which capability (`registry`).
+
+A model takes pictures as the loader yields them: pixels uint8 [B, 3, S, S] at its own image size.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from capfilt.data.tokenizer import Tokenizer
-    from capfilt.models.blip import Blip
 
 
 @runtime_checkable
@@ -37,15 +32,32 @@ class EmbedsImagesAndTexts(Protocol):
 
 
 @runtime_checkable
+class EmbedsImages(Protocol):
+    """An image encoder whose features a probe can be trained on."""
+
+    def image_features(self, batch: Tensor) -> Tensor:
+        """Features float32 [B, D] of pixels uint8 [B, 3, S, S]: before any projection, of any length."""
+        ...
+
+
+@runtime_checkable
 class MatchesPairs(Protocol):
     """A cross-encoder: an image and a text together become one number, higher where they fit."""
+
+    def encode_images(self, batch: Tensor) -> Tensor:
+        """As `EmbedsImagesAndTexts.encode_images`."""
+        ...
 
     def match(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
         """Match logits float32 [P] of pairs: `texts[p]` with row `image_index[p]` of `image_tokens` [M, N, D].
 
         `image_index` is int64 [P] in ascending order, so that an image's texts lie side by side. The logit is
-        the match class's own, without softmax.
+        the match class's own, without softmax: what re-ranking adds to a cosine.
         """
+        ...
+
+    def match_probability(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
+        """Probabilities float32 [P] in [0, 1] that the pairs match; arguments as of `match`."""
         ...
 
 
@@ -74,76 +86,56 @@ class GeneratesText(Protocol):
         ...
 
 
-class BlipCapabilities:
-    """A `Blip` and its tokenizer as a dual encoder and a cross-encoder.
+@runtime_checkable
+class AnswersQuestions(Protocol):
+    """A model that answers questions about a picture in words of its own, or with the best of a list."""
 
-    The model may be in the middle of training: every call switches to evaluation mode, without gradients, and
-    back. Runs on the model's device, in bf16 autocast on a GPU and fp32 elsewhere; embeddings and logits are
-    float32 always.
-    """
+    def answer(
+        self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
+    ) -> list[str]:
+        """The answer written to `questions[b]` about pixels uint8 [B, 3, S, S], one per row; "" where nothing was."""
+        ...
 
-    def __init__(
-        self, model: Blip, tokenizer: Tokenizer, *, max_length: int | None = None, pair_batch: int = 256
-    ) -> None:
-        model.require("filter")
-        self._model = model
-        self._tokenizer = tokenizer
-        self._max_length = max_length or model.config.max_text_tokens
-        self._pair_batch = pair_batch
+    def rank_answers(
+        self, images: Tensor, questions: Sequence[str], answers: Sequence[str], *, k: int = 128
+    ) -> Tensor:
+        """Which of `answers` is the likeliest, int64 [B], of questions about pixels uint8 [B, 3, S, S].
+
+        k: so many answers are compared whole, those whose first token is likeliest.
+        """
+        ...
+
+
+@runtime_checkable
+class ClassifiesPairs(Protocol):
+    """A classifier of a text seen together with one or two pictures, over classes that have names."""
 
     @property
-    def device(self) -> torch.device:
-        """Where the model's weights are."""
-        return next(self._model.parameters()).device
+    def labels(self) -> tuple[str, ...]:
+        """The classes' names, in the order of the logits."""
+        ...
 
-    def encode_images(self, batch: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] of pixels uint8 [B, 3, S, S], normalised floats or trunk features."""
-        with self._evaluating():
-            return self._model.encode_image(batch.to(self.device, non_blocking=True))
+    @property
+    def pictures(self) -> int:
+        """How many pictures a text is seen with."""
+        ...
 
-    def embed_images(self, tokens: Tensor) -> Tensor:
-        """Unit vectors float32 [B, E]."""
-        with self._evaluating():
-            return self._model.embed_image(tokens.to(self.device, non_blocking=True))
+    def classify(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logits float32 [B, C] of texts with pixels uint8 [B, pictures, 3, S, S], in the order the text means them."""
+        ...
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors float32 [T, E]."""
-        with self._evaluating():
-            return self._model.embed_text(*self._encode(texts))
 
-    def match(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
-        """Match logits float32 [P]; see `MatchesPairs.match`. Each image's keys and values are computed once."""
-        out = torch.empty(len(texts), dtype=torch.float32)
-        images, counts = torch.unique_consecutive(image_index.cpu(), return_counts=True)
-        start = 0
-        with self._evaluating():
-            for image, count in zip(images.tolist(), counts.tolist(), strict=True):
-                tokens = image_tokens[image : image + 1].to(self.device, non_blocking=True)
-                cross = self._model.prefill_cross(tokens)
-                # Neighbours of like length: a batch is padded to its longest text.
-                rows = sorted(range(start, start + count), key=lambda row: len(texts[row]))
-                for first in range(0, count, self._pair_batch):
-                    chosen = rows[first : first + self._pair_batch]
-                    logits = self._model.match_logits(*self._encode([texts[row] for row in chosen]), cross)
-                    out[chosen] = logits[:, 1].cpu()
-                start += count
-        return out
+CAPABILITIES: dict[str, type] = {
+    "embeds images and texts": EmbedsImagesAndTexts,
+    "embeds images": EmbedsImages,
+    "matches pairs": MatchesPairs,
+    "generates text": GeneratesText,
+    "answers questions": AnswersQuestions,
+    "classifies pairs": ClassifiesPairs,
+}
+"""The capabilities by the names people read, those of `registry.Task`."""
 
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids, mask = self._tokenizer.encode(texts, self._max_length)
-        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
-        device = self.device.type
-        try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"),
-            ):
-                yield
-        finally:
-            for module in training:
-                module.training = True
+def capabilities(model: object) -> tuple[str, ...]:
+    """The names of what `model` can do, in the order of `CAPABILITIES`."""
+    return tuple(name for name, protocol in CAPABILITIES.items() if isinstance(model, protocol))

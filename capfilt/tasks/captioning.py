@@ -133,8 +133,16 @@ def bleu(candidates: Tokens, references: Sequence[Tokens]) -> tuple[float, ...]:
     guesses are summed over the corpus before dividing. Raises UserError for no images, or an image without
     references.
     """
+    return tuple(bleu_of(bleu_parts(candidates, references).sum(axis=0)[None])[0].tolist())
+
+
+def bleu_parts(candidates: Tokens, references: Sequence[Tokens]) -> Floats:
+    """What BLEU adds up over the corpus, by image: float64 [images, 2 * MAX_N + 2].
+
+    Matches of 1- to 4-grams, guesses of 1- to 4-grams, the candidate's length, the closest reference's. Errors as `bleu`.
+    """
     grams = _Grams(candidates, references)
-    matches, guesses = np.zeros(MAX_N), np.zeros(MAX_N)
+    parts = np.zeros((grams.images, 2 * MAX_N + 2))
     for n, (keys, counts, image_of) in enumerate(grams.levels()):
         ours = keys[:, 0] < grams.images
         size = int(keys[:, 1].max(initial=0)) + 1
@@ -143,16 +151,23 @@ def bleu(candidates: Tokens, references: Sequence[Tokens]) -> tuple[float, ...]:
         limit = np.zeros(len(shared), dtype=np.int64)
         np.maximum.at(limit, where, counts[~ours])
         found, place = _lookup(shared, keys[ours, 0] * size + keys[ours, 1])
-        matches[n] = np.minimum(counts[ours][found], limit[place]).sum()
-        guesses[n] = counts[ours].sum()
-    length, reference_length = (
-        float(grams.lengths[: grams.images].sum()),
-        float(grams.closest_lengths().sum()),
-    )
-    ratio = (length + _TINY) / (reference_length + _SMALL)
-    penalty = 1.0 if ratio >= 1.0 else float(np.exp(1.0 - 1.0 / ratio))
-    precision = np.cumprod((matches + _TINY) / (guesses + _SMALL))
-    return tuple(float(100.0 * penalty * precision[n] ** (1.0 / (n + 1))) for n in range(MAX_N))
+        images = keys[ours, 0]
+        matched = np.minimum(counts[ours][found], limit[place])
+        parts[:, n] = np.bincount(images[found], weights=matched, minlength=grams.images)
+        parts[:, MAX_N + n] = np.bincount(images, weights=counts[ours], minlength=grams.images)
+    parts[:, -2] = grams.lengths[: grams.images]
+    parts[:, -1] = grams.closest_lengths()
+    return parts
+
+
+def bleu_of(sums: Floats) -> Floats:
+    """BLEU-1 to BLEU-4 in percent, float64 [R, 4], of sums [R, 2 * MAX_N + 2] of `bleu_parts` over images."""
+    matches, guesses = sums[:, :MAX_N], sums[:, MAX_N : 2 * MAX_N]
+    ratio = (sums[:, -2] + _TINY) / (sums[:, -1] + _SMALL)
+    penalty = np.where(ratio >= 1.0, 1.0, np.exp(1.0 - 1.0 / ratio))
+    precision = np.cumprod((matches + _TINY) / (guesses + _SMALL), axis=1)
+    found: Floats = 100.0 * penalty[:, None] * precision ** (1.0 / np.arange(1, MAX_N + 1))
+    return found
 
 
 def cider_d(candidates: Tokens, references: Sequence[Tokens]) -> Floats:
@@ -306,13 +321,14 @@ class CaptioningResult:
 
     `metrics` is flat: `bleu@1 .. bleu@4`, `rouge_l`, `cider`, all x100. `cider` and `rouge_l` float64
     [images] are the per-image scores whose means those are, for the bootstrap (the idf stays that of the
-    whole set); BLEU is a corpus figure and has none. `captions` are the texts judged, empty where the
-    captioner wrote nothing: those score 0 and count.
+    whole set); `bleu` float64 [images, 10] is what BLEU adds up (`bleu_parts`). `captions` are the texts
+    judged, empty where the captioner wrote nothing: those score 0 and count.
     """
 
     metrics: dict[str, float]
     cider: Floats
     rouge_l: Floats
+    bleu: Floats
     captions: tuple[str, ...]
 
 
@@ -325,9 +341,10 @@ def caption_metrics(captions: Sequence[str | None], references: Sequence[Sequenc
     candidates = [tokenize(text) for text in texts]
     options = [[tokenize(text) for text in image] for image in references]
     cider, rouge = cider_d(candidates, options), rouge_l(candidates, options)
-    metrics = {f"bleu@{n}": value for n, value in enumerate(bleu(candidates, options), start=1)}
+    parts = bleu_parts(candidates, options)
+    metrics = {f"bleu@{n}": float(v) for n, v in enumerate(bleu_of(parts.sum(axis=0)[None])[0], start=1)}
     metrics |= {"rouge_l": float(rouge.mean()), "cider": float(cider.mean())}
-    return CaptioningResult(metrics, cider, rouge, texts)
+    return CaptioningResult(metrics, cider, rouge, parts, texts)
 
 
 def evaluate_captioning(

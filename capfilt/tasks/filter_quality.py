@@ -64,7 +64,7 @@ def roc_auc_interval(
 ) -> Interval:
     """`roc_auc` with a bootstrap interval over `groups` (each text's image; each text by itself when None)."""
     score, label = _scored(scores, labels)
-    counter = _PairCounter(score, label.astype(np.float64))
+    counter = PairCounter(score, label.astype(np.float64))
     index = group_index(groups, len(score))
     replicates = []
     for counts in resample_counts(int(index.max(initial=-1)) + 1, resamples, seed, width=len(score)):
@@ -179,7 +179,7 @@ def kendall_tau_c(ratings: ArrayLike, scores: ArrayLike) -> float:
     (Stuart, Biometrika 40, 1953). O(n log n). NaN where either side is constant.
     """
     rating, score = _pair(ratings, scores)
-    counter = _PairCounter(score, rating)
+    counter = PairCounter(score, rating)
     return float(counter.tau_c(np.ones((1, len(rating))))[0])
 
 
@@ -194,7 +194,7 @@ def kendall_tau_c_interval(
 ) -> Interval:
     """`kendall_tau_c` with a bootstrap interval over `groups` (each text's image): whole images are resampled."""
     rating, score = _pair(ratings, scores)
-    counter = _PairCounter(score, rating)
+    counter = PairCounter(score, rating)
     index = group_index(groups, len(rating))
     draws = resample_counts(int(index.max(initial=-1)) + 1, resamples, seed, width=len(rating))
     replicates = np.concatenate([counter.tau_c(counts[:, index]) for counts in draws])
@@ -433,7 +433,7 @@ def _reliability(
 # Shared parts.
 
 
-class _PairCounter:
+class PairCounter:
     """Concordant minus discordant pairs of two variables, for many weightings of the same points.
 
     A pair counts where both variables differ. Ranks are compared bit by bit from the top: x_j < x_i exactly

@@ -12,8 +12,14 @@ import torch
 from capfilt.data.task_corpus import TaskBatch
 from capfilt.errors import UserError
 from capfilt.inference.decoding import Limits, sample
+from capfilt.models.classifier import ClassifierConfig, build_classifier
 from capfilt.models.nlvr import NlvrConfig, build_nlvr
-from capfilt.models.task_objectives import AnsweringConfig, NlvrTraining, VqaTraining
+from capfilt.models.task_objectives import (
+    AnsweringConfig,
+    ClassifierTraining,
+    NlvrTraining,
+    VqaTraining,
+)
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.models.vqa import VqaConfig, build_vqa
@@ -147,3 +153,38 @@ def test_half_precision_changes_little_and_losses_stay_whole(answering, task):
     found, expected = float(half.detach()), float(plain.detach())
     assert found == pytest.approx(expected, rel=0.1)
     assert found != expected, "autocast should have done something"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_classifiers_loss_is_its_formula_and_its_accuracy_the_likeliest_class(closed):
+    task, classes = ("vqa", ("a", "b", "c")) if closed else ("entailment", ("x", "y", "z"))
+    model = loud(build_classifier(ClassifierConfig(VISION, TEXT, task=task, classes=classes)), 6)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.6, 0.6], [0.0, 0.0, 0.0]])
+    labels = torch.tensor([2, 0, 1])
+    given = batch(pixels=pixels, **({"targets": targets} if closed else {"label": labels}))
+    found = ClassifierTraining(model).eval().losses(given)
+    scores = model.class_logits(IDS, IDS != 0, model.encode_image(pixels)).tolist()
+    loss = right = 0.0
+    for row, line in enumerate(scores):
+        best = line.index(max(line))
+        if closed:
+            for score, target in zip(line, targets[row].tolist(), strict=True):
+                likely = 1 / (1 + math.exp(-score))
+                loss -= (target * math.log(likely) + (1 - target) * math.log(1 - likely)) / 3
+            right += float(targets[row, best]) / 3
+        else:
+            loss += (math.log(sum(map(math.exp, line))) - line[labels[row]]) / 3
+            right += (best == int(labels[row])) / 3
+    assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(found["accuracy"]) == pytest.approx(right, rel=1e-5)
+    parts = [ClassifierTraining(model).eval().losses(part) for part in given.split(2)]
+    for name in ("loss", "accuracy"):
+        assert float(2 * parts[0][name] + parts[1][name]) / 3 == pytest.approx(float(found[name]), rel=1e-5)
+
+
+def test_a_classifier_refuses_a_batch_that_says_nothing():
+    model = build_classifier(ClassifierConfig(VISION, TEXT))
+    with pytest.raises(UserError, match="neither labels nor targets"):
+        ClassifierTraining(model).losses(batch(pixels=torch.zeros(3, 3, 16, 16)))

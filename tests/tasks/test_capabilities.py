@@ -13,8 +13,8 @@ from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
 from capfilt.models.blip import build
 from capfilt.models.presets import preset
+from capfilt.tasks.adapters import BlipCapabilities
 from capfilt.tasks.capabilities import (
-    BlipCapabilities,
     EmbedsImagesAndTexts,
     GeneratesText,
     MatchesPairs,

@@ -19,13 +19,14 @@ import capfilt
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models.classifier import BlipClassifier, ClassifierConfig
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, reason
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vision import resize_position_embedding
 from capfilt.models.vqa import BlipVqa, VqaConfig
 from capfilt.models.weights import fill, listed, read_safetensors
 
-Model = Blip | BlipVqa | BlipNlvr
+Model = Blip | BlipVqa | BlipNlvr | BlipClassifier
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
 
 
@@ -92,6 +93,8 @@ def empty(config: Config) -> Model:
     """A model of the class that `config` is the configuration of."""
     if isinstance(config, BlipConfig):
         return Blip(config)
+    if isinstance(config, ClassifierConfig):
+        return BlipClassifier(config)
     return BlipVqa(config) if isinstance(config, VqaConfig) else BlipNlvr(config)
 
 

@@ -10,10 +10,11 @@ import re
 from dataclasses import dataclass
 
 from capfilt.models.blip import BlipConfig
+from capfilt.models.classifier import ClassifierConfig
 from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.vqa import VqaConfig
 
-Config = BlipConfig | VqaConfig | NlvrConfig
+Config = BlipConfig | VqaConfig | NlvrConfig | ClassifierConfig
 
 _TRANSFORMERS_TOWER = {
     "cls_token": "embeddings.class_embedding",
@@ -101,9 +102,11 @@ def reason(name: str) -> str | None:
 
 
 def kind_of(config: Config) -> str:
-    """ "both", "captioner", "filter", "vqa" or "nlvr"."""
+    """ "both", "captioner", "filter", "vqa", "nlvr" or "classifier"."""
     if isinstance(config, BlipConfig):
         return config.half
+    if isinstance(config, ClassifierConfig):
+        return "classifier"
     return "vqa" if isinstance(config, VqaConfig) else "nlvr"
 
 

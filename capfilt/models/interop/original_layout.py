@@ -27,7 +27,7 @@ from capfilt.models.interop.contents import (
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.keymaps import TIED, Config, original_names
+from capfilt.models.interop.keymaps import TIED, Config, kind_of, original_names
 from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.presets import LARGE
 from capfilt.models.vqa import VqaConfig
@@ -99,6 +99,10 @@ def write(directory: Path, contents: Contents) -> None:
 
 def refuse(config: Config) -> None:
     """UserError naming what the original code has no place for; else nothing."""
+    if kind_of(config) == "classifier":
+        raise UserError(
+            "a BlipClassifier has no home in the original layout: BLIP released none; keep it as capfilt saved it"
+        )
     refuse_convolutions(config, "the original layout")
 
 

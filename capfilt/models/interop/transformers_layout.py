@@ -160,6 +160,8 @@ def refuse(config: Config) -> None:
     """UserError naming what transformers' BLIP has no place for; else nothing."""
     if kind_of(config) == "nlvr":
         raise UserError("an NLVR2 model (BlipNlvr) has no home in transformers, which has no class for it")
+    if kind_of(config) == "classifier":
+        raise UserError("a BlipClassifier has no home in transformers, which has no class for it")
     refuse_convolutions(config, "transformers' BLIP")
     if kind_of(config) == "vqa" and config.vision.width != config.text.width:
         raise UserError(

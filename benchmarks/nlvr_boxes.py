@@ -1,0 +1,458 @@
+"""NLVR's pictures as squares, in several arrangements; and pictures like them, drawn, with statements of known truth.
+
+A picture of NLVR (Suhr et al., ACL 2017) is three boxes side by side, 400 x 100 pixels, and its statement is true whatever
+the order of the boxes. Squeezed into a model's square, a block would be a sliver, so the boxes go into the cells of a 2 x 2
+square, in a random order; further arrangements of a training picture are further pictures, mirrored too where the statement
+names no side. Few statements come with labels, so the same kinds of statements are also made about boxes drawn here, true
+and false ones alike often. Their forms follow NLVR's train and development sentences; no test sentence was looked at.
+
+    python benchmarks/nlvr_boxes.py DATA/tasks/nlvr1 boxes --pictures 12000
+    capfilt ingest boxes/data.jsonl --images boxes --image-col image --caption-col sentence --dataset boxes
+    capfilt examples boxes/data.jsonl --images boxes --dataset boxes          # and so with boxes/generated.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageDraw, ImageOps
+
+from capfilt.data.transforms import mentions_sides
+
+BOX, CELL = 100, 104
+COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+SHAPES = ("circle", "triangle", "square")
+PALE, GREY = (211, 211, 211), (128, 128, 128)
+WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A thing in a box: its left and upper edge and its size in pixels of the box, y downwards."""
+
+    shape: str
+    colour: str
+    size: int
+    x: int
+    y: int
+
+    @property
+    def gaps(self) -> dict[str, int]:
+        """Pixels to each wall."""
+        right, bottom = BOX - self.x - self.size, BOX - self.y - self.size
+        return {"left": self.x, "top": self.y, "right": right, "bottom": bottom}
+
+    @property
+    def touches(self) -> bool:
+        return min(self.gaps.values()) <= 1
+
+    @property
+    def in_corner(self) -> bool:
+        return sorted(self.gaps.values())[1] <= 1
+
+
+Box = list[Item]
+
+
+def towers(rng: Random) -> list[Box]:
+    """Three towers of one to four blocks, bottom first."""
+    plain = rng.random() < 0.2
+    boxes = []
+    for _ in range(3):
+        colour = rng.choice(list(COLOURS))
+        boxes.append(
+            [
+                Item("square", colour if plain else rng.choice(list(COLOURS)), 20, 40, 80 - 21 * level)
+                for level in range(rng.randint(1, 4))
+            ]
+        )
+    return boxes
+
+
+def scattered(rng: Random) -> list[Box]:
+    """Three boxes of one to seven things that do not overlap; the topmost first."""
+    few = rng.random() < 0.4
+    colours = rng.sample(list(COLOURS), rng.choice((1, 2, 3, 3)))
+    boxes: list[Box] = []
+    for _ in range(3):
+        box: Box = []
+        for _ in range(rng.randint(1, 3 if few else 7)):
+            for _ in range(20):
+                size = rng.choice((10, 20, 30))
+                x, y = rng.randint(2, BOX - size - 2), rng.randint(2, BOX - size - 2)
+                side = rng.random()
+                x = BOX - size if side < 0.2 else x
+                y = BOX - size if side > 0.8 or side < 0.03 else y
+                new = Item(rng.choice(SHAPES), rng.choice(colours), size, x, y)
+                if all(
+                    new.x + size <= old.x or old.x + old.size <= new.x or new.y + size <= old.y
+                    or old.y + old.size <= new.y for old in box
+                ):  # fmt: skip
+                    box.append(new)
+                    break
+        boxes.append(sorted(box, key=lambda item: item.y))
+    return boxes
+
+
+def drawn(box: Box) -> Image.Image:
+    """A box as NLVR draws it."""
+    picture = Image.new("RGB", (BOX, BOX), PALE)
+    draw = ImageDraw.Draw(picture)
+    for item in box:
+        x, y, end = item.x, item.y, item.size - 1
+        colour = COLOURS[item.colour]
+        if item.shape == "square":
+            draw.rectangle((x, y, x + end, y + end), fill=colour)
+        elif item.shape == "circle":
+            draw.ellipse((x, y, x + end, y + end), fill=colour)
+        else:
+            draw.polygon(((x, y + end), (x + end, y + end), (x + end / 2, y)), fill=colour)
+    return picture
+
+
+def arranged(boxes: Sequence[Image.Image], rng: Random, mirror: bool) -> Image.Image:
+    """Three boxes in a random order in the cells of a square, each mirrored by chance where `mirror`."""
+    square = Image.new("RGB", (2 * CELL, 2 * CELL), GREY)
+    cells = rng.sample([(2, 2), (CELL + 2, 2), (2, CELL + 2), (CELL + 2, CELL + 2)], 3)
+    for box, cell in zip(boxes, cells, strict=True):
+        square.paste(ImageOps.mirror(box) if mirror and rng.random() < 0.5 else box, cell)
+    return square
+
+
+# Statements: each maker returns a text and whether it is true of the boxes.
+
+Statement = tuple[str, bool]
+
+
+def number(rng: Random, count: int) -> str:
+    return str(count) if rng.random() < 0.3 else WORDS[count]
+
+
+def quantity(rng: Random, most: int = 4) -> tuple[str, int, Callable[[int], bool]]:
+    """(words, the number in them, whether a count agrees)."""
+    n = rng.randint(1, most)
+    kind = rng.choice(("", "", "exactly ", "exactly ", "at least ", "at least ", "only ", "at most "))
+    agrees = {
+        "at least ": lambda count: count >= n,
+        "": lambda count: count >= n,
+        "at most ": lambda count: count <= n,
+    }.get(kind, lambda count: count == n)
+    kind = "atleast " if kind == "at least " and rng.random() < 0.2 else kind
+    return kind + number(rng, n), n, agrees
+
+
+def there(rng: Random, words: str, n: int) -> str:
+    return f"there {'is' if n == 1 else 'are'} {words}"
+
+
+def height(rng: Random) -> tuple[str, Callable[[int], bool]]:
+    """("three blocks", whether a tower's height agrees)."""
+    n = rng.randint(1, 4)
+    kind = rng.choice(("", "", "exactly ", "only ", "at least ", "more than ", "less than ", "at most "))
+    agrees = {
+        "at least ": lambda count: count >= n,
+        "more than ": lambda count: count > n,
+        "less than ": lambda count: count < n,
+        "at most ": lambda count: count <= n,
+    }.get(kind, lambda count: count == n)
+    return f"{kind}{number(rng, n)} block{'' if n == 1 else 's'}", agrees
+
+
+END = {"top": -1, "base": 0, "bottom": 0}
+
+
+def about_towers(rng: Random, boxes: list[Box]) -> Statement:
+    stacks = [[item.colour for item in box] for box in boxes]
+    c, d = rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
+    end = rng.choice(("top", "top", "base", "base", "bottom"))
+    at = [stack[END[end]] for stack in stacks]
+    having = rng.choice(("with", "having", "which has", "that has", "that contains"))
+    adjacent = [(stack[i + 1], stack[i]) for stack in stacks for i in range(len(stack) - 1)]
+    over = rng.choice(("over", "above", "on", "on top of"))
+    form = rng.randrange(17)
+    if form in (0, 1):
+        words, n, agrees = quantity(rng, 3)
+        s = "" if n == 1 else "s"
+        return there(rng, f"{words} tower{s} {having} a {c} block at the {end}", n), agrees(at.count(c))
+    if form in (2, 3):
+        words, agrees = height(rng)
+        tall = rng.random() < 0.7
+        true = any(stack[END[end]] == c and (not tall or agrees(len(stack))) for stack in stacks)
+        some, flip = rng.choice((("a", False), ("a", False), ("at least one", False), ("no", True)))
+        return f"there is {some} {c} block as the {end} of a tower" + (
+            f" with {words}" if tall else ""
+        ), true != flip
+    if form == 4:
+        words, agrees = height(rng)
+        many, n, right = quantity(rng, 3)
+        if rng.random() < 0.5:
+            return f"there is a tower with {words}", any(agrees(len(stack)) for stack in stacks)
+        s = "" if n == 1 else "s"
+        return there(rng, f"{many} tower{s} with {words}", n), right(sum(agrees(len(x)) for x in stacks))
+    if form in (5, 6):
+        some = rng.choice(("a", "one", "at least one"))
+        text = rng.choice(
+            (
+                f"there is {some} {c} block {over} a {d} block",
+                f"there is {some} tower {having} a {c} block {over} a {d} block",
+                f"one of the tower has a {c} block {over} a {d} block",
+                f"there is {some} {d} block {rng.choice(('below', 'under', 'beneath'))} a {c} block",
+            )
+        )
+        return text, (c, d) in adjacent
+    if form == 7:
+        words, n, agrees = quantity(rng, 4)
+        s = "" if n == 1 else "s"
+        return there(rng, f"{words} {c} block{s}", n), agrees(sum(stack.count(c) for stack in stacks))
+    if form == 8:
+        n = rng.randint(1, 3)
+        together = rng.random() < 0.4 and n > 1
+        runs = [any(stack[i : i + n] == [c] * n for i in range(len(stack))) for stack in stacks]
+        counts = [stack.count(c) >= n for stack in stacks] if not together else runs
+        one = rng.choice(
+            ("there is 1 tower with", "there is a tower with", "there is one tower with", "one tower with")
+        )
+        s = "" if n == 1 else "s"
+        return f"{one} {number(rng, n)} {c} block{s}" + (" stacked together" if together else ""), any(counts)
+    if form == 9:
+        words, agrees = height(rng)
+        some = rng.choice(("a", "a", "one", "at least one"))
+        if rng.random() < 0.3:
+            return f"there is {some} {c} tower", any(set(stack) == {c} for stack in stacks)
+        return f"there is {some} {c} tower with {words}", any(
+            set(stack) == {c} and agrees(len(stack)) for stack in stacks
+        )
+    if form == 10:
+        n = rng.randint(1, 2)
+        kind = rng.choice(("at least ", "", "only "))
+        true = all(stack.count(c) == n if kind == "only " else stack.count(c) >= n for stack in stacks)
+        s = "" if n == 1 else "s"
+        who = rng.choice(("all towers have", "all 3 towers have", "each tower has", "all the towers contain"))
+        return f"{who} {kind}{number(rng, n)} {c} block{s}", true
+    if form == 11:
+        words, agrees = height(rng)
+        some = rng.choice(("the", "there is a", "there is one"))
+        has = "has" if some == "the" else "which has"
+        true = any(agrees(len(stack)) and stack[END[end]] == c for stack in stacks)
+        return f"{some} tower with {words} {has} a {c} block at the {end}", true
+    if form == 12:
+        words, agrees = height(rng)
+        same = [len(set(stack)) == 1 for stack in stacks]
+        text, true = rng.choice(
+            (
+                (f"there is a tower with {words} having all the blocks of the same color",
+                 any(one and agrees(len(stack)) for one, stack in zip(same, stacks, strict=True))),
+                ("there is a tower with only same blocks in color", any(same)),
+                (f"there is a tower with blocks of {c} color only", any(set(x) == {c} for x in stacks)),
+                ("there is a tower with blocks of all three colors", any(len(set(x)) == 3 for x in stacks)),
+                (f"there is a tower with only {c} and {d} blocks", any(set(x) == {c, d} for x in stacks)),
+                (f"there is a tower with {c} and {d} blocks", any({c, d} <= set(x) for x in stacks)),
+            )
+        )  # fmt: skip
+        return text, true
+    if form == 13:
+        heights, most = [len(stack) for stack in stacks], max(Counter(at).values())
+        return rng.choice(
+            (
+                (f"all the {end}s of the towers are the same in color", most == 3),
+                (f"one tower has a different {end} color", most == 2),
+                (f"there are two towers with the same {end} color", most >= 2),
+                ("there are at least two towers with the same height", len(set(heights)) < 3),
+                ("all towers have the same height", len(set(heights)) == 1),
+                (f"the {end} of a tower is {c}", c in at),
+                (f"{c} block at the {end}", c in at),
+                (f"none of the towers has a {c} {end}", c not in at),
+            )
+        )
+    if form == 14:
+        n = rng.randint(1, 3)
+        text = rng.choice((f"{WORDS[n]} of the three towers has a {c} {end}",
+                           f"there are {WORDS[n]} {c} blocks as the {end} of a tower"))  # fmt: skip
+        return text, at.count(c) >= n
+    if form == 15:
+        place = rng.choice((1, 2))
+        name = ("second", "third")[place - 1]
+        from_top = rng.random() < 0.3
+        seen = [stack[::-1] if from_top else stack for stack in stacks]
+        true = any(len(stack) > place and stack[place] == c for stack in seen)
+        return f"there is a tower that the {name} block from the {'top' if from_top else 'base'} is {c}", true
+    n, m = rng.randint(1, 2), rng.randint(1, 2)
+    text = f"there is a tower with {number(rng, n)} {c} block{'s' * (n > 1)} and {number(rng, m)} {d} block{'s' * (m > 1)}"
+    if c == d:
+        middle = any(c in stack[1:-1] for stack in stacks)
+        return f"there is a tower with a {c} block in the middle", middle
+    return text, any(stack.count(c) >= n and stack.count(d) >= m for stack in stacks)
+
+
+WALL = ("the edge", "the wall", "a wall", "an edge", "the side")
+FLOOR = ("the base", "the bottom", "the bottom of a box", "the bottom edge")
+
+
+def about_things(rng: Random, boxes: list[Box]) -> Statement:
+    everything = [item for box in boxes for item in box]
+    colour = rng.choice([*COLOURS, *COLOURS, ""])
+    shape = rng.choice([*SHAPES, "item", "object"])
+    d = rng.choice(list(COLOURS))
+
+    def fits(item: Item, colour: str = colour, shape: str = shape) -> bool:
+        return (not colour or item.colour == colour) and (shape not in SHAPES or item.shape == shape)
+
+    thing = f"{colour} {shape}".strip()
+    closely = rng.choice(("", "closely "))
+    place, there_is = rng.choice(
+        (
+            (f"{closely}touching {rng.choice(WALL)}", lambda item: item.touches),
+            (f"{closely}touching {rng.choice(WALL)}", lambda item: item.touches),
+            (f"{closely}touching {rng.choice(FLOOR)}", lambda item: item.gaps["bottom"] <= 1),
+            ("not touching any edge", lambda item: not item.touches),
+            (f"{closely}touching a corner of a box", lambda item: item.in_corner),
+        )
+    )
+    form = rng.randrange(13)
+    if form in (0, 1, 2):
+        words, n, agrees = quantity(rng, 3)
+        s = "" if n == 1 else "s"
+        placed = form > 0
+        count = sum(fits(item) and (not placed or there_is(item)) for item in everything)
+        return there(rng, f"{words} {thing}{s}" + (f" {place}" if placed else ""), n), agrees(count)
+    if form == 3:
+        some, flip = rng.choice((("a", False), ("a", False), ("no", True), ("at least one", False)))
+        return f"there is {some} {thing} {place}", any(fits(i) and there_is(i) for i in everything) != flip
+    if form == 4:
+        return f"none of the {thing}s are {place}", not any(fits(i) and there_is(i) for i in everything)
+    who, single = rng.choice((("there is a box with", True), ("one of the grey box has", True),
+                              ("one of the grey square contains", True), ("there are two boxes with", False)))  # fmt: skip
+    need = 1 if single else 2
+    if form in (5, 6):
+        words, n, agrees = quantity(rng, 6)
+        name = rng.choice(("item", "object")) + ("" if n == 1 else "s")
+        text, inside = f"{who} {words} {name}", lambda box: agrees(len(box))
+        if form == 6 and colour:
+            text, inside = (
+                f"{who} {words} {colour} {name}",
+                lambda box: agrees(sum(i.colour == colour for i in box)),
+            )
+        return text, sum(map(inside, boxes)) >= need
+    if form == 7:
+        n = rng.randint(2, 5)
+        k = rng.choice((1, 2, 3))
+        kinds = {1: "only one color", 2: "2 different colors", 3: "all 3 different colors"}[k]
+        tail = rng.random() < 0.5
+        words = f"{number(rng, n)} items of {kinds}" if tail else f"items of {kinds}"
+        return f"{who} {words}", sum(
+            len({i.colour for i in box}) == k and (not tail or len(box) == n) for box in boxes
+        ) >= need
+    if form == 8:
+        colour = colour or d
+        pair = rng.choice((f"only {colour} items", f"items of only {colour} color")) if colour == d else (
+            f"only {colour} and {d} items"
+        )  # fmt: skip
+        return f"{who} {pair}", sum({i.colour for i in box} == {colour, d} for box in boxes) >= need
+    if form == 9:
+        colour = colour or d
+        n = rng.randint(1, 5)
+        counted = rng.random() < 0.6
+        top = rng.choice((f"a {colour} item on top", f"the {colour} item is on top"))
+        text = (
+            f"there is a box with {number(rng, n)} items and {top}"
+            if counted
+            else f"there is a {colour} item on top"
+        )
+        return text, any(box[0].colour == colour and (not counted or len(box) == n) for box in boxes if box)
+    if form == 10:
+        n = rng.randint(1, 2)
+        kind = rng.choice(("at least ", "", "exactly "))
+        s = "" if n == 1 else "s"
+        placed = rng.random() < 0.4
+        counts = [sum(fits(i) and (not placed or there_is(i)) for i in box) for box in boxes]
+        true = all(count == n if kind == "exactly " else count >= n for count in counts)
+        each = rng.choice(("each box has", "each grey box contains", "each grey square has"))
+        return f"{each} {kind}{number(rng, n)} {thing}{s}" + (f" {place}" if placed else ""), true
+    if form == 11:
+        second = rng.choice([*SHAPES, "item"])
+        n, m = rng.randint(1, 2), rng.randint(1, 2)
+        other = f"{d} {second}"
+        text = (
+            f"there is a box with {'a' if n == 1 else number(rng, n)} {thing}{'s' * (n > 1)} and "
+            f"{'a' if m == 1 else number(rng, m)} {other}{'s' * (m > 1)}"
+        )
+        return text, any(
+            sum(map(fits, box)) >= n and sum(fits(i, d, second) for i in box) >= m for box in boxes
+        )
+    touching = {i.colour for i in everything if i.touches}
+    colour = colour or d
+    return rng.choice(
+        (
+            ("there is only one color touching the wall", len(touching) == 1),
+            ("all 3 different colors are touching the wall", len(touching) == 3),
+            (f"all {colour} items are in the same box", sum(any(i.colour == colour for i in b) for b in boxes) == 1),
+            (f"{colour} {shape}s are {place}", any(map(fits, everything)) and all(there_is(i) for i in everything if fits(i))),
+            ("there is a box with one item", any(len(box) == 1 for box in boxes)),
+            (f"there is a box with the same number of {colour} and {d} items",
+             any(sum(i.colour == colour for i in b) == sum(i.colour == d for i in b) > 0 for b in boxes)),
+        )
+    )  # fmt: skip
+
+
+def statements(rng: Random, boxes: list[Box], tower: bool, count: int) -> list[Statement]:
+    """True and false ones in turn, each once; of a form that is seldom true, fewer."""
+    make = about_towers if tower else about_things
+    found: dict[str, bool] = {}
+    for place in range(count):
+        for _ in range(30):
+            text, true = make(rng, boxes)
+            if true == bool(place % 2) and text not in found:
+                found[text] = true
+                break
+    return list(found.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("nlvr", type=Path, help="folder with data.jsonl and the pictures it names")
+    parser.add_argument("out", type=Path, help="folder to write: data.jsonl, generated.jsonl, pictures")
+    parser.add_argument("--pictures", type=int, default=12_000, help="drawn pictures (default 12,000)")
+    parser.add_argument("--statements", type=int, default=5, help="statements about each (default 5)")
+    parser.add_argument("--arrangements", type=int, default=6, help="of every training picture (default 6)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = Random(options.seed)
+    (options.out / "nlvr").mkdir(parents=True, exist_ok=True)
+    (options.out / "drawn").mkdir(exist_ok=True)
+    with (options.out / "data.jsonl").open("w") as file:
+        for line in (options.nlvr / "data.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            with Image.open(options.nlvr / row["image"]) as picture:
+                wide = picture.convert("RGB")
+            boxes = [wide.crop((150 * place, 0, 150 * place + BOX, BOX)) for place in range(3)]
+            mirror = row["split"] == "train" and not mentions_sides(row["sentence"])
+            for turn in range(options.arrangements if row["split"] == "train" else 1):
+                name = f"nlvr/{row['identifier']}-{turn}.png"
+                arranged(boxes, rng, mirror).save(options.out / name)
+                key = row["identifier"] + (f"-{turn}" if turn else "")
+                file.write(json.dumps({**row, "identifier": key, "image": name}) + "\n")
+    with (options.out / "generated.jsonl").open("w") as file:
+        for place in range(options.pictures):
+            tower = rng.random() < 0.65
+            things = towers(rng) if tower else scattered(rng)
+            name = f"drawn/{place:06d}.png"
+            arranged([drawn(box) for box in things], rng, mirror=False).save(options.out / name)
+            split = "val" if place % 50 == 0 else "train"
+            for turn, (text, true) in enumerate(statements(rng, things, tower, options.statements)):
+                record = {
+                    "identifier": f"drawn-{place}-{turn}",
+                    "image": name,
+                    "sentence": text,
+                    "label": true,
+                }
+                file.write(json.dumps({**record, "split": split}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

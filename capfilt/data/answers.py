@@ -1,0 +1,120 @@
+"""Answers to questions about pictures as VQA compares them: their normal form, what an answer is worth, closed lists.
+
+The rules are those of VQA's evaluation (Antol et al., arXiv 1505.00468; visualqa.org/evaluation.html), the slips of its
+published script included, since every published figure was made with them. The accuracy is `capfilt.tasks`'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+ARTICLES = frozenset({"a", "an", "the"})
+DIGITS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+    "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
+"""What becomes nothing or a space. A colon, an apostrophe and a full stop are not among it."""
+
+_FORMS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+y'all'd've you'd you'd've you'll you're you've
+"""
+
+
+def _contractions() -> dict[str, str]:
+    """Each form that lacks one of its apostrophes -> the form."""
+    found = {
+        form[:place] + form[place + 1 :]: form
+        for form in _FORMS.split()
+        for place, letter in enumerate(form)
+        if letter == "'"
+    }
+    return found | {"somebody'd": "somebodyd"}  # so in the published table
+
+
+CONTRACTIONS: Mapping[str, str] = _contractions()
+
+_PERIOD = re.compile(r"\.(?!\d)")
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+_PERIODS = 32  # the published script passes a flag where the number of replacements goes
+
+
+def without_punctuation(answer: str) -> str:
+    """The answer with punctuation removed, or made a space where it stands between two words.
+
+    Decided once per sign for the whole answer: it is removed where a space stands beside it anywhere, or where a comma
+    stands between two digits anywhere ("10,000"). A full stop is removed unless a digit follows it ("3.5", ".5").
+    """
+    out = answer
+    numeric = _DIGIT_COMMA_DIGIT.search(answer) is not None
+    for sign in PUNCTUATION:
+        if sign in out:
+            out = out.replace(sign, "" if numeric or f"{sign} " in answer or f" {sign}" in answer else " ")
+    return _PERIOD.sub("", out, count=_PERIODS)
+
+
+def normalised(answer: str) -> str:
+    """The answer in lower case, without punctuation and articles, numbers up to ten as digits, contractions repaired."""
+    plain = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
+    words = (DIGITS.get(word, word) for word in plain.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+LEAST_ANNOTATORS = 4
+"""With fewer nobody's answer can reach 1 in the leave-one-out form, so there a given answer is simply right."""
+
+
+def soft_score(given: int, annotators: int) -> float:
+    """What an answer is worth that `given` of the `annotators` gave, in [0, 1].
+
+    The mean, over the annotators left out in turn, of min(how many of the others gave it / 3, 1): 0, 0.3, 0.6, 0.9 and 1
+    for 0, 1, 2, 3 and 4 or more of ten. With fewer than `LEAST_ANNOTATORS`, 1 for any answer that was given.
+    """
+    if annotators < LEAST_ANNOTATORS:
+        return float(given > 0)
+    left_out = given * min((given - 1) / 3, 1.0) + (annotators - given) * min(given / 3, 1.0)
+    return left_out / annotators
+
+
+def closed_list(questions: Iterable[Sequence[tuple[str, int]]], least: int = 9) -> tuple[str, ...]:
+    """The answers a closed set knows, in their normal form, the most frequent first.
+
+    questions: each question's answers with how many gave them. least: an answer must be the most frequent one of so many
+    questions (ViLT, arXiv 2102.03334, code: 9, which makes 3,129 of VQA v2's train and val).
+    """
+    best: Counter[str] = Counter()
+    for answers in questions:
+        counts = merged(answers)
+        if counts:
+            best[max(counts, key=lambda answer: counts[answer])] += 1
+    kept = [answer for answer, count in best.items() if count >= least]
+    return tuple(sorted(kept, key=lambda answer: (-best[answer], answer)))
+
+
+def soft_targets(
+    answers: Sequence[tuple[str, int]], places: Mapping[str, int]
+) -> tuple[tuple[int, float], ...]:
+    """(place, worth) of the answers that `places` (normal form -> place) knows, for a classifier to learn."""
+    counts = merged(answers)
+    total = sum(counts.values())
+    return tuple(
+        (places[answer], soft_score(count, total)) for answer, count in counts.items() if answer in places
+    )
+
+
+def merged(answers: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """How many gave each answer, answers of one normal form together; those that come to nothing are left out."""
+    counts: dict[str, int] = {}
+    for answer, count in answers:
+        form = normalised(answer)
+        if form and count > 0:
+            counts[form] = counts.get(form, 0) + count
+    return counts

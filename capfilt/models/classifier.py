@@ -1,0 +1,129 @@
+"""BLIP as a classifier of a picture and a text together: closed-set VQA, visual entailment, statements about one picture.
+
+The released BLIP has no such model. Its text encoder is fed [ENC] and sees the picture, as for matching; on the state
+of [ENC] is the head of the models that publish one: ALBEF's for entailment (arXiv 2107.07651, sec. 5 and code: linear,
+ReLU, linear), ViLT's for VQA (arXiv 2102.03334, code: linear to twice the width, LayerNorm, GELU, linear).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.errors import UserError
+from capfilt.models.blip import Blip, ModelConfig
+from capfilt.models.layers import full_precision, init_std, init_truncated
+from capfilt.models.text import TextTransformer
+from capfilt.models.vision import VisionConfig, VisionTower
+from capfilt.models.weights import start_from
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(ModelConfig):
+    """Everything that decides the shape of a BlipClassifier; `to_dict`/`from_dict` go through JSON unchanged.
+
+    Attributes:
+        task: which of `capfilt.tables.contracts.TASKS` it was made for; decides the head, and what an output means.
+        classes: what the outputs stand for, in order: the labels of the task, or the answers it can give.
+        max_text_tokens, max_words: longest text, as it was trained with.
+    """
+
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=384, drop_path=0.1))
+    max_text_tokens: int = 35
+    max_words: int = 50
+    task: str = "entailment"
+    classes: tuple[str, ...] = ("contradiction", "neutral", "entailment")
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise UserError(f"a classifier needs two classes or more, each once, and has {len(self.classes)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `ModelConfig.from_dict`; the classes may come as JSON has them, in a list."""
+        classes = values.get("classes")
+        if isinstance(classes, list) and all(isinstance(each, str) for each in classes):
+            values = {**values, "classes": tuple(classes)}
+        return super().from_dict(values)
+
+
+class BlipClassifier(nn.Module):
+    """See the module's docstring. Images, ids and masks are as in `Blip`; position 0 is overwritten here as there."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.vision)
+        self.text_encoder = TextTransformer(config.text, config.vision.width)
+        self.cls_head = classifier_head(config.text.width, len(config.classes), wide=config.task == "vqa")
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
+        out: Tensor = self.visual_encoder(images)
+        return out
+
+    def class_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
+        """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv]."""
+        ids = ids.clone()
+        ids[:, 0] = self.config.text.enc_id
+        cross = self.text_encoder.cross_keys_values(image_tokens)
+        states = self.text_encoder(ids, mask, cross, first=True)[:, 0]
+        with full_precision(states):
+            out: Tensor = self.cls_head(states.to(self.cls_head[0].weight.dtype)).float()
+        return out
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """As `Blip.recompute_activations`."""
+        self.visual_encoder.recompute = self.text_encoder.recompute = on
+
+
+def classifier_head(width: int, classes: int, wide: bool = False) -> nn.Sequential:
+    """[.., D] -> [.., C]: linear, ReLU, linear (ALBEF and BLIP's NLVR2, code), or ViLT's for VQA where `wide`."""
+    if wide:
+        head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, classes)
+        )
+    else:
+        head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+    init_truncated(head, init_std(width))
+    return head
+
+
+def build_classifier(config: ClassifierConfig, seed: int = 0) -> BlipClassifier:
+    """A freshly initialised BlipClassifier: the same config and seed give the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BlipClassifier(config)
+
+
+def classifier_from_blip(
+    model: Blip | BlipClassifier,
+    task: str,
+    classes: Sequence[str],
+    seed: int = 0,
+    drop_path: float = 0.1,
+    **longest: int,
+) -> BlipClassifier:
+    """A BlipClassifier that starts from a pretrained BLIP, a filter, or a classifier of other classes; its head is new.
+
+    longest: `max_text_tokens` and `max_words` of its config. drop_path 0.1: BLIP, code, for its two other finetunings.
+    """
+    if isinstance(model, Blip):
+        model.require("filter")
+    vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
+    made = build_classifier(
+        ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest), seed
+    )
+    found = model.state_dict()
+    names = [name for name in made.state_dict() if name in found and not _is_head(name)]
+    start_from(made, {name: found[name] for name in names}, _is_head)
+    return made
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith("cls_head.")

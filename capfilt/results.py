@@ -1,0 +1,195 @@
+"""Results of `evaluate` for people: one run's figures, or several side by side, in the terminal, as Markdown, as JSON.
+
+What the figures and their differences are is `tasks/comparison.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from capfilt.errors import UserError
+from capfilt.stages.results import result_path
+from capfilt.tables.workspace import Workspace
+from capfilt.tasks.comparison import Result, difference, read_result, shared_metrics, unlike
+
+FORMATS = ("table", "markdown", "json")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table with lines around it: all text."""
+
+    before: tuple[str, ...]
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    after: tuple[str, ...]
+    plain: Any
+
+
+def show(workspace: Workspace, names: Sequence[str], form: str, out: TextIO) -> None:
+    """Print one result, or several side by side. Raises UserError for a name or a form that is none."""
+    if form not in FORMATS:
+        raise UserError(f"--format {form!r}: choose {', '.join(FORMATS)}")
+    results = [read_result(result_path(workspace.path, name)) for name in names]
+    told = one_run(results[0]) if len(results) == 1 else side_by_side(results)
+    if form == "json":
+        out.write(json.dumps(told.plain, indent=1) + "\n")
+    elif form == "markdown":
+        out.write(markdown(told))
+    else:
+        _print(told, out)
+
+
+def shown_after(path: Path, options: Any, quiet: bool, out: TextIO) -> None:
+    """After `evaluate`: the table, unless `quiet`, and the Markdown file that was asked for."""
+    told = one_run(read_result(path))
+    if options.markdown:
+        target = Path(options.markdown)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(markdown(told), encoding="utf-8")
+    if not quiet:
+        _print(told, out)
+
+
+def one_run(result: Result) -> Shown:
+    """The figures of one run by task, with intervals and baselines."""
+    rows, after = [], []
+    listed: set[str] = set()
+    for task, said in result.tasks.items():
+        metrics = [metric for metric in said.get("metrics", ()) if metric in result.metrics]
+        listed |= set(metrics)
+        for number, metric in enumerate(metrics):
+            rows.append((task if number == 0 else "", *_figures(result, metric)))
+        counts = ", ".join(f"{count:,} {name}" for name, count in said.get("counts", {}).items())
+        after.append(f"{task}: {said.get('protocol')} ({counts})")
+        skipped = said.get("details", {}).get("skipped", {})
+        after += [f"{task}: {name} skipped: {reason}" for name, reason in skipped.items()]
+    rows += [("", *_figures(result, metric)) for metric in result.metrics if metric not in listed]
+    resamples, seed, level = result.bootstrap
+    after.append(f"intervals: {level:.0%}, {resamples:,} resamples of whole images, seed {seed}")
+    return Shown(
+        (_heading(result),),
+        ("task", "figure", "value", "interval", "baseline"),
+        tuple(rows),
+        tuple(after),
+        {key: value for key, value in result.content.items() if key not in ("units", "queries", "captions")},
+    )
+
+
+def side_by_side(results: Sequence[Result]) -> Shown:
+    """Every figure of every run, and the other runs' differences from the first."""
+    first, *others = results
+    rows = []
+    plain: dict[str, Any] = {}
+    level, apart = first.bootstrap[2], False
+    for metric in shared_metrics(results):
+        cells = [metric, *(_value(result.metrics.get(metric)) for result in results)]
+        told: dict[str, Any] = {"values": {result.name: result.metrics.get(metric) for result in results}}
+        for other in others:
+            if metric not in other.metrics or metric not in first.metrics:
+                cells.append("–")
+                continue
+            found = difference(other, first, metric)
+            cells.append(_difference(found.value, found.interval, found.verdict, found.paired))
+            apart |= found.interval is not None and not found.paired
+            told.setdefault("differences", {})[other.name] = {
+                "value": round(found.value, 3),
+                "interval": None if found.interval is None else found.interval.as_dict(),
+                "verdict": found.verdict or None,
+                "paired": found.paired,
+            }
+        rows.append(tuple(cells))
+        plain[metric] = told
+    notes = [
+        f"above, below: the {level:.0%} interval of the difference from {first.name} excludes 0; within: it does not",
+        *(["~: not over the same queries, resampled apart"] if apart else []),
+        *unlike(results),
+    ]
+    return Shown(
+        tuple(_heading(result) for result in results),
+        ("figure", *(result.name for result in results), *(f"{o.name} − {first.name}" for o in others)),
+        tuple(rows),
+        tuple(notes),
+        {
+            "runs": [{"name": result.name, **_identity(result)} for result in results],
+            "figures": plain,
+            "notes": notes,
+        },
+    )
+
+
+def markdown(told: Shown) -> str:
+    """The table as Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    table = [line(told.header), "|" + "---|" * len(told.header), *(line(row) for row in told.rows)]
+    return "\n\n".join(["\n\n".join(told.before), "\n".join(table), *told.after]) + "\n"
+
+
+def _print(told: Shown, out: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Figures are for reading and copying: not cut where the terminal is narrow or there is none.
+    widths = [max(map(len, column)) for column in zip(told.header, *told.rows, strict=True)]
+    terminal = Console(file=out)
+    needed = sum(widths) + 3 * len(widths) + 1
+    console = Console(file=out, width=max(terminal.width, needed), highlight=False)
+    for line in told.before:
+        console.print(Text(line), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(told.header):
+        table.add_column(Text(name), justify="right" if "–" in name or place > 1 else "left", no_wrap=True)
+    for row in told.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    for line in told.after:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _heading(result: Result) -> str:
+    said = _identity(result)
+    model = f"{said['model']} {said['given']}".strip()
+    return f"{result.name}: {model} ({str(said['checkpoint'])[:12]}), split {said['split'] or 'all'}"
+
+
+def _identity(result: Result) -> dict[str, Any]:
+    content = result.content
+    origins = content.get("origins")
+    mark = content.get("checkpoint") or ""
+    origin = origins.get(mark, {}) if isinstance(origins, dict) else {}
+    return {
+        "model": content.get("model") or "",
+        "given": origin.get("given", ""),
+        "checkpoint": mark,
+        "split": content.get("split"),
+        "fingerprint": content.get("fingerprint"),
+    }
+
+
+def _figures(result: Result, metric: str) -> tuple[str, str, str, str]:
+    interval, baseline = result.interval(metric), result.baseline(metric)
+    return (
+        metric,
+        _value(result.metrics[metric]),
+        "" if interval is None else f"[{_value(interval[0])}, {_value(interval[1])}]",
+        "" if baseline is None else _value(baseline),
+    )
+
+
+def _value(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _difference(value: float, interval: Any, verdict: str, paired: bool) -> str:
+    if interval is None:
+        return f"{value:+.2f}"
+    apart = "" if paired else " ~"
+    return f"{value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}] {verdict}{apart}"

@@ -1,0 +1,105 @@
+"""The stages that finetune a BLIP with a classifier on it: `finetune vqa --closed`, `finetune nlvr --single`, `finetune
+entailment`.
+
+What they share with BLIP's own finetunings is `task_training.py`'s; the model is `capfilt.models.classifier`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from capfilt.data.answers import closed_list
+from capfilt.data.task_corpus import Answers, TaskCorpus
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import UserError
+from capfilt.models.blip import Blip
+from capfilt.models.classifier import BlipClassifier, classifier_from_blip
+from capfilt.models.ranks import Ranks
+from capfilt.models.task_objectives import ClassifierTraining
+from capfilt.stages.options import FinetuneEntailmentOptions, FinetuneNlvrOptions, FinetuneVqaOptions
+from capfilt.stages.task_training import TaskTraining
+from capfilt.tables.contracts import LABELS
+from capfilt.tables.shards import Part
+from capfilt.tables.workspace import Workspace
+
+
+class ClassifierTask(TaskTraining):
+    """What the three share: one picture per example, and a head for the task's classes."""
+
+    trained = BlipClassifier
+
+    def classes(self, data: TaskCorpus) -> tuple[str, ...]:
+        """What the classifier's outputs stand for."""
+        return LABELS[self.task]
+
+    def reading(self, model: Any = None) -> dict[str, Any]:
+        return {"pictures": 1}
+
+    def started(self, model: Blip | BlipClassifier, data: TaskCorpus) -> BlipClassifier:
+        o = self.options
+        longest = {
+            "max_text_tokens": min(o.max_text_tokens, model.config.text.max_positions),
+            "max_words": o.max_words,
+        }
+        return classifier_from_blip(model, self.task, self.classes(data), o.seed, o.drop_path, **longest)
+
+    def continued(self, model: BlipClassifier, data: TaskCorpus) -> BlipClassifier:
+        if (model.config.task, model.config.classes) == (self.task, self.classes(data)):
+            return model
+        return self.started(model, data)
+
+    def module(self, model: BlipClassifier, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+        return ClassifierTraining(model)
+
+
+class FinetuneClosedVqa(ClassifierTask):
+    """Questions answered from a closed list: the answers that are frequent in training (ViLT, arXiv 2102.03334)."""
+
+    name = "finetune-vqa"
+    task = "vqa"
+    options: FinetuneVqaOptions
+
+    def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
+        super().__init__(options, workspace, output)
+        if options.answer_weight:
+            raise UserError("--answer-weight weighs written answers; with --closed leave it out")
+        if options.min_answers < 1:
+            raise UserError(f"--min-answers {options.min_answers}: give 1 or more")
+
+    def classes(self, data: TaskCorpus) -> tuple[str, ...]:
+        return data.classes
+
+    def reading(self, model: Any = None) -> dict[str, Any]:
+        return {
+            **super().reading(model),
+            "classes": model.config.classes if model is not None else self._closed_list,
+        }
+
+    def _closed_list(self, questions: Sequence[Answers]) -> tuple[str, ...]:
+        least = self.options.min_answers
+        found = closed_list(questions, least)
+        if len(found) < 2:
+            raise UserError(
+                f"{self.name}: of {len(questions)} questions, {len(found)} answers are the most frequent of {least} "
+                "or more, and a closed list needs two: lower --min-answers"
+            )
+        return found
+
+
+class FinetuneSingleNlvr(ClassifierTask):
+    """Statements about one picture, true or false (NLVR: Suhr et al., ACL 2017)."""
+
+    name = "finetune-nlvr"
+    task = "nlvr"
+    options: FinetuneNlvrOptions
+
+
+class FinetuneEntailment(ClassifierTask):
+    """Hypotheses about a picture: entailment, neutral or contradiction (SNLI-VE: Xie et al., arXiv 1901.06706)."""
+
+    name = "finetune-entailment"
+    task = "entailment"
+    options: FinetuneEntailmentOptions

@@ -1,0 +1,79 @@
+"""Layouts of questions and statements that are no lists of records: DAQUAR's text, easy-VQA's lists, NLVR's orders of boxes.
+
+What is read here is described, not judged, as in `example_formats`, which comes here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from capfilt.errors import UserError
+from capfilt.tables.example_row import ExampleRow, counted
+from capfilt.tables.formats import split_named, text_of
+
+ORDERS = 6
+"""NLVR draws every picture with its three boxes in each of their orders."""
+
+
+def is_nlvr(record: Any) -> bool:
+    """Whether it is a record of NLVR's own files, which has all of a picture's orders at once."""
+    return (
+        isinstance(record, dict) and "structured_rep" in record and isinstance(record.get("identifier"), str)
+    )
+
+
+def nlvr_rows(row: ExampleRow, name: str) -> list[ExampleRow]:
+    """A row per order of the boxes of a record of NLVR's own file, which is called `name`.json.
+
+    Sentence 72-0 of dev.json is about dev-72-0-0.png to dev-72-0-5.png (NLVR, its README).
+    """
+    keys = [f"{name}-{row.key}-{order}" for order in range(ORDERS)]
+    split = row.split or split_named(name)
+    return [replace(row, key=key, images=(f"{key}.png",), split=split) for key in keys]
+
+
+def daquar_rows(path: Path) -> list[ExampleRow]:
+    """Rows of DAQUAR's text file (Malinowski and Fritz, arXiv 1410.0210): a line with a question, a line with its answer.
+
+    The picture is named at the question's end ("... in the image3 ?"), which is left out of the text. An answer of several
+    parts ("cup, book") is one answer, its parts in the alphabet's order: their set is what is right.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    split = next((name for name in ("train", "test") if name in path.stem), None)
+    rows = []
+    for number, (question, answer) in enumerate(zip(lines[::2], lines[1::2], strict=False)):
+        found = _DAQUAR.fullmatch(question)
+        if found is None:
+            raise UserError(
+                f"{path}: question {number} names no picture (... in the image3 ?): {question[:60]!r}; DAQUAR's file "
+                "has a line with a question, then one with its answer"
+            )
+        text = f"{found['text'].strip()} ?"
+        rows.append(
+            ExampleRow(f"{split}-{number}", (found["image"],), text, ((in_parts(answer), 1),), split=split)
+        )
+    if not rows or len(lines) % 2:
+        raise UserError(f"{path}: has {len(lines)} lines, not pairs of a question and its answer (DAQUAR)")
+    return rows
+
+
+_DAQUAR = re.compile(r"(?P<text>.*?)(?:\s+(?:in|on|of))?(?:\s+the)?\s+(?P<image>image\d+)\s*\??")
+
+
+def in_parts(answer: str) -> str:
+    """An answer that is a set, as one text: its parts in the alphabet's order."""
+    return ", ".join(sorted(part.strip() for part in answer.split(",") if part.strip()))
+
+
+def easy_rows(data: list[Any], path: Path) -> list[ExampleRow]:
+    """Rows of easy-VQA's list (github.com/vzhou842/easy-VQA): [question, answer, picture's number]."""
+    rows = []
+    for number, each in enumerate(data):
+        if not (isinstance(each, list) and len(each) == 3 and isinstance(each[2], int)):
+            raise UserError(f"{path}: entry {number} is not [question, answer, picture's number] (easy-VQA)")
+        rows.append(ExampleRow(f"#{number}", (each[2],), text_of(each[0]), counted([each[1]])))
+    return rows

@@ -1,0 +1,282 @@
+"""Models seen as what they can do: one adapter per class of model, and `opened`, which finds it for a checkpoint.
+
+What lives here: the way from a model and its tokenizer to the protocols of `capabilities`. A model that has the protocols'
+methods by itself needs no adapter. What does not: the evaluations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.data.tokenizer import MAX_WORDS, Tokenizer
+from capfilt.inference.answering import rank_answers
+from capfilt.inference.captioner import Caption, Captioner
+from capfilt.inference.decoding import Limits, beam_search
+from capfilt.models.blip import Blip
+from capfilt.models.classifier import BlipClassifier
+from capfilt.models.interop.contents import Contents
+from capfilt.models.nlvr import BlipNlvr
+from capfilt.models.vqa import BlipVqa
+from capfilt.tables.contracts import LABELS
+from capfilt.tasks.capabilities import capabilities
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint ready to be evaluated.
+
+    Attributes:
+        what: what it is, in words, for messages.
+        image_size: the side of the pictures it takes, in pixels.
+        model: the object with the protocols' methods.
+    """
+
+    what: str
+    image_size: int
+    model: Any
+
+    @property
+    def can(self) -> tuple[str, ...]:
+        """The names of its capabilities."""
+        return capabilities(self.model)
+
+
+def opened(contents: Contents, device: str | torch.device = "cpu") -> Opened:
+    """The model of a checkpoint on `device`, in evaluation mode, as what it can do."""
+    model = contents.model.to(device).eval()
+    adapt = ADAPTERS.get(type(model))
+    return Opened(
+        _NAMES.get(type(model), type(model).__name__),
+        model.config.image_size,
+        adapt(model, contents.tokenizer) if adapt else model,
+    )
+
+
+class _OnDevice:
+    """A module and its tokenizer, called in evaluation mode, whatever mode it is in.
+
+    Every call switches to evaluation mode, without gradients, and back, so that a model may be evaluated in
+    mid-training. Runs on the model's device, in bf16 autocast on a GPU and fp32 elsewhere; answers are float32.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, max_length: int, max_words: int = MAX_WORDS) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._max_words = max_words
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        found: torch.device = next(self._model.parameters()).device
+        return found
+
+    def image_features(self, batch: Tensor) -> Tensor:
+        """Features float32 [B, Dv]: the [CLS] token after the vision tower's last LayerNorm, before any projection."""
+        with self._evaluating():
+            out: Tensor = self._model.encode_image(self._sent(batch))[:, 0].float()
+            return out
+
+    def _sent(self, batch: Tensor) -> Tensor:
+        return batch.to(self.device, non_blocking=True)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids, mask = self._tokenizer.encode(texts, self._max_length, max_words=self._max_words)
+        return self._sent(ids), self._sent(mask)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        device = self.device.type
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"),
+            ):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+class BlipCapabilities(_OnDevice):
+    """A `Blip` with its filter's half as a dual encoder, a cross-encoder and an image encoder; see `_OnDevice`."""
+
+    def __init__(
+        self, model: Blip, tokenizer: Tokenizer, *, max_length: int | None = None, pair_batch: int = 256
+    ) -> None:
+        model.require("filter")
+        super().__init__(model, tokenizer, max_length or model.config.max_text_tokens)
+        self._pair_batch = pair_batch
+
+    def encode_images(self, batch: Tensor) -> Tensor:
+        """Image tokens [B, N, Dv] of pixels uint8 [B, 3, S, S], normalised floats or trunk features."""
+        with self._evaluating():
+            out: Tensor = self._model.encode_image(self._sent(batch))
+            return out
+
+    def embed_images(self, tokens: Tensor) -> Tensor:
+        """Unit vectors float32 [B, E]."""
+        with self._evaluating():
+            out: Tensor = self._model.embed_image(self._sent(tokens))
+            return out
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors float32 [T, E]."""
+        with self._evaluating():
+            out: Tensor = self._model.embed_text(*self._encode(texts))
+            return out
+
+    def match(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
+        """Match logits float32 [P]; see `MatchesPairs.match`. Each image's keys and values are computed once."""
+        return self._matched(image_tokens, image_index, texts, lambda logits: logits[:, 1])
+
+    def match_probability(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
+        """`itm_score` float32 [P]: softmax of the two logits at "match"."""
+        return self._matched(image_tokens, image_index, texts, lambda logits: logits.softmax(dim=1)[:, 1])
+
+    def _matched(
+        self,
+        image_tokens: Tensor,
+        image_index: Tensor,
+        texts: Sequence[str],
+        read: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        out = torch.empty(len(texts), dtype=torch.float32)
+        images, counts = torch.unique_consecutive(image_index.cpu(), return_counts=True)
+        start = 0
+        with self._evaluating():
+            for image, count in zip(images.tolist(), counts.tolist(), strict=True):
+                cross = self._model.prefill_cross(self._sent(image_tokens[image : image + 1]))
+                # Neighbours of like length: a batch is padded to its longest text.
+                rows = sorted(range(start, start + count), key=lambda row: len(texts[row]))
+                for first in range(0, count, self._pair_batch):
+                    chosen = rows[first : first + self._pair_batch]
+                    logits = self._model.match_logits(*self._encode([texts[row] for row in chosen]), cross)
+                    out[chosen] = read(logits).cpu()
+                start += count
+        return out
+
+
+class BlipCaptioning(_OnDevice):
+    """A `Blip` with its captioner's half as a writer of captions and an image encoder."""
+
+    @cached_property
+    def _captioner(self) -> Captioner:
+        return Captioner(self._model, self._tokenizer)
+
+    def caption(self, images: Any, *args: Any, **options: Any) -> Sequence[Caption]:
+        """As `Captioner.caption`."""
+        return self._captioner.caption(images, *args, **options)
+
+
+class WholeBlip(BlipCapabilities, BlipCaptioning):
+    """A `Blip` with both halves: everything that either can do."""
+
+
+class BlipAnswering(_OnDevice):
+    """A `BlipVqa` as what answers questions."""
+
+    def __init__(self, model: BlipVqa, tokenizer: Tokenizer) -> None:
+        # BLIP, released code: a question's first 50 words.
+        super().__init__(model, tokenizer, model.config.max_text_tokens, 50)
+
+    def answer(
+        self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
+    ) -> list[str]:
+        """Answers by beam search (BLIP, released code: 3 beams, at most 10 tokens)."""
+        tokenizer = self._tokenizer
+        limits = Limits(tokenizer.sep_id, tokenizer.pad_id, max_new_tokens, 1, 1.0)
+        start = torch.tensor([tokenizer.cls_id], device=self.device)
+        with self._evaluating():
+            ids, mask = self._encode(questions)
+            model = self._model
+            states = model.encode_question(ids, mask, model.encode_image(self._sent(images)))
+            cross = model.prefill_cross(states)
+            found = beam_search(model.writer(mask), cross, start, len(ids), limits, num_beams)
+        return tokenizer.decode_batch(found.tokens.cpu())
+
+    def rank_answers(
+        self, images: Tensor, questions: Sequence[str], answers: Sequence[str], *, k: int = 128
+    ) -> Tensor:
+        """As `inference.answering.rank_answers`, of answers as they are spelled."""
+        longest = self._model.config.text.max_positions
+        rows = self._tokenizer.encode_ragged(answers, longest, raw=True)
+        answer_ids, answer_mask = self._tokenizer.pad(rows)
+        with self._evaluating():
+            ids, mask = self._encode(questions)
+            best, _ = rank_answers(
+                self._model, ids, mask, self._sent(images), self._sent(answer_ids), self._sent(answer_mask), k
+            )
+        return best.cpu()
+
+
+class BlipReasoning(_OnDevice):
+    """A `BlipNlvr` as a classifier of statements about two pictures."""
+
+    labels = LABELS["nlvr"]
+    pictures = 2
+
+    def __init__(self, model: BlipNlvr, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer, model.config.text.max_positions, model.config.max_words)
+
+    def classify(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logits float32 [B, 2] (false, true) of statements about pixels uint8 [B, 2, 3, S, S]."""
+        with self._evaluating():
+            ids, mask = self._encode(texts)
+            tokens = self._model.encode_image(self._sent(images).transpose(0, 1).flatten(0, 1))
+            out: Tensor = self._model.truth_logits(ids, mask, tokens).float()
+        return out
+
+
+class BlipClassifying(_OnDevice):
+    """A `BlipClassifier` as a classifier of texts about one picture."""
+
+    pictures = 1
+
+    def __init__(self, model: BlipClassifier, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer, model.config.max_text_tokens, model.config.max_words)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it was trained to tell apart: the task's labels, or answers in VQA's normal form."""
+        found: tuple[str, ...] = self._model.config.classes
+        return found
+
+    def classify(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logits float32 [B, C] of texts about pixels uint8 [B, 1, 3, S, S]."""
+        with self._evaluating():
+            ids, mask = self._encode(texts)
+            tokens = self._model.encode_image(self._sent(images[:, 0]))
+            out: Tensor = self._model.class_logits(ids, mask, tokens)
+        return out
+
+
+def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
+    if model.config.half == "captioner":
+        return BlipCaptioning(model, tokenizer, model.config.max_text_tokens)
+    return (WholeBlip if model.config.half == "both" else BlipCapabilities)(model, tokenizer)
+
+
+ADAPTERS: dict[type[nn.Module], Callable[[Any, Tokenizer], object]] = {
+    Blip: _blip,
+    BlipVqa: BlipAnswering,
+    BlipNlvr: BlipReasoning,
+    BlipClassifier: BlipClassifying,
+}
+"""What a class of model is evaluated through."""
+
+_NAMES: dict[type[nn.Module], str] = {
+    Blip: "BLIP",
+    BlipVqa: "BLIP for questions",
+    BlipNlvr: "BLIP for statements",
+    BlipClassifier: "BLIP with a classifier",
+}

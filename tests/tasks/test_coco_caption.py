@@ -1,0 +1,98 @@
+"""Would catch: figures that are not pycocoevalcap's own, a Java part that is missing taken for a score of zero or left out
+without a word, and anything fetched from the network."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+
+import pytest
+
+from capfilt.errors import UserError
+from capfilt.tasks import coco_caption
+from capfilt.tasks.captioning import caption_metrics
+from capfilt.tasks.coco_caption import SPICE_MODELS, coco_figures
+
+pytest.importorskip("pycocoevalcap")
+JAVA = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java")
+
+CAPTIONS = [
+    "A dog runs on the grass.",
+    "two men can't ride a red-brown horse",
+    "",
+    "a cat sits on a mat, again",
+]
+REFERENCES = [
+    ["A brown dog is running on green grass .", "the dog runs", "A dog!"],
+    ["Two men ride a horse", "Men on a horse."],
+    ["a boat on the water"],
+    ["A cat on a mat.", "The cat sat on the mat", "some cat", "a cat sits"],
+]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("something asks for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+@JAVA
+def test_all_that_java_can_do_agrees_with_what_needs_none():
+    found = coco_figures(CAPTIONS, REFERENCES)
+    ours = caption_metrics(CAPTIONS, REFERENCES)
+    for name in ("bleu@1", "bleu@2", "bleu@3", "bleu@4", "rouge_l", "cider"):
+        assert found.metrics[name] == pytest.approx(ours.metrics[name], abs=1e-6), name
+    assert found.per_image["cider"] == pytest.approx(ours.cider, abs=1e-6)
+    assert found.per_image["rouge_l"] == pytest.approx(ours.rouge_l, abs=1e-6)
+    assert 5 < found.metrics["meteor"] < 60
+    assert found.tokenizer == "Stanford's PTBTokenizer"
+    assert ("spice" in found.metrics) != ("spice" in found.skipped)
+
+
+@JAVA
+def test_meteor_knows_a_better_caption():
+    better = coco_figures([REFERENCES[0][0], REFERENCES[1][0], "a boat", REFERENCES[3][0]], REFERENCES)
+    assert better.metrics["meteor"] > coco_figures(CAPTIONS, REFERENCES).metrics["meteor"] + 10
+
+
+def test_without_java_its_parts_are_skipped_by_name(monkeypatch):
+    monkeypatch.setattr(coco_caption.shutil, "which", lambda name: None)
+    found = coco_figures(CAPTIONS, REFERENCES)
+    assert found.skipped == dict.fromkeys(("meteor", "spice"), "there is no `java` on the PATH")
+    assert found.metrics == pytest.approx(caption_metrics(CAPTIONS, REFERENCES).metrics, abs=1e-6)
+    assert "no Java" in found.tokenizer
+
+
+@JAVA
+def test_spice_says_which_files_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setattr(coco_caption, "_package", lambda: tmp_path)
+    skipped = coco_figures(CAPTIONS, REFERENCES).skipped
+    assert all(name in skipped["spice"] for name in SPICE_MODELS)
+    assert "downloads nothing" in skipped["spice"]
+
+
+def test_a_scorer_that_breaks_is_skipped_with_its_reason(monkeypatch):
+    real = coco_caption._scored
+
+    def broken(name, gts, res):
+        if name == "meteor":
+            raise ValueError("could not convert string to float: ''\nmore")
+        return real(name, gts, res)
+
+    monkeypatch.setattr(coco_caption, "_scored", broken)
+    monkeypatch.setattr(coco_caption, "_unable", lambda java: {})
+    monkeypatch.setattr(coco_caption.shutil, "which", lambda name: None)
+    found = coco_figures(CAPTIONS, REFERENCES)
+    assert found.skipped["meteor"] == "ValueError: could not convert string to float: ''"
+    assert "cider" in found.metrics
+
+
+def test_without_the_package_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    monkeypatch.setattr(coco_caption.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'capfilt\[eval\]', or use --caption-scorer capfilt"):
+        coco_figures(CAPTIONS, REFERENCES)
