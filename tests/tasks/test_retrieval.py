@@ -233,6 +233,9 @@ class Words:
         self.matched += list(zip(numbers.long().tolist(), map(int, texts), strict=True))
         return -(numbers - torch.tensor([float(t) for t in texts])).abs()
 
+    def match_probability(self, tokens, index, texts):
+        raise AssertionError("re-ranking adds logits")
+
 
 def numbers(count=30, seed=0):
     """Images 0..count-1 in some order, with 0 to 3 texts each, as batches of 7."""
