@@ -172,7 +172,7 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
     run(Evaluate(o.EvaluateOptions(rerank=2, **choice), place))
     result = json.loads((place.path / "runs" / "pretrained.json").read_bytes())
     assert (result["images"], result["texts"]) == (4, 12)
-    assert "k = 2" in result["protocol"]
+    assert "k = 2" in result["tasks"]["retrieval"]["protocol"]
     assert 0 <= result["metrics"]["tr@1"] <= result["metrics"]["tr@5"] <= 100
     assert len(result["captions"]) == 4
     with pytest.raises(UserError, match="no texts with pictures in split 'val'"):
