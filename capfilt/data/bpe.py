@@ -145,14 +145,23 @@ class BpeTokenizer:
         return target
 
     def encode_ragged(
-        self, texts: Sequence[str], max_length: int = CONTEXT, max_words: int | None = None
+        self,
+        texts: Sequence[str],
+        max_length: int = CONTEXT,
+        prompt: str = "",
+        max_words: int | None = None,
+        raw: bool = False,
     ) -> list[list[int]]:
-        """Start, text, end as ids, a list per text; at most `max_length` ids, the end kept (CLIP, code: `truncate`)."""
+        """Start, prompt and text, end as ids, a list per text; at most `max_length` ids, the end kept (CLIP, code: `truncate`).
+
+        `max_words` cuts texts before that; `raw` texts are not cleaned first. Raises ValueError for `max_length` < 2.
+        """
         if max_length < 2:
             raise ValueError(f"max_length {max_length} leaves no room for start and end")
-        cleaned = [clean(text) for text in texts]
-        if max_words is not None:
+        cleaned = list(texts) if raw else [clean(text) for text in texts]
+        if max_words is not None and not raw:
             cleaned = [" ".join(text.split()[:max_words]) for text in cleaned]
+        cleaned = [prompt + text for text in cleaned]
         found = self._inner.encode_batch(cleaned, add_special_tokens=False)
         return [[self.start_id, *row.ids[: max_length - 2], self.end_id] for row in found]
 
@@ -160,11 +169,14 @@ class BpeTokenizer:
         self, texts: Sequence[str], max_length: int = CONTEXT, max_words: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] and mask bool [B, L] (True where not padding), L the longest text's length."""
-        return self.pad(self.encode_ragged(texts, max_length, max_words))
+        return self.pad(self.encode_ragged(texts, max_length, max_words=max_words))
 
-    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Lists of ids as one int64 [B, L] tensor and its bool mask."""
+    def pad(self, rows: Sequence[Sequence[int]], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """Lists of ids as one int64 [B, L] tensor and its bool mask, L the longest's length, or `pad_to`."""
         width = max((len(row) for row in rows), default=0)
+        if pad_to is not None and pad_to < width:
+            raise ValueError(f"pad_to {pad_to} is smaller than a text of {width} tokens")
+        width = width if pad_to is None else pad_to
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(rows), width), dtype=torch.bool)
         for index, row in enumerate(rows):

@@ -37,7 +37,7 @@ from capfilt.data.examples import (
 from capfilt.data.loader import Batch, Plan, TokenTable, batches
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, ImageStore, Index, JoinedRows, NoRows, Rows
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Tokenizer, clean
+from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes, clean
 from capfilt.errors import UserError
 
 __all__ = [
@@ -117,7 +117,7 @@ class Corpus:
 
     def tokens(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Encodes,
         max_length: int = MAX_TOKENS,
         prompt: str = "",
         max_words: int | None = MAX_WORDS,

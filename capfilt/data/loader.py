@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Tokenizer
+from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes
 from capfilt.data.transforms import mentions_sides
 from capfilt.errors import UserError
 
@@ -281,7 +281,7 @@ class TokenTable:
     def build(
         cls,
         texts: Sequence[str],
-        tokenizer: Tokenizer,
+        tokenizer: Encodes,
         max_length: int = MAX_TOKENS,
         prompt: str = "",
         max_words: int | None = MAX_WORDS,
@@ -312,7 +312,7 @@ class TokenTable:
 
 def batches(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    tokenizer: Encodes,
     batch_size: int,
     *,
     seed: int = 0,

@@ -41,7 +41,7 @@ from capfilt.data.examples import (
 from capfilt.data.images import MAX_PIXELS, BadImage
 from capfilt.data.loader import Batch, Mix, Transform, ahead
 from capfilt.data.store import cpu_workers
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Tokenizer, clean
+from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes, clean
 from capfilt.data.transforms import decode_uint8, mentions_sides
 from capfilt.errors import RunError, UserError
 from capfilt.tables.shards import Part
@@ -162,7 +162,7 @@ class PairStream:
 
     def batches(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Encodes,
         batch_size: int,
         *,
         size: int,
@@ -396,7 +396,7 @@ class _Order:
 class _Assemble(Dataset[_Made]):
     """Makes a batch of a request, in whichever process it is asked."""
 
-    tokenizer: Tokenizer
+    tokenizer: Encodes
     size: int
     max_pixels: int
     max_text_tokens: int

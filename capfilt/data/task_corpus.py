@@ -22,7 +22,7 @@ from capfilt.data.examples import TRAINING_SPLITS, slices
 from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead, share
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import Index, Rows
-from capfilt.data.tokenizer import MAX_WORDS, Tokenizer, clean
+from capfilt.data.tokenizer import MAX_WORDS, Encodes, clean
 from capfilt.data.transforms import mentions_sides, swap_left_right
 from capfilt.tables.contracts import LABELS
 
@@ -103,7 +103,7 @@ class TaskCorpus:
     def __len__(self) -> int:
         return len(self.example_ids)
 
-    def batches(self, tokenizer: Tokenizer, batch_size: int, **options: Any) -> Iterator[TaskBatch]:
+    def batches(self, tokenizer: Encodes, batch_size: int, **options: Any) -> Iterator[TaskBatch]:
         """`task_batches` of this corpus."""
         return task_batches(self, tokenizer, batch_size, **options)
 
@@ -243,7 +243,7 @@ def _weighted(row: dict[str, Any], factor: float) -> tuple[tuple[str, float], ..
 
 def task_batches(
     corpus: TaskCorpus,
-    tokenizer: Tokenizer,
+    tokenizer: Encodes,
     batch_size: int,
     *,
     seed: int = 0,

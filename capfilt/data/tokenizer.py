@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 import torch
@@ -60,6 +60,25 @@ def _pipeline(vocab: dict[str, int]) -> tokenizers.Tokenizer:
         built.add_special_tokens(present)
         built.post_processor = processors.BertProcessing((SEP, vocab[SEP]), (CLS, vocab[CLS]))
     return built
+
+
+class Encodes(Protocol):
+    """What a loader and a checkpoint ask of any tokenizer: texts become rows of ids."""
+
+    pad_id: int
+    vocab_size: int
+    fingerprint: str
+
+    def encode_ragged(
+        self, texts: Sequence[str], max_length: int, prompt: str, max_words: int | None, raw: bool = False
+    ) -> list[list[int]]:
+        """As `Tokenizer.encode_ragged`."""
+
+    def pad(self, rows: Sequence[Sequence[int]], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `Tokenizer.pad`."""
+
+    def save(self, directory: Path) -> object:
+        """Writes tokenizer.json into the directory."""
 
 
 class Tokenizer:

@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 import capfilt
+from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
 from capfilt.models.classifier import ClassifierConfig
+from capfilt.models.clip import Clip, ClipConfig
 from capfilt.models.interop import layouts
 from capfilt.models.interop.contents import LEFTOVERS, Contents, Model, assemble
 from capfilt.models.interop.keymaps import Config
@@ -32,13 +34,15 @@ from capfilt.tables.ids import file_sha256
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-KINDS: dict[str, type[Config]] = {
+KINDS: dict[str, type[Config | ClipConfig]] = {
     "blip": BlipConfig, "blip_vqa": VqaConfig, "blip_nlvr": NlvrConfig, "blip_classifier": ClassifierConfig,
+    "clip": ClipConfig,
 }  # fmt: skip
 WHAT = {
     "blip_vqa": "answers questions (BlipVqa)",
     "blip_nlvr": "judges statements about pictures (BlipNlvr)",
     "blip_classifier": "classifies pictures with texts (BlipClassifier)",
+    "clip": "embeds pictures and texts (Clip)",
 }
 
 
@@ -109,7 +113,7 @@ def open_any(path: str | Path, image_size: int = 0) -> tuple[Contents, dict[str,
         return contents, _meta(layout, contents.model.config, contents.extra)
     contents, meta = _read(place)
     if image_size and image_size != contents.model.config.image_size:
-        if not isinstance(contents.model, Blip):
+        if not isinstance(contents.model, Blip | Clip):
             raise UserError(
                 f"{place}: a {type(contents.model).__name__} keeps the image size it was saved with"
             )
@@ -149,13 +153,13 @@ def origin(path: str | Path, given: str) -> dict[str, dict[str, str]]:
     return {fingerprint(path): {"given": given, "layout": layout_of(path)}}
 
 
-def _meta(layout: str, config: Config, extra: dict[str, Any]) -> dict[str, Any]:
+def _meta(layout: str, config: Config | ClipConfig, extra: dict[str, Any]) -> dict[str, Any]:
     return {
         "model_type": _kind(config), "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout
     }  # fmt: skip
 
 
-def _kind(config: Config) -> str:
+def _kind(config: Config | ClipConfig) -> str:
     return next(name for name, each in KINDS.items() if type(config) is each)
 
 
@@ -173,7 +177,7 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
             )
     model = assemble(weights_path, config, read_safetensors(weights_path))
     try:
-        tokenizer = Tokenizer.load(directory)
+        tokenizer = (BpeTokenizer if isinstance(model, Clip) else Tokenizer).load(directory)
     except UserError:
         raise
     except Exception as error:

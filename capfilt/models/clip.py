@@ -116,6 +116,7 @@ class ClipConfig:
     text: ClipTextConfig = field(default_factory=ClipTextConfig)
     embed_dim: int = 512
     activation: str = "quick_gelu"  # "gelu" is what most of open_clip's own models have
+    logit_bias: bool = False  # for the sigmoid loss (SigLIP, arXiv 2303.15343, sec. 3.2)
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -155,8 +156,10 @@ class Clip(nn.Module):
             ClipResNet(config) if config.vision.stages else ClipViT(config)
         )
         self.text_encoder = ClipText(config)
-        # CLIP, sec. 2.5: log-parameterised, starts at 1 / 0.07; the objective keeps it below MAX_SCALE in place.
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # CLIP, sec. 2.5: log-parameterised, starts at 1 / 0.07; the objective keeps it below MAX_SCALE in place. With a bias
+        # it starts at 10, the bias at -10 (SigLIP, sec. 3.2): nearly all pairs of a batch are no match.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if config.logit_bias else 1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.logit_bias else None
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Features [B, E] of images, not normalised."""

@@ -6,6 +6,7 @@ import dataclasses
 
 from capfilt.errors import UserError
 from capfilt.models.blip import BlipConfig
+from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 
@@ -33,6 +34,26 @@ TRUNK = BlipConfig(
     ),
     text=TextConfig(4000, 192, 3, 4, 384, max_positions=64, dropout=0.1, attention_dropout=0.0),
 )
+# CLIP, arXiv 2103.00020, table 19 and 20: ViT-B/32 and ViT-L/14. The two others have the original's ResNet, which sees shapes
+# early, where BLIP's have a convolutional stem; RN is at a quarter of RN50's width.
+CLIP: dict[str, ClipConfig] = {
+    "tiny": ClipConfig(
+        ClipVisionConfig(64, width=24, heads=6, stages="1-1-1-1"),
+        ClipTextConfig(1000, 64, 128, 3, 4, 256),
+        embed_dim=128,
+    ),
+    "small": ClipConfig(
+        ClipVisionConfig(128, width=32, heads=16, stages="2-2-2-2"),
+        ClipTextConfig(4000, 77, 256, 4, 4, 1024),
+        embed_dim=256,
+    ),
+    "base": ClipConfig(),
+    "large": ClipConfig(
+        ClipVisionConfig(224, 14, 1024, 24, 16, 4096),
+        ClipTextConfig(49408, 77, 768, 12, 12, 3072),
+        embed_dim=768,
+    ),
+}
 PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "trunk": TRUNK, "base": BASE, "large": LARGE}
 
 
@@ -41,4 +62,12 @@ def preset(name: str, vocab_size: int) -> BlipConfig:
     if name not in PRESETS:
         raise UserError(f"model preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
     config = PRESETS[name]
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
+
+
+def clip_preset(name: str, vocab_size: int) -> ClipConfig:
+    """The named preset of a CLIP for a vocabulary of `vocab_size`; UserError for an unknown name."""
+    if name not in CLIP:
+        raise UserError(f"model preset {name!r} of clip is unknown: use one of {', '.join(CLIP)}")
+    config = CLIP[name]
     return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))

@@ -557,6 +557,10 @@ class SelectOptions:
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 
 
+RETRAINED = ("blip", "clip")
+"""What `retrain` trains."""
+
+
 @dataclass(frozen=True)
 class RetrainOptions(PretrainOptions):
     """Step 3: train a new model on human, kept web and kept synthetic pairs."""
@@ -565,7 +569,13 @@ class RetrainOptions(PretrainOptions):
     verdicts: tuple[str, ...] = _option(
         (), "IMAGES=VERDICTS: images part joined with a verdicts part, in place of pairs; repeatable"
     )
-    model: str = _option("blip", "which model to train: blip")
+    model: str = _option("blip", f"which model to train: {' or '.join(RETRAINED)}")
+    contrast: str = _option(
+        "softmax", "clip's loss: softmax over the batch, or sigmoid of each pair (SigLIP)", later=True
+    )
+    contrast_chunk: int = _option(
+        0, "clip: rows of the batch's logits at a time, for large batches; 0 for all", told=True
+    )
     continue_from: str = _option(
         "", "checkpoint to continue from, in place of a new initialisation", kind="model"
     )

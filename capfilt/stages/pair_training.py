@@ -6,7 +6,7 @@ What every training shares is `training.py`'s; what each stage starts from is `t
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import torch
@@ -30,7 +30,7 @@ class PairTraining(Training[Pairs]):
     """What the four stages that train a BLIP on pairs share."""
 
     least = 2  # contrast and hard negatives
-    shown = ("itc", "itm", "lm", "itm_balanced_accuracy")
+    shown: ClassVar[tuple[str, ...]] = ("itc", "itm", "lm", "itm_balanced_accuracy")
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.human = [workspace.part("images", name).expect("images").check() for name in options.human]

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from capfilt.data.corpus import Batch, Corpus, batches
 from capfilt.data.stream import PairStream
-from capfilt.data.tokenizer import Tokenizer
+from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 
 
@@ -42,7 +42,7 @@ class Pairs(Protocol):
         """(text_id, image_id, source) of each text, in the order of `Batch.example`."""
 
     def batches(
-        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+        self, tokenizer: Encodes, batch_size: int, rank: int, world: int, parts: int, **options: Any
     ) -> Iterator[Batch]:
         """This rank's share of batches of `batch_size`; `options` as `seed` to `mixing` in `loader.batches`."""
 
@@ -79,7 +79,7 @@ class Held:
         return zip(self.corpus.text_ids, images, self.corpus.sources, strict=True)
 
     def batches(
-        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+        self, tokenizer: Encodes, batch_size: int, rank: int, world: int, parts: int, **options: Any
     ) -> Iterator[Batch]:
         return batches(self.corpus, tokenizer, batch_size, rank=rank, world=world, parts=parts, **options)
 
@@ -117,7 +117,7 @@ class Streamed:
         return ((text.key, image_id, text.source) for image_id, text in self.stream.rows())
 
     def batches(
-        self, tokenizer: Tokenizer, batch_size: int, rank: int, world: int, parts: int, **options: Any
+        self, tokenizer: Encodes, batch_size: int, rank: int, world: int, parts: int, **options: Any
     ) -> Iterator[Batch]:
         # Each rank has row groups of its own, so its share of a step is a batch of its own, however it is split.
         return self.stream.batches(

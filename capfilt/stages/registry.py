@@ -30,6 +30,10 @@ class StageCommand:
     out: bool = False  # whether --out names a directory (the option dataclass has none of its own)
     without: str = ""  # a boolean option that, when off, leaves out all stages but the first
     instead: tuple[str, str] = ("", "")  # an option that, when set, runs this class in place of the others
+    kinds: tuple[str, dict[str, str]] = (
+        "",
+        {},
+    )  # an option whose value may name a class to run in place of the others
     shows: str = (
         ""  # "module:function" that the command line calls with (output, options, quiet, where) at the end
     )
@@ -44,6 +48,9 @@ class StageCommand:
         option, path = self.instead
         if option and getattr(options, option):
             return (path,)
+        option, by_value = self.kinds
+        if option and getattr(options, option) in by_value:
+            return (by_value[getattr(options, option)],)
         return self.stages[:1] if self.without and not getattr(options, self.without) else self.stages
 
     def build(
@@ -204,7 +211,9 @@ STAGES = (
         (
             "capfilt retrain --human coco --pairs capfilt --preset base",
             "capfilt retrain --human coco --verdicts cc12m=top30 --out retrained-top30",
+            "capfilt retrain --model clip --human coco --pairs capfilt --preset base --out clip",
         ),
+        kinds=("model", {"clip": "capfilt.stages.retrain_clip:RetrainClip"}),
     ),
     StageCommand(
         ("evaluate",),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from capfilt.data.corpus import Corpus, from_pairs, from_verdicts
 from capfilt.data.stream import StreamInput
@@ -19,11 +19,13 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip, build
+from capfilt.models.interop.contents import Model
 from capfilt.models.objectives import scaled_momentum
 from capfilt.models.presets import preset
 from capfilt.models.pretrained import load_bert, load_vit
 from capfilt.models.pretraining import PretrainingConfig
 from capfilt.stages.options import (
+    RETRAINED,
     FinetuneCaptionerOptions,
     FinetuneFilterOptions,
     PretrainOptions,
@@ -52,7 +54,11 @@ class Pretrain(PairTraining):
             path = getattr(options, kind)
             if path and path != "corpus" and not Path(path).exists():
                 raise UserError(f"--{kind.replace('_', '-')} {path}: no such file or directory")
-        preset(options.preset, 1000)
+        self.shape(1000)
+
+    def shape(self, vocab_size: int) -> Any:
+        """The preset of the model to train. UserError where there is none of the name."""
+        return preset(self.options.preset, vocab_size)
 
     def identity(self) -> Mapping[str, Any]:
         vocab = self.options.vocab
@@ -68,9 +74,9 @@ class Pretrain(PairTraining):
         return found
 
     def image_size(self) -> int:
-        return self.options.image_size or preset(self.options.preset, 1000).image_size
+        return int(self.options.image_size or self.shape(1000).image_size)
 
-    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
+    def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         o = self.options
         if o.vocab == "corpus":
             tokenizer = Tokenizer.train(pairs.texts(), o.vocab_size)
@@ -115,11 +121,12 @@ class Retrain(Pretrain):
     """Step 3: a new model on human, kept web and kept synthetic pairs (BLIP, section 3.3)."""
 
     name = "retrain"
+    model: ClassVar[str] = "blip"
     options: RetrainOptions
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if options.model != "blip":
-            raise UserError(f"--model {options.model!r}: choose blip")
+        if options.model not in RETRAINED:
+            raise UserError(f"--model {options.model!r}: choose {' or '.join(RETRAINED)}")
         self.pairs = [workspace.part("pairs", name).expect("pairs").check() for name in options.pairs]
         self.joined: list[tuple[Part, Part]] = []
         for item in options.verdicts:
@@ -164,7 +171,7 @@ class Retrain(Pretrain):
         joined = [StreamInput(images, verdicts) for images, verdicts in self.joined]
         return [*super().streamed(), *(StreamInput(part) for part in self.pairs), *joined]
 
-    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
+    def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         return _loaded(self.start, self.image_size()) if self.start else super().initial(pairs)
 
 

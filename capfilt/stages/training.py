@@ -20,7 +20,7 @@ import torch
 from capfilt.data import transforms
 from capfilt.data.loader import Batch
 from capfilt.data.store import cpu_workers
-from capfilt.data.tokenizer import Tokenizer
+from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.interop.contents import Model, empty
@@ -54,7 +54,7 @@ class Data(Protocol):
         """What is left out without a fault, by reason."""
 
     def batches(
-        self, tokenizer: Tokenizer, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
+        self, tokenizer: Encodes, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
     ) -> Iterator[Batch]:
         """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
         `transform`, and what the stage's `feed` adds.
@@ -125,11 +125,11 @@ class Training(ModelStage, Generic[D]):
         """What to train on, with pictures of this side."""
 
     @abstractmethod
-    def initial(self, data: D) -> tuple[Model, Tokenizer]:
+    def initial(self, data: D) -> tuple[Model, Any]:
         """The model to train, and its tokenizer."""
 
     @abstractmethod
-    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         """The model with its losses."""
 
     @abstractmethod
@@ -147,7 +147,7 @@ class Training(ModelStage, Generic[D]):
     def prepare(self, data: D, model: Any, where: torch.device) -> None:
         """Change the data for a model that is on its device, before the first batch."""
 
-    def judged(self, model: Any, tokenizer: Tokenizer, where: torch.device) -> dict[str, float]:
+    def judged(self, model: Any, tokenizer: Any, where: torch.device) -> dict[str, float]:
         """Figures of the finished model, on rank 0."""
         return {}
 
@@ -297,7 +297,7 @@ class Training(ModelStage, Generic[D]):
         return f"{self.fingerprint()} in {ranks.world} ranks" if own else self.fingerprint()
 
     def _keep(
-        self, name: str, model: Model, tokenizer: Tokenizer, ranks: Ranks, step: int, loss: float | None
+        self, name: str, model: Model, tokenizer: Encodes, ranks: Ranks, step: int, loss: float | None
     ) -> None:
         """The checkpoint, by rank 0; all call it, since the weights may be split over them."""
         complete = distributed.unsplit(model, lambda: empty(model.config))

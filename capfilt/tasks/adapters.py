@@ -13,14 +13,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import MAX_WORDS, Tokenizer
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import Limits, beam_search
 from capfilt.models.blip import Blip
 from capfilt.models.classifier import BlipClassifier
+from capfilt.models.clip import Clip
 from capfilt.models.interop.contents import Contents
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vqa import BlipVqa
@@ -66,7 +69,7 @@ class _OnDevice:
     mid-training. Runs on the model's device, in bf16 autocast on a GPU and fp32 elsewhere; answers are float32.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, max_length: int, max_words: int = MAX_WORDS) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_words: int = MAX_WORDS) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -266,11 +269,41 @@ def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
     return (WholeBlip if model.config.half == "both" else BlipCapabilities)(model, tokenizer)
 
 
-ADAPTERS: dict[type[nn.Module], Callable[[Any, Tokenizer], object]] = {
+class ClipCapabilities(_OnDevice):
+    """A `Clip` as a dual encoder and an image encoder; see `_OnDevice`."""
+
+    def __init__(self, model: Clip, tokenizer: BpeTokenizer) -> None:
+        super().__init__(model, tokenizer, model.config.text.context)
+
+    def encode_images(self, batch: Tensor) -> Tensor:
+        """Features [B, 1, E] of pixels uint8 [B, 3, S, S]: a CLIP's image is one vector."""
+        with self._evaluating():
+            out: Tensor = self._model.encode_image(self._sent(batch))[:, None]
+            return out
+
+    def embed_images(self, tokens: Tensor) -> Tensor:
+        """Unit vectors float32 [B, E]."""
+        return F.normalize(tokens[:, 0].float(), dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors float32 [T, E]."""
+        with self._evaluating():
+            out: Tensor = self._model.embed_text(self._encode(texts)[0])
+            return out
+
+    def image_features(self, batch: Tensor) -> Tensor:
+        """Features float32 [B, E], as CLIP's own linear probe takes them: projected, not normalised (its README)."""
+        with self._evaluating():
+            out: Tensor = self._model.encode_image(self._sent(batch)).float()
+            return out
+
+
+ADAPTERS: dict[type[nn.Module], Callable[[Any, Any], object]] = {
     Blip: _blip,
     BlipVqa: BlipAnswering,
     BlipNlvr: BlipReasoning,
     BlipClassifier: BlipClassifying,
+    Clip: ClipCapabilities,
 }
 """What a class of model is evaluated through."""
 
@@ -279,4 +312,5 @@ _NAMES: dict[type[nn.Module], str] = {
     BlipVqa: "BLIP for questions",
     BlipNlvr: "BLIP for statements",
     BlipClassifier: "BLIP with a classifier",
+    Clip: "CLIP",
 }

@@ -31,6 +31,8 @@ def transformers_config(config: ClipConfig) -> dict[str, Any]:
     v, t = config.vision, config.text
     if v.stages:
         raise UserError("transformers has no CLIP with a ResNet: export it in OpenAI's layout")
+    if config.logit_bias:
+        raise UserError("transformers' CLIPModel has no logit_bias: export it in OpenAI's layout")
     towers = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],
@@ -103,7 +105,7 @@ def from_openai_shapes(path: Path, state: Mapping[str, Tensor], activation: str)
             width = state["visual.layer1.0.conv1.weight"].shape[0]
             written = "-".join(map(str, stages))
             vision = ClipVisionConfig(32 * grid, width=width, heads=max(1, 32 * width // 64), stages=written)
-        return ClipConfig(vision, text, embed_dim=state["text_projection"].shape[1], activation=activation)
+        return ClipConfig(vision, text, state["text_projection"].shape[1], activation, "logit_bias" in state)
     except KeyError as error:
         raise UserError(f"{path}: no CLIP in OpenAI's layout: {error.args[0]} is missing") from error
 
@@ -135,6 +137,8 @@ def filled(path: Path, config: ClipConfig, layout: str, found: Mapping[str, Tens
 
 def exported(model: Clip, layout: str) -> dict[str, Tensor]:
     """The weights in another layout: the inverse of `filled`."""
+    if layout == TRANSFORMERS:
+        transformers_config(model.config)
     made: dict[str, Tensor] = {}
     own = model.state_dict()
     for ours, theirs in _names(model.config, layout).items():
@@ -224,6 +228,8 @@ def _openai_names(config: ClipConfig) -> dict[str, list[str]]:
         **_both("text_encoder.norm", "ln_final"),
         **_openai_blocks("text_encoder", "transformer", config.text.depth),
     }
+    if config.logit_bias:
+        names["logit_bias"] = ["logit_bias"]
     if not config.vision.stages:
         return names | {
             "visual_encoder.cls_token": ["visual.class_embedding"],

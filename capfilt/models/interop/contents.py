@@ -16,17 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import capfilt
-from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
 from capfilt.models.classifier import BlipClassifier, ClassifierConfig
+from capfilt.models.clip import Clip, ClipConfig
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, reason
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vision import resize_position_embedding
 from capfilt.models.vqa import BlipVqa, VqaConfig
 from capfilt.models.weights import fill, listed, read_safetensors
 
-Model = Blip | BlipVqa | BlipNlvr | BlipClassifier
+BlipModel = Blip | BlipVqa | BlipNlvr | BlipClassifier
+Model = BlipModel | Clip
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
 
 
@@ -38,9 +39,16 @@ class Contents:
     """
 
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: Any  # a Tokenizer; of a Clip, a BpeTokenizer
     extra: dict[str, Any] = field(default_factory=dict)
     leftovers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def blip_of(contents: Contents) -> BlipModel:
+    """The model, for a layout of BLIPs. UserError where it is none."""
+    if isinstance(contents.model, Clip):
+        raise UserError("a CLIP has no home in a layout of BLIPs")
+    return contents.model
 
 
 def take(
@@ -80,7 +88,7 @@ def take(
     return state, leftovers
 
 
-def assemble(path: Path, config: Config, state: dict[str, Tensor]) -> Model:
+def assemble(path: Path, config: Config | ClipConfig, state: dict[str, Tensor]) -> Model:
     """A model of `config` in evaluation mode that owns `state`; UserError as `weights.fill`."""
     with torch.device("meta"):
         model = empty(config)
@@ -89,8 +97,10 @@ def assemble(path: Path, config: Config, state: dict[str, Tensor]) -> Model:
     return model.eval()
 
 
-def empty(config: Config) -> Model:
+def empty(config: Config | ClipConfig) -> Model:
     """A model of the class that `config` is the configuration of."""
+    if isinstance(config, ClipConfig):
+        return Clip(config)
     if isinstance(config, BlipConfig):
         return Blip(config)
     if isinstance(config, ClassifierConfig):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
+from capfilt.models.clip import Clip
 from capfilt.models.interop import original_layout, transformers_layout
 from capfilt.models.interop.contents import LEFTOVERS, Contents, halved
 from capfilt.models.interop.keymaps import kind_of, reason
@@ -52,7 +53,7 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         made.rename(out)
-    kind = kind_of(contents.model.config)
+    kind = "clip" if isinstance(contents.model, Clip) else kind_of(contents.model.config)
     what = "captioner and filter" if kind == "both" else kind
     lines = [f"wrote {out}: {what}, layout {to}"]
     kept = Counter(str(reason(name)) for name in contents.leftovers)

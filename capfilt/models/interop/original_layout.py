@@ -19,6 +19,7 @@ from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
     assemble,
+    blip_of,
     read_settings,
     refuse_convolutions,
     resized,
@@ -74,7 +75,8 @@ def read(path: Path, image_size: int = 0) -> Contents:
 
 def write(directory: Path, contents: Contents) -> None:
     """Writes model.pth, vocab.txt and capfilt.json into an empty directory; UserError where something has no home."""
-    model, config = contents.model, contents.model.config
+    model = blip_of(contents)
+    config = model.config
     refuse(config)
     if not vocabulary.is_bert(contents.tokenizer):
         raise UserError(

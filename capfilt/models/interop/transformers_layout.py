@@ -23,9 +23,10 @@ from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     LEFTOVERS,
     SETTINGS,
+    BlipModel,
     Contents,
-    Model,
     assemble,
+    blip_of,
     halved,
     read_beside,
     read_json,
@@ -140,7 +141,8 @@ def read(directory: Path, image_size: int = 0) -> Contents:
 
 def write(directory: Path, contents: Contents) -> None:
     """Writes the checkpoint into an empty directory; UserError, before anything is written, where it has no home."""
-    model, config = contents.model, contents.model.config
+    model = blip_of(contents)
+    config = model.config
     refuse(config)
     rest = dict(contents.leftovers)
     if isinstance(model, Blip) and model.config.half == "both":
@@ -219,7 +221,7 @@ def config_json(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _write_class(directory: Path, model: Model, tokenizer: Tokenizer) -> None:
+def _write_class(directory: Path, model: BlipModel, tokenizer: Tokenizer) -> None:
     state = model.state_dict()
     weights = {
         theirs: state[ours].detach().cpu().contiguous().clone()

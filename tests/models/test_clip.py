@@ -1,0 +1,227 @@
+"""Catches a CLIP that is nobody's: other shapes, another reading of a text, weights that change on their way in or out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from capfilt.errors import UserError
+from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models.interop.clip_layouts import (
+    OPENAI,
+    TRANSFORMERS,
+    exported,
+    filled,
+    from_openai_shapes,
+    from_transformers_config,
+    transformers_config,
+)
+from capfilt.models.presets import CLIP, clip_preset
+
+VIT = ClipConfig(ClipVisionConfig(32, 8, 128, 2, 2, 256), ClipTextConfig(99, 16, 64, 2, 1, 128), embed_dim=24)
+RESNET = dataclasses.replace(VIT, vision=ClipVisionConfig(64, width=16, heads=8, stages="1-2-1-1"))
+HERE = Path("clip.safetensors")
+
+
+def texts(config: ClipConfig, rows: int = 4) -> torch.Tensor:
+    """Start, words, end and padding of several lengths; one text has a second end in its padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, config.text.start_id, (rows, 10), generator=generator)
+    ids[:, 0] = config.text.start_id
+    for row, end in enumerate((3, 9, 5, 7)):
+        ids[row, end] = config.text.end_id
+        ids[row, end + 1 :] = 0
+    ids[2, 8] = config.text.end_id
+    return ids
+
+
+def sharpened(config: ClipConfig) -> Clip:
+    """Random weights with something to tell apart, statistics of batches included."""
+    model = build_clip(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and name != "logit_scale":
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+        if name.endswith("running_var"):
+            tensor.abs_().add_(0.5)
+    return model
+
+
+def test_the_published_sizes():
+    # CLIP, released models: 151.3M for ViT-B/32, 102.0M for RN50, 427.6M for ViT-L/14.
+    with torch.device("meta"):
+        rn50 = ClipConfig(ClipVisionConfig(width=64, heads=32, stages="3-4-6-3"), embed_dim=1024)
+        counts = [
+            sum(p.numel() for p in Clip(each).parameters()) for each in (CLIP["base"], rn50, CLIP["large"])
+        ]
+    assert counts == [151277313, 102007137, 427616513]
+
+
+def test_every_preset_can_be_built_and_written_down():
+    for name in CLIP:
+        config = clip_preset(name, 1000)
+        assert ClipConfig.from_dict(config.to_dict()) == config
+        with torch.device("meta"):
+            assert Clip(config).config.vocab_size == 1000
+    with pytest.raises(UserError, match="tiny, small, base, large"):
+        clip_preset("huge", 1000)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_transformers_weights_give_transformers_vectors(activation):
+    transformers = pytest.importorskip("transformers")
+    mine = sharpened(dataclasses.replace(VIT, activation=activation))
+    content = transformers_config(mine.config)
+    theirs = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            **{name: content[name] for name in ("vision_config", "text_config", "projection_dim")}
+        )
+    ).eval()
+    missing, unexpected = theirs.load_state_dict(exported(mine, TRANSFORMERS), strict=False)
+    assert all("position_ids" in name for name in missing)
+    assert not unexpected
+    pixels, ids = torch.randn(3, 3, 32, 32), texts(mine.config)
+    with torch.no_grad():
+        found = theirs(input_ids=ids, pixel_values=pixels)
+        torch.testing.assert_close(mine.embed_image(pixels), found.image_embeds, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.embed_text(ids), found.text_embeds, atol=1e-5, rtol=1e-5)
+    config = from_transformers_config(HERE, theirs.config.to_dict())
+    assert config == mine.config
+    back = filled(HERE, config, TRANSFORMERS, theirs.state_dict())
+    for name, tensor in mine.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def openai_vit(state: dict, heads: int, pixels: torch.Tensor) -> torch.Tensor:
+    """OpenAI's ViT by its names, layer by layer with torch's own attention."""
+    x = F.conv2d(pixels, state["visual.conv1.weight"], stride=state["visual.conv1.weight"].shape[-1])
+    x = x.flatten(2).transpose(1, 2)
+    x = (
+        torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], 1)
+        + state["visual.positional_embedding"]
+    )
+    x = normed(x, state, "visual.ln_pre")
+    x = blocks(x, state, "visual.transformer.resblocks", heads, None)
+    return normed(x[:, 0], state, "visual.ln_post") @ state["visual.proj"]
+
+
+def openai_text(state: dict, heads: int, ids: torch.Tensor) -> torch.Tensor:
+    length = ids.shape[1]
+    x = state["token_embedding.weight"][ids] + state["positional_embedding"][:length]
+    causal = torch.full((length, length), float("-inf")).triu(1)
+    x = normed(blocks(x, state, "transformer.resblocks", heads, causal), state, "ln_final")
+    # Its end token has the largest id, so argmax finds the first.
+    return x[torch.arange(len(x)), ids.argmax(1)] @ state["text_projection"]
+
+
+def blocks(x, state, prefix, heads, mask):
+    for index in range(2):
+        at = f"{prefix}.{index}"
+        attention = nn.MultiheadAttention(x.shape[-1], heads, batch_first=True)
+        attention.load_state_dict(
+            {
+                name.removeprefix(f"{at}.attn."): each
+                for name, each in state.items()
+                if name.startswith(f"{at}.attn.")
+            }
+        )
+        y = normed(x, state, f"{at}.ln_1")
+        x = x + attention(y, y, y, need_weights=False, attn_mask=mask)[0]
+        y = normed(x, state, f"{at}.ln_2")
+        y = F.linear(y, state[f"{at}.mlp.c_fc.weight"], state[f"{at}.mlp.c_fc.bias"])
+        y = y * torch.sigmoid(1.702 * y)
+        x = x + F.linear(y, state[f"{at}.mlp.c_proj.weight"], state[f"{at}.mlp.c_proj.bias"])
+    return x
+
+
+def normed(x, state, name):
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def openai_resnet(state: dict, heads: int, pixels: torch.Tensor) -> torch.Tensor:
+    """OpenAI's ResNet by its names."""
+
+    def conv(x, name, norm, stride=1):
+        weight = state[f"{name}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        kinds = ("running_mean", "running_var", "weight", "bias")
+        return F.batch_norm(x, *(state[f"{norm}.{kind}"] for kind in kinds))
+
+    x = pixels
+    for number, stride in ((1, 2), (2, 1), (3, 1)):
+        x = conv(x, f"visual.conv{number}", f"visual.bn{number}", stride).relu()
+    x = F.avg_pool2d(x, 2)
+    for stage, count in enumerate((1, 2, 1, 1), start=1):
+        for place in range(count):
+            at, stride = f"visual.layer{stage}.{place}", 2 if stage > 1 and not place else 1
+            y = conv(x, f"{at}.conv1", f"{at}.bn1").relu()
+            y = F.avg_pool2d(conv(y, f"{at}.conv2", f"{at}.bn2").relu(), stride)
+            y = conv(y, f"{at}.conv3", f"{at}.bn3")
+            if f"{at}.downsample.0.weight" in state:
+                x = conv(F.avg_pool2d(x, stride), f"{at}.downsample.0", f"{at}.downsample.1")
+            x = (x + y).relu()
+    x = x.flatten(2).permute(2, 0, 1)
+    x = torch.cat([x.mean(0, keepdim=True), x]) + state["visual.attnpool.positional_embedding"][:, None]
+    pool = {name.removeprefix("visual.attnpool."): each for name, each in state.items() if "attnpool" in name}
+    out, _ = F.multi_head_attention_forward(
+        x[:1], x, x, x.shape[-1], heads, None,
+        torch.cat([pool[f"{each}_proj.bias"] for each in "qkv"]), None, None, False, 0.0,
+        pool["c_proj.weight"], pool["c_proj.bias"], training=False, need_weights=False, use_separate_proj_weight=True,
+        q_proj_weight=pool["q_proj.weight"], k_proj_weight=pool["k_proj.weight"], v_proj_weight=pool["v_proj.weight"],
+    )  # fmt: skip
+    return out[0]
+
+
+@pytest.mark.parametrize(("config", "tower", "heads"), [(VIT, openai_vit, 2), (RESNET, openai_resnet, 8)])
+def test_openais_layout_computed_by_its_own_names(config, tower, heads):
+    mine = sharpened(config)
+    state = exported(mine, OPENAI)
+    pixels, ids = torch.randn(3, 3, config.image_size, config.image_size), texts(config)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            mine.encode_image(pixels), tower(state, heads, pixels), atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(mine.encode_text(ids), openai_text(state, 1, ids), atol=1e-4, rtol=1e-4)
+    if config is VIT:
+        # The buffers of OpenAI's archives, and half precision, as they come.
+        state = {name: each.half() if each.is_floating_point() else each for name, each in state.items()}
+        state |= {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    found = from_openai_shapes(HERE, state, "quick_gelu")
+    back = filled(HERE, found, OPENAI, state)
+    with torch.no_grad():
+        torch.testing.assert_close(back.encode_image(pixels), mine.encode_image(pixels), atol=0.02, rtol=0.02)
+    assert found.vision.stages == config.vision.stages
+
+
+def test_keys_without_a_place_and_places_without_a_key_are_listed():
+    state = exported(sharpened(VIT), OPENAI)
+    state["visual.extra"] = torch.zeros(1)
+    del state["ln_final.bias"]
+    with pytest.raises(
+        UserError, match=r"1 tensors missing: ln_final\.bias; 1 tensors that no CLIP has: visual\.extra"
+    ):
+        filled(HERE, VIT, OPENAI, state)
+    with pytest.raises(UserError, match=r"ln_final\.weight is missing"):
+        from_openai_shapes(HERE, {}, "gelu")
+    for lacking in (RESNET, dataclasses.replace(VIT, logit_bias=True)):
+        with pytest.raises(UserError, match="OpenAI's layout"):
+            exported(build_clip(lacking), TRANSFORMERS)
+    biased = build_clip(dataclasses.replace(VIT, logit_bias=True))
+    assert from_openai_shapes(HERE, exported(biased, OPENAI), "gelu").logit_bias
+
+
+def test_pixels_are_normalised_and_positions_resized():
+    model = sharpened(VIT)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    floats = (pixels.float() / 255 - model.visual_encoder.mean) / model.visual_encoder.std
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed_image(pixels), model.embed_image(floats))
+        model.resize_image(64)
+        assert model.embed_image(torch.zeros(1, 3, 64, 64)).shape == (1, 24)
+    with pytest.raises(UserError, match="17 tokens: this model reads 16"):
+        model.embed_text(torch.zeros(1, 17, dtype=torch.int64))
