@@ -109,7 +109,8 @@ def test_parts_from_before_plug_ins_keep_their_fingerprints(tmp_path):
     }
     assert part.identity_fingerprint(CAPTIONS, "caption", caption) == "4d011f93de30835d070a1bc34f9dc08e"
     score = {
-        "version": 1, "options": option_values(ScoreOptions(images="web", batch_size=64)), "filter": "f", "images": "i", "captions": ["c"],
+        "version": 1, "options": option_values(ScoreOptions(images="web", batch_size=64)),
+        "filter": "f", "images": "i", "captions": ["c"],
     }  # fmt: skip
     assert part.identity_fingerprint(SCORES, "score", score) == "38cd9418107ce2302ec753a4c0230f1e"
     select = {
