@@ -196,7 +196,7 @@ class BlipAnswering(_OnDevice):
         self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
     ) -> list[str]:
         """Answers by beam search (BLIP, released code: 3 beams, at most 10 tokens)."""
-        tokenizer = self._tokenizer
+        tokenizer: Tokenizer = self._tokenizer
         limits = Limits(tokenizer.sep_id, tokenizer.pad_id, max_new_tokens, 1, 1.0)
         start = torch.tensor([tokenizer.cls_id], device=self.device)
         with self._evaluating():

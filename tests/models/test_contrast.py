@@ -1,0 +1,147 @@
+"""Catches a contrastive loss that is not the papers', that changes with how it is cut up or shared out, or that does not
+learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from capfilt.data.bpe import BpeTokenizer
+from capfilt.data.corpus import batches, from_images
+from capfilt.data.loader import Batch
+from capfilt.errors import UserError
+from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models.contrast import ClipTraining, ContrastConfig
+from capfilt.models.presets import clip_preset
+from capfilt.training.loop import TrainConfig, train
+from tests.training.grids import pairs
+
+CONFIG = ClipConfig(ClipVisionConfig(16, 8, 32, 1, 2, 64), ClipTextConfig(40, 8, 32, 1, 2, 64), embed_dim=8)
+ROWS = 8
+
+
+def trained(loss: str = "softmax", *ranks, chunk: int = 0) -> ClipTraining:
+    model = build_clip(dataclasses.replace(CONFIG, logit_bias=loss == "sigmoid"), seed=3)
+    return ClipTraining(model, ContrastConfig(loss, chunk), *ranks)
+
+
+def batch_of(rows: slice = slice(None)) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(1, 38, (ROWS, 6), generator=generator)
+    ids[:, 0], ids[:, -1] = 38, 39
+    pixels = torch.randint(0, 256, (ROWS, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    number = torch.arange(ROWS)
+    every = Batch(
+        ids, ids > 0, number, number, number, torch.ones(ROWS), number < 0, ["x"] * ROWS, 0, 0, pixels=pixels
+    )
+    return every._slice(*rows.indices(ROWS)[:2])
+
+
+def by_hand(model: Clip, loss: str) -> torch.Tensor:
+    """Pair by pair, from the formulas."""
+    batch = batch_of()
+    images, texts = model.encode_image(batch.pixels), model.encode_text(batch.ids)
+    total = torch.zeros(())
+    for i in range(ROWS):
+        logits = [
+            [model.logit_scale.exp() * F.cosine_similarity(a, b, dim=0) for b in others]
+            for a, others in ((images[i], texts), (texts[i], images))
+        ]
+        if loss == "softmax":
+            for each in logits:
+                chances = torch.stack(each).exp()
+                total = total - (chances[i] / chances.sum()).log() / (2 * ROWS)
+        else:
+            for j, logit in enumerate(logits[0]):
+                z = 1 if i == j else -1
+                total = total - torch.log(1 / (1 + torch.exp(-z * (logit + model.logit_bias)))) / ROWS
+    return total
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("chunk", [0, 3, 8])
+def test_the_loss_is_that_of_the_formulas_however_it_is_cut(loss, chunk):
+    plain, module = trained(loss), trained(loss, chunk=chunk)
+    expected = by_hand(plain.model, loss)
+    expected.backward()
+    found = module.losses(batch_of())
+    found["loss"].backward()
+    torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=1e-5)
+    grads = dict(module.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(grads[name].grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_several_ranks_take_the_gradient_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).resolve().parents[2]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.models.contrast_ranks", str(rank), "2", str(port), str(tmp_path)],
+            cwd=root,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert all(process.returncode == 0 for process in started), said
+    for loss in ("softmax", "sigmoid"):
+        module = trained(loss)
+        made = module.losses(batch_of())
+        made["loss"].backward()
+        found = torch.load(tmp_path / f"{loss}.pt", weights_only=True)
+        torch.testing.assert_close(found.pop("loss"), made["loss"].detach(), atol=1e-5, rtol=1e-5)
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_scale_stays_below_a_hundred_and_the_losses_fit_their_models():
+    module = trained()
+    assert module.model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    module.model.logit_scale.data.fill_(9.0)
+    module.before_step()
+    assert module.model.logit_scale.item() == pytest.approx(math.log(100))
+    assert trained("sigmoid").model.logit_bias.item() == -10
+    with pytest.raises(UserError, match="logit_bias"):
+        ClipTraining(build_clip(CONFIG), ContrastConfig("sigmoid"))
+    with pytest.raises(UserError, match="softmax, sigmoid"):
+        ContrastConfig("hinge")
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_64_pairs_are_learned_by_heart(loss):
+    count, steps = 64, 60
+    corpus = from_images([pairs(count)], size=64)
+    tokenizer = BpeTokenizer.train(corpus.texts, vocab_size=600)
+    model = build_clip(
+        dataclasses.replace(clip_preset("tiny", tokenizer.vocab_size), logit_bias=loss == "sigmoid")
+    )
+    train(
+        ClipTraining(model, ContrastConfig(loss)),
+        partial(step_batches, corpus, tokenizer, steps),
+        TrainConfig(steps=steps, learning_rate=1e-3, warmup_steps=5, log_every=10),
+        examples=count,
+    )
+    model.eval()
+    (everything,) = batches(corpus, tokenizer, count, steps=1)
+    with torch.inference_mode():
+        similarity = model.embed_image(everything.pixels) @ model.embed_text(everything.ids).T
+    own = torch.arange(count)
+    assert (similarity.argmax(1) == own).float().mean() >= 0.95
+    assert (similarity.argmax(0) == own).float().mean() >= 0.95
+
+
+def step_batches(corpus, tokenizer, steps, start):
+    return batches(corpus, tokenizer, 32, steps=steps, start_step=start)
