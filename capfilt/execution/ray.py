@@ -155,8 +155,10 @@ class RayExecutor:
         else:
             size = max(1, min(int(cpus), len(todo)))
             options = {"num_cpus": _share(cpus, size)}
+        size = min(size, stage.most_workers() or size)
         options["runtime_env"] = _threads(options["num_cpus"])
         actor = ray.remote(_Worker).options(**options)
+        stage.workers = size
         stage_reference = ray.put(stage)
 
         queue = list(reversed(todo))

@@ -60,6 +60,7 @@ class ShardStage(ABC):
         contract: the table it writes.
         uses_gpu: whether a worker wants a GPU where there is one.
         reads_manifests: whether `inputs` is a look at manifests, which may be looked at before and after the work.
+        workers: how many workers share the shards; said by the executor before the stage goes to them.
     """
 
     name: ClassVar[str]
@@ -67,6 +68,7 @@ class ShardStage(ABC):
     contract: Contract
     uses_gpu: ClassVar[bool] = False
     reads_manifests: ClassVar[bool] = True
+    workers: int = 1
 
     output: Part
 
@@ -88,6 +90,10 @@ class ShardStage(ABC):
     def inputs(self, shard: int) -> list[str]:
         """The hashes of the input shards that `shard` is made from."""
         return []
+
+    def most_workers(self) -> int | None:
+        """How many workers may share the shards; None for any number."""
+        return None
 
     def setup(self) -> None:  # noqa: B027
         """Load what every shard needs (models); called once in each worker."""

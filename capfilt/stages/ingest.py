@@ -47,7 +47,7 @@ class Ingest(ShardStage):
     """
 
     name = "ingest"
-    version = 1
+    version = 2
     contract = IMAGES
     reads_manifests = False
 

@@ -78,13 +78,19 @@ class DownloadOptions:
     retries: int = _option(0, "further attempts at each URL, only after failures that may pass, ever later")
     # img2dataset has neither; a list sorted by host is otherwise an attack on that host.
     host_concurrency: int = _option(
-        0, "fetches in flight per host and worker; 0: as many as `thread_count`", later=True
+        0,
+        "fetches in flight per host, and so at most this many workers; 0: as many as `thread_count` in each worker",
+        later=True,
     )
     host_rate: float = _option(
-        0.0, "requests per second per host and worker, retries included; 0: no limit", later=True
+        0.0,
+        "URLs fetched per second per host, retries included, all workers together; 0: no limit",
+        later=True,
     )
     robots: bool = _option(
-        False, "obey robots.txt (RFC 9309), asked for once per host; what it forbids is opted_out", later=True
+        False,
+        "obey robots.txt (RFC 9309), asked for once per host and worker; what it forbids is opted_out",
+        later=True,
     )
     max_bytes: int = _option(50_000_000, "a body above this many bytes is the failure too_large")
     max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")

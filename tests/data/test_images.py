@@ -357,4 +357,9 @@ def test_phash_is_near_for_copies_and_far_for_others() -> None:
     assert len(phash(one)) == 16
     assert hamming(phash(one), phash(copy)) <= 4
     assert hamming(phash(one), phash(other)) >= 16
+    # Large enough to be averaged first, against copies that are and that are not.
+    large = one.resize((1300, 1040), Image.Resampling.BICUBIC)
+    for size in ((1300, 1040), (640, 512), (333, 267), (100, 80), (40, 32)):
+        assert hamming(phash(large), phash(decode(encode_jpeg(large.resize(size), quality=50)))) <= 6
+    assert hamming(phash(large), phash(other)) >= 16
     assert len(phash(Image.new("RGB", (1, 1)))) == 16

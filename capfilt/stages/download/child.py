@@ -27,25 +27,36 @@ def main() -> None:
     faulthandler.enable(os.fdopen(log, "w"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def send(message: dict[str, Any], payload: bytes = b"") -> None:
-        frame = memoryview(wire.pack(message, payload))
-        while frame:
-            frame = frame[os.write(out, frame) :]
+    said: list[bytes] = []
+
+    def say(message: dict[str, Any], payload: bytes = b"") -> None:
+        said.extend(wire.pack(message, payload))
+
+    def flush() -> None:
+        frames = memoryview(b"".join(said))
+        said.clear()
+        while frames:
+            frames = frames[os.write(out, frames) :]
 
     slices: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(slices,), daemon=True).start()
     try:
         engine = Engine()
     except ImportError as error:
-        send({"missing": str(error)})
+        say({"missing": str(error)})
+        flush()
         return
     try:
-        send({"ready": engine.version})
+        say({"ready": engine.version})
         while True:
+            flush()
             work = slices.get()
-            for message, payload in engine.run(work["rows"], Settings.of(work["settings"])):
-                send(message, payload)
-            send({"done": len(work["rows"])})
+            for message, payload in engine.run(work["rows"], Settings.of(work["settings"]), idle=flush):
+                say(message, payload)
+                # An answer goes out with the word that the next picture is begun: half the writes, half the wake-ups.
+                if "begin" in message:
+                    flush()
+            say({"done": len(work["rows"])})
     except BrokenPipeError:
         os._exit(0)
 

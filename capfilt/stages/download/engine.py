@@ -101,11 +101,15 @@ class Engine:
         resizer.A = _Transforms(resizer.A)
         self._opener: SafeOpener | None = None
         self._settings: Settings | None = None
+        self._free_at: dict[str, float] = {}
 
     def run(
-        self, rows: Sequence[tuple[int, str | None]], settings: Settings
+        self,
+        rows: Sequence[tuple[int, str | None]],
+        settings: Settings,
+        idle: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Work on (row, URL) pairs. Yields frames, in order of completion.
+        """Work on (row, URL) pairs. Yields frames, in order of completion; calls `idle` before it waits for a body.
 
         {"begin": row} comes before a body is decoded; {"row": row, "status": ..., ...} and the encoded picture (no
         bytes for a failure) once for every row.
@@ -118,7 +122,7 @@ class Engine:
             encode_quality=settings.encode_quality,
             encode_format=settings.encode_format,
         )
-        for fetched in self._fetch_all(rows, opener, settings):
+        for fetched in self._fetch_all(rows, opener, settings, idle):
             if fetched.body is None:
                 assert fetched.fault is not None
                 yield (
@@ -143,12 +147,17 @@ class Engine:
         return self._opener
 
     def _fetch_all(
-        self, rows: Sequence[tuple[int, str | None]], opener: SafeOpener, settings: Settings
+        self,
+        rows: Sequence[tuple[int, str | None]],
+        opener: SafeOpener,
+        settings: Settings,
+        idle: Callable[[], object],
     ) -> Iterator[Fetched]:
         schedule = Schedule(
             (Errand(row, url, _host(url)) for row, url in rows),
             concurrency=settings.host_concurrency,
             rate=settings.host_rate,
+            free_at=self._free_at,
         )
         # Bounded, so that bodies do not pile up faster than they are decoded.
         done: queue.Queue[Fetched] = queue.Queue(2 * settings.thread_count)
@@ -167,7 +176,10 @@ class Engine:
         for _ in range(min(settings.thread_count, len(rows))):
             threading.Thread(target=work, name="fetch", daemon=True).start()
         for _ in rows:
+            if done.empty():
+                idle()
             yield done.get()
+        self._free_at = schedule.free_at()
 
     def _fetch(self, row: int, url: str | None, opener: SafeOpener, settings: Settings) -> Fetched:
         try:
@@ -221,8 +233,8 @@ class Engine:
         # What the resizer encoded shows the whole picture, unless the mode cuts or pads it.
         if settings.resize_mode not in ("keep_ratio", "keep_ratio_largest", "no"):
             return phash(decode(body, max_pixels=settings.max_pixels, draft_size=128))
-        small = self._watch.small_grey()
-        return phash(decode(encoded) if small is None else small)
+        grey = self._watch.grey()
+        return phash(decode(encoded) if grey is None else grey)
 
 
 class _Watch:
@@ -242,13 +254,11 @@ class _Watch:
         self.shown = picture
         return self._cv2.imencode(extension, picture, *arguments, **options)
 
-    def small_grey(self) -> Image.Image | None:
-        """What was encoded last, grey, its shorter side some 100 to 200 pixels where it was longer."""
+    def grey(self) -> Image.Image | None:
+        """What was encoded last, without its colours."""
         if self.shown is None or self.shown.ndim != 3:
             return None
-        grey = Image.fromarray(self._cv2.cvtColor(self.shown, self._cv2.COLOR_BGR2GRAY))
-        factor = min(grey.size) // 96
-        return grey.reduce(factor) if factor > 1 else grey
+        return Image.fromarray(self._cv2.cvtColor(self.shown, self._cv2.COLOR_BGR2GRAY))
 
 
 class _Transforms:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import http.client
 import ipaddress
 import math
@@ -87,6 +88,12 @@ def parse_url(url: Any) -> Target:
     """
     if not isinstance(url, str) or not url.strip():
         raise Fault("bad_url", "there is no URL")
+    return _parse(url)
+
+
+# The schedule asks for a URL's host, the engine whether it can be fetched, the opener what to fetch.
+@functools.lru_cache(16_384)
+def _parse(url: str) -> Target:
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname or "", parts.port

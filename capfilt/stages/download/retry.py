@@ -91,7 +91,7 @@ class Retry(Fetching):
         urls, keys = table["url"].to_pylist(), table["key"].to_pylist()
         old = table["failure"].to_pylist()
         wanted = [(row, urls[row]) for row, failure in enumerate(old) if failure in self.failures]
-        answers = shared_worker().run(wanted, settings_of(self.options))
+        answers = shared_worker().run(wanted, settings_of(self.options, self.workers))
         if self.list is not None:
             hashes = self.list.expected_hashes(shard)
             answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}

@@ -26,8 +26,11 @@ ANSWERED = (
 """The columns of the images table that fetching decides."""
 
 
-def settings_of(options: DownloadOptions) -> Settings:
-    """What the child is told of the options."""
+def settings_of(options: DownloadOptions, workers: int = 1) -> Settings:
+    """What the child of one of so many workers is told of the options.
+
+    What a host is to bear is shared out: workers know nothing of one another, and all of them may meet the same host.
+    """
     token = options.user_agent_token.strip()
     program = f"capfilt/{capfilt.__version__}"
     values: dict[str, Any] = {name: getattr(options, name, None) for name in Settings.__dataclass_fields__}
@@ -37,6 +40,8 @@ def settings_of(options: DownloadOptions) -> Settings:
     values["disallowed_header_directives"] = [
         directive.strip().lower() for directive in options.disallowed_header_directives
     ]
+    values["host_concurrency"] //= workers
+    values["host_rate"] /= workers
     return Settings.of(values)
 
 

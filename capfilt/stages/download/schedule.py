@@ -9,7 +9,7 @@ import heapq
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -40,16 +40,28 @@ class Schedule:
         *,
         concurrency: int = 0,
         rate: float = 0.0,
+        free_at: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`concurrency` fetches at once and `rate` requests per second are what one host bears; 0 for no limit."""
+        """`concurrency` fetches at once and `rate` requests per second are what one host bears; 0 for no limit.
+
+        `free_at` is what an earlier schedule had at its end.
+        """
         self._concurrency, self._interval, self._clock = concurrency, 1 / rate if rate else 0.0, clock
         self._ready = deque(errands)
         self._open = len(self._ready)
         self._later: list[tuple[float, int, Errand]] = []
         self._count = 0
         self._hosts: defaultdict[str, _Host] = defaultdict(_Host)
+        for host, moment in (free_at or {}).items():
+            self._hosts[host].free_at = moment
         self._changed = threading.Condition()
+
+    def free_at(self) -> dict[str, float]:
+        """When each host that must wait may be asked again, on the schedule's clock."""
+        with self._changed:
+            now = self._clock()
+            return {name: host.free_at for name, host in self._hosts.items() if host.free_at > now}
 
     def take(self) -> Errand | None:
         """The next errand, waited for; None when all are done."""

@@ -49,8 +49,13 @@ class Fetching(ShardStage):
     """What fetches share: the child process they have it done in, and how they are watched."""
 
     name = "download"
-    version = 1
+    version = 2
     contract = IMAGES
+    options: DownloadOptions
+
+    def most_workers(self) -> int | None:
+        # Each has a share of the connections that a host is to bear, and less than one there is not.
+        return self.options.host_concurrency or None
 
     def setup(self) -> None:
         shared_worker().start()
@@ -113,7 +118,7 @@ class Download(Fetching):
         listed = self.list.read(shard)
         answers = {row: bad_url(words) for row, words in enumerate(listed.faults) if words is not None}
         wanted = [(row, url) for row, url in enumerate(listed.urls) if row not in answers]
-        answers |= shared_worker().run(wanted, settings_of(self.options))
+        answers |= shared_worker().run(wanted, settings_of(self.options, self.workers))
         hashes = self._hashes(listed)
         answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}
         rows = []

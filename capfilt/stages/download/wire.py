@@ -15,10 +15,10 @@ _LENGTHS = struct.Struct(">II")
 Frame = tuple[dict[str, Any], bytes]
 
 
-def pack(message: dict[str, Any], payload: bytes = b"") -> bytes:
-    """One frame."""
+def pack(message: dict[str, Any], payload: bytes = b"") -> tuple[bytes, bytes]:
+    """One frame, in two pieces to be written one after the other."""
     text = json.dumps(message, separators=(",", ":")).encode()
-    return b"".join((_LENGTHS.pack(len(text), len(payload)), text, payload))
+    return _LENGTHS.pack(len(text), len(payload)) + text, payload
 
 
 def unpack(read: Callable[[int], bytes]) -> Frame:

@@ -57,6 +57,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._ready = False
+        self._heard = bytearray()
         self._lock = threading.Lock()
 
     @property
@@ -77,6 +78,9 @@ class Worker:
             "OMP_NUM_THREADS": "1",
             # Dozens of threads that each allocate bodies would each keep an arena of glibc's for ever.
             "MALLOC_ARENA_MAX": "2",
+            # Without these, glibc gives a picture's pixels back to the kernel and has them zeroed again for the next.
+            "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
+            "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
         }
         self._process = subprocess.Popen(
             command(sys.path),
@@ -93,6 +97,7 @@ class Worker:
     def close(self) -> None:
         """End the child."""
         process, self._process, self._ready = self._process, None, False
+        self._heard.clear()
         if process is not None:
             process.kill()
             process.wait()
@@ -133,9 +138,10 @@ class Worker:
         finished = False
         try:
             self._await_ready()
-            self._write(wire.pack({"rows": rows, "settings": asdict(settings)}))
+            self._write(b"".join(wire.pack({"rows": rows, "settings": asdict(settings)})))
+            read = self._reader(settings.longest_silence)
             while True:
-                message, picture = wire.unpack(self._reader(settings.longest_silence))
+                message, picture = wire.unpack(read)
                 if "done" in message:
                     finished = True
                     return
@@ -183,17 +189,22 @@ class Worker:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
 
+        heard = self._heard
+
         def read(size: int) -> bytes:
-            data = bytearray()
-            until = time.monotonic() + patience
-            while len(data) < size:
-                if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-                    raise TimeoutError(f"silent for {patience:.0f} s")
-                chunk = os.read(descriptor, min(1 << 20, size - len(data)))
-                if not chunk:
-                    raise EOFError
-                data += chunk
-            return bytes(data)
+            if len(heard) < size:
+                until = time.monotonic() + patience
+                while len(heard) < size:
+                    if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                        raise TimeoutError(f"silent for {patience:.0f} s")
+                    # All there is, not only what is asked for now: the small frames come along with a large one.
+                    chunk = os.read(descriptor, PIPE_BYTES)
+                    if not chunk:
+                        raise EOFError
+                    heard.extend(chunk)
+            data = bytes(memoryview(heard)[:size])
+            del heard[:size]
+            return data
 
         return read
 

@@ -5,18 +5,26 @@ RFC 9309 has it, asked for per URL or not obeyed after a redirect, a body that i
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from email.message import Message
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 
 from capfilt.stages.download.opener import _retry_after
 from capfilt.stages.download.robots import parse_robots
+from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.schedule import Errand, Schedule
+from tests.loopback import UNAVAILABLE
 from tests.stages.download.web import GOOD, Server, make, needs_img2dataset, redirect, run
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # -- the schedule ------------------------------------------------------------------------------------------------------
 
@@ -82,6 +90,68 @@ def test_a_hosts_limits_hold_on_the_wire(tmp_path, server):
     )
     assert [row["failure"] for row in rows] == [None] * 6
     assert time.monotonic() - start >= 1.0
+
+
+def test_a_rate_holds_from_one_slice_to_the_next():
+    clock = Clock()
+    first = Schedule(errands("aab"), rate=0.5, clock=clock)
+    assert [first.take().host, first.take().host] == ["a", "b"]
+    clock.now = 3.0
+    first.done(first.take())
+    second = Schedule(errands("ba"), rate=0.5, free_at=first.free_at(), clock=clock)
+    assert second.take().host == "b"
+    assert first.free_at() == {"a": 4.0}
+
+
+def test_workers_share_what_a_host_is_to_bear(tmp_path):
+    stage = make(tmp_path, ["http://a/"], host_concurrency=5, host_rate=3.0)
+    assert stage.most_workers() == 5
+    for workers, concurrency in ((1, 5), (2, 2), (5, 1)):
+        settings = settings_of(stage.options, workers)
+        assert (settings.host_concurrency, settings.host_rate) == (concurrency, 3.0 / workers)
+    assert make(tmp_path, ["http://a/"]).most_workers() is None
+
+
+# On Ray in a network namespace of its own, as tests/loopback.py says why; the server says what reached it.
+ON_RAY = """
+import pathlib, sys, time
+from capfilt.execution.run import executor, run_shards
+from tests.stages.download import web
+root, options = pathlib.Path(sys.argv[1]), eval(sys.argv[2])
+server = web.Server()
+stage = web.make(root, [server.url("slow")] * 16, server, number_sample_per_shard=4, timeout=5.0, total_timeout=9.0, **options)
+with executor("ray") as work:
+    start = time.monotonic()
+    summary = run_shards(stage, work, quiet=True)
+print(summary.counts.kept, stage.workers, server.most_flying, server.last - server.first)
+server.stop()
+"""
+
+
+def on_ray(tmp_path, **options):
+    """What 16 URLs of one host come to: rows kept, workers, most fetches at once, seconds from first to last."""
+    pytest.importorskip("ray")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "loopback.py"), sys.executable, "-c", ON_RAY, str(tmp_path), repr(options)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode == UNAVAILABLE:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [float(word) for word in done.stdout.split()[-4:]]
+
+
+@needs_img2dataset
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor, so one worker")
+def test_a_hosts_limits_hold_over_all_workers(tmp_path):
+    kept, workers, most, seconds = on_ray(tmp_path, host_rate=4.0, host_concurrency=2)
+    assert (kept, workers) == (16, 2)
+    assert most <= 2
+    # Two workers each have the first at once, so 14 are spaced.
+    assert seconds >= 14 / 4.0 - 0.5
 
 
 # -- robots.txt --------------------------------------------------------------------------------------------------------

@@ -21,13 +21,17 @@ import pytest
 from PIL import Image
 
 from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import run_stage
 from capfilt.stages.download import Download
-from capfilt.stages.options import DownloadOptions
+from capfilt.stages.duplicates import Duplicates
+from capfilt.stages.options import DownloadOptions, DuplicatesOptions
 from capfilt.tables.contracts import FAILURES, IMAGES, STATUSES
 from capfilt.tables.workspace import Workspace
 from tests.stages.download.web import (
     BODIES,
     Server,
+    encoded,
     make,
     needs_img2dataset,
     picture,
@@ -368,3 +372,30 @@ def test_a_real_list_without_a_network_ends_with_clear_rows(tmp_path, shared_dat
     assert {row["failure"] for row in rows} == {"dns"}
     assert [row["url"] for row in rows] == urls
     assert time.monotonic() - start < 20
+
+
+@needs_img2dataset
+def test_copies_are_found_by_what_was_stored_of_them(tmp_path, server, monkeypatch):
+    """Re-encoded, resized, in another format; downloaded larger and smaller than the stored size."""
+    blocks = [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        for seed in (1, 2)
+    ]
+    one, other = (each.resize((800, 600), Image.Resampling.BICUBIC) for each in blocks)
+    copies = [
+        encoded(one, quality=95), encoded(one, quality=40), encoded(one.resize((500, 375))), encoded(one.resize((160, 120))),
+        encoded(one.resize((400, 300)), "PNG"), encoded(other, quality=95),
+    ]  # fmt: skip
+    for number, body in enumerate(copies):
+        monkeypatch.setitem(BODIES, f"copy-{number}", body)
+    for mode in ("keep_ratio", "center_crop"):
+        urls = [server.url(f"copy-{number}") for number in range(6)]
+        rows = run(make(tmp_path, urls, server, dataset=mode, name=mode, resize_mode=mode))
+        stage = Duplicates(DuplicatesOptions(images=mode, out=mode), Workspace(tmp_path / "ws"))
+        run_stage(stage, InlineExecutor(), quiet=True)
+        found = {
+            row["image_id"]: row["cluster"] for table in stage.output.tables() for row in table.to_pylist()
+        }
+        clusters = [found[row["image_id"]] for row in rows]
+        assert len(set(clusters[:5])) == 1, mode
+        assert clusters[5] != clusters[0]

@@ -58,7 +58,7 @@ import os, sys, time
 sys.path[:] = __import__("json").loads(sys.argv[1])
 from capfilt.stages.download import wire
 out = os.dup(1)
-send = lambda *frame: os.write(out, wire.pack(*frame))
+send = lambda *frame: os.write(out, b"".join(wire.pack(*frame)))
 send({"ready": "0"})
 while True:
     rows = wire.unpack(sys.stdin.buffer.read)[0]["rows"]

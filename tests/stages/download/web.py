@@ -128,6 +128,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.agents = set()
         self.once = Counter()
         self.failing = False
+        self.flying = self.most_flying = 0
+        self.first = self.last = 0.0
+        self.counting = threading.Lock()
         self.hold = threading.Event()
         self.hold.set()
         super().__init__((host, 0), Handler)
@@ -176,6 +179,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(body=BODIES[name], Content_Type="image/jpeg")
         elif name.isdigit():
             self.answer(int(name), b"no")
+        elif name == "slow":
+            with self.server.counting:
+                self.server.last = time.monotonic()
+                self.server.first = self.server.first or self.server.last
+                self.server.flying += 1
+                self.server.most_flying = max(self.server.most_flying, self.server.flying)
+            time.sleep(0.2)
+            with self.server.counting:
+                self.server.flying -= 1
+            self.answer(body=GOOD)
         elif name == "held":
             self.server.hold.wait(20)
             self.answer(body=GOOD)
