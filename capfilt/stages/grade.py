@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from capfilt.data.images import BadImage
 from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
-from capfilt.inference.filter import Filter
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
@@ -19,8 +21,13 @@ from capfilt.stages.results import ResultStage, result_path
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
+from capfilt.tasks.adapters import opened
 from capfilt.tasks.filter_quality import kendall_tau_c_interval, roc_auc, roc_auc_interval, spearman
+from capfilt.tasks.pair_judging import score_pairs
+from capfilt.tasks.registry import check, chosen
 from capfilt.training.distributed import device
+
+_BATCH = 32
 
 
 class Grade(ResultStage):
@@ -103,8 +110,9 @@ class Grade(ResultStage):
 
     def _experts(self, metrics: dict[str, float], report: Report) -> dict[str, Any]:
         assert self.filter is not None
-        engine = Filter.load(self.filter, device=device())
-        size = engine.model.config.image_size
+        contents, _ = checkpoint.open_any(self.filter)
+        model = opened(contents, device())
+        check(chosen(["rating"]), model.can, f"{self.filter} ({model.what})")
         root = Path(self.options.expert_root or Path(self.options.expert).parent)
         by_image: dict[str, list[tuple[str, float]]] = {}
         with Path(self.options.expert).open() as file:
@@ -117,33 +125,35 @@ class Grade(ResultStage):
                     raise UserError(
                         f"{self.options.expert}, line {number}: needs image, caption, ratings"
                     ) from error
-        ratings: list[float] = []
-        itm: list[float] = []
-        itc: list[float] = []
-        images: list[str] = []
         failed: Counter[str] = Counter()
-        for number, (name, rows) in enumerate(sorted(by_image.items()), start=1):
-            path = root / name
+        kept: list[tuple[str, list[tuple[str, float]]]] = []
+        pictures = []
+        for name, rows in sorted(by_image.items()):
             try:
-                pixels = decode_uint8(path.read_bytes(), size)
+                pictures.append(decode_uint8((root / name).read_bytes(), model.image_size))
             except FileNotFoundError:
                 failed["file_missing"] += len(rows)
-                continue
             except BadImage as error:
                 failed[error.failure] += len(rows)
-                continue
-            scores = engine.score_texts(pixels[None], [0] * len(rows), [text for text, _ in rows])
-            ratings += [rating for _, rating in rows]
-            itm += [score.itm_score for score in scores]
-            itc += [score.itc_score for score in scores]
-            images += [name] * len(rows)
-            report(number, len(by_image), {"texts": len(ratings)})
-        interval = kendall_tau_c_interval(ratings, itm, images, seed=self.options.seed)
-        metrics["tau_c_itm"], metrics["tau_c_itm_low"], metrics["tau_c_itm_high"] = (
-            interval.value,
-            interval.low,
-            interval.high,
+            else:
+                kept.append((name, rows))
+        places = [place for place, (_, rows) in enumerate(kept) for _ in rows]
+        scores = score_pairs(
+            model.model,
+            [
+                torch.from_numpy(np.stack(pictures[start : start + _BATCH]))
+                for start in range(0, len(pictures), _BATCH)
+            ],
+            places,
+            [text for _, rows in kept for text, _ in rows],
+            progress=lambda what, done, of: report(done, of, {"texts": what}),
         )
-        metrics["tau_c_itc"] = kendall_tau_c_interval(ratings, itc, images, seed=self.options.seed).value
-        metrics["spearman_itm"] = spearman(ratings, itm)
+        ratings = [rating for _, rows in kept for _, rating in rows]
+        images = [kept[place][0] for place in places]
+        for name, found in scores.items():
+            interval = kendall_tau_c_interval(ratings, found, images, seed=self.options.seed)
+            metrics[f"tau_c_{name}"] = interval.value
+            if name == "itm":
+                metrics["tau_c_itm_low"], metrics["tau_c_itm_high"] = interval.low, interval.high
+                metrics["spearman_itm"] = spearman(ratings, found)
         return {"texts": len(ratings), "images": len(set(images)), "failed": dict(failed)}

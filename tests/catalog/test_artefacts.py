@@ -128,3 +128,16 @@ def test_leaves_keep_every_value() -> None:
 )  # fmt: skip
 def test_numbers_for_people(value: float, shown: str) -> None:
     assert number(value) == shown
+
+
+def test_a_figure_is_shown_with_its_interval(tmp_path):
+    (tmp_path / "a.json").write_text(
+        json.dumps(
+            {
+                "metrics": {"tr@1": 12.5, "cider": 30.0, "odd": 1.0},
+                "intervals": {"tr@1": {"value": 12.5, "low": 10.0, "high": 15.0}, "odd": {"low": 1}, "cider": None},
+            }
+        )
+    )  # fmt: skip
+    (found,) = read_runs(tmp_path)
+    assert found.figures == {"tr@1": "12.5 [10, 15]", "cider": "30", "odd": "1"}

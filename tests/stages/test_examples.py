@@ -229,3 +229,98 @@ def test_real_data(place, shared_data, name, task, count):
             assert row["label"] == str(record["label"]).lower()
         else:
             assert sum(each["count"] for each in row["answers"]) == len(record["answers"])
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_ratings_keep_every_annotator(place):
+    source = lines(
+        {
+            "image": "clean/images/coco_30.jpg",
+            "caption_id": "x#2",
+            "caption": "a dog",
+            "ratings": [1, 1, 2],
+            "split": "test",
+        },
+        {"image": "coco_30.jpg", "caption": "a cat", "ratings": [], "split": "test"},
+        {"image": "coco_30.jpg", "caption": "a cat", "ratings": ["good"], "split": "test"},
+    )
+    rows = run(make(place, source, COCO))
+    assert {row["task"] for row in rows} == {"rating"}
+    assert rows[0]["answers"] == [{"answer": "1", "count": 2}, {"answer": "2", "count": 1}]
+    assert (rows[0]["text"], rows[0]["key"]) == ("a dog", "#0")
+    assert [row["failure"] for row in rows] == [None, "no_answer", "no_answer"]
+
+
+def test_choices_keep_their_wrong_texts_and_categories(place):
+    record = {
+        "image": "coco_30.jpg",
+        "caption": "a red dog",
+        "negative_caption": "a blue dog",
+        "category": "swap_att",
+        "item_id": "swap_att:2",
+    }
+    rows = run(make(place, lines(record, {**record, "item_id": "x", "negative_caption": " "}), COCO))
+    assert {row["task"] for row in rows} == {"choice"}
+    assert (rows[0]["text"], rows[0]["wrong_texts"], rows[0]["category"]) == (
+        "a red dog",
+        ["a blue dog"],
+        "swap_att",
+    )
+    assert rows[0]["key"] == "swap_att:2"
+    assert [row["failure"] for row in rows] == [None, "no_answer"]
+
+
+def test_matches_are_labelled_in_more_than_one_spelling(place):
+    given = ["match", "no-match", "no_match", True, 0, "maybe", None]
+    records = [{"image": "coco_30.jpg", "caption": "a dog", "label": label} for label in given]
+    rows = run(make(place, lines(*records), COCO))
+    assert {row["task"] for row in rows} == {"match"}
+    assert [row["label"] for row in rows] == [
+        "match",
+        "no-match",
+        "no-match",
+        "match",
+        "no-match",
+        None,
+        None,
+    ]
+    assert [row["failure"] for row in rows][-2:] == ["unknown_label", "no_answer"]
+
+
+def test_a_label_without_a_text_is_a_class(place):
+    rows = run(make(place, lines({"image": "coco_30.jpg", "label": "Polar Bear", "split": "train"}), COCO))
+    (row,) = rows
+    assert (row["task"], row["label"], row["text"], row["failure"]) == (
+        "classification",
+        "Polar Bear",
+        None,
+        None,
+    )
+
+
+def test_folders_of_classes_are_classes(place, tmp_path):
+    keys = ["train/dog/1.jpg", "train/polar_bear/2.jpg", "val/dog/1.jpg", "cat/3.jpg"]
+    root = tmp_path / "classes"
+    for key in (*keys, "cat/notes.txt", "stray.jpg"):
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).touch()
+    write_images(place.part("images", "pictures"), [keyed(keys)])
+    options = ExamplesOptions(source_path=str(root), images=("pictures",), dataset="set")
+    rows = {row["key"]: row for row in run(Examples(options, place))}
+    assert {key: (row["label"], row["split"]) for key, row in rows.items()} == {
+        "cat/3.jpg": ("cat", None),
+        "train/dog/1.jpg": ("dog", "train"),
+        "train/polar_bear/2.jpg": ("polar_bear", "train"),
+        "val/dog/1.jpg": ("dog", "val"),
+    }
+    assert rows["val/dog/1.jpg"]["image_ids"] == [image_id("pictures", "val/dog/1.jpg")]
+    before = Examples(options, place).identity()
+    (root / "cat" / "4.jpg").touch()
+    assert Examples(options, place).identity() != before
+    with pytest.raises(UserError, match="has no pictures in folders"):
+        Examples(
+            ExamplesOptions(source_path=str(tmp_path / "ws"), images=("pictures",), dataset="x"), place
+        ).identity()

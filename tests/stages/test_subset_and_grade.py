@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from scipy.stats import kendalltau
 
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
+from capfilt.inference.filter import Filter
 from capfilt.stages.grade import Grade
 from capfilt.stages.options import GradeOptions, SelectOptions, SubsetOptions
 from capfilt.stages.select import Select
@@ -17,7 +20,7 @@ from capfilt.tables.contracts import SCORES
 from capfilt.tables.shards import Counts
 from capfilt.tables.texts import found_texts
 from capfilt.tables.workspace import Workspace
-from tests.worlds import image_rows, write_images
+from tests.worlds import image_rows, tiny_checkpoint, write_images
 
 
 def run(stage):
@@ -105,3 +108,44 @@ def test_a_perfect_filter_is_graded_as_one(place):
 def test_impossible_shares_are_refused(place, changes):
     with pytest.raises(UserError, match="--"):
         Subset(SubsetOptions(images="clean", dataset="x", **changes), place)
+
+
+def test_experts_are_graded_as_evaluate_grades_them(place, tmp_path):
+    """Ratings of other pictures than those scored, a picture that is lost not counted, tau-c of other scores."""
+    rows = [row for table in place.part("images", "clean").tables() for row in table.to_pylist()][:6]
+    lines = []
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.jpg").write_bytes(row["image"]["bytes"])
+        lines += [
+            {"image": f"{number}.jpg", "caption": text, "ratings": [number % 4, len(text) % 4]}
+            for text in ("a red square", "a blue square number 3")
+        ]
+    lines.append({"image": "lost.jpg", "caption": "a", "ratings": [1]})
+    (tmp_path / "expert.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tiny_checkpoint(place.model("judge"))
+    run(Subset(SubsetOptions(images="clean", dataset="few", role="web", share_to=0.1), place))
+    images = place.part("images", "few")
+    scores = place.part("scores", "none")
+    mark = scores.begin(SCORES, "test", {})
+    for shard in images.shards():
+        texts = found_texts(images.read(shard)).to_pylist()
+        made = [{"text_id": t["text_id"], "image_id": t["image_id"], "itm_score": 0.5} for t in texts]
+        scores.commit(shard, SCORES.table(made), Counts(len(made), len(made)), mark, 0.0)
+    run(Select(SelectOptions(images="few", scores="none", out="few"), place))
+    expert = str(tmp_path / "expert.jsonl")
+    run(
+        Grade(GradeOptions(images="few", verdicts="few", expert=expert, filter="judge", out="experts"), place)
+    )
+    result = json.loads((place.path / "runs" / "experts.json").read_bytes())
+    assert result["expert"] == {"texts": 12, "images": 6, "failed": {"file_missing": 1}}
+    judge = Filter.load(place.model("judge"))
+    known = [line for line in lines if line["image"] != "lost.jpg"]
+    found = judge.score(
+        [str(tmp_path / line["image"]) for line in known], [line["caption"] for line in known]
+    )
+    means = [np.mean(line["ratings"]) for line in known]
+    for name in ("itm", "itc"):
+        expected = kendalltau(
+            means, [getattr(score, f"{name}_score") for score in found], variant="c"
+        ).statistic
+        assert result["metrics"][f"tau_c_{name}"] == pytest.approx(expected)

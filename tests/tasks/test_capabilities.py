@@ -1,5 +1,6 @@
-"""Would catch: a text matched with its neighbour's image when batches are sorted and cut, [CLS] left at position 0
-where the matcher wants [ENC], dropout left on in evaluation, and a model left in evaluation mode in mid-training."""
+"""Would catch: a capability that is promised and not there, a probability that is not the filter's own score, a text matched
+with its neighbour's image when batches are sorted and cut, [CLS] left at position 0 where the matcher wants [ENC], dropout
+left on in evaluation, and a model left in evaluation mode in mid-training."""
 
 from __future__ import annotations
 
@@ -11,9 +12,13 @@ import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
+from capfilt.inference.filter import Filter
 from capfilt.models.blip import build
+from capfilt.models.interop.contents import Contents, halved
+from capfilt.models.nlvr import nlvr_from_blip
 from capfilt.models.presets import preset
-from capfilt.tasks.adapters import BlipCapabilities
+from capfilt.models.vqa import vqa_from_blip
+from capfilt.tasks.adapters import BlipCapabilities, opened
 from capfilt.tasks.capabilities import (
     EmbedsImagesAndTexts,
     GeneratesText,
@@ -130,3 +135,61 @@ def test_retrieval_end_to_end_equals_the_whole_matrix(model, tokenizer, images):
     for j, owner in enumerate(owners):
         assert found.itm.text_ranks[j] == 1 + int((fused[:, j] > fused[owner, j]).sum())
     assert found.itm.image_ranks[3] == 0
+
+
+def test_the_probability_of_a_match_is_the_filter_s_score(model, tokenizer, images):
+    able = BlipCapabilities(model, tokenizer, pair_batch=2)
+    index = [0, 0, 1, 1, 4]
+    found = able.match_probability(able.encode_images(images), torch.tensor(index), TEXTS[:5])
+    scores = Filter(copy.deepcopy(model), tokenizer).score_texts(images, index, TEXTS[:5])
+    assert found.tolist() == pytest.approx([score.itm_score for score in scores], abs=1e-5)
+
+
+def test_what_each_model_can_do(model, tokenizer):
+    whole = opened(Contents(copy.deepcopy(model), tokenizer))
+    assert whole.image_size == 48
+    assert whole.can == ("embeds images and texts", "embeds images", "matches pairs", "generates text")
+    judges = opened(Contents(halved(copy.deepcopy(model), "filter"), tokenizer))
+    assert judges.can == ("embeds images and texts", "embeds images", "matches pairs")
+    writes = opened(Contents(halved(copy.deepcopy(model), "captioner"), tokenizer))
+    assert writes.can == ("embeds images", "generates text")
+    assert opened(Contents(vqa_from_blip(model), tokenizer)).can == ("embeds images", "answers questions")
+    assert opened(Contents(nlvr_from_blip(model), tokenizer)).can == ("embeds images", "classifies pairs")
+
+
+def test_features_are_the_first_token_before_any_projection(model, tokenizer, images):
+    able = opened(Contents(copy.deepcopy(model), tokenizer)).model
+    found = able.image_features(images)
+    assert (found.dtype, found.shape) == (torch.float32, (5, model.config.vision.width))
+    alone = torch.cat([able.encode_images(images[row : row + 1])[:, 0] for row in range(5)])
+    assert torch.allclose(found, alone, atol=1e-5)
+
+
+def test_answers_are_written_and_ranked_whatever_the_batch(model, tokenizer, images):
+    able = opened(Contents(vqa_from_blip(model), tokenizer)).model
+    questions = ["what runs", "what sits on the red grass", "a", "cat", "dog"]
+    together = able.answer(images, questions, num_beams=2, max_new_tokens=3)
+    alone = [
+        able.answer(images[row : row + 1], questions[row : row + 1], num_beams=2, max_new_tokens=3)[0]
+        for row in range(5)
+    ]
+    assert together == alone
+    answers = ["a red cat", "dog", "blue", "grass"]
+    best = able.rank_answers(images, questions, answers, k=2)
+    assert best.shape == (5,)
+    assert [
+        able.rank_answers(images[r : r + 1], questions[r : r + 1], answers, k=2).item() for r in range(5)
+    ] == best.tolist()
+
+
+def test_statements_are_classified_with_their_own_two_pictures(model, tokenizer, images):
+    able = opened(Contents(nlvr_from_blip(model), tokenizer)).model
+    assert (able.labels, able.pictures) == (("false", "true"), 2)
+    pairs = torch.stack([images[:3], images[1:4]], dim=1)
+    logits = able.classify(pairs, TEXTS[:3])
+    assert (logits.dtype, logits.shape) == (torch.float32, (3, 2))
+    for row in range(3):
+        assert torch.allclose(
+            able.classify(pairs[row : row + 1], TEXTS[row : row + 1])[0], logits[row], atol=1e-5
+        )
+    assert not torch.allclose(able.classify(pairs.flip(1), TEXTS[:3]), logits, atol=1e-4)
