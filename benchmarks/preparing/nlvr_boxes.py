@@ -3,8 +3,9 @@
 A picture of NLVR (Suhr et al., ACL 2017) is three boxes side by side, 400 x 100 pixels, and its statement is true whatever
 the order of the boxes. Squeezed into a model's square, a block would be a sliver, so the boxes go into the cells of a 2 x 2
 square, in a random order; further arrangements of a training picture are further pictures, mirrored too where the statement
-names no side. Few statements come with labels, so the same kinds of statements are also made about boxes drawn here, true
-and false ones alike often. Their forms follow NLVR's train and development sentences; no test sentence was looked at.
+names no side. Few statements come with labels, so the same kinds of statements are also made about boxes drawn here, each once
+where it is true and once where it is false. Their forms follow NLVR's train and development sentences; no test sentence was
+looked at.
 
     python benchmarks/preparing/nlvr_boxes.py DATA/tasks/nlvr1 boxes --pictures 12000
     capfilt ingest boxes/data.jsonl --images boxes --image-col image --caption-col sentence --dataset boxes
@@ -20,7 +21,7 @@ from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw, ImageOps
-from statements import BOX, SHAPES, Box, Item, statements
+from statements import BOX, SHAPES, Box, Item, contrast
 
 from capfilt.data.transforms import mentions_sides
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("nlvr", type=Path, help="folder with data.jsonl and the pictures it names")
     parser.add_argument("out", type=Path, help="folder to write: data.jsonl, generated.jsonl, pictures")
     parser.add_argument("--pictures", type=int, default=12_000, help="drawn pictures (default 12,000)")
-    parser.add_argument("--statements", type=int, default=5, help="statements about each (default 5)")
+    parser.add_argument("--statements", type=int, default=30_000, help="texts, each true once and false once")
     parser.add_argument("--arrangements", type=int, default=6, help="of every training picture (default 6)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -118,21 +119,30 @@ def main() -> None:
                 arranged(boxes, rng, mirror).save(options.out / name)
                 key = row["identifier"] + (f"-{turn}" if turn else "")
                 file.write(json.dumps({**row, "identifier": key, "image": name}) + "\n")
+    things = [towers(rng) if rng.random() < 0.65 else scattered(rng) for _ in range(options.pictures)]
+    for place, boxes in enumerate(things):
+        picture = arranged([drawn(box) for box in boxes], rng, mirror=False)
+        picture.save(options.out / f"drawn/{place:06d}.png")
+    kinds = {
+        kind: [place for place, boxes in enumerate(things) if are_towers(boxes) == kind]
+        for kind in (True, False)
+    }
     with (options.out / "generated.jsonl").open("w") as file:
-        for place in range(options.pictures):
-            tower = rng.random() < 0.65
-            things = towers(rng) if tower else scattered(rng)
-            name = f"drawn/{place:06d}.png"
-            arranged([drawn(box) for box in things], rng, mirror=False).save(options.out / name)
-            split = "val" if place % 50 == 0 else "train"
-            for turn, (text, true) in enumerate(statements(rng, things, tower, options.statements)):
-                record = {
-                    "identifier": f"drawn-{place}-{turn}",
-                    "image": name,
-                    "sentence": text,
-                    "label": true,
+        for turn in range(options.statements):
+            kind = rng.random() < 0.65
+            found = contrast(rng, [things[place] for place in kinds[kind]], kind)
+            for true, place in zip((True, False), found[1:], strict=True) if found else ():
+                row = {
+                    "identifier": f"drawn-{turn}-{int(true)}",
+                    "image": f"drawn/{kinds[kind][place]:06d}.png",
                 }
-                file.write(json.dumps({**record, "split": split}) + "\n")
+                row |= {"sentence": found[0], "label": true, "split": "val" if turn % 50 == 0 else "train"}
+                file.write(json.dumps(row) + "\n")
+
+
+def are_towers(boxes: list[Box]) -> bool:
+    """Whether the things stand on each other."""
+    return all(item.x == 40 and item.y == 80 - 21 * level for box in boxes for level, item in enumerate(box))
 
 
 if __name__ == "__main__":

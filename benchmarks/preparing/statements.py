@@ -6,7 +6,7 @@ Each maker returns a text and whether it is true of the boxes. Which boxes, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -317,14 +317,25 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
     )  # fmt: skip
 
 
-def statements(rng: Random, boxes: list[Box], tower: bool, count: int) -> list[Statement]:
-    """True and false ones in turn, each once; of a form that is seldom true, fewer."""
-    make = about_towers if tower else about_things
-    found: dict[str, bool] = {}
-    for place in range(count):
-        for _ in range(30):
-            text, true = make(rng, boxes)
-            if true == bool(place % 2) and text not in found:
-                found[text] = true
-                break
-    return list(found.items())
+def told(seed: int, boxes: list[Box], tower: bool) -> Statement:
+    """The statement of this number about boxes: its text is the same whatever they are, its truth is theirs."""
+    return (about_towers if tower else about_things)(Random(seed), boxes)
+
+
+def contrast(
+    rng: Random, pool: Sequence[list[Box]], tower: bool, tries: int = 60
+) -> tuple[str, int, int] | None:
+    """(a text, the place in `pool` of boxes that it is true of, the place of others that it is not); None where none are found.
+
+    Every text comes once true and once false, so that nothing but the picture tells which: a text by itself would, were
+    only the labels balanced, since "exactly three" is seldom true.
+    """
+    seed = rng.getrandbits(48)
+    found: dict[bool, int] = {}
+    for _ in range(tries):
+        place = rng.randrange(len(pool))
+        text, true = told(seed, pool[place], tower)
+        found.setdefault(true, place)
+        if len(found) == 2:
+            return text, found[True], found[False]
+    return None

@@ -1,5 +1,5 @@
-"""Catches: a generated statement that is said to be true of boxes and is not, so that a model learns it wrong; statements
-that are true more often than false, from which a model could learn to guess.
+"""Catches: a generated statement that is said to be true of boxes and is not, so that a model learns it wrong; a text
+that is always true, or always false, which would tell its truth without the picture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "preparing"))
 import nlvr_boxes
-from statements import WORDS, Item, about_things, about_towers, statements
+from statements import WORDS, Item, about_things, about_towers, contrast
 
 NUMBER = {word: place for place, word in enumerate(WORDS)} | {str(n): n for n in range(9)}
 
@@ -60,11 +60,16 @@ def test_statements_say_the_truth():
     assert checked > 150
 
 
-def test_true_and_false_come_alike():
-    rng, made = Random(0), []
-    for _ in range(300):
-        made += statements(rng, nlvr_boxes.towers(rng), True, 4)
-    assert sum(true for _, true in made) / len(made) == pytest.approx(0.5, abs=0.02)
+@pytest.mark.parametrize("tower", [True, False])
+def test_every_text_is_true_of_one_picture_and_false_of_another(tower):
+    rng = Random(0)
+    pool = [nlvr_boxes.towers(rng) if tower else nlvr_boxes.scattered(rng) for _ in range(80)]
+    found = [each for each in (contrast(rng, pool, tower) for _ in range(100)) if each]
+    assert len(found) > 70
+    for text, yes, no in found:
+        assert yes != no
+        assert judged(text, pool[yes]) in (True, None)
+        assert judged(text, pool[no]) in (False, None)
 
 
 def test_a_box_is_drawn_as_it_is_described():
