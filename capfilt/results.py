@@ -85,7 +85,7 @@ def side_by_side(results: Sequence[Result]) -> Shown:
     first, *others = results
     rows = []
     plain: dict[str, Any] = {}
-    level, apart = first.bootstrap[2], False
+    level, apart, bare = first.bootstrap[2], False, False
     for metric in shared_metrics(results):
         cells = [metric, *(_value(result.metrics.get(metric)) for result in results)]
         told: dict[str, Any] = {"values": {result.name: result.metrics.get(metric) for result in results}}
@@ -96,6 +96,7 @@ def side_by_side(results: Sequence[Result]) -> Shown:
             found = difference(other, first, metric)
             cells.append(_difference(found.value, found.interval, found.verdict, found.paired))
             apart |= found.interval is not None and not found.paired
+            bare |= found.interval is None
             told.setdefault("differences", {})[other.name] = {
                 "value": round(found.value, 3),
                 "interval": None if found.interval is None else found.interval.as_dict(),
@@ -107,6 +108,7 @@ def side_by_side(results: Sequence[Result]) -> Shown:
     notes = [
         f"above, below: the {level:.0%} interval of the difference from {first.name} excludes 0; within: it does not",
         *(["~: not over the same queries, resampled apart"] if apart else []),
+        *(["no interval: a run holds the figure without what it is made of"] if bare else []),
         *unlike(results),
     ]
     return Shown(
@@ -156,14 +158,17 @@ def _print(told: Shown, out: TextIO) -> None:
 
 def _heading(result: Result) -> str:
     said = _identity(result)
-    model = f"{said['model']} {said['given']}".strip()
-    return f"{result.name}: {model} ({str(said['checkpoint'])[:12]}), split {said['split'] or 'all'}"
+    mark = f"({str(said['checkpoint'])[:12]})" if said["checkpoint"] else ""
+    model = " ".join(filter(None, (said["model"], said["given"], mark))) or "unknown checkpoint"
+    return f"{result.name}: {model}, split {said['split'] or 'all'}"
 
 
 def _identity(result: Result) -> dict[str, Any]:
     content = result.content
     origins = content.get("origins")
-    mark = content.get("checkpoint") or ""
+    identity = content.get("identity")
+    # Results of earlier versions name the checkpoint in their identity alone.
+    mark = content.get("checkpoint") or (identity.get("model") if isinstance(identity, dict) else "") or ""
     origin = origins.get(mark, {}) if isinstance(origins, dict) else {}
     return {
         "model": content.get("model") or "",
