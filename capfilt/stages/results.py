@@ -47,7 +47,8 @@ class ResultStage(ModelStage):
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
         publish_new_bytes(self.output, (json.dumps(result, indent=1) + "\n").encode())
-        return {**self.headline(result["metrics"]), "texts": result.get("texts", 0)}
+        counted = {"texts": result["texts"]} if "texts" in result else {}
+        return {**self.headline(result["metrics"]), **counted}
 
     def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The few figures that fit in a line."""
