@@ -1,34 +1,18 @@
-"""NLVR's pictures as squares, in several arrangements; and pictures like them, drawn, with statements of known truth.
+"""Statements about three boxes of things whose truth is computed, in the forms of NLVR's train and development sentences.
 
-A picture of NLVR (Suhr et al., ACL 2017) is three boxes side by side, 400 x 100 pixels, and its statement is true whatever
-the order of the boxes. Squeezed into a model's square, a block would be a sliver, so the boxes go into the cells of a 2 x 2
-square, in a random order; further arrangements of a training picture are further pictures, mirrored too where the statement
-names no side. Few statements come with labels, so the same kinds of statements are also made about boxes drawn here, true
-and false ones alike often. Their forms follow NLVR's train and development sentences; no test sentence was looked at.
-
-    python benchmarks/nlvr_boxes.py DATA/tasks/nlvr1 boxes --pictures 12000
-    capfilt ingest boxes/data.jsonl --images boxes --image-col image --caption-col sentence --dataset boxes
-    capfilt examples boxes/data.jsonl --images boxes --dataset boxes          # and so with boxes/generated.jsonl
+Each maker returns a text and whether it is true of the boxes. Which boxes, and their pictures, are `nlvr_boxes.py`'s.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
-from PIL import Image, ImageDraw, ImageOps
-
-from capfilt.data.transforms import mentions_sides
-
-BOX, CELL = 100, 104
-COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+BOX = 100
+COLOURS = ("yellow", "black", "blue")
 SHAPES = ("circle", "triangle", "square")
-PALE, GREY = (211, 211, 211), (128, 128, 128)
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
@@ -59,73 +43,6 @@ class Item:
 
 Box = list[Item]
 
-
-def towers(rng: Random) -> list[Box]:
-    """Three towers of one to four blocks, bottom first."""
-    plain = rng.random() < 0.2
-    boxes = []
-    for _ in range(3):
-        colour = rng.choice(list(COLOURS))
-        boxes.append(
-            [
-                Item("square", colour if plain else rng.choice(list(COLOURS)), 20, 40, 80 - 21 * level)
-                for level in range(rng.randint(1, 4))
-            ]
-        )
-    return boxes
-
-
-def scattered(rng: Random) -> list[Box]:
-    """Three boxes of one to seven things that do not overlap; the topmost first."""
-    few = rng.random() < 0.4
-    colours = rng.sample(list(COLOURS), rng.choice((1, 2, 3, 3)))
-    boxes: list[Box] = []
-    for _ in range(3):
-        box: Box = []
-        for _ in range(rng.randint(1, 3 if few else 7)):
-            for _ in range(20):
-                size = rng.choice((10, 20, 30))
-                x, y = rng.randint(2, BOX - size - 2), rng.randint(2, BOX - size - 2)
-                side = rng.random()
-                x = BOX - size if side < 0.2 else x
-                y = BOX - size if side > 0.8 or side < 0.03 else y
-                new = Item(rng.choice(SHAPES), rng.choice(colours), size, x, y)
-                if all(
-                    new.x + size <= old.x or old.x + old.size <= new.x or new.y + size <= old.y
-                    or old.y + old.size <= new.y for old in box
-                ):  # fmt: skip
-                    box.append(new)
-                    break
-        boxes.append(sorted(box, key=lambda item: item.y))
-    return boxes
-
-
-def drawn(box: Box) -> Image.Image:
-    """A box as NLVR draws it."""
-    picture = Image.new("RGB", (BOX, BOX), PALE)
-    draw = ImageDraw.Draw(picture)
-    for item in box:
-        x, y, end = item.x, item.y, item.size - 1
-        colour = COLOURS[item.colour]
-        if item.shape == "square":
-            draw.rectangle((x, y, x + end, y + end), fill=colour)
-        elif item.shape == "circle":
-            draw.ellipse((x, y, x + end, y + end), fill=colour)
-        else:
-            draw.polygon(((x, y + end), (x + end, y + end), (x + end / 2, y)), fill=colour)
-    return picture
-
-
-def arranged(boxes: Sequence[Image.Image], rng: Random, mirror: bool) -> Image.Image:
-    """Three boxes in a random order in the cells of a square, each mirrored by chance where `mirror`."""
-    square = Image.new("RGB", (2 * CELL, 2 * CELL), GREY)
-    cells = rng.sample([(2, 2), (CELL + 2, 2), (2, CELL + 2), (CELL + 2, CELL + 2)], 3)
-    for box, cell in zip(boxes, cells, strict=True):
-        square.paste(ImageOps.mirror(box) if mirror and rng.random() < 0.5 else box, cell)
-    return square
-
-
-# Statements: each maker returns a text and whether it is true of the boxes.
 
 Statement = tuple[str, bool]
 
@@ -169,7 +86,7 @@ END = {"top": -1, "base": 0, "bottom": 0}
 
 def about_towers(rng: Random, boxes: list[Box]) -> Statement:
     stacks = [[item.colour for item in box] for box in boxes]
-    c, d = rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
+    c, d = rng.choice(COLOURS), rng.choice(COLOURS)
     end = rng.choice(("top", "top", "base", "base", "bottom"))
     at = [stack[END[end]] for stack in stacks]
     having = rng.choice(("with", "having", "which has", "that has", "that contains"))
@@ -298,7 +215,7 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
     everything = [item for box in boxes for item in box]
     colour = rng.choice([*COLOURS, *COLOURS, ""])
     shape = rng.choice([*SHAPES, "item", "object"])
-    d = rng.choice(list(COLOURS))
+    d = rng.choice(COLOURS)
 
     def fits(item: Item, colour: str = colour, shape: str = shape) -> bool:
         return (not colour or item.colour == colour) and (shape not in SHAPES or item.shape == shape)
@@ -400,59 +317,25 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
     )  # fmt: skip
 
 
-def statements(rng: Random, boxes: list[Box], tower: bool, count: int) -> list[Statement]:
-    """True and false ones in turn, each once; of a form that is seldom true, fewer."""
-    make = about_towers if tower else about_things
-    found: dict[str, bool] = {}
-    for place in range(count):
-        for _ in range(30):
-            text, true = make(rng, boxes)
-            if true == bool(place % 2) and text not in found:
-                found[text] = true
-                break
-    return list(found.items())
+def told(seed: int, boxes: list[Box], tower: bool) -> Statement:
+    """The statement of this number about boxes: its text is the same whatever they are, its truth is theirs."""
+    return (about_towers if tower else about_things)(Random(seed), boxes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("nlvr", type=Path, help="folder with data.jsonl and the pictures it names")
-    parser.add_argument("out", type=Path, help="folder to write: data.jsonl, generated.jsonl, pictures")
-    parser.add_argument("--pictures", type=int, default=12_000, help="drawn pictures (default 12,000)")
-    parser.add_argument("--statements", type=int, default=5, help="statements about each (default 5)")
-    parser.add_argument("--arrangements", type=int, default=6, help="of every training picture (default 6)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rng = Random(options.seed)
-    (options.out / "nlvr").mkdir(parents=True, exist_ok=True)
-    (options.out / "drawn").mkdir(exist_ok=True)
-    with (options.out / "data.jsonl").open("w") as file:
-        for line in (options.nlvr / "data.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            with Image.open(options.nlvr / row["image"]) as picture:
-                wide = picture.convert("RGB")
-            boxes = [wide.crop((150 * place, 0, 150 * place + BOX, BOX)) for place in range(3)]
-            mirror = row["split"] == "train" and not mentions_sides(row["sentence"])
-            for turn in range(options.arrangements if row["split"] == "train" else 1):
-                name = f"nlvr/{row['identifier']}-{turn}.png"
-                arranged(boxes, rng, mirror).save(options.out / name)
-                key = row["identifier"] + (f"-{turn}" if turn else "")
-                file.write(json.dumps({**row, "identifier": key, "image": name}) + "\n")
-    with (options.out / "generated.jsonl").open("w") as file:
-        for place in range(options.pictures):
-            tower = rng.random() < 0.65
-            things = towers(rng) if tower else scattered(rng)
-            name = f"drawn/{place:06d}.png"
-            arranged([drawn(box) for box in things], rng, mirror=False).save(options.out / name)
-            split = "val" if place % 50 == 0 else "train"
-            for turn, (text, true) in enumerate(statements(rng, things, tower, options.statements)):
-                record = {
-                    "identifier": f"drawn-{place}-{turn}",
-                    "image": name,
-                    "sentence": text,
-                    "label": true,
-                }
-                file.write(json.dumps({**record, "split": split}) + "\n")
+def contrast(
+    rng: Random, pool: Sequence[list[Box]], tower: bool, tries: int = 60
+) -> tuple[str, int, int] | None:
+    """(a text, the place in `pool` of boxes that it is true of, the place of others that it is not); None where none are found.
 
-
-if __name__ == "__main__":
-    main()
+    Every text comes once true and once false, so that nothing but the picture tells which: a text by itself would, were
+    only the labels balanced, since "exactly three" is seldom true.
+    """
+    seed = rng.getrandbits(48)
+    found: dict[bool, int] = {}
+    for _ in range(tries):
+        place = rng.randrange(len(pool))
+        text, true = told(seed, pool[place], tower)
+        found.setdefault(true, place)
+        if len(found) == 2:
+            return text, found[True], found[False]
+    return None
