@@ -46,6 +46,7 @@ class BpeTokenizer:
     """
 
     pad_id = 0
+    specials = (START, END)
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
         """`tokens[i]` has id i, the last two are START and END; `merges` in order of rank. ValueError where that cannot be."""

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
+from capfilt.models import checkpoint
 from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
 from capfilt.models.interop.clip_layouts import (
     OPENAI,
@@ -21,6 +23,7 @@ from capfilt.models.interop.clip_layouts import (
     from_transformers_config,
     transformers_config,
 )
+from capfilt.models.interop.export import export
 from capfilt.models.presets import CLIP, clip_preset
 
 VIT = ClipConfig(ClipVisionConfig(32, 8, 128, 2, 2, 256), ClipTextConfig(99, 16, 64, 2, 1, 128), embed_dim=24)
@@ -225,3 +228,44 @@ def test_pixels_are_normalised_and_positions_resized():
         assert model.embed_image(torch.zeros(1, 3, 64, 64)).shape == (1, 24)
     with pytest.raises(UserError, match="17 tokens: this model reads 16"):
         model.embed_text(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_a_transformers_directory_opens_and_is_written(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = BpeTokenizer.train(["a photo of a dog", "a dog on a beach"] * 3, 530)
+    text = dataclasses.replace(VIT.text, vocab_size=tokenizer.vocab_size)
+    mine = sharpened(dataclasses.replace(VIT, text=text))
+    checkpoint.save(tmp_path / "ours", mine, tokenizer, {"note": "kept"})
+    said = export(tmp_path / "ours", "transformers", tmp_path / "theirs")
+    assert "clip" in said[0]
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "theirs").eval()
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    texts = ["a photo of a dog", "a cat"]
+    ids = [reader(each)["input_ids"] for each in texts]
+    assert ids == tokenizer.encode_ragged(texts)
+    pixels = torch.randn(2, 3, 32, 32)
+    padded, _ = tokenizer.pad(ids)
+    with torch.no_grad():
+        found = model(input_ids=padded, pixel_values=pixels)
+        torch.testing.assert_close(mine.embed_text(padded), found.text_embeds, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.embed_image(pixels), found.image_embeds, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    reader.save_pretrained(tmp_path / "saved")
+    for name in ("theirs", "saved"):
+        contents, meta = checkpoint.open_any(tmp_path / name)
+        assert meta["layout"] == "transformers"
+        assert contents.tokenizer.fingerprint == tokenizer.fingerprint
+        for key, tensor in mine.state_dict().items():
+            assert torch.equal(contents.model.state_dict()[key], tensor), key
+    assert checkpoint.open_any(tmp_path / "theirs")[0].extra == {"note": "kept"}
+    assert checkpoint.fingerprint(tmp_path / "theirs") != checkpoint.fingerprint(tmp_path / "saved")
+    with pytest.raises(UserError, match="embeds pictures and texts"):
+        checkpoint.load(tmp_path / "saved")
+    with pytest.raises(UserError, match="has no home"):
+        export(tmp_path / "ours", "original", tmp_path / "pth")
+    assert not (tmp_path / "pth").exists()
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    for name in ("merges.txt", "vocab.json"):
+        (tmp_path / "saved" / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor merges\.txt"):
+        checkpoint.open_any(tmp_path / "saved")

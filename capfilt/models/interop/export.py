@@ -16,7 +16,7 @@ from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
 from capfilt.models.clip import Clip
-from capfilt.models.interop import original_layout, transformers_layout
+from capfilt.models.interop import clip_directory, original_layout, transformers_layout
 from capfilt.models.interop.contents import LEFTOVERS, Contents, halved
 from capfilt.models.interop.keymaps import kind_of, reason
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, TRANSFORMERS
@@ -70,6 +70,7 @@ def _write(directory: Path, to: str, contents: Contents) -> None:
                 directory / LEFTOVERS,
             )
     elif to == TRANSFORMERS:
-        transformers_layout.write(directory, contents)
+        clip = isinstance(contents.model, Clip)
+        (clip_directory if clip else transformers_layout).write(directory, contents)
     else:
         original_layout.write(directory, contents)

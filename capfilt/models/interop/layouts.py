@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.models.interop import original_layout, transformers_layout
+from capfilt.models.clip import ClipConfig
+from capfilt.models.interop import clip_directory, original_layout, transformers_layout
 from capfilt.models.interop.contents import Contents, read_json
 from capfilt.models.interop.keymaps import Config
 from capfilt.tables.ids import file_sha256
@@ -46,7 +47,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
         return ORIGINAL, path
     if (path / transformers_layout.CONFIG).is_file():
         content = read_json(path / transformers_layout.CONFIG)
-        foreign = not _OURS & set(content) and content.get("model_type") == "blip"
+        foreign = not _OURS & set(content) and content.get("model_type") in ("blip", "clip")
         return (TRANSFORMERS if foreign else CAPFILT), path
     if transformers_layout.is_pair(path):
         return TRANSFORMERS, path
@@ -61,21 +62,23 @@ def locate(path: str | Path) -> tuple[str, Path]:
 def read(layout: str, path: Path, image_size: int = 0) -> Contents:
     """The checkpoint at a path that `locate` found in this foreign layout."""
     if layout == TRANSFORMERS:
-        return transformers_layout.read(path, image_size)
+        contents: Contents = _transformers(path).read(path, image_size)
+        return contents
     return original_layout.read(path, image_size)
 
 
-def read_config(layout: str, path: Path) -> tuple[Config, dict[str, Any]]:
+def read_config(layout: str, path: Path) -> tuple[Config | ClipConfig, dict[str, Any]]:
     """(config, extra) of the same, no weights loaded."""
     if layout == TRANSFORMERS:
-        return transformers_layout.read_config(path)
+        found: tuple[Config | ClipConfig, dict[str, Any]] = _transformers(path).read_config(path)
+        return found
     return original_layout.read_config(path)
 
 
 def fingerprint(layout: str, path: Path) -> str:
     """sha256 (hex) over the contents and relative names of every file that `read` reads."""
     if layout == TRANSFORMERS:
-        files, root = transformers_layout.files(path), path
+        files, root = _transformers(path).files(path), path
     else:
         files, root = original_layout.files(path), path.parent
     total = hashlib.sha256()
@@ -86,6 +89,11 @@ def fingerprint(layout: str, path: Path) -> str:
         name = each.relative_to(root).as_posix() if each != path else original_layout.WEIGHTS
         total.update(f"{name}:{file_sha256(each)}\n".encode())
     return total.hexdigest()
+
+
+def _transformers(path: Path) -> Any:
+    """What reads this transformers directory: a BLIP's or a CLIP's."""
+    return clip_directory if clip_directory.is_clip(path) else transformers_layout
 
 
 def _cached(hub_id: str) -> Path | None:

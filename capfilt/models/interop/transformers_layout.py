@@ -131,7 +131,7 @@ def read(directory: Path, image_size: int = 0) -> Contents:
             raise UserError(f"{directory}: {' and '.join(PAIR.values())} have different vocabularies")
     else:
         path = _weights(directory)
-        state, _ = take(path, _read_weights(path), transformers_names(config))
+        state, _ = take(path, read_weights(path), transformers_names(config))
         tokenizer = _vocabulary(directory, config.vocab_size)
     if kind_of(config) in ("both", "filter"):
         # transformers has no home for it; without a sidecar it is where training starts (BLIP, sec. 3.2, code).
@@ -339,7 +339,7 @@ def _pair_state(directory: Path) -> dict[str, Tensor]:
     for name in PAIR.values():
         path = _weights(directory / name)
         half, _ = read_config(directory / name)
-        state, _ = take(path, _read_weights(path), transformers_names(half))
+        state, _ = take(path, read_weights(path), transformers_names(half))
         differing = sorted(
             key for key in state.keys() & joined.keys() if not torch.equal(state[key], joined[key])
         )
@@ -351,7 +351,8 @@ def _pair_state(directory: Path) -> dict[str, Tensor]:
     return joined
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file of either kind. UserError where it holds anything else."""
     found = read_safetensors(path) if path.name == WEIGHTS else read_pickled(path)
     if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
         raise UserError(f"{path}: not a dictionary of tensors")

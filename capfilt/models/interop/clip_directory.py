@@ -1,0 +1,114 @@
+"""A transformers directory of a CLIPModel, read and written: config.json, weights, and the tokenizer that travels along.
+
+What is in it under which name is `clip_layouts.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from capfilt.data.bpe import BpeTokenizer
+from capfilt.errors import UserError
+from capfilt.models.clip import Clip, ClipConfig
+from capfilt.models.interop.clip_layouts import (
+    TRANSFORMERS,
+    exported,
+    filled,
+    from_transformers_config,
+    transformers_config,
+)
+from capfilt.models.interop.contents import SETTINGS, Contents, read_json, read_settings, write_beside
+from capfilt.models.interop.transformers_layout import read_weights
+from capfilt.models.vision import CLIP_MEAN, CLIP_STD
+
+CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+TOKENIZER, MERGES = "tokenizer.json", "merges.txt"
+
+
+def is_clip(directory: Path) -> bool:
+    """Whether the directory's config.json, if there is one, is a CLIPModel's."""
+    path = directory / CONFIG
+    return path.is_file() and read_json(path).get("model_type") == "clip"
+
+
+def files(directory: Path) -> list[Path]:
+    """Every file that `read` reads."""
+    found = [directory / CONFIG, _weights(directory), *_tokenizer_files(directory)]
+    return [*found, directory / SETTINGS] if (directory / SETTINGS).is_file() else found
+
+
+def read_config(directory: Path) -> tuple[ClipConfig, dict[str, Any]]:
+    """(our config, `extra`), no weights read."""
+    path = directory / CONFIG
+    return from_transformers_config(path, read_json(path)), read_settings(directory)[1]
+
+
+def read(directory: Path, image_size: int = 0) -> Contents:
+    """The checkpoint; `image_size` other than 0 resizes the position embedding."""
+    config, extra = read_config(directory)
+    path = _weights(directory)
+    model = filled(path, config, TRANSFORMERS, read_weights(path))
+    tokenizer_files = _tokenizer_files(directory)
+    tokenizer = (
+        BpeTokenizer.load(tokenizer_files[0])
+        if tokenizer_files[0].name == TOKENIZER
+        else BpeTokenizer.from_merges(directory / MERGES)
+    )
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{tokenizer_files[0]}: {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}"
+        )
+    if image_size and image_size != config.image_size:
+        model.resize_image(image_size)
+    return Contents(model, tokenizer, extra)
+
+
+def write(directory: Path, contents: Contents) -> None:
+    """Writes the checkpoint into an empty directory; UserError, before anything is written, where it has no home."""
+    model, tokenizer = contents.model, contents.tokenizer
+    assert isinstance(model, Clip)
+    config = transformers_config(model.config)
+    weights = {name: each.cpu().clone() for name, each in exported(model, TRANSFORMERS).items()}
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    tokenizer.save(directory)
+    size = model.config.image_size
+    # CLIP, released code: the shorter side made n, then the middle; capfilt itself shows a model whole pictures.
+    processor = {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
+        "size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
+    }  # fmt: skip
+    start, end = tokenizer.specials
+    said = {
+        "tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end,
+        "model_max_length": model.config.text.context,
+    }  # fmt: skip
+    for name, content in (
+        ("preprocessor_config.json", processor),
+        ("tokenizer_config.json", said),
+        (CONFIG, config),
+    ):
+        (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_beside(directory, {}, contents.extra, contents.leftovers)
+
+
+def _weights(directory: Path) -> Path:
+    for name in (WEIGHTS, PICKLED):
+        if (directory / name).is_file():
+            return directory / name
+    raise UserError(f"{directory}: no {WEIGHTS} (weights in several files are not read: save them as one)")
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    if (directory / TOKENIZER).is_file():
+        return [directory / TOKENIZER]
+    if (directory / MERGES).is_file():
+        return [directory / MERGES]
+    raise UserError(
+        f"{directory}: neither {TOKENIZER} nor {MERGES}; take them from where the weights come from"
+    )
