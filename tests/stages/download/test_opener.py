@@ -49,7 +49,11 @@ from tests.stages.download.web import (
         ("::ffff:8.8.8.8", None),
         ("64:ff9b::169.254.169.254", "link-local"),
         ("64:ff9b::8.8.8.8", None),
+        ("64:ff9b:1::a00:1", "reserved"),
         ("2002:7f00:1::", "loopback"),
+        ("2002:a9fe:a9fe::1", "link-local"),
+        ("2001:0:7f00:1::1", "loopback"),  # Teredo
+        ("::ffff:0:10.0.0.1", "private"),
         ("fd00:ec2::254", "private"),
         ("fe80::1", "link-local"),
         ("fec0::1", "private"),
