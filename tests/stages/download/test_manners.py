@@ -231,18 +231,13 @@ def test_robots_txt_is_asked_once_per_host_and_obeyed_after_redirects(tmp_path, 
 # -- waiting and verifying ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("value", "low", "high"),
-    [
-        ("7", 7, 7),
-        (formatdate(time.time() + 3600, usegmt=True), 3000, 3700),
-        (formatdate(0, usegmt=True), 0, 0),
-    ],
-)
-def test_retry_after_is_a_number_or_a_date(value, low, high):
-    headers = Message()
-    headers["Retry-After"] = value
-    assert low <= _retry_after(headers) <= high
+def test_retry_after_is_a_number_or_a_date():
+    # Dates are made here: between the collection of tests and this one, a busy machine takes many minutes.
+    soon = formatdate(time.time() + 3600, usegmt=True)
+    for value, low, high in (("7", 7, 7), (soon, 3500, 3600), (formatdate(0, usegmt=True), 0, 0)):
+        headers = Message()
+        headers["Retry-After"] = value
+        assert low <= _retry_after(headers) <= high
 
 
 @pytest.mark.parametrize("value", ["", "soon", "-3", "9" * 40, "\u0663", "Mon, 99 Foo 2026"])
