@@ -129,8 +129,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.once = Counter()
         self.failing = False
         self.flying = self.most_flying = 0
-        self.first = self.last = 0.0
-        self.counting = threading.Lock()
+        self.callers, self.moments = set(), []
+        self.counting = threading.Condition()
         self.hold = threading.Event()
         self.hold.set()
         super().__init__((host, 0), Handler)
@@ -179,12 +179,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(body=BODIES[name], Content_Type="image/jpeg")
         elif name.isdigit():
             self.answer(int(name), b"no")
-        elif name == "slow":
+        elif name == "together":
+            # Whoever comes first waits for the other.
             with self.server.counting:
-                self.server.last = time.monotonic()
-                self.server.first = self.server.first or self.server.last
                 self.server.flying += 1
                 self.server.most_flying = max(self.server.most_flying, self.server.flying)
+                self.server.callers.add(rest)
+                self.server.counting.notify_all()
+                self.server.counting.wait_for(lambda: len(self.server.callers) > 1, 60)
+                self.server.moments.append(time.monotonic())
             time.sleep(0.2)
             with self.server.counting:
                 self.server.flying -= 1
