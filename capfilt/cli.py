@@ -192,7 +192,9 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
             raise typer.Exit
 
     groups = {
-        "finetune": _app("Step 2: finetune the captioner or the filter on clean pairs."),
+        "finetune": _app(
+            "Step 2: finetune the captioner or the filter on clean pairs; or a model for a task."
+        ),
         "recipe": _app("List the recipes that come with capfilt, or print one."),
     }
     for command in STAGES:
