@@ -8,24 +8,20 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from capfilt.data.tokenizer import FILE_NAME, pad_rows, read_text, write_tokenizer
 from capfilt.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-FILE_NAME = "tokenizer.json"
 CONTEXT = 77  # CLIP, arXiv 2103.00020, sec. 2.4 and code
-MAX_FILE_BYTES = 64 << 20
 
 # CLIP, released code: contractions, runs of letters, single digits, runs of anything else that is visible.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -102,7 +98,7 @@ class BpeTokenizer:
         Of the latter's lines the first 48,894 count, which makes CLIP's 49,408 ids. Raises UserError.
         """
         path = Path(path)
-        lines = _read(path).split("\n")[1 : 1 + 49152 - 256 - 2]
+        lines = read_text(path).split("\n")[1 : 1 + 49152 - 256 - 2]
         merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines if line.strip())]
         alphabet = _alphabet()
         tokens = [*alphabet, *(each + WORD_END for each in alphabet), *(a + b for a, b in merges), START, END]
@@ -120,7 +116,7 @@ class BpeTokenizer:
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         try:
-            model = json.loads(_read(path))["model"]
+            model = json.loads(read_text(path))["model"]
             vocab = dict(model["vocab"])
             tokens = sorted(vocab, key=vocab.__getitem__)
             pairs = [tuple(each.split(" ") if isinstance(each, str) else each) for each in model["merges"]]
@@ -134,16 +130,7 @@ class BpeTokenizer:
 
     def save(self, directory: str | Path) -> Path:
         """Write `directory/tokenizer.json`, replaced atomically, and return its path."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        target = directory / FILE_NAME
-        attempt = directory / f".{FILE_NAME}.{os.getpid()}.{secrets.token_hex(4)}"
-        try:
-            attempt.write_text(self._inner.to_str(pretty=True) + "\n", encoding="utf-8", newline="\n")
-            attempt.replace(target)
-        finally:
-            attempt.unlink(missing_ok=True)
-        return target
+        return write_tokenizer(directory, self._inner.to_str(pretty=True) + "\n")
 
     def encode_ragged(
         self,
@@ -174,16 +161,7 @@ class BpeTokenizer:
 
     def pad(self, rows: Sequence[Sequence[int]], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
         """Lists of ids as one int64 [B, L] tensor and its bool mask, L the longest's length, or `pad_to`."""
-        width = max((len(row) for row in rows), default=0)
-        if pad_to is not None and pad_to < width:
-            raise ValueError(f"pad_to {pad_to} is smaller than a text of {width} tokens")
-        width = width if pad_to is None else pad_to
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.as_tensor(row)
-            mask[index, : len(row)] = True
-        return ids, mask
+        return pad_rows(rows, self.pad_id, pad_to)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """The text of ids up to the first end token."""
@@ -207,14 +185,3 @@ def _alphabet() -> list[str]:
     """The 256 letters that stand for bytes, in CLIP's order: what can be printed first, by code point, then the rest."""
     letters: list[str] = pre_tokenizers.ByteLevel.alphabet()
     return sorted(letters, key=lambda letter: (ord(letter) >= 256, ord(letter)))
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes: that is no vocabulary")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a tokenizer that exists") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: name a tokenizer.json or merges.txt") from None

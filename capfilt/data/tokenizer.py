@@ -156,7 +156,7 @@ class Tokenizer:
         bert-base-uncased's 30522 lines give BLIP's [DEC] = 30522 and [ENC] = 30523. Raises UserError.
         """
         path = Path(path)
-        tokens = [line.rstrip("\r") for line in _read_text(path).split("\n")]
+        tokens = [line.rstrip("\r") for line in read_text(path).split("\n")]
         while tokens and not tokens[-1]:
             tokens.pop()
         if tuple(tokens[-2:]) != ADDED:
@@ -177,7 +177,7 @@ class Tokenizer:
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
-        text = _read_text(path)
+        text = read_text(path)
         try:
             content = json.loads(text)
         except (ValueError, RecursionError):
@@ -195,16 +195,7 @@ class Tokenizer:
 
         The same vocabulary gives the same bytes. The file also opens with `tokenizers.Tokenizer.from_file`.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        target = directory / FILE_NAME
-        attempt = directory / f".{FILE_NAME}.{os.getpid()}.{secrets.token_hex(4)}"
-        try:
-            attempt.write_text(self.to_json(), encoding="utf-8", newline="\n")
-            attempt.replace(target)
-        finally:
-            attempt.unlink(missing_ok=True)
-        return target
+        return write_tokenizer(directory, self.to_json())
 
     def to_json(self) -> str:
         """The content of `tokenizer.json`."""
@@ -250,16 +241,7 @@ class Tokenizer:
 
     def pad(self, rows: Sequence[Sequence[int]], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
         """Lists of ids as one int64 [B, L] tensor and its bool mask; L as in `encode`."""
-        longest = max((len(row) for row in rows), default=0)
-        if pad_to is not None and pad_to < longest:
-            raise ValueError(f"pad_to {pad_to} is smaller than a text of {longest} tokens")
-        width = longest if pad_to is None else pad_to
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-            mask[index, : len(row)] = True
-        return ids, mask
+        return pad_rows(rows, self.pad_id, pad_to)
 
     def prompt_length(self, prompt: str) -> int:
         """How many leading positions carry no language-model loss: position 0 and the prompt's pieces.
@@ -309,7 +291,36 @@ class Tokenizer:
         return self.vocab_size
 
 
-def _read_text(path: Path) -> str:
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+    """Lists of ids as one int64 [B, L] tensor and its bool mask; L is the longest's length, or `pad_to`."""
+    longest = max((len(row) for row in rows), default=0)
+    if pad_to is not None and pad_to < longest:
+        raise ValueError(f"pad_to {pad_to} is smaller than a text of {longest} tokens")
+    width = longest if pad_to is None else pad_to
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+        mask[index, : len(row)] = True
+    return ids, mask
+
+
+def write_tokenizer(directory: str | Path, text: str) -> Path:
+    """Write `directory/tokenizer.json` (created if need be, replaced atomically) and return its path."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / FILE_NAME
+    attempt = directory / f".{FILE_NAME}.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        attempt.write_text(text, encoding="utf-8", newline="\n")
+        attempt.replace(target)
+    finally:
+        attempt.unlink(missing_ok=True)
+    return target
+
+
+def read_text(path: Path) -> str:
+    """A vocabulary's file. UserError where it cannot be read, is no UTF-8, or is too large for one."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)

@@ -8,15 +8,15 @@ What is trained against what lives in objectives.py; sampling and batching live 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
+from capfilt.models.config import Shape
 from capfilt.models.layers import Pair, full_precision, init_truncated
 from capfilt.models.text import SelfCache, TextConfig, TextDecoder, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower, resize_position_embedding
@@ -27,31 +27,11 @@ HALVES = ("both", "captioner", "filter")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Shape):
     """What the configurations of models with a vision and a text side share."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-
-    @property
-    def image_size(self) -> int:
-        return self.vision.image_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text.vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict of the fields, nested as the dataclasses are."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
-        rest = dict(values)
-        vision = VisionConfig(**checked_fields(VisionConfig(), rest.pop("vision", {}), "vision."))
-        text = TextConfig(**checked_fields(TextConfig(), rest.pop("text", {}), "text."))
-        return cls(vision=vision, text=text, **checked_fields(cls(), rest, ""))
 
 
 @dataclass(frozen=True)
@@ -68,22 +48,6 @@ class BlipConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.half not in HALVES:
             raise UserError(f"half is {self.half!r}: use one of {', '.join(HALVES)}")
-
-
-def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
-    """`values` as keyword arguments for the dataclass that `defaults` is one of; UserError names what does not fit."""
-    known = {each.name: type(getattr(defaults, each.name)) for each in dataclasses.fields(defaults)}
-    if not isinstance(values, Mapping):
-        raise UserError(f"model config: {prefix.rstrip('.')} is {values!r}, not a table of fields")
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UserError(f"model config: unknown fields {', '.join(prefix + name for name in unknown)}")
-    for name, value in values.items():
-        # A whole number is a fine float; a boolean is no number.
-        right = type(value) is known[name] or (known[name] is float and type(value) is int)
-        if not right or (type(value) is int and value < (0 if name == "pad_id" else 1)):
-            raise UserError(f"model config: {prefix}{name} is {value!r}, not a usable {known[name].__name__}")
-    return dict(values)
 
 
 class Blip(nn.Module):

@@ -11,14 +11,14 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 import capfilt
 from capfilt.data.bpe import BpeTokenizer
-from capfilt.data.tokenizer import Tokenizer
+from capfilt.data.tokenizer import Encodes, Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, BlipConfig
 from capfilt.models.classifier import ClassifierConfig
@@ -46,17 +46,8 @@ WHAT = {
 }
 
 
-class Saveable(Protocol):
-    """What `save` needs of a tokenizer."""
-
-    vocab_size: int
-
-    def save(self, directory: Path) -> object:
-        """Writes tokenizer.json into the directory."""
-
-
 def save(
-    directory: str | Path, model: Model, tokenizer: Saveable, extra: dict[str, Any] | None = None
+    directory: str | Path, model: Model, tokenizer: Encodes, extra: dict[str, Any] | None = None
 ) -> None:
     """Writes the three files, config.json last; `extra` must be JSON-able and comes back from `load` as meta["extra"].
 

@@ -69,13 +69,7 @@ class BlipClassifier(nn.Module):
 
     def class_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
         """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv]."""
-        ids = ids.clone()
-        ids[:, 0] = self.config.text.enc_id
-        cross = self.text_encoder.cross_keys_values(image_tokens)
-        states = self.text_encoder(ids, mask, cross, first=True)[:, 0]
-        with full_precision(states):
-            out: Tensor = self.cls_head(states.to(self.cls_head[0].weight.dtype)).float()
-        return out
+        return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
 
     def recompute_activations(self, on: bool = True) -> None:
         """As `Blip.recompute_activations`."""
@@ -92,6 +86,20 @@ def classifier_head(width: int, classes: int, wide: bool = False) -> nn.Sequenti
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
     init_truncated(head, init_std(width))
     return head
+
+
+def fused_logits(
+    encoder: TextTransformer, head: nn.Sequential, ids: Tensor, mask: Tensor | None, image_tokens: Tensor
+) -> Tensor:
+    """fp32 logits [B, C] that `head` reads from position 0, made [ENC], of texts seen with their image tokens."""
+    ids = ids.clone()
+    ids[:, 0] = encoder.config.enc_id
+    states = encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True)[:, 0]
+    first = head[0]
+    assert isinstance(first, nn.Linear)
+    with full_precision(states):
+        out: Tensor = head(states.to(first.weight.dtype)).float()
+    return out
 
 
 def build_classifier(config: ClassifierConfig, seed: int = 0) -> BlipClassifier:

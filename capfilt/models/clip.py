@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from capfilt.data.transforms import normalise
 from capfilt.errors import UserError
-from capfilt.models.blip import checked_fields
+from capfilt.models.config import Shape
 from capfilt.models.layers import (
     ACTIVATIONS,
     PreNormBlock,
@@ -109,7 +107,7 @@ class ClipTextConfig:
 
 
 @dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(Shape):
     """Everything that decides the shape of a Clip; `to_dict`/`from_dict` go through JSON unchanged."""
 
     vision: ClipVisionConfig = field(default_factory=ClipVisionConfig)
@@ -121,26 +119,6 @@ class ClipConfig:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation is {self.activation!r}: use one of {', '.join(ACTIVATIONS)}")
-
-    @property
-    def image_size(self) -> int:
-        return self.vision.image_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text.vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict of the fields, nested as the dataclasses are."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
-        rest = dict(values)
-        vision = ClipVisionConfig(**checked_fields(ClipVisionConfig(), rest.pop("vision", {}), "vision."))
-        text = ClipTextConfig(**checked_fields(ClipTextConfig(), rest.pop("text", {}), "text."))
-        return cls(vision=vision, text=text, **checked_fields(cls(), rest, ""))
 
 
 class Clip(nn.Module):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.models.blip import Blip, ModelConfig
-from capfilt.models.classifier import classifier_head
-from capfilt.models.layers import Pair, full_precision, split_heads
+from capfilt.models.classifier import classifier_head, fused_logits
+from capfilt.models.layers import Pair, split_heads
 from capfilt.models.text import CrossAttention, Projections, TextConfig, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
 from capfilt.models.weights import start_from
@@ -62,13 +62,7 @@ class BlipNlvr(nn.Module):
 
         image_tokens: [2B, N, Dv], those of sentence i's first image at i, of its second at B + i.
         """
-        ids = ids.clone()
-        ids[:, 0] = self.config.text.enc_id
-        cross = self.text_encoder.cross_keys_values(image_tokens)
-        states = self.text_encoder(ids, mask, cross, first=True)[:, 0]
-        with full_precision(states):
-            out: Tensor = self.cls_head(states.to(self.cls_head[0].weight.dtype)).float()
-        return out
+        return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
 
     @torch.no_grad()
     def predict(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:

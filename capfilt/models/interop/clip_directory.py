@@ -22,10 +22,10 @@ from capfilt.models.interop.clip_layouts import (
     transformers_config,
 )
 from capfilt.models.interop.contents import SETTINGS, Contents, read_json, read_settings, write_beside
-from capfilt.models.interop.transformers_layout import read_weights
+from capfilt.models.interop.transformers_layout import read_weights, weights_file
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
 
-CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, MERGES = "tokenizer.json", "merges.txt"
 
 
@@ -37,7 +37,7 @@ def is_clip(directory: Path) -> bool:
 
 def files(directory: Path) -> list[Path]:
     """Every file that `read` reads."""
-    found = [directory / CONFIG, _weights(directory), *_tokenizer_files(directory)]
+    found = [directory / CONFIG, weights_file(directory), *_tokenizer_files(directory)]
     return [*found, directory / SETTINGS] if (directory / SETTINGS).is_file() else found
 
 
@@ -50,7 +50,7 @@ def read_config(directory: Path) -> tuple[ClipConfig, dict[str, Any]]:
 def read(directory: Path, image_size: int = 0) -> Contents:
     """The checkpoint; `image_size` other than 0 resizes the position embedding."""
     config, extra = read_config(directory)
-    path = _weights(directory)
+    path = weights_file(directory)
     model = filled(path, config, TRANSFORMERS, read_weights(path))
     tokenizer_files = _tokenizer_files(directory)
     tokenizer = (
@@ -95,13 +95,6 @@ def write(directory: Path, contents: Contents) -> None:
     ):
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_beside(directory, {}, contents.extra, contents.leftovers)
-
-
-def _weights(directory: Path) -> Path:
-    for name in (WEIGHTS, PICKLED):
-        if (directory / name).is_file():
-            return directory / name
-    raise UserError(f"{directory}: no {WEIGHTS} (weights in several files are not read: save them as one)")
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:

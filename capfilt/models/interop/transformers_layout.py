@@ -95,7 +95,7 @@ def files(directory: Path) -> list[Path]:
     if is_pair(directory):
         inner = [each for name in PAIR.values() for each in files(directory / name)]
         return [*inner, *_beside(directory)]
-    return [directory / CONFIG, _weights(directory), vocabulary.find(directory), *_beside(directory)]
+    return [directory / CONFIG, weights_file(directory), vocabulary.find(directory), *_beside(directory)]
 
 
 def read_config(directory: Path, image_size: int = 0) -> tuple[Config, dict[str, Any]]:
@@ -130,7 +130,7 @@ def read(directory: Path, image_size: int = 0) -> Contents:
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{directory}: {' and '.join(PAIR.values())} have different vocabularies")
     else:
-        path = _weights(directory)
+        path = weights_file(directory)
         state, _ = take(path, read_weights(path), transformers_names(config))
         tokenizer = _vocabulary(directory, config.vocab_size)
     if kind_of(config) in ("both", "filter"):
@@ -337,7 +337,7 @@ def _pair_state(directory: Path) -> dict[str, Tensor]:
     """Both halves' tensors under our names; the vision tower, which both have, must be one."""
     joined: dict[str, Tensor] = {}
     for name in PAIR.values():
-        path = _weights(directory / name)
+        path = weights_file(directory / name)
         half, _ = read_config(directory / name)
         state, _ = take(path, read_weights(path), transformers_names(half))
         differing = sorted(
@@ -359,7 +359,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _weights(directory: Path) -> Path:
+def weights_file(directory: Path) -> Path:
+    """The file of a directory's weights. UserError where there is none in one piece."""
     for name in (WEIGHTS, PICKLED):
         if (directory / name).is_file():
             return directory / name

@@ -1,0 +1,57 @@
+"""What the configurations of all models with a vision and a text side share: their way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from capfilt.errors import UserError
+
+
+class Shape:
+    """Base of a frozen dataclass whose fields `vision` and `text` are dataclasses too, and which needs no argument."""
+
+    vision: Any
+    text: Any
+
+    @property
+    def image_size(self) -> int:
+        size: int = self.vision.image_size
+        return size
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self.text.vocab_size
+        return size
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict of the fields, nested as the dataclasses are."""
+        found: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Missing fields take their defaults; UserError names unknown ones."""
+        rest, base = dict(values), cls()
+        sides = {
+            name: type(side)(**checked_fields(side, rest.pop(name, {}), f"{name}."))
+            for name, side in (("vision", base.vision), ("text", base.text))
+        }
+        return cls(**sides, **checked_fields(base, rest, ""))
+
+
+def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
+    """`values` as keyword arguments for the dataclass that `defaults` is one of; UserError names what does not fit."""
+    known = {each.name: type(getattr(defaults, each.name)) for each in dataclasses.fields(defaults)}
+    if not isinstance(values, Mapping):
+        raise UserError(f"model config: {prefix.rstrip('.')} is {values!r}, not a table of fields")
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"model config: unknown fields {', '.join(prefix + name for name in unknown)}")
+    for name, value in values.items():
+        # A whole number is a fine float; a boolean is no number.
+        right = type(value) is known[name] or (known[name] is float and type(value) is int)
+        if not right or (type(value) is int and value < (0 if name == "pad_id" else 1)):
+            raise UserError(f"model config: {prefix}{name} is {value!r}, not a usable {known[name].__name__}")
+    return dict(values)
