@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import UserError
+from capfilt.models.kinds import blocks_of
 from capfilt.models.masking import IGNORED, Masking
 from capfilt.models.objectives import hard_negatives, matching_loss, token_loss
 from capfilt.models.ranks import ALONE, Ranks
@@ -61,7 +62,7 @@ class ViltTraining(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """What is run as a whole, once per pass, and so can have its weights gathered just then."""
-        return list(self.model.blocks)
+        return blocks_of(self.model)
 
     def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient (matching + masked words + `alignment` times alignment), and without one

@@ -39,7 +39,7 @@ def transport_plan(
         # Both marginals, 0 where there is no token.
         rows = left / left.sum(dim=1, keepdim=True).clamp(min=1)
         columns = right / right.sum(dim=1, keepdim=True).clamp(min=1)
-        by_row = rows
+        by_row, by_column = rows, columns
         for _ in range(iterations):
             step = kernel * plan
             for _ in range(inner):

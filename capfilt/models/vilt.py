@@ -111,6 +111,7 @@ class ViltBody(nn.Module):
 
     def __init__(self, config: ViltConfig, pictures: int = 1) -> None:
         super().__init__()
+        self.config = config
         self.recompute = False  # see `recompute_activations`
         self.visual_encoder = Patches(config)
         self.text_embeddings = Embeddings(text_config(config))
@@ -157,13 +158,19 @@ class ViltBody(nn.Module):
         """Whether training computes every block's activations again in the backward pass instead of keeping them."""
         self.recompute = on
 
+    def resize_image(self, image_size: int) -> None:
+        """Takes squares of another size from now on: positions are interpolated once and for all, all else stays."""
+        vision = dataclasses.replace(self.config.vision, image_size=image_size)
+        own = self.visual_encoder
+        own.pos_embed = nn.Parameter(own.positions(vision.grid, vision.grid).detach())
+        self.config = dataclasses.replace(self.config, vision=vision)
+
 
 class Vilt(ViltBody):
     """A ViLT as it is pretrained: it says whether a text belongs to a picture, and which words are hidden."""
 
     def __init__(self, config: ViltConfig) -> None:
         super().__init__(config)
-        self.config = config
         std = init_std(config.width)
         if config.has in ("both", "match"):
             self.itm_head = nn.Linear(config.width, 2)
@@ -194,13 +201,6 @@ class Vilt(ViltBody):
         words = self.text_embeddings.word_embeddings.weight if self.config.tied else self.mlm_words
         out: Tensor = self.mlm_head(states, words)
         return out
-
-    def resize_image(self, image_size: int) -> None:
-        """Takes squares of another size from now on: positions are interpolated once and for all, all else stays."""
-        vision = dataclasses.replace(self.config.vision, image_size=image_size)
-        own = self.visual_encoder
-        own.pos_embed = nn.Parameter(own.positions(vision.grid, vision.grid).detach())
-        self.config = dataclasses.replace(self.config, vision=vision)
 
 
 class Patches(nn.Module):
@@ -237,7 +237,9 @@ class Patches(nn.Module):
             images = normalise(images, self.mean, self.std)
         patch = self.patch_embed.stride[0]
         if images.shape[2] % patch or images.shape[3] % patch:
-            raise UserError(f"pictures of {list(images.shape[2:])} pixels are no multiples of patches of {patch}")
+            raise UserError(
+                f"pictures of {list(images.shape[2:])} pixels are no multiples of patches of {patch}"
+            )
         patches = self.patch_embed(images)
         rows, columns = patches.shape[2:]
         if mask is None:
@@ -272,11 +274,11 @@ class Patches(nn.Module):
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if heights is None and (rows, columns) == (side, side):
             return self.pos_embed
-        first, square = self.pos_embed[:, :1], self.pos_embed[:, 1:].unflatten(1, (side, side))
+        first, square = self.pos_embed[:, :1], self.pos_embed[0, 1:].view(side, side, -1)
         down = _between(rows, side, heights, square)
         across = _between(columns, side, widths, square)
         # One side after the other: two small matrix products per picture.
-        found = torch.einsum("brs,stc->brtc", down, square[0])
+        found = torch.einsum("brs,stc->brtc", down, square)
         found = torch.einsum("bkt,brtc->brkc", across, found).flatten(1, 2)
         return torch.cat([first.expand(len(found), -1, -1), found], dim=1)
 
