@@ -563,7 +563,7 @@ class SelectOptions:
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 
 
-RETRAINED = ("blip", "clip")
+RETRAINED = ("blip", "clip", "vilt")
 """What `retrain` trains."""
 
 
@@ -575,12 +575,21 @@ class RetrainOptions(PretrainOptions):
     verdicts: tuple[str, ...] = _option(
         (), "IMAGES=VERDICTS: images part joined with a verdicts part, in place of pairs; repeatable"
     )
-    model: str = _option("blip", f"which model to train: {' or '.join(RETRAINED)}")
+    model: str = _option("blip", f"which model to train: {', '.join(RETRAINED)}")
     contrast: str = _option(
         "softmax", "clip's loss: softmax over the batch, or sigmoid of each pair (SigLIP)", later=True
     )
     contrast_chunk: int = _option(
         0, "clip: rows of the batch's logits at a time, for large batches; 0 for all", told=True
+    )
+    mask_share: float = _option(
+        0.15, "vilt: share of a text's words that are hidden (section 4.2: 0.15)", later=True
+    )
+    alignment: float = _option(
+        0.1, "vilt: weight of word-patch alignment, 0 for none (released code: 0.1)", later=True
+    )
+    max_patches: int = _option(
+        200, "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200)", later=True
     )
     continue_from: str = _option(
         "", "checkpoint to continue from, in place of a new initialisation", kind="model"

@@ -1,7 +1,6 @@
 """Catches a ViLT that is not the published one: its layers, how it sees pictures of any size, what it must not see at all.
 
-transformers' ViLT is the reference. It draws patches at random even where it keeps all, so that they come in another order:
-states of patches are compared as sets, and nothing else depends on that order.
+That its numbers are those of transformers' ViLT is `interop/test_vilt.py`'s.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_a_model_that_only_matches_pairs_scores_all_of_them(corpus):
     found = evaluations.retrieval(Matches(), corpus, options, lambda *each: seen.append(each))
     expected = from_scores(TABLE, OWNERS)
     assert found.metrics == expected.metrics
-    assert "every pair" in found.protocol
+    assert "every image with every text, 4 x 6 pairs" in found.protocol
     assert seen[-1] == ("pairs", 24, 24)
     for name, each in found.units.items():
         assert each.value() == pytest.approx(found.metrics[name]), name
