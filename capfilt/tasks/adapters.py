@@ -84,12 +84,6 @@ class _OnDevice:
         found: torch.device = next(self._model.parameters()).device
         return found
 
-    def image_features(self, batch: Tensor) -> Tensor:
-        """Features float32 [B, Dv]: the [CLS] token after the vision tower's last LayerNorm, before any projection."""
-        with self._evaluating():
-            out: Tensor = self._model.encode_image(self._sent(batch))[:, 0].float()
-            return out
-
     def _sent(self, batch: Tensor) -> Tensor:
         return batch.to(self.device, non_blocking=True)
 
@@ -113,7 +107,17 @@ class _OnDevice:
                 module.training = True
 
 
-class BlipCapabilities(_OnDevice):
+class _SeesImages(_OnDevice):
+    """One whose model has a vision tower."""
+
+    def image_features(self, batch: Tensor) -> Tensor:
+        """Features float32 [B, Dv]: the [CLS] token after the vision tower's last LayerNorm, before any projection."""
+        with self._evaluating():
+            out: Tensor = self._model.encode_image(self._sent(batch))[:, 0].float()
+            return out
+
+
+class BlipCapabilities(_SeesImages):
     """A `Blip` with its filter's half as a dual encoder, a cross-encoder and an image encoder; see `_OnDevice`."""
 
     def __init__(
@@ -172,7 +176,7 @@ class BlipCapabilities(_OnDevice):
         return out
 
 
-class BlipCaptioning(_OnDevice):
+class BlipCaptioning(_SeesImages):
     """A `Blip` with its captioner's half as a writer of captions and an image encoder."""
 
     @cached_property
@@ -188,7 +192,7 @@ class WholeBlip(BlipCapabilities, BlipCaptioning):
     """A `Blip` with both halves: everything that either can do."""
 
 
-class BlipAnswering(_OnDevice):
+class BlipAnswering(_SeesImages):
     """A `BlipVqa` as what answers questions."""
 
     def __init__(self, model: BlipVqa, tokenizer: Tokenizer) -> None:
@@ -250,6 +254,10 @@ class Classifying(_OnDevice):
             ids, mask = self._encode(texts)
             out: Tensor = self._model.judge(ids, mask, self._sent(images)).float()
         return out
+
+
+class BlipClassifying(_SeesImages, Classifying):
+    """The same, of a BLIP."""
 
 
 def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
@@ -330,8 +338,8 @@ class ViltCapabilities(_OnDevice):
 ADAPTERS: dict[type[nn.Module], Callable[[Any, Any], object]] = {
     Blip: _blip,
     BlipVqa: BlipAnswering,
-    BlipNlvr: Classifying,
-    BlipClassifier: Classifying,
+    BlipNlvr: BlipClassifying,
+    BlipClassifier: BlipClassifying,
     Clip: ClipCapabilities,
     Vilt: ViltCapabilities,
     ViltClassifier: Classifying,

@@ -50,7 +50,10 @@ class Matches:
     match_probability = match
 
 
-def test_a_model_that_only_matches_pairs_scores_all_of_them(corpus):
+@pytest.mark.parametrize("held", [1, 5, 1 << 14])
+def test_a_model_that_only_matches_pairs_scores_all_of_them(corpus, monkeypatch, held):
+    """However few pairs it is given at once, and each text once however often it stands there."""
+    monkeypatch.setattr(evaluations, "_PAIRS", held)
     seen = []
     options = EvaluateOptions(images="x", batch_size=3)
     found = evaluations.retrieval(Matches(), corpus, options, lambda *each: seen.append(each))
