@@ -21,9 +21,6 @@ from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.transport import cosine_cost, transport_distance
 from capfilt.models.vilt import ImageTokens, States, Vilt
 
-PRIOR = math.log(2)
-"""ITM loss (nats) of a head that only knows its prior of one match in two pairs."""
-
 
 @dataclass(frozen=True)
 class MatchingConfig:

@@ -218,7 +218,8 @@ class LoopOptions:
     warmup_steps: int = _option(100, "linear warm-up")
     schedule: str = _option(
         "cosine",
-        "cosine (by step, warmed up), epoch-cosine (BLIP's finetuning, no warm-up) or epoch-decay (BLIP's pretraining)",
+        "cosine or linear (by step, warmed up), epoch-cosine (BLIP's finetuning, no warm-up) or epoch-decay (BLIP's "
+        "pretraining)",
         later=True,
     )
     decay_rate: float = _option(
@@ -230,6 +231,7 @@ class LoopOptions:
         "what decays: matrices, or all (biases, LayerNorms, temperature: BLIP's released code)",
         later=True,
     )
+    beta2: float = _option(0.999, "AdamW's second beta (BLIP: 0.999; ViLT, CLIP: 0.98)", later=True)
     clip_norm: float = _option(1.0, "largest gradient norm; 0 for none")
     ema: float = _option(
         0.0,
@@ -398,6 +400,9 @@ class TaskOptions(LoopOptions):
         told=True,
     )
     image_size: int = _option(0, "pixels; 0 for the checkpoint's")
+    head_rate: float = _option(
+        1.0, "factor on the head's learning rate (ViLT's released code for VQA: 10)", later=True
+    )
     drop_path: float = _option(0.1, "of the vision tower (BLIP's released code for both tasks)")
     min_lr: float = _option(0.0, "the schedule's end (BLIP's released code: 0)")
     flip: bool = _option(True, "random horizontal flips, where neither text nor answer names a side")
