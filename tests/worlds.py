@@ -11,7 +11,8 @@ from PIL import Image
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.models import checkpoint
 from capfilt.models.blip import build
-from capfilt.models.presets import preset
+from capfilt.models.presets import preset, vilt_preset
+from capfilt.models.vilt import build_vilt
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.shards import Counts, Part
@@ -80,3 +81,14 @@ def tiny_checkpoint(
     text = dataclasses.replace(config.text, width=32, depth=1, heads=2, hidden=64)
     model = build(dataclasses.replace(config, vision=vision, text=text, embed_dim=16), seed=seed)
     checkpoint.save(directory, model, tokenizer, {})
+
+
+def tiny_vilt(
+    directory, seed: int = 0, texts=("a red green blue white square number 0 1 2 3 4",) * 3
+) -> None:
+    """An untrained tiny ViLT with a vocabulary of its own."""
+    tokenizer = Tokenizer.train(list(texts), 200)
+    config = dataclasses.replace(
+        vilt_preset("tiny", tokenizer.vocab_size), width=32, depth=1, heads=2, hidden=64
+    )
+    checkpoint.save(directory, build_vilt(config, seed=seed), tokenizer, {})

@@ -9,15 +9,14 @@ ReLU, linear), ViLT's for VQA (arXiv 2102.03334, code: linear to twice the width
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from capfilt.errors import UserError
 from capfilt.models.blip import Blip, ModelConfig
+from capfilt.models.config import Classified
 from capfilt.models.layers import full_precision, init_std, init_truncated
 from capfilt.models.text import TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
@@ -25,7 +24,7 @@ from capfilt.models.weights import start_from
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(ModelConfig):
+class ClassifierConfig(Classified, ModelConfig):
     """Everything that decides the shape of a BlipClassifier; `to_dict`/`from_dict` go through JSON unchanged.
 
     Attributes:
@@ -39,18 +38,6 @@ class ClassifierConfig(ModelConfig):
     max_words: int = 50
     task: str = "entailment"
     classes: tuple[str, ...] = ("contradiction", "neutral", "entailment")
-
-    def __post_init__(self) -> None:
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise UserError(f"a classifier needs two classes or more, each once, and has {len(self.classes)}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `ModelConfig.from_dict`; the classes may come as JSON has them, in a list."""
-        classes = values.get("classes")
-        if isinstance(classes, list) and all(isinstance(each, str) for each in classes):
-            values = {**values, "classes": tuple(classes)}
-        return super().from_dict(values)
 
 
 class BlipClassifier(nn.Module):
@@ -68,7 +55,8 @@ class BlipClassifier(nn.Module):
             self.cls_head = nn.Sequential(nn.Linear(config.vision.width, len(config.classes)))
             init_truncated(self.cls_head, init_std(config.vision.width))
         else:
-            self.cls_head = classifier_head(config.text.width, len(config.classes), wide=config.task == "vqa")
+            wide = 2 * config.text.width if config.task == "vqa" else 0
+            self.cls_head = classifier_head(config.text.width, len(config.classes), wide)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
@@ -81,7 +69,7 @@ class BlipClassifier(nn.Module):
         A classifier of pictures alone reads no text.
         """
         if self.text_encoder is None:
-            return _head_logits(self.cls_head, image_tokens[:, 0])
+            return head_logits(self.cls_head, image_tokens[:, 0])
         return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
 
     @property
@@ -100,12 +88,10 @@ class BlipClassifier(nn.Module):
             self.text_encoder.recompute = on
 
 
-def classifier_head(width: int, classes: int, wide: bool = False) -> nn.Sequential:
-    """[.., D] -> [.., C]: linear, ReLU, linear (ALBEF and BLIP's NLVR2, code), or ViLT's for VQA where `wide`."""
+def classifier_head(width: int, classes: int, wide: int = 0) -> nn.Sequential:
+    """[.., D] -> [.., C]: linear, ReLU, linear (ALBEF and BLIP's NLVR2, code), or ViLT's with `wide` features inside."""
     if wide:
-        head = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, classes)
-        )
+        head = nn.Sequential(nn.Linear(width, wide), nn.LayerNorm(wide), nn.GELU(), nn.Linear(wide, classes))
     else:
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
     init_truncated(head, init_std(width))
@@ -118,10 +104,11 @@ def fused_logits(
     """fp32 logits [B, C] that `head` reads from position 0, made [ENC], of texts seen with their image tokens."""
     ids = ids.clone()
     ids[:, 0] = encoder.config.enc_id
-    return _head_logits(head, encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True)[:, 0])
+    return head_logits(head, encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True)[:, 0])
 
 
-def _head_logits(head: nn.Sequential, states: Tensor) -> Tensor:
+def head_logits(head: nn.Sequential, states: Tensor) -> Tensor:
+    """fp32 logits [B, C] of states [B, D]; free of autocast."""
     first = head[0]
     assert isinstance(first, nn.Linear)
     with full_precision(states):

@@ -41,6 +41,24 @@ class Shape:
         return cls(**sides, **checked_fields(base, rest, ""))
 
 
+class Classified(Shape):
+    """A Shape of something that tells `classes` apart: what its outputs stand for, in order."""
+
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise UserError(f"a classifier needs two classes or more, each once, and has {len(self.classes)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `Shape.from_dict`; the classes may come as JSON has them, in a list."""
+        classes = values.get("classes")
+        if isinstance(classes, list) and all(isinstance(each, str) for each in classes):
+            values = {**values, "classes": tuple(classes)}
+        return super().from_dict(values)
+
+
 def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
     """`values` as keyword arguments for the dataclass that `defaults` is one of; UserError names what does not fit."""
     known = {each.name: type(getattr(defaults, each.name)) for each in dataclasses.fields(defaults)}

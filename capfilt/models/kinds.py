@@ -19,15 +19,22 @@ from capfilt.models.classifier import BlipClassifier, ClassifierConfig, classifi
 from capfilt.models.clip import Clip, ClipConfig
 from capfilt.models.config import Shape
 from capfilt.models.nlvr import BlipNlvr, NlvrConfig, nlvr_from_blip
+from capfilt.models.vilt import Vilt, ViltConfig
+from capfilt.models.vilt_classifier import (
+    ViltClassifier,
+    ViltClassifierConfig,
+    classifier_from_vilt,
+    pair_from_vilt,
+)
 from capfilt.models.vqa import BlipVqa, VqaConfig, vqa_from_blip
 
 Answers = BlipVqa
 """What answers questions in words: `VqaTraining` trains it."""
-Judges = BlipNlvr | BlipClassifier
+Judges = BlipNlvr | BlipClassifier | ViltClassifier
 """What judges texts with pictures: `labels`, `pictures` (per text), and `judge(ids int64 [B, L], mask bool [B, L], images
 [B, pictures, 3, S, S])`, fp32 logits [B, labels]. `ClassifierTraining` trains it."""
-BlipModel = Blip | Answers | Judges
-Model = BlipModel | Clip
+BlipModel = Blip | BlipVqa | BlipNlvr | BlipClassifier
+Model = BlipModel | Clip | Vilt | ViltClassifier
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,14 @@ KINDS = (
         "classifies pictures with texts",
     ),
     Kind("clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", BpeTokenizer),
+    Kind("vilt", ViltConfig, Vilt, "ViLT", "matches pictures with texts"),
+    Kind(
+        "vilt_classifier",
+        ViltClassifierConfig,
+        ViltClassifier,
+        "ViLT with a classifier",
+        "classifies pictures with texts",
+    ),
 )
 
 
@@ -91,9 +106,11 @@ def empty(config: Shape) -> Model:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """A vision tower's blocks: what is run as a whole, once per pass, and so can have its weights gathered just then."""
-    tower: Any = model.visual_encoder
-    return list(tower.blocks)
+    """A vision tower's blocks, or those of a transformer for everything: what is run as a whole, once per pass, and so can
+    have its weights gathered just then.
+    """
+    where: Any = model if hasattr(model, "blocks") else model.visual_encoder
+    return list(where.blocks)
 
 
 # ---------------------------------------------------------------------- finetuning
@@ -107,14 +124,19 @@ max_words= beside them."""
 
 STARTS: dict[str, dict[type[Model], Start]] = {
     ANSWERS: {Blip: vqa_from_blip},
-    CLASSES: {Blip: classifier_from_blip, BlipClassifier: classifier_from_blip},
-    PAIRS: {Blip: nlvr_from_blip},
+    CLASSES: {
+        Blip: classifier_from_blip,
+        BlipClassifier: classifier_from_blip,
+        Vilt: classifier_from_vilt,
+        ViltClassifier: classifier_from_vilt,
+    },
+    PAIRS: {Blip: nlvr_from_blip, Vilt: pair_from_vilt, ViltClassifier: pair_from_vilt},
 }
 """By the task's form and the class of what it starts from."""
 
 FINETUNED: dict[str, tuple[type[Model], ...]] = {
     ANSWERS: (BlipVqa,),
-    CLASSES: (BlipClassifier,),
-    PAIRS: (BlipNlvr,),
+    CLASSES: (BlipClassifier, ViltClassifier),
+    PAIRS: (BlipNlvr, ViltClassifier),
 }
 """What a task of this form ends with, and can be gone on from."""

@@ -112,16 +112,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gel
 
 
 class Mlp(nn.Module):
-    """Two linears around an activation, by default an exact GELU."""
+    """Two linears around an activation, by default an exact GELU, and dropout after it."""
 
-    def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
+    def __init__(self, width: int, hidden: int, activation: str = "gelu", dropout: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.activation = ACTIVATIONS[activation]
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.activation(self.fc1(x)))
+        out: Tensor = self.fc2(self.dropout(self.activation(self.fc1(x))))
         return out
 
 
@@ -135,16 +136,20 @@ class FusedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """New tokens [B, L, D] of x [B, L, D]; mask: bool [B, 1, 1, L], which are attended to (None: all; not if causal)."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
+        seen = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask, is_causal=self.causal)
         out: Tensor = self.proj(merge_heads(seen))
         return out
 
 
 class PreNormBlock(nn.Module):
-    """A transformer block: x + attention(LN(x)), then x + MLP(LN(x)); eps 1e-6 is ViT's (BLIP, arXiv 2201.12086, code)."""
+    """A transformer block: x + attention(LN(x)), then x + MLP(LN(x)); eps 1e-6 is ViT's (BLIP, arXiv 2201.12086, code).
+
+    dropout: on what both branches add, and inside the MLP.
+    """
 
     def __init__(
         self,
@@ -156,15 +161,18 @@ class PreNormBlock(nn.Module):
         eps: float = 1e-6,
         activation: str = "gelu",
         causal: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = FusedAttention(width, heads, causal)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, hidden, activation)
+        self.mlp = Mlp(width, hidden, activation, dropout)
+        self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """New tokens [B, L, D] of x [B, L, D]; mask as in `FusedAttention.forward`."""
+        x = x + self.drop_path(self.dropout(self.attn(self.norm1(x), mask)))
+        out: Tensor = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
         return out

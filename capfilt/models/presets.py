@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
 
 from capfilt.errors import UserError
 from capfilt.models.blip import BlipConfig
 from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.text import TextConfig
+from capfilt.models.vilt import ViltConfig, ViltTextConfig, ViltVisionConfig
 from capfilt.models.vision import VisionConfig
 
+C = TypeVar("C", ClipConfig, ViltConfig)
 # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B/16 and ViT-L/16 with bert-base; drop-path as in the published code.
 BASE = BlipConfig()
 LARGE = BlipConfig(vision=VisionConfig(width=1024, depth=24, heads=16, hidden=4096, drop_path=0.1))
@@ -54,6 +58,24 @@ CLIP: dict[str, ClipConfig] = {
         embed_dim=768,
     ),
 }
+# ViLT, arXiv 2102.03334, sec. 4.2: ViLT-B/32. Its definition leaves no stem to see shapes early with: the two others have
+# patches of a few pixels, and name hidden words by the words' own embeddings, which halves what they must learn of them.
+VILT: dict[str, ViltConfig] = {
+    "tiny": ViltConfig(
+        ViltVisionConfig(48, 8),
+        ViltTextConfig(1000),
+        width=128,
+        depth=3,
+        heads=4,
+        hidden=256,
+        dropout=0.0,
+        tied=True,
+    ),
+    "small": ViltConfig(
+        ViltVisionConfig(128, 16), ViltTextConfig(4000), width=256, depth=8, heads=4, hidden=1024, tied=True
+    ),
+    "base": ViltConfig(),
+}
 PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "trunk": TRUNK, "base": BASE, "large": LARGE}
 
 
@@ -67,7 +89,16 @@ def preset(name: str, vocab_size: int) -> BlipConfig:
 
 def clip_preset(name: str, vocab_size: int) -> ClipConfig:
     """The named preset of a CLIP for a vocabulary of `vocab_size`; UserError for an unknown name."""
-    if name not in CLIP:
-        raise UserError(f"model preset {name!r} of clip is unknown: use one of {', '.join(CLIP)}")
-    config = CLIP[name]
+    return _sized(CLIP, "clip", name, vocab_size)
+
+
+def vilt_preset(name: str, vocab_size: int) -> ViltConfig:
+    """The named preset of a ViLT for a vocabulary of `vocab_size`; UserError for an unknown name."""
+    return _sized(VILT, "vilt", name, vocab_size)
+
+
+def _sized(presets: Mapping[str, C], kind: str, name: str, vocab_size: int) -> C:
+    if name not in presets:
+        raise UserError(f"model preset {name!r} of {kind} is unknown: use one of {', '.join(presets)}")
+    config = presets[name]
     return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
+from capfilt.models.vilt import Vilt
 from capfilt.models.vision import VisionTower, resize_position_embedding
 from capfilt.models.weights import check_tensors, read_safetensors
 
@@ -34,17 +35,36 @@ def load_vit(tower: VisionTower, directory: str | Path) -> None:
     Query, key and value are fused; a position embedding of another grid is resized; poolers, classifiers and DeiT's
     distillation token are left behind. Raises UserError when geometry differs or a tensor is missing or left over.
     """
-    directory = Path(directory)
-    config, found = _read(directory, ("vit", "deit"))
     mine = tower.config
     if mine.trunk or mine.stem != "patch":
         raise UserError(f"{directory}: a ViT starts only a vision tower with stem 'patch' and no trunk")
+    _copy_vit(Path(directory), dict(tower.named_parameters()), mine, mine.patch_size, mine.grid)
+
+
+def load_vit_into_vilt(model: Vilt, directory: str | Path) -> None:
+    """Copies the same into a ViLT's patches, transformer and last LayerNorm, as it is published to start (sec. 4.2)."""
+    own = model.visual_encoder
+    parameters = {"cls_token": own.cls_token, "pos_embed": own.pos_embed}
+    for prefix, module in (
+        ("patch_embed.proj.", own.patch_embed),
+        ("blocks.", model.blocks),
+        ("norm.", model.norm),
+    ):
+        parameters |= {prefix + name: parameter for name, parameter in module.named_parameters()}
+    vision = model.config.vision
+    _copy_vit(Path(directory), parameters, model.config, vision.patch_size, vision.grid)
+
+
+def _copy_vit(
+    directory: Path, parameters: dict[str, torch.nn.Parameter], mine: Any, patch_size: int, grid: int
+) -> None:
+    config, found = _read(directory, ("vit", "deit"))
     geometry = {
         "hidden_size": mine.width,
         "num_hidden_layers": mine.depth,
         "num_attention_heads": mine.heads,
         "intermediate_size": mine.hidden,
-        "patch_size": mine.patch_size,
+        "patch_size": patch_size,
     }
     _check_geometry(directory, config, geometry)
     found = _strip(found, ("vit.", "deit."), _VIT_IGNORED)
@@ -54,14 +74,14 @@ def load_vit(tower: VisionTower, directory: str | Path) -> None:
         if name == "embeddings.position_embeddings":
             if distilled:
                 tensor = torch.cat([tensor[:, :1], tensor[:, 2:]], dim=1)
-            tensor = resize_position_embedding(tensor, mine.grid)
+            tensor = resize_position_embedding(tensor, grid)
         mapped[_vit_name(name)] = tensor
     for index in range(mine.depth):
         for leaf in ("weight", "bias"):
             parts = [f"blocks.{index}.{each}.{leaf}" for each in ("query", "key", "value")]
             if all(part in mapped for part in parts):
                 mapped[f"blocks.{index}.attn.qkv.{leaf}"] = torch.cat([mapped.pop(part) for part in parts])
-    _copy(directory, dict(tower.named_parameters()), mapped)
+    _copy(directory, parameters, mapped)
 
 
 def load_bert(model: Blip, directory: str | Path) -> None:

@@ -56,7 +56,8 @@ class ClassifierTask(TaskTraining):
         return made
 
     def continues(self, model: Any, data: TaskCorpus) -> bool:
-        return bool((model.config.task, model.labels) == (self.task, self.classes(data)))
+        same = (model.config.task, model.pictures, model.labels) == (self.task, 1, self.classes(data))
+        return bool(same)
 
     def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return ClassifierTraining(model)

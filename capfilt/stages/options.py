@@ -218,7 +218,8 @@ class LoopOptions:
     warmup_steps: int = _option(100, "linear warm-up")
     schedule: str = _option(
         "cosine",
-        "cosine (by step, warmed up), epoch-cosine (BLIP's finetuning, no warm-up) or epoch-decay (BLIP's pretraining)",
+        "cosine or linear (by step, warmed up), epoch-cosine (BLIP's finetuning, no warm-up) or epoch-decay (BLIP's "
+        "pretraining)",
         later=True,
     )
     decay_rate: float = _option(
@@ -230,6 +231,7 @@ class LoopOptions:
         "what decays: matrices, or all (biases, LayerNorms, temperature: BLIP's released code)",
         later=True,
     )
+    beta2: float = _option(0.999, "AdamW's second beta (BLIP: 0.999; ViLT, CLIP: 0.98)", later=True)
     clip_norm: float = _option(1.0, "largest gradient norm; 0 for none")
     ema: float = _option(
         0.0,
@@ -398,6 +400,9 @@ class TaskOptions(LoopOptions):
         told=True,
     )
     image_size: int = _option(0, "pixels; 0 for the checkpoint's")
+    head_rate: float = _option(
+        1.0, "factor on the head's learning rate (ViLT's released code for VQA: 10)", later=True
+    )
     drop_path: float = _option(0.1, "of the vision tower (BLIP's released code for both tasks)")
     min_lr: float = _option(0.0, "the schedule's end (BLIP's released code: 0)")
     flip: bool = _option(True, "random horizontal flips, where neither text nor answer names a side")
@@ -576,7 +581,7 @@ class SelectOptions:
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 
 
-RETRAINED = ("blip", "clip")
+RETRAINED = ("blip", "clip", "vilt")
 """What `retrain` trains."""
 
 
@@ -588,12 +593,21 @@ class RetrainOptions(PretrainOptions):
     verdicts: tuple[str, ...] = _option(
         (), "IMAGES=VERDICTS: images part joined with a verdicts part, in place of pairs; repeatable"
     )
-    model: str = _option("blip", f"which model to train: {' or '.join(RETRAINED)}")
+    model: str = _option("blip", f"which model to train: {', '.join(RETRAINED)}")
     contrast: str = _option(
         "softmax", "clip's loss: softmax over the batch, or sigmoid of each pair (SigLIP)", later=True
     )
     contrast_chunk: int = _option(
         0, "clip: rows of the batch's logits at a time, for large batches; 0 for all", told=True
+    )
+    mask_share: float = _option(
+        0.15, "vilt: share of a text's words that are hidden (section 4.2: 0.15)", later=True
+    )
+    alignment: float = _option(
+        0.1, "vilt: weight of word-patch alignment, 0 for none (released code: 0.1)", later=True
+    )
+    max_patches: int = _option(
+        200, "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200)", later=True
     )
     continue_from: str = _option(
         "", "checkpoint to continue from, in place of a new initialisation", kind="model"

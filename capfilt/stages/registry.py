@@ -219,7 +219,13 @@ STAGES = (
             "capfilt retrain --human coco --verdicts cc12m=top30 --out retrained-top30",
             "capfilt retrain --model clip --human coco --pairs capfilt --preset base --out clip",
         ),
-        kinds=("model", {"clip": "capfilt.stages.retrain_clip:RetrainClip"}),
+        kinds=(
+            "model",
+            {
+                "clip": "capfilt.stages.retrain_clip:RetrainClip",
+                "vilt": "capfilt.stages.retrain_vilt:RetrainVilt",
+            },
+        ),
     ),
     StageCommand(
         ("evaluate",),

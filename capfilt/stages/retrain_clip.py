@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 from capfilt.data.bpe import BpeTokenizer
-from capfilt.errors import UserError
-from capfilt.models import checkpoint
 from capfilt.models.clip import Clip, ClipConfig, build_clip
 from capfilt.models.contrast import ClipTraining, ContrastConfig
 from capfilt.models.presets import clip_preset
@@ -24,20 +22,15 @@ from capfilt.stages.train import Retrain
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
-FOR_BLIP = ("vision_init", "text_init", "cache_features")
-"""Options that name parts of a BLIP."""
-
 
 class RetrainClip(Retrain):
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks (CLIP, section 2.3)."""
 
     model = "clip"
+    without = ("vision_init", "text_init", "cache_features")
     shown = ("contrast", "accuracy", "scale")
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:
-        given = [name for name in FOR_BLIP if getattr(options, name)]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')}: is for --model blip")
         self.loss = ContrastConfig(options.contrast, options.contrast_chunk)
         super().__init__(options, workspace, output)
 
@@ -47,12 +40,7 @@ class RetrainClip(Retrain):
     def initial(self, pairs: Pairs) -> tuple[Clip, BpeTokenizer]:
         o = self.options
         if self.start:
-            contents, _ = checkpoint.open_any(self.start, self.image_size())
-            if not isinstance(contents.model, Clip):
-                raise UserError(
-                    f"--continue-from {self.start}: is a {type(contents.model).__name__}, not a Clip"
-                )
-            return contents.model, contents.tokenizer
+            return self.continued(Clip)
         if o.vocab == "corpus":
             tokenizer = BpeTokenizer.train(pairs.texts(), o.vocab_size)
         else:

@@ -224,6 +224,9 @@ class FinetuneNlvr(TaskTraining):
         if not 0 <= options.swap <= 1:
             raise UserError(f"--swap {options.swap:g}: give a probability")
 
+    def continues(self, model: Any, data: TaskCorpus) -> bool:
+        return bool(model.pictures == 2)
+
     def feed(self) -> dict[str, Any]:
         return {**super().feed(), "swap": self.options.swap}
 

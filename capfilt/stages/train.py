@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from capfilt.data.corpus import Corpus, from_pairs, from_verdicts
 from capfilt.data.stream import StreamInput
@@ -37,6 +37,7 @@ from capfilt.tables.ids import file_sha256
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
+M = TypeVar("M", bound=Model)
 VERDICT_COLUMNS = ("text_id", "image_id", "source", "text", "keep")
 
 
@@ -78,22 +79,28 @@ class Pretrain(PairTraining):
 
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         o = self.options
-        if o.vocab == "corpus":
-            tokenizer = Tokenizer.train(pairs.texts(), o.vocab_size)
-        elif o.vocab.endswith(".txt"):
-            tokenizer = Tokenizer.from_vocab(o.vocab)
-        else:
-            tokenizer = Tokenizer.load(o.vocab)
-        config = preset(o.preset, tokenizer.vocab_size)
-        patch = o.patch_size or config.vision.patch_size
-        vision = dataclasses.replace(config.vision, image_size=self.image_size(), patch_size=patch)
-        text = dataclasses.replace(config.text, pad_id=tokenizer.pad_id)
-        model = build(dataclasses.replace(config, vision=vision, text=text, prompt=""), seed=o.seed)
+        tokenizer = self.vocabulary(pairs)
+        model = build(dataclasses.replace(self.sized(tokenizer), prompt=""), seed=o.seed)
         if o.vision_init:
             load_vit(model.visual_encoder, o.vision_init)
         if o.text_init:
             load_bert(model, o.text_init)
         return model, tokenizer
+
+    def vocabulary(self, pairs: Pairs) -> Tokenizer:
+        """The tokenizer of a new model."""
+        o = self.options
+        if o.vocab == "corpus":
+            return Tokenizer.train(pairs.texts(), o.vocab_size)
+        return Tokenizer.from_vocab(o.vocab) if o.vocab.endswith(".txt") else Tokenizer.load(o.vocab)
+
+    def sized(self, tokenizer: Tokenizer) -> Any:
+        """The preset for this tokenizer, with pictures and patches of the sizes that were asked for."""
+        config = self.shape(tokenizer.vocab_size)
+        patch = self.options.patch_size or config.vision.patch_size
+        vision = dataclasses.replace(config.vision, image_size=self.image_size(), patch_size=patch)
+        text = dataclasses.replace(config.text, pad_id=tokenizer.pad_id)
+        return dataclasses.replace(config, vision=vision, text=text)
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
         o = self.options
@@ -122,11 +129,16 @@ class Retrain(Pretrain):
 
     name = "retrain"
     model: ClassVar[str] = "blip"
+    without: ClassVar[tuple[str, ...]] = ()
+    """Options that mean nothing to this model."""
     options: RetrainOptions
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:
         if options.model not in RETRAINED:
-            raise UserError(f"--model {options.model!r}: choose {' or '.join(RETRAINED)}")
+            raise UserError(f"--model {options.model!r}: choose {', '.join(RETRAINED)}")
+        foreign = [name for name in self.without if getattr(options, name)]
+        if foreign:
+            raise UserError(f"--{foreign[0].replace('_', '-')}: is not for --model {self.model}")
         self.pairs = [workspace.part("pairs", name).expect("pairs").check() for name in options.pairs]
         self.joined: list[tuple[Part, Part]] = []
         for item in options.verdicts:
@@ -172,7 +184,17 @@ class Retrain(Pretrain):
         return [*super().streamed(), *(StreamInput(part) for part in self.pairs), *joined]
 
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
-        return _loaded(self.start, self.image_size()) if self.start else super().initial(pairs)
+        return self.continued(Blip) if self.start else super().initial(pairs)
+
+    def continued(self, kind: type[M]) -> tuple[M, Any]:
+        """The model of the checkpoint to continue from, and its tokenizer. UserError where it is of another kind."""
+        assert self.start is not None
+        contents, _ = checkpoint.open_any(self.start, self.image_size())
+        if not isinstance(contents.model, kind):
+            raise UserError(
+                f"--continue-from {self.start}: is a {type(contents.model).__name__}, not a {kind.__name__}"
+            )
+        return contents.model, contents.tokenizer
 
 
 def _image_size_of(directory: Path) -> int:

@@ -35,7 +35,7 @@ from capfilt.training.average import swapped
 from capfilt.training.log import check_tensorboard
 from capfilt.training.loop import TrainConfig, train
 from capfilt.training.optim import DECAY_RULES
-from capfilt.training.schedule import SCHEDULES
+from capfilt.training.schedule import BY_STEP, SCHEDULES
 
 LOG_EVERY = 20
 
@@ -107,6 +107,10 @@ class Training(ModelStage, Generic[D]):
             check_tensorboard()
         if options.keep_states < 1:
             raise UserError(f"--keep-states {options.keep_states}: give 1 or more")
+        if not 0 <= options.beta2 < 1:
+            raise UserError(f"--beta2 {options.beta2:g}: give a decay in [0, 1)")
+        if not getattr(options, "head_rate", 1.0) > 0:
+            raise UserError(f"--head-rate {options.head_rate:g}: give a factor above 0")
         if not 0 <= options.ema < 1:
             raise UserError(f"--ema {options.ema:g}: give a decay in [0, 1), 0 for no average")
 
@@ -205,7 +209,7 @@ class Training(ModelStage, Generic[D]):
         steps = o.steps or math.ceil(o.epochs * len(data) / o.batch_size)
         epoch = len(data) / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
-        by_step = o.schedule == "cosine"
+        by_step = o.schedule in BY_STEP
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
@@ -218,6 +222,8 @@ class Training(ModelStage, Generic[D]):
             epoch_texts=0 if by_step else len(data),
             weight_decay=o.weight_decay,
             decay=o.decay,
+            betas=(0.9, o.beta2),
+            head_rate=getattr(o, "head_rate", 1.0),
             clip_norm=o.clip_norm,
             ema=o.ema,
             seed=o.seed,

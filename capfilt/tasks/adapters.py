@@ -28,6 +28,8 @@ from capfilt.models.clip import Clip
 from capfilt.models.interop.contents import Contents
 from capfilt.models.kinds import Judges
 from capfilt.models.nlvr import BlipNlvr
+from capfilt.models.vilt import ImageTokens, Vilt
+from capfilt.models.vilt_classifier import ViltClassifier
 from capfilt.models.vqa import BlipVqa
 from capfilt.tasks.capabilities import capabilities
 
@@ -82,12 +84,6 @@ class _OnDevice:
         found: torch.device = next(self._model.parameters()).device
         return found
 
-    def image_features(self, batch: Tensor) -> Tensor:
-        """Features float32 [B, Dv]: the [CLS] token after the vision tower's last LayerNorm, before any projection."""
-        with self._evaluating():
-            out: Tensor = self._model.encode_image(self._sent(batch))[:, 0].float()
-            return out
-
     def _sent(self, batch: Tensor) -> Tensor:
         return batch.to(self.device, non_blocking=True)
 
@@ -111,7 +107,17 @@ class _OnDevice:
                 module.training = True
 
 
-class BlipCapabilities(_OnDevice):
+class _SeesImages(_OnDevice):
+    """One whose model has a vision tower."""
+
+    def image_features(self, batch: Tensor) -> Tensor:
+        """Features float32 [B, Dv]: the [CLS] token after the vision tower's last LayerNorm, before any projection."""
+        with self._evaluating():
+            out: Tensor = self._model.encode_image(self._sent(batch))[:, 0].float()
+            return out
+
+
+class BlipCapabilities(_SeesImages):
     """A `Blip` with its filter's half as a dual encoder, a cross-encoder and an image encoder; see `_OnDevice`."""
 
     def __init__(
@@ -170,7 +176,7 @@ class BlipCapabilities(_OnDevice):
         return out
 
 
-class BlipCaptioning(_OnDevice):
+class BlipCaptioning(_SeesImages):
     """A `Blip` with its captioner's half as a writer of captions and an image encoder."""
 
     @cached_property
@@ -186,7 +192,7 @@ class WholeBlip(BlipCapabilities, BlipCaptioning):
     """A `Blip` with both halves: everything that either can do."""
 
 
-class BlipAnswering(_OnDevice):
+class BlipAnswering(_SeesImages):
     """A `BlipVqa` as what answers questions."""
 
     def __init__(self, model: BlipVqa, tokenizer: Tokenizer) -> None:
@@ -250,6 +256,10 @@ class Classifying(_OnDevice):
         return out
 
 
+class BlipClassifying(_SeesImages, Classifying):
+    """The same, of a BLIP."""
+
+
 def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
     if model.config.half == "captioner":
         return BlipCaptioning(model, tokenizer, model.config.max_text_tokens)
@@ -285,11 +295,53 @@ class ClipCapabilities(_OnDevice):
             return out
 
 
+class ViltCapabilities(_OnDevice):
+    """A `Vilt` as a cross-encoder: every pair is a pass of its own; see `_OnDevice`."""
+
+    def __init__(self, model: Vilt, tokenizer: Tokenizer, *, pair_batch: int = 256) -> None:
+        model.require("match")
+        super().__init__(model, tokenizer, model.config.text.max_positions)
+        self._pair_batch = pair_batch
+
+    def encode_images(self, batch: Tensor) -> Tensor:
+        """Patches as tokens [B, 1 + N, D] of pixels uint8 [B, 3, S, S]: all that can be done without a text."""
+        with self._evaluating():
+            out: Tensor = self._model.encode_image(self._sent(batch)).tokens
+            return out
+
+    def match(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
+        """Match logits float32 [P]; see `MatchesPairs.match`."""
+        return self._matched(image_tokens, image_index, texts)[:, 1]
+
+    def match_probability(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
+        """Softmax float32 [P] of the two logits at "match"."""
+        return self._matched(image_tokens, image_index, texts).softmax(dim=1)[:, 1]
+
+    def _matched(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
+        number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        out = torch.empty(len(texts), 2, dtype=torch.float32)
+        with self._evaluating():
+            ids, mask = self._encode(list(number))
+            tokens = self._sent(image_tokens)
+            which = torch.tensor([number[text] for text in texts], device=self.device)
+            lengths = mask.sum(dim=1)
+            # Neighbours of like length: a batch is padded to its longest text.
+            for rows in torch.split(lengths[which].argsort(), self._pair_batch):
+                chosen = which[rows]
+                longest = int(lengths[chosen].max())
+                images = ImageTokens(tokens[image_index.to(self.device)[rows]])
+                states = self._model.fuse(ids[chosen, :longest], mask[chosen, :longest], images)
+                out[rows.cpu()] = self._model.match_logits(states).cpu()
+        return out
+
+
 ADAPTERS: dict[type[nn.Module], Callable[[Any, Any], object]] = {
     Blip: _blip,
     BlipVqa: BlipAnswering,
-    BlipNlvr: Classifying,
-    BlipClassifier: Classifying,
+    BlipNlvr: BlipClassifying,
+    BlipClassifier: BlipClassifying,
     Clip: ClipCapabilities,
+    Vilt: ViltCapabilities,
+    ViltClassifier: Classifying,
 }
 """What a class of model is evaluated through."""

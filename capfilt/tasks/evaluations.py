@@ -37,6 +37,7 @@ from capfilt.tasks.retrieval import (
 if TYPE_CHECKING:
     from capfilt.stages.options import EvaluateOptions
 
+_PAIRS = 1 << 14
 CAPTION_SCORERS = ("capfilt", "pycocoevalcap")
 
 
@@ -68,7 +69,9 @@ def retrieval(model: Any, corpus: Corpus, options: EvaluateOptions, progress: Pr
     elif isinstance(model, EmbedsImagesAndTexts):
         protocol = "cosine of ITC embeddings"
     else:
-        protocol = "every pair by its match logit"
+        protocol = (
+            f"every image with every text, {len(corpus.image_ids)} x {len(corpus)} pairs, by match logit"
+        )
     metrics: dict[str, float] = {}
     made: dict[str, Units] = {}
     for prefix, result in (("", best), ("itc_", found.itc)):
@@ -89,17 +92,25 @@ def retrieval(model: Any, corpus: Corpus, options: EvaluateOptions, progress: Pr
 def _all_pairs(
     model: MatchesPairs, batches: Iterable[Tensor], images: int, texts: Sequence[str], progress: Progress
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    table = np.empty((images, len(texts)), dtype=np.float32)
+    """Match logits float32 [images, texts]: 4 bytes per pair, and no more than `_PAIRS` pairs in the model's hands at once."""
+    # Equal texts are read once: cheaper, and in bf16 the only way to make them tie.
+    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    distinct = list(number)
+    table = np.empty((images, len(distinct)), dtype=np.float32)
     start = 0
     for batch in batches:
         tokens = model.encode_images(batch)
-        index = torch.arange(len(tokens)).repeat_interleave(len(texts))
-        table[start : start + len(tokens)] = (
-            model.match(tokens, index, list(texts) * len(tokens)).float().cpu().view(len(tokens), -1).numpy()
-        )
-        start += len(tokens)
-        progress("pairs", start * len(texts), table.size)
-    return table
+        stop = start + len(tokens)
+        step = max(1, _PAIRS // len(tokens))
+        for first in range(0, len(distinct), step):
+            some = distinct[first : first + step]
+            index = torch.arange(len(tokens)).repeat_interleave(len(some))
+            found = model.match(tokens, index, some * len(tokens))
+            table[start:stop, first : first + len(some)] = found.float().cpu().view(len(tokens), -1).numpy()
+            progress("pairs", start * len(distinct) + len(tokens) * (first + len(some)), table.size)
+        start = stop
+    which = [number[text] for text in texts]
+    return table if len(which) == len(distinct) else table[:, which]
 
 
 def _retrieval_units(result: RetrievalResult, image_ids: Sequence[str]) -> dict[str, Units]:

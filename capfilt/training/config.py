@@ -42,9 +42,7 @@ class TrainConfig:
     learning_rate: float = 3e-4  # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B
     min_lr: float = 1e-6  # BLIP, released pretraining configuration
     warmup_steps: int = 3000  # BLIP, released pretraining configuration; at most half of `steps` of a cosine
-    schedule: str = (
-        "cosine"  # by step; "epoch-cosine", "epoch-decay": the released BLIP's finetuning, pretraining
-    )
+    schedule: str = "cosine"  # by step, as "linear"; "epoch-cosine", "epoch-decay": the released BLIP's finetuning, pretraining
     warmup_lr: float = 1e-6  # where epoch-decay's warm-up starts (BLIP, released pretraining configuration)
     decay_rate: float = 0.9  # epoch-decay's factor per epoch (BLIP, released code; its paper says 0.85)
     epoch_texts: int = 0  # texts in an epoch, for the schedules by epoch
@@ -53,6 +51,7 @@ class TrainConfig:
         "matrices"  # "all" decays biases, LayerNorms and the temperature too, as the released BLIP does
     )
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's own, which the released BLIP uses
+    head_rate: float = 1.0  # factor on the learning rate of a task's head (ViLT, released code, for VQA: 10)
     clip_norm: float = 1.0  # 0 for none, as the released BLIP; clipping is the cure users found for stuck ITM
     ema: float = 0.0  # decay of averaged weights; 0 for none, as the released BLIP
     seed: int = 0  # of dropout, augmentation and hard negatives
@@ -83,7 +82,7 @@ class TrainConfig:
             raise UserError(f"ema {self.ema}: give a number in [0, 1), 0 for no average")
         if self.schedule not in schedule.SCHEDULES:
             raise UserError(f"schedule {self.schedule!r}: use one of {', '.join(schedule.SCHEDULES)}")
-        if self.schedule != "cosine" and self.epoch_texts < 1:
+        if self.schedule not in schedule.BY_STEP and self.epoch_texts < 1:
             raise UserError(f"schedule {self.schedule}: epoch_texts must say how many texts an epoch has")
 
     def identity(self) -> dict[str, Any]:
@@ -95,9 +94,9 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""
-        if self.schedule == "cosine":
+        if self.schedule in schedule.BY_STEP:
             return schedule.learning_rate(
-                step, self.steps, self.learning_rate, self.min_lr, self.warmup_steps
+                step, self.steps, self.learning_rate, self.min_lr, self.warmup_steps, self.schedule
             )
         # As the loader counts: an epoch begins with the batch whose first text is its first.
         epoch = step * self.batch_size // self.epoch_texts

@@ -168,7 +168,10 @@ class _Run:
         self.together = distributed.Together(module, ranks, shard)
         self.parameters = optim.trainable(module)
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = optim.AdamW(self.parameters, config.betas, config.weight_decay, config.decay)
+        factors = {name: config.head_rate for name in self.parameters if ".cls_head." in name}
+        self.optimizer = optim.AdamW(
+            self.parameters, config.betas, config.weight_decay, config.decay, factors=factors
+        )
         self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
         self.interrupt = Interrupt(alone=ranks.world == 1)
         self.watches = watches(config.stuck_steps, config.collapse_steps)

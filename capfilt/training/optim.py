@@ -38,6 +38,7 @@ class AdamW:
         weight_decay: 0.05 (BLIP, arXiv 2201.12086, sec. 4.1).
         decay: "matrices" decays what has two dimensions or more, so no bias, LayerNorm or temperature; "all" decays
             everything, temperature included, as the released BLIP does.
+        factors: on the learning rate of some parameters, by name; 1 for the others.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class AdamW:
         weight_decay: float = 0.05,
         decay: str = "matrices",
         eps: float = 1e-8,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         if decay not in DECAY_RULES:
             raise UserError(f"decay {decay!r}: use one of {', '.join(DECAY_RULES)}")
@@ -57,16 +59,18 @@ class AdamW:
             name: weight_decay if decay == "all" or parameter.dim() >= 2 else 0.0
             for name, parameter in self.parameters.items()
         }
+        self.factors = {name: (factors or {}).get(name, 1.0) for name in self.parameters}
         self.moments: dict[str, Moments] = {}
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """One update of every parameter that has a gradient; of a split one, each rank updates its part."""
-        for weight_decay in sorted(set(self.weight_decay.values())):
+        kinds = {name: (self.weight_decay[name], self.factors[name]) for name in self.parameters}
+        for weight_decay, factor in sorted(set(kinds.values())):
             names = [
                 name
                 for name, parameter in self.parameters.items()
-                if parameter.grad is not None and self.weight_decay[name] == weight_decay
+                if parameter.grad is not None and kinds[name] == (weight_decay, factor)
             ]
             made = {name: self._moments(name) for name in names}
             # A split parameter of few rows may have none of them on this rank.
@@ -83,7 +87,7 @@ class AdamW:
                 [local(each.second) for each in moments],
                 [],
                 steps,
-                lr=learning_rate,
+                lr=factor * learning_rate,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 weight_decay=weight_decay,

@@ -1,4 +1,4 @@
-"""Learning rates by step: a warmed-up cosine, and the two schedules by epoch of the released BLIP.
+"""Learning rates by step: a warmed-up cosine or line, and the two schedules by epoch of the released BLIP.
 
 Not here: what a rate is applied to (`optim.py`), other ramps (`capfilt.models.objectives`).
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 
-SCHEDULES = ("cosine", "epoch-cosine", "epoch-decay")
+BY_STEP = ("cosine", "linear")
+SCHEDULES = (*BY_STEP, "epoch-cosine", "epoch-decay")
 
 
-def learning_rate(step: int, steps: int, peak: float, min_lr: float, warmup_steps: int) -> float:
-    """The rate of `step` (counted from 0) of `steps`: linear warm-up to `peak`, then half a cosine towards `min_lr`.
+def learning_rate(
+    step: int, steps: int, peak: float, min_lr: float, warmup_steps: int, shape: str = "cosine"
+) -> float:
+    """The rate of `step` (counted from 0) of `steps`: linear warm-up to `peak`, then half a cosine towards `min_lr`, or with
+    `shape` "linear" a straight line (BERT; ViLT, arXiv 2102.03334, sec. 4.2).
 
     Warm-up takes at most half of the steps, so that a short run reaches its peak. No step has rate 0: step 0 has
     peak / (warm-up + 1), and `min_lr` itself would be the rate of step number `steps`. The released BLIP decays per
@@ -21,7 +25,9 @@ def learning_rate(step: int, steps: int, peak: float, min_lr: float, warmup_step
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
-    return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, progress)
+    left = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min_lr + (peak - min_lr) * left
 
 
 def epoch_cosine(epoch: int, epochs: int, peak: float, min_lr: float) -> float:

@@ -15,13 +15,14 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
 from capfilt.models.classifier import BlipClassifier
+from capfilt.models.vilt_classifier import ViltClassifier
 from capfilt.stages import options as o
 from capfilt.stages.classifier_training import FinetuneClosedVqa
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.registry import stage_command
 from capfilt.tables.workspace import Workspace
 from tests.stages.test_task_training import FAST, colour, ingest
-from tests.worlds import image_rows, tiny_checkpoint, write_images
+from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
 
 LABELS = ("contradiction", "neutral", "entailment")
 
@@ -83,16 +84,18 @@ def evaluate(place, task, part, **options):
     return json.loads((place.path / "runs" / f"{made.out}.json").read_text())
 
 
+@pytest.mark.parametrize(("start", "kind"), [("pretrained", BlipClassifier), ("vilt", ViltClassifier)])
 @pytest.mark.parametrize("name", KINDS)
-def test_it_is_trained_judged_and_evaluated(place, name):
+def test_it_is_trained_judged_and_evaluated(place, name, start, kind):
     part, _, task = KINDS[name]
-    figures = finetune(place, name).figures
+    tiny_vilt(place.model("vilt"), seed=3)
+    figures = finetune(place, name, init=start).figures
     assert (figures["steps"], figures["examples"], figures["val_examples"]) == (2, 16, 8)
     contents, meta = checkpoint.open_any(place.model("made"))
-    assert type(contents.model) is BlipClassifier
+    assert type(contents.model) is kind
     assert contents.model.config.task == task
     assert meta["extra"]["stage"] == name
-    assert finetune(place, name).done_before == 1
+    assert finetune(place, name, init=start).done_before == 1
     result = evaluate(place, task, part)
     metric = {"vqa": "vqa_closed_exact", "classification": "classification_top1"}.get(
         task, f"{task}_accuracy"
@@ -128,14 +131,19 @@ def test_the_closed_list_is_that_of_training_and_val_is_judged_whole(place):
         finetune(place, "finetune-vqa", answer_weight=("asked=0.5",), out="none")
 
 
-def test_it_goes_on_from_its_own_and_takes_a_new_head_for_other_classes(place):
+@pytest.mark.parametrize("start", ["pretrained", "vilt"])
+def test_it_goes_on_from_its_own_and_takes_a_new_head_for_other_classes(place, start):
     still = {"steps": 1, "learning_rate": 1e-12, "min_lr": 0.0, "validate": 0}
-    finetune(place, "finetune-entailment", out="a", **still)
+    tiny_vilt(place.model("vilt"), seed=3)
+    finetune(place, "finetune-entailment", out="a", init=start, **still)
     finetune(place, "finetune-entailment", out="b", init="a", seed=5, **still)
     finetune(place, "finetune-nlvr", out="c", init="a", **still)
     a, b, c = (checkpoint.open_any(place.model(out))[0].model.state_dict() for out in "abc")
     assert all(torch.allclose(b[name], a[name], atol=1e-6) for name in a)
-    assert c["cls_head.2.weight"].shape[0] == 2
+    assert [name for name in c if name.startswith("cls_head.")] == [
+        name for name in a if name.startswith("cls_head.")
+    ]
+    assert c[max(name for name in c if name.startswith("cls_head."))].shape[0] == 2
     inner = [name for name in a if not name.startswith("cls_head.")]
     assert all(torch.allclose(c[name], a[name], atol=1e-6) for name in inner)
     command = stage_command("finetune-vqa")

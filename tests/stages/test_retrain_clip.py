@@ -91,10 +91,10 @@ def test_the_sigmoid_loss_makes_a_model_with_a_bias_and_other_weights_are_refuse
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_init": "somewhere"}, "--vision-init: is for --model blip"),
+        ({"vision_init": "somewhere"}, "--vision-init: is not for --model clip"),
         ({"contrast": "hinge"}, "hinge"),
         ({"preset": "trunk"}, "tiny, small, base, large"),
-        ({"model": "dalle"}, "choose blip or clip"),
+        ({"model": "dalle"}, "choose blip, clip, vilt"),
     ],
 )
 def test_wrong_options_are_named(place, changes, message):

@@ -16,13 +16,14 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
 from capfilt.models.nlvr import BlipNlvr
+from capfilt.models.vilt_classifier import ViltClassifier
 from capfilt.models.vqa import BlipVqa
 from capfilt.stages import options as o
 from capfilt.stages.examples import Examples
 from capfilt.stages.task_training import FinetuneNlvr, FinetuneVqa
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.workspace import Workspace
-from tests.worlds import COLOURS, image_rows, tiny_checkpoint, write_images
+from tests.worlds import COLOURS, image_rows, tiny_checkpoint, tiny_vilt, write_images
 
 NAMES = list(COLOURS)
 FAST = {"steps": 2, "batch_size": 4, "images": ("pictures",), "save_every": 1, "drop_path": 0.0, "ranks": 1}
@@ -73,6 +74,22 @@ def finetune(place, kind, **options):
     return run_stage(
         stage(made(**{**FAST, "examples": parts, **options}), place), InlineExecutor(), quiet=True
     )
+
+
+def test_a_vilt_learns_statements_about_pairs_and_goes_on_from_its_own(place):
+    tiny_vilt(place.model("start"))
+    still = {"steps": 1, "learning_rate": 1e-12, "min_lr": 0.0}
+    figures = finetune(place, "nlvr", init="start", **still).figures
+    assert (figures["examples"], figures["val_examples"]) == (16, 7)
+    first, made = (checkpoint.open_any(place.model(name))[0].model for name in ("start", "nlvr"))
+    assert isinstance(made, ViltClassifier)
+    assert (made.pictures, made.labels) == (2, ("false", "true"))
+    types = first.state_dict()["modality"]
+    torch.testing.assert_close(made.modality.detach(), types[[0, 1, 1]], atol=1e-6, rtol=0)
+    finetune(place, "nlvr", init="nlvr", out="again", **still)
+    again = checkpoint.open_any(place.model("again"))[0].model.state_dict()
+    for name, tensor in made.state_dict().items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "model"), [("vqa", BlipVqa), ("nlvr", BlipNlvr)])
@@ -157,7 +174,7 @@ def test_it_starts_from_its_checkpoint_and_goes_on_from_its_own(place, kind):
     assert not torch.allclose(weights["a"][name], weights["b"][name], atol=1e-3)
     assert all(torch.allclose(weights["c"][key], weights["a"][key], atol=1e-6) for key in weights["a"])
     other = "nlvr" if kind == "vqa" else "vqa"
-    with pytest.raises(UserError, match="start from one of Blip, Blip"):
+    with pytest.raises(UserError, match="start from one of Blip, "):
         finetune(place, other, out="d", init="a")
     with pytest.raises(UserError, match="keeps it"):
         finetune(place, kind, out="d", init="a", image_size=32)

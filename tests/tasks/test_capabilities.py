@@ -16,9 +16,11 @@ from capfilt.inference.filter import Filter
 from capfilt.models.blip import build
 from capfilt.models.interop.contents import Contents, halved
 from capfilt.models.nlvr import nlvr_from_blip
-from capfilt.models.presets import preset
+from capfilt.models.presets import preset, vilt_preset
+from capfilt.models.vilt import build_vilt
+from capfilt.models.vilt_classifier import pair_from_vilt
 from capfilt.models.vqa import vqa_from_blip
-from capfilt.tasks.adapters import BlipCapabilities, opened
+from capfilt.tasks.adapters import BlipCapabilities, ViltCapabilities, opened
 from capfilt.tasks.capabilities import (
     EmbedsImagesAndTexts,
     GeneratesText,
@@ -155,6 +157,49 @@ def test_what_each_model_can_do(model, tokenizer):
     assert writes.can == ("embeds images", "generates text")
     assert opened(Contents(vqa_from_blip(model), tokenizer)).can == ("embeds images", "answers questions")
     assert opened(Contents(nlvr_from_blip(model), tokenizer)).can == ("embeds images", "classifies pairs")
+
+
+@pytest.fixture(scope="module")
+def vilt(tokenizer):
+    config = dataclasses.replace(vilt_preset("tiny", tokenizer.vocab_size), dropout=0.5)
+    built = build_vilt(config)
+    with torch.no_grad():
+        built.itm_head.weight.mul_(50)
+    return built
+
+
+@pytest.mark.parametrize("pair_batch", [1, 3, 256])
+def test_every_pair_of_a_vilt_scores_as_it_does_alone(vilt, tokenizer, images, pair_batch):
+    able = ViltCapabilities(vilt, tokenizer, pair_batch=pair_batch)
+    tokens = able.encode_images(images)
+    index = torch.tensor([0, 0, 0, 0, 0, 2, 2, 4])
+    texts = [*TEXTS[:5], TEXTS[5], TEXTS[3], TEXTS[0]]
+    logits, chances = able.match(tokens, index, texts), able.match_probability(tokens, index, texts)
+    vilt.eval()
+    with torch.inference_mode():
+        for row, (image, text) in enumerate(zip(index.tolist(), texts, strict=True)):
+            ids, mask = tokenizer.encode([text], 40)
+            alone = vilt.match_logits(vilt.fuse(ids, mask, vilt.encode_image(images[image : image + 1])))[0]
+            assert logits[row].item() == pytest.approx(alone[1].item(), abs=1e-4)
+            assert chances[row].item() == pytest.approx(alone.softmax(0)[1].item(), abs=1e-4)
+    vilt.train()
+    assert logits.std() > 1e-3
+
+
+def test_a_vilt_matches_and_its_classifiers_classify(vilt, tokenizer, images):
+    assert opened(Contents(copy.deepcopy(vilt), tokenizer)).can == ("matches pairs",)
+    judges = opened(Contents(pair_from_vilt(vilt), tokenizer))
+    assert judges.can == ("classifies pairs",)
+    assert (judges.model.labels, judges.model.pictures) == (("false", "true"), 2)
+    with torch.no_grad():
+        judges.model._model.modality.mul_(50)  # a fresh second picture is seen as the first one is
+        judges.model._model.modality[2].neg_()
+    pairs = torch.stack([images[:3], images[1:4]], dim=1)
+    logits = judges.model.classify(pairs, TEXTS[:3])
+    for row in range(3):
+        alone = judges.model.classify(pairs[row : row + 1], TEXTS[row : row + 1])[0]
+        assert torch.allclose(alone, logits[row], atol=1e-4)
+    assert not torch.allclose(judges.model.classify(pairs.flip(1), TEXTS[:3]), logits, atol=1e-4)
 
 
 def test_features_are_the_first_token_before_any_projection(model, tokenizer, images):

@@ -50,13 +50,16 @@ class Matches:
     match_probability = match
 
 
-def test_a_model_that_only_matches_pairs_scores_all_of_them(corpus):
+@pytest.mark.parametrize("held", [1, 5, 1 << 14])
+def test_a_model_that_only_matches_pairs_scores_all_of_them(corpus, monkeypatch, held):
+    """However few pairs it is given at once, and each text once however often it stands there."""
+    monkeypatch.setattr(evaluations, "_PAIRS", held)
     seen = []
     options = EvaluateOptions(images="x", batch_size=3)
     found = evaluations.retrieval(Matches(), corpus, options, lambda *each: seen.append(each))
     expected = from_scores(TABLE, OWNERS)
     assert found.metrics == expected.metrics
-    assert "every pair" in found.protocol
+    assert "every image with every text, 4 x 6 pairs" in found.protocol
     assert seen[-1] == ("pairs", 24, 24)
     for name, each in found.units.items():
         assert each.value() == pytest.approx(found.metrics[name]), name

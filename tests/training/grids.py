@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -27,19 +29,36 @@ WORDS = (
 
 
 def pairs(count: int) -> pa.Table:
-    """Grids of 4 by 4 random colours, each named by four random words."""
-    rng, rows = np.random.default_rng(0), []
-    for number in range(count):
-        grid = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    """Grids of 4 by 4 random colours, each named by four random words: nothing but learning by heart helps."""
+    rng = np.random.default_rng(0)
+    drawn = [
+        (rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), " ".join(rng.choice(WORDS, 4)))
+        for _ in range(count)
+    ]
+    return _table(*zip(*drawn, strict=True))
+
+
+def coloured(count: int) -> pa.Table:
+    """Grids of 2 by 2 colours, a word for each colour: what a model sees tells it what is said."""
+    rng = np.random.default_rng(0)
+    palette = np.array(list(itertools.product((0, 255), (0, 128, 255), (0, 255))), dtype=np.uint8)
+    numbers = [rng.integers(0, len(WORDS), 4) for _ in range(count)]
+    grids = [palette[each].reshape(2, 2, 3) for each in numbers]
+    return _table(grids, [" ".join(WORDS[number] for number in each) for each in numbers])
+
+
+def _table(grids: Iterable[np.ndarray], captions: Iterable[str]) -> pa.Table:
+    rows = []
+    for number, (grid, caption) in enumerate(zip(grids, captions, strict=True)):
         encoded = io.BytesIO()
-        grid.resize((48, 48), Image.Resampling.NEAREST).save(encoded, "PNG")
+        Image.fromarray(grid).resize((48, 48), Image.Resampling.NEAREST).save(encoded, "PNG")
         rows.append(
             {
                 "image_id": f"{number:032x}",
                 "dataset": "grids",
                 "key": str(number),
                 "source": "human",
-                "captions": [" ".join(rng.choice(WORDS, 4))],
+                "captions": [caption],
                 "split": "train",
                 "status": "success",
                 "image": {"bytes": encoded.getvalue(), "path": None},

@@ -51,6 +51,17 @@ def test_adamw_step_by_hand():
     assert weight.grad is None
 
 
+def test_a_factor_makes_the_steps_of_its_parameters_longer_and_of_no_others():
+    weights = {name: torch.ones(2, 2).requires_grad_() for name in ("body", "head", "frozen")}
+    optimizer = optim.AdamW(weights, weight_decay=0.0, factors={"head": 10.0})
+    for name in ("body", "head"):
+        weights[name].grad = torch.ones(2, 2)
+    optimizer.step(1e-3)
+    torch.testing.assert_close(1 - weights["head"].detach(), 10 * (1 - weights["body"].detach()))
+    assert (weights["body"] < 1).all()
+    assert (weights["frozen"] == 1).all()
+
+
 def test_adamw_by_the_paper():
     """Against the algorithm in Python floats (arXiv 1711.05101, algorithm 2); a parameter without a gradient is neither
     moved nor decayed, and its first step is its own.

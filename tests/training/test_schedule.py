@@ -4,6 +4,7 @@ published schedule that is not what was published.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -38,6 +39,16 @@ def test_schedule_rises_then_falls_between_its_bounds(steps, warmup):
     assert all(0.0 < value <= 1.0 for value in values)
     assert values[: top + 1] == sorted(values[: top + 1])
     assert values[top:] == sorted(values[top:], reverse=True)
+
+
+def test_a_line_falls_evenly_from_the_peak_to_the_end():
+    rates = [schedule.learning_rate(step, 104, 1.0, 0.1, 4, "linear") for step in range(105)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    falls = [high - low for high, low in itertools.pairwise(rates[4:])]
+    assert falls == pytest.approx([0.009] * 100)
+    assert rates[-1] == pytest.approx(0.1)
+    config = TrainConfig(steps=104, learning_rate=1.0, min_lr=0.1, warmup_steps=4, schedule="linear")
+    assert [config.rate(step) for step in range(104)] == rates[:-1]
 
 
 def test_finetuning_by_epoch_is_the_released_cosine():
@@ -84,5 +95,5 @@ def test_an_epoch_is_the_loaders(texts, batch_size, steps):
 def test_a_schedule_by_epoch_needs_the_epoch():
     with pytest.raises(UserError, match="epoch_texts"):
         TrainConfig(steps=3, schedule="epoch-decay")
-    with pytest.raises(UserError, match="schedule 'linear'"):
-        TrainConfig(steps=3, schedule="linear")
+    with pytest.raises(UserError, match="schedule 'square'"):
+        TrainConfig(steps=3, schedule="square")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from capfilt.models.kinds import BlipModel, Model, empty
 from capfilt.models.vision import resize_position_embedding
 from capfilt.models.weights import fill, listed, read_safetensors
 
+S = TypeVar("S", bound=Shape)
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
 
 
@@ -121,13 +122,13 @@ def halved(model: Blip, half: str) -> Blip:
 # What has no home in a layout goes into two files beside it.
 
 
-def settings_of(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+def settings_of(config: Shape, names: tuple[str, ...]) -> dict[str, Any]:
     """The named fields of the config ("vision.heads"), those it has."""
     flat = flatten(config)
     return {name: flat[name] for name in names if name in flat}
 
 
-def with_settings(path: Path, config: Config, names: tuple[str, ...], settings: Mapping[str, Any]) -> Config:
+def with_settings(path: Path, config: S, names: tuple[str, ...], settings: Mapping[str, Any]) -> S:
     """`config` with those of `settings` that are in `names`; UserError for others, and for values that do not fit."""
     stray = sorted(set(settings) - set(names))
     if stray:
@@ -144,7 +145,7 @@ def with_settings(path: Path, config: Config, names: tuple[str, ...], settings: 
         raise UserError(f"{path}: {error}") from error
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: Shape) -> dict[str, Any]:
     """The config's fields by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in config.to_dict().items():

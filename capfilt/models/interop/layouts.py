@@ -14,13 +14,18 @@ from typing import Any
 from capfilt.errors import UserError
 from capfilt.models import kinds
 from capfilt.models.config import Shape
-from capfilt.models.interop import clip_directory, original_layout, transformers_layout
+from capfilt.models.interop import clip_directory, original_layout, transformers_layout, vilt_directory
 from capfilt.models.interop.contents import Contents, read_json
 from capfilt.tables.ids import file_sha256
 
 CAPFILT, TRANSFORMERS, ORIGINAL = "capfilt", "transformers", "original"
 LAYOUTS = (CAPFILT, TRANSFORMERS, ORIGINAL)
-_DIRECTORIES: dict[str, Any] = {"blip": transformers_layout, "clip": clip_directory}
+_DIRECTORIES: dict[str, Any] = {
+    "blip": transformers_layout,
+    "clip": clip_directory,
+    "vilt": vilt_directory,
+    "vilt_classifier": vilt_directory,
+}
 """By `model_type`, transformers' and ours, what reads and writes the directory."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OURS = {"config", "files", "capfilt_version"}

@@ -1,0 +1,315 @@
+"""ViLT: one transformer over a text's words and a picture's linear patches (arXiv 2102.03334, sec. 3).
+
+Nothing sees the picture before the text does: no vision tower, no text encoder, so every pair is a pass of its own. What
+it is trained against is `matching.py`'s; other projects' layouts are `interop`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capfilt.data.transforms import normalise
+from capfilt.errors import UserError
+from capfilt.models.config import Shape
+from capfilt.models.layers import (
+    PreNormBlock,
+    full_precision,
+    init_normal,
+    init_std,
+    init_truncated,
+    run_layer,
+)
+from capfilt.models.text import Embeddings, Predictions, TextConfig
+
+HEADS = ("both", "match", "words", "none")
+"""Which heads a model has: of ITM ("match"), of masked words, both, or neither."""
+EPS = 1e-12
+"""Of every LayerNorm, as transformers has it. The released code has 1e-6 in the blocks, which changes no digit there."""
+
+
+@dataclass(frozen=True)
+class ViltVisionConfig:
+    """How a picture becomes tokens; the defaults are ViLT-B/32's (sec. 4.2)."""
+
+    image_size: int = 384  # of the square whose patches have positions of their own; others are interpolated
+    patch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches per side of that square."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class ViltTextConfig:
+    """How a text becomes tokens; the defaults are ViLT-B/32's, with [DEC] and [ENC], which it never reads."""
+
+    vocab_size: int = 30524
+    max_positions: int = 40
+    pad_id: int = 0
+
+
+@dataclass(frozen=True)
+class ViltConfig(Shape):
+    """Everything that decides the shape of a Vilt; `to_dict`/`from_dict` go through JSON unchanged.
+
+    The defaults are ViLT-B/32 (sec. 4.2; dropout and untied output words: released code).
+    """
+
+    vision: ViltVisionConfig = field(default_factory=ViltVisionConfig)
+    text: ViltTextConfig = field(default_factory=ViltTextConfig)
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    dropout: float = 0.1
+    has: str = "both"  # one of HEADS
+    tied: bool = False  # whether masked words are named by the word embeddings themselves, as BERT does
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.has not in HEADS:
+            raise UserError(f"has is {self.has!r}: use one of {', '.join(HEADS)}")
+
+
+class ImageTokens(NamedTuple):
+    """Pictures as tokens [B, 1 + N, D], positions added, the picture's own [CLS] first.
+
+    `mask` bool [B, 1 + N] says which are of the picture; None: all.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+
+
+class States(NamedTuple):
+    """What the transformer makes of pairs: `text` [B, L, D] and `image` [B, 1 + N, D], after the final LayerNorm."""
+
+    text: Tensor
+    image: Tensor
+
+
+class ViltBody(nn.Module):
+    """Embeddings, transformer and pooler: what every ViLT has, whatever its head.
+
+    Texts are `ids` int64 [B, L] = [CLS] ... [SEP] and padding, `mask` bool [B, L] False on padding (None: there is none).
+    `pictures` is how many a text may be seen with, one at a time: each has a modality type of its own.
+    """
+
+    def __init__(self, config: ViltConfig, pictures: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False  # see `recompute_activations`
+        self.visual_encoder = Patches(config)
+        self.text_embeddings = Embeddings(text_config(config))
+        # Row 0 is the text's, row 1 + p is picture p's.
+        self.modality = nn.Parameter(torch.empty(1 + pictures, config.width))
+        self.blocks = nn.ModuleList(
+            PreNormBlock(config.width, config.heads, config.hidden, eps=EPS, dropout=config.dropout)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=EPS)
+        self.pooler = nn.Linear(config.width, config.width)
+        std = init_std(config.width)
+        init_normal(self.text_embeddings, std)
+        init_truncated(self.blocks, std)
+        init_truncated(self.pooler, std)
+        nn.init.normal_(self.modality, std=std)
+
+    def encode_image(self, images: Tensor, mask: Tensor | None = None, limit: int = 0) -> ImageTokens:
+        """As `Patches.forward`."""
+        found: ImageTokens = self.visual_encoder(images, mask, limit)
+        return found
+
+    def fuse(self, ids: Tensor, mask: Tensor | None, image: ImageTokens, picture: int = 0) -> States:
+        """Every text i read together with image i, as its picture number `picture`."""
+        text = self.text_embeddings(ids, 0) + self.modality[0]
+        x = torch.cat([text, (image.tokens + self.modality[1 + picture]).to(text.dtype)], dim=1)
+        seen = None
+        if mask is not None or image.mask is not None:
+            sides = (
+                torch.ones(each.shape[:2], dtype=torch.bool, device=x.device) if known is None else known
+                for each, known in ((text, mask), (image.tokens, image.mask))
+            )
+            seen = torch.cat(list(sides), dim=1)[:, None, None, :]
+        for block in self.blocks:
+            x = run_layer(block, x, seen, recompute=self.recompute)
+        x = self.norm(x)
+        return States(x[:, : ids.shape[1]], x[:, ids.shape[1] :])
+
+    def pool(self, states: States) -> Tensor:
+        """[B, D], in (-1, 1): what the heads of whole pairs read, from the text's [CLS]."""
+        return torch.tanh(self.pooler(states.text[:, 0]))
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """Whether training computes every block's activations again in the backward pass instead of keeping them."""
+        self.recompute = on
+
+    def resize_image(self, image_size: int) -> None:
+        """Takes squares of another size from now on: positions are interpolated once and for all, all else stays."""
+        vision = dataclasses.replace(self.config.vision, image_size=image_size)
+        own = self.visual_encoder
+        own.pos_embed = nn.Parameter(own.positions(vision.grid, vision.grid).detach())
+        self.config = dataclasses.replace(self.config, vision=vision)
+
+
+class Vilt(ViltBody):
+    """A ViLT as it is pretrained: it says whether a text belongs to a picture, and which words are hidden."""
+
+    def __init__(self, config: ViltConfig) -> None:
+        super().__init__(config)
+        std = init_std(config.width)
+        if config.has in ("both", "match"):
+            self.itm_head = nn.Linear(config.width, 2)
+            init_truncated(self.itm_head, std)
+        if config.has in ("both", "words"):
+            self.mlm_head = Predictions(text_config(config))
+            init_normal(self.mlm_head, std)
+            if not config.tied:
+                self.mlm_words = nn.Parameter(torch.empty(config.vocab_size, config.width))
+                nn.init.normal_(self.mlm_words, std=std)
+
+    def require(self, head: str) -> None:
+        """UserError where this model lacks a head, "match" or "words"."""
+        if self.config.has not in ("both", head):
+            raise UserError(
+                f"this ViLT has no head {'of matches' if head == 'match' else 'of masked words'}: "
+                "pretrain it, or take a checkpoint that has one"
+            )
+
+    def match_logits(self, states: States) -> Tensor:
+        """fp32 logits [B, 2] of pairs, index 1 = match."""
+        pooled = self.pool(states)
+        with full_precision(pooled):
+            return F.linear(pooled.float(), self.itm_head.weight.float(), self.itm_head.bias.float())
+
+    def word_logits(self, states: Tensor) -> Tensor:
+        """fp32 logits [..., V] of what was hidden at text states [..., D]."""
+        words = self.text_embeddings.word_embeddings.weight if self.config.tied else self.mlm_words
+        out: Tensor = self.mlm_head(states, words)
+        return out
+
+
+class Patches(nn.Module):
+    """Pictures of any size to `ImageTokens`: a linear map of every patch, and its place in the picture."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ViltConfig) -> None:
+        super().__init__()
+        patch, width = config.vision.patch_size, config.width
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.vision.grid**2, width))
+        self.dropout = nn.Dropout(config.dropout)
+        self.set_normalisation()
+        nn.init.trunc_normal_(self.cls_token, std=init_std(width))
+        nn.init.trunc_normal_(self.pos_embed, std=init_std(width))
+
+    def set_normalisation(self) -> None:
+        """Constants, not weights: they follow the device and stay out of checkpoints, so a load sets them anew."""
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5), persistent=False)  # released code
+        self.register_buffer("std", torch.full((1, 3, 1, 1), 0.5), persistent=False)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, limit: int = 0) -> ImageTokens:
+        """images: pixels uint8 [B, 3, H, W], or normalised floats; H and W are multiples of the patch size.
+
+        mask: bool, of pixels [B, H, W] or of patches [B, H/p, W/p]; True on a picture, which lies at the top left, False
+        on what pads it. The released code takes zeros in a normalised picture for padding, mid-grey ones too.
+        limit: so many patches of a picture at most, drawn uniformly from torch's global CPU generator; 0 for all of them
+        (sec. 4.2: 200 in pretraining, which leaves out few and saves memory).
+        """
+        if images.dtype == torch.uint8:
+            images = normalise(images, self.mean, self.std)
+        patch = self.patch_embed.stride[0]
+        if images.shape[2] % patch or images.shape[3] % patch:
+            raise UserError(
+                f"pictures of {list(images.shape[2:])} pixels are no multiples of patches of {patch}"
+            )
+        patches = self.patch_embed(images)
+        rows, columns = patches.shape[2:]
+        if mask is None:
+            places, valid = self.positions(rows, columns), None
+        else:
+            # A patch counts as its first pixel does: pictures are padded by whole patches.
+            step = mask.shape[1] // rows
+            valid = mask[:, ::step, ::step].bool()
+            places = self.positions(rows, columns, valid[:, :, 0].sum(dim=1), valid[:, 0].sum(dim=1))
+            valid = valid.flatten(1)
+        tokens = patches.flatten(2).transpose(1, 2) + places[:, 1:].to(patches.dtype)
+        if 0 < limit < rows * columns:
+            drawn = torch.rand(tokens.shape[:2]).to(tokens.device)
+            if valid is not None:
+                drawn = drawn.masked_fill(~valid, -1.0)
+            kept = drawn.topk(limit, dim=1).indices.sort(dim=1).values
+            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+            valid = valid.gather(1, kept) if valid is not None else None
+        first = (self.cls_token + places[:, :1]).to(tokens.dtype).expand(len(tokens), -1, -1)
+        if valid is not None:
+            valid = F.pad(valid, (1, 0), value=True)
+        return ImageTokens(self.dropout(torch.cat([first, tokens], dim=1)), valid)
+
+    def positions(
+        self, rows: int, columns: int, heights: Tensor | None = None, widths: Tensor | None = None
+    ) -> Tensor:
+        """Position embeddings [B or 1, 1 + rows * columns, D] of pictures `heights` x `widths` (int64 [B]) patches large.
+
+        The square's own are interpolated to each picture's size, bilinearly and corner to corner (released code); without
+        sizes, to rows x columns. Beyond a picture's edge they mean nothing.
+        """
+        side = round((self.pos_embed.shape[1] - 1) ** 0.5)
+        if heights is None and (rows, columns) == (side, side):
+            return self.pos_embed
+        first, square = self.pos_embed[:, :1], self.pos_embed[0, 1:].view(side, side, -1)
+        down = _between(rows, side, heights, square)
+        across = _between(columns, side, widths, square)
+        # One side after the other: two small matrix products per picture.
+        found = torch.einsum("brs,stc->brtc", down, square)
+        found = torch.einsum("bkt,brtc->brkc", across, found).flatten(1, 2)
+        return torch.cat([first.expand(len(found), -1, -1), found], dim=1)
+
+
+def _between(count: int, side: int, lengths: Tensor | None, like: Tensor) -> Tensor:
+    """Weights [B or 1, count, side] that interpolate a row of `side` values at `lengths` points from its first to its last.
+
+    Without lengths at `count` points. Rows of what lies beyond a length are arbitrary.
+    """
+    points = torch.arange(count, device=like.device, dtype=like.dtype)
+    ends = like.new_tensor([count]) if lengths is None else lengths.to(like.dtype)
+    at = points * ((side - 1) / (ends[:, None] - 1).clamp(min=1))
+    return (1 - (at[:, :, None] - torch.arange(side, device=like.device)).abs()).clamp(min=0)
+
+
+def text_config(config: ViltConfig) -> TextConfig:
+    """What BERT's embeddings and its head of masked words go by."""
+    return TextConfig(
+        config.text.vocab_size,
+        config.width,
+        config.depth,
+        config.heads,
+        config.hidden,
+        config.text.max_positions,
+        config.dropout,
+        pad_id=config.text.pad_id,
+    )
+
+
+def build_vilt(config: ViltConfig, seed: int = 0) -> Vilt:
+    """A freshly initialised Vilt: the same config and seed give the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Vilt(config)
