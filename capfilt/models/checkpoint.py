@@ -17,33 +17,20 @@ import torch
 from safetensors.torch import save_file
 
 import capfilt
-from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import Encodes, Tokenizer
 from capfilt.errors import UserError
-from capfilt.models.blip import Blip, BlipConfig
-from capfilt.models.classifier import ClassifierConfig
-from capfilt.models.clip import Clip, ClipConfig
+from capfilt.models import kinds
+from capfilt.models.blip import Blip
+from capfilt.models.config import Shape
 from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, Model, assemble
-from capfilt.models.interop.keymaps import Config
-from capfilt.models.nlvr import NlvrConfig
-from capfilt.models.vqa import VqaConfig
+from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble
+from capfilt.models.kinds import KINDS, Model
 from capfilt.models.weights import check_tensors, read_safetensors, tensors
 from capfilt.tables.ids import file_sha256
 
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-KINDS: dict[str, type[Config | ClipConfig]] = {
-    "blip": BlipConfig, "blip_vqa": VqaConfig, "blip_nlvr": NlvrConfig, "blip_classifier": ClassifierConfig,
-    "clip": ClipConfig,
-}  # fmt: skip
-WHAT = {
-    "blip_vqa": "answers questions (BlipVqa)",
-    "blip_nlvr": "judges statements about pictures (BlipNlvr)",
-    "blip_classifier": "classifies pictures with texts (BlipClassifier)",
-    "clip": "embeds pictures and texts (Clip)",
-}
 
 
 def save(
@@ -66,7 +53,7 @@ def save(
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save(partial)
         content = {
-            "model_type": _kind(model.config),
+            "model_type": kinds.of(model).name,
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
@@ -91,7 +78,7 @@ def load(
     contents, meta = open_any(path, image_size)
     if not isinstance(contents.model, Blip):
         raise UserError(
-            f"{path}: {WHAT[meta['model_type']]}; captioning, scoring and training need another checkpoint"
+            f"{path}: {kinds.of(contents.model).what}; captioning, scoring and training need another checkpoint"
         )
     return contents.model.to(device), contents.tokenizer, meta
 
@@ -104,11 +91,12 @@ def open_any(path: str | Path, image_size: int = 0) -> tuple[Contents, dict[str,
         return contents, _meta(layout, contents.model.config, contents.extra)
     contents, meta = _read(place)
     if image_size and image_size != contents.model.config.image_size:
-        if not isinstance(contents.model, Blip | Clip):
+        resize = getattr(contents.model, "resize_image", None)
+        if resize is None:
             raise UserError(
                 f"{place}: a {type(contents.model).__name__} keeps the image size it was saved with"
             )
-        contents.model.resize_image(image_size)
+        resize(image_size)
     return contents, meta
 
 
@@ -144,21 +132,18 @@ def origin(path: str | Path, given: str) -> dict[str, dict[str, str]]:
     return {fingerprint(path): {"given": given, "layout": layout_of(path)}}
 
 
-def _meta(layout: str, config: Config | ClipConfig, extra: dict[str, Any]) -> dict[str, Any]:
+def _meta(layout: str, config: Shape, extra: dict[str, Any]) -> dict[str, Any]:
     return {
-        "model_type": _kind(config), "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout
+        "model_type": kinds.of(config).name, "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout
     }  # fmt: skip
-
-
-def _kind(config: Config | ClipConfig) -> str:
-    return next(name for name, each in KINDS.items() if type(config) is each)
 
 
 def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
     meta = _read_config(directory)
     config_path, weights_path = directory / CONFIG, directory / WEIGHTS
+    kind = kinds.named(meta["model_type"])
     try:
-        config = KINDS[meta["model_type"]].from_dict(meta["config"])
+        config = kind.config.from_dict(meta["config"])
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
     for name, expected in meta["files"].items():
@@ -168,7 +153,7 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
             )
     model = assemble(weights_path, config, read_safetensors(weights_path))
     try:
-        tokenizer = (BpeTokenizer if isinstance(model, Clip) else Tokenizer).load(directory)
+        tokenizer = kind.tokenizer.load(directory)
     except UserError:
         raise
     except Exception as error:
@@ -187,8 +172,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict) or content.get("model_type") not in KINDS:
-        raise UserError(f"{path}: no BLIP checkpoint (model_type is none of {', '.join(KINDS)})")
+    if not isinstance(content, dict) or content.get("model_type") not in [kind.name for kind in KINDS]:
+        names = ", ".join(kind.name for kind in KINDS)
+        raise UserError(f"{path}: no BLIP checkpoint (model_type is none of {names})")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("files"), dict):
         raise UserError(f"{path}: no capfilt checkpoint (fields 'config' and 'files' are missing)")
     if set(content["files"]) != {WEIGHTS, TOKENIZER}:

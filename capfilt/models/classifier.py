@@ -55,6 +55,8 @@ class ClassifierConfig(ModelConfig):
 class BlipClassifier(nn.Module):
     """See the module's docstring. Images, ids and masks are as in `Blip`; position 0 is overwritten here as there."""
 
+    pictures = 1
+
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
@@ -70,6 +72,15 @@ class BlipClassifier(nn.Module):
     def class_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
         """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv]."""
         return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it was trained to tell apart: the task's labels, or answers in VQA's normal form."""
+        return self.config.classes
+
+    def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
+        """`class_logits` of texts ids int64 [B, L] seen with images [B, 1, 3, S, S]."""
+        return self.class_logits(ids, mask, self.encode_image(images[:, 0]))
 
     def recompute_activations(self, on: bool = True) -> None:
         """As `Blip.recompute_activations`."""

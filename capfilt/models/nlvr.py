@@ -20,6 +20,7 @@ from capfilt.models.layers import Pair, split_heads
 from capfilt.models.text import CrossAttention, Projections, TextConfig, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
 from capfilt.models.weights import start_from
+from capfilt.tables.contracts import LABELS
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class BlipNlvr(nn.Module):
 
     Images come in one batch of 2B, all first ones before all second ones.
     """
+
+    labels = LABELS["nlvr"]
+    pictures = 2
 
     def __init__(self, config: NlvrConfig) -> None:
         super().__init__()
@@ -64,11 +68,9 @@ class BlipNlvr(nn.Module):
         """
         return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
 
-    @torch.no_grad()
-    def predict(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
-        """fp32 probabilities [B] that sentences ids int64 [B, L] are true of their images [B, 2, 3, S, S]."""
-        tokens = self.encode_image(images.transpose(0, 1).flatten(0, 1))
-        return self.truth_logits(ids, mask, tokens).softmax(dim=1)[:, 1]
+    def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
+        """`truth_logits` of sentences ids int64 [B, L] seen with images [B, 2, 3, S, S]."""
+        return self.truth_logits(ids, mask, self.encode_image(images.transpose(0, 1).flatten(0, 1)))
 
     def recompute_activations(self, on: bool = True) -> None:
         """As `Blip.recompute_activations`."""

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from capfilt.data.loader import Batch
 from capfilt.data.task_corpus import TaskBatch
 from capfilt.errors import UserError
-from capfilt.models.classifier import BlipClassifier
+from capfilt.models.kinds import Answers, Judges, blocks_of
 from capfilt.models.layers import full_precision
-from capfilt.models.nlvr import BlipNlvr
-from capfilt.models.vqa import BlipVqa, answer_loss
+from capfilt.models.vqa import answer_loss
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,16 @@ class AnsweringConfig:
 
 
 class VqaTraining(nn.Module):
-    """A BlipVqa and its loss."""
+    """A model that answers in words, and its loss."""
 
-    def __init__(self, model: BlipVqa, config: AnsweringConfig | None = None) -> None:
+    def __init__(self, model: Answers, config: AnsweringConfig | None = None) -> None:
         super().__init__()
         self.model = model
         self.config = config or AnsweringConfig()
 
     def blocks(self) -> list[nn.Module]:
         """What is run as a whole, once per pass, and so can have its weights gathered just then."""
-        return list(self.model.visual_encoder.blocks)
+        return blocks_of(self.model)
 
     def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient (`answer_loss`), and without one "accuracy": the mean over questions of the
@@ -62,43 +61,16 @@ class VqaTraining(nn.Module):
         return {"loss": loss, "accuracy": accuracy}
 
 
-class NlvrTraining(nn.Module):
-    """A BlipNlvr and its loss."""
-
-    def __init__(self, model: BlipNlvr) -> None:
-        super().__init__()
-        self.model = model
-
-    def blocks(self) -> list[nn.Module]:
-        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
-        return list(self.model.visual_encoder.blocks)
-
-    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
-        """fp32 scalars: "loss" with gradient (mean cross-entropy over statements, BLIP, code) and "accuracy"."""
-        assert isinstance(batch, TaskBatch)
-        pixels = _pixels(batch)
-        if pixels.dim() != 5 or batch.label is None:
-            raise UserError(
-                "a batch has no pairs of pictures with labels: its examples must be of the task nlvr"
-            )
-        tokens = self.model.encode_image(pixels.transpose(0, 1).flatten(0, 1))
-        logits = self.model.truth_logits(batch.ids, batch.mask, tokens)
-        with full_precision(logits):
-            loss = F.cross_entropy(logits, batch.label)
-        accuracy = (logits.detach().argmax(dim=1) == batch.label).float().mean()
-        return {"loss": loss, "accuracy": accuracy}
-
-
 class ClassifierTraining(nn.Module):
-    """A BlipClassifier and its loss."""
+    """A model that judges texts with one picture or two, and its loss."""
 
-    def __init__(self, model: BlipClassifier) -> None:
+    def __init__(self, model: Judges) -> None:
         super().__init__()
         self.model = model
 
     def blocks(self) -> list[nn.Module]:
         """What is run as a whole, once per pass, and so can have its weights gathered just then."""
-        return list(self.model.visual_encoder.blocks)
+        return blocks_of(self.model)
 
     def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient, and "accuracy".
@@ -108,7 +80,13 @@ class ClassifierTraining(nn.Module):
         code), and the mean worth of the likeliest answer.
         """
         assert isinstance(batch, TaskBatch)
-        logits = self.model.class_logits(batch.ids, batch.mask, self.model.encode_image(_pixels(batch)))
+        pixels = _pixels(batch)
+        pixels = pixels[:, None] if pixels.dim() == 4 else pixels
+        if pixels.shape[1] != self.model.pictures:
+            raise UserError(
+                f"a batch has {pixels.shape[1]} pictures per text, and the model looks at {self.model.pictures}"
+            )
+        logits = self.model.judge(batch.ids, batch.mask, pixels)
         best = logits.detach().argmax(dim=1)
         with full_precision(logits):
             if batch.targets is not None:

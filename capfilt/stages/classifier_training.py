@@ -15,8 +15,7 @@ from capfilt.data.answers import closed_list
 from capfilt.data.task_corpus import Answers, TaskCorpus
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models.blip import Blip
-from capfilt.models.classifier import BlipClassifier, classifier_from_blip
+from capfilt.models.kinds import CLASSES, Judges, Model, Start
 from capfilt.models.ranks import Ranks
 from capfilt.models.task_objectives import ClassifierTraining
 from capfilt.stages.options import FinetuneEntailmentOptions, FinetuneNlvrOptions, FinetuneVqaOptions
@@ -29,7 +28,7 @@ from capfilt.tables.workspace import Workspace
 class ClassifierTask(TaskTraining):
     """What the three share: one picture per example, and a head for the task's classes."""
 
-    trained = BlipClassifier
+    form = CLASSES
 
     def classes(self, data: TaskCorpus) -> tuple[str, ...]:
         """What the classifier's outputs stand for."""
@@ -38,20 +37,23 @@ class ClassifierTask(TaskTraining):
     def reading(self, model: Any = None) -> dict[str, Any]:
         return {"pictures": 1}
 
-    def started(self, model: Blip | BlipClassifier, data: TaskCorpus) -> BlipClassifier:
+    def started(self, start: Start, model: Model, data: TaskCorpus) -> Model:
         o = self.options
-        longest = {
-            "max_text_tokens": min(o.max_text_tokens, model.config.text.max_positions),
-            "max_words": o.max_words,
-        }
-        return classifier_from_blip(model, self.task, self.classes(data), o.seed, o.drop_path, **longest)
+        made: Model = start(
+            model,
+            task=self.task,
+            classes=self.classes(data),
+            seed=o.seed,
+            drop_path=o.drop_path,
+            max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
+            max_words=o.max_words,
+        )
+        return made
 
-    def continued(self, model: BlipClassifier, data: TaskCorpus) -> BlipClassifier:
-        if (model.config.task, model.config.classes) == (self.task, self.classes(data)):
-            return model
-        return self.started(model, data)
+    def continues(self, model: Any, data: TaskCorpus) -> bool:
+        return bool((model.config.task, model.labels) == (self.task, self.classes(data)))
 
-    def module(self, model: BlipClassifier, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+    def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return ClassifierTraining(model)
 
 
@@ -75,7 +77,7 @@ class FinetuneClosedVqa(ClassifierTask):
     def reading(self, model: Any = None) -> dict[str, Any]:
         return {
             **super().reading(model),
-            "classes": model.config.classes if model is not None else self._closed_list,
+            "classes": model.labels if model is not None else self._closed_list,
         }
 
     def _closed_list(self, questions: Sequence[Answers]) -> tuple[str, ...]:

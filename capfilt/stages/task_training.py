@@ -11,7 +11,6 @@ annotators whose answer is the one written greedily, which is no official metric
 from __future__ import annotations
 
 import json
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -23,13 +22,9 @@ from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_bat
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
-from capfilt.models.blip import Blip
-from capfilt.models.classifier import BlipClassifier
-from capfilt.models.interop.contents import Model
-from capfilt.models.nlvr import BlipNlvr, nlvr_from_blip
+from capfilt.models.kinds import ANSWERS, FINETUNED, PAIRS, STARTS, Answers, Judges, Model, Start
 from capfilt.models.ranks import ALONE, Ranks
-from capfilt.models.task_objectives import AnsweringConfig, NlvrTraining, VqaTraining
-from capfilt.models.vqa import BlipVqa, vqa_from_blip
+from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.training import Training
 from capfilt.tables.contracts import SPLITS
@@ -39,15 +34,12 @@ from capfilt.tables.workspace import Workspace
 IMAGE_COLUMNS = ("image_id", "image", "split")
 
 
-Trained = BlipVqa | BlipNlvr | BlipClassifier
-
-
 class TaskTraining(Training[TaskCorpus]):
     """What they share: examples, pictures, where a model starts, how it is judged."""
 
     shown = ("loss", "accuracy")
     task: ClassVar[str]
-    trained: ClassVar[type[Trained]]
+    form: ClassVar[str]
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         for name in ("examples", "images"):
@@ -70,14 +62,14 @@ class TaskTraining(Training[TaskCorpus]):
         self.init = workspace.model(options.init)
         checkpoint.read_config(self.init)
 
-    @abstractmethod
-    def started(self, model: Blip, data: TaskCorpus) -> Trained:
-        """The task's model, from a pretrained one."""
-
-    def continued(self, model: Any, data: TaskCorpus) -> Trained:
-        """The task's model, from one of its class."""
-        made: Trained = model
+    def started(self, start: Start, model: Model, data: TaskCorpus) -> Model:
+        """The task's model, made of a pretrained one by `start`."""
+        made: Model = start(model, seed=self.options.seed, drop_path=self.options.drop_path)
         return made
+
+    def continues(self, model: Any, data: TaskCorpus) -> bool:
+        """Whether a model of the task's form is gone on from as it is."""
+        return True
 
     def reading(self, model: Any = None) -> dict[str, Any]:
         """Further options of `from_examples`, for training, or for judging `model`."""
@@ -138,20 +130,19 @@ class TaskTraining(Training[TaskCorpus]):
     def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
         contents, _ = checkpoint.open_any(self.init)
         model, size = contents.model, self.image_size()
-        if isinstance(model, Blip):
-            if size != model.config.image_size:
-                model.resize_image(size)
-            model = self.started(model, data)
-        elif not isinstance(model, self.trained):
-            raise UserError(
-                f"{self.init}: is a {type(model).__name__}; start from a BLIP or a {self.trained.__name__}"
-            )
-        elif size != model.config.image_size:
-            raise UserError(
-                f"--image-size {size}: {self.init} was trained with {model.config.image_size} and keeps it"
-            )
-        else:
-            model = self.continued(model, data)
+        starts, finetuned = STARTS[self.form], FINETUNED[self.form]
+        if type(model) not in {*starts, *finetuned}:
+            known = ", ".join(dict.fromkeys(kind.__name__ for kind in (*starts, *finetuned)))
+            raise UserError(f"{self.init}: is a {type(model).__name__}; start from one of {known}")
+        if size != model.config.image_size:
+            resize = getattr(model, "resize_image", None)
+            if resize is None:
+                raise UserError(
+                    f"--image-size {size}: {self.init} was trained with {model.config.image_size} and keeps it"
+                )
+            resize(size)
+        if not isinstance(model, finetuned) or not self.continues(model, data):
+            model = self.started(starts[type(model)], model, data)
         return model, contents.tokenizer
 
     def feed(self) -> dict[str, Any]:
@@ -164,7 +155,7 @@ class TaskTraining(Training[TaskCorpus]):
         return pa.table({"example_id": data.example_ids, "exposures": counts})
 
     @torch.no_grad()
-    def judged(self, model: Trained, tokenizer: Tokenizer, where: torch.device) -> dict[str, float]:
+    def judged(self, model: Model, tokenizer: Tokenizer, where: torch.device) -> dict[str, float]:
         o = self.options
         if not o.validate or "val" in o.splits:
             return {}
@@ -187,7 +178,7 @@ class FinetuneVqa(TaskTraining):
 
     name = "finetune-vqa"
     task = "vqa"
-    trained = BlipVqa
+    form = ANSWERS
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -214,10 +205,7 @@ class FinetuneVqa(TaskTraining):
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "answers.json").write_text(json.dumps(answers, indent=0) + "\n", encoding="utf-8")
 
-    def started(self, model: Blip, data: TaskCorpus) -> BlipVqa:
-        return vqa_from_blip(model, self.options.seed, self.options.drop_path)
-
-    def module(self, model: BlipVqa, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+    def module(self, model: Answers, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return VqaTraining(model, AnsweringConfig(self.options.label_smoothing))
 
 
@@ -226,7 +214,7 @@ class FinetuneNlvr(TaskTraining):
 
     name = "finetune-nlvr"
     task = "nlvr"
-    trained = BlipNlvr
+    form = PAIRS
     options: FinetuneNlvrOptions
 
     def __init__(
@@ -236,11 +224,8 @@ class FinetuneNlvr(TaskTraining):
         if not 0 <= options.swap <= 1:
             raise UserError(f"--swap {options.swap:g}: give a probability")
 
-    def started(self, model: Blip, data: TaskCorpus) -> BlipNlvr:
-        return nlvr_from_blip(model, self.options.seed, self.options.drop_path)
-
     def feed(self) -> dict[str, Any]:
         return {**super().feed(), "swap": self.options.swap}
 
-    def module(self, model: BlipNlvr, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
-        return NlvrTraining(model)
+    def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+        return ClassifierTraining(model)

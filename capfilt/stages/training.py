@@ -23,7 +23,7 @@ from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
-from capfilt.models.interop.contents import Model, empty
+from capfilt.models.kinds import Model, empty
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.options import LoopOptions

@@ -21,13 +21,14 @@ from capfilt.data.tokenizer import MAX_WORDS, Tokenizer
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import Limits, beam_search
+from capfilt.models import kinds
 from capfilt.models.blip import Blip
 from capfilt.models.classifier import BlipClassifier
 from capfilt.models.clip import Clip
 from capfilt.models.interop.contents import Contents
+from capfilt.models.kinds import Judges
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vqa import BlipVqa
-from capfilt.tables.contracts import LABELS
 from capfilt.tasks.capabilities import capabilities
 
 
@@ -56,7 +57,7 @@ def opened(contents: Contents, device: str | torch.device = "cpu") -> Opened:
     model = contents.model.to(device).eval()
     adapt = ADAPTERS.get(type(model))
     return Opened(
-        _NAMES.get(type(model), type(model).__name__),
+        kinds.of(model).who,
         model.config.image_size,
         adapt(model, contents.tokenizer) if adapt else model,
     )
@@ -222,44 +223,30 @@ class BlipAnswering(_OnDevice):
         return best.cpu()
 
 
-class BlipReasoning(_OnDevice):
-    """A `BlipNlvr` as a classifier of statements about two pictures."""
+class Classifying(_OnDevice):
+    """A model that judges texts with pictures, as a classifier of them."""
 
-    labels = LABELS["nlvr"]
-    pictures = 2
-
-    def __init__(self, model: BlipNlvr, tokenizer: Tokenizer) -> None:
-        super().__init__(model, tokenizer, model.config.text.max_positions, model.config.max_words)
-
-    def classify(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """Logits float32 [B, 2] (false, true) of statements about pixels uint8 [B, 2, 3, S, S]."""
-        with self._evaluating():
-            ids, mask = self._encode(texts)
-            tokens = self._model.encode_image(self._sent(images).transpose(0, 1).flatten(0, 1))
-            out: Tensor = self._model.truth_logits(ids, mask, tokens).float()
-        return out
-
-
-class BlipClassifying(_OnDevice):
-    """A `BlipClassifier` as a classifier of texts about one picture."""
-
-    pictures = 1
-
-    def __init__(self, model: BlipClassifier, tokenizer: Tokenizer) -> None:
-        super().__init__(model, tokenizer, model.config.max_text_tokens, model.config.max_words)
+    def __init__(self, model: Judges, tokenizer: Tokenizer) -> None:
+        longest = getattr(model.config, "max_text_tokens", model.config.text.max_positions)
+        super().__init__(model, tokenizer, longest, model.config.max_words)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What it was trained to tell apart: the task's labels, or answers in VQA's normal form."""
-        found: tuple[str, ...] = self._model.config.classes
+        """The model's."""
+        found: tuple[str, ...] = self._model.labels
         return found
 
+    @property
+    def pictures(self) -> int:
+        """The model's."""
+        count: int = self._model.pictures
+        return count
+
     def classify(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """Logits float32 [B, C] of texts about pixels uint8 [B, 1, 3, S, S]."""
+        """Logits float32 [B, C] of texts about pixels uint8 [B, pictures, 3, S, S]."""
         with self._evaluating():
             ids, mask = self._encode(texts)
-            tokens = self._model.encode_image(self._sent(images[:, 0]))
-            out: Tensor = self._model.class_logits(ids, mask, tokens)
+            out: Tensor = self._model.judge(ids, mask, self._sent(images)).float()
         return out
 
 
@@ -301,16 +288,8 @@ class ClipCapabilities(_OnDevice):
 ADAPTERS: dict[type[nn.Module], Callable[[Any, Any], object]] = {
     Blip: _blip,
     BlipVqa: BlipAnswering,
-    BlipNlvr: BlipReasoning,
-    BlipClassifier: BlipClassifying,
+    BlipNlvr: Classifying,
+    BlipClassifier: Classifying,
     Clip: ClipCapabilities,
 }
 """What a class of model is evaluated through."""
-
-_NAMES: dict[type[nn.Module], str] = {
-    Blip: "BLIP",
-    BlipVqa: "BLIP for questions",
-    BlipNlvr: "BLIP for statements",
-    BlipClassifier: "BLIP with a classifier",
-    Clip: "CLIP",
-}

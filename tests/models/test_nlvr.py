@@ -98,7 +98,7 @@ def test_the_model_is_its_description(model):
     for row, length in enumerate(MASK.sum(1).tolist()):
         expected = by_hand(model, IDS[row, :length].tolist(), tokens[row], tokens[3 + row])
         assert torch.allclose(found[row], expected, atol=1e-5), row
-    assert torch.allclose(model.predict(IDS, MASK, pairs), found.softmax(1)[:, 1])
+    assert torch.allclose(model.judge(IDS, MASK, pairs), found)
 
 
 def test_merging_layers_are_in_the_second_half_of_the_published_depth():
@@ -112,12 +112,12 @@ def test_merging_layers_are_in_the_second_half_of_the_published_depth():
 @torch.no_grad()
 def test_each_image_counts_and_its_side_too(model):
     pairs, swapped = pictures(), pictures().flip(1)
-    plain = model.predict(IDS, MASK, pairs)
-    assert not torch.allclose(plain, model.predict(IDS, MASK, swapped), atol=1e-3)
+    plain = model.judge(IDS, MASK, pairs)
+    assert not torch.allclose(plain, model.judge(IDS, MASK, swapped), atol=1e-3)
     for side in (0, 1):
         other = pairs.clone()
         other[:, side] += 1
-        assert not torch.allclose(plain, model.predict(IDS, MASK, other), atol=1e-3), side
+        assert not torch.allclose(plain, model.judge(IDS, MASK, other), atol=1e-3), side
 
 
 @pytest.mark.parametrize("half", ["both", "filter"])

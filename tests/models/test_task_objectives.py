@@ -17,7 +17,6 @@ from capfilt.models.nlvr import NlvrConfig, build_nlvr
 from capfilt.models.task_objectives import (
     AnsweringConfig,
     ClassifierTraining,
-    NlvrTraining,
     VqaTraining,
 )
 from capfilt.models.text import TextConfig
@@ -116,9 +115,9 @@ def test_the_accuracy_is_the_weight_of_what_greedy_decoding_writes(answering):
 def test_statements_have_their_label_for_a_target():
     model = loud(build_nlvr(NlvrConfig(VISION, TEXT)), 2)
     pixels = torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    likely = model.predict(IDS, IDS != 0, pixels).tolist()
+    likely = model.judge(IDS, IDS != 0, pixels).softmax(1)[:, 1].tolist()
     for labels in ([0, 1, 1], [1, 1, 0]):
-        found = NlvrTraining(model).eval().losses(batch(pixels=pixels, label=torch.tensor(labels)))
+        found = ClassifierTraining(model).eval().losses(batch(pixels=pixels, label=torch.tensor(labels)))
         terms = [-math.log(p if label else 1 - p) for p, label in zip(likely, labels, strict=True)]
         assert float(found["loss"]) == pytest.approx(sum(terms) / 3, rel=1e-4)
         right = [(p > 0.5) == bool(label) for p, label in zip(likely, labels, strict=True)]
@@ -130,10 +129,10 @@ def test_batches_of_another_task_are_refused_by_name(answering):
     with pytest.raises(UserError, match="task vqa"):
         VqaTraining(answering).losses(batch(pixels=pixels))
     model = build_nlvr(NlvrConfig(VISION, TEXT))
-    with pytest.raises(UserError, match="task nlvr"):
-        NlvrTraining(model).losses(batch(pixels=pixels, label=torch.zeros(3, dtype=torch.int64)))
+    with pytest.raises(UserError, match="1 pictures per text"):
+        ClassifierTraining(model).losses(batch(pixels=pixels, label=torch.zeros(3, dtype=torch.int64)))
     with pytest.raises(UserError, match="no pixels"):
-        NlvrTraining(model).losses(batch())
+        ClassifierTraining(model).losses(batch())
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr"])
@@ -142,7 +141,7 @@ def test_half_precision_changes_little_and_losses_stay_whole(answering, task):
     if task == "vqa":
         module, given = VqaTraining(answering), questions(ANSWERS, WEIGHTS)
     else:
-        module = NlvrTraining(loud(build_nlvr(NlvrConfig(VISION, TEXT)), 2))
+        module = ClassifierTraining(loud(build_nlvr(NlvrConfig(VISION, TEXT)), 2))
         given = batch(pixels=torch.randn(3, 2, 3, 16, 16), label=torch.tensor([0, 1, 1]))
     module.eval()
     plain = module.losses(given)["loss"]

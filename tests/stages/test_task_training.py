@@ -106,7 +106,8 @@ def test_validation_by_hand(place):
     corpus = stage._corpus(48, ("val",), 5)
     assert found["val_examples"] == len(corpus) == 5
     (batch,) = task_batches(corpus, contents.tokenizer, 5, epochs=1, max_text_tokens=30)
-    likely = contents.model.predict(batch.ids, batch.mask, batch.pixels)
+    with torch.no_grad():
+        likely = contents.model.judge(batch.ids, batch.mask, batch.pixels).softmax(1)[:, 1]
     right = ((likely > 0.5).long() == batch.label).float()
     loss = -torch.where(batch.label == 1, likely, 1 - likely).log().mean()
     assert found["val_accuracy"] == pytest.approx(float(right.mean()), abs=1e-6)
@@ -156,7 +157,7 @@ def test_it_starts_from_its_checkpoint_and_goes_on_from_its_own(place, kind):
     assert not torch.allclose(weights["a"][name], weights["b"][name], atol=1e-3)
     assert all(torch.allclose(weights["c"][key], weights["a"][key], atol=1e-6) for key in weights["a"])
     other = "nlvr" if kind == "vqa" else "vqa"
-    with pytest.raises(UserError, match="start from a BLIP or a"):
+    with pytest.raises(UserError, match="start from one of Blip, Blip"):
         finetune(place, other, out="d", init="a")
     with pytest.raises(UserError, match="keeps it"):
         finetune(place, kind, out="d", init="a", image_size=32)

@@ -19,7 +19,7 @@ from capfilt.inference.answering import rank_answers
 from capfilt.models.blip import build
 from capfilt.models.nlvr import nlvr_from_blip
 from capfilt.models.presets import preset
-from capfilt.models.task_objectives import NlvrTraining, VqaTraining
+from capfilt.models.task_objectives import ClassifierTraining, VqaTraining
 from capfilt.models.vqa import vqa_from_blip
 from capfilt.tables.contracts import EXAMPLES, IMAGES
 from capfilt.training.loop import TrainConfig, train
@@ -76,7 +76,7 @@ def test_64_examples_are_learned_by_heart(task, steps):
     tokenizer = Tokenizer.train([*TEXTS, *ANSWERS] * 3, vocab_size=200)
     make = vqa_from_blip if task == "vqa" else nlvr_from_blip
     model = make(blip(tokenizer), drop_path=0.0)
-    module = VqaTraining(model) if task == "vqa" else NlvrTraining(model)
+    module = VqaTraining(model) if task == "vqa" else ClassifierTraining(model)
     options = {"batch_size": 16, "steps": steps, "max_text_tokens": 12}
     result = train(
         module,
@@ -91,9 +91,9 @@ def test_64_examples_are_learned_by_heart(task, steps):
     with torch.no_grad():
         assert float(module.losses(whole)["accuracy"]) >= 0.95
         if task == "nlvr":
-            likely = model.predict(whole.ids, whole.mask, whole.pixels) > 0.5
+            likely = model.judge(whole.ids, whole.mask, whole.pixels).argmax(dim=1) == 1
             assert (likely == whole.label.bool()).float().mean() >= 0.95
-            turned = model.predict(whole.ids, whole.mask, whole.pixels.flip(1)) > 0.5
+            turned = model.judge(whole.ids, whole.mask, whole.pixels.flip(1)).argmax(dim=1) == 1
             assert (turned == whole.label.bool()).float().mean() <= 0.05, (
                 "the order of the pictures is all there is"
             )
@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_run(tmp_path, task):
     corpus = from_examples([(examples(task), 1.0)], pictures(), task, size=48)
     tokenizer = Tokenizer.train([*TEXTS, *ANSWERS] * 3, vocab_size=200)
     make = vqa_from_blip if task == "vqa" else nlvr_from_blip
-    objective = VqaTraining if task == "vqa" else NlvrTraining
+    objective = VqaTraining if task == "vqa" else ClassifierTraining
     feed = partial(from_step, corpus, tokenizer)
     weights = []
     for stops in (False, True):

@@ -29,12 +29,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, MERGES = "tokenizer.json", "merges.txt"
 
 
-def is_clip(directory: Path) -> bool:
-    """Whether the directory's config.json, if there is one, is a CLIPModel's."""
-    path = directory / CONFIG
-    return path.is_file() and read_json(path).get("model_type") == "clip"
-
-
 def files(directory: Path) -> list[Path]:
     """Every file that `read` reads."""
     found = [directory / CONFIG, weights_file(directory), *_tokenizer_files(directory)]

@@ -17,17 +17,13 @@ from torch import Tensor
 
 import capfilt
 from capfilt.errors import UserError
-from capfilt.models.blip import Blip, BlipConfig
-from capfilt.models.classifier import BlipClassifier, ClassifierConfig
-from capfilt.models.clip import Clip, ClipConfig
+from capfilt.models.blip import Blip
+from capfilt.models.config import Shape
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, reason
-from capfilt.models.nlvr import BlipNlvr
+from capfilt.models.kinds import BlipModel, Model, empty
 from capfilt.models.vision import resize_position_embedding
-from capfilt.models.vqa import BlipVqa, VqaConfig
 from capfilt.models.weights import fill, listed, read_safetensors
 
-BlipModel = Blip | BlipVqa | BlipNlvr | BlipClassifier
-Model = BlipModel | Clip
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
 
 
@@ -46,8 +42,8 @@ class Contents:
 
 def blip_of(contents: Contents) -> BlipModel:
     """The model, for a layout of BLIPs. UserError where it is none."""
-    if isinstance(contents.model, Clip):
-        raise UserError("a CLIP has no home in a layout of BLIPs")
+    if not isinstance(contents.model, BlipModel):
+        raise UserError(f"a {type(contents.model).__name__} has no home in a layout of BLIPs")
     return contents.model
 
 
@@ -88,24 +84,16 @@ def take(
     return state, leftovers
 
 
-def assemble(path: Path, config: Config | ClipConfig, state: dict[str, Tensor]) -> Model:
+def assemble(path: Path, config: Shape, state: dict[str, Tensor]) -> Model:
     """A model of `config` in evaluation mode that owns `state`; UserError as `weights.fill`."""
     with torch.device("meta"):
         model = empty(config)
     fill(path, model, state)
-    model.visual_encoder.set_normalisation()
+    for module in model.modules():
+        constants = getattr(module, "set_normalisation", None)
+        if constants is not None:
+            constants()
     return model.eval()
-
-
-def empty(config: Config | ClipConfig) -> Model:
-    """A model of the class that `config` is the configuration of."""
-    if isinstance(config, ClipConfig):
-        return Clip(config)
-    if isinstance(config, BlipConfig):
-        return Blip(config)
-    if isinstance(config, ClassifierConfig):
-        return BlipClassifier(config)
-    return BlipVqa(config) if isinstance(config, VqaConfig) else BlipNlvr(config)
 
 
 def resized(path: Path, config: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,10 +13,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
+from capfilt.models import checkpoint, kinds
 from capfilt.models.blip import Blip
-from capfilt.models.clip import Clip
-from capfilt.models.interop import clip_directory, original_layout, transformers_layout
+from capfilt.models.interop import layouts, original_layout
 from capfilt.models.interop.contents import LEFTOVERS, Contents, halved
 from capfilt.models.interop.keymaps import kind_of, reason
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, TRANSFORMERS
@@ -36,10 +35,10 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
         raise UserError(f"--only {only!r}: choose captioner or filter")
     if out.exists():
         raise UserError(f"{out}: exists already; name a new directory")
-    contents, meta = checkpoint.open_any(source, image_size)
+    contents, _ = checkpoint.open_any(source, image_size)
     if only:
         if not isinstance(contents.model, Blip):
-            raise UserError(f"{source}: {checkpoint.WHAT[meta['model_type']]}; it has no {only} inside")
+            raise UserError(f"{source}: {kinds.of(contents.model).what}; it has no {only} inside")
         contents = replace(contents, model=halved(contents.model, only))
         if only == "captioner":
             # They belong to ITC, which a captioner does not have.
@@ -53,7 +52,8 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         made.rename(out)
-    kind = "clip" if isinstance(contents.model, Clip) else kind_of(contents.model.config)
+    model = contents.model
+    kind = kind_of(model.config) if isinstance(model, kinds.BlipModel) else kinds.of(model).name
     what = "captioner and filter" if kind == "both" else kind
     lines = [f"wrote {out}: {what}, layout {to}"]
     kept = Counter(str(reason(name)) for name in contents.leftovers)
@@ -70,7 +70,6 @@ def _write(directory: Path, to: str, contents: Contents) -> None:
                 directory / LEFTOVERS,
             )
     elif to == TRANSFORMERS:
-        clip = isinstance(contents.model, Clip)
-        (clip_directory if clip else transformers_layout).write(directory, contents)
+        layouts.transformers_of(contents.model).write(directory, contents)
     else:
         original_layout.write(directory, contents)

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.models.clip import ClipConfig
+from capfilt.models import kinds
+from capfilt.models.config import Shape
 from capfilt.models.interop import clip_directory, original_layout, transformers_layout
 from capfilt.models.interop.contents import Contents, read_json
-from capfilt.models.interop.keymaps import Config
 from capfilt.tables.ids import file_sha256
 
 CAPFILT, TRANSFORMERS, ORIGINAL = "capfilt", "transformers", "original"
 LAYOUTS = (CAPFILT, TRANSFORMERS, ORIGINAL)
+_DIRECTORIES: dict[str, Any] = {"blip": transformers_layout, "clip": clip_directory}
+"""By `model_type`, transformers' and ours, what reads and writes the directory."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OURS = {"config", "files", "capfilt_version"}
 
@@ -47,7 +49,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
         return ORIGINAL, path
     if (path / transformers_layout.CONFIG).is_file():
         content = read_json(path / transformers_layout.CONFIG)
-        foreign = not _OURS & set(content) and content.get("model_type") in ("blip", "clip")
+        foreign = not _OURS & set(content) and content.get("model_type") in _DIRECTORIES
         return (TRANSFORMERS if foreign else CAPFILT), path
     if transformers_layout.is_pair(path):
         return TRANSFORMERS, path
@@ -67,10 +69,10 @@ def read(layout: str, path: Path, image_size: int = 0) -> Contents:
     return original_layout.read(path, image_size)
 
 
-def read_config(layout: str, path: Path) -> tuple[Config | ClipConfig, dict[str, Any]]:
+def read_config(layout: str, path: Path) -> tuple[Shape, dict[str, Any]]:
     """(config, extra) of the same, no weights loaded."""
     if layout == TRANSFORMERS:
-        found: tuple[Config | ClipConfig, dict[str, Any]] = _transformers(path).read_config(path)
+        found: tuple[Shape, dict[str, Any]] = _transformers(path).read_config(path)
         return found
     return original_layout.read_config(path)
 
@@ -91,9 +93,16 @@ def fingerprint(layout: str, path: Path) -> str:
     return total.hexdigest()
 
 
+def transformers_of(model: object) -> Any:
+    """What writes this model as a transformers directory. A model without a home there is refused by what it writes with."""
+    return _DIRECTORIES.get(kinds.of(model).name, transformers_layout)
+
+
 def _transformers(path: Path) -> Any:
-    """What reads this transformers directory: a BLIP's or a CLIP's."""
-    return clip_directory if clip_directory.is_clip(path) else transformers_layout
+    """What reads this transformers directory."""
+    if transformers_layout.is_pair(path):
+        return transformers_layout
+    return _DIRECTORIES[str(read_json(path / transformers_layout.CONFIG)["model_type"])]
 
 
 def _cached(hub_id: str) -> Path | None:

@@ -23,7 +23,6 @@ from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     LEFTOVERS,
     SETTINGS,
-    BlipModel,
     Contents,
     assemble,
     blip_of,
@@ -39,6 +38,7 @@ from capfilt.models.interop.contents import (
     write_beside,
 )
 from capfilt.models.interop.keymaps import Config, kind_of, transformers_names
+from capfilt.models.kinds import BlipModel
 from capfilt.models.presets import LARGE
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
 from capfilt.models.vqa import VqaConfig

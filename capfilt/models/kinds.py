@@ -1,0 +1,120 @@
+"""Which classes of models there are: one table for checkpoints, finetuning and evaluation.
+
+A model that is added gets a line in `KINDS`, and one in `STARTS` for each task that it can be finetuned for. Not here:
+other projects' layouts (`interop`), what a model is evaluated through (`capfilt.tasks.adapters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from capfilt.data.bpe import BpeTokenizer
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models.classifier import BlipClassifier, ClassifierConfig, classifier_from_blip
+from capfilt.models.clip import Clip, ClipConfig
+from capfilt.models.config import Shape
+from capfilt.models.nlvr import BlipNlvr, NlvrConfig, nlvr_from_blip
+from capfilt.models.vqa import BlipVqa, VqaConfig, vqa_from_blip
+
+Answers = BlipVqa
+"""What answers questions in words: `VqaTraining` trains it."""
+Judges = BlipNlvr | BlipClassifier
+"""What judges texts with pictures: `labels`, `pictures` (per text), and `judge(ids int64 [B, L], mask bool [B, L], images
+[B, pictures, 3, S, S])`, fp32 logits [B, labels]. `ClassifierTraining` trains it."""
+BlipModel = Blip | Answers | Judges
+Model = BlipModel | Clip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of models.
+
+    Attributes:
+        name: `model_type` in a checkpoint's config.json.
+        config, model: the classes.
+        who: what it is called in messages.
+        does: what it does, after its name.
+        tokenizer: the class of its tokenizer.
+    """
+
+    name: str
+    config: type[Shape]
+    model: type[Model]
+    who: str
+    does: str
+    tokenizer: type[Tokenizer | BpeTokenizer] = Tokenizer
+
+    @property
+    def what(self) -> str:
+        """What it does and is, for messages."""
+        return f"{self.does} ({self.model.__name__})"
+
+
+KINDS = (
+    Kind("blip", BlipConfig, Blip, "BLIP", "captions and scores"),
+    Kind("blip_vqa", VqaConfig, BlipVqa, "BLIP for questions", "answers questions"),
+    Kind("blip_nlvr", NlvrConfig, BlipNlvr, "BLIP for statements", "judges statements about pictures"),
+    Kind(
+        "blip_classifier",
+        ClassifierConfig,
+        BlipClassifier,
+        "BLIP with a classifier",
+        "classifies pictures with texts",
+    ),
+    Kind("clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", BpeTokenizer),
+)
+
+
+def named(name: str) -> Kind:
+    """The kind with this `model_type`. Raises KeyError where there is none."""
+    return {kind.name: kind for kind in KINDS}[name]
+
+
+def of(model_or_config: object) -> Kind:
+    """The kind of a model, or of a config. Raises KeyError for anything else."""
+    for kind in KINDS:
+        if type(model_or_config) in (kind.model, kind.config):
+            return kind
+    raise KeyError(type(model_or_config).__name__)
+
+
+def empty(config: Shape) -> Model:
+    """A model of the class that `config` is the configuration of."""
+    build: Any = of(config).model
+    model: Model = build(config)
+    return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """A vision tower's blocks: what is run as a whole, once per pass, and so can have its weights gathered just then."""
+    tower: Any = model.visual_encoder
+    return list(tower.blocks)
+
+
+# ---------------------------------------------------------------------- finetuning
+
+ANSWERS, CLASSES, PAIRS = "answers", "classes", "pairs"
+"""The forms that a task takes: answers in words, classes of a text with one picture, statements about two pictures."""
+
+Start = Callable[..., Any]
+"""(pretrained model, seed=, drop_path=) -> the task's model; for CLASSES with task=, classes=, max_text_tokens= and
+max_words= beside them."""
+
+STARTS: dict[str, dict[type[Model], Start]] = {
+    ANSWERS: {Blip: vqa_from_blip},
+    CLASSES: {Blip: classifier_from_blip, BlipClassifier: classifier_from_blip},
+    PAIRS: {Blip: nlvr_from_blip},
+}
+"""By the task's form and the class of what it starts from."""
+
+FINETUNED: dict[str, tuple[type[Model], ...]] = {
+    ANSWERS: (BlipVqa,),
+    CLASSES: (BlipClassifier,),
+    PAIRS: (BlipNlvr,),
+}
+"""What a task of this form ends with, and can be gone on from."""
