@@ -105,11 +105,15 @@ def fused_logits(
     """fp32 logits [B, C] that `head` reads from position 0, made [ENC], of texts seen with their image tokens."""
     ids = ids.clone()
     ids[:, 0] = encoder.config.enc_id
-    states = encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True)[:, 0]
+    return head_logits(head, encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True))
+
+
+def head_logits(head: nn.Sequential, states: Tensor) -> Tensor:
+    """fp32 logits [B, C] that `head` reads from position 0 of states [B, L, D]; free of autocast."""
     first = head[0]
     assert isinstance(first, nn.Linear)
     with full_precision(states):
-        out: Tensor = head(states.to(first.weight.dtype)).float()
+        out: Tensor = head(states[:, 0].to(first.weight.dtype)).float()
     return out
 
 

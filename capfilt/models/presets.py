@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
+from capfilt.models.albef import AlbefConfig
 from capfilt.models.blip import BlipConfig
 from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.text import TextConfig
@@ -54,6 +56,13 @@ CLIP: dict[str, ClipConfig] = {
         embed_dim=768,
     ),
 }
+# ALBEF, arXiv 2107.07651, sec. 4: ViT-B/16 at 256 px and bert-base. The others are BLIP's of the name; tiny has a layer more,
+# so that each half of the text side has two.
+ALBEF: dict[str, AlbefConfig] = {
+    "tiny": AlbefConfig(TINY.vision, dataclasses.replace(TINY.text, depth=4), embed_dim=128),
+    "small": AlbefConfig(SMALL.vision, SMALL.text),
+    "base": AlbefConfig(),
+}
 PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "trunk": TRUNK, "base": BASE, "large": LARGE}
 
 
@@ -63,6 +72,15 @@ def preset(name: str, vocab_size: int) -> BlipConfig:
         raise UserError(f"model preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
     config = PRESETS[name]
     return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
+
+
+def albef_preset(name: str, vocab_size: int) -> AlbefConfig:
+    """The named preset of an ALBEF for a tokenizer of `vocab_size`; UserError for an unknown name."""
+    if name not in ALBEF:
+        raise UserError(f"model preset {name!r} of albef is unknown: use one of {', '.join(ALBEF)}")
+    config = ALBEF[name]
+    text = dataclasses.replace(config.text, vocab_size=vocab_size - len(ADDED))
+    return dataclasses.replace(config, text=text)
 
 
 def clip_preset(name: str, vocab_size: int) -> ClipConfig:
