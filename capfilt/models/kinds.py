@@ -14,6 +14,18 @@ from torch import nn
 
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import Tokenizer
+from capfilt.models.albef import Albef, AlbefConfig
+from capfilt.models.albef_tasks import (
+    AlbefClassifier,
+    AlbefClassifierConfig,
+    AlbefNlvr,
+    AlbefNlvrConfig,
+    AlbefVqa,
+    AlbefVqaConfig,
+    classifier_from_albef,
+    nlvr_from_albef,
+    vqa_from_albef,
+)
 from capfilt.models.blip import Blip, BlipConfig
 from capfilt.models.classifier import BlipClassifier, ClassifierConfig, classifier_from_blip
 from capfilt.models.clip import Clip, ClipConfig
@@ -21,13 +33,14 @@ from capfilt.models.config import Shape
 from capfilt.models.nlvr import BlipNlvr, NlvrConfig, nlvr_from_blip
 from capfilt.models.vqa import BlipVqa, VqaConfig, vqa_from_blip
 
-Answers = BlipVqa
+Answers = BlipVqa | AlbefVqa
 """What answers questions in words: `VqaTraining` trains it."""
-Judges = BlipNlvr | BlipClassifier
+Judges = BlipNlvr | BlipClassifier | AlbefNlvr | AlbefClassifier
 """What judges texts with pictures: `labels`, `pictures` (per text), and `judge(ids int64 [B, L], mask bool [B, L], images
 [B, pictures, 3, S, S])`, fp32 logits [B, labels]. `ClassifierTraining` trains it."""
-BlipModel = Blip | Answers | Judges
-Model = BlipModel | Clip
+BlipModel = Blip | BlipVqa | BlipNlvr | BlipClassifier
+AlbefModel = Albef | AlbefVqa | AlbefNlvr | AlbefClassifier
+Model = BlipModel | Clip | AlbefModel
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,18 @@ KINDS = (
         "classifies pictures with texts",
     ),
     Kind("clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", BpeTokenizer),
+    Kind("albef", AlbefConfig, Albef, "ALBEF", "embeds and matches pictures and texts"),
+    Kind("albef_vqa", AlbefVqaConfig, AlbefVqa, "ALBEF for questions", "answers questions"),
+    Kind(
+        "albef_nlvr", AlbefNlvrConfig, AlbefNlvr, "ALBEF for statements", "judges statements about pictures"
+    ),
+    Kind(
+        "albef_classifier",
+        AlbefClassifierConfig,
+        AlbefClassifier,
+        "ALBEF with a classifier",
+        "classifies pictures with texts",
+    ),
 )
 
 
@@ -106,15 +131,20 @@ Start = Callable[..., Any]
 max_words= beside them."""
 
 STARTS: dict[str, dict[type[Model], Start]] = {
-    ANSWERS: {Blip: vqa_from_blip},
-    CLASSES: {Blip: classifier_from_blip, BlipClassifier: classifier_from_blip},
-    PAIRS: {Blip: nlvr_from_blip},
+    ANSWERS: {Blip: vqa_from_blip, Albef: vqa_from_albef},
+    CLASSES: {
+        Blip: classifier_from_blip,
+        BlipClassifier: classifier_from_blip,
+        Albef: classifier_from_albef,
+        AlbefClassifier: classifier_from_albef,
+    },
+    PAIRS: {Blip: nlvr_from_blip, Albef: nlvr_from_albef, AlbefNlvr: nlvr_from_albef},
 }
 """By the task's form and the class of what it starts from."""
 
 FINETUNED: dict[str, tuple[type[Model], ...]] = {
-    ANSWERS: (BlipVqa,),
-    CLASSES: (BlipClassifier,),
-    PAIRS: (BlipNlvr,),
+    ANSWERS: (BlipVqa, AlbefVqa),
+    CLASSES: (BlipClassifier, AlbefClassifier),
+    PAIRS: (BlipNlvr, AlbefNlvr),
 }
 """What a task of this form ends with, and can be gone on from."""

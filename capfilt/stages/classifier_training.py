@@ -54,7 +54,7 @@ class ClassifierTask(TaskTraining):
         return bool((model.config.task, model.labels) == (self.task, self.classes(data)))
 
     def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
-        return ClassifierTraining(model)
+        return ClassifierTraining(model, self.options.momentum or None)
 
 
 class FinetuneClosedVqa(ClassifierTask):

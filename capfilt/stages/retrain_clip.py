@@ -13,9 +13,9 @@ import torch
 
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
-from capfilt.models.clip import Clip, ClipConfig, build_clip
+from capfilt.models.clip import ClipConfig, build_clip
 from capfilt.models.contrast import ClipTraining, ContrastConfig
+from capfilt.models.kinds import Model
 from capfilt.models.presets import clip_preset
 from capfilt.models.ranks import Ranks
 from capfilt.stages.options import RetrainOptions
@@ -44,15 +44,10 @@ class RetrainClip(Retrain):
     def shape(self, vocab_size: int) -> ClipConfig:
         return clip_preset(self.options.preset, vocab_size)
 
-    def initial(self, pairs: Pairs) -> tuple[Clip, BpeTokenizer]:
+    def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         o = self.options
         if self.start:
-            contents, _ = checkpoint.open_any(self.start, self.image_size())
-            if not isinstance(contents.model, Clip):
-                raise UserError(
-                    f"--continue-from {self.start}: is a {type(contents.model).__name__}, not a Clip"
-                )
-            return contents.model, contents.tokenizer
+            return super().initial(pairs)
         if o.vocab == "corpus":
             tokenizer = BpeTokenizer.train(pairs.texts(), o.vocab_size)
         else:

@@ -77,10 +77,7 @@ def test_the_loss_is_that_of_the_formulas_however_it_is_cut(loss, chunk):
         torch.testing.assert_close(grads[name].grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-CASES = {
-    loss: (lambda ranks, loss=loss: trained(loss, ranks), batch_of)
-    for loss in ("softmax", "sigmoid")
-}
+CASES = {loss: (lambda ranks, loss=loss: trained(loss, ranks), batch_of) for loss in ("softmax", "sigmoid")}
 
 
 def test_several_ranks_take_the_gradient_of_one(tmp_path):
