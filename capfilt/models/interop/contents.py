@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -19,12 +19,13 @@ import capfilt
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
 from capfilt.models.config import Shape
-from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, reason
+from capfilt.models.interop.keymaps import POSITION_IDS, TIED, reason
 from capfilt.models.kinds import BlipModel, Model, empty
 from capfilt.models.vision import resize_position_embedding
 from capfilt.models.weights import fill, listed, read_safetensors
 
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
+S = TypeVar("S", bound=Shape)
 
 
 @dataclass
@@ -96,7 +97,7 @@ def assemble(path: Path, config: Shape, state: dict[str, Tensor]) -> Model:
     return model.eval()
 
 
-def resized(path: Path, config: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def resized(path: Path, config: Shape, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` with the position embedding at the config's grid: the one tensor that may have another shape in a file."""
     name = "visual_encoder.pos_embed"
     try:
@@ -121,13 +122,13 @@ def halved(model: Blip, half: str) -> Blip:
 # What has no home in a layout goes into two files beside it.
 
 
-def settings_of(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+def settings_of(config: Shape, names: tuple[str, ...]) -> dict[str, Any]:
     """The named fields of the config ("vision.heads"), those it has."""
     flat = flatten(config)
     return {name: flat[name] for name in names if name in flat}
 
 
-def with_settings(path: Path, config: Config, names: tuple[str, ...], settings: Mapping[str, Any]) -> Config:
+def with_settings(path: Path, config: S, names: tuple[str, ...], settings: Mapping[str, Any]) -> S:
     """`config` with those of `settings` that are in `names`; UserError for others, and for values that do not fit."""
     stray = sorted(set(settings) - set(names))
     if stray:
@@ -144,7 +145,7 @@ def with_settings(path: Path, config: Config, names: tuple[str, ...], settings: 
         raise UserError(f"{path}: {error}") from error
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: Shape) -> dict[str, Any]:
     """The config's fields by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in config.to_dict().items():
@@ -204,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_convolutions(config: Config, layout: str) -> None:
+def refuse_convolutions(config: Shape, layout: str) -> None:
     """UserError where the vision tower is none of the published ViTs, which alone have a home in `layout`."""
     if config.vision.trunk:
         raise UserError(f"vision.trunk {config.vision.trunk!r} has no home in {layout}, whose tower is a ViT")
