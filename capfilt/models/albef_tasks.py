@@ -117,6 +117,10 @@ class AlbefClassifier(nn.Module):
         """As `Blip.recompute_activations`."""
         self.visual_encoder.recompute = self.text_encoder.recompute = on
 
+    def resize_image(self, image_size: int) -> None:
+        """As `Albef.resize_image`: text assignment is learned at one size, statements at another."""
+        self.config = dataclasses.replace(self.config, vision=self.visual_encoder.resize(image_size))
+
 
 @dataclass(frozen=True)
 class AlbefNlvrConfig(AlbefClassifierConfig):
