@@ -226,10 +226,64 @@ SNLI_VE = {
     "max_words": 30, "randaugment_level": 7.0, "splits": ("train",),
 }  # fmt: skip
 
+ALBEF = {
+    "schedule": "cosine", "min_lr": 1e-5, "warmup_steps": 2000, "weight_decay": 0.02, "decay": "matrices",
+    "clip_norm": 0.0, "epochs": 30.0, "image_size": 256, "crop_scale": 0.2, "flip": True, "randaugment": 2,
+    "randaugment_level": 7.0, "queue_size": 65536, "momentum": 0.995, "momentum_batch_size": 512, "alpha": 0.4,
+    "alpha_ramp_epochs": 1.0, "max_text_tokens": 26, "multi_positive": False, "global_negatives": False,
+    "learning_rate": 1e-4, "batch_size": 512, "model": "albef",
+}  # fmt: skip
+ALBEF_FINETUNED = {
+    "schedule": "epoch-cosine", "min_lr": 1e-6, "weight_decay": 0.02, "decay": "matrices", "clip_norm": 0.0,
+    "image_size": 384, "crop_scale": 0.5, "flip": True, "randaugment": 2, "randaugment_level": 7.0, "momentum": 0.995,
+    "alpha": 0.4,
+}  # fmt: skip
+ALBEF_ASSIGNED = {
+    "schedule": "epoch-cosine", "min_lr": 1e-5, "weight_decay": 0.02, "decay": "matrices", "image_size": 256,
+    "batch_size": 512, "accumulate": 8, "epochs": 1.0, "learning_rate": 2e-5, "crop_scale": 0.2,
+}  # fmt: skip
+ALBEF_TASK = {**ALBEF_FINETUNED, "learning_rate": 2e-5, "drop_path": 0.0, "max_words": 30}
+
 
 @pytest.mark.parametrize(
     ("name", "label", "published"),
     [
+        ("albef-4m", "retrain", {**ALBEF, "web": ("cc3m", "sbu")}),
+        ("albef-14m", "retrain", {**ALBEF, "web": ("cc3m", "sbu", "cc12m")}),
+        (
+            "albef-finetune-retrieval",
+            "finetune-filter",
+            {
+                **ALBEF_FINETUNED,
+                "learning_rate": 1e-5,
+                "batch_size": 256,
+                "epochs": 5.0,
+                "alpha_ramp_epochs": 1.0,
+            },
+        ),
+        ("albef-finetune-retrieval", "evaluate", {"rerank": 256, "split": "test"}),
+        (
+            "albef-finetune-vqa",
+            "finetune-vqa",
+            {
+                **ALBEF_TASK,
+                "epochs": 8.0,
+                "answer_weight": ("vg=0.5",),
+                "label_smoothing": 0.0,
+                "max_text_tokens": 26,
+            },
+        ),
+        (
+            "albef-finetune-snli-ve",
+            "finetune-entailment",
+            {**ALBEF_TASK, "epochs": 5.0, "alpha_ramp_epochs": 0.0},
+        ),
+        ("albef-finetune-nlvr2", "finetune-text-assignment", ALBEF_ASSIGNED),
+        (
+            "albef-finetune-nlvr2",
+            "finetune-nlvr",
+            {**ALBEF_TASK, "epochs": 10.0, "batch_size": 128, "swap": 0.0, "init": "albef-text-assignment"},
+        ),
         ("blip-base-14m", "pretrain", {**PRETRAINING, **BASE}),
         ("blip-base-14m", "retrain", {**PRETRAINING, **BASE}),
         ("blip-base-129m", "pretrain", {**PRETRAINING, **BASE}),
@@ -258,12 +312,12 @@ def test_the_published_recipes_have_the_published_numbers(name, label, published
     assert {key: options[key] for key in published} == published
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("blip-")])
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith(("blip-", "albef-"))])
 def test_every_part_a_published_recipe_reads_is_made_by_it_or_named_in_it(name):
     """A step that scores a captions part which no step writes, found out after a week of pretraining."""
     _, content = recipes.load_recipe(name)
     given = [f"{key}=x" for key, item in content.inputs.items() if item.default is None]
-    made = {"captions": set(), "scores": set(), "pairs": set(), "model": {"retrained"}}
+    made = {"captions": set(), "scores": set(), "pairs": set(), "model": {"retrained", "albef-14m"}}
     writes = {"caption": "captions", "score": "scores", "select": "pairs"}
     for step, options in recipes.resolve(content, given):
         for field in dataclasses.fields(options):

@@ -1,6 +1,6 @@
 """The best of a list of answers to questions about pictures, by their likelihood: BLIP's "rank" way.
 
-Writing an answer freely is `decoding`'s, with `BlipVqa.writer`. Answers as texts and the metric are not here.
+Writing an answer freely is `decoding`'s, with `Answering.writer`. Answers as texts and the metric are not here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from capfilt.models.objectives import language_labels
-from capfilt.models.vqa import BlipVqa
+from capfilt.models.vqa import Answering
 
 
 @torch.inference_mode()
 def rank_answers(
-    model: BlipVqa,
+    model: Answering,
     ids: Tensor,
     mask: Tensor | None,
     images: Tensor,
@@ -25,7 +25,7 @@ def rank_answers(
 ) -> tuple[Tensor, Tensor]:
     """(int64 [B], which answer is likeliest; fp32 [B], its log-likelihood) of questions about pictures.
 
-    ids, mask: questions int64 and bool [B, L]; images: as `BlipVqa.encode_image` takes them; answer_ids, answer_mask:
+    ids, mask: questions int64 and bool [B, L]; images: as `Answering.encode_image` takes them; answer_ids, answer_mask:
     int64 and bool [N, A], [CLS] answer [SEP]. k: so many answers, those whose first token is likeliest, are compared
     whole (BLIP, released code: 128); the others are out. Likelihoods are the model's own, without label smoothing.
     """

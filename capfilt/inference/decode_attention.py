@@ -135,6 +135,6 @@ def read_faster(model: nn.Module) -> DecodeAttention | None:
         return None
     chooses = DecodeAttention(attend)
     for module in model.modules():
-        if isinstance(module, Layer):
+        if isinstance(module, Layer) and module.crossattention is not None:
             module.crossattention.product = chooses
     return chooses

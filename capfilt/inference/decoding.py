@@ -21,7 +21,7 @@ IMPOSSIBLE = -1.0e9
 
 
 class Writes(Protocol):
-    """What the loops need of a model: `Blip` has it, and so has `BlipVqa.writer`."""
+    """What the loops need of a model: `Blip` has it, and so has `Answering.writer`."""
 
     def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
         """A self-attention cache for `ways` texts of at most `max_length` tokens per image in `cross`."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from capfilt.errors import UserError
 from capfilt.models.config import Shape
-from capfilt.models.layers import Pair, full_precision, init_truncated
+from capfilt.models.layers import Pair, exact, init_truncated
 from capfilt.models.text import SelfCache, TextConfig, TextDecoder, TextTransformer
-from capfilt.models.vision import VisionConfig, VisionTower, resize_position_embedding
+from capfilt.models.vision import VisionConfig, VisionTower
 
 CAPTIONER_PARTS = ("visual_encoder", "text_decoder")
 FILTER_PARTS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head")
@@ -121,8 +121,7 @@ class Blip(nn.Module):
         states = self.text_encoder(
             self._start(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
         )
-        with full_precision(states):
-            return F.linear(states[:, 0].float(), self.itm_head.weight.float(), self.itm_head.bias.float())
+        return exact(self.itm_head, states[:, 0])
 
     def lm_logits(
         self,
@@ -186,13 +185,7 @@ class Blip(nn.Module):
 
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""
-        vision = dataclasses.replace(self.config.vision, image_size=image_size)
-        tower = self.visual_encoder
-        if vision.trunk and image_size != self.config.image_size:
-            raise UserError("a model with a convolutional trunk keeps the image size it was built for")
-        tower.pos_embed = nn.Parameter(resize_position_embedding(tower.pos_embed.detach(), vision.grid))
-        tower.config = vision
-        self.config = dataclasses.replace(self.config, vision=vision)
+        self.config = dataclasses.replace(self.config, vision=self.visual_encoder.resize(image_size))
 
     @staticmethod
     def _start(ids: Tensor, token: int) -> Tensor:
@@ -203,8 +196,7 @@ class Blip(nn.Module):
 
 def project(head: nn.Linear, states: Tensor) -> Tensor:
     """fp32 unit vectors [B, E]: the head on position 0 of states [B, L, D], L2-normalised; free of autocast."""
-    with full_precision(states):
-        return F.normalize(F.linear(states[:, 0].float(), head.weight.float(), head.bias.float()), dim=-1)
+    return F.normalize(exact(head, states[:, 0]), dim=-1)
 
 
 def build(config: BlipConfig, seed: int = 0) -> Blip:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from capfilt.errors import UserError
 from capfilt.models.blip import Blip, ModelConfig
 from capfilt.models.config import Classified
 from capfilt.models.layers import full_precision, init_std, init_truncated
@@ -112,7 +113,7 @@ def head_logits(head: nn.Sequential, states: Tensor) -> Tensor:
     first = head[0]
     assert isinstance(first, nn.Linear)
     with full_precision(states):
-        out: Tensor = head(states.to(first.weight.dtype)).float()
+        out: Tensor = head(states[:, 0].to(first.weight.dtype)).float()
     return out
 
 

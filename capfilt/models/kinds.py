@@ -14,6 +14,18 @@ from torch import nn
 
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import Tokenizer
+from capfilt.models.albef import Albef, AlbefConfig
+from capfilt.models.albef_tasks import (
+    AlbefClassifier,
+    AlbefClassifierConfig,
+    AlbefNlvr,
+    AlbefNlvrConfig,
+    AlbefVqa,
+    AlbefVqaConfig,
+    classifier_from_albef,
+    nlvr_from_albef,
+    vqa_from_albef,
+)
 from capfilt.models.blip import Blip, BlipConfig
 from capfilt.models.classifier import BlipClassifier, ClassifierConfig, classifier_from_blip
 from capfilt.models.clip import Clip, ClipConfig
@@ -28,13 +40,14 @@ from capfilt.models.vilt_classifier import (
 )
 from capfilt.models.vqa import BlipVqa, VqaConfig, vqa_from_blip
 
-Answers = BlipVqa
+Answers = BlipVqa | AlbefVqa
 """What answers questions in words: `VqaTraining` trains it."""
-Judges = BlipNlvr | BlipClassifier | ViltClassifier
+Judges = BlipNlvr | BlipClassifier | ViltClassifier | AlbefNlvr | AlbefClassifier
 """What judges texts with pictures: `labels`, `pictures` (per text), and `judge(ids int64 [B, L], mask bool [B, L], images
 [B, pictures, 3, S, S])`, fp32 logits [B, labels]. `ClassifierTraining` trains it."""
 BlipModel = Blip | BlipVqa | BlipNlvr | BlipClassifier
-Model = BlipModel | Clip | Vilt | ViltClassifier
+AlbefModel = Albef | AlbefVqa | AlbefNlvr | AlbefClassifier
+Model = BlipModel | Clip | Vilt | ViltClassifier | AlbefModel
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,18 @@ KINDS = (
         "ViLT with a classifier",
         "classifies pictures with texts",
     ),
+    Kind("albef", AlbefConfig, Albef, "ALBEF", "embeds and matches pictures and texts"),
+    Kind("albef_vqa", AlbefVqaConfig, AlbefVqa, "ALBEF for questions", "answers questions"),
+    Kind(
+        "albef_nlvr", AlbefNlvrConfig, AlbefNlvr, "ALBEF for statements", "judges statements about pictures"
+    ),
+    Kind(
+        "albef_classifier",
+        AlbefClassifierConfig,
+        AlbefClassifier,
+        "ALBEF with a classifier",
+        "classifies pictures with texts",
+    ),
 )
 
 
@@ -123,20 +148,28 @@ Start = Callable[..., Any]
 max_words= beside them."""
 
 STARTS: dict[str, dict[type[Model], Start]] = {
-    ANSWERS: {Blip: vqa_from_blip},
+    ANSWERS: {Blip: vqa_from_blip, Albef: vqa_from_albef},
     CLASSES: {
         Blip: classifier_from_blip,
         BlipClassifier: classifier_from_blip,
         Vilt: classifier_from_vilt,
         ViltClassifier: classifier_from_vilt,
+        Albef: classifier_from_albef,
+        AlbefClassifier: classifier_from_albef,
     },
-    PAIRS: {Blip: nlvr_from_blip, Vilt: pair_from_vilt, ViltClassifier: pair_from_vilt},
+    PAIRS: {
+        Blip: nlvr_from_blip,
+        Vilt: pair_from_vilt,
+        ViltClassifier: pair_from_vilt,
+        Albef: nlvr_from_albef,
+        AlbefNlvr: nlvr_from_albef,
+    },
 }
 """By the task's form and the class of what it starts from."""
 
 FINETUNED: dict[str, tuple[type[Model], ...]] = {
-    ANSWERS: (BlipVqa,),
-    CLASSES: (BlipClassifier, ViltClassifier),
-    PAIRS: (BlipNlvr, ViltClassifier),
+    ANSWERS: (BlipVqa, AlbefVqa),
+    CLASSES: (BlipClassifier, ViltClassifier, AlbefClassifier),
+    PAIRS: (BlipNlvr, ViltClassifier, AlbefNlvr),
 }
 """What a task of this form ends with, and can be gone on from."""

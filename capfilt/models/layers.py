@@ -22,6 +22,12 @@ def full_precision(like: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device_type=like.device.type, enabled=False)
 
 
+def exact(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear(x)` in fp32, free of autocast: for embeddings and logits that are compared."""
+    with full_precision(x):
+        return F.linear(x.float(), linear.weight.float(), linear.bias.float())
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, L, H*d] -> [B, H, L, d]."""
     batch, length, width = x.shape

@@ -297,6 +297,29 @@ def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.1, ran
         return total / ranks.mean((labels != -100).sum()).clamp(min=1.0 / ranks.world)
 
 
+def distilled_losses(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """fp32 [T] (nats): (1 - alpha) * cross-entropy + alpha * -sum softmax(teacher) * log softmax(logits), 0 where the
+    label is -100.
+
+    `logits` and `teacher`, a momentum model's, [T, C]; `labels` int64 [T]. Without a teacher, the cross-entropy alone.
+    ALBEF, arXiv 2107.07651, eq. 7.
+    """
+    with full_precision(logits):
+        losses = F.cross_entropy(
+            logits.float(), labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="none"
+        )
+        if teacher is None or alpha == 0.0:
+            return losses
+        soft = F.cross_entropy(logits.float(), teacher.detach().float().softmax(dim=1), reduction="none")
+        return (1.0 - alpha) * losses + alpha * soft.masked_fill(labels == -100, 0.0)
+
+
 @torch.no_grad()
 def ema_update(averages: Iterable[Tensor], live: Iterable[Tensor], momentum: float = 0.995) -> None:
     """average <- momentum * average + (1 - momentum) * live, in place. 0.995: ALBEF, arXiv 2107.07651, sec. 4."""

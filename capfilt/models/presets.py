@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TypeVar
 
+from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
+from capfilt.models.albef import AlbefConfig
 from capfilt.models.blip import BlipConfig
 from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.text import TextConfig
 from capfilt.models.vilt import ViltConfig, ViltTextConfig, ViltVisionConfig
 from capfilt.models.vision import VisionConfig
 
-C = TypeVar("C", ClipConfig, ViltConfig)
+C = TypeVar("C", AlbefConfig, ClipConfig, ViltConfig)
 # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B/16 and ViT-L/16 with bert-base; drop-path as in the published code.
 BASE = BlipConfig()
 LARGE = BlipConfig(vision=VisionConfig(width=1024, depth=24, heads=16, hidden=4096, drop_path=0.1))
@@ -76,6 +78,13 @@ VILT: dict[str, ViltConfig] = {
     ),
     "base": ViltConfig(),
 }
+# ALBEF, arXiv 2107.07651, sec. 4: ViT-B/16 at 256 px and bert-base. The others are BLIP's of the name; tiny has a layer more,
+# so that each half of the text side has two.
+ALBEF: dict[str, AlbefConfig] = {
+    "tiny": AlbefConfig(TINY.vision, dataclasses.replace(TINY.text, depth=4), embed_dim=128),
+    "small": AlbefConfig(SMALL.vision, SMALL.text),
+    "base": AlbefConfig(),
+}
 PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "trunk": TRUNK, "base": BASE, "large": LARGE}
 
 
@@ -85,6 +94,11 @@ def preset(name: str, vocab_size: int) -> BlipConfig:
         raise UserError(f"model preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
     config = PRESETS[name]
     return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
+
+
+def albef_preset(name: str, vocab_size: int) -> AlbefConfig:
+    """The named preset of an ALBEF for a tokenizer of `vocab_size`; UserError for an unknown name."""
+    return _sized(ALBEF, "albef", name, vocab_size - len(ADDED))
 
 
 def clip_preset(name: str, vocab_size: int) -> ClipConfig:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
+from capfilt.models.albef import Albef
 from capfilt.models.blip import Blip
 from capfilt.models.vilt import Vilt
 from capfilt.models.vision import VisionTower, resize_position_embedding
@@ -26,6 +28,9 @@ _VIT_BLOCK = {
     "output.dense": "mlp.fc2",
 }
 _VIT_IGNORED = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier.")
+_TYPES = "embeddings.token_type_embeddings.weight"
+_MLM_HEAD = "cls.predictions."
+_TIED = ("decoder.",)  # to the word embeddings, and to the head's own bias
 _BERT_IGNORED = ("pooler.", "cls.", "embeddings.token_type_embeddings.", "embeddings.position_ids")
 
 
@@ -84,11 +89,12 @@ def _copy_vit(
     _copy(directory, parameters, mapped)
 
 
-def load_bert(model: Blip, directory: str | Path) -> None:
-    """Copies a transformers BERT into the text side: embeddings, self-attention of encoder and decoder, feed-forward.
+def load_bert(model: Blip | Albef, directory: str | Path) -> None:
+    """Copies a transformers BERT into the text side: embeddings, self-attention and feed-forward; of an ALBEF also its
+    language head, where the directory has one, and the type that all its words have, in the positions.
 
-    Cross-attention, the extra ids' rows and the heads keep their fresh values, as in BLIP. Raises UserError when
-    geometry differs or a tensor is missing or left over.
+    Cross-attention, the extra ids' rows and the other heads keep their fresh values, as in the two papers. Raises UserError
+    when geometry differs or a tensor is missing or left over.
     """
     directory = Path(directory)
     config, found = _read(directory, ("bert",))
@@ -99,18 +105,28 @@ def load_bert(model: Blip, directory: str | Path) -> None:
         "num_attention_heads": mine.heads,
         "intermediate_size": mine.hidden,
         "max_position_embeddings": mine.max_positions,
-        "vocab_size": mine.vocab_size - 2,
+        "vocab_size": model.config.vocab_size - len(ADDED),
     }
     _check_geometry(directory, config, geometry)
+    head = _strip(
+        {name: each for name, each in found.items() if name.startswith(_MLM_HEAD)}, (_MLM_HEAD,), _TIED
+    )
+    types = next((found[name] for name in (_TYPES, f"bert.{_TYPES}") if name in found), None)
     found = _strip(found, ("bert.",), _BERT_IGNORED)
-    words = model.text_encoder.embeddings.word_embeddings.weight.detach()
-    if "embeddings.word_embeddings.weight" in found:
-        extra = words[mine.vocab_size - 2 :].cpu()
-        found["embeddings.word_embeddings.weight"] = torch.cat(
-            [found["embeddings.word_embeddings.weight"], extra]
-        )
-    for transformer in (model.text_encoder, model.text_decoder.bert):
-        parameters = dict(transformer.named_parameters())
+    words, positions = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
+    if words in found:
+        own = model.text_encoder.embeddings.word_embeddings.weight.detach()
+        found[words] = torch.cat([found[words], own[len(found[words]) :].cpu()])
+    stacks = [model.text_encoder]
+    if isinstance(model, Albef):
+        if types is not None and positions in found:
+            found[positions] = found[positions] + types[0]
+        if head:
+            _copy(directory, dict(model.mlm_head.named_parameters()), head)
+    else:
+        stacks.append(model.text_decoder.bert)
+    for stack in stacks:
+        parameters = dict(stack.named_parameters())
         _copy(
             directory, {key: each for key, each in parameters.items() if "crossattention" not in key}, found
         )

@@ -6,7 +6,10 @@ Each is a module with `losses(batch, alpha, hardness)`, as the training loop wan
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,10 @@ from torch import Tensor, nn
 from capfilt.data.loader import Batch
 from capfilt.data.task_corpus import TaskBatch
 from capfilt.errors import UserError
+from capfilt.models.alignment import followed
 from capfilt.models.kinds import Answers, Judges, blocks_of
 from capfilt.models.layers import full_precision
+from capfilt.models.objectives import distilled_losses, ema_update
 from capfilt.models.vqa import answer_loss
 
 
@@ -27,17 +32,45 @@ class AnsweringConfig:
     label_smoothing: float = 0.1  # BLIP, arXiv 2201.12086, sec. 3.2, as in pretraining
 
 
-class VqaTraining(nn.Module):
-    """A model that answers in words, and its loss."""
+class TaskTraining(nn.Module):
+    """A finetuned model and, with a momentum, a copy that follows it and whose word is a part of its targets.
 
-    def __init__(self, model: Answers, config: AnsweringConfig | None = None) -> None:
+    momentum: of the copy (ALBEF, arXiv 2107.07651, sec. 3.3 and code: 0.995); None for none. The weight of its word is the
+    `alpha` of `losses`.
+    """
+
+    def __init__(self, model: Any, momentum: float | None = None) -> None:
         super().__init__()
         self.model = model
-        self.config = config or AnsweringConfig()
+        self.rate = momentum
+        # In training mode with the model, as ALBEF's released code has it.
+        self.momentum = copy.deepcopy(model).requires_grad_(False) if momentum is not None else None
 
     def blocks(self) -> list[nn.Module]:
         """What is run as a whole, once per pass, and so can have its weights gathered just then."""
-        return blocks_of(self.model)
+        return blocks_of(self.model) + (blocks_of(self.momentum) if self.momentum is not None else [])
+
+    def before_step(self) -> None:
+        """What moves once per step, before its first loss: the copy follows."""
+        if self.momentum is not None and self.rate is not None:
+            ema_update(*followed(self.momentum, self.model), self.rate)
+
+    def taught(self, alpha: float, say: Callable[[Any], Tensor]) -> Tensor | None:
+        """What the copy says, without gradient; None where nobody listens."""
+        if self.momentum is None or alpha == 0.0:
+            return None
+        with torch.no_grad():
+            return say(self.momentum)
+
+
+class VqaTraining(TaskTraining):
+    """A model that answers in words, and its loss."""
+
+    def __init__(
+        self, model: Answers, config: AnsweringConfig | None = None, momentum: float | None = None
+    ) -> None:
+        super().__init__(model, momentum)
+        self.config = config or AnsweringConfig()
 
     def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient (`answer_loss`), and without one "accuracy": the mean over questions of the
@@ -46,13 +79,17 @@ class VqaTraining(nn.Module):
         assert isinstance(batch, TaskBatch)
         if batch.answer_ids is None or batch.answer_mask is None or batch.answer_weight is None:
             raise UserError("a batch has no answers: its examples must be of the task vqa")
-        tokens = self.model.encode_image(_pixels(batch))
-        question = self.model.encode_question(batch.ids, batch.mask, tokens)
         # Every question's answers are its A rows side by side; attention reads one copy of its keys for all of them.
         ids, mask = batch.answer_ids.flatten(0, 1), batch.answer_mask.flatten(0, 1)
-        logits = self.model.answer_logits(ids, mask, self.model.prefill_cross(question), batch.mask)
+
+        def say(model: Answers) -> Tensor:
+            question = model.encode_question(batch.ids, batch.mask, model.encode_image(_pixels(batch)))
+            return model.answer_logits(ids, mask, model.prefill_cross(question), batch.mask)
+
+        logits, teacher = say(self.model), self.taught(alpha, say)
         weights = batch.answer_weight
-        loss = answer_loss(logits, ids, mask, weights.flatten(), len(batch), self.config.label_smoothing)
+        smoothing = self.config.label_smoothing
+        loss = answer_loss(logits, ids, mask, weights.flatten(), len(batch), smoothing, teacher, alpha)
         with torch.no_grad():
             # An answer whose every token is the likeliest after those before it is what greedy decoding writes.
             written = (logits[:, :-1].argmax(dim=2) == ids[:, 1:]) | ~mask[:, 1:]
@@ -61,21 +98,15 @@ class VqaTraining(nn.Module):
         return {"loss": loss, "accuracy": accuracy}
 
 
-class ClassifierTraining(nn.Module):
+class ClassifierTraining(TaskTraining):
     """A model that judges texts with one picture or two, and its loss."""
 
-    def __init__(self, model: Judges) -> None:
-        super().__init__()
-        self.model = model
-
-    def blocks(self) -> list[nn.Module]:
-        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
-        return blocks_of(self.model)
+    model: Judges
 
     def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient, and "accuracy".
 
-        Labels: the mean cross-entropy, and the share of examples whose likeliest class is the right one. Targets of a
+        Labels: the mean of `distilled_losses`, and the share of examples whose likeliest class is the right one. Targets of a
         closed list: binary cross-entropy summed over the answers, the mean over questions (ViLT, arXiv 2102.03334,
         code), and the mean worth of the likeliest answer.
         """
@@ -86,14 +117,18 @@ class ClassifierTraining(nn.Module):
             raise UserError(
                 f"a batch has {pixels.shape[1]} pictures per text, and the model looks at {self.model.pictures}"
             )
-        logits = self.model.judge(batch.ids, batch.mask, pixels)
+
+        def say(model: Judges) -> Tensor:
+            return model.judge(batch.ids, batch.mask, pixels)
+
+        logits = say(self.model)
         best = logits.detach().argmax(dim=1)
         with full_precision(logits):
             if batch.targets is not None:
                 loss = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum") / len(batch)
                 accuracy = batch.targets.gather(1, best[:, None]).mean()
             elif batch.label is not None:
-                loss = F.cross_entropy(logits, batch.label)
+                loss = distilled_losses(logits, batch.label, self.taught(alpha, say), alpha).mean()
                 accuracy = (best == batch.label).float().mean()
             else:
                 raise UserError("a batch has neither labels nor targets of a closed list to learn from")

@@ -228,15 +228,17 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, then (when there is an image) cross-attention, then feed-forward; each post-norm."""
+    """Self-attention, then (when there is an image, and the layer looks at it) cross-attention, then feed-forward; each
+    post-norm.
+    """
 
     def __init__(
-        self, config: TextConfig, crossattention: Callable[[], CrossAttention], shared: Layer | None
+        self, config: TextConfig, crossattention: Callable[[], CrossAttention | None], shared: Layer | None
     ) -> None:
         super().__init__()
         self.attention = Attention(config, config.width)
         # BLIP, table 3: sharing all but self-attention is the best of four ways to share.
-        self.crossattention: CrossAttention = shared.crossattention if shared else crossattention()
+        self.crossattention: CrossAttention | None = shared.crossattention if shared else crossattention()
         self.intermediate: Intermediate = shared.intermediate if shared else Intermediate(config)
         self.output: ResidualNorm = (
             shared.output if shared else ResidualNorm(config.hidden, config.width, config.dropout)
@@ -259,6 +261,7 @@ class Layer(nn.Module):
             x = x[:, :1]
         x = self.attention(x, source, mask)
         if cross is not None:
+            assert self.crossattention is not None
             x = self.crossattention(x, cross, cross_mask)
         out: Tensor = self.output(self.intermediate(x), x)
         return out
@@ -291,7 +294,7 @@ class Stack(nn.Module):
 class TextTransformer(nn.Module):
     """Embeddings and layers. Built with `shared`, it owns its self-attention only and uses the other's rest.
 
-    crossattention: makes that of layer i, in place of `Attention`.
+    crossattention: makes that of layer i, in place of `Attention`; None for a layer that reads text alone.
     """
 
     def __init__(
@@ -299,7 +302,7 @@ class TextTransformer(nn.Module):
         config: TextConfig,
         image_width: int,
         shared: TextTransformer | None = None,
-        crossattention: Callable[[int], CrossAttention] | None = None,
+        crossattention: Callable[[int], CrossAttention | None] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -321,8 +324,9 @@ class TextTransformer(nn.Module):
         return [layer for layer in self.encoder.layer if isinstance(layer, Layer)]
 
     def cross_keys_values(self, image_tokens: Tensor) -> list[Pair]:
-        """Keys and values of image tokens [B, N, Dv] for every layer: each a pair of [B, H, N, d]."""
-        return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
+        """Keys and values of image tokens [B, N, Dv] for every layer that looks at them: each a pair of [B, H, N, d]."""
+        looking = (layer.crossattention for layer in self.layers)
+        return [each.keys_values(image_tokens) for each in looking if each is not None]
 
     def new_cache(self, images: int, ways: int, max_length: int, like: Tensor) -> SelfCache:
         """An empty cache for `ways` texts of up to `max_length` tokens per image, on `like`'s device in its dtype."""
@@ -357,18 +361,48 @@ class TextTransformer(nn.Module):
         elif causal and length > 1:
             square = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
             attend = square if attend is None else attend & square
-        image_attend = cross_mask[:, None, None, :] if cross_mask is not None else None
         x: Tensor = self.embeddings(ids, start)
-        last = len(self.encoder.layer) - 1
-        for index, layer in enumerate(self.encoder.layer):
-            pair = cross[index] if cross is not None else None
-            x = run_layer(
-                layer,
-                *(x, attend, pair, image_attend, cache, index, first and index == last),
-                recompute=self.recompute and cache is None,
-            )
+        x = self._run(self.layers, x, attend, cross, cross_mask, cache, first)
         if cache is not None:
             cache.advance(*ids.shape)
+        return x
+
+    def through(
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        layers: slice,
+        cross: Sequence[Pair] | None = None,
+        cross_mask: Tensor | None = None,
+        first: bool = False,
+    ) -> Tensor:
+        """Hidden states after these layers, of what the one before them (or `embeddings`) gave, [R, L, D].
+
+        cross: `cross_keys_values` of the layers that look at an image, all of which must be among these; the rest as in
+        `forward`.
+        """
+        attend = mask[:, None, None, :] if mask is not None else None
+        return self._run(self.layers[layers], states, attend, cross, cross_mask, None, first)
+
+    def _run(
+        self,
+        layers: Sequence[Layer],
+        x: Tensor,
+        attend: Tensor | None,
+        cross: Sequence[Pair] | None,
+        cross_mask: Tensor | None,
+        cache: SelfCache | None,
+        first: bool,
+    ) -> Tensor:
+        image_attend = cross_mask[:, None, None, :] if cross_mask is not None else None
+        pairs = iter(cross) if cross is not None else None
+        for index, layer in enumerate(layers):
+            pair = next(pairs) if pairs is not None and layer.crossattention is not None else None
+            x = run_layer(
+                layer,
+                *(x, attend, pair, image_attend, cache, index, first and index == len(layers) - 1),
+                recompute=self.recompute and cache is None,
+            )
         return x
 
 

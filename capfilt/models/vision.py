@@ -6,6 +6,7 @@ images is capfilt.data's; only normalisation happens here, so that batches trave
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -173,6 +174,18 @@ class VisionTower(nn.Module):
         mean, std = (recipe.mean, recipe.std) if recipe else (CLIP_MEAN, CLIP_STD)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def resize(self, image_size: int) -> VisionConfig:
+        """Takes images of another size from now on: the position embedding is resized, everything else stays.
+
+        Returns the new configuration. UserError for a trunk, whose size is part of its architecture.
+        """
+        config = dataclasses.replace(self.config, image_size=image_size)
+        if config.trunk and image_size != self.config.image_size:
+            raise UserError("a model with a convolutional trunk keeps the image size it was built for")
+        self.pos_embed = nn.Parameter(resize_position_embedding(self.pos_embed.detach(), config.grid))
+        self.config = config
+        return config
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""

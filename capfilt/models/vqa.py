@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip, ModelConfig
-from capfilt.models.layers import Pair, full_precision
-from capfilt.models.objectives import language_labels
+from capfilt.models.layers import Pair
+from capfilt.models.objectives import distilled_losses, language_labels
 from capfilt.models.text import SelfCache, TextDecoder, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
 from capfilt.models.weights import start_from
@@ -33,16 +33,29 @@ class VqaConfig(ModelConfig):
     max_text_tokens: int = 35  # BLIP, code: longest question
 
 
-class BlipVqa(nn.Module):
-    """See the module's docstring. Images, ids and masks are as in `Blip`; position 0 is overwritten here as there."""
+class Answering(nn.Module, ABC):
+    """What the models that answer in words share: a question is read with its image, a decoder writes from its states.
 
-    def __init__(self, config: VqaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = TextTransformer(config.text, config.vision.width)
-        # The decoder reads text states, so its keys and values come from the text width whatever the vision tower's is.
-        self.text_decoder = TextDecoder(config.text, config.text.width)
+    Questions and answers are ids int64 [B, L] = [CLS] ... [SEP] and padding, and a mask bool [B, L], as the tokenizer gives
+    them. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
+    """
+
+    config: VqaConfig
+    visual_encoder: VisionTower
+    text_encoder: TextTransformer
+    text_decoder: TextDecoder
+
+    @abstractmethod
+    def asked(self, ids: Tensor) -> Tensor:
+        """Questions as the encoder takes them."""
+
+    def heard(self, mask: Tensor) -> Tensor:
+        """The mask of questions as the encoder, and the decoder for its states, takes it."""
+        return mask
+
+    @abstractmethod
+    def begun(self, ids: Tensor) -> Tensor:
+        """The beginnings of answers as the decoder takes them."""
 
     def recompute_activations(self, on: bool = True) -> None:
         """As `Blip.recompute_activations`."""
@@ -55,9 +68,10 @@ class BlipVqa(nn.Module):
         return out
 
     def encode_question(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
-        """States [B, L, D] of questions ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv]."""
+        """States [B, L, D] of questions, seen with image tokens [B, N, Dv]."""
         cross = self.text_encoder.cross_keys_values(image_tokens)
-        out: Tensor = self.text_encoder(_start(ids, self.config.text.enc_id), mask, cross)
+        heard = self.heard(mask) if mask is not None else None
+        out: Tensor = self.text_encoder(self.asked(ids), heard, cross)
         return out
 
     def answer_logits(
@@ -68,8 +82,8 @@ class BlipVqa(nn.Module):
         cross: `prefill_cross` of the questions. question_mask: bool [R, L] where the questions hold tokens; padding
         that is not masked changes the answer.
         """
-        ids = _start(ids, self.config.text.dec_id)
-        states = self.text_decoder.bert(ids, mask, cross, question_mask, causal=True)
+        heard = self.heard(question_mask) if question_mask is not None else None
+        states = self.text_decoder.bert(self.begun(ids), mask, cross, heard, causal=True)
         return self.text_decoder.logits(states)
 
     def prefill_cross(self, question: Tensor) -> list[Pair]:
@@ -81,12 +95,30 @@ class BlipVqa(nn.Module):
         return AnswerWriter(self, question_mask)
 
 
+class BlipVqa(Answering):
+    """See the module's docstring. Position 0 is overwritten here as in `Blip`."""
+
+    def __init__(self, config: VqaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.vision)
+        self.text_encoder = TextTransformer(config.text, config.vision.width)
+        # The decoder reads text states, so its keys and values come from the text width whatever the vision tower's is.
+        self.text_decoder = TextDecoder(config.text, config.text.width)
+
+    def asked(self, ids: Tensor) -> Tensor:
+        return _start(ids, self.config.text.enc_id)
+
+    def begun(self, ids: Tensor) -> Tensor:
+        return _start(ids, self.config.text.dec_id)
+
+
 class AnswerWriter:
     """Writes answers token by token to questions whose padding it knows."""
 
-    def __init__(self, model: BlipVqa, question_mask: Tensor | None) -> None:
+    def __init__(self, model: Answering, question_mask: Tensor | None) -> None:
         self.model = model
-        self.question_mask = question_mask
+        self.question_mask = model.heard(question_mask) if question_mask is not None else None
 
     def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
         """A static self-attention cache for `ways` answers per question, of at most `max_length` tokens, [DEC] included."""
@@ -101,7 +133,7 @@ class AnswerWriter:
     def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
         """fp32 logits [R, V] of the token after `ids` int64 [R, T], as `Blip.decode`."""
         if cache.length == 0:
-            ids = _start(ids, self.model.config.text.dec_id)
+            ids = self.model.begun(ids)
         mask = self.question_mask
         if mask is not None and cache.kept is not None:
             mask = mask[cache.kept]
@@ -110,22 +142,25 @@ class AnswerWriter:
 
 
 def answer_loss(
-    logits: Tensor, ids: Tensor, mask: Tensor, weights: Tensor, questions: int, label_smoothing: float = 0.1
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    questions: int,
+    label_smoothing: float = 0.1,
+    teacher: Tensor | None = None,
+    alpha: float = 0.0,
 ) -> Tensor:
-    """fp32 scalar: sum over answers of weight * summed cross-entropy of the answer's tokens, over the questions.
+    """fp32 scalar: sum over answers of weight * summed `distilled_losses` of the answer's tokens, over the questions.
 
-    logits [R, A, V], ids int64 [R, A], mask bool [R, A], weights [R]: the answer's share of its question's annotators
-    (BLIP, released code; ALBEF, arXiv 2107.07651, sec. 5). label_smoothing 0.1: BLIP, sec. 3.2.
+    logits and teacher [R, A, V], ids int64 [R, A], mask bool [R, A], weights [R]: the answer's share of its question's
+    annotators (BLIP, released code; ALBEF, arXiv 2107.07651, sec. 5). label_smoothing 0.1: BLIP, sec. 3.2; ALBEF has none.
     """
-    with full_precision(logits):
-        per_token = F.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2),
-            language_labels(ids, mask),
-            ignore_index=-100,
-            label_smoothing=label_smoothing,
-            reduction="none",
-        )
-        return (weights.float() * per_token.sum(dim=1)).sum() / questions
+    labels = language_labels(ids, mask)
+    said = teacher[:, :-1].flatten(0, 1) if teacher is not None else None
+    flat = logits[:, :-1].flatten(0, 1)
+    per_token = distilled_losses(flat, labels.flatten(), said, alpha, label_smoothing).view_as(labels)
+    return (weights.float() * per_token.sum(dim=1)).sum() / questions
 
 
 def build_vqa(config: VqaConfig, seed: int = 0) -> BlipVqa:

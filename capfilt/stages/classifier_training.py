@@ -60,7 +60,7 @@ class ClassifierTask(TaskTraining):
         return bool(same)
 
     def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
-        return ClassifierTraining(model)
+        return ClassifierTraining(model, self.options.momentum or None)
 
 
 class FinetuneClosedVqa(ClassifierTask):

@@ -385,13 +385,33 @@ class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
 
 
 @dataclass(frozen=True)
+class FinetuneTextAssignmentOptions(OptimisationOptions):
+    """Let an ALBEF learn which of two pictures a text belongs to, before `finetune nlvr` (ALBEF, section 5)."""
+
+    init: str = _option("albef", "pretrained ALBEF to start from", kind="model")
+    human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
+    web: tuple[str, ...] = _option((), "images parts with web texts; repeatable", kind="images")
+    drop_path: float = _option(0.0, "of the vision tower (ALBEF's released code: none)")
+    learning_rate: float = _option(2e-5, "peak (ALBEF's configuration)")
+    min_lr: float = _option(1e-5, "the schedule's end (ALBEF's configuration)")
+    epochs: float = _option(1.0, "passes over the texts, where `steps` is 0 (ALBEF's configuration: 1)")
+    weight_decay: float = _option(0.02, "AdamW's (ALBEF's configuration)")
+    # ALBEF's 25, and the [SEP] that it does not read.
+    max_text_tokens: int = _option(26, "texts are cut to this many tokens")
+    image_size: int = _option(0, "pixels; 0 for the checkpoint's (ALBEF's configuration: 256)")
+    out: str = _option("text-assignment", "name of the checkpoint to write")
+
+
+@dataclass(frozen=True)
 class TaskOptions(LoopOptions):
     """What the stages that finetune for a task share: the recipes of BLIP's VQA and NLVR2 are these defaults."""
 
     examples: tuple[str, ...] = _option((), "examples parts; repeatable", kind="examples")
     images: tuple[str, ...] = _option((), "images parts with their pictures; repeatable", kind="images")
     init: str = _option(
-        "pretrained", "checkpoint to start from: a pretrained BLIP, or a model of the task", kind="model"
+        "pretrained",
+        "checkpoint to start from: a pretrained BLIP or ALBEF, or a model of the task",
+        kind="model",
     )
     splits: tuple[str, ...] = _option(("train",), "splits to train on; rows without one always are")
     validate: int = _option(
@@ -403,7 +423,18 @@ class TaskOptions(LoopOptions):
     head_rate: float = _option(
         1.0, "factor on the head's learning rate (ViLT's released code for VQA: 10)", later=True
     )
-    drop_path: float = _option(0.1, "of the vision tower (BLIP's released code for both tasks)")
+    drop_path: float = _option(0.1, "of the vision tower (BLIP's released code for both tasks; ALBEF's: 0)")
+    momentum: float = _option(
+        0.0,
+        "of a copy that follows the model and teaches it (ALBEF's configurations: 0.995); 0 for none",
+        later=True,
+    )
+    alpha: float = _option(
+        0.4, "with `momentum`: weight of the copy's word (ALBEF's configurations)", later=True
+    )
+    alpha_ramp_epochs: float = _option(
+        1.0, "alpha grows over this many epochs (ALBEF's configurations: 1, for SNLI-VE 0)", later=True
+    )
     min_lr: float = _option(0.0, "the schedule's end (BLIP's released code: 0)")
     flip: bool = _option(True, "random horizontal flips, where neither text nor answer names a side")
 
@@ -581,7 +612,7 @@ class SelectOptions:
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 
 
-RETRAINED = ("blip", "clip", "vilt")
+RETRAINED = ("blip", "clip", "vilt", "albef")
 """What `retrain` trains."""
 
 

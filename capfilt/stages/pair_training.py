@@ -5,7 +5,6 @@ What every training shares is `training.py`'s; what each stage starts from is `t
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -47,9 +46,9 @@ class PairTraining(Training[Pairs]):
         if options.randaugment and options.cache_features:
             raise UserError("--randaugment changes pictures: it needs --augment, and no --cache-features")
 
-    @abstractmethod
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
-        """Which losses."""
+        """Which losses a BLIP is trained with."""
+        return PretrainingConfig()
 
     @property
     def prompt(self) -> str:

@@ -146,6 +146,12 @@ STAGES = (
         ("capfilt finetune filter --init pretrained --human coco",),
     ),
     StageCommand(
+        ("finetune", "text-assignment"),
+        stage_options.FinetuneTextAssignmentOptions,
+        ("capfilt.stages.text_assignment:FinetuneTextAssignment",),
+        ("capfilt finetune text-assignment --init albef --human coco --web cc3m",),
+    ),
+    StageCommand(
         ("finetune", "vqa"),
         stage_options.FinetuneVqaOptions,
         ("capfilt.stages.task_training:FinetuneVqa",),
@@ -218,12 +224,14 @@ STAGES = (
             "capfilt retrain --human coco --pairs capfilt --preset base",
             "capfilt retrain --human coco --verdicts cc12m=top30 --out retrained-top30",
             "capfilt retrain --model clip --human coco --pairs capfilt --preset base --out clip",
+            "capfilt retrain --model albef --human coco --pairs capfilt --preset base --out albef",
         ),
         kinds=(
             "model",
             {
                 "clip": "capfilt.stages.retrain_clip:RetrainClip",
                 "vilt": "capfilt.stages.retrain_vilt:RetrainVilt",
+                "albef": "capfilt.stages.retrain_albef:RetrainAlbef",
             },
         ),
     ),

@@ -37,23 +37,20 @@ class RetrainClip(Retrain):
     def shape(self, vocab_size: int) -> ClipConfig:
         return clip_preset(self.options.preset, vocab_size)
 
-    def initial(self, pairs: Pairs) -> tuple[Clip, BpeTokenizer]:
-        o = self.options
-        if self.start:
-            return self.continued(Clip)
-        if o.vocab == "corpus":
-            tokenizer = BpeTokenizer.train(pairs.texts(), o.vocab_size)
-        else:
-            read = (
-                BpeTokenizer.load
-                if Path(o.vocab).is_dir() or o.vocab.endswith(".json")
-                else BpeTokenizer.from_merges
-            )
-            tokenizer = read(o.vocab)
+    def vocabulary(self, pairs: Pairs) -> BpeTokenizer:
+        vocab = self.options.vocab
+        if vocab == "corpus":
+            return BpeTokenizer.train(pairs.texts(), self.options.vocab_size)
+        own = Path(vocab).is_dir() or vocab.endswith(".json")
+        return BpeTokenizer.load(vocab) if own else BpeTokenizer.from_merges(vocab)
+
+    def sized(self, tokenizer: BpeTokenizer) -> ClipConfig:
         config = self.shape(tokenizer.vocab_size)
         vision = dataclasses.replace(config.vision, image_size=self.image_size())
-        made = dataclasses.replace(config, vision=vision, logit_bias=self.loss.loss == "sigmoid")
-        return build_clip(made, seed=o.seed), tokenizer
+        return dataclasses.replace(config, vision=vision, logit_bias=self.loss.loss == "sigmoid")
+
+    def built(self, config: ClipConfig) -> Clip:
+        return build_clip(config, seed=self.options.seed)
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         return ClipTraining(model, self.loss, ranks)

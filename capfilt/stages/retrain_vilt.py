@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from capfilt.data.tokenizer import Tokenizer
 from capfilt.models.masking import Masking
 from capfilt.models.matching import MatchingConfig, ViltTraining
 from capfilt.models.presets import vilt_preset
@@ -18,7 +17,6 @@ from capfilt.models.pretrained import load_vit_into_vilt
 from capfilt.models.ranks import Ranks
 from capfilt.models.vilt import Vilt, ViltConfig, build_vilt
 from capfilt.stages.options import RetrainOptions
-from capfilt.stages.pairs import Pairs
 from capfilt.stages.train import Retrain
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -38,14 +36,12 @@ class RetrainVilt(Retrain):
     def shape(self, vocab_size: int) -> ViltConfig:
         return vilt_preset(self.options.preset, vocab_size)
 
-    def initial(self, pairs: Pairs) -> tuple[Vilt, Tokenizer]:
-        if self.start:
-            return self.continued(Vilt)
-        tokenizer = self.vocabulary(pairs)
-        model = build_vilt(self.sized(tokenizer), seed=self.options.seed)
+    def built(self, config: ViltConfig) -> Vilt:
+        return build_vilt(config, seed=self.options.seed)
+
+    def load_towers(self, model: Any) -> None:
         if self.options.vision_init:
             load_vit_into_vilt(model, self.options.vision_init)
-        return model, tokenizer
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         masking = Masking.of(tokenizer, self.options.mask_share, whole_words=True)

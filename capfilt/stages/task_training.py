@@ -27,7 +27,7 @@ from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.training import Training
-from capfilt.tables.contracts import SPLITS
+from capfilt.tables.contracts import LABELS, SPLITS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
@@ -57,8 +57,11 @@ class TaskTraining(Training[TaskCorpus]):
             raise UserError(
                 f"--validate {options.validate}, --max-words {options.max_words}: 0 or more, and 1 or more"
             )
-        if not 0 <= options.drop_path < 1:
-            raise UserError(f"--drop-path {options.drop_path:g}: give a probability in [0, 1)")
+        for name in ("drop_path", "momentum"):
+            if not 0 <= getattr(options, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(options, name):g}: give a number in [0, 1)"
+                )
         self.init = workspace.model(options.init)
         checkpoint.read_config(self.init)
 
@@ -206,7 +209,9 @@ class FinetuneVqa(TaskTraining):
         (self.output / "answers.json").write_text(json.dumps(answers, indent=0) + "\n", encoding="utf-8")
 
     def module(self, model: Answers, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
-        return VqaTraining(model, AnsweringConfig(self.options.label_smoothing))
+        return VqaTraining(
+            model, AnsweringConfig(self.options.label_smoothing), self.options.momentum or None
+        )
 
 
 class FinetuneNlvr(TaskTraining):
@@ -224,11 +229,12 @@ class FinetuneNlvr(TaskTraining):
         if not 0 <= options.swap <= 1:
             raise UserError(f"--swap {options.swap:g}: give a probability")
 
-    def continues(self, model: Any, data: TaskCorpus) -> bool:
-        return bool(model.pictures == 2)
-
     def feed(self) -> dict[str, Any]:
         return {**super().feed(), "swap": self.options.swap}
 
+    def continues(self, model: Any, data: TaskCorpus) -> bool:
+        # An ALBEF that has learned text assignment alone has other classes, a ViLT for one picture another head.
+        return bool((model.pictures, model.labels) == (2, LABELS[self.task]))
+
     def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
-        return ClassifierTraining(model)
+        return ClassifierTraining(model, self.options.momentum or None)

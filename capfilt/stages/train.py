@@ -11,23 +11,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
+
+import torch
 
 from capfilt.data.corpus import Corpus, from_pairs, from_verdicts
 from capfilt.data.stream import StreamInput
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
+from capfilt.models import checkpoint, kinds
+from capfilt.models.albef import Albef
+from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
 from capfilt.models.blip import Blip, build
 from capfilt.models.kinds import Model
 from capfilt.models.objectives import scaled_momentum
 from capfilt.models.presets import preset
 from capfilt.models.pretrained import load_bert, load_vit
 from capfilt.models.pretraining import PretrainingConfig
+from capfilt.models.ranks import Ranks
 from capfilt.stages.options import (
     RETRAINED,
     FinetuneCaptionerOptions,
     FinetuneFilterOptions,
+    FinetuneTextAssignmentOptions,
     PretrainOptions,
     RetrainOptions,
 )
@@ -37,7 +43,6 @@ from capfilt.tables.ids import file_sha256
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
-M = TypeVar("M", bound=Model)
 VERDICT_COLUMNS = ("text_id", "image_id", "source", "text", "keep")
 
 
@@ -77,24 +82,32 @@ class Pretrain(PairTraining):
     def image_size(self) -> int:
         return int(self.options.image_size or self.shape(1000).image_size)
 
+    def built(self, config: Any) -> Any:
+        """A new model of this shape."""
+        return build(dataclasses.replace(config, prompt=""), seed=self.options.seed)
+
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
-        o = self.options
         tokenizer = self.vocabulary(pairs)
-        model = build(dataclasses.replace(self.sized(tokenizer), prompt=""), seed=o.seed)
+        model = self.built(self.sized(tokenizer))
+        self.load_towers(model)
+        return model, tokenizer
+
+    def load_towers(self, model: Any) -> None:
+        """Fills a new model with the pretrained parts that were asked for."""
+        o = self.options
         if o.vision_init:
             load_vit(model.visual_encoder, o.vision_init)
         if o.text_init:
             load_bert(model, o.text_init)
-        return model, tokenizer
 
-    def vocabulary(self, pairs: Pairs) -> Tokenizer:
+    def vocabulary(self, pairs: Pairs) -> Any:
         """The tokenizer of a new model."""
         o = self.options
         if o.vocab == "corpus":
             return Tokenizer.train(pairs.texts(), o.vocab_size)
         return Tokenizer.from_vocab(o.vocab) if o.vocab.endswith(".txt") else Tokenizer.load(o.vocab)
 
-    def sized(self, tokenizer: Tokenizer) -> Any:
+    def sized(self, tokenizer: Any) -> Any:
         """The preset for this tokenizer, with pictures and patches of the sizes that were asked for."""
         config = self.shape(tokenizer.vocab_size)
         patch = self.options.patch_size or config.vision.patch_size
@@ -103,20 +116,20 @@ class Pretrain(PairTraining):
         return dataclasses.replace(config, vision=vision, text=text)
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
-        o = self.options
-        return PretrainingConfig(
-            queue_size=o.queue_size,
-            momentum=_momentum(o),
-            multi_positive=o.multi_positive,
-            global_negatives=o.global_negatives,
-            label_smoothing=o.label_smoothing,
-        )
+        return PretrainingConfig(label_smoothing=self.options.label_smoothing, **alignment(self.options))
 
 
-def _momentum(options: PretrainOptions | FinetuneFilterOptions) -> float | None:
-    if options.momentum_batch_size and options.momentum:
-        return scaled_momentum(options.momentum, options.batch_size, options.momentum_batch_size)
-    return options.momentum or None
+def alignment(options: PretrainOptions | FinetuneFilterOptions) -> dict[str, Any]:
+    """What the options say of an `AlignmentConfig`."""
+    momentum: float | None = options.momentum or None
+    if options.momentum_batch_size and momentum:
+        momentum = scaled_momentum(momentum, options.batch_size, options.momentum_batch_size)
+    return {
+        "queue_size": options.queue_size,
+        "momentum": momentum,
+        "multi_positive": options.multi_positive,
+        "global_negatives": options.global_negatives,
+    }
 
 
 def _tokenizer_file(vocab: str) -> Path:
@@ -184,15 +197,13 @@ class Retrain(Pretrain):
         return [*super().streamed(), *(StreamInput(part) for part in self.pairs), *joined]
 
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
-        return self.continued(Blip) if self.start else super().initial(pairs)
-
-    def continued(self, kind: type[M]) -> tuple[M, Any]:
-        """The model of the checkpoint to continue from, and its tokenizer. UserError where it is of another kind."""
-        assert self.start is not None
+        if not self.start:
+            return super().initial(pairs)
         contents, _ = checkpoint.open_any(self.start, self.image_size())
-        if not isinstance(contents.model, kind):
+        made = kinds.named(self.model).model
+        if not isinstance(contents.model, made):
             raise UserError(
-                f"--continue-from {self.start}: is a {type(contents.model).__name__}, not a {kind.__name__}"
+                f"--continue-from {self.start}: is a {type(contents.model).__name__}, not a {made.__name__}"
             )
         return contents.model, contents.tokenizer
 
@@ -201,21 +212,15 @@ def _image_size_of(directory: Path) -> int:
     return int(checkpoint.read_config(directory)["config"]["vision"]["image_size"])
 
 
-def _loaded(directory: Path, image_size: int) -> tuple[Blip, Tokenizer]:
-    model, tokenizer, _ = checkpoint.load(directory)
-    if image_size != model.config.image_size:
-        model.resize_image(image_size)
-    return model, tokenizer
+class Finetune(PairTraining):
+    """Starts from a pretrained checkpoint."""
 
-
-class _Finetune(PairTraining):
-    """Starts from a pretrained checkpoint and sees human pairs only."""
-
-    options: FinetuneCaptionerOptions | FinetuneFilterOptions
+    starts: ClassVar[tuple[type[Model], ...]] = (Blip,)
+    options: FinetuneCaptionerOptions | FinetuneFilterOptions | FinetuneTextAssignmentOptions
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        if not self.human:
+        if not self.inputs():
             raise UserError(f"{self.name}: give at least one part with human captions (--human)")
         self.init = workspace.model(options.init)
         checkpoint.read_config(self.init)
@@ -229,11 +234,15 @@ class _Finetune(PairTraining):
     def image_size(self) -> int:
         return self.options.image_size or _image_size_of(self.init)
 
-    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
-        return _loaded(self.init, self.image_size())
+    def initial(self, pairs: Pairs) -> tuple[Model, Any]:
+        contents, _ = checkpoint.open_any(self.init, self.image_size())
+        if not isinstance(contents.model, self.starts):
+            known = " or ".join(kind.__name__ for kind in self.starts)
+            raise UserError(f"--init {self.init}: is a {type(contents.model).__name__}; start from a {known}")
+        return contents.model, contents.tokenizer
 
 
-class FinetuneCaptioner(_Finetune):
+class FinetuneCaptioner(Finetune):
     """Step 2: LM on clean pairs, after a prompt that is given and not learned (BLIP, section 3.3 and its released code)."""
 
     name = "finetune-captioner"
@@ -243,8 +252,9 @@ class FinetuneCaptioner(_Finetune):
     def prompt(self) -> str:
         return self.options.prompt
 
-    def initial(self, pairs: Pairs) -> tuple[Blip, Tokenizer]:
+    def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         model, tokenizer = super().initial(pairs)
+        assert isinstance(model, Blip)
         model.config = dataclasses.replace(model.config, prompt=self.options.prompt)
         return model, tokenizer
 
@@ -258,17 +268,18 @@ class FinetuneCaptioner(_Finetune):
         )
 
 
-class FinetuneFilter(_Finetune):
-    """Step 2: ITC and ITM on clean pairs (BLIP, section 3.3)."""
+class FinetuneFilter(Finetune):
+    """Step 2: ITC and ITM on clean pairs (BLIP, section 3.3); of an ALBEF, its finetuning for retrieval (ALBEF, section 5)."""
 
     name = "finetune-filter"
+    starts = (Blip, Albef)
     options: FinetuneFilterOptions
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
-        return PretrainingConfig(
-            objectives=("itc", "itm"),
-            queue_size=self.options.queue_size,
-            momentum=_momentum(self.options),
-            multi_positive=self.options.multi_positive,
-            global_negatives=self.options.global_negatives,
-        )
+        return PretrainingConfig(objectives=("itc", "itm"), **alignment(self.options))
+
+    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+        if isinstance(model, Albef):
+            config = AlbefObjective(objectives=("itc", "itm"), **alignment(self.options))
+            return AlbefPretraining(model, config=config, ranks=ranks)
+        return super().module(model, tokenizer, ranks)

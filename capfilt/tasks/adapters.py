@@ -22,11 +22,13 @@ from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import Limits, beam_search
 from capfilt.models import kinds
+from capfilt.models.albef import Albef, without_end
+from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
 from capfilt.models.blip import Blip
 from capfilt.models.classifier import BlipClassifier
 from capfilt.models.clip import Clip
 from capfilt.models.interop.contents import Contents
-from capfilt.models.kinds import Judges
+from capfilt.models.kinds import Answers, Judges
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vilt import ImageTokens, Vilt
 from capfilt.models.vilt_classifier import ViltClassifier
@@ -87,7 +89,7 @@ class _OnDevice:
     def _sent(self, batch: Tensor) -> Tensor:
         return batch.to(self.device, non_blocking=True)
 
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         ids, mask = self._tokenizer.encode(texts, self._max_length, max_words=self._max_words)
         return self._sent(ids), self._sent(mask)
 
@@ -121,9 +123,15 @@ class BlipCapabilities(_SeesImages):
     """A `Blip` with its filter's half as a dual encoder, a cross-encoder and an image encoder; see `_OnDevice`."""
 
     def __init__(
-        self, model: Blip, tokenizer: Tokenizer, *, max_length: int | None = None, pair_batch: int = 256
+        self,
+        model: Blip | Albef,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        pair_batch: int = 256,
     ) -> None:
-        model.require("filter")
+        if isinstance(model, Blip):
+            model.require("filter")
         super().__init__(model, tokenizer, max_length or model.config.max_text_tokens)
         self._pair_batch = pair_batch
 
@@ -176,6 +184,13 @@ class BlipCapabilities(_SeesImages):
         return out
 
 
+class AlbefCapabilities(BlipCapabilities):
+    """An `Albef` as the same: it reads texts without their end."""
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        return without_end(*super()._encode(texts))
+
+
 class BlipCaptioning(_SeesImages):
     """A `Blip` with its captioner's half as a writer of captions and an image encoder."""
 
@@ -192,10 +207,10 @@ class WholeBlip(BlipCapabilities, BlipCaptioning):
     """A `Blip` with both halves: everything that either can do."""
 
 
-class BlipAnswering(_SeesImages):
-    """A `BlipVqa` as what answers questions."""
+class Answering(_SeesImages):
+    """A model that answers in words, as what answers questions."""
 
-    def __init__(self, model: BlipVqa, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Answers, tokenizer: Tokenizer) -> None:
         # BLIP, released code: a question's first 50 words.
         super().__init__(model, tokenizer, model.config.max_text_tokens, 50)
 
@@ -256,8 +271,8 @@ class Classifying(_OnDevice):
         return out
 
 
-class BlipClassifying(_SeesImages, Classifying):
-    """The same, of a BLIP."""
+class TowerClassifying(_SeesImages, Classifying):
+    """The same, of a model with a vision tower."""
 
 
 def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
@@ -324,6 +339,7 @@ class ViltCapabilities(_OnDevice):
             ids, mask = self._encode(list(number))
             tokens = self._sent(image_tokens)
             which = torch.tensor([number[text] for text in texts], device=self.device)
+            assert mask is not None
             lengths = mask.sum(dim=1)
             # Neighbours of like length: a batch is padded to its longest text.
             for rows in torch.split(lengths[which].argsort(), self._pair_batch):
@@ -337,11 +353,15 @@ class ViltCapabilities(_OnDevice):
 
 ADAPTERS: dict[type[nn.Module], Callable[[Any, Any], object]] = {
     Blip: _blip,
-    BlipVqa: BlipAnswering,
-    BlipNlvr: BlipClassifying,
-    BlipClassifier: BlipClassifying,
+    BlipVqa: Answering,
+    BlipNlvr: TowerClassifying,
+    BlipClassifier: TowerClassifying,
     Clip: ClipCapabilities,
     Vilt: ViltCapabilities,
     ViltClassifier: Classifying,
+    Albef: AlbefCapabilities,
+    AlbefVqa: Answering,
+    AlbefNlvr: TowerClassifying,
+    AlbefClassifier: TowerClassifying,
 }
 """What a class of model is evaluated through."""

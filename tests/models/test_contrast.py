@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import socket
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +19,10 @@ from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConf
 from capfilt.models.contrast import ClipTraining, ContrastConfig
 from capfilt.models.presets import clip_preset
 from capfilt.training.loop import TrainConfig, train
+from tests.models.contrast_ranks import ROWS, gradients, gradients_of_two_ranks
 from tests.training.grids import pairs
 
 CONFIG = ClipConfig(ClipVisionConfig(16, 8, 32, 1, 2, 64), ClipTextConfig(40, 8, 32, 1, 2, 64), embed_dim=8)
-ROWS = 8
 
 
 def trained(loss: str = "softmax", *ranks, chunk: int = 0) -> ClipTraining:
@@ -81,30 +77,15 @@ def test_the_loss_is_that_of_the_formulas_however_it_is_cut(loss, chunk):
         torch.testing.assert_close(grads[name].grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+CASES = {loss: (lambda ranks, loss=loss: trained(loss, ranks), batch_of) for loss in ("softmax", "sigmoid")}
+
+
 def test_several_ranks_take_the_gradient_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).resolve().parents[2]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.models.contrast_ranks", str(rank), "2", str(port), str(tmp_path)],
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in started]
-    assert all(process.returncode == 0 for process in started), said
-    for loss in ("softmax", "sigmoid"):
-        module = trained(loss)
-        made = module.losses(batch_of())
-        made["loss"].backward()
-        found = torch.load(tmp_path / f"{loss}.pt", weights_only=True)
-        torch.testing.assert_close(found.pop("loss"), made["loss"].detach(), atol=1e-5, rtol=1e-5)
-        for name, parameter in module.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+    found = gradients_of_two_ranks(__name__, tmp_path)
+    assert found.keys() == CASES.keys()
+    for loss, case in CASES.items():
+        for name, expected in gradients(case).items():
+            torch.testing.assert_close(found[loss][name], expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_the_scale_stays_below_a_hundred_and_the_losses_fit_their_models():

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capfilt.errors import UserError
+from capfilt.models import alignment
 from capfilt.models import objectives as o
 from capfilt.models import pretraining as p
 from capfilt.models.blip import Blip, BlipConfig, build
@@ -263,7 +264,7 @@ def test_losses_equal_the_models_own_calls_one_row_at_a_time(monkeypatch, chunk_
     """Shared cross-attention keys, one pass for 3B rows, groups of similar length and no padding mask in LM must not
     change a single number.
     """
-    monkeypatch.setattr(p, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(alignment, "CHUNK_ROWS", chunk_rows)
     model = build(MICRO).eval()
     trainer = p.BlipPretraining(model, p.PretrainingConfig(momentum=None, queue_size=0)).eval()
     batch = rows(5)
@@ -299,12 +300,12 @@ def test_losses_equal_the_models_own_calls_one_row_at_a_time(monkeypatch, chunk_
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 40))
 def test_length_chunks_have_every_row_once_and_cut_nothing(lengths, chunk_rows):
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    before, p.CHUNK_ROWS = p.CHUNK_ROWS, chunk_rows
+    before, alignment.CHUNK_ROWS = alignment.CHUNK_ROWS, chunk_rows
     try:
-        groups = p.length_chunks(mask)
+        groups = alignment.length_chunks(mask)
     finally:
-        p.CHUNK_ROWS = before
-    assert len(groups) <= p.MAX_CHUNKS
+        alignment.CHUNK_ROWS = before
+    assert len(groups) <= alignment.MAX_CHUNKS
     assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(len(lengths)))
     for some, length in groups:
         assert torch.equal(mask[some, :length].sum(1), mask[some].sum(1))
@@ -342,7 +343,7 @@ def test_a_frozen_tower_is_left_out_of_the_average():
     model = build(MICRO)
     model.visual_encoder.requires_grad_(False)
     trainer = p.BlipPretraining(model, p.PretrainingConfig(queue_size=4))
-    mine, live = trainer.momentum.pairs(model)
+    mine, live = alignment.followed(trainer.momentum, model)
     assert len(mine) == len(live) > 0
     assert not {id(p) for p in live} & {id(p) for p in model.visual_encoder.parameters()}
 

@@ -94,7 +94,7 @@ def test_the_sigmoid_loss_makes_a_model_with_a_bias_and_other_weights_are_refuse
         ({"vision_init": "somewhere"}, "--vision-init: is not for --model clip"),
         ({"contrast": "hinge"}, "hinge"),
         ({"preset": "trunk"}, "tiny, small, base, large"),
-        ({"model": "dalle"}, "choose blip, clip, vilt"),
+        ({"model": "dalle"}, "choose blip, clip, vilt, albef"),
     ],
 )
 def test_wrong_options_are_named(place, changes, message):

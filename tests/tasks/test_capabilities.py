@@ -13,14 +13,15 @@ import torch
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
+from capfilt.models.albef import build_albef
 from capfilt.models.blip import build
 from capfilt.models.interop.contents import Contents, halved
 from capfilt.models.nlvr import nlvr_from_blip
-from capfilt.models.presets import preset, vilt_preset
+from capfilt.models.presets import albef_preset, preset, vilt_preset
 from capfilt.models.vilt import build_vilt
 from capfilt.models.vilt_classifier import pair_from_vilt
 from capfilt.models.vqa import vqa_from_blip
-from capfilt.tasks.adapters import BlipCapabilities, ViltCapabilities, opened
+from capfilt.tasks.adapters import AlbefCapabilities, BlipCapabilities, ViltCapabilities, opened
 from capfilt.tasks.capabilities import (
     EmbedsImagesAndTexts,
     GeneratesText,
@@ -97,6 +98,27 @@ def test_every_pair_scores_as_it_does_alone(model, tokenizer, images, pair_batch
             alone = model.match_logits(ids, mask, model.encode_image(images[image : image + 1]))
             assert logits[row].item() == pytest.approx(alone[0, 1].item(), abs=1e-4)
     model.train()
+    assert logits.std() > 1e-3
+
+
+@pytest.mark.parametrize("pair_batch", [1, 256])
+def test_an_albef_reads_texts_without_their_end(tokenizer, images, pair_batch):
+    """[SEP], which every text has here, was never read by a released ALBEF."""
+    model = build_albef(albef_preset("tiny", tokenizer.vocab_size)).eval()
+    with torch.no_grad():
+        model.itm_head.weight.mul_(50)
+    able = AlbefCapabilities(model, tokenizer, pair_batch=pair_batch)
+    can = opened(Contents(model, tokenizer)).can
+    assert can == ("embeds images and texts", "embeds images", "matches pairs")
+    logits = able.match(able.encode_images(images), torch.tensor([0, 0, 0, 3]), TEXTS[:4])
+    embeds = able.embed_texts(TEXTS[:4])
+    with torch.inference_mode():
+        for row, (image, text) in enumerate(zip([0, 0, 0, 3], TEXTS[:4], strict=True)):
+            words = [tokenizer.cls_id, *(WORDS.index(word) + len(SPECIALS) for word in text.split())]
+            ids = torch.tensor([words])
+            alone = model.match_logits(ids, None, model.encode_image(images[image : image + 1]))
+            assert logits[row].item() == pytest.approx(alone[0, 1].item(), abs=1e-4)
+            assert torch.allclose(embeds[row], model.embed_text(ids)[0], atol=1e-5)
     assert logits.std() > 1e-3
 
 

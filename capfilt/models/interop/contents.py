@@ -19,13 +19,13 @@ import capfilt
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
 from capfilt.models.config import Shape
-from capfilt.models.interop.keymaps import POSITION_IDS, TIED, Config, reason
+from capfilt.models.interop.keymaps import POSITION_IDS, TIED, reason
 from capfilt.models.kinds import BlipModel, Model, empty
 from capfilt.models.vision import resize_position_embedding
 from capfilt.models.weights import fill, listed, read_safetensors
 
-S = TypeVar("S", bound=Shape)
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
+S = TypeVar("S", bound=Shape)
 
 
 @dataclass
@@ -97,7 +97,7 @@ def assemble(path: Path, config: Shape, state: dict[str, Tensor]) -> Model:
     return model.eval()
 
 
-def resized(path: Path, config: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def resized(path: Path, config: Shape, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` with the position embedding at the config's grid: the one tensor that may have another shape in a file."""
     name = "visual_encoder.pos_embed"
     try:
@@ -205,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_convolutions(config: Config, layout: str) -> None:
+def refuse_convolutions(config: Shape, layout: str) -> None:
     """UserError where the vision tower is none of the published ViTs, which alone have a home in `layout`."""
     if config.vision.trunk:
         raise UserError(f"vision.trunk {config.vision.trunk!r} has no home in {layout}, whose tower is a ViT")

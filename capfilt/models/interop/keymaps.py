@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from capfilt.models.albef import AlbefConfig, alone
 from capfilt.models.blip import BlipConfig
 from capfilt.models.classifier import ClassifierConfig
 from capfilt.models.nlvr import NlvrConfig
@@ -70,10 +71,17 @@ _HEADS = tuple(
 TIED = {
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
+    "text_encoder.cls.predictions.decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight",
+    "text_encoder.cls.predictions.decoder.bias": "text_encoder.cls.predictions.bias",
 }
-"""Names (the same in both layouts) of a second copy of another tensor; a model has the other one alone."""
+"""Names (the same in both layouts; the last two are ALBEF's) of a second copy of another tensor; a model has the other one
+alone."""
 
-POSITION_IDS = ("text_encoder.embeddings.position_ids", "text_decoder.bert.embeddings.position_ids")
+POSITION_IDS = (
+    "text_encoder.embeddings.position_ids",
+    "text_decoder.bert.embeddings.position_ids",
+    "text_encoder.bert.embeddings.position_ids",
+)
 """Buffers that count 0, 1, 2, ...; the original repository stores them, a model needs none."""
 
 
@@ -85,7 +93,7 @@ class Leftover:
     reason: str
 
 
-# BLIP, released code: what BLIP_Pretrain and BLIP_Retrieval register besides the model.
+# BLIP and ALBEF, released code: what their pretraining and retrieval classes register besides the model.
 LEFTOVERS = (
     Leftover(
         re.compile(r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..+"),
@@ -110,8 +118,10 @@ def kind_of(config: Config) -> str:
     return "vqa" if isinstance(config, VqaConfig) else "nlvr"
 
 
-def original_names(config: Config) -> dict[str, str]:
+def original_names(config: Config | AlbefConfig) -> dict[str, str]:
     """Our name of every tensor of the model, shared ones under each of their names -> the original repository's."""
+    if isinstance(config, AlbefConfig):
+        return _albef_names(config)
     kind = kind_of(config)
     names = [*_tower_names(config.vision.depth)]
     if kind == "nlvr":
@@ -145,6 +155,22 @@ def transformers_names(config: Config) -> dict[str, str]:
                     f"vision_model.encoder.layers.{index}.{theirs}.{leaf}"
                 )
     return names
+
+
+def _albef_names(config: AlbefConfig) -> dict[str, str]:
+    """ALBEF's repository has a BERT with its language head as the text encoder; its first half has no cross-attention."""
+    unseeing = [f"text_encoder.encoder.layer.{index}.cross" for index in range(alone(config.text))]
+    text = [
+        name
+        for name in _text_names("text_encoder.", config.text.depth)
+        if not name.startswith(tuple(unseeing))
+    ]
+    return {
+        **{name: name for name in (*_tower_names(config.vision.depth), *_HEADS)},
+        **{name: name.replace("text_encoder.", "text_encoder.bert.", 1) for name in text},
+        **{each.replace("cls.predictions.", "mlm_head."): f"text_encoder.{each}" for each in _LM_HEAD},
+        "temperature": "temp",
+    }
 
 
 def _tower_names(depth: int) -> list[str]:

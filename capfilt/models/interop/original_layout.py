@@ -1,7 +1,8 @@
-"""The original repository's `.pth` files: a dictionary whose `model` holds the tensors of one of its model classes.
+"""The original repositories' `.pth` files: a dictionary whose `model` holds the tensors of one of their model classes.
 
-Pretraining (BLIP_Pretrain), captioning (BLIP_Decoder), retrieval (BLIP_Retrieval), VQA (BLIP_VQA) and NLVR2 (BLIP_NLVR).
-Such a file holds no geometry: sizes are read off the tensors, numbers of heads follow from BLIP's 64 channels a head.
+BLIP's pretraining (BLIP_Pretrain), captioning (BLIP_Decoder), retrieval (BLIP_Retrieval), VQA (BLIP_VQA) and NLVR2
+(BLIP_NLVR); ALBEF's pretraining, which is told by its text encoder's being a BERT with a language head. Such a file holds no
+geometry: sizes are read off the tensors, numbers of heads follow from the 64 channels a head of both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from capfilt.errors import UserError
+from capfilt.models.albef import Albef, AlbefConfig
 from capfilt.models.blip import BlipConfig
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
@@ -50,6 +52,8 @@ NO_HOME = (
     "max_words",
     "prompt",
 )
+POSITIONS = "text_encoder.bert.embeddings.position_embeddings.weight"
+TYPES = "text_encoder.bert.embeddings.token_type_embeddings.weight"
 _OTHERS: dict[str, type[VqaConfig | NlvrConfig]] = {"vqa": VqaConfig, "nlvr": NlvrConfig}
 
 
@@ -59,7 +63,7 @@ def files(path: Path) -> list[Path]:
     return [path, vocabulary.find(path.parent), *([settings] if settings.is_file() else [])]
 
 
-def read_config(path: Path, image_size: int = 0) -> tuple[Config, dict[str, Any]]:
+def read_config(path: Path, image_size: int = 0) -> tuple[Config | AlbefConfig, dict[str, Any]]:
     """(our config, `extra`), only the sizes of the tensors looked at."""
     return _config(path, _state(path, mapped=True), image_size)
 
@@ -68,6 +72,8 @@ def read(path: Path, image_size: int = 0) -> Contents:
     """The checkpoint; `image_size` other than 0 resizes the position embedding. UserError names the file or key."""
     found = _state(path)
     config, extra = _config(path, found, image_size)
+    if isinstance(config, AlbefConfig):
+        found = _without_types(found)
     state, leftovers = take(path, found, original_names(config))
     tokenizer = vocabulary.read(path.parent, config.vocab_size)
     return Contents(assemble(path, config, resized(path, config, state)), tokenizer, extra, leftovers)
@@ -75,7 +81,7 @@ def read(path: Path, image_size: int = 0) -> Contents:
 
 def write(directory: Path, contents: Contents) -> None:
     """Writes model.pth, vocab.txt and capfilt.json into an empty directory; UserError where something has no home."""
-    model = blip_of(contents)
+    model = contents.model if isinstance(contents.model, Albef) else blip_of(contents)
     config = model.config
     refuse(config)
     if not vocabulary.is_bert(contents.tokenizer):
@@ -90,7 +96,10 @@ def write(directory: Path, contents: Contents) -> None:
     for copied, main in TIED.items():
         if main in weights:
             weights[copied] = weights[main]
-    for prefix in ("text_encoder.", "text_decoder.bert."):
+    if isinstance(config, AlbefConfig):
+        # Its words are all of BERT's first type, which is in the positions here.
+        weights[TYPES] = torch.zeros(2, config.text.width)
+    for prefix in ("text_encoder.", "text_decoder.bert.", "text_encoder.bert."):
         if prefix + "embeddings.word_embeddings.weight" in weights:
             counted = torch.arange(config.text.max_positions)[None]
             weights[prefix + "embeddings.position_ids"] = counted
@@ -99,9 +108,9 @@ def write(directory: Path, contents: Contents) -> None:
     write_beside(directory, settings_of(config, NO_HOME), contents.extra, {})
 
 
-def refuse(config: Config) -> None:
+def refuse(config: Config | AlbefConfig) -> None:
     """UserError naming what the original code has no place for; else nothing."""
-    if kind_of(config) == "classifier":
+    if not isinstance(config, AlbefConfig) and kind_of(config) == "classifier":
         raise UserError(
             "a BlipClassifier has no home in the original layout: BLIP released none; keep it as capfilt saved it"
         )
@@ -130,13 +139,31 @@ def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     return content
 
 
-def _config(path: Path, found: dict[str, Tensor], image_size: int) -> tuple[Config, dict[str, Any]]:
-    encoder, decoder = "text_encoder.", "text_decoder.bert."
-    present = [prefix for prefix in (encoder, decoder) if _any(found, prefix)]
+def _without_types(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ALBEF's token types, of which every word has the first, put into the positions: the sum is the same."""
+    found = dict(found)
+    types = found.pop(TYPES, None)
+    if types is not None and POSITIONS in found:
+        found[POSITIONS] = found[POSITIONS].float() + types[0].float()
+    return found
+
+
+def _config(
+    path: Path, found: dict[str, Tensor], image_size: int
+) -> tuple[Config | AlbefConfig, dict[str, Any]]:
+    encoder, decoder, albef = "text_encoder.", "text_decoder.bert.", "text_encoder.bert."
+    present = [prefix for prefix in (albef, encoder, decoder) if _any(found, prefix)]
     if not present:
         raise UserError(f"{path}: neither {encoder}* nor {decoder}*: no BLIP of the original repository")
     root = present[0]
-    if root == decoder:
+    if root == encoder and TYPES.replace(albef, encoder) in found:
+        raise UserError(
+            f"{path}: a finetuned ALBEF of the original repository, which has no language head; only its pretraining "
+            "checkpoints are read: finetune one of them"
+        )
+    if root == albef:
+        kind = "albef"
+    elif root == decoder:
         kind = "captioner"
     elif len(present) == 1:
         kind = "nlvr" if _any(found, "cls_head.") else "filter"
@@ -170,14 +197,18 @@ def _config(path: Path, found: dict[str, Tensor], image_size: int) -> tuple[Conf
     }
     values: dict[str, Any] = {"vision": vision, "text": text}
     try:
-        config: Config
+        config: Config | AlbefConfig
         if kind in _OTHERS:
             config = _OTHERS[kind].from_dict(values)
         else:
             embed = (
                 {"embed_dim": found["vision_proj.weight"].shape[0]} if "vision_proj.weight" in found else {}
             )
-            config = BlipConfig.from_dict({**values, **embed, "half": kind})
+            config = (
+                AlbefConfig.from_dict({**values, **embed})
+                if kind == "albef"
+                else BlipConfig.from_dict({**values, **embed, "half": kind})
+            )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     # Where the tensors say it themselves they decide.

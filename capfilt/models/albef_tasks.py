@@ -1,0 +1,260 @@
+"""ALBEF finetuned: answers to questions, classes of a text with one picture, statements about two pictures.
+
+Each starts from a pretrained Albef's towers (arXiv 2107.07651, sec. 5, fig. 3). Texts and answers come as the tokenizer gives
+them; the [SEP] at a text's end is not read here, that of an answer is written. What is trained against what is
+task_objectives.py's; text assignment, which comes before statements, is text_assignment.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.models.albef import Albef, alone, bert, halves, tokens_known, without_end
+from capfilt.models.classifier import ClassifierConfig, classifier_head, head_logits
+from capfilt.models.layers import Pair
+from capfilt.models.text import Attention, TextConfig, TextDecoder, TextTransformer
+from capfilt.models.vision import VisionConfig, VisionTower
+from capfilt.models.vqa import Answering, VqaConfig
+from capfilt.models.weights import start_from
+from capfilt.tables.contracts import LABELS
+
+
+@dataclass(frozen=True)
+class AlbefVqaConfig(VqaConfig):
+    """Everything that decides the shape of an AlbefVqa; `to_dict`/`from_dict` go through JSON unchanged."""
+
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=384))
+    text: TextConfig = field(default_factory=bert)
+    max_text_tokens: int = 26  # ALBEF, code: longest question, 25, and the [SEP] that is not read
+
+    @property
+    def vocab_size(self) -> int:
+        return tokens_known(self.text)
+
+
+class AlbefVqa(Answering):
+    """All layers of the text side read the question, the second half with the image; a decoder as deep as that half reads
+    their states in every layer.
+    """
+
+    def __init__(self, config: AlbefVqaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.vision)
+        self.text_encoder = halves(config.text, config.vision.width)
+        self.text_decoder = TextDecoder(second_half(config.text), config.text.width)
+
+    def asked(self, ids: Tensor) -> Tensor:
+        return without_end(ids, None)[0]
+
+    def heard(self, mask: Tensor) -> Tensor:
+        return mask[:, 1:]
+
+    def begun(self, ids: Tensor) -> Tensor:
+        return ids
+
+
+@dataclass(frozen=True)
+class AlbefClassifierConfig(ClassifierConfig):
+    """Everything that decides the shape of an AlbefClassifier; `to_dict`/`from_dict` go through JSON unchanged."""
+
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=384))
+    text: TextConfig = field(default_factory=bert)
+    max_words: int = 30  # ALBEF, code
+
+    @property
+    def vocab_size(self) -> int:
+        return tokens_known(self.text)
+
+
+class AlbefClassifier(nn.Module):
+    """A head on the state of [CLS] after all layers: linear, ReLU, linear for entailment (ALBEF, code); ViLT's for VQA."""
+
+    pictures = 1
+
+    def __init__(self, config: AlbefClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.vision)
+        self.text_encoder = self._reader()
+        self.cls_head = classifier_head(config.text.width, len(config.classes), wide=config.task == "vqa")
+
+    def _reader(self) -> TextTransformer:
+        return halves(self.config.text, self.config.vision.width)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it was trained to tell apart."""
+        return self.config.classes
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
+        out: Tensor = self.visual_encoder(images)
+        return out
+
+    def prefill_cross(self, image_tokens: Tensor) -> list[Pair]:
+        """Keys and values, for the layers that look, of the tokens [B * pictures, N, Dv] of B texts' pictures: all first
+        ones before all second ones.
+        """
+        return self.text_encoder.cross_keys_values(image_tokens)
+
+    def seen_logits(self, ids: Tensor, mask: Tensor | None, cross: Sequence[Pair]) -> Tensor:
+        """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with pictures' `prefill_cross`."""
+        return head_logits(self.cls_head, self.text_encoder(*without_end(ids, mask), cross, first=True)[:, 0])
+
+    def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
+        """`seen_logits` with images [B, pictures, 3, S, S]."""
+        tokens = self.encode_image(images.transpose(0, 1).flatten(0, 1))
+        return self.seen_logits(ids, mask, self.prefill_cross(tokens))
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """As `Blip.recompute_activations`."""
+        self.visual_encoder.recompute = self.text_encoder.recompute = on
+
+    def resize_image(self, image_size: int) -> None:
+        """As `Albef.resize_image`: text assignment is learned at one size, statements at another."""
+        self.config = dataclasses.replace(self.config, vision=self.visual_encoder.resize(image_size))
+
+
+@dataclass(frozen=True)
+class AlbefNlvrConfig(AlbefClassifierConfig):
+    """Everything that decides the shape of an AlbefNlvr; `text.depth` is that of the ALBEF it comes from.
+
+    `classes` are those of text assignment until it has been finetuned for statements.
+    """
+
+    max_text_tokens: int = 128
+    task: str = "nlvr"
+    classes: tuple[str, ...] = LABELS["nlvr"]
+
+
+class AlbefNlvr(AlbefClassifier):
+    """Every layer that fuses comes twice, one after the other: the first looks at the first picture, the second at the second.
+
+    The two share the keys' and values' projections (ALBEF, sec. 5 and fig. 3b).
+    """
+
+    pictures = 2
+    config: AlbefNlvrConfig
+
+    def _reader(self) -> TextTransformer:
+        text, width = self.config.text, self.config.vision.width
+        before = alone(text)
+        doubled = dataclasses.replace(text, depth=text.depth + second_half(text).depth)
+        reader = TextTransformer(
+            doubled,
+            width,
+            crossattention=lambda index: Attention(text, width) if index >= before else None,
+        )
+        for one, two in zip(reader.layers[before::2], reader.layers[before + 1 :: 2], strict=True):
+            first, second = one.crossattention, two.crossattention
+            assert isinstance(first, Attention)
+            assert isinstance(second, Attention)
+            second.self.key, second.self.value = first.self.key, first.self.value
+        return reader
+
+    def prefill_cross(self, image_tokens: Tensor) -> list[Pair]:
+        found: list[Pair] = []
+        for layer in self.text_encoder.layers[alone(self.config.text) :: 2]:
+            assert layer.crossattention is not None
+            keys, values = layer.crossattention.keys_values(image_tokens)
+            found += zip(keys.chunk(2), values.chunk(2), strict=True)
+        return found
+
+
+def second_half(text: TextConfig) -> TextConfig:
+    """The layers that fuse, as a stack of their own."""
+    return dataclasses.replace(text, depth=text.depth - alone(text))
+
+
+def vqa_from_albef(model: Albef, seed: int = 0, drop_path: float = 0.0) -> AlbefVqa:
+    """An AlbefVqa that starts from a pretrained ALBEF, its decoder from the layers that fuse, the embeddings and the
+    language head (ALBEF, sec. 5 and code).
+
+    Where the vision tower's width is not the text's, the decoder's cross-attention keys and values are new. drop_path:
+    ALBEF, code: none.
+    """
+    vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
+    config = AlbefVqaConfig(vision, model.config.text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = AlbefVqa(config)
+
+    def new(name: str) -> bool:
+        read = name.startswith("text_decoder.") and re.search(r"crossattention\.self\.(key|value)\.", name)
+        return bool(read) and vision.width != config.text.width
+
+    def source(name: str) -> str:
+        if name.startswith("text_decoder.cls.predictions."):
+            return name.replace("text_decoder.cls.predictions.", "mlm_head.")
+        name = name.replace("text_decoder.bert.encoder.layer.", "text_encoder.encoder.layer.+")
+        name = re.sub(r"\+(\d+)", lambda found: str(int(found[1]) + alone(config.text)), name)
+        return name.replace("text_decoder.bert.", "text_encoder.")
+
+    found = model.state_dict()
+    start_from(made, {name: found[source(name)] for name in made.state_dict() if not new(name)}, new)
+    return made
+
+
+def classifier_from_albef(
+    model: Albef | AlbefClassifier,
+    task: str,
+    classes: Sequence[str],
+    seed: int = 0,
+    drop_path: float = 0.0,
+    **longest: int,
+) -> AlbefClassifier:
+    """An AlbefClassifier that starts from a pretrained ALBEF, or from a classifier of other classes; its head is new.
+
+    longest: `max_text_tokens` and `max_words` of its config. drop_path: ALBEF, code: none.
+    """
+    vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
+    config = AlbefClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = AlbefClassifier(config)
+    found = model.state_dict()
+    start_from(made, {name: found[name] for name in made.state_dict() if not _is_head(name)}, _is_head)
+    return made
+
+
+def nlvr_from_albef(
+    model: Albef | AlbefNlvr,
+    seed: int = 0,
+    drop_path: float = 0.0,
+    classes: Sequence[str] = LABELS["nlvr"],
+) -> AlbefNlvr:
+    """An AlbefNlvr that starts from a pretrained ALBEF, whose every layer that fuses it takes twice, or from one that has
+    learned text assignment; its head is new. drop_path: ALBEF, code: none.
+    """
+    vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
+    config = AlbefNlvrConfig(vision, model.config.text, classes=tuple(classes))
+    before = alone(config.text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = AlbefNlvr(config)
+
+    def source(name: str) -> str:
+        if isinstance(model, AlbefNlvr):
+            return name
+        return re.sub(
+            r"(?<=encoder\.layer\.)\d+",
+            lambda found: str(min(int(found[0]), before + (int(found[0]) - before) // 2)),
+            name,
+        )
+
+    found = model.state_dict()
+    start_from(
+        made, {name: found[source(name)] for name in made.state_dict() if not _is_head(name)}, _is_head
+    )
+    return made
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith("cls_head.")

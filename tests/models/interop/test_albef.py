@@ -1,0 +1,260 @@
+"""Catches an ALBEF of its original repository that is taken for a BLIP, loses a tensor without a word, forgets its token
+types, or says something else than the published pass over the file's own tensors; and a BERT that starts the wrong layers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
+from capfilt.errors import UserError
+from capfilt.models import checkpoint
+from capfilt.models.albef import Albef, AlbefConfig, build_albef
+from capfilt.models.albef_tasks import classifier_from_albef
+from capfilt.models.interop import vocabulary
+from capfilt.models.interop.export import export
+from capfilt.models.pretrained import load_bert, load_vit
+from capfilt.models.text import TextConfig
+from capfilt.models.vision import VisionConfig, resize_position_embedding
+from tests.models import albef_reference as plain
+from tests.models.interop.reference import DEC, WORDS, loud, write_vocabulary
+
+WORDS_KNOWN, WIDTH, HIDDEN, DEPTH, EMBED = DEC, 16, 40, 4, 12
+VISION_WIDTH, PATCH, GRID = 24, 8, 3
+SETTINGS = {"vision.heads": 3, "text.heads": 2}
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """What the released code's pretraining class saves, written down from it."""
+    made: dict[str, tuple[int, ...]] = {}
+
+    def linear(name, into, out):
+        made[f"{name}.weight"], made[f"{name}.bias"] = (out, into), (out,)
+
+    def norm(name, width):
+        made[f"{name}.weight"] = made[f"{name}.bias"] = (width,)
+
+    v = VISION_WIDTH
+    made["visual_encoder.cls_token"], made["visual_encoder.pos_embed"] = (1, 1, v), (1, GRID**2 + 1, v)
+    made["visual_encoder.patch_embed.proj.weight"] = (v, 3, PATCH, PATCH)
+    made["visual_encoder.patch_embed.proj.bias"] = (v,)
+    for index in range(2):
+        block = f"visual_encoder.blocks.{index}"
+        norm(f"{block}.norm1", v)
+        linear(f"{block}.attn.qkv", v, 3 * v)
+        linear(f"{block}.attn.proj", v, v)
+        norm(f"{block}.norm2", v)
+        linear(f"{block}.mlp.fc1", v, 48)
+        linear(f"{block}.mlp.fc2", 48, v)
+    norm("visual_encoder.norm", v)
+    bert = "text_encoder.bert"
+    for name, rows in (("word", WORDS_KNOWN), ("position", 20), ("token_type", 2)):
+        made[f"{bert}.embeddings.{name}_embeddings.weight"] = (rows, WIDTH)
+    norm(f"{bert}.embeddings.LayerNorm", WIDTH)
+    for index in range(DEPTH):
+        layer = f"{bert}.encoder.layer.{index}"
+        for part, source in [("attention", WIDTH)] + ([("crossattention", v)] if index >= DEPTH // 2 else []):
+            linear(f"{layer}.{part}.self.query", WIDTH, WIDTH)
+            linear(f"{layer}.{part}.self.key", source, WIDTH)
+            linear(f"{layer}.{part}.self.value", source, WIDTH)
+            linear(f"{layer}.{part}.output.dense", WIDTH, WIDTH)
+            norm(f"{layer}.{part}.output.LayerNorm", WIDTH)
+        linear(f"{layer}.intermediate.dense", WIDTH, HIDDEN)
+        linear(f"{layer}.output.dense", HIDDEN, WIDTH)
+        norm(f"{layer}.output.LayerNorm", WIDTH)
+    head = "text_encoder.cls.predictions"
+    linear(f"{head}.transform.dense", WIDTH, WIDTH)
+    norm(f"{head}.transform.LayerNorm", WIDTH)
+    made[f"{head}.bias"] = (WORDS_KNOWN,)
+    linear("vision_proj", v, EMBED)
+    linear("text_proj", WIDTH, EMBED)
+    linear("itm_head", WIDTH, 2)
+    return made
+
+
+@pytest.fixture
+def state():
+    """A file's tensors: the model, its momentum towers, the queue."""
+    generator = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes().items()}
+    head = "text_encoder.cls.predictions"
+    made[f"{head}.decoder.weight"] = made["text_encoder.bert.embeddings.word_embeddings.weight"]
+    made[f"{head}.decoder.bias"] = made[f"{head}.bias"]
+    made["text_encoder.bert.embeddings.position_ids"] = torch.arange(20)[None]
+    for name in list(made):
+        tower = name.partition(".")[0]
+        if tower != "itm_head":
+            made[name.replace(tower, f"{tower}_m", 1)] = made[name] + 1
+    return made | {
+        "temp": torch.tensor(0.03), "image_queue": torch.randn(EMBED, 8), "text_queue": torch.randn(EMBED, 8),
+        "queue_ptr": torch.zeros(1, dtype=torch.int64),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path, state):
+    return write(tmp_path / "albef", state)
+
+
+def write(directory, state):
+    write_vocabulary(directory)
+    (directory / "capfilt.json").write_text(json.dumps({"settings": SETTINGS, "extra": {}}))
+    file = directory / "ALBEF.pth"
+    torch.save(
+        {"model": state, "optimizer": {"state": {}}, "lr_scheduler": {}, "config": {}, "epoch": 29}, file
+    )
+    return file
+
+
+def seen_and_said():
+    """Pixels, and one text's ids as the original tokenizer gives them: without an end."""
+    pixels = torch.randn(3, PATCH * GRID, PATCH * GRID, generator=torch.Generator().manual_seed(1))
+    return pixels, torch.tensor([2, 7, 9, 11, 20])
+
+
+@torch.no_grad()
+def test_a_file_says_what_the_published_pass_over_its_tensors_says(path, state):
+    contents, meta = checkpoint.open_any(path)
+    model = contents.model
+    assert isinstance(model, Albef)
+    assert (meta["model_type"], meta["layout"]) == ("albef", "original")
+    assert checkpoint.read_config(path)["config"] == model.config.to_dict()
+    pixels, ids = seen_and_said()
+    seen = plain.picture(state, pixels, 3)
+    alone = plain.read(state, "text_encoder.bert.", ids, DEPTH, 2, 2)
+    fused = plain.read(state, "text_encoder.bert.", ids, DEPTH, 2, 2, [seen])
+    image = torch.nn.functional.normalize(plain.linear(state, "vision_proj", seen[0]), dim=0)
+    text = torch.nn.functional.normalize(plain.linear(state, "text_proj", alone[0]), dim=0)
+    words = state["text_encoder.bert.embeddings.word_embeddings.weight"]
+    tokens = model.encode_image(pixels[None])
+    for found, expected in (
+        (model.embed_image(tokens)[0], image),
+        (model.embed_text(ids[None])[0], text),
+        (model.match_logits(ids[None], None, tokens)[0], plain.linear(state, "itm_head", fused[0])),
+        (
+            model.mlm_logits(ids[None], None, model.prefill_cross(tokens))[0],
+            plain.named(state, "text_encoder.cls.predictions.", words, fused),
+        ),
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert model.temperature.item() == pytest.approx(0.03)
+    assert contents.tokenizer.vocab_size == model.config.vocab_size == WORDS_KNOWN + len(ADDED)
+
+
+def test_every_tensor_is_the_models_or_kept_for_a_reason(path, state):
+    contents, _ = checkpoint.open_any(path)
+    kept = set(contents.leftovers)
+    assert kept == {
+        name
+        for name in state
+        if name.partition(".")[0].endswith("_m") or name.endswith("_queue") or name == "queue_ptr"
+    }
+    state["text_encoder.bert.pooler.dense.weight"] = torch.zeros(WIDTH, WIDTH)
+    with pytest.raises(UserError, match=r"1 tensors .*text_encoder\.bert\.pooler"):
+        checkpoint.open_any(write(path.parent, state))
+    del state["text_encoder.bert.pooler.dense.weight"]
+    del state["text_encoder.bert.encoder.layer.3.crossattention.self.key.bias"]
+    with pytest.raises(UserError, match=r"missing: .*layer\.3\.crossattention\.self\.key\.bias"):
+        checkpoint.open_any(write(path.parent, state))
+
+
+def test_a_head_that_is_not_tied_is_refused(path, state):
+    state["text_encoder.cls.predictions.decoder.weight"] = torch.zeros(WORDS_KNOWN, WIDTH)
+    with pytest.raises(UserError, match="tied"):
+        checkpoint.open_any(write(path.parent, state))
+
+
+def test_a_finetuned_albef_is_named_for_what_it_is(path, state):
+    finetuned = {
+        name.replace("text_encoder.bert.", "text_encoder."): each
+        for name, each in state.items()
+        if not name.startswith("text_encoder.cls.")
+    }
+    with pytest.raises(UserError, match="finetuned ALBEF"):
+        checkpoint.open_any(write(path.parent, finetuned))
+
+
+def test_positions_are_resized(path, state):
+    model = checkpoint.open_any(path, image_size=PATCH * 5)[0].model
+    assert torch.equal(
+        model.visual_encoder.pos_embed, resize_position_embedding(state["visual_encoder.pos_embed"], 5)
+    )
+
+
+@torch.no_grad()
+def test_it_travels_to_every_layout_that_has_a_place_for_it_and_back(path, state, tmp_path, monkeypatch):
+    tokenizer = Tokenizer([*SPECIALS, *WORDS, *ADDED])
+    monkeypatch.setattr(vocabulary, "BERT_SIZE", tokenizer.vocab_size - len(ADDED))
+    monkeypatch.setattr(
+        vocabulary, "BERT_IDS", {name: getattr(tokenizer, name) for name in vocabulary.BERT_IDS}
+    )
+    first = checkpoint.open_any(path)[0]
+    place = path
+    for number, layout in enumerate(("capfilt", "original", "original", "capfilt")):
+        export(place, layout, tmp_path / str(number))
+        place = tmp_path / str(number)
+        contents = checkpoint.open_any(place)[0]
+        assert contents.model.config == first.model.config
+        for name, each in first.model.state_dict().items():
+            assert torch.equal(contents.model.state_dict()[name], each), (layout, name)
+        assert contents.leftovers.keys() == first.leftovers.keys()
+    written = torch.load(tmp_path / "1" / "model.pth", weights_only=True)["model"]
+    assert written.keys() == state.keys()
+    assert all(written[name].shape == each.shape for name, each in state.items())
+    # The file that was written says the same, by its own names.
+    pixels, ids = seen_and_said()
+    for name in ("text_encoder.bert.", "text_encoder_m.bert."):
+        before, after = (
+            plain.read(each, name, ids, DEPTH, 2, 2, [plain.picture(each, pixels, 3)])
+            for each in (state, written)
+        )
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="no home in a layout of BLIPs"):
+        export(place, "transformers", tmp_path / "no")
+    task = classifier_from_albef(first.model, "entailment", ("a", "b", "c"))
+    checkpoint.save(tmp_path / "task", task, tokenizer)
+    with pytest.raises(UserError, match="AlbefClassifier has no home"):
+        export(tmp_path / "task", "original", tmp_path / "no")
+
+
+@torch.no_grad()
+def test_a_bert_and_a_deit_start_an_albef(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    geometry = {"num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": HIDDEN}
+    bert = loud(
+        transformers.BertForMaskedLM(
+            transformers.BertConfig(vocab_size=38, hidden_size=WIDTH, max_position_embeddings=20, **geometry)
+        )
+    )
+    bert.save_pretrained(tmp_path / "bert")
+    deit = loud(
+        transformers.DeiTModel(
+            transformers.DeiTConfig(image_size=16, patch_size=8, hidden_size=WIDTH, layer_norm_eps=1e-6, **geometry)
+        )
+    )  # fmt: skip
+    deit.save_pretrained(tmp_path / "deit")
+    model = build_albef(
+        AlbefConfig(
+            vision=VisionConfig(32, 8, WIDTH, DEPTH, 2, HIDDEN),
+            text=TextConfig(38, WIDTH, DEPTH, 2, HIDDEN, max_positions=20),
+        )
+    ).eval()
+    fresh = {name: each.clone() for name, each in model.state_dict().items()}
+    load_vit(model.visual_encoder, tmp_path / "deit")
+    load_bert(model, tmp_path / "bert")
+    kept = {name for name, each in model.state_dict().items() if torch.equal(each, fresh[name])}
+    # LayerNorms and biases of what is fresh start as they would have anyway; nothing else may be left as it was.
+    assert kept == {
+        name
+        for name in fresh
+        if ".crossattention." in name or name.split(".")[0] in ("vision_proj", "text_proj", "itm_head", "temperature")
+    }  # fmt: skip
+    ids = torch.randint(0, 38, (2, 6))
+    # With nothing to see, all layers are BERT's: its first type included, and its head names the tokens.
+    states = model.text_encoder(ids)
+    torch.testing.assert_close(states, bert.bert(ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+    words = model.text_encoder.embeddings.word_embeddings.weight
+    torch.testing.assert_close(model.mlm_head(states, words), bert(ids).logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.visual_encoder.norm.bias, deit.layernorm.bias)
