@@ -1,4 +1,5 @@
-"""BLIP as a classifier of a picture and a text together: closed-set VQA, visual entailment, statements about one picture.
+"""BLIP as a classifier of a picture and a text together: closed-set VQA, visual entailment, statements about one picture. And
+of a picture alone, where its classes have no text: then it is the vision tower with a head on [CLS] (ViT, arXiv 2010.11929).
 
 The released BLIP has no such model. Its text encoder is fed [ENC] and sees the picture, as for matching; on the state
 of [ENC] is the head of the models that publish one: ALBEF's for entailment (arXiv 2107.07651, sec. 5 and code: linear,
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from capfilt.errors import UserError
 from capfilt.models.blip import Blip, ModelConfig
 from capfilt.models.config import Classified
 from capfilt.models.layers import full_precision, init_std, init_truncated
@@ -48,9 +50,14 @@ class BlipClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = TextTransformer(config.text, config.vision.width)
-        wide = 2 * config.text.width if config.task == "vqa" else 0
-        self.cls_head = classifier_head(config.text.width, len(config.classes), wide)
+        alone = config.task == "classification"
+        self.text_encoder = None if alone else TextTransformer(config.text, config.vision.width)
+        if alone:
+            self.cls_head = nn.Sequential(nn.Linear(config.vision.width, len(config.classes)))
+            init_truncated(self.cls_head, init_std(config.vision.width))
+        else:
+            wide = 2 * config.text.width if config.task == "vqa" else 0
+            self.cls_head = classifier_head(config.text.width, len(config.classes), wide)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
@@ -58,7 +65,12 @@ class BlipClassifier(nn.Module):
         return out
 
     def class_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
-        """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv]."""
+        """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv].
+
+        A classifier of pictures alone reads no text.
+        """
+        if self.text_encoder is None:
+            return head_logits(self.cls_head, image_tokens[:, 0])
         return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
 
     @property
@@ -72,7 +84,9 @@ class BlipClassifier(nn.Module):
 
     def recompute_activations(self, on: bool = True) -> None:
         """As `Blip.recompute_activations`."""
-        self.visual_encoder.recompute = self.text_encoder.recompute = on
+        self.visual_encoder.recompute = on
+        if self.text_encoder is not None:
+            self.text_encoder.recompute = on
 
 
 def classifier_head(width: int, classes: int, wide: int = 0) -> nn.Sequential:
@@ -122,8 +136,10 @@ def classifier_from_blip(
 
     longest: `max_text_tokens` and `max_words` of its config. drop_path 0.1: BLIP, code, for its two other finetunings.
     """
-    if isinstance(model, Blip):
+    if isinstance(model, Blip) and task != "classification":
         model.require("filter")
+    if getattr(model, "text_encoder", None) is None and task != "classification":
+        raise UserError("a classifier of pictures alone reads no text: start from a pretrained model")
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     made = build_classifier(
         ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest), seed
