@@ -243,6 +243,25 @@ ALBEF_ASSIGNED = {
     "batch_size": 512, "accumulate": 8, "epochs": 1.0, "learning_rate": 2e-5, "crop_scale": 0.2,
 }  # fmt: skip
 ALBEF_TASK = {**ALBEF_FINETUNED, "learning_rate": 2e-5, "drop_path": 0.0, "max_words": 30}
+VILT = {
+    "learning_rate": 1e-4, "min_lr": 0.0, "schedule": "linear", "weight_decay": 0.01, "decay": "matrices", "beta2": 0.98,
+    "clip_norm": 0.0, "image_size": 384,
+}  # fmt: skip
+VILT_4M = {
+    **VILT, "model": "vilt", "batch_size": 4096, "steps": 200000, "warmup_steps": 20000, "max_text_tokens": 40,
+    "mask_share": 0.15, "alignment": 0.1, "max_patches": 200, "augment": False,
+}  # fmt: skip
+VILT_FINETUNING = {
+    **VILT,
+    "epochs": 10.0,
+    "randaugment": 2,
+    "randaugment_level": 9.0,
+    "crop_scale": 1.0,
+    "flip": False,
+}
+VILT_VQA = {
+    **VILT_FINETUNING, "batch_size": 256, "head_rate": 10.0, "closed": True, "min_answers": 9, "splits": ("train", "val"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -300,6 +319,13 @@ ALBEF_TASK = {**ALBEF_FINETUNED, "learning_rate": 2e-5, "drop_path": 0.0, "max_w
         ("blip-finetune-nlvr2", "finetune-nlvr", NLVR2),
         ("blip-finetune-vqa-closed", "finetune-vqa", VQA_CLOSED),
         ("blip-finetune-snli-ve", "finetune-entailment", SNLI_VE),
+        ("vilt-4m", "retrain", VILT_4M),
+        ("vilt-finetune-vqa", "finetune-vqa", VILT_VQA),
+        (
+            "vilt-finetune-nlvr2",
+            "finetune-nlvr",
+            {**VILT_FINETUNING, "batch_size": 128, "head_rate": 1.0, "swap": 0.0},
+        ),
         ("blip-base-14m", "select-cc12m", {"threshold": 0.5, "by": "itm_score"}),
         ("blip-base-14m", "caption-cc12m", {"method": "nucleus", "top_p": 0.9, "samples": 1}),
     ],
@@ -312,7 +338,9 @@ def test_the_published_recipes_have_the_published_numbers(name, label, published
     assert {key: options[key] for key in published} == published
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith(("blip-", "albef-"))])
+@pytest.mark.parametrize(
+    "name", [name for name in list_recipes() if name.startswith(("blip-", "clip-", "vilt-", "albef-"))]
+)
 def test_every_part_a_published_recipe_reads_is_made_by_it_or_named_in_it(name):
     """A step that scores a captions part which no step writes, found out after a week of pretraining."""
     _, content = recipes.load_recipe(name)
