@@ -2,7 +2,7 @@
 
 Words of the given texts that the vocabulary has to spell in pieces become tokens, with new embeddings; all else stays.
 
-    python benchmarks/more_words.py quickstart/models/filter w/models/start boxes/data.jsonl vqa_easy/data.jsonl
+    python benchmarks/preparing/more_words.py quickstart/models/filter w/models/start boxes/data.jsonl vqa_easy/data.jsonl
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from capfilt.data.tokenizer import ADDED, Tokenizer, clean
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip, build
 
-FIELDS = ("sentence", "question", "hypothesis", "answers")
+FIELDS = ("sentence", "question", "hypothesis", "answers", "captions")
 
 
 def words_of(paths: list[Path], least: int) -> list[str]:

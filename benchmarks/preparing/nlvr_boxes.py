@@ -5,11 +5,13 @@ the order of the boxes. Squeezed into a model's square, a block would be a slive
 square, in a random order; further arrangements of a training picture are further pictures, mirrored too where the statement
 names no side. Few statements come with labels, so the same kinds of statements are also made about boxes drawn here, each once
 where it is true and once where it is false. Their forms follow NLVR's train and development sentences; no test sentence was
-looked at.
+looked at. A label is one bit, which a model that starts from nothing learns little from: what is in each drawn box is also
+written out, in its place, for a captioner to learn first.
 
     python benchmarks/preparing/nlvr_boxes.py DATA/tasks/nlvr1 boxes --pictures 12000
     capfilt ingest boxes/data.jsonl --images boxes --image-col image --caption-col sentence --dataset boxes
     capfilt examples boxes/data.jsonl --images boxes --dataset boxes          # and so with boxes/generated.jsonl
+    capfilt ingest boxes/described.jsonl --images boxes --image-col image --caption-col captions --dataset described
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw, ImageOps
-from statements import BOX, SHAPES, Box, Item, contrast
+from statements import BOX, SHAPES, Box, Item, contrast, described
 
 from capfilt.data.transforms import mentions_sides
 
@@ -86,13 +88,21 @@ def drawn(box: Box) -> Image.Image:
     return picture
 
 
-def arranged(boxes: Sequence[Image.Image], rng: Random, mirror: bool) -> Image.Image:
-    """Three boxes in a random order in the cells of a square, each mirrored by chance where `mirror`."""
+CELLS = {
+    "upper left": (2, 2),
+    "upper right": (CELL + 2, 2),
+    "lower left": (2, CELL + 2),
+    "lower right": (CELL + 2, CELL + 2),
+}
+
+
+def arranged(boxes: Sequence[Image.Image], rng: Random, mirror: bool) -> tuple[Image.Image, list[str]]:
+    """Three boxes in a random order in the cells of a square, each mirrored by chance where `mirror`; and whose is which."""
     square = Image.new("RGB", (2 * CELL, 2 * CELL), GREY)
-    cells = rng.sample([(2, 2), (CELL + 2, 2), (2, CELL + 2), (CELL + 2, CELL + 2)], 3)
+    cells = rng.sample(list(CELLS), 3)
     for box, cell in zip(boxes, cells, strict=True):
-        square.paste(ImageOps.mirror(box) if mirror and rng.random() < 0.5 else box, cell)
-    return square
+        square.paste(ImageOps.mirror(box) if mirror and rng.random() < 0.5 else box, CELLS[cell])
+    return square, cells
 
 
 def main() -> None:
@@ -116,13 +126,18 @@ def main() -> None:
             mirror = row["split"] == "train" and not mentions_sides(row["sentence"])
             for turn in range(options.arrangements if row["split"] == "train" else 1):
                 name = f"nlvr/{row['identifier']}-{turn}.png"
-                arranged(boxes, rng, mirror).save(options.out / name)
+                arranged(boxes, rng, mirror)[0].save(options.out / name)
                 key = row["identifier"] + (f"-{turn}" if turn else "")
                 file.write(json.dumps({**row, "identifier": key, "image": name}) + "\n")
     things = [towers(rng) if rng.random() < 0.65 else scattered(rng) for _ in range(options.pictures)]
-    for place, boxes in enumerate(things):
-        picture = arranged([drawn(box) for box in boxes], rng, mirror=False)
-        picture.save(options.out / f"drawn/{place:06d}.png")
+    with (options.out / "described.jsonl").open("w") as file:
+        for place, boxes in enumerate(things):
+            name = f"drawn/{place:06d}.png"
+            picture, cells = arranged([drawn(box) for box in boxes], rng, mirror=False)
+            picture.save(options.out / name)
+            texts = [described(box, are_towers(boxes)) for box in boxes]
+            captions = [f"{cell} {text}" for cell, text in zip(cells, texts, strict=True)]
+            file.write(json.dumps({"image": name, "captions": captions}) + "\n")
     kinds = {
         kind: [place for place, boxes in enumerate(things) if are_towers(boxes) == kind]
         for kind in (True, False)

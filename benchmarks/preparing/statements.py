@@ -317,6 +317,19 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
     )  # fmt: skip
 
 
+def described(box: Box, tower: bool) -> str:
+    """What is in a box, top first: everything that statements ask about one."""
+    if tower:
+        stack = " over ".join(item.colour for item in reversed(box))
+        return f"a tower with {WORDS[len(box)]} block{'s' * (len(box) > 1)} {stack}"
+    groups = Counter((item.colour, item.shape, "touching the wall" * item.touches) for item in box)
+    things = " and ".join(
+        f"{WORDS[count]} {colour} {shape}{'s' * (count > 1)} {place}".strip()
+        for (colour, shape, place), count in groups.items()
+    )
+    return f"a box with {WORDS[len(box)]} item{'s' * (len(box) > 1)} {box[0].colour} on top {things}"
+
+
 def told(seed: int, boxes: list[Box], tower: bool) -> Statement:
     """The statement of this number about boxes: its text is the same whatever they are, its truth is theirs."""
     return (about_towers if tower else about_things)(Random(seed), boxes)

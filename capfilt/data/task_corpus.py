@@ -1,4 +1,5 @@
-"""Rows of examples tables to batches: questions with their answers, statements about pairs of pictures with their labels.
+"""Rows of examples tables to batches: questions with their answers, texts about one picture or two with their labels, pictures
+with their classes.
 
 Held in memory as `corpus.py` holds pairs, in the same order of batches (`loader.Plan`): a pure function of (corpus,
 options, seed, step). What cannot be trained on is left out and counted, never raised.
@@ -26,7 +27,7 @@ from capfilt.data.tokenizer import MAX_WORDS, Encodes, clean
 from capfilt.data.transforms import mentions_sides, swap_left_right
 from capfilt.tables.contracts import LABELS
 
-PICTURES = {"vqa": 1, "nlvr": 2, "entailment": 1}
+PICTURES = {"vqa": 1, "nlvr": 2, "entailment": 1, "classification": 1}
 """How many pictures a model of the task looks at, of the tasks that are trained on."""
 
 Answers = tuple[tuple[str, int], ...]
@@ -47,7 +48,7 @@ class TaskBatch(Batch):
         pixels: uint8 [B, 3, S, S], or [B, 2, 3, S, S] for pairs.
         answer_ids, answer_mask: int64 and bool [B, A, L]: [CLS] answer [SEP]; a question has up to A answers.
         answer_weight: float32 [B, A], 0 where there is no further answer.
-        label: int64 [B], the place of the label in `contracts.LABELS`; -1 where there is none.
+        label: int64 [B], the place of the label in `contracts.LABELS`, or among the corpus' classes; -1 where there is none.
         targets: float32 [B, C], what each answer of a closed list is worth, in [0, 1]; None without one.
     """
 
@@ -68,16 +69,17 @@ class TaskCorpus:
         pictures: int64 [E, 1 or 2], the rows in `images` of each example's pictures; an example with one picture shows a
             model of pairs that one twice.
         image_ids: N strings.
-        example_ids, texts: E strings each; texts as found.
+        example_ids, texts: E strings each; texts as found, "" where the task has none (classification).
         answers: each example's answers with their weights.
         annotated: each example's answers with how many annotators gave them.
-        labels: int64 [E], places in `contracts.LABELS`, -1 where there is none.
-        classes: of the closed list of answers (vqa), in the order of a classifier's outputs; empty without one.
-        targets: (place in `classes`, worth in [0, 1]) of each example's answers that are among them.
+        labels: int64 [E], places in `contracts.LABELS` or, of a classification, in `classes`; -1 where there is none.
+        classes: the closed list of answers (vqa) or the classes (classification), in the order of a classifier's outputs;
+            empty without them.
+        targets: (place in `classes`, worth in [0, 1]) of each question's answers that are on a closed list; empty without one.
         skipped: how many were left out for a fault: pictures by their failure (once per picture), examples by theirs,
             by `no_image` where a picture cannot be used, and by `empty_text`.
         deselected: how many were left out without a fault: as `split`, `task`, `no_answer`, `no_label`, `pictures`,
-            `unlisted` (none of its answers is on the closed list), `limit`.
+            `unlisted` (its class, or all of its answers, are not among the classes), `limit`.
     """
 
     task: str
@@ -132,14 +134,15 @@ def from_examples(
         example_tables: Arrow tables with the columns of the examples contract, each with a factor for its answers'
             weights (ALBEF and BLIP take Visual Genome's at less than VQA v2's); read first and held.
         image_tables: Arrow tables with the columns of the images contract; read one at a time.
-        task: one of `PICTURES`; a vqa example needs an answer, another one a label.
+        task: one of `PICTURES`; a vqa example needs an answer, another one a label, and all but a classification a text.
         splits: only examples of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
         limit: only so many of them, a sample that is always the same; 0 for all.
         pictures: how many the model looks at; 0 for the task's. Examples with more are left out.
         classes: the closed list of answers, for a classifier of questions: a list, or what makes one of the answers to
             the questions that were chosen (`answers.closed_list`). Questions without an answer on a list that is made
-            are left out; on one that is given they have no targets, as they should where a model is judged.
+            are left out; on one that is given they have no targets, as they should where a model is judged. Of a
+            classification, the classes; those of the chosen examples, by name, where none are given.
         **options: as in `corpus.from_images`; `progress` is called with numbers of image rows.
 
     An answer's weight is its share of the question's annotators (BLIP, released code) times the factor. Raises UserError
@@ -158,9 +161,19 @@ def from_examples(
         if _chosen(row, task, looks_at, splits, skipped, deselected)
     ]
     known = tuple(classes([counted(row) for row, _ in chosen]) if callable(classes) else classes)
+    if task == "classification":
+        known = known or tuple(sorted({row["label"] for row, _ in chosen}))
     place_of = {answer: place for place, answer in enumerate(known)}
-    if callable(classes):
-        listed = [each for each in chosen if soft_targets(counted(each[0]), place_of)]
+    if callable(classes) or task == "classification":
+        listed = [
+            each
+            for each in chosen
+            if (
+                each[0]["label"] in place_of
+                if task == "classification"
+                else soft_targets(counted(each[0]), place_of)
+            )
+        ]
         deselected["unlisted"] = len(chosen) - len(listed)
         chosen = listed
     if limit and len(chosen) > limit:
@@ -174,6 +187,7 @@ def from_examples(
         stored.add(rows)
         if progress is not None:
             progress(len(rows))
+    number = {label: place for place, label in enumerate(LABELS[task] or known)}
     kept, places = [], []
     for row, factor in chosen:
         found = [stored.row_of.get(key) for key in row["image_ids"]]
@@ -189,15 +203,12 @@ def from_examples(
         pictures=np.array(places, dtype=np.int64).reshape(len(kept), looks_at),
         image_ids=stored.image_ids,
         example_ids=[row["example_id"] for row, _ in kept],
-        texts=[row["text"] for row, _ in kept],
+        texts=[row["text"] or "" for row, _ in kept],
         answers=[_weighted(row, factor) for row, factor in kept],
-        labels=np.array(
-            [LABELS[task].index(row["label"]) if row["label"] in LABELS[task] else -1 for row, _ in kept],
-            dtype=np.int64,
-        ),
+        labels=np.array([number.get(row["label"], -1) for row, _ in kept], dtype=np.int64),
         annotated=[counted(row) for row, _ in kept],
         classes=known,
-        targets=[soft_targets(counted(row), place_of) for row, _ in kept] if known else [],
+        targets=[soft_targets(counted(row), place_of) for row, _ in kept] if known and task == "vqa" else [],
         skipped={reason: count for reason, count in sorted(skipped.items()) if count},
         deselected={reason: count for reason, count in sorted(deselected.items()) if count},
     )
@@ -217,13 +228,15 @@ def _chosen(
         deselected["task"] += 1
     elif splits is not None and row.get("split") not in splits:
         deselected["split"] += 1
-    elif row["text"] is None or not clean(row["text"]):
+    elif task != "classification" and (row["text"] is None or not clean(row["text"])):
         skipped["empty_text"] += 1
     elif not 1 <= len(row["image_ids"]) <= pictures:
         deselected["pictures"] += 1
     elif task == "vqa" and not _weighted(row, 1.0):
         deselected["no_answer"] += 1
-    elif task != "vqa" and row["label"] not in LABELS[task]:
+    elif (task == "classification" and row["label"] is None) or (
+        LABELS[task] and row["label"] not in LABELS[task]
+    ):
         deselected["no_label"] += 1
     else:
         return True
@@ -327,7 +340,7 @@ def task_batches(
             pixels=pixels,
             label=torch.from_numpy(corpus.labels[rows]),
         )
-        if corpus.classes:
+        if corpus.targets:
             targets = torch.zeros(len(rows), len(corpus.classes))
             for number, row in enumerate(rows.tolist()):
                 for place, worth in corpus.targets[row]:

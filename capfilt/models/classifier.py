@@ -1,4 +1,5 @@
-"""BLIP as a classifier of a picture and a text together: closed-set VQA, visual entailment, statements about one picture.
+"""BLIP as a classifier of a picture and a text together: closed-set VQA, visual entailment, statements about one picture. And
+of a picture alone, where its classes have no text: then it is the vision tower with a head on [CLS] (ViT, arXiv 2010.11929).
 
 The released BLIP has no such model. Its text encoder is fed [ENC] and sees the picture, as for matching; on the state
 of [ENC] is the head of the models that publish one: ALBEF's for entailment (arXiv 2107.07651, sec. 5 and code: linear,
@@ -43,6 +44,11 @@ class ClassifierConfig(ModelConfig):
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             raise UserError(f"a classifier needs two classes or more, each once, and has {len(self.classes)}")
 
+    @property
+    def pictures_alone(self) -> bool:
+        """Whether no text is read."""
+        return self.task == "classification"
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """As `ModelConfig.from_dict`; the classes may come as JSON has them, in a list."""
@@ -61,8 +67,10 @@ class BlipClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = TextTransformer(config.text, config.vision.width)
-        self.cls_head = classifier_head(config.text.width, len(config.classes), wide=config.task == "vqa")
+        self.text_encoder = (
+            None if config.pictures_alone else TextTransformer(config.text, config.vision.width)
+        )
+        self.cls_head = head_for(config)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
@@ -70,7 +78,12 @@ class BlipClassifier(nn.Module):
         return out
 
     def class_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
-        """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv]."""
+        """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv].
+
+        A classifier of pictures alone reads no text.
+        """
+        if self.text_encoder is None:
+            return head_logits(self.cls_head, image_tokens[:, 0])
         return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
 
     @property
@@ -84,7 +97,18 @@ class BlipClassifier(nn.Module):
 
     def recompute_activations(self, on: bool = True) -> None:
         """As `Blip.recompute_activations`."""
-        self.visual_encoder.recompute = self.text_encoder.recompute = on
+        self.visual_encoder.recompute = on
+        if self.text_encoder is not None:
+            self.text_encoder.recompute = on
+
+
+def head_for(config: ClassifierConfig) -> nn.Sequential:
+    """[.., D] -> [.., C]: `classifier_head`, or one linear layer for pictures alone."""
+    if not config.pictures_alone:
+        return classifier_head(config.text.width, len(config.classes), wide=config.task == "vqa")
+    head = nn.Sequential(nn.Linear(config.vision.width, len(config.classes)))
+    init_truncated(head, init_std(config.vision.width))
+    return head
 
 
 def classifier_head(width: int, classes: int, wide: bool = False) -> nn.Sequential:
@@ -105,11 +129,11 @@ def fused_logits(
     """fp32 logits [B, C] that `head` reads from position 0, made [ENC], of texts seen with their image tokens."""
     ids = ids.clone()
     ids[:, 0] = encoder.config.enc_id
-    return head_logits(head, encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True))
+    return head_logits(head, encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True)[:, 0])
 
 
 def head_logits(head: nn.Sequential, states: Tensor) -> Tensor:
-    """fp32 logits [B, C] that `head` reads from position 0 of states [B, L, D]; free of autocast."""
+    """fp32 logits [B, C] that `head` reads from states [B, D]; free of autocast."""
     first = head[0]
     assert isinstance(first, nn.Linear)
     with full_precision(states):
@@ -136,8 +160,10 @@ def classifier_from_blip(
 
     longest: `max_text_tokens` and `max_words` of its config. drop_path 0.1: BLIP, code, for its two other finetunings.
     """
-    if isinstance(model, Blip):
+    if isinstance(model, Blip) and task != "classification":
         model.require("filter")
+    if getattr(model, "text_encoder", None) is None and task != "classification":
+        raise UserError("a classifier of pictures alone reads no text: start from a pretrained model")
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     made = build_classifier(
         ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest), seed

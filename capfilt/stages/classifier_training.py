@@ -1,5 +1,5 @@
-"""The stages that finetune a BLIP with a classifier on it: `finetune vqa --closed`, `finetune nlvr --single`, `finetune
-entailment`.
+"""The stages that finetune a model with a classifier on it: `finetune vqa --closed`, `finetune nlvr --single`, `finetune
+entailment`, `finetune classification`.
 
 What they share with BLIP's own finetunings is `task_training.py`'s; the model is `capfilt.models.classifier`.
 """
@@ -18,7 +18,12 @@ from capfilt.errors import UserError
 from capfilt.models.kinds import CLASSES, Judges, Model, Start
 from capfilt.models.ranks import Ranks
 from capfilt.models.task_objectives import ClassifierTraining
-from capfilt.stages.options import FinetuneEntailmentOptions, FinetuneNlvrOptions, FinetuneVqaOptions
+from capfilt.stages.options import (
+    FinetuneClassificationOptions,
+    FinetuneEntailmentOptions,
+    FinetuneNlvrOptions,
+    FinetuneVqaOptions,
+)
 from capfilt.stages.task_training import TaskTraining
 from capfilt.tables.contracts import LABELS
 from capfilt.tables.shards import Part
@@ -26,7 +31,7 @@ from capfilt.tables.workspace import Workspace
 
 
 class ClassifierTask(TaskTraining):
-    """What the three share: one picture per example, and a head for the task's classes."""
+    """What they share: one picture per example, and a head for the task's classes."""
 
     form = CLASSES
 
@@ -105,3 +110,21 @@ class FinetuneEntailment(ClassifierTask):
     name = "finetune-entailment"
     task = "entailment"
     options: FinetuneEntailmentOptions
+
+
+class FinetuneClassification(ClassifierTask):
+    """Pictures by their classes, those that the training examples have; no text is read."""
+
+    name = "finetune-classification"
+    task = "classification"
+    options: FinetuneClassificationOptions
+
+    def classes(self, data: TaskCorpus) -> tuple[str, ...]:
+        if len(data.classes) < 2:
+            raise UserError(
+                f"{self.name}: the examples have {len(data.classes)} classes; a classifier needs two"
+            )
+        return data.classes
+
+    def reading(self, model: Any = None) -> dict[str, Any]:
+        return {**super().reading(model), "classes": model.labels if model is not None else ()}

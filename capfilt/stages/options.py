@@ -499,6 +499,19 @@ class FinetuneEntailmentOptions(TaskOptions):
     out: str = _option("entailment", "name of the checkpoint to write")
 
 
+@dataclass(frozen=True)
+class FinetuneClassificationOptions(TaskOptions):
+    """Finetune a vision tower to tell the classes of pictures apart: a linear head on [CLS], every weight trained."""
+
+    learning_rate: float = _option(
+        3e-5, "peak (as BLIP's NLVR2 configuration; none is published for classes)"
+    )
+    epochs: float = _option(10.0, "passes over the pictures, where `steps` is 0")
+    max_text_tokens: int = _option(2, "no text is read", told=True)
+    max_words: int = _option(1, "no text is read", told=True)
+    out: str = _option("classification", "name of the checkpoint to write")
+
+
 _ENGINE_BATCH = "images per batch; 0: as many as fit; halved where a GPU's memory is too small"
 _ENGINE_PRECISION = (
     "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, "
@@ -643,7 +656,7 @@ class EvaluateOptions:
     )
     tasks: tuple[str, ...] = _option(
         ("retrieval", "captioning"),
-        "retrieval, captioning, zero-shot, few-shot, match, rating, choice, vqa, nlvr, entailment; repeatable",
+        "retrieval, captioning, zero-shot, few-shot, classification, match, rating, choice, vqa, nlvr, entailment; repeatable",
     )
     rerank: int = _option(
         128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"

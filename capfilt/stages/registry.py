@@ -179,6 +179,12 @@ STAGES = (
         ("capfilt finetune entailment --init pretrained --examples snli-ve --images flickr30k",),
     ),
     StageCommand(
+        ("finetune", "classification"),
+        stage_options.FinetuneClassificationOptions,
+        ("capfilt.stages.classifier_training:FinetuneClassification",),
+        ("capfilt finetune classification --init pretrained --examples cifar10 --images cifar10",),
+    ),
+    StageCommand(
         ("caption",),
         stage_options.CaptionOptions,
         ("capfilt.stages.caption:CaptionStage",),

@@ -112,6 +112,20 @@ def zero_shot(
     return _result(hits)
 
 
+def by_logits(logits: Tensor, names: Sequence[str], labels: Sequence[str]) -> ClassificationResult:
+    """`classification_top1` and `classification_top5` (where there are more than five classes) of logits float32 [N, C].
+
+    `names` [C] are the classes of the logits, `labels` [N] the right ones; one that no logit stands for is never right.
+    """
+    place = {name: index for index, name in enumerate(names)}
+    scores = logits.float().cpu().numpy().astype(np.float64)
+    truth = np.array([place.get(label, -1) for label in labels])
+    right = scores[np.arange(len(truth)), truth]
+    ranks = np.where(truth < 0, len(names) + 1, (~(scores < right[:, None])).sum(axis=1))
+    depths = [depth for depth in (1, 5) if depth == 1 or len(names) > depth]
+    return _result({f"classification_top{depth}": (ranks <= depth).astype(np.float64) for depth in depths})
+
+
 def few_shot(
     features: Tensor,
     labels: Sequence[str],

@@ -243,6 +243,33 @@ def zero_shot(model: Any, examples: ExampleSet, options: EvaluateOptions, progre
     )
 
 
+def trained_classes(
+    model: Any, examples: ExampleSet, options: EvaluateOptions, progress: Progress
+) -> Outcome:
+    """`classification` by a classifier of pictures alone; a class it was not trained for is never right."""
+    pictures, labels = _classes(examples)
+    if model.pictures != 1 or not set(labels) & set(model.labels):
+        raise UserError(
+            f"--tasks classification: the model tells {', '.join(model.labels[:3])}, ... apart and none of the examples' "
+            "classes; finetune one with `capfilt finetune classification`"
+        )
+    logits = []
+    for batch in examples.image_batches(options.batch_size):
+        logits.append(model.classify(batch[:, None], [""] * len(batch)))
+        progress("images", sum(map(len, logits)), len(examples.image_ids))
+    found = classification.by_logits(torch.cat(logits)[pictures], model.labels, labels)
+    chance, majority = _class_baselines(labels)
+    classes = len(set(labels))
+    return Outcome(
+        f"{classes} classes by a classifier of {len(model.labels)}, trained on examples of them",
+        found.metrics,
+        _hits(found, [examples.image_ids[row] for row in pictures]),
+        {"images": len(set(pictures)), "examples": len(labels), "classes": classes},
+        {name: min(100.0, chance * int(name.rpartition("top")[2])) for name in found.metrics}
+        | {"classification_top1": max(chance, majority)},
+    )
+
+
 def few_shot(model: Any, examples: ExampleSet, options: EvaluateOptions, progress: Progress) -> Outcome:
     """`few-shot` on frozen image features."""
     assert examples.support is not None

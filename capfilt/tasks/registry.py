@@ -111,6 +111,14 @@ TASKS = (
         support="train",
     ),
     Task(
+        "classification",
+        "the class of an image, by a classifier trained for it",
+        "classification",
+        ((CLASSIFIES,),),
+        ("classification_top1",),
+        "capfilt.tasks.evaluations:trained_classes",
+    ),
+    Task(
         "match",
         "whether a text belongs to an image",
         "match",

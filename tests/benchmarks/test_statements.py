@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "preparing"))
 import nlvr_boxes
-from statements import WORDS, Item, about_things, about_towers, contrast
+from statements import WORDS, Item, about_things, about_towers, contrast, described
 
 NUMBER = {word: place for place, word in enumerate(WORDS)} | {str(n): n for n in range(9)}
 
@@ -79,3 +79,27 @@ def test_a_box_is_drawn_as_it_is_described():
     picture = nlvr_boxes.drawn([item])
     assert picture.getpixel((80, 10)) == picture.getpixel((99, 29)) == (0, 153, 255)
     assert picture.getpixel((79, 10)) == picture.getpixel((80, 30)) == nlvr_boxes.PALE
+
+
+def test_a_description_names_everything_in_a_box():
+    tower = [
+        Item("square", colour, 20, 40, 80 - 21 * level) for level, colour in enumerate(("blue", "black"))
+    ]
+    assert described(tower, True) == "a tower with two blocks black over blue"
+    box = [
+        Item("circle", "blue", 10, 5, 5),
+        Item("circle", "blue", 20, 30, 30),
+        Item("square", "black", 30, 70, 70),
+    ]
+    assert described(box, False) == (
+        "a box with three items blue on top two blue circles and one black square touching the wall"
+    )
+
+
+def test_a_picture_has_its_boxes_where_it_is_said_to():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    boxes = [nlvr_boxes.Image.new("RGB", (100, 100), colour) for colour in colours]
+    picture, cells = nlvr_boxes.arranged(boxes, Random(4), mirror=False)
+    for colour, cell in zip(colours, cells, strict=True):
+        x, y = 50 + 104 * ("right" in cell), 50 + 104 * ("lower" in cell)
+        assert picture.getpixel((x, y)) == colour

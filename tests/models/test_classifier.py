@@ -124,3 +124,15 @@ def test_a_checkpoint_keeps_its_classes_and_belongs_in_no_other_layout(tmp_path)
     for layout in (original_layout, transformers_layout):
         with pytest.raises(UserError, match="BlipClassifier has no home"):
             layout.refuse(made)
+
+
+@torch.no_grad()
+def test_classes_of_pictures_are_read_from_the_vision_towers_cls_alone(tmp_path):
+    blip = loud(build(BlipConfig(VISION, TEXT, half="captioner")), 3)
+    model = classifier_from_blip(blip, "classification", ("cat", "dog", "tree"), drop_path=0.0).eval()
+    tokens = model.encode_image(pictures())
+    assert torch.equal(tokens, blip.eval().encode_image(pictures()))
+    found = model.judge(IDS, MASK, pictures()[:, None])
+    assert torch.allclose(found, F.linear(tokens[:, 0], model.cls_head[0].weight, model.cls_head[0].bias))
+    assert torch.equal(found, model.judge(IDS.flip(0), None, pictures()[:, None]))
+    assert not [name for name in model.state_dict() if name.startswith("text_encoder")]

@@ -52,6 +52,7 @@ def place(tmp_path):
         "statements",
         [{**row, "sentence": f"a {colour(n)} square", "label": bool(n % 2)} for n, row in enumerate(about)],
     )
+    ingest(place, "coloured", [{**row, "label": colour(n)} for n, row in enumerate(about)])
     tiny_checkpoint(place.model("pretrained"), seed=3)
     return place
 
@@ -60,6 +61,7 @@ KINDS = {
     "finetune-vqa": ("asked", {"closed": True, "min_answers": 4}, "vqa"),
     "finetune-entailment": ("hypotheses", {}, "entailment"),
     "finetune-nlvr": ("statements", {"single": True}, "nlvr"),
+    "finetune-classification": ("coloured", {}, "classification"),
 }
 
 
@@ -92,7 +94,9 @@ def test_it_is_trained_judged_and_evaluated(place, name):
     assert meta["extra"]["stage"] == name
     assert finetune(place, name).done_before == 1
     result = evaluate(place, task, part)
-    metric = {"vqa": "vqa_closed_exact"}.get(task, f"{task}_accuracy")
+    metric = {"vqa": "vqa_closed_exact", "classification": "classification_top1"}.get(
+        task, f"{task}_accuracy"
+    )
     assert 0 <= result["metrics"][metric] <= 100
     assert result["tasks"][task]["counts"]["examples"] == 8
     if task != "vqa":
@@ -139,6 +143,26 @@ def test_it_goes_on_from_its_own_and_takes_a_new_head_for_other_classes(place):
     stage = command.build(command.classes(made)[0], made, place)
     with pytest.raises(UserError, match="start from one of Blip, BlipVqa"):
         run_stage(stage, InlineExecutor(), quiet=True)
+
+
+def test_classes_are_learned_and_those_of_training_are_all_it_has(place):
+    figures = finetune(
+        place, "finetune-classification", steps=40, batch_size=16, learning_rate=3e-3, drop_path=0.0
+    ).figures
+    assert figures["val_accuracy"] == 1.0
+    model = checkpoint.open_any(place.model("made"))[0].model
+    assert model.labels == tuple(sorted({colour(n) for n in range(24)}))
+    assert model.text_encoder is None
+    result = evaluate(place, "classification", "coloured")
+    assert result["metrics"] == {"classification_top1": 100.0}
+    ingest(place, "odd", [{"identifier": "0-9", "image": "00000", "split": "val", "label": "taupe"},
+                          {"identifier": "1-9", "image": "00001", "split": "val", "label": colour(1)}])  # fmt: skip
+    assert evaluate(place, "classification", "odd", out="odd")["metrics"]["classification_top1"] == 50.0
+    ingest(place, "other", [{"identifier": "0-9", "image": "00000", "split": "val", "label": "taupe"}])
+    with pytest.raises(UserError, match="finetune classification"):
+        evaluate(place, "classification", "other", out="other")
+    with pytest.raises(UserError, match="reads no text"):
+        finetune(place, "finetune-entailment", init="made", out="next")
 
 
 def test_what_it_was_not_finetuned_for_is_one_line(place):

@@ -13,6 +13,7 @@ from capfilt.errors import UserError
 from capfilt.tasks import classification
 from capfilt.tasks.classification import (
     TEMPLATES,
+    by_logits,
     class_vectors,
     few_shot,
     logistic_regression,
@@ -161,3 +162,12 @@ def test_classes_that_cannot_be_told_apart_or_learned():
         zero_shot(Speaker(), torch.eye(3)[:2], ["dog", "dog"], ("{}",))
     with pytest.raises(UserError, match="no examples to learn 'b' from"):
         few_shot(torch.eye(2), ["a", "b"], torch.eye(2), ["a", "a"])
+
+
+def test_logits_rank_their_classes_and_a_tie_or_an_unknown_class_is_no_hit():
+    logits = torch.tensor([[3.0, 1, 0], [0, 2, 2], [0, 1, 5], [9, 0, 0]])
+    found = by_logits(logits, ("a", "b", "c"), ["a", "b", "b", "d"])
+    assert found.hits["classification_top1"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert found.metrics == {"classification_top1": 25.0}
+    many = by_logits(torch.arange(7.0)[None].expand(3, 7), tuple("abcdefg"), ["g", "c", "b"])
+    assert many.metrics == pytest.approx({"classification_top1": 100 / 3, "classification_top5": 200 / 3})

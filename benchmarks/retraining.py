@@ -1,0 +1,159 @@
+"""Every model that `retrain` knows, on raw and on curated pairs of the generated world, judged by the tasks it can do.
+
+For every seed one world and one curated corpus, made by BLIP's bootstrapping (`bootstrapping.py`, its row `both`); then each
+model twice from nothing, with the same options and the same number of steps: on human pairs and every web text (raw), and on
+human pairs and the web and synthetic texts that the filter keeps (curated). The tasks: retrieval over the 500 held-out images
+with five captions each (ranks by embeddings, or by matching every pair where a model has none), telling a caption from one with
+a single fact changed (`choice`, 50 by chance), and captioning. The figures are means over seeds, `+-` the standard deviation.
+`--markdown` prints the table of the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _form import Record, main
+from bootstrapping import BOOTSTRAP, arms, run
+
+from capfilt import recipe as recipes
+from capfilt.execution.run import Executor, executor
+from capfilt.quickstart.language import HUMAN, one_attribute_off, state, write
+from capfilt.quickstart.run import SIZES, Size, open_world
+from capfilt.quickstart.truth import is_true
+from capfilt.quickstart.web import build_human
+from capfilt.recipe import Step
+from capfilt.tables.workspace import Workspace
+
+CORPORA: Mapping[str, Mapping[str, Any]] = {
+    "raw": {"web": ["web"]},
+    "curated": {"web": [], "pairs": ["both"]},
+}
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "blip": {},
+    "clip": {},
+}
+"""What each model's training has of its own; everything else is the quickstart's."""
+METRICS = ("tr@1", "ir@1", "choice_itc", "choice_itm", "cider")
+CHANCE = 0.2
+"""TR@1 and IR@1 by chance, in percent: one image of 500, or five texts of 2,500."""
+
+
+def bootstrapped(place: Workspace, seed: int, size: str, work: Executor) -> dict[str, Any]:
+    """Makes the world and its curated pairs where they are not there yet. Returns the quickstart's options of training."""
+    chosen: Size = SIZES[size]
+    _, content = recipes.load_recipe("quickstart")
+    with open_world(place, chosen, size, seed) as settings:
+        given = [f"{name}={value}" for name, value in {**settings, **chosen.settings, "seed": seed}.items()]
+        options = {step.label: values for step, values in recipes.resolve(content, given)}
+        train = vars(options["retrain-raw"])
+        if not (place.path / "pairs" / "both").is_dir():
+            run([(s, options[s.label]) for s in content.stages if s.label in BOOTSTRAP], place, work)
+            wanted = ("caption-nucleus", "score-nucleus", "select-both")
+            steps = [step for step in arms({}, {}, seed) if step.label in wanted]
+            run(recipes.resolve(recipes.Recipe(version=1, stages=steps), []), place, work)
+    return train
+
+
+def write_choices(path: Path, seed: int, images: int) -> Path:
+    """For each held-out image a true caption and the same with one fact changed that makes it false, as JSON Lines."""
+    lines = []
+    for image in build_human(seed, {"test": images}, 1):
+        rng = np.random.default_rng((seed, 10_000, image.id))
+        for _ in range(100):
+            true = state(image.scene, rng, HUMAN)
+            wrong, changed = one_attribute_off(true, rng)
+            if not is_true(wrong, image.scene):
+                break
+        record = {"id": image.id, "image": image.file_name, "caption": write(true, rng), "split": "test"}
+        record |= {"negative_caption": write(wrong, rng), "category": changed}
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def steps_of(models: list[str], train: Mapping[str, Any], choices: Path) -> list[Step]:
+    """The examples, then of each model two checkpoints and two results."""
+    left_out = ("out", "web", "pairs", "verdicts")
+    common = {name: value for name, value in train.items() if name not in left_out}
+    steps = [
+        Step(
+            stage="examples",
+            name="choices",
+            options={"source_path": str(choices), "images": ["human"], "dataset": "changed"},
+        )
+    ]
+    for model in models:
+        tasks = ["retrieval", "choice", *(["captioning"] if model == "blip" else [])]
+        for corpus, data in CORPORA.items():
+            name = f"{model}-{corpus}"
+            options = {**common, **MODELS[model], **data, "model": model, "out": name}
+            steps.append(Step(stage="retrain", name=f"retrain-{name}", options=options))
+            judged = {"model": name, "images": "human", "split": "test", "tasks": tasks, "rerank": 0}
+            judged |= {"examples": ["changed"], "method": "greedy", "batch_size": 100, "out": name}
+            steps.append(Step(stage="evaluate", name=f"evaluate-{name}", options=judged))
+    return steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own options."""
+    parser.add_argument("--seeds", type=int, default=3, help="how many worlds")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which models"
+    )
+    parser.add_argument(
+        "--workspace", default="", help="keep the workspaces here, and go on from bootstrapping.py's"
+    )
+    parser.add_argument("--execution", default="inline", help="ray or inline")
+    parser.add_argument("--markdown", action="store_true", help="also print the table as Markdown")
+
+
+def measure(args: argparse.Namespace, record: Record) -> None:
+    """All seeds and models, then means and spreads."""
+    seeds = range(args.seed, args.seed + (1 if args.quick else args.seeds))
+    size = "miniature" if args.quick else "full"
+    found: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch, executor(args.execution) as work:
+        for seed in seeds:
+            place = Workspace(Path(args.workspace or scratch) / f"seed{seed}")
+            train = bootstrapped(place, seed, size, work)
+            choices = write_choices(place.path / "world" / "choices.jsonl", seed, SIZES[size].human["test"])
+            steps = steps_of(args.models, train, choices)
+            run(recipes.resolve(recipes.Recipe(version=1, stages=steps), []), place, work)
+            for step in steps[2::2]:
+                name = step.label.removeprefix("evaluate-")
+                result = json.loads((place.path / "runs" / f"{name}.json").read_bytes())
+                found.setdefault(name, []).append(result["metrics"])
+    lines = [f"| model | trained on | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
+    for name, each in found.items():
+        cells = []
+        for metric in METRICS:
+            values = [metrics[metric] for metrics in each if metric in metrics]
+            if not values:
+                cells.append("")
+                continue
+            mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            record.figure(f"{name} {metric}", mean)
+            record.figure(f"{name} {metric} spread", spread)
+            cells.append(f"{mean:.1f} +- {spread:.1f}")
+        model, _, corpus = name.partition("-")
+        lines.append(f"| {model} | {corpus} | {' | '.join(cells)} |")
+    if args.markdown:
+        print("\n".join(lines))
+    record.target("arms measured", sum(map(len, found.values())), "==", 2 * len(args.models) * len(seeds))
+    if not args.quick:
+        for name in found:
+            for metric in ("tr@1", "ir@1"):
+                record.target(
+                    f"{name} {metric}, times chance", record.figures[f"{name} {metric}"] / CHANCE, ">=", 5
+                )
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, add_arguments)
