@@ -137,7 +137,7 @@ def head_logits(head: nn.Sequential, states: Tensor) -> Tensor:
     first = head[0]
     assert isinstance(first, nn.Linear)
     with full_precision(states):
-        out: Tensor = head(states[:, 0].to(first.weight.dtype)).float()
+        out: Tensor = head(states.to(first.weight.dtype)).float()
     return out
 
 
