@@ -38,6 +38,7 @@ CORPORA: Mapping[str, Mapping[str, Any]] = {
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "blip": {},
     "clip": {},
+    "albef": {},
 }
 """What each model's training has of its own; everything else is the quickstart's."""
 METRICS = ("tr@1", "ir@1", "choice_itc", "choice_itm", "cider")

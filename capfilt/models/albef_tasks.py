@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from capfilt.errors import UserError
 from capfilt.models.albef import Albef, alone, bert, halves, tokens_known, without_end
-from capfilt.models.classifier import ClassifierConfig, classifier_head, head_logits
+from capfilt.models.classifier import ClassifierConfig, head_for, head_logits
 from capfilt.models.layers import Pair
 from capfilt.models.text import Attention, TextConfig, TextDecoder, TextTransformer
 from capfilt.models.vision import VisionConfig, VisionTower
@@ -74,7 +75,10 @@ class AlbefClassifierConfig(ClassifierConfig):
 
 
 class AlbefClassifier(nn.Module):
-    """A head on the state of [CLS] after all layers: linear, ReLU, linear for entailment (ALBEF, code); ViLT's for VQA."""
+    """A head on the state of [CLS] after all layers: linear, ReLU, linear for entailment (ALBEF, code); ViLT's for VQA.
+
+    Where its classes have no text, one linear layer on the vision tower's [CLS], as a BlipClassifier's.
+    """
 
     pictures = 1
 
@@ -82,8 +86,8 @@ class AlbefClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = self._reader()
-        self.cls_head = classifier_head(config.text.width, len(config.classes), wide=config.task == "vqa")
+        self.text_encoder = None if config.pictures_alone else self._reader()
+        self.cls_head = head_for(config)
 
     def _reader(self) -> TextTransformer:
         return halves(self.config.text, self.config.vision.width)
@@ -102,20 +106,27 @@ class AlbefClassifier(nn.Module):
         """Keys and values, for the layers that look, of the tokens [B * pictures, N, Dv] of B texts' pictures: all first
         ones before all second ones.
         """
+        assert self.text_encoder is not None
         return self.text_encoder.cross_keys_values(image_tokens)
 
     def seen_logits(self, ids: Tensor, mask: Tensor | None, cross: Sequence[Pair]) -> Tensor:
         """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with pictures' `prefill_cross`."""
-        return head_logits(self.cls_head, self.text_encoder(*without_end(ids, mask), cross, first=True)[:, 0])
+        assert self.text_encoder is not None
+        states = self.text_encoder(*without_end(ids, mask), cross, first=True)
+        return head_logits(self.cls_head, states[:, 0])
 
     def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
-        """`seen_logits` with images [B, pictures, 3, S, S]."""
+        """`seen_logits` with images [B, pictures, 3, S, S]; of pictures alone no text is read."""
         tokens = self.encode_image(images.transpose(0, 1).flatten(0, 1))
+        if self.text_encoder is None:
+            return head_logits(self.cls_head, tokens[:, 0])
         return self.seen_logits(ids, mask, self.prefill_cross(tokens))
 
     def recompute_activations(self, on: bool = True) -> None:
         """As `Blip.recompute_activations`."""
-        self.visual_encoder.recompute = self.text_encoder.recompute = on
+        self.visual_encoder.recompute = on
+        if self.text_encoder is not None:
+            self.text_encoder.recompute = on
 
     def resize_image(self, image_size: int) -> None:
         """As `Albef.resize_image`: text assignment is learned at one size, statements at another."""
@@ -160,6 +171,7 @@ class AlbefNlvr(AlbefClassifier):
         return reader
 
     def prefill_cross(self, image_tokens: Tensor) -> list[Pair]:
+        assert self.text_encoder is not None
         found: list[Pair] = []
         for layer in self.text_encoder.layers[alone(self.config.text) :: 2]:
             assert layer.crossattention is not None
@@ -214,6 +226,8 @@ def classifier_from_albef(
 
     longest: `max_text_tokens` and `max_words` of its config. drop_path: ALBEF, code: none.
     """
+    if getattr(model, "text_encoder", None) is None and task != "classification":
+        raise UserError("a classifier of pictures alone reads no text: start from a pretrained model")
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     config = AlbefClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest)
     with torch.random.fork_rng(devices=[]):

@@ -40,6 +40,11 @@ class ClassifierConfig(Classified, ModelConfig):
     task: str = "entailment"
     classes: tuple[str, ...] = ("contradiction", "neutral", "entailment")
 
+    @property
+    def pictures_alone(self) -> bool:
+        """Whether no text is read."""
+        return self.task == "classification"
+
 
 class BlipClassifier(nn.Module):
     """See the module's docstring. Images, ids and masks are as in `Blip`; position 0 is overwritten here as there."""
@@ -50,14 +55,10 @@ class BlipClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
-        alone = config.task == "classification"
-        self.text_encoder = None if alone else TextTransformer(config.text, config.vision.width)
-        if alone:
-            self.cls_head = nn.Sequential(nn.Linear(config.vision.width, len(config.classes)))
-            init_truncated(self.cls_head, init_std(config.vision.width))
-        else:
-            wide = 2 * config.text.width if config.task == "vqa" else 0
-            self.cls_head = classifier_head(config.text.width, len(config.classes), wide)
+        self.text_encoder = (
+            None if config.pictures_alone else TextTransformer(config.text, config.vision.width)
+        )
+        self.cls_head = head_for(config)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
@@ -89,6 +90,16 @@ class BlipClassifier(nn.Module):
             self.text_encoder.recompute = on
 
 
+def head_for(config: ClassifierConfig) -> nn.Sequential:
+    """[.., D] -> [.., C]: `classifier_head`, or one linear layer for pictures alone."""
+    if not config.pictures_alone:
+        wide = 2 * config.text.width if config.task == "vqa" else 0
+        return classifier_head(config.text.width, len(config.classes), wide)
+    head = nn.Sequential(nn.Linear(config.vision.width, len(config.classes)))
+    init_truncated(head, init_std(config.vision.width))
+    return head
+
+
 def classifier_head(width: int, classes: int, wide: int = 0) -> nn.Sequential:
     """[.., D] -> [.., C]: linear, ReLU, linear (ALBEF and BLIP's NLVR2, code), or ViLT's with `wide` features inside."""
     if wide:
@@ -109,7 +120,7 @@ def fused_logits(
 
 
 def head_logits(head: nn.Sequential, states: Tensor) -> Tensor:
-    """fp32 logits [B, C] of states [B, D]; free of autocast."""
+    """fp32 logits [B, C] that `head` reads from states [B, D]; free of autocast."""
     first = head[0]
     assert isinstance(first, nn.Linear)
     with full_precision(states):

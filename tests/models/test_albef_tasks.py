@@ -61,6 +61,21 @@ def test_judging_is_the_published_pass(count, config):
         torch.testing.assert_close(found[row], logits, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_pictures_alone_are_judged_without_a_text():
+    start = pretrained()
+    model = loud(classifier_from_albef(start, "classification", ("cat", "dog", "owl")), 6)
+    images = pictures(1)
+    found = model.judge(IDS, MASK, images)
+    for row in range(3):
+        seen = plain.picture(model.state_dict(), images[row, 0], 2)
+        torch.testing.assert_close(
+            found[row], plain.linear(model.state_dict(), "cls_head.0", seen[0]), atol=1e-5, rtol=1e-5
+        )
+    with pytest.raises(UserError, match="reads no text"):
+        classifier_from_albef(model, "entailment", LABELS)
+
+
 def test_each_layer_that_fuses_is_doubled_and_shares_its_keys_and_values():
     start = pretrained()
     model = nlvr_from_albef(start)
