@@ -391,7 +391,9 @@ class TaskOptions(LoopOptions):
     examples: tuple[str, ...] = _option((), "examples parts; repeatable", kind="examples")
     images: tuple[str, ...] = _option((), "images parts with their pictures; repeatable", kind="images")
     init: str = _option(
-        "pretrained", "checkpoint to start from: a pretrained BLIP, or a model of the task", kind="model"
+        "pretrained",
+        "checkpoint to start from: a pretrained BLIP or ViLT, or a model of the task",
+        kind="model",
     )
     splits: tuple[str, ...] = _option(("train",), "splits to train on; rows without one always are")
     validate: int = _option(
