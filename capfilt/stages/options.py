@@ -410,7 +410,7 @@ class TaskOptions(LoopOptions):
     images: tuple[str, ...] = _option((), "images parts with their pictures; repeatable", kind="images")
     init: str = _option(
         "pretrained",
-        "checkpoint to start from: a pretrained BLIP or ALBEF, or a model of the task",
+        "checkpoint to start from: a pretrained BLIP, ViLT or ALBEF, or a model of the task",
         kind="model",
     )
     splits: tuple[str, ...] = _option(("train",), "splits to train on; rows without one always are")

@@ -224,6 +224,7 @@ STAGES = (
             "capfilt retrain --human coco --pairs capfilt --preset base",
             "capfilt retrain --human coco --verdicts cc12m=top30 --out retrained-top30",
             "capfilt retrain --model clip --human coco --pairs capfilt --preset base --out clip",
+            "capfilt retrain --model vilt --human coco --pairs capfilt --preset base --out vilt",
             "capfilt retrain --model albef --human coco --pairs capfilt --preset base --out albef",
         ),
         kinds=(

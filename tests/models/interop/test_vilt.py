@@ -139,6 +139,15 @@ def test_a_pretrained_vilt_opens_as_both_of_their_classes_and_comes_back_whole(t
     assert tokenizer("w3 w7")["input_ids"] == contents.tokenizer.encode(["w3 w7"], 12)[0][0].tolist()
 
 
+def test_it_has_no_home_in_the_original_repositorys_layout_and_no_halves(tmp_path):
+    checkpoint.save(tmp_path / "ours", build_vilt(CONFIG), Tokenizer([*VOCABULARY, "[DEC]", "[ENC]"]))
+    with pytest.raises(UserError, match="a Vilt has no home"):
+        export(tmp_path / "ours", "original", tmp_path / "out")
+    with pytest.raises(UserError, match=r"matches pictures with texts.*no captioner inside"):
+        export(tmp_path / "ours", "transformers", tmp_path / "out", only="captioner")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_a_classifier_keeps_its_task_and_classes(tmp_path, pictures):
     shape = {name: getattr(CONFIG, name) for name in ("vision", "text", "width", "depth", "heads", "hidden")}
