@@ -74,6 +74,8 @@ class FinetuneClosedVqa(ClassifierTask):
         super().__init__(options, workspace, output)
         if options.answer_weight:
             raise UserError("--answer-weight weighs written answers; with --closed leave it out")
+        if options.momentum:
+            raise UserError("--momentum teaches answers that are written; with --closed leave it out")
         if options.min_answers < 1:
             raise UserError(f"--min-answers {options.min_answers}: give 1 or more")
 

@@ -204,6 +204,19 @@ def test_towers_that_name_no_tokens_carry_nothing_for_it():
     assert not [name for name in names if "crossattention" in name or "mlm_head" in name]
 
 
+def test_half_precision_keeps_losses_in_fp32():
+    trainer = apart(trained()).eval()
+    found = []
+    for rough in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rough):
+            found.append(trainer.losses(rows(), 0.4))
+    exact, rough = found
+    assert all(value.dtype == torch.float32 for value in rough.values())
+    for name in ("itc", "itm", "mlm"):
+        assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.1)
+
+
 def test_evaluation_moves_nothing():
     trainer = trained().eval()
     before = {name: each.clone() for name, each in trainer.state_dict().items()}

@@ -180,6 +180,8 @@ def test_a_teacher_changes_what_is_learned(examples):
         losses.append(figures["loss"])
         shutil.rmtree(examples.model("made"))
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    with pytest.raises(UserError, match="with --closed leave it out"):
+        finetune(examples, "finetune-vqa", examples=("asked",), closed=True, momentum=0.5)
     with pytest.raises(UserError, match="--momentum 1"):
         finetune(examples, "finetune-entailment", examples=("hypotheses",), momentum=1.0)
 
