@@ -226,6 +226,11 @@ SNLI_VE = {
     "max_words": 30, "randaugment_level": 7.0, "splits": ("train",),
 }  # fmt: skip
 
+CLIP_B_32 = {
+    "model": "clip", "preset": "base", "batch_size": 32768, "epochs": 32.0, "contrast": "softmax", "learning_rate": 5e-4,
+    "min_lr": 0.0, "warmup_steps": 2000, "schedule": "cosine", "weight_decay": 0.2, "decay": "matrices", "beta2": 0.98,
+    "max_text_tokens": 77, "clip_norm": 0.0, "randaugment": 0, "flip": False,
+}  # fmt: skip
 ALBEF = {
     "schedule": "cosine", "min_lr": 1e-5, "warmup_steps": 2000, "weight_decay": 0.02, "decay": "matrices",
     "clip_norm": 0.0, "epochs": 30.0, "image_size": 256, "crop_scale": 0.2, "flip": True, "randaugment": 2,
@@ -319,6 +324,7 @@ VILT_VQA = {
         ("blip-finetune-nlvr2", "finetune-nlvr", NLVR2),
         ("blip-finetune-vqa-closed", "finetune-vqa", VQA_CLOSED),
         ("blip-finetune-snli-ve", "finetune-entailment", SNLI_VE),
+        ("clip-b-32", "retrain", CLIP_B_32),
         ("vilt-4m", "retrain", VILT_4M),
         ("vilt-finetune-vqa", "finetune-vqa", VILT_VQA),
         (
