@@ -38,6 +38,8 @@ CORPORA: Mapping[str, Mapping[str, Any]] = {
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "blip": {},
     "clip": {},
+    # A single stream sits at its prior for long: more words to name, a higher rate and more steps get it off.
+    "vilt": {"learning_rate": 1.5e-3, "mask_share": 0.4, "steps": 600},
     "albef": {},
 }
 """What each model's training has of its own; everything else is the quickstart's."""
