@@ -328,6 +328,11 @@ VILT_VQA = {
         ("vilt-4m", "retrain", VILT_4M),
         ("vilt-finetune-vqa", "finetune-vqa", VILT_VQA),
         (
+            "vilt-finetune-retrieval",
+            "finetune-filter",
+            {**VILT_FINETUNING, "batch_size": 256, "max_text_tokens": 40},
+        ),
+        (
             "vilt-finetune-nlvr2",
             "finetune-nlvr",
             {**VILT_FINETUNING, "batch_size": 128, "head_rate": 1.0, "swap": 0.0},

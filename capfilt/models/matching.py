@@ -1,7 +1,8 @@
-"""What a ViLT learns from: which picture a text belongs to, its hidden words, and which patches its words speak of.
+"""What a ViLT learns from: which picture a text belongs to, its hidden words, and which patches its words speak of; for
+retrieval, which of several texts is a picture's own.
 
-Three losses of two passes (ViLT, arXiv 2102.03334, sec. 3.2 and released code). Which words are hidden is `masking.py`'s,
-how words find patches `transport.py`'s.
+Three losses of two passes, and one of its own for retrieval (ViLT, arXiv 2102.03334, sec. 3.2 and 4.4, released code). Which
+words are hidden is `masking.py`'s, how words find patches `transport.py`'s.
 """
 
 from __future__ import annotations
@@ -93,6 +94,71 @@ class ViltTraining(nn.Module):
             "itm_balanced_accuracy": matching.balanced_accuracy,
             "mlm_accuracy": named,
         }
+
+
+class RankingTraining(nn.Module):
+    """A Vilt and its finetuning for retrieval: a picture's own text above others, by match logit (sec. 4.4, code).
+
+    The published model takes the match row of the pretrained head for a score of its own; here it stays where it is. What the
+    other row says is not trained on, so probabilities of a match mean nothing afterwards.
+
+    Args:
+        false_texts: so many other texts beside a picture's own (released code: 15).
+    """
+
+    def __init__(self, model: Vilt, false_texts: int = 15, ranks: Ranks = ALONE) -> None:
+        super().__init__()
+        model.require("match")
+        if false_texts < 1:
+            raise UserError(f"false_texts is {false_texts}: give 1 or more")
+        self.model = model
+        self.false_texts = false_texts
+        self.ranks = ranks
+
+    @property
+    def leaves_unused(self) -> bool:
+        """The head of hidden words, where there is one, gets no gradient."""
+        return True
+
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return blocks_of(self.model)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" with gradient, the mean over pictures of the cross-entropy of their own text among the drawn
+        ones, and "accuracy", the share whose own text scores above all of them.
+
+        The others are drawn uniformly and without repetition from this rank's batch (released code: from all training texts),
+        never one of the same picture or an equal text; all there are, where they are fewer. A picture without any leaves the
+        loss. Draws come from torch's global CPU generator.
+        """
+        if batch.pixels is None:
+            raise UserError("a ViLT learns from pictures: no trunk has features for it")
+        texts, there = self.drawn(batch.image_index, batch.text_index)
+        rows, ways = texts.shape
+        image = self.model.encode_image(batch.pixels)
+        repeated = ImageTokens(
+            image.tokens.repeat_interleave(ways, dim=0),
+            None if image.mask is None else image.mask.repeat_interleave(ways, dim=0),
+        )
+        chosen = texts.flatten()
+        states = self.model.fuse(batch.ids[chosen], batch.mask[chosen], repeated)
+        scores = self.model.match_logits(states)[:, 1].view(rows, ways).masked_fill(~there, -math.inf)
+        kept = there[:, 1:].any(dim=1)
+        loss = -(scores.log_softmax(dim=1)[:, 0] * kept).sum()
+        count = self.ranks.mean(kept.sum()).clamp(min=1.0 / self.ranks.world)
+        right = (scores.detach().argmax(dim=1) == 0) & kept
+        return {"loss": loss / count, "accuracy": right.sum() / kept.sum().clamp(min=1)}
+
+    def drawn(self, image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
+        """(texts int64 [B, 1 + F], there bool [B, 1 + F]): each row's own text, then others, `there` where they are others."""
+        rows = len(image_index)
+        other = (image_index[:, None] != image_index) & (text_index[:, None] != text_index)
+        order = torch.rand(rows, rows).to(other.device).masked_fill(~other, -1.0)
+        best = order.topk(min(self.false_texts, rows), dim=1)
+        own = torch.arange(rows, device=other.device)[:, None]
+        there = torch.cat([torch.ones_like(own, dtype=torch.bool), best.values >= 0], dim=1)
+        return torch.cat([own, best.indices], dim=1), there
 
 
 def mismatched(image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,11 +24,13 @@ from capfilt.models.albef import Albef
 from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
 from capfilt.models.blip import Blip, build
 from capfilt.models.kinds import Model
+from capfilt.models.matching import RankingTraining
 from capfilt.models.objectives import scaled_momentum
 from capfilt.models.presets import preset
 from capfilt.models.pretrained import load_bert, load_vit
 from capfilt.models.pretraining import PretrainingConfig
 from capfilt.models.ranks import Ranks
+from capfilt.models.vilt import Vilt
 from capfilt.stages.options import (
     RETRAINED,
     FinetuneCaptionerOptions,
@@ -269,10 +271,13 @@ class FinetuneCaptioner(Finetune):
 
 
 class FinetuneFilter(Finetune):
-    """Step 2: ITC and ITM on clean pairs (BLIP, section 3.3); of an ALBEF, its finetuning for retrieval (ALBEF, section 5)."""
+    """Step 2: ITC and ITM on clean pairs (BLIP, section 3.3). Of an ALBEF or a ViLT, its finetuning for retrieval (ALBEF,
+    section 5; ViLT, section 4.4: its own text above fifteen others).
+    """
 
     name = "finetune-filter"
-    starts = (Blip, Albef)
+    starts = (Blip, Albef, Vilt)
+    shown = (*PairTraining.shown, "accuracy")
     options: FinetuneFilterOptions
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
@@ -282,4 +287,6 @@ class FinetuneFilter(Finetune):
         if isinstance(model, Albef):
             config = AlbefObjective(objectives=("itc", "itm"), **alignment(self.options))
             return AlbefPretraining(model, config=config, ranks=ranks)
+        if isinstance(model, Vilt):
+            return RankingTraining(model, ranks=ranks)
         return super().module(model, tokenizer, ranks)

@@ -17,7 +17,7 @@ from capfilt.data.loader import Batch
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.masking import Masking
-from capfilt.models.matching import MatchingConfig, ViltTraining, alignment_loss, mismatched
+from capfilt.models.matching import MatchingConfig, RankingTraining, ViltTraining, alignment_loss, mismatched
 from capfilt.models.transport import cosine_cost, transport_plan
 from capfilt.models.vilt import ImageTokens, States, ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
 from capfilt.training.loop import TrainConfig, train
@@ -214,3 +214,40 @@ def test_64_pairs_are_learned_by_heart():
 
 def step_batches(corpus, tokenizer, steps, start):
     return batches(corpus, tokenizer, 64, steps=steps, start_step=start)
+
+
+def test_ranking_is_the_cross_entropy_of_the_own_text_among_others():
+    module, batch = RankingTraining(build_vilt(CONFIG, seed=3), false_texts=3), batch_of()
+    batch.text_index = torch.tensor([0, 1, 2, 2, 4, 5, 6, 7])  # two texts are equal,
+    batch.image_index = torch.tensor([0, 1, 2, 3, 4, 4, 6, 7])  # and two are of one picture
+    torch.manual_seed(7)
+    texts, there = module.drawn(batch.image_index, batch.text_index)
+    assert there.all()
+    assert all(len(set(row)) == 4 for row in texts.tolist())
+    assert 3 not in texts[2].tolist()
+    assert 5 not in texts[4].tolist()
+    torch.manual_seed(7)
+    found = module.losses(batch)
+    expected = right = 0.0
+    for row, chosen in enumerate(texts.tolist()):
+        scores = []
+        for text in chosen:
+            length = int(batch.mask[text].sum())
+            image = module.model.encode_image(batch.pixels[row : row + 1])
+            states = module.model.fuse(batch.ids[text : text + 1, :length], None, image)
+            scores.append(module.model.match_logits(states)[0, 1])
+        expected -= torch.stack(scores).log_softmax(0)[0] / ROWS
+        right += float(scores[0] == max(scores)) / ROWS
+    torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=1e-5)
+    assert float(found["accuracy"]) == pytest.approx(right)
+
+
+def test_ranking_takes_the_texts_there_are_and_leaves_out_who_has_none():
+    module, batch = RankingTraining(build_vilt(CONFIG, seed=3)), batch_of(slice(0, 3))
+    there = module.drawn(batch.image_index, batch.text_index)[1]
+    assert there.sum(dim=1).tolist() == [3, 3, 3]  # itself and both others
+    batch.image_index = torch.zeros(3, dtype=torch.int64)
+    found = module.losses(batch)
+    assert float(found["loss"].detach()) == 0.0
+    found["loss"].backward()
+    assert all(torch.isfinite(each.grad).all() for each in module.parameters() if each.grad is not None)

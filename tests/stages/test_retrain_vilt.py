@@ -22,6 +22,7 @@ from capfilt.stages.caption import CaptionStage
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.registry import stage_command
 from capfilt.stages.retrain_vilt import RetrainVilt
+from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter
 from tests.worlds import image_rows, write_images
 
 FAST = o.RetrainOptions(
@@ -65,6 +66,20 @@ def test_a_vilt_is_retrained_and_evaluated_like_a_blip(place):
     assert not any(name.startswith("itc_") for name in result["metrics"])
     with pytest.raises(UserError, match=r"captioning: needs a model that generates text; .* matches pairs"):
         run(Evaluate(o.EvaluateOptions(tasks=("captioning",), **{**choice, "out": "c"}), place))
+
+
+def test_it_is_finetuned_for_retrieval(place):
+    run(RetrainVilt(FAST, place))
+    made = o.FinetuneFilterOptions(
+        init="vilt", human=("human",), steps=30, batch_size=6, learning_rate=2e-3, min_lr=1e-4, warmup_steps=2,
+        augment=False, save_every=0, out="ranked",
+    )  # fmt: skip
+    figures = run(FinetuneFilter(made, place)).figures
+    assert figures["accuracy"] > 0.7  # one of six by chance
+    contents, _ = checkpoint.open_any(place.model("ranked"))
+    assert isinstance(contents.model, Vilt)
+    with pytest.raises(UserError, match="start from a Blip"):
+        run(FinetuneCaptioner(o.FinetuneCaptionerOptions(init="vilt", human=("human",), out="c"), place))
 
 
 def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
