@@ -131,7 +131,8 @@ class RayExecutor:
             if self.address is None:
                 options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
             try:
-                ray.init(address=self.address, **options)
+                # "local": asked for no address, Ray would join whatever cluster it finds running on this machine.
+                ray.init(address=self.address or "local", **options)
             except ConnectionError as error:
                 raise UserError(
                     f"no Ray cluster answers at {self.address}: {str(error).splitlines()[0]}"

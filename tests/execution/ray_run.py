@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,13 @@ def attempt(stage, work):
         return {"error": type(error).__name__, "message": str(error), "shards": shards}
 
 
+def of_its_own():
+    """How many nodes the executor of another process sees while this one's cluster runs on the machine."""
+    code = "import ray\nfrom capfilt.execution.ray import RayExecutor\nwith RayExecutor(): print(len(ray.nodes()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 else done.stderr[-500:]
+
+
 if __name__ == "__main__":
     root = sys.argv[1]
     site = str(install_documented(Path(root) / "site"))
@@ -174,3 +182,4 @@ if __name__ == "__main__":
         print(json.dumps({"together": met}), flush=True)
         stopped = together(work, Meets(root, "lonely", "nobody"), Meets(root, "fails", "lonely"))
         print(json.dumps({"stopped": stopped}), flush=True)
+        print(json.dumps({"own": of_its_own()}), flush=True)

@@ -54,6 +54,10 @@ def test_errors_come_through_as_one_line(results):
     assert results["setup"]["message"] == "the checkpoint is not there"
 
 
+def test_another_ray_on_the_machine_is_left_alone(results):
+    assert results["own"] == 1
+
+
 def test_a_piece_of_work_has_the_node_s_processors(results):
     assert results["steps"]["figures"]["threads"] >= 1
     assert results["steps"]["now"] == 1

@@ -223,6 +223,8 @@ def test_the_process_ends_when_its_parent_is_killed(tmp_path):
             socket.create_connection((host, int(port)), timeout=5).close()
         except ConnectionRefusedError:
             break
+        except ConnectionResetError:
+            pass  # accepted by the kernel while the server was ending
         time.sleep(0.1)
     else:
         pytest.fail("the server outlived the run that started it")
