@@ -17,6 +17,7 @@ from capfilt.data.answers import (
     normalised,
     soft_score,
     soft_targets,
+    spellings,
     without_punctuation,
 )
 
@@ -123,9 +124,17 @@ def test_the_closed_list_counts_questions_by_their_main_answer():
         [("cat", 3), ("the cat", 3), ("dog", 4)],
         [("?", 10)],
     ]
-    assert closed_list(questions, 1) == ("yes", "cat", "no")
-    assert closed_list(questions, 2) == ("yes",)
-    assert closed_list(list(reversed(questions)), 1) == ("yes", "cat", "no")
+    assert closed_list(questions, 1) == ("Yes", "cat", "no")
+    assert closed_list(questions, 2) == ("Yes",)
+    assert closed_list(list(reversed(questions)), 1) == ("Yes", "cat", "no")
+
+
+def test_listed_answers_are_spelled_as_most_people_spell_them():
+    # A decoder learned these spellings, and where all annotators agree the official accuracy compares no other.
+    said = [[("t-shirt", 6), ("t shirt", 4)], [("t shirt", 1), ("$5", 2)], [("none", 2), ("0", 1), ("zero", 2)]]
+    assert closed_list(said, 1) == ("$5", "none", "t-shirt")
+    assert spellings(said) == {"t shirt": "t-shirt", "$5": "$5", "0": "none"}
+    assert spellings([[("b!", 1), ("b", 1)]]) == {"b": "b"}
 
 
 def test_targets_are_what_listed_answers_are_worth():
