@@ -38,30 +38,32 @@ def nlvr_rows(row: ExampleRow, name: str) -> list[ExampleRow]:
 def daquar_rows(path: Path) -> list[ExampleRow]:
     """Rows of DAQUAR's text file (Malinowski and Fritz, arXiv 1410.0210): a line with a question, a line with its answer.
 
-    The picture is named at the question's end ("... in the image3 ?"), which is left out of the text. An answer of several
-    parts ("cup, book") is one answer, its parts in the alphabet's order: their set is what is right.
+    The picture is the last one that the question names ("... in the image3 ?"); names are left out of the text. A question
+    that names none is a row without a picture, as the file has slips. An answer of several parts ("cup, book") is one
+    answer, its parts in the alphabet's order: their set is what is right. Raises UserError where no question names a picture.
     """
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     lines = [line for line in lines if line]
     split = next((name for name in ("train", "test") if name in path.stem), None)
     rows = []
     for number, (question, answer) in enumerate(zip(lines[::2], lines[1::2], strict=False)):
-        found = _DAQUAR.fullmatch(question)
-        if found is None:
-            raise UserError(
-                f"{path}: question {number} names no picture (... in the image3 ?): {question[:60]!r}; DAQUAR's file "
-                "has a line with a question, then one with its answer"
-            )
-        text = f"{found['text'].strip()} ?"
+        named = _DAQUAR.findall(question)[-1:]
+        text = f"{' '.join(_DAQUAR.sub(' ', question).split()).strip(' ,?')} ?"
         rows.append(
-            ExampleRow(f"{split}-{number}", (found["image"],), text, ((in_parts(answer), 1),), split=split)
+            ExampleRow(f"{split}-{number}", tuple(named), text, ((in_parts(answer), 1),), split=split)
+        )
+    if rows and not any(row.images for row in rows):
+        raise UserError(
+            f"{path}: names no picture (... in the image3 ?): {rows[0].text!r}; DAQUAR's file has a line with a question, "
+            "then one with its answer"
         )
     if not rows or len(lines) % 2:
         raise UserError(f"{path}: has {len(lines)} lines, not pairs of a question and its answer (DAQUAR)")
     return rows
 
 
-_DAQUAR = re.compile(r"(?P<text>.*?)(?:\s+(?:in|on|of))?(?:\s+the)?\s+(?P<image>image\d+)\s*\??")
+_DAQUAR = re.compile(r"(?:\b(?:in|on|of)\s+)?(?:\b(?:this|th\s*e)\s*)?(image\d+)")
+"""A picture's name with what leads to it; one of the file's slips is "in th eimage999"."""
 
 
 def in_parts(answer: str) -> str:

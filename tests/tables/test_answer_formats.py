@@ -1,5 +1,5 @@
 """Catches: a question joined with the next one's answer, a picture's name left in the question, parts of one answer taken for
-several people's, an order of boxes whose picture is another order's, SNLI-VE's premise read as its hypothesis.
+several people's, a slip in one line that loses the whole file, an order of boxes whose picture is another order's, SNLI-VE's premise read as its hypothesis.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ red
         ("train-2", "train"),
     ]
     assert in_parts("b, a,, a") == "a, a, b"
+    slips = {
+        "how many drawers are visible in th eimage999 ?": ("how many drawers are visible ?", ("image999",)),
+        "what is red in this image4 ?": ("what is red ?", ("image4",)),
+        "what is in the image5 in the image5 ?": ("what is ?", ("image5",)),
+        "in the image6, what is on the table ?": ("what is on the table ?", ("image6",)),
+        "what is behind the chair in image7 on the left?": ("what is behind the chair on the left ?", ("image7",)),
+        "what is on the table in the image ?": ("what is on the table in the image ?", ()),
+    }  # fmt: skip
+    rows = read(tmp_path, "".join(f"{line}\nbox\n" for line in slips), "qa.894.raw.test.txt")[1]
+    assert [(row.text, row.images) for row in rows] == list(slips.values())
     with pytest.raises(UserError, match="names no picture"):
         read(tmp_path, "desk\nwhat is it in the image3 ?\n", "shifted.txt")
     with pytest.raises(UserError, match="3 lines"):
