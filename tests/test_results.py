@@ -86,6 +86,27 @@ def test_runs_side_by_side_say_what_is_outside_the_interval(place):
     assert [run["name"] for run in content["runs"]] == ["raw", "curated"]
 
 
+def test_runs_of_one_name_stay_two(place, tmp_path):
+    """Two files called test.json, of which the second must not stand in for both."""
+    elsewhere = Workspace(tmp_path / "other")
+    path = str(write(elsewhere, "raw", 0.6))
+    text = shown(place, "raw", path, "raw", form="markdown")
+    (head,) = [line for line in text.splitlines() if line.startswith("| figure")]
+    cells = [cell.strip() for cell in head.strip("|").split("|")]
+    assert cells[1:4] == ["raw", path, "raw (2)"]
+    values = json.loads(shown(place, "raw", path, "raw", form="json"))["figures"]["tr@1"]["values"]
+    assert len(values) == 3
+    assert values["raw"] == values["raw (2)"] != values[path]
+
+
+def test_no_verdict_over_other_numbers_says_why(place):
+    few = {"retrieval": {"protocol": "cosine", "metrics": ["tr@1"], "counts": {"images": 100}}}
+    write(place, "few", 0.9, tasks=few)
+    text = shown(place, "raw", "few")
+    assert "no verdict: the figure depends on how much it is measured over, and that differs" in text
+    assert "above" not in [line for line in text.splitlines() if line.startswith("tr@1")][0]
+
+
 def test_names_are_text_and_nothing_else(place):
     write(place, "a|[red]b", 0.3)
     assert "a|[red]b" in shown(place, "raw", "a|[red]b")
