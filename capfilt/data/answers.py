@@ -73,6 +73,32 @@ def normalised(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+_CLOSED = (
+    # Between digits ("10:30", "3.5", "1/2"); a comma before three of them, for "1, 2" is a list.
+    (re.compile(r"(?<=\d) ?([:./]) (?=\d)"), r"\1"),
+    (re.compile(r"(?<=\d) ?, ?(?=\d{3}(?!\d))"), ","),
+    # Between words or digits ("t-shirt", "black/white"), and before or behind a number ("$5", "#7", "-3", ".5", "50%", "6'").
+    (re.compile(r"(?<=\w) ([-/]) (?=\w)"), r"\1"),
+    (re.compile(r"([$£€#]) (?=\.? ?\d)"), r"\1"),
+    (re.compile(r"^([-+.]|[$£€#]\.) (?=\d)"), r"\1"),
+    (re.compile(r"(?<=\d) (?=[%'\"°](?: |$))"), ""),
+    # Letters with points ("p.m.", "u.s.a."), and what ends a word.
+    (re.compile(r"(?<=\b[^\W\d]) \. (?=[^\W\d]\b(?: \.|$))"), "."),
+    (re.compile(r" (?=[.!;)](?: |$))"), ""),
+    (re.compile(r"\( "), "("),
+)
+
+
+def closed_up(answer: str) -> str:
+    """A decoded answer as people write it: a tokenizer sets every sign apart ("10 : 30", "t - shirt", "$ 5", "50 %").
+
+    Where all annotators agree spellings are compared, and where not "3 . 5" would lose its point and "10 : 30" stay wrong.
+    """
+    for spaced, close in _CLOSED:
+        answer = spaced.sub(close, answer)
+    return answer
+
+
 LEAST_ANNOTATORS = 4
 """With fewer nobody's answer can reach 1 in the leave-one-out form, so there a given answer is simply right."""
 
