@@ -87,11 +87,15 @@ def one_run(result: Result) -> Shown:
         for number, metric in enumerate(metrics):
             rows.append((task if number == 0 else "", *_figures(result, metric)))
         after.append(f"{task}: {said.get('protocol')} ({counts_told(said)})")
+        # Rows of other tasks and splits are nobody's loss.
+        lost = {name: count for name, count in said.get("left_out", {}).items() if name not in ("task", "split")}
+        if lost:
+            after.append(f"{task}: left out: " + ", ".join(f"{count:,} {name}" for name, count in lost.items()))
         skipped = said.get("details", {}).get("skipped", {})
         after += [f"{task}: {name} skipped: {reason}" for name, reason in skipped.items()]
     rows += [("", *_figures(result, metric)) for metric in result.metrics if metric not in listed]
     resamples, seed, level = result.bootstrap
-    after.append(f"intervals: {level:.0%}, {resamples:,} resamples of whole images, seed {seed}")
+    after.append(f"intervals: {level:.0%}, {resamples:,} resamples of whole images where a task says no other, seed {seed}")
     return Shown(
         (_heading(result),),
         ("task", "figure", "value", "interval", "baseline"),

@@ -1,5 +1,5 @@
 """Would catch: a figure cut off in a narrow terminal, a bar in a name that breaks a Markdown table, JSON that says something
-else than the table, a metric left out, and markup in a file's name that the terminal obeys."""
+else than the table, a metric left out, pictures that were lost and not told of, and markup in a file's name that the terminal obeys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def write(place, name, share, **content):
                 "intervals": {"tr@1": {"value": 1.0, "low": 20.25, "high": 30.5}}, "baselines": {"tr@1": 0.5},
                 "bootstrap": {"resamples": 200, "seed": 0, "level": 0.95},
                 "tasks": {
-                    "retrieval": {"protocol": "cosine", "metrics": ["tr@1"], "counts": {"images": 200}},
+                    "retrieval": {"protocol": "cosine", "metrics": ["tr@1"], "counts": {"images": 200},
+                                  "left_out": {"split": 9, "task": 8, "no_image": 1234, "limit": 7}},
                     "captioning": {
                         "protocol": "greedy", "metrics": ["meteor"], "counts": {"images": 200},
                         "details": {"skipped": {"spice": "there is no `java` on the PATH"}},
@@ -66,7 +67,9 @@ def test_one_run_is_a_table_with_everything(place):
     assert row[:2] == ["retrieval", "tr@1"]
     assert row[3:] == ["[20.25,", "30.50]", "0.50"]
     assert "captioning: spice skipped: there is no `java` on the PATH" in text
-    assert "intervals: 95%, 200 resamples of whole images, seed 0" in text
+    assert "intervals: 95%, 200 resamples of whole images where a task says no other, seed 0" in text
+    assert "retrieval: left out: 1,234 no_image, 7 limit" in text.splitlines()
+    assert "captioning: left out" not in text
     content = json.loads(shown(place, "curated", form="json"))
     assert content["metrics"]["meteor"] == 12.0
     assert "units" not in content

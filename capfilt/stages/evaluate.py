@@ -143,7 +143,9 @@ class _Data:
         corpus = from_images(images.tables(IMAGE_COLUMNS), splits=splits, size=self.size)
         if o.limit:
             keep = [row for row, image in enumerate(corpus.image_of_text.tolist()) if image < o.limit]
-            corpus = corpus.take(keep)
+            whole, corpus = corpus, corpus.take(keep)
+            cut = {"limit": len(whole) - len(corpus)} if len(corpus) < len(whole) else {}
+            corpus.skipped, corpus.deselected = whole.skipped, {**whole.deselected, **cut}
         if not len(corpus):
             raise UserError(
                 f"{images.path}: no texts with pictures in split {o.split!r} "
@@ -201,7 +203,7 @@ class _Result:
             if name in outcome.counts:
                 self._top.setdefault(name, outcome.counts[name])
         self._tasks[task.name] = {
-            "protocol": outcome.protocol,
+            "protocol": outcome.protocol + (f"; limit = {o.limit:,}" if o.limit else ""),
             "metrics": list(outcome.metrics),
             "counts": dict(outcome.counts),
             "left_out": dict(left_out),
