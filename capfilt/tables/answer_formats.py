@@ -1,4 +1,5 @@
-"""Layouts of questions and statements that are no lists of records: DAQUAR's text, easy-VQA's lists, NLVR's orders of boxes.
+"""Layouts of examples that are no lists of records: DAQUAR's text, easy-VQA's lists, NLVR's orders of boxes, SugarCrepe's
+numbered pairs of captions.
 
 What is read here is described, not judged, as in `example_formats`, which comes here.
 """
@@ -6,13 +7,14 @@ What is read here is described, not judged, as in `example_formats`, which comes
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.tables.example_row import ExampleRow, counted
-from capfilt.tables.formats import split_named, text_of
+from capfilt.tables.formats import split_named, text_of, texts_in
 
 ORDERS = 6
 """NLVR draws every picture with its three boxes in each of their orders."""
@@ -78,4 +80,28 @@ def easy_rows(data: list[Any], path: Path) -> list[ExampleRow]:
         if not (isinstance(each, list) and len(each) == 3 and isinstance(each[2], int)):
             raise UserError(f"{path}: entry {number} is not [question, answer, picture's number] (easy-VQA)")
         rows.append(ExampleRow(f"#{number}", (each[2],), text_of(each[0]), counted([each[1]])))
+    return rows
+
+
+def is_sugarcrepe(data: Any) -> bool:
+    """Whether it is what SugarCrepe's own files hold: records by their numbers."""
+    first = next(iter(data.values()), None) if isinstance(data, dict) else None
+    return isinstance(first, dict) and "negative_caption" in first
+
+
+def sugarcrepe_rows(data: Mapping[str, Any], path: Path) -> list[ExampleRow]:
+    """Rows of one of SugarCrepe's files (github.com/RAIVNLab/sugar-crepe): its name is the category of all of them."""
+    rows = []
+    for number, record in data.items():
+        fields = record if isinstance(record, dict) else {}
+        image, text = fields.get("filename"), fields.get("caption")
+        rows.append(
+            ExampleRow(
+                f"{path.stem}:{number}",
+                (image,) if isinstance(image, str) else (),
+                None if text is None else text_of(text),
+                wrong_texts=tuple(texts_in(fields.get("negative_caption"))),
+                category=path.stem,
+            )
+        )
     return rows

@@ -195,6 +195,26 @@ def test_what_a_limit_and_faults_leave_out_is_told(made):
     assert said["protocol"].endswith("; limit = 3")
 
 
+def test_what_has_no_value_is_left_out_with_a_reason(made):
+    rows = [row for table in made.part("examples", "all").tables() for row in table.to_pylist()]
+    rows = [row for row in rows if row["task"] != "match" or row["label"] == "match" or row["split"] == "val"]
+    part = made.part("examples", "matches")
+    mark = part.begin(EXAMPLES, "examples", {})
+    part.commit(0, EXAMPLES.table(rows), Counts(len(rows), len(rows)), mark, 0.0)
+    stage = evaluate(made, model="both", examples=("matches",), tasks=("match",), out="one-sided")
+    run(stage)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    result = json.loads(stage.output.read_bytes(), parse_constant=refuse)
+    assert set(result["metrics"]) == {"match_accuracy_itm", "match_tuned_itm", "match_tuned_itc"}
+    assert set(result["metrics"]) == set(result["units"]) == set(result["tasks"]["match"]["metrics"])
+    skipped = result["tasks"]["match"]["details"]["skipped"]
+    assert set(skipped) == {"match_auc_itm", "match_auc_itc"}
+    assert "all of one class" in skipped["match_auc_itm"]
+
+
 def test_other_prompts_and_other_examples_are_other_results(made, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {}.\n")
