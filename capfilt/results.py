@@ -88,14 +88,20 @@ def one_run(result: Result) -> Shown:
             rows.append((task if number == 0 else "", *_figures(result, metric)))
         after.append(f"{task}: {said.get('protocol')} ({counts_told(said)})")
         # Rows of other tasks and splits are nobody's loss.
-        lost = {name: count for name, count in said.get("left_out", {}).items() if name not in ("task", "split")}
+        lost = {
+            name: count for name, count in said.get("left_out", {}).items() if name not in ("task", "split")
+        }
         if lost:
-            after.append(f"{task}: left out: " + ", ".join(f"{count:,} {name}" for name, count in lost.items()))
+            after.append(
+                f"{task}: left out: " + ", ".join(f"{count:,} {name}" for name, count in lost.items())
+            )
         skipped = said.get("details", {}).get("skipped", {})
         after += [f"{task}: {name} skipped: {reason}" for name, reason in skipped.items()]
     rows += [("", *_figures(result, metric)) for metric in result.metrics if metric not in listed]
     resamples, seed, level = result.bootstrap
-    after.append(f"intervals: {level:.0%}, {resamples:,} resamples of whole images where a task says no other, seed {seed}")
+    after.append(
+        f"intervals: {level:.0%}, {resamples:,} resamples of whole images where a task says no other, seed {seed}"
+    )
     return Shown(
         (_heading(result),),
         ("task", "figure", "value", "interval", "baseline"),
@@ -135,7 +141,11 @@ def side_by_side(results: Sequence[Result]) -> Shown:
         f"above, below: the {level:.0%} interval of the difference from {first.name} excludes 0; within: it does not",
         *(["~: not over the same queries, resampled apart"] if apart else []),
         *(["no interval: a run holds the figure without what it is made of"] if bare else []),
-        *(["no verdict: the figure depends on how much it is measured over, and that differs"] if sized else []),
+        *(
+            ["no verdict: the figure depends on how much it is measured over, and that differs"]
+            if sized
+            else []
+        ),
         *unlike(results),
     ]
     return Shown(

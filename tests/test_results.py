@@ -1,5 +1,6 @@
 """Would catch: a figure cut off in a narrow terminal, a bar in a name that breaks a Markdown table, JSON that says something
-else than the table, a metric left out, pictures that were lost and not told of, and markup in a file's name that the terminal obeys."""
+else than the table, a metric left out, pictures that were lost and not told of, two runs of one name shown as one, and
+markup in a file's name that the terminal obeys."""
 
 from __future__ import annotations
 
@@ -107,7 +108,7 @@ def test_no_verdict_over_other_numbers_says_why(place):
     write(place, "few", 0.9, tasks=few)
     text = shown(place, "raw", "few")
     assert "no verdict: the figure depends on how much it is measured over, and that differs" in text
-    assert "above" not in [line for line in text.splitlines() if line.startswith("tr@1")][0]
+    assert "above" not in next(line for line in text.splitlines() if line.startswith("tr@1"))
 
 
 def test_names_are_text_and_nothing_else(place):

@@ -25,7 +25,6 @@ from capfilt.tasks.outcome import Outcome, pack
 from capfilt.tasks.registry import CAPTIONS, Task
 from capfilt.training.distributed import device
 
-
 _UNDEFINED = "has no value over these examples: all of one class, or all rated or scored alike"
 
 

@@ -176,9 +176,7 @@ def most_frequent(questions: Sequence[Answers]) -> str:
     counts = Counter[str]()
     for answers in questions:
         counts.update(merged(answers))
-    return (
-        spellings(questions)[max(counts, key=lambda answer: (counts[answer], answer))] if counts else ""
-    )
+    return spellings(questions)[max(counts, key=lambda answer: (counts[answer], answer))] if counts else ""
 
 
 def by_category(name: str, values: NDArray[np.float64], categories: Sequence[str | None]) -> dict[str, float]:

@@ -120,7 +120,9 @@ def _outcome(task: str, data: ExampleSet, right: np.ndarray[Any, Any], predicted
         statements = [statement_of(key, pictures) for key in data.keys]
         lost = sum(data.skipped.values()) + data.deselected.get("limit", 0)
         if all(statements) and lost:
-            skipped["nlvr_consistency"] = f"{lost:,} examples were left out, and a part of a statement is easier"
+            skipped["nlvr_consistency"] = (
+                f"{lost:,} examples were left out, and a part of a statement is easier"
+            )
         elif all(statements):
             made_of["nlvr_consistency"] = _consistency(statements, together, right)
             metrics["nlvr_consistency"] = made_of["nlvr_consistency"].value()
@@ -151,9 +153,7 @@ def _outcome(task: str, data: ExampleSet, right: np.ndarray[Any, Any], predicted
     )
 
 
-def _consistency(
-    statements: list[str | None], together: list[str], right: np.ndarray[Any, Any]
-) -> Units:
+def _consistency(statements: list[str | None], together: list[str], right: np.ndarray[Any, Any]) -> Units:
     """Units of the statements, 1 where every example [E] of it is right."""
     values: dict[str | None, float] = {}
     groups: dict[str | None, str] = {}

@@ -1,5 +1,6 @@
 """Catches: an answer normalised otherwise than the published script does, so that every figure shifts a little; a soft score
-that is not the leave-one-out mean; a time or a price that no model can write, for its signs are set apart; a closed list that depends on spelling or order; targets of the wrong class.
+that is not the leave-one-out mean; a time or a price that no model can write, for its signs are set apart; a closed list that
+depends on spelling or order; targets of the wrong class.
 
 The expected forms were worked out by hand from the rules, and from the published script's slips where they show.
 """
@@ -120,8 +121,8 @@ def test_answers_of_one_form_are_counted_together():
 
 
 WRITTEN = (
-    "10:30", "3.5", "1,000", "12,500,000", "$5", "$3.50", "$1,000", "50%", "1/2", "9/11/2001", "10-12", "-3", ".5", "$.50", "#7",
-    "6'", "t-shirt", "black/white", "red, white", "1, 2", "1, 2, 3", "mcdonald's", "don't know", "12:00 p.m.", "u.s.a.",
+    "10:30", "3.5", "1,000", "12,500,000", "$5", "$3.50", "$1,000", "50%", "1/2", "9/11/2001", "10-12", "-3", ".5", "$.50",
+    "#7", "6'", "t-shirt", "black/white", "red, white", "1, 2", "1, 2, 3", "mcdonald's", "don't know", "12:00 p.m.", "u.s.a.",
     "st. louis", "no. 5", "yes!", "yes, 10:30", "salt & pepper", "left (red)", "2 + 2", "2012", "20 to 30", "brown and white",
 )  # fmt: skip
 
@@ -151,7 +152,11 @@ def test_the_closed_list_counts_questions_by_their_main_answer():
 
 def test_listed_answers_are_spelled_as_most_people_spell_them():
     # A decoder learned these spellings, and where all annotators agree the official accuracy compares no other.
-    said = [[("t-shirt", 6), ("t shirt", 4)], [("t shirt", 1), ("$5", 2)], [("none", 2), ("0", 1), ("zero", 2)]]
+    said = [
+        [("t-shirt", 6), ("t shirt", 4)],
+        [("t shirt", 1), ("$5", 2)],
+        [("none", 2), ("0", 1), ("zero", 2)],
+    ]
     assert closed_list(said, 1) == ("$5", "none", "t-shirt")
     assert spellings(said) == {"t shirt": "t-shirt", "$5": "$5", "0": "none"}
     assert spellings([[("b!", 1), ("b", 1)]]) == {"b": "b"}

@@ -210,7 +210,7 @@ def test_another_file_or_other_pictures_are_another_identity(place):
         ("a/7.jpg", ["b/a7.jpg"], None),
         ("7.jpg", ["a/7.jpg", "b/7.jpg"], None),
         # Names that tell pictures apart wherever they lie.
-        ("val/COCO_val2014_000000000007.jpg", ["val2014/COCO_val2014_000000000007.jpg"], "val2014/COCO_val2014_000000000007.jpg"),
+        ("val/COCO_val2014_000000000007.jpg", ["v/COCO_val2014_000000000007.jpg"], "v/COCO_val2014_000000000007.jpg"),
         ("train2017/000000000007.jpg", ["coco/000000000007.jpg"], "coco/000000000007.jpg"),
         ("images/train/train-1-0-img0.png", ["train/55/train-1-0-img0.png"], "train/55/train-1-0-img0.png"),
         ("image/7.jpg", ["VG_100K_2/7.jpg"], "VG_100K_2/7.jpg"),

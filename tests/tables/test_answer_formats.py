@@ -1,6 +1,6 @@
 """Catches: a question joined with the next one's answer, a picture's name left in the question, parts of one answer taken for
-several people's, a slip in one line that loses the whole file, an order of boxes whose picture is another order's, SNLI-VE's premise read as its hypothesis.
-"""
+several people's, a slip in one line that loses the whole file, an order of boxes whose picture is another order's, SNLI-VE's
+premise read as its hypothesis."""
 
 from __future__ import annotations
 

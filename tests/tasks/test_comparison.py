@@ -110,9 +110,16 @@ def retrieved(path, images, metrics, **content):
 
 @pytest.mark.parametrize(
     ("task", "metric", "alone"),
-    [("retrieval", "tr@1", True), ("captioning", "cider", True), ("captioning", "rouge_l", False), ("vqa", "vqa_written", False)],
-)  # fmt: skip
-def test_what_depends_on_how_much_is_measured_has_no_verdict_over_other_numbers(tmp_path, task, metric, alone):
+    [
+        ("retrieval", "tr@1", True),
+        ("captioning", "cider", True),
+        ("captioning", "rouge_l", False),
+        ("vqa", "vqa_written", False),
+    ],
+)
+def test_what_depends_on_how_much_is_measured_has_no_verdict_over_other_numbers(
+    tmp_path, task, metric, alone
+):
     few = retrieved(tmp_path / "few.json", 90, [metric], task=task)
     many = retrieved(tmp_path / "many.json", 300, [metric], task=task)
     found = difference(few, many, metric)
@@ -120,7 +127,10 @@ def test_what_depends_on_how_much_is_measured_has_no_verdict_over_other_numbers(
     same = retrieved(tmp_path / "same.json", 300, [metric], task=task)
     assert difference(same, many, metric).verdict == "within"
     (note,) = unlike([many, few])
-    assert note == f"{task} was measured over different numbers (many: 300 images, 300 texts; few: 90 images, 90 texts)"
+    assert (
+        note
+        == f"{task} was measured over different numbers (many: 300 images, 300 texts; few: 90 images, 90 texts)"
+    )
 
 
 def test_other_pictures_and_other_examples_are_told(tmp_path):
