@@ -6,15 +6,23 @@ What the figures and their differences are is `tasks/comparison.py`'s.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from capfilt.errors import UserError
 from capfilt.stages.results import result_path
 from capfilt.tables.workspace import Workspace
-from capfilt.tasks.comparison import Result, difference, read_result, shared_metrics, unlike
+from capfilt.tasks.comparison import (
+    Result,
+    counts_told,
+    difference,
+    read_result,
+    shared_metrics,
+    unlike,
+)
 
 FORMATS = ("table", "markdown", "json")
 
@@ -34,7 +42,7 @@ def show(workspace: Workspace, names: Sequence[str], form: str, out: TextIO) -> 
     """Print one result, or several side by side. Raises UserError for a name or a form that is none."""
     if form not in FORMATS:
         raise UserError(f"--format {form!r}: choose {', '.join(FORMATS)}")
-    results = [read_result(result_path(workspace.path, name)) for name in names]
+    results = _named_apart([read_result(result_path(workspace.path, name)) for name in names], names)
     told = one_run(results[0]) if len(results) == 1 else side_by_side(results)
     if form == "json":
         out.write(json.dumps(told.plain, indent=1) + "\n")
@@ -42,6 +50,20 @@ def show(workspace: Workspace, names: Sequence[str], form: str, out: TextIO) -> 
         out.write(markdown(told))
     else:
         _print(told, out)
+
+
+def _named_apart(results: Sequence[Result], given: Sequence[str]) -> list[Result]:
+    """The results, those of one name called as they were asked for, and numbered where that is the same too."""
+    counts = Counter(result.name for result in results)
+    named: list[Result] = []
+    for result, asked in zip(results, given, strict=True):
+        name = wanted = result.name if counts[result.name] == 1 else asked
+        taken, number = {each.name for each in named}, 1
+        while name in taken:
+            number += 1
+            name = f"{wanted} ({number})"
+        named.append(replace(result, name=name))
+    return named
 
 
 def shown_after(path: Path, options: Any, quiet: bool, out: TextIO) -> None:
@@ -64,13 +86,22 @@ def one_run(result: Result) -> Shown:
         listed |= set(metrics)
         for number, metric in enumerate(metrics):
             rows.append((task if number == 0 else "", *_figures(result, metric)))
-        counts = ", ".join(f"{count:,} {name}" for name, count in said.get("counts", {}).items())
-        after.append(f"{task}: {said.get('protocol')} ({counts})")
+        after.append(f"{task}: {said.get('protocol')} ({counts_told(said)})")
+        # Rows of other tasks and splits are nobody's loss.
+        lost = {
+            name: count for name, count in said.get("left_out", {}).items() if name not in ("task", "split")
+        }
+        if lost:
+            after.append(
+                f"{task}: left out: " + ", ".join(f"{count:,} {name}" for name, count in lost.items())
+            )
         skipped = said.get("details", {}).get("skipped", {})
         after += [f"{task}: {name} skipped: {reason}" for name, reason in skipped.items()]
     rows += [("", *_figures(result, metric)) for metric in result.metrics if metric not in listed]
     resamples, seed, level = result.bootstrap
-    after.append(f"intervals: {level:.0%}, {resamples:,} resamples of whole images, seed {seed}")
+    after.append(
+        f"intervals: {level:.0%}, {resamples:,} resamples of whole images where a task says no other, seed {seed}"
+    )
     return Shown(
         (_heading(result),),
         ("task", "figure", "value", "interval", "baseline"),
@@ -85,7 +116,7 @@ def side_by_side(results: Sequence[Result]) -> Shown:
     first, *others = results
     rows = []
     plain: dict[str, Any] = {}
-    level, apart, bare = first.bootstrap[2], False, False
+    level, apart, bare, sized = first.bootstrap[2], False, False, False
     for metric in shared_metrics(results):
         cells = [metric, *(_value(result.metrics.get(metric)) for result in results)]
         told: dict[str, Any] = {"values": {result.name: result.metrics.get(metric) for result in results}}
@@ -96,7 +127,8 @@ def side_by_side(results: Sequence[Result]) -> Shown:
             found = difference(other, first, metric)
             cells.append(_difference(found.value, found.interval, found.verdict, found.paired))
             apart |= found.interval is not None and not found.paired
-            bare |= found.interval is None
+            bare |= found.interval is None and not found.sized
+            sized |= found.sized
             told.setdefault("differences", {})[other.name] = {
                 "value": round(found.value, 3),
                 "interval": None if found.interval is None else found.interval.as_dict(),
@@ -109,6 +141,11 @@ def side_by_side(results: Sequence[Result]) -> Shown:
         f"above, below: the {level:.0%} interval of the difference from {first.name} excludes 0; within: it does not",
         *(["~: not over the same queries, resampled apart"] if apart else []),
         *(["no interval: a run holds the figure without what it is made of"] if bare else []),
+        *(
+            ["no verdict: the figure depends on how much it is measured over, and that differs"]
+            if sized
+            else []
+        ),
         *unlike(results),
     ]
     return Shown(

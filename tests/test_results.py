@@ -1,5 +1,6 @@
 """Would catch: a figure cut off in a narrow terminal, a bar in a name that breaks a Markdown table, JSON that says something
-else than the table, a metric left out, and markup in a file's name that the terminal obeys."""
+else than the table, a metric left out, pictures that were lost and not told of, two runs of one name shown as one, and
+markup in a file's name that the terminal obeys."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def write(place, name, share, **content):
                 "intervals": {"tr@1": {"value": 1.0, "low": 20.25, "high": 30.5}}, "baselines": {"tr@1": 0.5},
                 "bootstrap": {"resamples": 200, "seed": 0, "level": 0.95},
                 "tasks": {
-                    "retrieval": {"protocol": "cosine", "metrics": ["tr@1"], "counts": {"images": 200}},
+                    "retrieval": {"protocol": "cosine", "metrics": ["tr@1"], "counts": {"images": 200},
+                                  "left_out": {"split": 9, "task": 8, "no_image": 1234, "limit": 7}},
                     "captioning": {
                         "protocol": "greedy", "metrics": ["meteor"], "counts": {"images": 200},
                         "details": {"skipped": {"spice": "there is no `java` on the PATH"}},
@@ -66,7 +68,9 @@ def test_one_run_is_a_table_with_everything(place):
     assert row[:2] == ["retrieval", "tr@1"]
     assert row[3:] == ["[20.25,", "30.50]", "0.50"]
     assert "captioning: spice skipped: there is no `java` on the PATH" in text
-    assert "intervals: 95%, 200 resamples of whole images, seed 0" in text
+    assert "intervals: 95%, 200 resamples of whole images where a task says no other, seed 0" in text
+    assert "retrieval: left out: 1,234 no_image, 7 limit" in text.splitlines()
+    assert "captioning: left out" not in text
     content = json.loads(shown(place, "curated", form="json"))
     assert content["metrics"]["meteor"] == 12.0
     assert "units" not in content
@@ -84,6 +88,27 @@ def test_runs_side_by_side_say_what_is_outside_the_interval(place):
     assert (found["verdict"], found["paired"]) == ("above", True)
     assert found["interval"]["low"] > 0
     assert [run["name"] for run in content["runs"]] == ["raw", "curated"]
+
+
+def test_runs_of_one_name_stay_two(place, tmp_path):
+    """Two files called test.json, of which the second must not stand in for both."""
+    elsewhere = Workspace(tmp_path / "other")
+    path = str(write(elsewhere, "raw", 0.6))
+    text = shown(place, "raw", path, "raw", form="markdown")
+    (head,) = [line for line in text.splitlines() if line.startswith("| figure")]
+    cells = [cell.strip() for cell in head.strip("|").split("|")]
+    assert cells[1:4] == ["raw", path, "raw (2)"]
+    values = json.loads(shown(place, "raw", path, "raw", form="json"))["figures"]["tr@1"]["values"]
+    assert len(values) == 3
+    assert values["raw"] == values["raw (2)"] != values[path]
+
+
+def test_no_verdict_over_other_numbers_says_why(place):
+    few = {"retrieval": {"protocol": "cosine", "metrics": ["tr@1"], "counts": {"images": 100}}}
+    write(place, "few", 0.9, tasks=few)
+    text = shown(place, "raw", "few")
+    assert "no verdict: the figure depends on how much it is measured over, and that differs" in text
+    assert "above" not in next(line for line in text.splitlines() if line.startswith("tr@1"))
 
 
 def test_names_are_text_and_nothing_else(place):

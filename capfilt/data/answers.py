@@ -1,7 +1,8 @@
 """Answers to questions about pictures as VQA compares them: their normal form, what an answer is worth, closed lists.
 
 The rules are those of VQA's evaluation (Antol et al., arXiv 1505.00468; visualqa.org/evaluation.html), the slips of its
-published script included, since every published figure was made with them. The accuracy is `capfilt.tasks`'.
+published script (github.com/GT-Vision-Lab/VQA, a013f00) included, since published figures are made with them. The accuracy
+is `capfilt.tasks`'.
 """
 
 from __future__ import annotations
@@ -61,11 +62,41 @@ def without_punctuation(answer: str) -> str:
     return _PERIOD.sub("", out, count=_PERIODS)
 
 
+def stripped(answer: str) -> str:
+    """The answer with its letters and signs as they are: line breaks and tabs made spaces, none left around it."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
 def normalised(answer: str) -> str:
     """The answer in lower case, without punctuation and articles, numbers up to ten as digits, contractions repaired."""
-    plain = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
-    words = (DIGITS.get(word, word) for word in plain.lower().split())
+    words = (DIGITS.get(word, word) for word in without_punctuation(stripped(answer)).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+_CLOSED = (
+    # Between digits ("10:30", "3.5", "1/2"); a comma before three of them, for "1, 2" is a list.
+    (re.compile(r"(?<=\d) ?([:./]) (?=\d)"), r"\1"),
+    (re.compile(r"(?<=\d) ?, ?(?=\d{3}(?!\d))"), ","),
+    # Between words or digits ("t-shirt", "black/white"), and before or behind a number ("$5", "#7", "-3", ".5", "50%", "6'").
+    (re.compile(r"(?<=\w) ([-/]) (?=\w)"), r"\1"),
+    (re.compile(r"([$£€#]) (?=\.? ?\d)"), r"\1"),
+    (re.compile(r"^([-+.]|[$£€#]\.) (?=\d)"), r"\1"),
+    (re.compile(r"(?<=\d) (?=[%'\"°](?: |$))"), ""),
+    # Letters with points ("p.m.", "u.s.a."), and what ends a word.
+    (re.compile(r"(?<=\b[^\W\d]) \. (?=[^\W\d]\b(?: \.|$))"), "."),
+    (re.compile(r" (?=[.!;)](?: |$))"), ""),
+    (re.compile(r"\( "), "("),
+)
+
+
+def closed_up(answer: str) -> str:
+    """A decoded answer as people write it: a tokenizer sets every sign apart ("10 : 30", "t - shirt", "$ 5", "50 %").
+
+    Where all annotators agree spellings are compared, and where not "3 . 5" would lose its point and "10 : 30" stay wrong.
+    """
+    for spaced, close in _CLOSED:
+        answer = spaced.sub(close, answer)
+    return answer
 
 
 LEAST_ANNOTATORS = 4
@@ -84,8 +115,11 @@ def soft_score(given: int, annotators: int) -> float:
     return left_out / annotators
 
 
-def closed_list(questions: Iterable[Sequence[tuple[str, int]]], least: int = 9) -> tuple[str, ...]:
-    """The answers a closed set knows, in their normal form, the most frequent first.
+def closed_list(questions: Sequence[Sequence[tuple[str, int]]], least: int = 9) -> tuple[str, ...]:
+    """The answers a closed set knows, the most frequent first; each stands for all answers of its normal form.
+
+    They are spelled as most people spell them ("t-shirt", not "t shirt"): where all annotators agree the official accuracy
+    compares spellings, and an answer that is written or ranked is learned so.
 
     questions: each question's answers with how many gave them. least: an answer must be the most frequent one of so many
     questions (ViLT, arXiv 2102.03334, code: 9, which makes 3,129 of VQA v2's train and val).
@@ -96,7 +130,19 @@ def closed_list(questions: Iterable[Sequence[tuple[str, int]]], least: int = 9) 
         if counts:
             best[max(counts, key=lambda answer: counts[answer])] += 1
     kept = [answer for answer, count in best.items() if count >= least]
-    return tuple(sorted(kept, key=lambda answer: (-best[answer], answer)))
+    spelled = spellings(questions)
+    return tuple(spelled[answer] for answer in sorted(kept, key=lambda answer: (-best[answer], answer)))
+
+
+def spellings(questions: Iterable[Sequence[tuple[str, int]]]) -> dict[str, str]:
+    """How most people spell the answers of each normal form; the first in the alphabet of equals."""
+    counts: dict[str, Counter[str]] = {}
+    for answer, count in (each for answers in questions for each in answers):
+        counts.setdefault(normalised(answer), Counter())[stripped(answer)] += count
+    return {
+        form: min(written, key=lambda spelling: (-written[spelling], spelling))
+        for form, written in counts.items()
+    }
 
 
 def soft_targets(

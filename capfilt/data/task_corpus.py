@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from capfilt.data.answers import soft_targets
+from capfilt.data.answers import normalised, soft_targets
 from capfilt.data.examples import TRAINING_SPLITS, slices
 from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead, share
 from capfilt.data.pictures import BuildOptions, Pictures
@@ -163,7 +163,9 @@ def from_examples(
     known = tuple(classes([counted(row) for row, _ in chosen]) if callable(classes) else classes)
     if task == "classification":
         known = known or tuple(sorted({row["label"] for row, _ in chosen}))
-    place_of = {answer: place for place, answer in enumerate(known)}
+    # Of questions, a class stands for every answer of its normal form.
+    form = normalised if task == "vqa" else str
+    place_of = {form(name): place for place, name in enumerate(known)}
     if callable(classes) or task == "classification":
         listed = [
             each

@@ -76,7 +76,7 @@ class BlipClassifier(nn.Module):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What it was trained to tell apart: the task's labels, or answers in VQA's normal form."""
+        """What it was trained to tell apart: the task's labels, or answers as most people spell them."""
         return self.config.classes
 
     def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:

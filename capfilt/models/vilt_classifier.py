@@ -55,7 +55,7 @@ class ViltClassifier(ViltBody):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What it was trained to tell apart: the task's labels, or answers in VQA's normal form."""
+        """What it was trained to tell apart: the task's labels, or answers as most people spell them."""
         return self.config.classes
 
     @property

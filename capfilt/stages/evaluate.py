@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,14 @@ from capfilt.tasks.outcome import Outcome, pack
 from capfilt.tasks.registry import CAPTIONS, Task
 from capfilt.training.distributed import device
 
+_UNDEFINED = "has no value over these examples: all of one class, or all rated or scored alike"
+
 
 class Evaluate(ResultStage):
     """Writes `runs/<out>.json`: metrics in percent (CIDEr x 100) with intervals, protocols, counts, and their units."""
 
     name = "evaluate"
-    version = 2
+    version = 3
 
     def __init__(self, options: EvaluateOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -143,7 +146,9 @@ class _Data:
         corpus = from_images(images.tables(IMAGE_COLUMNS), splits=splits, size=self.size)
         if o.limit:
             keep = [row for row, image in enumerate(corpus.image_of_text.tolist()) if image < o.limit]
-            corpus = corpus.take(keep)
+            whole, corpus = corpus, corpus.take(keep)
+            cut = {"limit": len(whole) - len(corpus)} if len(corpus) < len(whole) else {}
+            corpus.skipped, corpus.deselected = whole.skipped, {**whole.deselected, **cut}
         if not len(corpus):
             raise UserError(
                 f"{images.path}: no texts with pictures in split {o.split!r} "
@@ -182,9 +187,16 @@ class _Result:
         if twice:
             raise ValueError(f"{task.name}: {', '.join(twice)} is another task's metric too")
         o = self._options
-        self._metrics |= {name: round(value, 3) for name, value in outcome.metrics.items()}
-        self._baselines |= {name: round(value, 3) for name, value in outcome.baselines.items()}
+        # An AUC of one class, or a correlation with what never varies, is no number: JSON has none for it either.
+        none = [name for name, value in outcome.metrics.items() if math.isnan(value)]
+        known = {name: value for name, value in outcome.metrics.items() if name not in none}
+        self._metrics |= {name: round(value, 3) for name, value in known.items()}
+        self._baselines |= {
+            name: round(value, 3) for name, value in outcome.baselines.items() if name not in none
+        }
         for name, units in outcome.units.items():
+            if name in none:
+                continue
             if o.resamples:
                 interval = units.interval(o.resamples, seed=o.seed).as_dict()
                 self._intervals[name] = {
@@ -194,6 +206,8 @@ class _Result:
             self._units[name] = units.as_dict()
             self._groups.setdefault(units.queries, {"groups": pack(units.groups), "number": len(units.names)})
         details = dict(outcome.details)
+        if none:
+            details["skipped"] = dict(details.get("skipped", {})) | dict.fromkeys(none, _UNDEFINED)
         # Where readers of a result have always found them.
         if "captions" in details:
             self._top["captions"] = details.pop("captions")
@@ -201,8 +215,8 @@ class _Result:
             if name in outcome.counts:
                 self._top.setdefault(name, outcome.counts[name])
         self._tasks[task.name] = {
-            "protocol": outcome.protocol,
-            "metrics": list(outcome.metrics),
+            "protocol": outcome.protocol + (f"; limit = {o.limit:,}" if o.limit else ""),
+            "metrics": list(known),
             "counts": dict(outcome.counts),
             "left_out": dict(left_out),
             **({"details": details} if details else {}),

@@ -1,23 +1,23 @@
 """The `examples` stage: questions, statements and labels of pictures that were ingested become an examples part.
 
-Which layouts there are is `tables/example_formats.py`. Here each row's pictures are found by their names, and its answers
-and label are looked at: what cannot be used is a row that says why.
+Which layouts there are is `tables/example_formats.py`, which picture a name means `named_pictures.py`. Here each row's
+answers and label are looked at: what cannot be used is a row that says why.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
 from capfilt.tables.answer_formats import in_parts
 from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
@@ -28,14 +28,13 @@ from capfilt.tables.shards import Counts, Part, fingerprint
 from capfilt.tables.workspace import Workspace
 
 _TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
-_NUMBER = re.compile(r"(\d+)$")
 
 
 class Examples(ShardStage):
     """Brings other tools' questions and statements in. Every one of the source is one row, in the source's order."""
 
     name = "examples"
-    version = 1
+    version = 2
     contract = EXAMPLES
 
     def __init__(self, options: ExamplesOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -45,7 +44,7 @@ class Examples(ShardStage):
         self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
         self.source = Path(options.source_path).expanduser()
         self.annotations = Path(options.annotations).expanduser() if options.annotations else None
-        self._pictures: _Pictures | None = None
+        self._pictures: NamedPictures | None = None
 
     def identity(self) -> Mapping[str, Any]:
         # Whoever asks is about to begin a part: a broken file must be found out before.
@@ -93,7 +92,8 @@ class Examples(ShardStage):
         return len(self._rows(shard))
 
     def setup(self) -> None:
-        self._pictures = _Pictures(self.images)
+        named = (image for row in self._found[1] for image in row.images if isinstance(image, str))
+        self._pictures = NamedPictures(self.images, named)
 
     def process(self, shard: int) -> Produced:
         failed = Counter[str]()
@@ -174,59 +174,6 @@ def _joined(row: ExampleRow) -> ExampleRow:
         return row
     parts = ", ".join(part for answer, count in row.answers for part in [answer] * count)
     return replace(row, answers=((in_parts(parts), 1),))
-
-
-class _Pictures:
-    """Which picture a name or number means, by the keys of images parts."""
-
-    def __init__(self, parts: list[Part]) -> None:
-        self._failed: dict[str, str] = {}
-        # From the most exact way of naming to the least; a name that two pictures share in one way says nothing there.
-        self._ways: tuple[dict[str, str | None], ...] = ({}, {}, {}, {})
-        columns = ("image_id", "key", "status", "failure")
-        for table in (table for part in parts for table in part.tables(columns)):
-            for row in table.to_pylist():
-                if row["status"] != "success":
-                    self._failed[row["image_id"]] = row["failure"] or row["status"]
-                for way, name in zip(self._ways, _spellings(row["key"]), strict=True):
-                    if name:
-                        way[name] = (
-                            row["image_id"] if way.get(name, row["image_id"]) == row["image_id"] else None
-                        )
-
-    def find(self, row: ExampleRow) -> tuple[list[str], str]:
-        """(image ids in order, "" or what is wrong in words)."""
-        if not row.images:
-            return [], "no picture is named"
-        found = []
-        for image in row.images:
-            number = self._find(image, row.subset)
-            if number is None:
-                return [], f"{image}: no picture, or more than one, is called so in the images given"
-            if number in self._failed:
-                return [], f"{image}: there is no picture in its row ({self._failed[number]})"
-            found.append(number)
-        return found, ""
-
-    def _find(self, image: str | int, subset: str) -> str | None:
-        if isinstance(image, int):
-            # COCO's file names of 2014 and of 2017, then any name that ends in the number.
-            stems, numbers = self._ways[2:]
-            for name in (f"COCO_{subset}_{image:012d}", f"{image:012d}"):
-                if stems.get(name):
-                    return stems[name]
-            return numbers.get(str(image))
-        for way, name in zip(self._ways[:3], _spellings(image)[:3], strict=True):
-            if way.get(name):
-                return way[name]
-        return None
-
-
-def _spellings(key: str) -> tuple[str, str, str, str]:
-    """A picture's key in full, without its folders, without its suffix too, and the number that ends it."""
-    path = PurePosixPath(key)
-    number = _NUMBER.search(path.stem)
-    return path.as_posix(), path.name, path.stem, str(int(number[1])) if number else ""
 
 
 def _check(options: ExamplesOptions) -> None:

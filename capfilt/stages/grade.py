@@ -31,10 +31,13 @@ _BATCH = 32
 
 
 class Grade(ResultStage):
-    """Writes `runs/<out>.json`: ROC-AUC on planted noise, the share kept of each kind, tau-c against experts."""
+    """Writes `runs/<out>.json`: ROC-AUC on planted noise, the share kept of each kind, tau-c against experts' means.
+
+    All in [0, 1] or [-1, 1], where `evaluate` writes points of 100.
+    """
 
     name = "grade"
-    version = 1
+    version = 2
 
     def __init__(self, options: GradeOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -152,8 +155,8 @@ class Grade(ResultStage):
         images = [kept[place][0] for place in places]
         for name, found in scores.items():
             interval = kendall_tau_c_interval(ratings, found, images, seed=self.options.seed)
-            metrics[f"tau_c_{name}"] = interval.value
+            metrics[f"tau_c_mean_{name}"] = interval.value
             if name == "itm":
-                metrics["tau_c_itm_low"], metrics["tau_c_itm_high"] = interval.low, interval.high
+                metrics["tau_c_mean_itm_low"], metrics["tau_c_mean_itm_high"] = interval.low, interval.high
                 metrics["spearman_itm"] = spearman(ratings, found)
         return {"texts": len(ratings), "images": len(set(images)), "failed": dict(failed)}

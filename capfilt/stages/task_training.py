@@ -182,6 +182,7 @@ class FinetuneVqa(TaskTraining):
     name = "finetune-vqa"
     task = "vqa"
     form = ANSWERS
+    version = 2
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:

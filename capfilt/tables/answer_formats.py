@@ -1,4 +1,5 @@
-"""Layouts of questions and statements that are no lists of records: DAQUAR's text, easy-VQA's lists, NLVR's orders of boxes.
+"""Layouts of examples that are no lists of records: DAQUAR's text, easy-VQA's lists, NLVR's orders of boxes, SugarCrepe's
+numbered pairs of captions.
 
 What is read here is described, not judged, as in `example_formats`, which comes here.
 """
@@ -6,13 +7,14 @@ What is read here is described, not judged, as in `example_formats`, which comes
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.tables.example_row import ExampleRow, counted
-from capfilt.tables.formats import split_named, text_of
+from capfilt.tables.formats import split_named, text_of, texts_in
 
 ORDERS = 6
 """NLVR draws every picture with its three boxes in each of their orders."""
@@ -38,30 +40,32 @@ def nlvr_rows(row: ExampleRow, name: str) -> list[ExampleRow]:
 def daquar_rows(path: Path) -> list[ExampleRow]:
     """Rows of DAQUAR's text file (Malinowski and Fritz, arXiv 1410.0210): a line with a question, a line with its answer.
 
-    The picture is named at the question's end ("... in the image3 ?"), which is left out of the text. An answer of several
-    parts ("cup, book") is one answer, its parts in the alphabet's order: their set is what is right.
+    The picture is the last one that the question names ("... in the image3 ?"); names are left out of the text. A question
+    that names none is a row without a picture, as the file has slips. An answer of several parts ("cup, book") is one
+    answer, its parts in the alphabet's order: their set is what is right. Raises UserError where no question names a picture.
     """
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     lines = [line for line in lines if line]
     split = next((name for name in ("train", "test") if name in path.stem), None)
     rows = []
     for number, (question, answer) in enumerate(zip(lines[::2], lines[1::2], strict=False)):
-        found = _DAQUAR.fullmatch(question)
-        if found is None:
-            raise UserError(
-                f"{path}: question {number} names no picture (... in the image3 ?): {question[:60]!r}; DAQUAR's file "
-                "has a line with a question, then one with its answer"
-            )
-        text = f"{found['text'].strip()} ?"
+        named = _DAQUAR.findall(question)[-1:]
+        text = f"{' '.join(_DAQUAR.sub(' ', question).split()).strip(' ,?')} ?"
         rows.append(
-            ExampleRow(f"{split}-{number}", (found["image"],), text, ((in_parts(answer), 1),), split=split)
+            ExampleRow(f"{split}-{number}", tuple(named), text, ((in_parts(answer), 1),), split=split)
+        )
+    if rows and not any(row.images for row in rows):
+        raise UserError(
+            f"{path}: names no picture (... in the image3 ?): {rows[0].text!r}; DAQUAR's file has a line with a question, "
+            "then one with its answer"
         )
     if not rows or len(lines) % 2:
         raise UserError(f"{path}: has {len(lines)} lines, not pairs of a question and its answer (DAQUAR)")
     return rows
 
 
-_DAQUAR = re.compile(r"(?P<text>.*?)(?:\s+(?:in|on|of))?(?:\s+the)?\s+(?P<image>image\d+)\s*\??")
+_DAQUAR = re.compile(r"(?:\b(?:in|on|of)\s+)?(?:\b(?:this|th\s*e)\s*)?(image\d+)")
+"""A picture's name with what leads to it; one of the file's slips is "in th eimage999"."""
 
 
 def in_parts(answer: str) -> str:
@@ -76,4 +80,28 @@ def easy_rows(data: list[Any], path: Path) -> list[ExampleRow]:
         if not (isinstance(each, list) and len(each) == 3 and isinstance(each[2], int)):
             raise UserError(f"{path}: entry {number} is not [question, answer, picture's number] (easy-VQA)")
         rows.append(ExampleRow(f"#{number}", (each[2],), text_of(each[0]), counted([each[1]])))
+    return rows
+
+
+def is_sugarcrepe(data: Any) -> bool:
+    """Whether it is what SugarCrepe's own files hold: records by their numbers."""
+    first = next(iter(data.values()), None) if isinstance(data, dict) else None
+    return isinstance(first, dict) and "negative_caption" in first
+
+
+def sugarcrepe_rows(data: Mapping[str, Any], path: Path) -> list[ExampleRow]:
+    """Rows of one of SugarCrepe's files (github.com/RAIVNLab/sugar-crepe): its name is the category of all of them."""
+    rows = []
+    for number, record in data.items():
+        fields = record if isinstance(record, dict) else {}
+        image, text = fields.get("filename"), fields.get("caption")
+        rows.append(
+            ExampleRow(
+                f"{path.stem}:{number}",
+                (image,) if isinstance(image, str) else (),
+                None if text is None else text_of(text),
+                wrong_texts=tuple(texts_in(fields.get("negative_caption"))),
+                category=path.stem,
+            )
+        )
     return rows

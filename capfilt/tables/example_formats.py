@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.tables.answer_formats import daquar_rows, easy_rows, is_nlvr, nlvr_rows
+from capfilt.tables.answer_formats import (
+    daquar_rows,
+    easy_rows,
+    is_nlvr,
+    is_sugarcrepe,
+    nlvr_rows,
+    sugarcrepe_rows,
+)
 from capfilt.tables.contracts import LABELS
 from capfilt.tables.example_row import ExampleRow, counted
 from capfilt.tables.formats import folder_split, read_json, split_named, text_of, texts_in, unique, walk
@@ -37,7 +44,8 @@ def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list
     NLVR's and NLVR2's own files they follow from the identifier), `answers` or `label`, `split`, and a key. SNLI-VE's own
     lines have other names for these. A record with a `caption` is a rating where it has `ratings`, a choice where it has a
     `negative_caption`, else a match; one with a label and no text is a classification. A folder of folders of pictures is
-    a classification by the folders' names; a text file is DAQUAR's, a list of lists easy-VQA's.
+    a classification by the folders' names; a text file is DAQUAR's, a list of lists easy-VQA's, numbered records with a
+    `negative_caption` SugarCrepe's.
 
     Raises UserError naming what is broken, or when there is no row.
     """
@@ -52,6 +60,9 @@ def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list
     if isinstance(data, dict) and isinstance(data.get("questions"), list):
         rows = _vqa_rows(data, path, annotations)
         task = "vqa"
+    elif is_sugarcrepe(data):
+        _own_answers(path, annotations)
+        task, rows = "choice", sugarcrepe_rows(data, path)
     elif isinstance(data, list):
         _own_answers(path, annotations)
         if data and isinstance(data[0], list):
@@ -89,9 +100,8 @@ def _json_or_lines(path: Path) -> Any:
                 if line.strip():
                     records.append(_line(path, number, line))
         # A file of one line may be one object.
-        if len(records) > 1 or not (isinstance(records[0], dict) and "questions" in records[0]):
-            return records
-        return records[0]
+        whole = isinstance(records[0], dict) and ("questions" in records[0] or is_sugarcrepe(records[0]))
+        return records[0] if whole and len(records) == 1 else records
     return read_json(path)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.data.answers import closed_up
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import MAX_WORDS, Tokenizer
 from capfilt.inference.answering import rank_answers
@@ -217,7 +218,7 @@ class Answering(_SeesImages):
     def answer(
         self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
     ) -> list[str]:
-        """Answers by beam search (BLIP, released code: 3 beams, at most 10 tokens)."""
+        """Answers by beam search (BLIP, released code: 3 beams, at most 10 tokens), their signs closed up."""
         tokenizer: Tokenizer = self._tokenizer
         limits = Limits(tokenizer.sep_id, tokenizer.pad_id, max_new_tokens, 1, 1.0)
         start = torch.tensor([tokenizer.cls_id], device=self.device)
@@ -227,7 +228,7 @@ class Answering(_SeesImages):
             states = model.encode_question(ids, mask, model.encode_image(self._sent(images)))
             cross = model.prefill_cross(states)
             found = beam_search(model.writer(mask), cross, start, len(ids), limits, num_beams)
-        return tokenizer.decode_batch(found.tokens.cpu())
+        return [closed_up(answer) for answer in tokenizer.decode_batch(found.tokens.cpu())]
 
     def rank_answers(
         self, images: Tensor, questions: Sequence[str], answers: Sequence[str], *, k: int = 128

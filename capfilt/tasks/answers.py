@@ -3,8 +3,10 @@
 What lives here: the accuracy (Antol et al., arXiv 1505.00468; Goyal et al., arXiv 1612.00837) and the evaluation of what
 answers. What does not: the normal form of answers and what one is worth, which training shares (`capfilt.data.answers`).
 
-A question with ten annotators is judged by the official accuracy, in its leave-one-out form. Where a question has fewer than
-four, nobody could reach 1 in it: a set with such questions is judged by exact match with any of the answers, and named so.
+A question with ten annotators is judged by the official accuracy, in its leave-one-out form, as the official script has
+computed it since 2021 (github.com/GT-Vision-Lab/VQA, a013f00): where annotators differ in normal forms, where all agree as
+they spell it. Where a question has fewer than four, nobody could reach 1 in it: a set with such questions is judged by exact
+match with any of the answers, and named so.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from capfilt.data.answers import (
     merged,
     normalised,
     soft_score,
-    without_punctuation,
+    spellings,
+    stripped,
 )
 from capfilt.errors import UserError
 from capfilt.tables.contracts import LABELS
@@ -42,12 +45,12 @@ Answers = Sequence[tuple[str, int]]
 def soft_accuracy(predicted: str, answers: Answers) -> float:
     """The official accuracy of one answer, in [0, 1]: the mean over left-out annotators of min(matches / 3, 1).
 
-    answers: what annotators said, with how many did, four of them or more. As in the official script, what was predicted
-    is put into its normal form always, the annotators' answers lose their punctuation only where they are not all one.
+    answers: what annotators said, with how many did, four of them or more. As in the official script, nothing but the
+    space around is touched where all said the same, and both sides are put into their normal form where not.
     """
-    said = answers if len(answers) < 2 else [(without_punctuation(text), count) for text, count in answers]
-    found = normalised(predicted)
-    matching = sum(count for text, count in said if text == found)
+    form = stripped if len({stripped(text) for text, _ in answers}) == 1 else normalised
+    found = form(predicted)
+    matching = sum(count for text, count in answers if form(text) == found)
     return soft_score(matching, sum(count for _, count in answers))
 
 
@@ -120,7 +123,7 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     protocol.append(
         "exact match with any answer, in VQA's normal form"
         if suffix
-        else "official accuracy (mean over left-out annotators of min(matches / 3, 1))"
+        else "official accuracy (GT-Vision-Lab/VQA a013f00: mean over left-out annotators of min(matches / 3, 1))"
     )
     figures, made_of = {}, {}
     image_of = [data.image_ids[places[0]] for places in data.pictures]
@@ -169,11 +172,11 @@ def depends(options: Any) -> list[str]:
 
 
 def most_frequent(questions: Sequence[Answers]) -> str:
-    """The answer that most people gave, in its normal form; the last in the alphabet of several."""
+    """The answer that most people gave in any spelling, in its own; the last in the alphabet of several."""
     counts = Counter[str]()
     for answers in questions:
         counts.update(merged(answers))
-    return max(counts, key=lambda answer: (counts[answer], answer)) if counts else ""
+    return spellings(questions)[max(counts, key=lambda answer: (counts[answer], answer))] if counts else ""
 
 
 def by_category(name: str, values: NDArray[np.float64], categories: Sequence[str | None]) -> dict[str, float]:

@@ -104,8 +104,7 @@ def zero_shot(
     for prefix, chosen in (("zero_shot", tuple(templates)), ("zero_shot_single", SINGLE)):
         vectors = class_vectors(model, [spoken(name) for name in names], chosen)
         scores = (images.float().cpu() @ vectors.T).numpy().astype(np.float64)
-        right = scores[np.arange(len(truth)), truth]
-        ranks = (~(scores < (right - COSINE_TIE)[:, None])).sum(axis=1)
+        ranks = _ranks(scores, truth, COSINE_TIE)
         for depth in (1, 5):
             if depth == 1 or (len(names) > depth and prefix == "zero_shot"):
                 hits[f"{prefix}_top{depth}"] = (ranks <= depth).astype(np.float64)
@@ -120,8 +119,7 @@ def by_logits(logits: Tensor, names: Sequence[str], labels: Sequence[str]) -> Cl
     place = {name: index for index, name in enumerate(names)}
     scores = logits.float().cpu().numpy().astype(np.float64)
     truth = np.array([place.get(label, -1) for label in labels])
-    right = scores[np.arange(len(truth)), truth]
-    ranks = np.where(truth < 0, len(names) + 1, (~(scores < right[:, None])).sum(axis=1))
+    ranks = np.where(truth < 0, len(names) + 1, _ranks(scores, truth))
     depths = [depth for depth in (1, 5) if depth == 1 or len(names) > depth]
     return _result({f"classification_top{depth}": (ranks <= depth).astype(np.float64) for depth in depths})
 
@@ -181,11 +179,11 @@ def few_shot(
                 len(names),
             )
             penalties.setdefault(f"probe@{k}", []).append(fit.penalty)
-            guessed = fit(scaled(features)).argmax(dim=1).numpy()
-            hits.setdefault(f"probe@{k}", []).append((guessed == truth).astype(np.float64))
+            ranks = _ranks(fit(scaled(features)).numpy(), truth)
+            hits.setdefault(f"probe@{k}", []).append((ranks == 1).astype(np.float64))
             means = _class_means(support[chosen], of_support[chosen], len(names))
-            guessed = (F.normalize(features, dim=1) @ means.T).argmax(dim=1).numpy()
-            hits.setdefault(f"class_mean@{k}", []).append((guessed == truth).astype(np.float64))
+            ranks = _ranks((F.normalize(features, dim=1) @ means.T).numpy(), truth)
+            hits.setdefault(f"class_mean@{k}", []).append((ranks == 1).astype(np.float64))
             if progress is not None:
                 progress("probes", draw * len(fitting) + fitting.index(k) + 1, seeds * len(fitting))
     ordered = sorted(hits, key=lambda name: (name.partition("@")[0] != "probe", int(name.partition("@")[2])))
@@ -284,6 +282,13 @@ def _numbered(labels: Sequence[str]) -> tuple[list[str], Ints]:
         )
     number = {name: place for place, name in enumerate(names)}
     return names, np.array([number[label] for label in labels], dtype=np.int64)
+
+
+def _ranks(scores: Floats, truth: Ints, tie: float = 0.0) -> Ints:
+    """The place, from 1, of class `truth` [N] among scores [N, C]: behind every other that scores no worse, less `tie`."""
+    right = scores[np.arange(len(truth)), truth]
+    found: Ints = (~(scores < (right - tie)[:, None])).sum(axis=1)
+    return found
 
 
 def _result(hits: dict[str, Floats]) -> ClassificationResult:

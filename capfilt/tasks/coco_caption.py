@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from capfilt.tasks.captioning import tokenize
 
 Floats = NDArray[np.float64]
 
+_JAVAS = ("meteor", "spice")
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
@@ -48,21 +50,29 @@ class CocoFigures:
 def coco_figures(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CocoFigures:
     """pycocoevalcap on captions [images] and each image's references.
 
-    Without Java, tokens are those of `captioning.tokenize`, and METEOR and SPICE are skipped. Raises UserError where the
-    package is not installed.
+    Without a Java that works, tokens are those of `captioning.tokenize`, and METEOR and SPICE are skipped. Raises UserError
+    where the package is not installed.
     """
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise UserError(
             "--caption-scorer pycocoevalcap: the package is not installed; pip install 'capfilt[eval]', or use "
             "--caption-scorer capfilt, which has all but METEOR and SPICE"
         )
-    java = shutil.which("java")
-    candidates, options = _tokens(captions, references) if java else _own_tokens(captions, references)
+    skipped, who = _unable(shutil.which("java")), "Stanford's PTBTokenizer"
+    if "meteor" in skipped:
+        candidates, options = _own_tokens(captions, references)
+        who = "capfilt's tokens, for there is no Java"
+    else:
+        try:
+            candidates, options = _tokens(captions, references)
+        except (OSError, ValueError) as error:
+            candidates, options = _own_tokens(captions, references)
+            who = "capfilt's tokens, for Java's tokenizer failed"
+            skipped = dict.fromkeys(_JAVAS, f"Java's tokenizer failed: {error}".splitlines()[0])
     gts = {image: [" ".join(each) for each in texts] for image, texts in enumerate(options)}
     res = {image: [" ".join(tokens)] for image, tokens in enumerate(candidates)}
     metrics: dict[str, float] = {}
     per_image: dict[str, Floats] = {}
-    skipped = _unable(java)
     for name in ("bleu", "meteor", "rouge_l", "cider", "spice"):
         if name in skipped:
             continue
@@ -79,14 +89,13 @@ def coco_figures(captions: Sequence[str], references: Sequence[Sequence[str]]) -
             per_image[name] = 100.0 * np.asarray(single, dtype=np.float64)
         elif name == "spice":
             per_image[name] = 100.0 * np.array([each["All"]["f"] for each in single], dtype=np.float64)
-    who = "Stanford's PTBTokenizer" if java else "capfilt's tokens, for there is no Java"
     return CocoFigures(metrics, per_image, skipped, (candidates, options), who)
 
 
 def _unable(java: str | None) -> dict[str, str]:
     """Why a metric cannot be had here, by metric."""
     if java is None:
-        return dict.fromkeys(("meteor", "spice"), "there is no `java` on the PATH")
+        return dict.fromkeys(_JAVAS, "there is no `java` on the PATH")
     place = _package() / "spice" / "lib"
     lacking = [name for name in SPICE_MODELS if not (place / name).is_file()]
     if lacking:
@@ -100,8 +109,22 @@ def _package() -> Path:
     return Path(next(iter(spec.submodule_search_locations or [])))
 
 
+@contextlib.contextmanager
+def _english_java() -> Iterator[None]:
+    """Java started in here writes and reads numbers with a point, whatever the machine's language."""
+    before = os.environ.get("JAVA_TOOL_OPTIONS")
+    os.environ["JAVA_TOOL_OPTIONS"] = f"{before or ''} -Duser.language=en -Duser.country=US".strip()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["JAVA_TOOL_OPTIONS"]
+        else:
+            os.environ["JAVA_TOOL_OPTIONS"] = before
+
+
 def _scored(name: str, gts: dict[int, list[str]], res: dict[int, list[str]]) -> tuple[Any, Any]:
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _english_java():
         if name == "bleu":
             from pycocoevalcap.bleu.bleu import Bleu
 
@@ -121,10 +144,15 @@ def _scored(name: str, gts: dict[int, list[str]], res: dict[int, list[str]]) -> 
             try:
                 return scorer.compute_score(gts, res)  # type: ignore[no-any-return]
             finally:
+                # Its own lock, which it keeps where it fails, and waits for when it is thrown away.
+                if scorer.lock.locked():
+                    scorer.lock.release()
                 scorer.meteor_p.kill()
                 scorer.meteor_p.wait()
                 for pipe in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr):
-                    pipe.close()
+                    # What was never sent cannot be any more.
+                    with contextlib.suppress(OSError):
+                        pipe.close()
         from pycocoevalcap.spice.spice import Spice
 
         return Spice().compute_score(gts, res)  # type: ignore[no-any-return]
@@ -138,14 +166,25 @@ def _own_tokens(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
 
 
 def _tokens(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Tokens:
-    """Tokens of the package's PTBTokenizer, of candidates and of each image's references."""
+    """Tokens of the package's PTBTokenizer, of candidates and of each image's references.
+
+    Raises ValueError where it gave other numbers of texts than it got, or no word of any: its Java has failed.
+    """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     def cut(texts: dict[int, list[str]]) -> dict[int, list[str]]:
         # A line per text is what the Java program counts on.
         plain = {key: [{"caption": " ".join(text.split())} for text in each] for key, each in texts.items()}
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            _english_java(),
+        ):
             found: dict[int, list[str]] = PTBTokenizer().tokenize(plain)
+        asked, given = sum(map(len, texts.values())), sum(map(len, found.values()))
+        words = any(tokenize(text) for each in texts.values() for text in each)
+        if given != asked or (words and not any(text for each in found.values() for text in each)):
+            raise ValueError(f"{asked} texts in, {given if given != asked else 'nothing but empty ones'} out")
         return found
 
     ours = cut({image: [text] for image, text in enumerate(captions)})

@@ -5,7 +5,8 @@ tables for people (`capfilt.results`).
 
 Where two runs hold a figure's units over the same queries, both are resampled together (paired bootstrap: Koehn, EMNLP
 2004, sec. 4), so that what makes an image hard for both cancels out. Where the queries differ, each is resampled by itself
-and the interval is wider. A figure without units is compared by its value alone.
+and the interval is wider. A figure without units is compared by its value alone, and so is one that depends on how much it
+was measured over, where that differs: a text is found sooner among 100 than among 1,000.
 """
 
 from __future__ import annotations
@@ -22,9 +23,20 @@ import numpy as np
 from capfilt.errors import UserError
 from capfilt.tasks.intervals import LEVEL, RESAMPLES, Interval, percentile_interval
 from capfilt.tasks.outcome import STATISTICS, Floats, Units, unpack
+from capfilt.tasks.registry import CAPTIONS, TASKS
 
 _TRUTH = {"roc_auc": 1, "tau_c": 1, "spearman": 1}
 """The column that holds what is true, not what a model says, by statistic: it must agree for a pairing."""
+
+_STAGE = "evaluate"
+_SIZES = {
+    "retrieval": ("images", "texts"),
+    "captioning": ("images", "texts"),
+    "zero-shot": ("classes",),
+    "few-shot": ("classes",),
+    "classification": ("classes",),
+}
+"""Which counts of a task its figures depend on; of captioning's, CIDEr alone, which weighs words by all the references."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +121,13 @@ class Difference:
         value: the difference.
         interval: with its limits; None where either run has no units.
         paired: whether both were resampled together, over the same queries.
+        sized: whether it has no interval because the figure depends on how much was measured, and that differs.
     """
 
     value: float
     interval: Interval | None
     paired: bool
+    sized: bool = False
 
     @property
     def verdict(self) -> str:
@@ -135,6 +149,9 @@ def read_result(path: Path) -> Result:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as a result ({error}); evaluate again") from error
+    stage = content.get("stage", _STAGE) if isinstance(content, dict) else _STAGE
+    if stage != _STAGE:
+        raise UserError(f"{path}: is a result of capfilt {stage}; name one that capfilt {_STAGE} wrote")
     metrics = content.get("metrics") if isinstance(content, dict) else None
     if not isinstance(metrics, dict) or not all(isinstance(each, int | float) for each in metrics.values()):
         raise UserError(f"{path}: holds no metrics; name a result that capfilt evaluate wrote")
@@ -144,6 +161,8 @@ def read_result(path: Path) -> Result:
 def difference(result: Result, first: Result, metric: str) -> Difference:
     """`metric` of `result` less that of `first`. Both must have it."""
     value = result.metrics[metric] - first.metrics[metric]
+    if _sizes(result, metric) != _sizes(first, metric):
+        return Difference(value, None, False, sized=True)
     mine, theirs = result.units(metric), first.units(metric)
     if mine is None or theirs is None or mine.statistic != theirs.statistic:
         return Difference(value, None, False)
@@ -153,6 +172,16 @@ def difference(result: Result, first: Result, metric: str) -> Difference:
     # Apart, the draws must not be the same ones: groups of equal number would be coupled by chance.
     own: Floats = mine.replicates(resamples, seed if paired else seed + 1)
     return Difference(value, percentile_interval(value, own - others, level), paired)
+
+
+def _sizes(result: Result, metric: str) -> list[Any]:
+    """The counts that a figure depends on."""
+    return [
+        said.get("counts", {}).get(name)
+        for task, said in result.tasks.items()
+        if metric in said.get("metrics", ()) and (task != "captioning" or metric == "cider")
+        for name in _SIZES.get(task, ())
+    ]
 
 
 def _same_truth(mine: Units, theirs: Units) -> bool:
@@ -166,16 +195,34 @@ def shared_metrics(results: Sequence[Result]) -> list[str]:
 
 
 def unlike(results: Sequence[Result]) -> list[str]:
-    """What makes the runs hard to compare, in words: other splits, other protocols."""
+    """What makes the runs hard to compare, in words: other splits, protocols (limits among them), numbers, pictures."""
     found = []
     splits = {str(result.content.get("split")) for result in results}
     if len(splits) > 1:
         found.append(f"the runs are of different splits: {', '.join(sorted(splits))}")
-    for task in dict.fromkeys(task for result in results for task in result.tasks):
-        protocols = {
-            result.name: str(result.tasks[task].get("protocol")) for result in results if task in result.tasks
-        }
-        if len(set(protocols.values())) > 1:
-            told = "; ".join(f"{name}: {protocol}" for name, protocol in protocols.items())
-            found.append(f"{task} was measured in different ways ({told})")
+    tasks = list(dict.fromkeys(task for result in results for task in result.tasks))
+    for task in tasks:
+        those = {result.name: result.tasks[task] for result in results if task in result.tasks}
+        ways = {name: str(said.get("protocol")) for name, said in those.items()}
+        numbers = {name: counts_told(said) for name, said in those.items()}
+        for told, what in ((ways, "in different ways"), (numbers, "over different numbers")):
+            if len(set(told.values())) > 1:
+                each = "; ".join(f"{name}: {words}" for name, words in told.items())
+                found.append(f"{task} was measured {what} ({each})")
+    reads = {task.name: task.reads for task in TASKS}
+    of_examples = any(reads.get(task, CAPTIONS) != CAPTIONS for task in tasks)
+    for inputs in ("images", "pictures", "examples") if of_examples else ("images",):
+        digests = {json.dumps(each[inputs]) for each in map(_inputs, results) if inputs in each}
+        if len(digests) > 1:
+            found.append(f"the runs are over different parts of {inputs}")
     return found
+
+
+def counts_told(said: Mapping[str, Any]) -> str:
+    """How much of what a task was measured over, in words."""
+    return ", ".join(f"{count:,} {name}" for name, count in said.get("counts", {}).items())
+
+
+def _inputs(result: Result) -> Mapping[str, Any]:
+    found = result.content.get("identity")
+    return found if isinstance(found, Mapping) else {}

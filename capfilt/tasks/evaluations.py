@@ -27,6 +27,7 @@ from capfilt.tasks.outcome import Outcome, Units, pack, units
 from capfilt.tasks.registry import Progress
 from capfilt.tasks.retrieval import (
     DEPTHS,
+    FUSED_TIE,
     RetrievalEvaluation,
     RetrievalResult,
     evaluate_retrieval,
@@ -62,7 +63,7 @@ def retrieval(model: Any, corpus: Corpus, options: EvaluateOptions, progress: Pr
     else:
         owner = match_ids(corpus.image_ids, owners)
         table = _all_pairs(model, batches, len(corpus.image_ids), corpus.texts, progress)
-        found = RetrievalEvaluation(from_scores(table, owner), None)
+        found = RetrievalEvaluation(from_scores(table, owner, tie=FUSED_TIE), None)
     best = found.itm or found.itc
     if found.itm is not None:
         protocol = f"re-ranked by ITM, k = {options.rerank}; logit + cosine"

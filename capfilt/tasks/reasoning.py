@@ -1,6 +1,9 @@
 """Texts judged true or false of one picture or two (NLVR, NLVR2), and visual entailment (SNLI-VE).
 
 What lives here: accuracy, NLVR's consistency, accuracy by class. What does not: how a model fuses pictures and text.
+
+Examples are not alone: NLVR shows one scene with its boxes in six orders and asks one statement of four scenes, NLVR2 asks
+several statements of pairs found together. What has one origin is drawn together when an interval is made.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from capfilt.data.example_set import ExampleSet
     from capfilt.tasks.registry import Progress
 
-_NLVR2 = re.compile(r"((?:train|dev|test1?|test2)-\d+)-\d+-(\d+)")
+_NLVR2 = re.compile(r"((?:train|dev|test[12]?)-\d+)-\d+-(\d+)")
 _NLVR = re.compile(r"((?:train|dev|test|hidden)-\d+)-\d+(?:-\d+)?|(\d+)-\d+(?:-\d+)?")
 
 
@@ -37,10 +40,23 @@ def statement_of(key: str, pictures: int) -> str | None:
     return (found[1] or found[2]) if found else None
 
 
+def origin_of(key: str, pictures: int) -> str | None:
+    """What the examples of one origin have in common in their keys; None for a key of another form.
+
+    NLVR: the statement, with its four scenes and their orders of boxes. NLVR2: `split-set`, whose pairs were searched for
+    together and have their statements in common (Suhr et al., ACL 2019, sec. 3).
+    """
+    if pictures > 1:
+        found = _NLVR2.fullmatch(key)
+        return found[1] if found else None
+    return statement_of(key, pictures)
+
+
 def evaluate_nlvr(model: Any, data: ExampleSet, options: Any, progress: Progress) -> Outcome:
     """`nlvr_accuracy`, and `nlvr_consistency` where keys are NLVR's or NLVR2's, in percent.
 
-    Consistency is the share of statements all of whose examples in this split are judged right.
+    Consistency is the share of statements all of whose examples in this split are judged right. With fewer examples of a
+    statement than it has, that is easier: where any were left out for a fault or by a limit, it is skipped.
     """
     return _outcome("nlvr", data, *_judged("nlvr", model, data, options, progress))
 
@@ -86,22 +102,31 @@ def _judged(
 
 def _outcome(task: str, data: ExampleSet, right: np.ndarray[Any, Any], predicted: list[str]) -> Outcome:
     labels = [label or "" for label in data.labels]
-    # NLVR2's statements are about pairs: what is drawn together is a pair.
+    pictures = max(len(places) for places in data.pictures)
     shown = ["+".join(data.image_ids[place] for place in places) for places in data.pictures]
+    origins = [origin_of(key, pictures) if task == "nlvr" else None for key in data.keys]
+    together = [origin or pair for origin, pair in zip(origins, shown, strict=True)]
     name = f"{task}_accuracy"
-    made_of = {name: units("mean", right, shown)}
+    made_of = {name: units("mean", right, together)}
     metrics = {name: made_of[name].value()}
     baselines = {name: 100.0 * max(Counter(labels).values()) / len(labels)}
     counts = {"examples": len(labels), "images": len(data.image_ids)}
     protocol = f"accuracy over {len(LABELS[task])} classes"
-    pictures = max(len(places) for places in data.pictures)
+    skipped = {}
     if task == "nlvr":
         protocol += ", " + ("two pictures" if pictures > 1 else "one picture")
-        consistency = _consistency(data, right, pictures)
-        if consistency is not None:
-            made_of["nlvr_consistency"] = consistency
-            metrics["nlvr_consistency"] = consistency.value()
-            counts["statements"] = len(consistency.columns)
+        if any(origins):
+            protocol += "; intervals by " + ("set of pairs" if pictures > 1 else "statement")
+        statements = [statement_of(key, pictures) for key in data.keys]
+        lost = sum(data.skipped.values()) + data.deselected.get("limit", 0)
+        if all(statements) and lost:
+            skipped["nlvr_consistency"] = (
+                f"{lost:,} examples were left out, and a part of a statement is easier"
+            )
+        elif all(statements):
+            made_of["nlvr_consistency"] = _consistency(statements, together, right)
+            metrics["nlvr_consistency"] = made_of["nlvr_consistency"].value()
+            counts["statements"] = len(made_of["nlvr_consistency"].columns)
             protocol += "; consistency: statements all of whose examples are right"
     else:
         for label in LABELS[task]:
@@ -123,16 +148,16 @@ def _outcome(task: str, data: ExampleSet, right: np.ndarray[Any, Any], predicted
                 )
                 for label in LABELS[task]
             },
+            **({"skipped": skipped} if skipped else {}),
         },
     )
 
 
-def _consistency(data: ExampleSet, right: np.ndarray[Any, Any], pictures: int) -> Units | None:
-    """Units of the statements; None where a key has another form than NLVR's."""
-    statements = [statement_of(key, pictures) for key in data.keys]
-    if not all(statements):
-        return None
-    by_statement: dict[str, list[float]] = {}
-    for statement, value in zip(statements, right.tolist(), strict=True):
-        by_statement.setdefault(str(statement), []).append(value)
-    return units("mean", [min(values) for values in by_statement.values()], list(by_statement))
+def _consistency(statements: list[str | None], together: list[str], right: np.ndarray[Any, Any]) -> Units:
+    """Units of the statements, 1 where every example [E] of it is right."""
+    values: dict[str | None, float] = {}
+    groups: dict[str | None, str] = {}
+    for statement, group, value in zip(statements, together, right.tolist(), strict=True):
+        values[statement] = min(values.get(statement, 1.0), value)
+        groups[statement] = group
+    return units("mean", list(values.values()), list(groups.values()))

@@ -196,3 +196,12 @@ def test_batches_are_the_same_again_and_from_any_step(task):
     assert not same(whole[0], next(iter(batches(found, **{**options, "seed": 4}))))
     assert Counter(n for batch in whole for n in batch.example.tolist()).total() == 24
     assert whole[0].pixels.shape == ((4, 3, 8, 8) if task == "vqa" else (4, 2, 3, 8, 8))
+
+
+def test_a_listed_answer_stands_for_every_spelling_of_it():
+    given = {1: "T shirt", 2: "none", 3: "red"}
+    rows = [example(n, answers=[{"answer": a, "count": 1}]) for n, a in given.items()]
+    found = corpus(rows, classes=lambda questions: ("t-shirt", "0"))
+    assert found.classes == ("t-shirt", "0")
+    assert dict(zip(found.example_ids, found.targets, strict=True)) == {"e1": ((0, 1.0),), "e2": ((1, 1.0),)}
+    assert found.deselected == {"unlisted": 1}

@@ -177,6 +177,44 @@ def test_half_a_model_does_its_half(made):
     assert {"cider", "probe@1"} <= set(json.loads(stage.output.read_bytes())["metrics"])
 
 
+def test_what_a_limit_and_faults_leave_out_is_told(made):
+    rows = image_rows("lossy", 6, source="human", start=60, texts=2, split="test")
+    rows[5] = {**rows[5], "image": {"bytes": b"broken", "path": None}}
+    write_images(made.part("images", "lossy"), [rows])
+    options = {"images": "lossy", "model": "both", "tasks": ("retrieval",)}
+    for limit, lost in ((0, {}), (2, {"limit": 6})):
+        stage = evaluate(made, **options, out=f"lossy{limit}", limit=limit)
+        run(stage)
+        said = json.loads(stage.output.read_bytes())["tasks"]["retrieval"]
+        assert said["left_out"] == {"not_an_image": 1, **lost}
+        assert said["protocol"].endswith("; limit = 2") == bool(limit)
+    stage = evaluate(made, model="both", examples=("all",), tasks=("choice",), out="limited", limit=3)
+    run(stage)
+    said = json.loads(stage.output.read_bytes())["tasks"]["choice"]
+    assert said["left_out"]["limit"] == 5
+    assert said["protocol"].endswith("; limit = 3")
+
+
+def test_what_has_no_value_is_left_out_with_a_reason(made):
+    rows = [row for table in made.part("examples", "all").tables() for row in table.to_pylist()]
+    rows = [row for row in rows if row["task"] != "match" or row["label"] == "match" or row["split"] == "val"]
+    part = made.part("examples", "matches")
+    mark = part.begin(EXAMPLES, "examples", {})
+    part.commit(0, EXAMPLES.table(rows), Counts(len(rows), len(rows)), mark, 0.0)
+    stage = evaluate(made, model="both", examples=("matches",), tasks=("match",), out="one-sided")
+    run(stage)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    result = json.loads(stage.output.read_bytes(), parse_constant=refuse)
+    assert set(result["metrics"]) == {"match_accuracy_itm", "match_tuned_itm", "match_tuned_itc"}
+    assert set(result["metrics"]) == set(result["units"]) == set(result["tasks"]["match"]["metrics"])
+    skipped = result["tasks"]["match"]["details"]["skipped"]
+    assert set(skipped) == {"match_auc_itm", "match_auc_itc"}
+    assert "all of one class" in skipped["match_auc_itm"]
+
+
 def test_other_prompts_and_other_examples_are_other_results(made, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {}.\n")

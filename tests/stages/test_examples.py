@@ -19,7 +19,7 @@ from capfilt.tables.ids import example_id, image_id
 from capfilt.tables.workspace import Workspace
 from tests.worlds import failed_row, image_rows, write_images
 
-COCO = ["COCO_train2014_000000000009.jpg", "train2017/000000000025.jpg", "coco_30.jpg"]
+COCO = ["COCO_train2014_000000000009.jpg", "train2017/000000000025.jpg", "30.jpg"]
 
 
 def keyed(keys: list[str]) -> list[dict]:
@@ -150,7 +150,7 @@ def test_nlvr2_lines_find_both_pictures_in_order(place):
 
 def test_records_of_other_tools(place):
     """BLIP's own annotation lists and entailment records; one picture that came to nothing, one name two pictures share."""
-    keys = ["a/1.jpg", "b/1.jpg", "c/2.jpg"]
+    keys = ["a/1.jpg", "b/1.jpg", "set/images/2.jpg"]
     records = [
         {
             "hypothesis": "a dog",
@@ -197,6 +197,49 @@ def test_another_file_or_other_pictures_are_another_identity(place):
 
 
 @pytest.mark.parametrize(
+    ("image", "keys", "key"),
+    [
+        # A path's tail, on either side.
+        ("images/7.jpg", ["7.jpg"], "7.jpg"),
+        ("./a/7.jpg", ["b/7.jpg", "x/a/7.jpg"], "x/a/7.jpg"),
+        ("7.jpg", ["a/b/7.jpg"], "a/b/7.jpg"),
+        ("7", ["a/7.jpg"], "a/7.jpg"),
+        ("a/7.png", ["a/7.jpg", "b/7.jpg"], "a/7.jpg"),
+        # Another folder is another picture, even where no other is called so.
+        ("a/7.jpg", ["b/7.jpg"], None),
+        ("a/7.jpg", ["b/a7.jpg"], None),
+        ("7.jpg", ["a/7.jpg", "b/7.jpg"], None),
+        # Names that tell pictures apart wherever they lie.
+        ("val/COCO_val2014_000000000007.jpg", ["v/COCO_val2014_000000000007.jpg"], "v/COCO_val2014_000000000007.jpg"),
+        ("train2017/000000000007.jpg", ["coco/000000000007.jpg"], "coco/000000000007.jpg"),
+        ("images/train/train-1-0-img0.png", ["train/55/train-1-0-img0.png"], "train/55/train-1-0-img0.png"),
+        ("image/7.jpg", ["VG_100K_2/7.jpg"], "VG_100K_2/7.jpg"),
+        # Numbers: COCO's names, and a name that is the number; never one that ends with it.
+        (7, ["COCO_val2014_000000000007.jpg"], "COCO_val2014_000000000007.jpg"),
+        (7, ["COCO_val2014_000000000007.jpg", "COCO_train2014_000000000007.jpg"], "COCO_train2014_000000000007.jpg"),
+        (7, ["x/000000000007.jpg"], "x/000000000007.jpg"),
+        (7, ["images/7.png", "17.png"], "images/7.png"),
+        (7, ["flickr_7.jpg"], None),
+        (7, ["scene-7.jpg", "0007.jpg"], None),
+        (7, ["a/7.jpg", "b/7.jpg"], None),
+    ],
+)  # fmt: skip
+def test_a_name_finds_its_own_picture_or_none(place, image, keys, key):
+    source = {"data_subtype": "train2014", "questions": [question(1, image)]}
+    (row,) = run(make(place, source, keys))
+    assert row["image_ids"] == ([] if key is None else [image_id("pictures", key)])
+    assert row["failure"] == ("no_image" if key is None else None)
+
+
+def test_a_flat_picture_is_not_two_folders_pictures(place):
+    asked = {"sentence": "a dog", "label": True}
+    named = ["cat/1.jpg", "dog/1.jpg", "cat/2.jpg", "images/cat/2.jpg"]
+    rows = run(make(place, [{**asked, "image": name} for name in named], ["1.jpg", "2.jpg"]))
+    assert [row["failure"] for row in rows] == ["no_image", "no_image", None, None]
+    assert rows[2]["image_ids"] == rows[3]["image_ids"] == [image_id("pictures", "2.jpg")]
+
+
+@pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("[]", {}, "no record has question"),
@@ -238,14 +281,14 @@ def lines(*records):
 def test_ratings_keep_every_annotator(place):
     source = lines(
         {
-            "image": "clean/images/coco_30.jpg",
+            "image": "clean/images/30.jpg",
             "caption_id": "x#2",
             "caption": "a dog",
             "ratings": [1, 1, 2],
             "split": "test",
         },
-        {"image": "coco_30.jpg", "caption": "a cat", "ratings": [], "split": "test"},
-        {"image": "coco_30.jpg", "caption": "a cat", "ratings": ["good"], "split": "test"},
+        {"image": "30.jpg", "caption": "a cat", "ratings": [], "split": "test"},
+        {"image": "30.jpg", "caption": "a cat", "ratings": ["good"], "split": "test"},
     )
     rows = run(make(place, source, COCO))
     assert {row["task"] for row in rows} == {"rating"}
@@ -256,7 +299,7 @@ def test_ratings_keep_every_annotator(place):
 
 def test_choices_keep_their_wrong_texts_and_categories(place):
     record = {
-        "image": "coco_30.jpg",
+        "image": "30.jpg",
         "caption": "a red dog",
         "negative_caption": "a blue dog",
         "category": "swap_att",
@@ -275,7 +318,7 @@ def test_choices_keep_their_wrong_texts_and_categories(place):
 
 def test_matches_are_labelled_in_more_than_one_spelling(place):
     given = ["match", "no-match", "no_match", True, 0, "maybe", None]
-    records = [{"image": "coco_30.jpg", "caption": "a dog", "label": label} for label in given]
+    records = [{"image": "30.jpg", "caption": "a dog", "label": label} for label in given]
     rows = run(make(place, lines(*records), COCO))
     assert {row["task"] for row in rows} == {"match"}
     assert [row["label"] for row in rows] == [
@@ -291,7 +334,7 @@ def test_matches_are_labelled_in_more_than_one_spelling(place):
 
 
 def test_a_label_without_a_text_is_a_class(place):
-    rows = run(make(place, lines({"image": "coco_30.jpg", "label": "Polar Bear", "split": "train"}), COCO))
+    rows = run(make(place, lines({"image": "30.jpg", "label": "Polar Bear", "split": "train"}), COCO))
     (row,) = rows
     assert (row["task"], row["label"], row["text"], row["failure"]) == (
         "classification",

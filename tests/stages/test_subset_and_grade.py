@@ -148,4 +148,4 @@ def test_experts_are_graded_as_evaluate_grades_them(place, tmp_path):
         expected = kendalltau(
             means, [getattr(score, f"{name}_score") for score in found], variant="c"
         ).statistic
-        assert result["metrics"][f"tau_c_{name}"] == pytest.approx(expected)
+        assert result["metrics"][f"tau_c_mean_{name}"] == pytest.approx(expected)

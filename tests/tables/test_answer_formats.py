@@ -1,6 +1,6 @@
 """Catches: a question joined with the next one's answer, a picture's name left in the question, parts of one answer taken for
-several people's, an order of boxes whose picture is another order's, SNLI-VE's premise read as its hypothesis.
-"""
+several people's, a slip in one line that loses the whole file, an order of boxes whose picture is another order's, SNLI-VE's
+premise read as its hypothesis."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ red
         ("train-2", "train"),
     ]
     assert in_parts("b, a,, a") == "a, a, b"
+    slips = {
+        "how many drawers are visible in th eimage999 ?": ("how many drawers are visible ?", ("image999",)),
+        "what is red in this image4 ?": ("what is red ?", ("image4",)),
+        "what is in the image5 in the image5 ?": ("what is ?", ("image5",)),
+        "in the image6, what is on the table ?": ("what is on the table ?", ("image6",)),
+        "what is behind the chair in image7 on the left?": ("what is behind the chair on the left ?", ("image7",)),
+        "what is on the table in the image ?": ("what is on the table in the image ?", ()),
+    }  # fmt: skip
+    rows = read(tmp_path, "".join(f"{line}\nbox\n" for line in slips), "qa.894.raw.test.txt")[1]
+    assert [(row.text, row.images) for row in rows] == list(slips.values())
     with pytest.raises(UserError, match="names no picture"):
         read(tmp_path, "desk\nwhat is it in the image3 ?\n", "shifted.txt")
     with pytest.raises(UserError, match="3 lines"):
@@ -112,6 +122,21 @@ def test_snli_ve_in_its_own_lines_and_in_albefs(tmp_path):
     assert read(tmp_path, listed)[0] == "entailment"
     statement = [{"image": "7.jpg", "sentence": "A statement.", "label": "False"}]
     assert read(tmp_path, statement)[0] == "nlvr"
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_sugarcrepes_own_files(tmp_path, indent):
+    data = {
+        str(number): {"filename": f"00000000000{number}.jpg", "caption": f"a {number}", "negative_caption": f"no {number}"}
+        for number in range(2)
+    }  # fmt: skip
+    task, rows = read(tmp_path, json.dumps({**data, "2": "odd"}, indent=indent), "swap_att.json")
+    assert task == "choice"
+    assert [(row.key, row.images, row.text, row.wrong_texts, row.category) for row in rows] == [
+        ("swap_att:0", ("000000000000.jpg",), "a 0", ("no 0",), "swap_att"),
+        ("swap_att:1", ("000000000001.jpg",), "a 1", ("no 1",), "swap_att"),
+        ("swap_att:2", (), None, (), "swap_att"),
+    ]
 
 
 def test_vqas_kinds_of_answers_are_kept(tmp_path):

@@ -72,6 +72,13 @@ def test_few_shots_are_what_scikit_learn_makes_of_the_same_draw(monkeypatch):
     assert list(found.metrics) == ["probe@1", "probe@4", "class_mean@1", "class_mean@4"]
 
 
+def test_what_tells_no_class_apart_is_never_right():
+    """Features that are all alike leave every class as likely: the first in the alphabet is no answer."""
+    labels = ["a", "b"] * 6
+    found = few_shot(torch.ones(12, 3), labels, torch.ones(12, 3), labels, shots=(1, 2), seeds=2)
+    assert set(found.metrics.values()) == {0.0}
+
+
 def test_more_shots_help_and_too_many_are_left_out():
     features, labels, _ = clouds(each=60, seed=2)
     support, support_labels, _ = clouds(each=19, seed=2)

@@ -1,11 +1,14 @@
 """Would catch: figures that are not pycocoevalcap's own, a Java part that is missing taken for a score of zero or left out
-without a word, and anything fetched from the network."""
+without a word, a failure of METEOR that hangs for ever, a Java that cannot start ending in a traceback, and anything fetched
+from the network."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
+import threading
 
 import pytest
 
@@ -86,6 +89,64 @@ def test_a_scorer_that_breaks_is_skipped_with_its_reason(monkeypatch):
     found = coco_figures(CAPTIONS, REFERENCES)
     assert found.skipped["meteor"] == "ValueError: could not convert string to float: ''"
     assert "cider" in found.metrics
+
+
+def fake_java(monkeypatch, tmp_path, script):
+    """A `java` before any other that does this."""
+    path = tmp_path / "java"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("sentences", [(CAPTIONS, REFERENCES), (["a dog"], [["a cat"]])])
+def test_a_java_that_cannot_start_is_named_and_the_rest_is_scored(monkeypatch, tmp_path, sentences):
+    fake_java(monkeypatch, tmp_path, "exit 1")
+    found = coco_figures(*sentences)
+    assert set(found.skipped) == {"meteor", "spice"}
+    assert all("Java's tokenizer failed" in reason for reason in found.skipped.values())
+    assert "failed" in found.tokenizer
+    assert found.metrics == pytest.approx(caption_metrics(*sentences).metrics, abs=1e-6)
+
+
+def test_a_failure_of_meteor_ends(monkeypatch, tmp_path):
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    def broken(self, hypothesis, references):
+        raise ValueError("no statistics")
+
+    fake_java(monkeypatch, tmp_path, "exec cat")
+    monkeypatch.setattr(Meteor, "_stat", broken)
+    said = []
+
+    def score():
+        try:
+            coco_caption._scored("meteor", {0: ["a dog"]}, {0: ["a dog"]})
+        except ValueError as error:
+            said.append(str(error))
+
+    # In a thread of its own: what waits for its own lock would wait here for ever.
+    thread = threading.Thread(target=score, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert said == ["no statistics"]
+
+
+def test_java_speaks_english_and_only_while_it_scores(monkeypatch, tmp_path):
+    """With a comma in its numbers METEOR's figures are no figures."""
+    fake_java(monkeypatch, tmp_path, f'echo "$JAVA_TOOL_OPTIONS" >> {tmp_path}/said; exit 1')
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Xss4m")
+    coco_figures(CAPTIONS, REFERENCES)
+    with pytest.raises((ValueError, OSError)):
+        coco_caption._scored("meteor", {0: ["a dog"]}, {0: ["a dog"]})
+    told = (tmp_path / "said").read_text().splitlines()
+    assert set(told) == {"-Xss4m -Duser.language=en -Duser.country=US"}
+    assert len(told) >= 2
+    assert os.environ["JAVA_TOOL_OPTIONS"] == "-Xss4m"
+    monkeypatch.delenv("JAVA_TOOL_OPTIONS")
+    coco_figures(CAPTIONS, REFERENCES)
+    assert "JAVA_TOOL_OPTIONS" not in os.environ
 
 
 def test_without_the_package_the_way_out_is_named(monkeypatch):

@@ -1,5 +1,5 @@
 """Would catch: two runs over other queries, or other labels, resampled as if they were the same ones; a paired difference as
-wide as an unpaired one; and a file of another kind read as a result."""
+wide as an unpaired one; a verdict on figures over galleries of different sizes; and a file of another kind read as a result."""
 
 from __future__ import annotations
 
@@ -99,6 +99,57 @@ def test_what_makes_runs_unlike_is_told(tmp_path):
     found = unlike([first, written(tmp_path / "c.json", made, tasks=other, split="val")])
     assert found[0] == "the runs are of different splits: test, val"
     assert "a: k = 16; c: k = 128" in found[1]
+
+
+def retrieved(path, images, metrics, **content):
+    """A result over the first so many images."""
+    task = {"protocol": "cosine", "metrics": list(metrics), "counts": {"images": images, "texts": images}}
+    made = {name: units("mean", hits(0, 0.5)[:images], IMAGES[:images]) for name in metrics}
+    return written(path, made, tasks={content.pop("task", "retrieval"): task}, **content)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "alone"),
+    [
+        ("retrieval", "tr@1", True),
+        ("captioning", "cider", True),
+        ("captioning", "rouge_l", False),
+        ("vqa", "vqa_written", False),
+    ],
+)
+def test_what_depends_on_how_much_is_measured_has_no_verdict_over_other_numbers(
+    tmp_path, task, metric, alone
+):
+    few = retrieved(tmp_path / "few.json", 90, [metric], task=task)
+    many = retrieved(tmp_path / "many.json", 300, [metric], task=task)
+    found = difference(few, many, metric)
+    assert (found.interval is None, found.verdict == "", found.sized) == (alone, alone, alone)
+    same = retrieved(tmp_path / "same.json", 300, [metric], task=task)
+    assert difference(same, many, metric).verdict == "within"
+    (note,) = unlike([many, few])
+    assert (
+        note
+        == f"{task} was measured over different numbers (many: 300 images, 300 texts; few: 90 images, 90 texts)"
+    )
+
+
+def test_other_pictures_and_other_examples_are_told(tmp_path):
+    def made(name, task="vqa", **identity):
+        given = {"images": "a", "pictures": ["b"], "examples": ["c"], **identity}
+        return retrieved(tmp_path / f"{name}.json", 90, ["m"], task=task, identity=given)
+
+    first = made("first")
+    assert unlike([first, made("same")]) == []
+    assert unlike([first, made("x", images="z")]) == ["the runs are over different parts of images"]
+    assert unlike([first, made("y", examples=["z"])]) == ["the runs are over different parts of examples"]
+    # What a task does not read says nothing of its figures.
+    assert unlike([made("u", "retrieval"), made("v", "retrieval", examples=["z"])]) == []
+
+
+def test_a_result_of_another_stage_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"x\.json: is a result of capfilt grade"):
+        written(tmp_path / "x.json", {"tau_c_itm": units("mean", hits(0, 0.5), IMAGES)}, stage="grade")
+    written(tmp_path / "x.json", {"tau_c_itm": units("mean", hits(0, 0.5), IMAGES)}, stage="evaluate")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"metrics": {"a": "b"}}'])

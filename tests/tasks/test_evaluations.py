@@ -94,3 +94,15 @@ def test_the_constant_caption_is_a_reference():
     found = evaluations._constant_caption(references)
     assert set(found) == {"bleu@4", "rouge_l", "cider"}
     assert found["rouge_l"] > 30
+
+
+def test_match_logits_apart_by_a_rounding_tie(corpus, monkeypatch):
+    """As when candidates are re-ranked: a float32 logit out of a whole transformer is no sharper."""
+    table = np.zeros((4, 6), np.float32)
+    table[OWNERS, range(6)] = 1.0
+    for share, hit in ((1.0 - 5e-6, 0.0), (0.5, 100.0)):
+        table[2, 3] = table[1, 0] = share
+        monkeypatch.setitem(globals(), "TABLE", table)
+        found = evaluations.retrieval(Matches(), corpus, EvaluateOptions(images="x"), lambda *each: None)
+        assert found.metrics["tr@1"] == pytest.approx(200 / 3 + hit / 3)
+        assert found.metrics["ir@1"] == pytest.approx(400 / 6 + 2 * hit / 6)

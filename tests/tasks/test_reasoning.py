@@ -1,5 +1,6 @@
 """Catches: right counted by place and not by name, one picture shown where two are meant, consistency over other groups than
-the published script's, a class left out of the figures, a model of other classes judged all the same.
+the published script's or over parts of them, intervals that take six orders of one picture's boxes for six pictures, a class
+left out of the figures, a model of other classes judged all the same.
 """
 
 from __future__ import annotations
@@ -62,15 +63,42 @@ def test_accuracy_and_consistency_of_pairs_as_the_published_script_has_them():
     assert found.counts["statements"] == 3
     assert found.baselines["nlvr_accuracy"] == pytest.approx(60)
     assert [tuple(map(int, each)) for each in model.seen] == pairs
-    assert (
-        len(found.units["nlvr_accuracy"].names) == 4
-    )  # the same pair twice is drawn as one; the other order is another
+    # What was found together is drawn together: by set, statements of one set too.
+    assert found.units["nlvr_accuracy"].groups.tolist() == [0, 0, 0, 1, 1]
+    assert found.units["nlvr_consistency"].groups.tolist() == [0, 0, 1]
+    assert "intervals by set of pairs" in found.protocol
+
+
+def test_orders_of_boxes_and_scenes_of_a_statement_are_drawn_together():
+    keys = [f"dev-7-{scene}-{order}" for scene in range(2) for order in range(6)] + ["dev-8-0-0"]
+    data = examples("nlvr", ["true"] * 13, ["true"] * 6 + ["false"] * 6 + ["true"], keys=keys)
+    found = evaluate_nlvr(Judge(("false", "true")), data, OPTIONS, silent)
+    for metric in ("nlvr_accuracy", "nlvr_consistency"):
+        assert len(found.units[metric].names) == 2
+    assert found.metrics["nlvr_consistency"] == pytest.approx(50)
+    assert "intervals by statement" in found.protocol
+
+
+@pytest.mark.parametrize("loss", [{"skipped": {"no_image": 2}}, {"deselected": {"limit": 2, "task": 9}}])
+def test_consistency_is_not_told_of_parts_of_statements(loss):
+    data = examples("nlvr", ["true", "true"], ["true", "false"], keys=["dev-7-0-0", "dev-8-0-0"])
+    for name, counts in loss.items():
+        setattr(data, name, counts)
+    found = evaluate_nlvr(Judge(("false", "true")), data, OPTIONS, silent)
+    assert set(found.metrics) == {"nlvr_accuracy"}
+    assert found.details["skipped"]["nlvr_consistency"].startswith("2 examples were left out")
+    data.skipped, data.deselected = {}, {"task": 9, "split": 3}
+    whole = evaluate_nlvr(Judge(("false", "true")), data, OPTIONS, silent)
+    assert whole.metrics["nlvr_consistency"] == 50
+    assert "skipped" not in whole.details
 
 
 def test_one_picture_is_shown_twice_to_a_model_of_pairs_and_keys_of_no_form_give_no_consistency():
     model = Judge(("false", "true"), 2)
     found = evaluate_nlvr(model, examples("nlvr", ["true", "true"], ["true", "false"]), OPTIONS, silent)
     assert set(found.metrics) == {"nlvr_accuracy"}
+    assert found.units["nlvr_accuracy"].names == ("i0", "i1")
+    assert "intervals by" not in found.protocol
     assert model.seen == [[0.0, 0.0], [1.0, 1.0]]
 
 
