@@ -75,7 +75,7 @@ class CaptionStage(ShardStage):
     """Writes `samples` rows per image; an image without pixels has none and is counted as dropped (`no_image`)."""
 
     name = "caption"
-    version = 1
+    version = 2
     contract = CAPTIONS
     uses_gpu = True
 

@@ -93,7 +93,7 @@ class ScoreStage(ShardStage):
     """Writes a row per text of a picture that is there; texts of pictures that are not are dropped as `no_image`."""
 
     name = "score"
-    version = 1
+    version = 2
     uses_gpu = True
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:

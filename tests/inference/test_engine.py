@@ -1,5 +1,6 @@
 """Catches: rows lost or done twice where memory runs out, a batch that is never tried smaller or never tried again, an endless
-loop at one row, memory that runs out under another name, what one engine keeps while its neighbour has no room, tokens of one vision tower given to a model that learned with another."""
+loop at one row, memory that runs out under another name, what one engine keeps while its neighbour has no room, tokens of
+one vision tower given to a model that learned with another."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ import torch
 from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
-
 
 SAID = [
     torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),

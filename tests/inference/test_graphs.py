@@ -188,7 +188,7 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "now", stream))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
 
     def replay(self):
         self.order.append("replay")

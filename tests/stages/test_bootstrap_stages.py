@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import torch
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
+from capfilt.inference.graphs import RecordedWriter, run_again
 from capfilt.models.blip import Blip
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
@@ -18,6 +20,7 @@ from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.shards import Counts
+from tests.worlds import image_rows, write_images
 
 
 def run(stage):
@@ -120,6 +123,42 @@ def test_a_shard_says_how_long_its_engine_worked(workspace):
     for shard in part.shards():
         stats = json.loads((part.path / f"{shard:05d}_stats.json").read_text())
         assert 0 < stats["engine_seconds"] < stats["seconds"]
+
+
+def test_every_batch_runs_in_one_recording_whatever_pictures_are_broken(workspace):
+    """More rows than a row group has, some of them unusable: one shape, every step of it recorded once."""
+    rows = image_rows("mixed", 130)
+    for row in rows[::5]:
+        row["image"] = {"bytes": row["image"]["bytes"][:200], "path": None}
+    for row in rows[64:96]:  # and one batch with hardly any
+        row["image"] = {"bytes": b"<html>", "path": None}
+    write_images(workspace.part("images", "mixed"), [rows, rows[:40]])
+    options = CaptionOptions(
+        images="mixed", prompt="", max_new_tokens=4, min_new_tokens=4, captioner="captioner", out="recorded"
+    )
+    plain, recorded = (CaptionStage(dataclasses.replace(options, batch_size=32), workspace) for _ in range(2))
+    shapes, made = [], []
+
+    def record(compute):
+        made.append(1)
+        return run_again(compute)
+
+    def recorder():
+        shapes.append(1)
+        return record
+
+    for stage in (plain, recorded):
+        stage.setup()
+    engine = recorded.writer.engine
+    engine.__dict__["writer"] = RecordedWriter(engine.model, recorder)
+    for shard in (0, 1):
+        expected, found = (stage.process(shard) for stage in (plain, recorded))
+        assert found.counts == expected.counts
+        texts = [each.table["text"].to_pylist() for each in (expected, found)]
+        assert texts[0] == texts[1]
+        assert sum(map(bool, texts[1])) == found.counts.kept
+    assert (len(shapes), len(made)) == (1, 3)
+    assert engine.writer.shape.images == 32
 
 
 def test_a_batch_size_that_no_option_says_is_in_the_manifest(workspace, monkeypatch):
