@@ -25,7 +25,7 @@ from capfilt.errors import UserError
 from capfilt.inference.capacity import batch_that_fits
 from capfilt.inference.compiling import compiled_tower
 from capfilt.inference.cross import CrossProjections
-from capfilt.inference.decode_attention import read_faster
+from capfilt.inference.decode_attention import read_by_kernel
 from capfilt.inference.lowbit import Int8Linear, bf16_model, fp8_model, int8_model
 from capfilt.inference.memory import give_back, out_of_memory
 from capfilt.models import checkpoint
@@ -81,6 +81,7 @@ class Engine:
     """A Blip in evaluation mode, in one of `PRECISIONS`; answers are always fp32. What is trained further needs a new one.
 
     Attributes:
+        precision: the one it computes in, never "auto".
         fits: the largest batch that is known to fit, once one did not; 0 before.
         together: this engine and those that share its vision tower, and so the device.
     """
@@ -100,8 +101,12 @@ class Engine:
         make, convert = _IN[precision]
         self.model = make(model).eval()
         self.cross = CrossProjections(model, convert)
-        # Of the engine's own copy, which a low precision is.
-        self.reader = read_faster(self.model) if low and self.device.type == "cuda" else None
+        self.precision = precision
+        self.reader = None
+        if low and self.device.type == "cuda":
+            with self._current():
+                # Of the engine's own copy, which a low precision is.
+                self.reader = read_by_kernel(self.model)
         self.compiled = compiled_tower(self.model) if compiled else None
         self.tokenizer = tokenizer
         self.low_precision = low
@@ -129,6 +134,17 @@ class Engine:
             return cls(model, tokenizer, precision, compiled)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+    def computed(self) -> dict[str, str]:
+        """How answers are computed here: the `precision` ("auto" resolved), the `device`, and the `attention` that decode steps
+        read the image with. Cards of one name, with the same libraries and options, round alike.
+        """
+        on_gpu = self.device.type == "cuda"
+        return {
+            "precision": self.precision,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+            "attention": self.reader.name if self.reader is not None else "sdpa",
+        }
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision everything is computed in."""

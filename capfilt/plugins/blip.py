@@ -50,6 +50,10 @@ class _Checkpoint(Generic[EngineT]):
         """As `Engine.batch_size`."""
         return self.engine.batch_size(asked, ways)
 
+    def computed(self) -> Mapping[str, str]:
+        """As `Engine.computed`."""
+        return self.engine.computed()
+
     def prepare(self, data: bytes) -> Pixels:
         """uint8 [3, S, S] at the model's size."""
         return decode_uint8(data, self.engine.model.config.image_size)

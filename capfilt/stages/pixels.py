@@ -14,7 +14,8 @@ import torch
 
 from capfilt.data.images import BadImage, decode
 from capfilt.data.store import cpu_workers
-from capfilt.plugins.interface import FindsBatchSize, Gathers, Plugin
+from capfilt.errors import UserError
+from capfilt.plugins.interface import FindsBatchSize, Gathers, Plugin, TellsHow
 from capfilt.stages.base import Produced
 from capfilt.tables.shards import Counts, Part
 
@@ -66,11 +67,26 @@ def batch_size_for(plugin: Plugin, asked: int, ways: int = 1) -> int:
     return asked or DEFAULT_BATCH_SIZE
 
 
-def done(table: pa.Table, counts: Counts, engine: Clock, asked: int, used: int) -> Produced:
-    """What a stage made of a shard: its stats say how long the engine took and the batch size, the manifest the latter where
-    it is not the one that was asked for.
+def settle(part: Part, plugin: Plugin) -> None:
+    """Holds all shards of `part` to one precision, for what is "auto" depends on the worker. UserError in one that differs."""
+    if not isinstance(plugin, TellsHow) or not part.exists:
+        return
+    how = plugin.computed()
+    settled = part.settle("precision", how["precision"])
+    if settled != how["precision"]:
+        where = how.get("device", "this machine")
+        raise UserError(
+            f"{part.path}: its shards are computed in {settled}, but {where} would compute in {how['precision']}; run where "
+            "it was begun, or name another output and give --precision"
+        )
+
+
+def done(table: pa.Table, counts: Counts, plugin: Plugin, engine: Clock, asked: int, used: int) -> Produced:
+    """What a stage made of a shard: its stats say how long the engine took, the batch size and how it computes, the manifest
+    the batch size where it is not the one that was asked for.
     """
-    stats = {"engine_seconds": round(engine.seconds, 3), "batch_size": used}
+    how = plugin.computed() if isinstance(plugin, TellsHow) else {}
+    stats = {"engine_seconds": round(engine.seconds, 3), "batch_size": used, **how}
     return Produced(table, counts, stats, batch_size=used if used != asked else 0)
 
 

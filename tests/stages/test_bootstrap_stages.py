@@ -12,6 +12,7 @@ import torch
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
+from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter, run_again
 from capfilt.models.blip import Blip
 from capfilt.stages.caption import CaptionStage
@@ -159,6 +160,27 @@ def test_every_batch_runs_in_one_recording_whatever_pictures_are_broken(workspac
         assert sum(map(bool, texts[1])) == found.counts.kept
     assert (len(shapes), len(made)) == (1, 3)
     assert engine.writer.shape.images == 32
+
+
+def test_what_auto_comes_to_is_told_and_never_mixed(workspace, monkeypatch):
+    """Half of the shards from a worker with a GPU, half from one without, under one identity."""
+    caption(workspace)
+    part = workspace.part("captions", "captioner")
+    stats = part.stats(0)
+    assert (stats["precision"], stats["device"], stats["attention"]) == ("fp32", "cpu", "sdpa")
+    scoring = ScoreOptions(filter="filter", images="web", captions=("captioner",))
+    run(ScoreStage(scoring, workspace))
+    assert workspace.part("scores", "filter").stats(1)["precision"] == "fp32"
+    options = CaptionOptions(images="web", prompt="", max_new_tokens=6)
+    for stage in (ScoreStage(scoring, workspace), CaptionStage(options, workspace)):
+        (stage.output.path / "00001.manifest.json").unlink()
+        (stage.output.path / "00001.parquet").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "computed", lambda self: {"precision": "bf16", "device": "NVIDIA H100"})
+            with pytest.raises(UserError, match="computed in fp32, but NVIDIA H100 would compute in bf16"):
+                run(stage)
+    assert part.shards() == [0]
+    assert run(CaptionStage(options, workspace)).done_now == 1
 
 
 def test_a_batch_size_that_no_option_says_is_in_the_manifest(workspace, monkeypatch):

@@ -1,6 +1,6 @@
-"""Catches: an engine that waits for pictures while nothing decodes them, batches out of order or cut by the file's row groups, a
-stopped run that goes on decoding, an error in a thread that nobody hears of, decoding on four cores of many or on more than
-a worker has."""
+"""Catches: an engine that waits for pictures while nothing decodes them, batches out of order or cut by the file's row groups,
+a stopped run that goes on decoding, an error in a thread that nobody hears of, decoding on four cores of many or on more
+than a worker has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,7 +155,7 @@ print(found[0])
 
 
 @pytest.mark.skipif(
-    not os.path.isdir("/proc/self/task") or "AVX" not in torch.backends.cpu.get_cpu_capability(),
+    not Path("/proc/self/task").is_dir() or "AVX" not in torch.backends.cpu.get_cpu_capability(),
     reason="threads are counted in /proc, and the single-threaded filter is written for AVX2",
 )
 def test_a_picture_is_shrunk_by_one_thread():
