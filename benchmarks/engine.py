@@ -4,31 +4,37 @@ Work per image: a vision pass, a caption of 20 tokens drawn from the nucleus, an
 is the arithmetic of that work at the rate of a plain matrix product here. Weights are random, with the language model's
 logits spread as a trained one's are; what the engines answer is first held against the model called plainly. "shared" is
 both with one vision pass, "int8" both in 8 bits (on processors), with how far its scores are off. "stages": `caption` and
-`score` from Parquet shards of 512-pixel JPEGs to Parquet shards, and the engine's share of their wall time.
+`score` from Parquet shards of 512-pixel JPEGs, some of them broken, to Parquet shards, and the engine's share of their wall
+time (on a GPU, that it computes). A batch that memory does not hold is done in halves; `batch` is what was used.
 
 With --vs-transformers the same weights and pictures go through transformers in the same run, in turn. "called", as its model
 cards do: `generate` for a picture, then an ITM forward per pair, each with its own vision pass (on a GPU in batches of the
 same size as ours). "best": `generate` in batches, and one vision pass per image, in batches too, for all of its texts. It
-gives ITM alone; the engine's scores are ITM and ITC.
+gives ITM alone; the engine's scores are ITM and ITC. On a GPU the targets are over all batch sizes, each side at its best.
 
-On a GPU: python benchmarks/engine.py --preset base --batch-size 32 64 128 256 512 --vs-transformers
+On a GPU: python benchmarks/engine.py --preset base --vs-transformers
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from _device import matmul_rate, timed, twins
+import torch.nn.functional as F
+from _device import kernel_seconds, matmul_rate, timed, twins
 from _form import Record, main, peak_memory
+from _stages import stages
 from torch import Tensor
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
+from capfilt.inference.decode_attention import DecodeAttention, suits
+from capfilt.inference.engine import Encoded
 from capfilt.inference.filter import Filter
 from capfilt.inference.lowbit import FP8_CAPABILITY
 from capfilt.models.blip import Blip, BlipConfig, build
@@ -37,6 +43,11 @@ from capfilt.models.presets import preset
 VOCABULARY = {"tiny": 4096, "base": 30524}
 """What `capfilt pretrain` learns from a corpus unless told otherwise, and the published one."""
 PIXELS = {"tiny": 48, "base": 384}
+BATCHES = {
+    "cpu": {"tiny": [64], "base": [4]},
+    "cuda": {"tiny": [64], "base": [32, 64, 128, 256, 512]},
+}
+"""Images at a time, each in turn, where nobody says."""
 TOKENS = 20
 TEXTS = 2
 SPREAD = 8.0
@@ -109,31 +120,22 @@ def flops_of(config: BlipConfig, text_tokens: float, prompt: int) -> dict[str, f
 
 
 def works(captioner: Captioner, scorer: Filter, data: Given) -> dict[str, Callable[[], object]]:
-    """The engines' work by name, each on all rows as one batch."""
+    """The engines' work by name, each on all rows as one batch, through whatever they are made to go through."""
     rows = len(data.pixels)
-    model = captioner.model
-    with torch.inference_mode(), captioner.autocast():
-        encoded = model.encode_image(data.pixels)
+    encoded = captioner.encode(data.pixels)
 
-    @torch.inference_mode()
     def encode() -> object:
-        with captioner.autocast():
-            return model.encode_image(data.pixels)
+        return captioner.encode(data.pixels)
 
-    def caption() -> list[str]:
+    def caption(images: Tensor | Encoded = data.pixels) -> list[str]:
         # As many tokens as there may be: random weights end when they like.
         found = captioner.caption(
-            data.pixels, max_new_tokens=TOKENS, min_new_tokens=TOKENS, batch_size=rows, seed=1
+            images, max_new_tokens=TOKENS, min_new_tokens=TOKENS, batch_size=rows, seed=1
         )
         return [each.text for each in found]
 
     def decode() -> object:
-        saved = captioner.model.encode_image
-        captioner.model.encode_image = lambda _: encoded  # type: ignore[method-assign,assignment]
-        try:
-            return caption()
-        finally:
-            captioner.model.encode_image = saved  # type: ignore[method-assign]
+        return caption(encoded)
 
     def score() -> object:
         return scorer.score_texts(data.pixels, data.image_index, data.texts, batch_size=rows)
@@ -240,43 +242,90 @@ def check(name: str, captioner: Captioner, scorer: Filter, data: Given, record: 
     record.target(f"{name}_itm_difference", worst, "<=", 1e-4)
 
 
+@dataclasses.dataclass
+class Sweep:
+    """Images/s of captioning and scoring at each batch size: ours, and transformers' where it was run and had the memory."""
+
+    ours: dict[int, float] = dataclasses.field(default_factory=dict)
+    called: dict[int, float] = dataclasses.field(default_factory=dict)
+    best: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def targets(self, name: str, record: Record) -> None:
+        """What a GPU is to reach: each side at the batch that is best for it, but transformers as called at `CALLED_AT`."""
+        ours = max(self.ours.values())
+        if name == "base":
+            record.target(f"{name}_at_best_images_per_second", ours, ">=", IMAGES_PER_SECOND)
+        for what, theirs, least in (
+            (f"called_at_{CALLED_AT}", self.called.get(CALLED_AT), TIMES_CALLED),
+            ("at_its_best", max({**self.called, **self.best}.values(), default=None), TIMES_BEST),
+        ):
+            if theirs is not None:
+                record.target(f"{name}_times_transformers_{what}", ours / theirs, ">=", least)
+
+
 def measure_one(
-    name: str, rows: int, rounds: int, args: argparse.Namespace, record: Record, device: torch.device
+    name: str,
+    rows: int,
+    rounds: int,
+    args: argparse.Namespace,
+    record: Record,
+    device: torch.device,
+    sweep: Sweep,
 ) -> None:
     """One preset at one batch size."""
     model, tokenizer = made(name, args.seed, device)
     data = given(model.config, rows, args.seed, device)
     if f"{name}_greedy_agreement" not in record.targets:
-        plain = [kind(model, tokenizer, "fp32") for kind in (Captioner, Filter)]
-        check(name, plain[0], plain[1], data, record)  # type: ignore[arg-type]
-    captioner, scorer = (kind(model, tokenizer, args.precision, args.compile) for kind in (Captioner, Filter))
+        check(name, Captioner(model, tokenizer, "fp32"), Filter(model, tokenizer, "fp32"), data, record)
+    captioner = Captioner(model, tokenizer, args.precision, args.compile)
+    scorer = Filter(model, tokenizer, args.precision, args.compile)
     label = f"{name}_{rows}" if len(args.batch_size) > 1 else name
-    ours = works(captioner, scorer, data)  # type: ignore[arg-type]
+    ours = works(captioner, scorer, data)
     lengths = [len(row) for row in tokenizer.encode_ragged(data.texts)]
     flops = flops_of(model.config, statistics.mean(lengths), 4)
-    low = device.type == "cuda" and args.precision == "auto"
+    # The floor, and transformers, in what the engines compute the most in: fp8 is for the vision tower alone.
+    low = captioner.low_precision
     rate = matmul_rate(device, torch.bfloat16 if low else torch.float32)
-    record.figure(f"{label}_batch", rows)
     record.figure(f"{label}_matmul_gflops", rate / 1e9)
-    both = ours.pop("both") if args.vs_transformers else ours["both"]
-    both()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with peak_memory() as peak:
+        # Recorded, compiled and checked before anything is timed.
+        ours["both"]()
+        both = ours.pop("both") if args.vs_transformers else ours["both"]
         seconds = in_turn(ours, rounds, device)
+    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak.gib
     if args.vs_transformers:
-        theirs = Transformers(model, tokenizer, data, low)
-        seconds["both"] = compare(name, label, rounds, both, theirs, scorer, record)  # type: ignore[arg-type]
-    for what, found in seconds.items():
-        speed = rows / statistics.median(found)
+        found = compare(name, label, rounds, both, Transformers(model, tokenizer, data, low), scorer, record)
+        seconds["both"] = found.pop("ours")
+        for what, times in found.items():
+            getattr(sweep, what)[rows] = rows / statistics.median(times)
+    sweep.ours[rows] = rows / statistics.median(seconds["both"])
+    # What memory did not hold was done in halves: this many at a time.
+    record.figure(f"{label}_batch", min(rows, *(each.fits or rows for each in (captioner, scorer))))
+    record.figure(f"{label}_peak_gib", gib)
+    for what, times in seconds.items():
+        speed = rows / statistics.median(times)
         record.figure(f"{label}_{what}_images_per_second", speed)
         record.figure(f"{label}_{what}_share_of_floor", speed * flops[what] / rate)
-    for shape, (plain, kernel) in getattr(captioner.reader, "seconds", {}).items():
-        record.figure(f"{label}_{shape[2]}_queries_sdpa_microseconds", plain * 1e6)
-        record.figure(f"{label}_{shape[2]}_queries_kernel_microseconds", kernel * 1e6)
-    others(label, model, tokenizer, data, captioner, scorer, rounds, record)  # type: ignore[arg-type]
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak.gib
-    record.figure(f"{label}_peak_gib", gib)
+    if captioner.reader is not None:
+        attentions(label, model.config, rows, captioner.reader, record)
+    others(label, model, tokenizer, data, captioner, scorer, rounds, args.compile, record)
+
+
+@torch.inference_mode()
+def attentions(label: str, config: BlipConfig, rows: int, reader: DecodeAttention, record: Record) -> None:
+    """What a decode step's reading of the image takes in one layer, by PyTorch's attention and by the kernel."""
+    heads, width = config.text.heads, config.text.width // config.text.heads
+    for queries in (1, 4):
+        query, keys, values = (
+            torch.randn(rows, heads, length, width, device="cuda", dtype=torch.bfloat16)
+            for length in (queries, config.vision.tokens, config.vision.tokens)
+        )
+        if suits(query, keys):
+            for what, attend in (("sdpa", F.scaled_dot_product_attention), ("kernel", reader.attend)):
+                took = kernel_seconds(partial(attend, query, keys, values))
+                record.figure(f"{label}_{queries}_queries_{what}_microseconds", took * 1e6)
 
 
 def others(
@@ -287,6 +336,7 @@ def others(
     captioner: Captioner,
     scorer: Filter,
     rounds: int,
+    compiled: bool,
     record: Record,
 ) -> None:
     """What the same work takes with one vision pass for both, and in 8 bits; how far each precision is from fp32."""
@@ -295,13 +345,7 @@ def others(
 
     def shared() -> None:
         encoded = captioner.encode(data.pixels)
-        captioner.caption(
-            encoded,
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            batch_size=rows,
-            seed=1,  # type: ignore[arg-type]
-        )
+        captioner.caption(encoded, max_new_tokens=TOKENS, min_new_tokens=TOKENS, batch_size=rows, seed=1)
         scorer.score_texts(encoded, data.image_index, data.texts, batch_size=rows)
 
     seconds = in_turn({"shared": shared}, rounds, device)["shared"]
@@ -311,7 +355,7 @@ def others(
         lows.append("fp8")
     exact = Captioner(model, tokenizer, "fp32"), Filter(model, tokenizer, "fp32")
     for low in lows:
-        engines = Captioner(model, tokenizer, low), Filter(model, tokenizer, low)
+        engines = Captioner(model, tokenizer, low, compiled), Filter(model, tokenizer, low, compiled)
         if low != "bf16":
             work = works(*engines, data)["both"]
             work()
@@ -353,81 +397,11 @@ def differences(
         record.figure(f"{label}_{score}_largest_difference", max(apart))
 
 
-def stages(name: str, count: int, args: argparse.Namespace, record: Record, device: torch.device) -> None:
-    """From Parquet shards to Parquet shards: images/s of each stage, and the engine's share of its wall time."""
-    import io
-    import json
-    import tempfile
-    from pathlib import Path
-
-    import numpy as np
-    from PIL import Image
-
-    from capfilt.execution.run import process_and_commit
-    from capfilt.models import checkpoint
-    from capfilt.stages.caption import CaptionStage
-    from capfilt.stages.options import CaptionOptions, ScoreOptions
-    from capfilt.stages.score import ScoreStage
-    from capfilt.tables.contracts import IMAGES
-    from capfilt.tables.ids import image_id
-    from capfilt.tables.shards import Counts
-    from capfilt.tables.workspace import Workspace
-
-    rng = np.random.default_rng(args.seed)
-    model, tokenizer = made(name, args.seed, device)
-    with tempfile.TemporaryDirectory() as directory:
-        workspace = Workspace(Path(directory))
-        checkpoint.save(Path(directory) / "models" / "both", model, tokenizer)
-        pictures = []
-        for _ in range(min(count, 256)):
-            blocks = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-            buffer = io.BytesIO()
-            Image.fromarray(blocks).resize((512, 512), Image.Resampling.BICUBIC).save(
-                buffer, "JPEG", quality=90
-            )
-            pictures.append(buffer.getvalue())
-        images = workspace.part("images", "web")
-        mark = images.begin(IMAGES, "benchmark", {})
-        for shard in range(2):
-            rows = []
-            for number in range(count // 2):
-                key = f"{shard:05d}{number:04d}"
-                rows.append(
-                    {
-                        "image_id": image_id("web", key), "dataset": "web", "key": key, "status": "success", "source": "web",
-                        "captions": [" ".join(f"w{i}" for i in rng.integers(0, 1000, 12))],
-                        "image": {"bytes": pictures[number % len(pictures)], "path": f"{key}.jpg"},
-                    }
-                )  # fmt: skip
-            images.commit(shard, IMAGES.table(rows), Counts(len(rows), len(rows)), mark, 1.0)
-        # Two batches at least in each shard, so that one can be made ready while another is worked on.
-        batch = 0 if device.type == "cuda" else 2 if name == "base" else 64
-        caption = CaptionStage(
-            CaptionOptions(captioner="both", images="web", min_new_tokens=TOKENS, batch_size=batch), workspace
-        )
-        score_options = ScoreOptions(filter="both", images="web", captions=("both",), batch_size=batch)
-        for stage in (caption, lambda: ScoreStage(score_options, workspace)):
-            stage = stage() if callable(stage) else stage
-            begun = stage.begin()
-            stage.setup()
-            start = time.perf_counter()
-            for shard in stage.shards():
-                process_and_commit(stage, begun, shard)
-            seconds = time.perf_counter() - start
-            engine = sum(
-                json.loads(path.read_text())["engine_seconds"]
-                for path in stage.output.path.glob("*_stats.json")
-            )
-            record.figure(f"{name}_stage_{stage.name}_images_per_second", count / seconds)
-            share = engine / seconds
-            if name == "base":
-                record.target(f"{name}_stage_{stage.name}_engine_share", share, ">=", 0.85)
-            else:
-                record.figure(f"{name}_stage_{stage.name}_engine_share", share)
-
-
 AT_LEAST = {"tiny": (5.0, 2.0), "base": (1.4, 1.0)}
-AT_LEAST_ON_GPU = {"tiny": (8.0, 3.0), "base": (8.0, 3.0)}
+"""On a processor: how many times as fast as transformers as called, and at its best, in the same batch."""
+
+IMAGES_PER_SECOND, CALLED_AT, TIMES_CALLED, TIMES_BEST = 1000.0, 32, 8.0, 3.0
+"""On a GPU, over all batch sizes; see `Sweep.targets`."""
 
 
 def compare(
@@ -438,52 +412,66 @@ def compare(
     theirs: Transformers,
     scorer: Filter,
     record: Record,
-) -> list[float]:
-    """Caption and score by both sides in turn; returns our seconds."""
+) -> dict[str, list[float]]:
+    """Caption and score by both sides in turn; returns seconds of ours, and of transformers' ways that had the memory."""
     data, device = theirs.data, theirs.device
-    mine = torch.tensor(
-        [each.itm_score for each in scorer.score_texts(data.pixels, data.image_index, data.texts)]
-    )
-    record.figure(
-        f"{label}_itm_difference_from_transformers",
-        float((mine - torch.tensor(theirs.score_best())).abs().max()),
-    )
-
-    at_once = len(data.pixels) if device.type == "cuda" else 1
+    rows = len(data.pixels)
+    mine = [each.itm_score for each in scorer.score_texts(data.pixels, data.image_index, data.texts, rows)]
+    at_once = rows if device.type == "cuda" else 1
 
     def called() -> None:
         theirs.caption(at_once)
         theirs.score_called(at_once)
 
     def best() -> None:
-        theirs.caption(len(data.pixels))
+        theirs.caption(rows)
         theirs.score_best()
 
-    seconds = in_turn({"ours": ours, "called": called, "best": best}, rounds, device)
-    limits = AT_LEAST_ON_GPU if device.type == "cuda" else AT_LEAST
-    for what, limit in zip(("called", "best"), limits[name], strict=True):
+    sides: dict[str, Callable[[], object]] = {"ours": ours}
+    for what, work in {"called": called, "best": best}.items():
+        try:
+            if device.type == "cuda":
+                work()
+            if what == "best":
+                apart = (torch.tensor(mine) - torch.tensor(theirs.score_best())).abs().max()
+                record.figure(f"{label}_itm_difference_from_transformers", float(apart))
+            sides[what] = work
+        except torch.OutOfMemoryError:
+            record.figure(f"{label}_transformers_{what}_out_of_memory", 1)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    seconds = in_turn(sides, rounds, device)
+    for what in list(sides)[1:]:
         times = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[what], strict=True))
-        record.figure(
-            f"{label}_transformers_{what}_images_per_second",
-            len(data.pixels) / statistics.median(seconds[what]),
-        )
-        record.target(f"{label}_times_faster_than_{what}", times, ">=", limit)
-    return seconds["ours"]
+        speed = rows / statistics.median(seconds[what])
+        record.figure(f"{label}_transformers_{what}_images_per_second", speed)
+        if device.type == "cuda":
+            record.figure(f"{label}_times_faster_than_{what}", times)
+        else:
+            least = dict(zip(("called", "best"), AT_LEAST[name], strict=True))[what]
+            record.target(f"{label}_times_faster_than_{what}", times, ">=", least)
+    return seconds
 
 
 def measure(args: argparse.Namespace, record: Record) -> None:
     """The presets asked for; `tiny` alone with --quick."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record.figure("threads", torch.get_num_threads())
+    asked = args.batch_size
     for name in ["tiny"] if args.quick else args.preset:
-        default = {"tiny": 64, "base": 32 if device.type == "cuda" else 4}[name]
-        args.batch_size = args.batch_size or [default]
+        args.batch_size = asked or BATCHES[device.type][name]
+        rounds = 2 if name == "base" and device.type == "cpu" else 3 if args.quick else 7
+        sweep = Sweep()
         for rows in args.batch_size:
-            rounds = 2 if name == "base" and device.type == "cpu" else 3 if args.quick else 7
-            measure_one(name, rows, rounds, args, record, device)
-        stages(name, 8192 if device.type == "cuda" else {"tiny": 256, "base": 8}[name], args, record, device)
-        if args.batch_size == [default]:
-            args.batch_size = []
+            measure_one(name, rows, rounds, args, record, device, sweep)
+            if device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+        if device.type == "cuda":
+            sweep.targets(name, record)
+        count = 8192 if device.type == "cuda" else {"tiny": 256, "base": 8}[name]
+        model, tokenizer = made(name, args.seed, device)
+        stages(name, model, tokenizer, count, TOKENS, args.seed, args.precision, args.compile, record)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,10 +47,8 @@ class Rows(Protocol):
 
 def cpu_workers(most: int = 4) -> int:
     """How many decoding threads to start: the cores this process may use, at most `most`."""
-    return max(
-        1,
-        min(most, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cores))
 
 
 class ImageStore:

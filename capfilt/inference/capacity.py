@@ -31,10 +31,15 @@ def image_bytes(config: BlipConfig, ways: int = 1, itemsize: int = 4) -> int:
     return pixels + encode + cross + words
 
 
-def batch_that_fits(config: BlipConfig, device: torch.device, ways: int = 1, itemsize: int = 4) -> int:
-    """Images at a time, a power of two: a function of the model, the texts per image and the kind of device alone."""
+def batch_that_fits(
+    config: BlipConfig, device: torch.device, ways: int = 1, itemsize: int = 4, engines: int = 1
+) -> int:
+    """Images at a time, a power of two: a function of the model, the texts per image and the kind of device alone.
+
+    engines: so many share a GPU, and take turns in the same process.
+    """
     memory = CPU_BYTES
     if device.type == "cuda":
-        memory = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        memory = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / engines)
     most = min(LARGEST[device.type], memory // image_bytes(config, ways, itemsize))
     return 1 << (max(1, most).bit_length() - 1)

@@ -86,6 +86,8 @@ class Captioner(Engine):
         model = self.writer
 
         def written(first: int, last: int) -> list[Caption]:
+            if isinstance(model, RecordedWriter):
+                model.images = min(full, self.fits or full)
             with self.autocast():
                 cross = self.cross(self.tokens(images, range(first, last)))
                 if method == "beam":
@@ -103,6 +105,8 @@ class Captioner(Engine):
             return self.texts(start, decoded)
 
         size = self.batch_size(batch_size, self.ways(method, samples, num_beams))
+        # Who says no size of a batch should not wait for one of many images where there are few.
+        full = size if batch_size else min(size, 1 << max(0, len(images) - 1).bit_length())
         return self.in_batches(len(images), size, written)
 
     @staticmethod

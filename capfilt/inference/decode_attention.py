@@ -1,12 +1,11 @@
-"""Which attention a decode step reads the image with: PyTorch's, or the Triton kernel where that was measured faster here.
+"""Which attention a decode step reads the image with: PyTorch's, or the Triton kernel where few queries read many keys.
 
-Which is faster depends on the GPU, on how many images and texts there are, and on the versions of both; so the first step of
-a shape runs both, and the others run the winner.
+By a rule and not by the clock: two workers on cards of one kind must write the same tokens, and rounding tells the two apart.
+`benchmarks/engine.py` times both.
 """
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections.abc import Callable
 
@@ -14,18 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.inference.memory import out_of_memory
 from capfilt.models.text import Layer
 
 MOST_QUERIES = 16
 """Texts of one image for which the kernel is considered: it holds their scores in registers."""
 
-ROUNDS = 10
+LEAST_KEYS = 64
+"""As many as the kernel takes at a time; of fewer, most of what it does is filling."""
+
+LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 products on tensor cores
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def kernel() -> Attend | None:
-    """The Triton kernel, or None where there is no Triton."""
+    """The Triton kernel, or None where there is no Triton, or a GPU that it was not written for."""
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        return None
     try:
         from capfilt.inference.flash_decode import flash_decode, stretches
     except ImportError:
@@ -40,36 +45,25 @@ def kernel() -> Attend | None:
     return attend
 
 
-def cuda_seconds(work: Callable[[], Tensor]) -> float:
-    """What a call takes on the GPU: the median of `ROUNDS`."""
-    for _ in range(3):
-        work()
-    found: list[float] = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1000)
-    return statistics.median(found)
-
-
 class DecodeAttention:
     """In place of `F.scaled_dot_product_attention` in cross-attention, without gradients.
 
+    The kernel's first answer of each kind (queries, keys, their width and dtype, heads up to a power of two) is held against
+    PyTorch's; a kind that it cannot do, or does otherwise, is PyTorch's from then on, which is warned of once.
+
     Attributes:
-        seconds: per shape, what PyTorch's and the kernel's took.
+        sound: per kind that came, whether the kernel does it.
     """
 
-    def __init__(
-        self, attend: Attend, seconds_of: Callable[[Callable[[], Tensor]], float] = cuda_seconds
-    ) -> None:
+    def __init__(self, attend: Attend) -> None:
         self.attend = attend
-        self.seconds_of = seconds_of
-        self.faster: dict[tuple[object, ...], bool] = {}
-        self.seconds: dict[tuple[object, ...], tuple[float, float]] = {}
-        self.failed = False
+        self.sound: dict[tuple[object, ...], bool] = {}
+
+    @property
+    def name(self) -> str:
+        """Which attention was used for what the kernel is for: "triton", "sdpa" or "triton and sdpa"."""
+        found = set(self.sound.values()) or {True}
+        return " and ".join(name for name, used in (("triton", True), ("sdpa", False)) if used in found)
 
     def __call__(
         self,
@@ -80,42 +74,42 @@ class DecodeAttention:
         dropout_p: float = 0.0,
     ) -> Tensor:
         """As `F.scaled_dot_product_attention`."""
-        if attn_mask is None and not self.failed and _suits(query, keys):
-            shape = (*query.shape, keys.shape[2], query.dtype)
-            if shape not in self.faster and not _recording(query):
-                self.faster[shape] = self._measured(shape, query, keys, values)
-            if self.faster.get(shape):
+        if attn_mask is None and suits(query, keys):
+            heads = query.shape[0] * query.shape[1]
+            kind = (*query.shape[2:], keys.shape[2], query.dtype, heads.bit_length())
+            if kind not in self.sound and not _recording(query):
+                self.sound[kind] = self._checked(query, keys, values)
+            if self.sound.get(kind):
                 return self.attend(query, keys, values)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=attn_mask, dropout_p=dropout_p)
 
-    def _measured(self, shape: tuple[object, ...], query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    def _checked(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         plain = F.scaled_dot_product_attention(query, keys, values)
         try:
             made = self.attend(query, keys, values)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - Triton raises what its compiler, launcher and the C compiler raise
-            return self._give_up(f"cannot be used here ({type(error).__name__}: {error})")
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            return self._refused(f"cannot be used here ({type(error).__name__}: {error})")
         # Rounding of its inputs' dtype apart, they are one function.
         apart = (made.float() - plain.float()).abs().max() / plain.float().abs().max().clamp_min(1e-6)
         if not float(apart) <= 0.02:
-            return self._give_up(f"answers otherwise than PyTorch (by {float(apart):.2g})")
-        theirs = self.seconds_of(lambda: F.scaled_dot_product_attention(query, keys, values))
-        ours = self.seconds_of(lambda: self.attend(query, keys, values))
-        self.seconds[shape] = theirs, ours
-        return ours < theirs
+            return self._refused(f"answers otherwise than PyTorch (by {float(apart):.2g})")
+        return True
 
-    def _give_up(self, why: str) -> bool:
-        self.failed = True
-        said = f"decoding with PyTorch's attention: the Triton kernel {why}"
-        warnings.warn(said.splitlines()[0], RuntimeWarning, stacklevel=2)
+    def _refused(self, why: str) -> bool:
+        if all(self.sound.values()):
+            said = f"decoding with PyTorch's attention: the Triton kernel {why}"
+            warnings.warn(said.splitlines()[0], RuntimeWarning, stacklevel=2)
         return False
 
 
-def _suits(query: Tensor, keys: Tensor) -> bool:
+def suits(query: Tensor, keys: Tensor) -> bool:
+    """Whether the kernel is for such a product. Shapes and dtype decide, and nothing that differs between two runs."""
     width = query.shape[-1]
     return (
         query.shape[2] <= MOST_QUERIES
+        and keys.shape[2] >= LEAST_KEYS
         and width >= 16
         and width & (width - 1) == 0
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -124,12 +118,14 @@ def _suits(query: Tensor, keys: Tensor) -> bool:
 
 
 def _recording(query: Tensor) -> bool:
-    """A graph is being captured, where nothing can be timed."""
+    """A graph is being captured, where nothing can be waited for."""
     return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def read_faster(model: nn.Module) -> DecodeAttention | None:
-    """From now on the cross-attention of `model`, which is on a GPU and not trained, chooses; None: there is no Triton."""
+def read_by_kernel(model: nn.Module) -> DecodeAttention | None:
+    """From now on the cross-attention of `model`, which is on the current GPU and not trained, goes by the rule above; None:
+    there is no kernel here.
+    """
     attend = kernel()
     if attend is None:
         return None

@@ -6,7 +6,7 @@ What is asked of the model is captioner.py's and filter.py's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -25,8 +25,9 @@ from capfilt.errors import UserError
 from capfilt.inference.capacity import batch_that_fits
 from capfilt.inference.compiling import compiled_tower
 from capfilt.inference.cross import CrossProjections
-from capfilt.inference.decode_attention import read_faster
+from capfilt.inference.decode_attention import read_by_kernel
 from capfilt.inference.lowbit import Int8Linear, bf16_model, fp8_model, int8_model
+from capfilt.inference.memory import give_back, out_of_memory
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
 from capfilt.models.vision import VisionTower
@@ -34,13 +35,26 @@ from capfilt.models.vision import VisionTower
 
 @dataclass(frozen=True)
 class Encoded:
-    """Image tokens [B, N, Dv] as a vision tower made them, for every engine whose tower is the same."""
+    """Image tokens [B, N, Dv] as a vision tower made them, for every engine whose tower is the same.
 
-    tokens: Tensor
+    In the parts that they were made in: putting a whole batch together would want memory for it a second time.
+    """
+
+    parts: Sequence[Tensor]
     tower: VisionTower
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return sum(map(len, self.parts))
+
+    def rows(self, chosen: Sequence[int]) -> Tensor:
+        """The tokens of the chosen images (at least one, ascending), a view where they lie side by side."""
+        found, first = [], 0
+        for part in self.parts:
+            here = [index - first for index in chosen if first <= index < first + len(part)]
+            first += len(part)
+            if here:
+                found.append(_picked(part, here))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 ImageLike = Image.Image | bytes | str | PathLike[str]
@@ -67,7 +81,9 @@ class Engine:
     """A Blip in evaluation mode, in one of `PRECISIONS`; answers are always fp32. What is trained further needs a new one.
 
     Attributes:
+        precision: the one it computes in, never "auto".
         fits: the largest batch that is known to fit, once one did not; 0 before.
+        together: this engine and those that share its vision tower, and so the device.
     """
 
     half: ClassVar[str]  # which half of a Blip the engine needs, "captioner" or "filter"
@@ -85,12 +101,17 @@ class Engine:
         make, convert = _IN[precision]
         self.model = make(model).eval()
         self.cross = CrossProjections(model, convert)
-        # Of the engine's own copy, which a low precision is.
-        self.reader = read_faster(self.model) if low and self.device.type == "cuda" else None
+        self.precision = precision
+        self.reader = None
+        if low and self.device.type == "cuda":
+            with self._current():
+                # Of the engine's own copy, which a low precision is.
+                self.reader = read_by_kernel(self.model)
         self.compiled = compiled_tower(self.model) if compiled else None
         self.tokenizer = tokenizer
         self.low_precision = low
         self.fits = 0
+        self.together: list[Engine] = [self]
 
     @classmethod
     def load(
@@ -114,6 +135,17 @@ class Engine:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
+    def computed(self) -> dict[str, str]:
+        """How answers are computed here: the `precision` ("auto" resolved), the `device`, and the `attention` that decode steps
+        read the image with. Cards of one name, with the same libraries and options, round alike.
+        """
+        on_gpu = self.device.type == "cuda"
+        return {
+            "precision": self.precision,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+            "attention": self.reader.name if self.reader is not None else "sdpa",
+        }
+
     def autocast(self) -> AbstractContextManager[None]:
         """The precision everything is computed in."""
         # Nothing is kept converted: see `bf16_model`.
@@ -124,40 +156,50 @@ class Engine:
     def batch_size(self, asked: int, ways: int = 1) -> int:
         """Images at a time: as many as are asked for, or for 0 what `batch_that_fits` finds; fewer once those did not fit.
 
-        ways: texts that are written per image.
+        ways: texts that are written per image. Engines that share a GPU share its memory alike.
         """
         if asked < 0:
             raise UserError(f"batch_size is {asked}: it must be at least 1, or 0 for as many as fit")
         itemsize = 2 if self.low_precision else 4
-        size = asked or batch_that_fits(self.model.config, self.device, ways, itemsize)
+        size = asked or batch_that_fits(self.model.config, self.device, ways, itemsize, len(self.together))
         return min(size, self.fits or size)
 
     def in_batches(self, count: int, size: int, work: Callable[[int, int], list[T]]) -> list[T]:
         """What `work(first, last)` gives for ranges of at most `size` of `count`, one after the other.
 
-        A range that a GPU's memory cannot hold is done again in halves, and so is what follows: no row is lost. UserError
-        where a single one does not fit.
+        A range that a GPU's memory cannot hold is done again once everything kept for speed is gone, then in halves, and so
+        is what follows: no row is lost. UserError where a single one does not fit.
         """
         made: list[T] = []
-        first = 0
+        first, failed = 0, False
         while first < count:
             last = min(first + size, count)
             try:
-                done = work(first, last)
-            except torch.OutOfMemoryError as error:
-                if last - first == 1:
-                    said = str(error).splitlines()[0]
-                    raise UserError(f"one image at a time does not fit on the GPU: {said}") from error
-                self.fits = size = (last - first) // 2
-                done = None
-            if done is None:
-                # Here, where the error and the tensors in its frames are gone.
-                self.release()
-                torch.cuda.empty_cache()
+                with self._current():
+                    made += work(first, last)
+                first, failed = last, False
                 continue
-            made += done
-            first = last
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                said = str(error).splitlines()[0]
+            # Here, where the error and the tensors in its frames are gone.
+            for engine in self.together:
+                engine.release()
+            give_back()
+            if not failed:
+                # With what was kept for speed gone, it may fit after all.
+                failed = True
+            elif last - first == 1:
+                raise UserError(f"one image at a time does not fit on the GPU: {said}")
+            else:
+                self.fits = size = (last - first) // 2
+                failed = False
         return made
+
+    def _current(self) -> AbstractContextManager[object]:
+        """The engine's device as PyTorch's current one, whose streams and properties are meant where no tensor says more."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def release(self) -> None:
         """Lets go of what is kept for speed alone; called when memory is out."""
@@ -170,7 +212,7 @@ class Engine:
             self.batch_size(len(images)),
             lambda first, last: [self.tokens(images, range(first, last))],
         )
-        return Encoded(torch.cat(parts), self.model.visual_encoder)
+        return Encoded(parts, self.model.visual_encoder)
 
     def share_vision(self, other: Engine) -> None:
         """From now on `other` encodes with this engine's vision tower, so that one `encode` serves both.
@@ -190,13 +232,15 @@ class Engine:
             )
         other.model.visual_encoder = mine
         other.compiled = self.compiled
+        self.together.append(other)
+        other.together = self.together
 
     def tokens(self, images: Images, chosen: Sequence[int]) -> Tensor:
         """Image tokens [B, N, Dv] of the chosen images, on the device. Raises UserError as `tensor`."""
         if isinstance(images, Encoded):
             if images.tower is not self.model.visual_encoder:
                 raise UserError("these images were encoded by another vision tower: see Engine.share_vision")
-            return images.tokens[torch.as_tensor(chosen, device=images.tokens.device)]
+            return images.rows(chosen)
         with self.autocast():
             pixels = self.tensor(images, chosen)
             if self.compiled is None:
@@ -214,10 +258,7 @@ class Engine:
             images = torch.from_numpy(images)
         if isinstance(images, Tensor):
             self._check(images)
-            if list(chosen) == list(range(chosen[0], chosen[0] + len(chosen))):
-                # A view: copying a batch takes as long as a third of its vision pass on a GPU.
-                return self._sent(images[chosen[0] : chosen[0] + len(chosen)])
-            return self._sent(images[torch.as_tensor(chosen)])
+            return self._sent(_picked(images, chosen))
         size = self.model.config.image_size
         rows = [pixels(images[index], size, index) for index in chosen]
         return self._sent(torch.from_numpy(np.stack(rows)))
@@ -236,6 +277,14 @@ class Engine:
         if not is_pixels and not is_features:
             wanted = f"uint8 [B, 3, {size}, {size}]" + (" or float features [B, N, C]" if trunk else "")
             raise UserError(f"images are {images.dtype} {list(images.shape)}; this model takes {wanted}")
+
+
+def _picked(rows: Tensor, chosen: Sequence[int]) -> Tensor:
+    """The chosen rows."""
+    if list(chosen) == list(range(chosen[0], chosen[0] + len(chosen))):
+        # A view: copying a batch takes as long as a third of its vision pass on a GPU.
+        return rows[chosen[0] : chosen[0] + len(chosen)]
+    return rows[torch.as_tensor(chosen, device=rows.device)]
 
 
 def same_tower(one: VisionTower, other: VisionTower) -> bool:

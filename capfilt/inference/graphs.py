@@ -1,11 +1,13 @@
 """Decode steps recorded once and replayed: on a GPU a step is some hundred small kernels, and starting them takes longer.
 
-A recording has fixed shapes and addresses, so there is one per step of a batch shape, over buffers that belong to it. Which
-step comes when, and what is said, is `decoding.py`'s.
+A recording has fixed shapes and addresses: there is one per step of a batch shape, over buffers that belong to the shape. A
+batch of fewer images runs in the recording of the full one, whose other rows are then nobody's. Which step comes when, and
+what is said, is `decoding.py`'s.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -13,15 +15,17 @@ import torch
 from torch import Tensor
 
 from capfilt.inference.decoding import Writes
+from capfilt.inference.memory import out_of_memory
 from capfilt.models.layers import Pair
 from capfilt.models.text import SelfCache
 
 Recorded = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Recorded]
-"""From a computation on fixed buffers to one that repeats it; `run_again` is the plain twin of `cuda_graph`."""
+"""From a computation on fixed buffers to one that repeats it; `run_again` is the plain twin of `CudaGraphs`."""
 
-SHAPES = 2
-"""Batch shapes whose recordings are kept: the full one, and the last of a shard."""
+RECORDING = threading.Lock()
+"""Held while a graph is recorded, and by a thread that asks the driver for pinned memory meanwhile: CUDA may refuse either the
+other's company, and neither takes longer than some milliseconds."""
 
 
 def run_again(compute: Callable[[], Tensor]) -> Recorded:
@@ -29,103 +33,133 @@ def run_again(compute: Callable[[], Tensor]) -> Recorded:
     return compute
 
 
-def cuda_graph(compute: Callable[[], Tensor]) -> Recorded:
-    """A CUDA graph of `compute`; what it returns is overwritten by the next replay."""
-    # Off the default stream first, as recording wants it: libraries make their plans and workspaces there.
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        compute()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compute()
+class CudaGraphs:
+    """Records computations of one shape as CUDA graphs that share their memory: only one is replayed at a time, and what one
+    returns must lie in memory of the caller's.
+    """
 
-    def replay() -> Tensor:
-        graph.replay()
-        return out
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
 
-    return replay
+    def __call__(self, compute: Callable[[], Tensor]) -> Recorded:
+        own = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Off the default stream first, as recording wants it: libraries make their plans and workspaces there.
+            self.stream.wait_stream(own)
+            with torch.cuda.stream(self.stream):
+                compute()
+            own.wait_stream(self.stream)
+            # What other threads do to the GPU is no business of this recording: "global" would fail it for their calls.
+            recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+            with RECORDING, recording:
+                out = compute()
+        finally:
+            # A recording that fails as it begins or ends leaves the thread on its stream, where nothing may be waited for.
+            torch.cuda.set_stream(own)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
 
 
 class _Shape:
-    """The buffers and recordings of one batch shape."""
+    """The buffers and recordings of one batch shape: `ways` texts for each of `images`."""
 
-    def __init__(self, cache: SelfCache, cross: Sequence[Pair]) -> None:
-        self.cache = cache
-        self.cross = [(keys.clone(), values.clone()) for keys, values in cross]
-        self.ids: dict[int, Tensor] = {}
+    def __init__(
+        self, model: Writes, record: Record, images: int, ways: int, max_length: int, cross: Sequence[Pair]
+    ) -> None:
+        self.cross = [
+            (keys.new_zeros(images, *keys.shape[1:]), values.new_zeros(images, *values.shape[1:]))
+            for keys, values in cross
+        ]
+        self.images = images
+        self.cache = model.new_cache(ways, max_length, self.cross)
+        self.ids = torch.zeros(images * ways, 1, dtype=torch.int64, device=cross[0][0].device)
+        self.logits: Tensor | None = None
+        self.record = record
         self.steps: dict[int, Recorded] = {}
+
+    def begin(self, cross: Sequence[Pair]) -> None:
+        """Empties the cache; its first images' cross-attention keys and values become `cross`."""
+        self.cache.restart()
+        for own, given in zip(self.cross, cross, strict=True):
+            for buffer, rows in zip(own, given, strict=True):
+                buffer[: len(rows)].copy_(rows)
 
 
 class RecordedWriter:
-    """`model` as the decoding loops want it (one way per image), its single-token steps recorded by `record`.
+    """`model` as the decoding loops want it, its single-token steps recorded.
 
     Where recording fails, it goes on without, after one warning.
+
+    Attributes:
+        images: how many a full batch has; fewer are computed as so many.
     """
 
-    def __init__(self, model: Writes, record: Record = cuda_graph) -> None:
+    def __init__(self, model: Writes, recorder: Callable[[], Record] = CudaGraphs) -> None:
         self.model = model
-        self.record = record
-        self.shapes: dict[tuple[object, ...], _Shape] = {}
+        self.recorder = recorder
+        self.images = 0
         self.failed = False
-        self._now: _Shape | None = None
+        self.shape: _Shape | None = None
+        self._key: tuple[object, ...] = ()
 
     def forget(self) -> None:
         """Lets go of all buffers and recordings."""
-        self.shapes.clear()
-        self._now = None
+        if self.shape is not None:
+            # A recording may hold its shape: at once, not when the collector comes.
+            self.shape.steps.clear()
+        self.shape = None
 
     def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
         """The shape's own cache, emptied; its cross-attention keys and values become `cross`."""
-        self._now = None
-        if self.failed or ways != 1:
-            # With several, a step's mask is made anew each time, which a recording could not do.
+        if self.failed:
+            self.forget()
             return self.model.new_cache(ways, max_length, cross)
-        key = (tuple(cross[0][0].shape), cross[0][0].dtype, max_length)
-        shape = self.shapes.pop(key, None)
-        if shape is None:
-            shape = _Shape(self.model.new_cache(ways, max_length, cross), cross)
-        else:
-            shape.cache.restart()
-            for (keys, values), (new_keys, new_values) in zip(shape.cross, cross, strict=True):
-                keys.copy_(new_keys)
-                values.copy_(new_values)
-        self.shapes[key] = shape
-        while len(self.shapes) > SHAPES:
-            self.shapes.pop(next(iter(self.shapes)))
-        self._now = shape
-        return shape.cache
+        first = cross[0][0]
+        images = max(len(first), self.images)
+        key = (images, ways, max_length, first.shape[1:], first.dtype)
+        if self.shape is None or self._key != key or self.shape.cache.kept is not None:
+            # The old one first: the two together may not fit.
+            self.forget()
+            self.shape = _Shape(self.model, self.recorder(), images, ways, max_length, cross)
+            self._key = key
+        self.shape.begin(cross)
+        return self.shape.cache
 
     def decode(self, ids: Tensor, cache: SelfCache, cross: Sequence[Pair]) -> Tensor:
-        """As the model's own."""
-        shape = self._now
-        if shape is None or cache is not shape.cache:
+        """As the model's own. What it returns is overwritten by the next step."""
+        shape = self.shape
+        if shape is None or cache is not shape.cache or cache.kept is not None:
             return self.model.decode(ids, cache, cross)
-        if self.failed or cache.length == 0 or ids.shape[1] != 1:
-            return self.model.decode(ids, cache, shape.cross)
-        at = cache.length
-        if at not in shape.steps:
+        rows, at = len(ids), cache.length
+        if at == 0:
+            others = ids[:1].expand(shape.images - rows, -1)
+            out = self.model.decode(torch.cat([ids, others]), cache, shape.cross)
+            if shape.logits is None:
+                shape.logits = out.new_empty(len(shape.ids), out.shape[1])
+            return out[:rows]
+        shape.ids[:rows].copy_(ids)
+        if not self.failed and at not in shape.steps:
             try:
-                self._record(shape, at, ids)
-            except torch.OutOfMemoryError:
-                raise  # for who can make the batch smaller
+                shape.steps[at] = shape.record(lambda: self._step(shape, at))
             except RuntimeError as error:
+                if out_of_memory(error):
+                    raise  # for who can make the batch smaller
                 self.failed = True
-                cache.rewind(at)
                 warnings.warn(f"decoding without CUDA graphs: {error}".splitlines()[0], stacklevel=2)
-                return self.model.decode(ids, cache, shape.cross)
-        shape.ids[at].copy_(ids)
-        out = shape.steps[at]()
+        out = self._step(shape, at) if self.failed else shape.steps[at]()
+        # A replay runs no Python: the cache has yet to hear of the step.
         cache.rewind(at)
-        cache.advance(*ids.shape)
-        return out
+        cache.advance(len(shape.ids), 1)
+        return out[:rows]
 
-    def _record(self, shape: _Shape, at: int, ids: Tensor) -> None:
-        fixed = shape.ids[at] = ids.clone()
-
-        def compute() -> Tensor:
-            shape.cache.rewind(at)
-            return self.model.decode(fixed, shape.cache, shape.cross)
-
-        shape.steps[at] = self.record(compute)
+    def _step(self, shape: _Shape, at: int) -> Tensor:
+        """The logits after the token at place `at`, in the shape's own buffer: recordings may share all other memory."""
+        assert shape.logits is not None
+        shape.cache.rewind(at)
+        return shape.logits.copy_(self.model.decode(shape.ids, shape.cache, shape.cross))

@@ -72,13 +72,12 @@ class SelfCache:
         self.ways = ways
         self.length = 0
         self.kept: Tensor | None = None
-        self._used = 0
+        self._used = self._prompt = 0
         self._seen: Tensor | None = None  # bool [B, ways, slots], from the first step on; not for one way
 
     def restart(self) -> None:
-        """Empty again, the buffers as they are."""
-        self.length = self._used = 0
-        self._seen = None
+        """Empty again, the buffers where they are."""
+        self.length = self._used = self._prompt = 0
 
     def begin(self, rows: int, length: int) -> Tensor | None:
         """The mask that the next `length` tokens of `rows` texts attend with, as SDPA takes it; None: all are seen.
@@ -94,6 +93,8 @@ class SelfCache:
         if self._seen is None:
             slots = self.keys[0].shape[2]
             self._seen = torch.zeros(images, self.ways, slots, dtype=torch.bool, device=device)
+        if self._used == self._prompt:
+            self._seen.zero_()
             self._seen[:, :, : self._used] = True
         self._seen[:, :, self._used : end] = torch.eye(self.ways, dtype=torch.bool, device=device)
         return self._seen[:, None, :, :end]
@@ -110,17 +111,24 @@ class SelfCache:
 
     def advance(self, rows: int, length: int) -> None:
         """After all layers have appended `length` tokens of `rows` texts."""
+        if self.length == 0:
+            self._prompt = length
         self._used += self._slots(rows, length)
         self.length += length
 
     def rewind(self, length: int) -> None:
-        """Back to where each text had `length` tokens; for one way only."""
-        self.length = self._used = length
+        """Back to where each text had `length` tokens, the prompt at least; whose past is whose stays as it is."""
+        self.length = length
+        self._used = self._prompt + (length - self._prompt) * self.ways
 
     def reorder(self, ways: Tensor) -> None:
-        """Text w of image i goes on from what was text ways[i, w] (int64 [B, ways]): beam search's step."""
-        if self._seen is not None:
-            self._seen = self._seen.gather(1, ways[:, :, None].expand(-1, -1, self._seen.shape[2]))
+        """Text w of image i goes on from what was text ways[i, w] (int64 [b, ways], of the first b images): beam search's step.
+
+        In place: a recorded step reads this very mask.
+        """
+        if self._seen is not None and self._used > self._prompt:
+            seen = self._seen[: len(ways)]
+            seen.copy_(seen.gather(1, ways[:, :, None].expand(-1, -1, seen.shape[2])))
 
     def keep(self, images: Tensor) -> None:
         """Forgets all images but these (int64 [b]): rows of what has ended cost as much as others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.engine import PRECISIONS, Encoded, Engine
 from capfilt.inference.filter import Filter
+from capfilt.inference.graphs import RECORDING
 from capfilt.models import checkpoint
 
 EngineT = TypeVar("EngineT", bound=Engine)
@@ -48,15 +50,20 @@ class _Checkpoint(Generic[EngineT]):
         """As `Engine.batch_size`."""
         return self.engine.batch_size(asked, ways)
 
+    def computed(self) -> Mapping[str, str]:
+        """As `Engine.computed`."""
+        return self.engine.computed()
+
     def prepare(self, data: bytes) -> Pixels:
         """uint8 [3, S, S] at the model's size."""
         return decode_uint8(data, self.engine.model.config.image_size)
 
     def gather(self, images: list[Pixels]) -> Tensor:
         """uint8 [B, 3, S, S]; for a GPU in memory that it can read by itself."""
-        batch = torch.empty(
-            (len(images), *images[0].shape), dtype=torch.uint8, pin_memory=self.engine.device.type == "cuda"
-        )
+        shape, pinned = (len(images), *images[0].shape), self.engine.device.type == "cuda"
+        with RECORDING if pinned else nullcontext():
+            # PyTorch hands pinned memory out again only once the copies from it have ended.
+            batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         return torch.stack([torch.from_numpy(image) for image in images], out=batch)
 
 

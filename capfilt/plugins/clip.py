@@ -101,6 +101,11 @@ class ClipScorer:
                 f"{model.config.vision_config.image_size}"
             )
 
+    def computed(self) -> dict[str, str]:
+        """The precision, "auto" resolved."""
+        auto = "bf16" if self.device.type == "cuda" else "fp32"
+        return {"precision": auto if self.precision == "auto" else self.precision}
+
     def prepare(self, data: bytes) -> Pixels:
         """uint8 [3, S, S]: the shorter side made S, bicubic, then the middle. Large JPEGs are scaled by their decoder."""
         image = decode(data, draft_size=2 * self.size)
@@ -124,7 +129,7 @@ class ClipScorer:
         **_rest: Any,
     ) -> npt.NDArray[np.float32]:
         """float32 [texts, 1]: the cosine of each text and its picture; a picture is encoded once."""
-        low = self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
+        low = self.computed()["precision"] == "bf16"
         wanted = sorted(set(image_index))
         row_of = {image: row for row, image in enumerate(wanted)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):

@@ -54,6 +54,16 @@ class Gathers(Protocol):
         """
 
 
+@runtime_checkable
+class TellsHow(Protocol):
+    """A plug-in whose answers depend on the machine in other ways than by chance."""
+
+    def computed(self) -> Mapping[str, str]:
+        """How answers come about here, once `setup` was called: at least `precision`, which all shards of a part must have in
+        common. The shard's stats tell it all.
+        """
+
+
 class CaptionerPlugin(Plugin, Protocol):
     """Writes texts for pictures."""
 

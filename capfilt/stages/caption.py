@@ -12,7 +12,7 @@ from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captione
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import CaptionOptions
-from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
 from capfilt.tables.shards import Counts, Part
@@ -75,7 +75,7 @@ class CaptionStage(ShardStage):
     """Writes `samples` rows per image; an image without pixels has none and is counted as dropped (`no_image`)."""
 
     name = "caption"
-    version = 1
+    version = 2
     contract = CAPTIONS
     uses_gpu = True
 
@@ -130,6 +130,7 @@ class CaptionStage(ShardStage):
     def setup(self) -> None:
         self.writer = open_captioner(self.captioner)
         self.writer.setup()
+        settle(self.output, self.writer)
 
     def process(self, shard: int) -> Produced:
         size = self.batch_size()
@@ -138,9 +139,8 @@ class CaptionStage(ShardStage):
             with engine:
                 captions = self.captions(batch.images, batch.decoded, size)
             rows.add(batch, captions)
-        return done(
-            CAPTIONS.table(rows.made), rows.counts(), engine, self.options.batch_size, self.batch_size()
-        )
+        table = CAPTIONS.table(rows.made)
+        return done(table, rows.counts(), self.writer, engine, self.options.batch_size, self.batch_size())
 
     def batch_size(self) -> int:
         """Pictures at a time, as far as is known now."""

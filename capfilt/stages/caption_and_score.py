@@ -163,6 +163,8 @@ class CaptionAndScore(ScoreStage):
             scores.add(wanted, found)
         used = min(self.captioning.batch_size(), self.batch_size(), size)
         return (
-            done(CAPTIONS.table(captions.made), captions.counts(), writing, asked, used),
-            done(self.contract.table(scores.made), scores.counts(texts), scoring, asked, used),
+            done(
+                CAPTIONS.table(captions.made), captions.counts(), self.captioning.writer, writing, asked, used
+            ),
+            done(self.contract.table(scores.made), scores.counts(texts), self.scorer, scoring, asked, used),
         )

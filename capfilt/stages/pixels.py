@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from capfilt.data.images import BadImage, decode
 from capfilt.data.store import cpu_workers
-from capfilt.plugins.interface import FindsBatchSize, Gathers, Plugin
+from capfilt.errors import UserError
+from capfilt.plugins.interface import FindsBatchSize, Gathers, Plugin, TellsHow
 from capfilt.stages.base import Produced
 from capfilt.tables.shards import Counts, Part
 
@@ -65,20 +67,38 @@ def batch_size_for(plugin: Plugin, asked: int, ways: int = 1) -> int:
     return asked or DEFAULT_BATCH_SIZE
 
 
-def done(table: pa.Table, counts: Counts, engine: Clock, asked: int, used: int) -> Produced:
-    """What a stage made of a shard: its stats say how long the engine took and the batch size, the manifest the latter where
-    it is not the one that was asked for.
+def settle(part: Part, plugin: Plugin) -> None:
+    """Holds all shards of `part` to one precision, for what is "auto" depends on the worker. UserError in one that differs."""
+    if not isinstance(plugin, TellsHow) or not part.exists:
+        return
+    how = plugin.computed()
+    settled = part.settle("precision", how["precision"])
+    if settled != how["precision"]:
+        where = how.get("device", "this machine")
+        raise UserError(
+            f"{part.path}: its shards are computed in {settled}, but {where} would compute in {how['precision']}; run where "
+            "it was begun, or name another output and give --precision"
+        )
+
+
+def done(table: pa.Table, counts: Counts, plugin: Plugin, engine: Clock, asked: int, used: int) -> Produced:
+    """What a stage made of a shard: its stats say how long the engine took, the batch size and how it computes, the manifest
+    the batch size where it is not the one that was asked for.
     """
-    stats = {"engine_seconds": round(engine.seconds, 3), "batch_size": used}
+    how = plugin.computed() if isinstance(plugin, TellsHow) else {}
+    stats = {"engine_seconds": round(engine.seconds, 3), "batch_size": used, **how}
     return Produced(table, counts, stats, batch_size=used if used != asked else 0)
 
+
+MOST_THREADS = 64
+"""More would wait for the interpreter's lock."""
 
 Rows = list[dict[str, Any]]
 Prepared = tuple[str | None, Any]
 
 
 def pictures(part: Part, shard: int, plugin: Plugin, batch_size: int) -> Iterator[Pictures]:
-    """Batches of at most `batch_size` rows; where they are cut depends on the shard and `batch_size` alone.
+    """Batches of `batch_size` rows, the last of fewer; where they are cut depends on the shard and `batch_size` alone.
 
     The plug-in's `prepare` is called in threads, and its `gather` in another; `prepare` raises BadImage for a picture that it
     cannot use. Anything else it raises for a picture that can be decoded is raised here. While a batch is worked on, the next
@@ -89,7 +109,7 @@ def pictures(part: Part, shard: int, plugin: Plugin, batch_size: int) -> Iterato
     with (
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as gatherer,
-        ThreadPoolExecutor(cpu_workers()) as pool,
+        ThreadPoolExecutor(decoding_threads(), thread_name_prefix="capfilt-decode") as pool,
     ):
         try:
             coming = reader.submit(next, cut, None)
@@ -109,9 +129,32 @@ def pictures(part: Part, shard: int, plugin: Plugin, batch_size: int) -> Iterato
 
 
 def _cut(part: Part, shard: int, batch_size: int) -> Iterator[Rows]:
-    for batch in part.batches(shard, ("image_id", "status", "image")):
-        for start in range(0, batch.num_rows, batch_size):
-            yield batch.slice(start, batch_size).to_pylist()
+    """The shard's rows, `batch_size` at a time whatever its row groups are; the last ones may be fewer."""
+    rows: Rows = []
+    for group in part.batches(shard, ("image_id", "status", "image")):
+        taken = 0
+        while taken < group.num_rows:
+            more = group.slice(taken, batch_size - len(rows))
+            taken += more.num_rows
+            rows += more.to_pylist()
+            if len(rows) == batch_size:
+                yield rows
+                rows = []
+    if rows:
+        yield rows
+
+
+def decoding_threads() -> int:
+    """How many threads make pictures ready. For a processor as elsewhere: the engine wants the cores itself.
+
+    For a GPU all cores but two, which start its kernels and put batches together; no more than PyTorch was told to use
+    (`OMP_NUM_THREADS`), for that is a worker's share of a machine that it has with others. Shrinking a picture is one
+    thread's work (`to_uint8`), so threads are cores.
+    """
+    usual = cpu_workers()
+    if not torch.cuda.is_available():
+        return usual
+    return max(usual, min(cpu_workers(MOST_THREADS) - 2, torch.get_num_threads()))
 
 
 def _one(row: dict[str, Any], prepare: Callable[[bytes], Any]) -> Prepared:

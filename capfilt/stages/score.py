@@ -19,7 +19,7 @@ from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, refer
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
-from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
@@ -93,7 +93,7 @@ class ScoreStage(ShardStage):
     """Writes a row per text of a picture that is there; texts of pictures that are not are dropped as `no_image`."""
 
     name = "score"
-    version = 1
+    version = 2
     uses_gpu = True
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -149,6 +149,7 @@ class ScoreStage(ShardStage):
     def setup(self) -> None:
         self.scorer = open_scorer(self.filter)
         self.scorer.setup()
+        settle(self.output, self.scorer)
 
     def process(self, shard: int) -> Produced:
         texts = texts_by_image(
@@ -164,6 +165,7 @@ class ScoreStage(ShardStage):
         return done(
             self.contract.table(rows.made),
             rows.counts(texts),
+            self.scorer,
             engine,
             self.options.batch_size,
             self.batch_size(),

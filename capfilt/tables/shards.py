@@ -8,6 +8,7 @@ A part is a directory:
     00000.manifest.json   written last: the shard is done when this exists and agrees with the file
     00000_stats.json      counts, seconds, rows per second
     _index.json           the manifests in one file, written when a run ends
+    _precision.json       of some parts: what all their shards were computed in, written by the first worker
 
 A shard whose failed rows were tried again has further generations, each a whole shard with a manifest of its own:
 
@@ -258,6 +259,21 @@ class Part:
         self.__dict__.pop("info", None)
         # Another process may have begun the part between the two looks.
         return self.identity_fingerprint(contract, stage, identity)
+
+    def settle(self, name: str, value: str) -> str:
+        """What all of the part's shards have under `name`: `value` where nobody said anything before, and then for good.
+
+        For what only a worker knows, and no identity can hold. The first worker's word stands in `_<name>.json`.
+        """
+        path = self.path / f"_{name}.json"
+        if not path.is_file():
+            publish_new_bytes(path, (json.dumps({name: value}) + "\n").encode())
+        try:
+            return str(json.loads(path.read_bytes())[name])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not readable ({error!r}); restore it, or make the part again"
+            ) from error
 
     def identity_fingerprint(self, contract: Contract, stage: str, identity: Mapping[str, Any]) -> str:
         """The fingerprint the part has, or would have, under this identity. Writes nothing.

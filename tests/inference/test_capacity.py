@@ -76,5 +76,7 @@ def test_a_batch_is_a_power_of_two_within_its_limits(monkeypatch):
         return torch.device("cuda")
 
     assert batch_that_fits(large, card(80), itemsize=2) == 512
+    assert batch_that_fits(large, card(80), itemsize=2, engines=2) == 256, "each has half of the card"
+    assert batch_that_fits(large, CPU, engines=2) == batch_that_fits(large, CPU)
     assert batch_that_fits(large, card(8), itemsize=2) < 128
     assert batch_that_fits(large, card(0), itemsize=2) == 1, "one is always tried"

@@ -24,11 +24,11 @@ tokenizer = Tokenizer([*SPECIALS, "a", "dog", *ADDED])
 text = TextConfig(tokenizer.vocab_size, 16, 1, 2, 32, max_positions=32)
 model = build(BlipConfig(vision=VisionConfig(16, 8, 16, 1, 2, 32), text=text, embed_dim=8)).eval()
 images = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-plain = Captioner(model, tokenizer).encode(images).tokens
+(plain,) = Captioner(model, tokenizer).encode(images).parts
 fast, other = Captioner(model, tokenizer, compiled=True), Filter(model, tokenizer)
 for rows in (7, 4, 2):
     found = fast.encode(images[:rows])
-    torch.testing.assert_close(found.tokens, plain[:rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.parts[0], plain[:rows], atol=1e-5, rtol=1e-5)
 fast.share_vision(other)
 other.score_texts(fast.encode(images), [0, 3], ["a dog", "a"])
 from torch._dynamo.utils import counters

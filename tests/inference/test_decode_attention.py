@@ -1,5 +1,5 @@
-"""Catches: a kernel that leaves out keys, mixes up heads or stretches, or does not compile; one that is used though it is
-slower, wrong, or broken; a masked or long attention that is given to it.
+"""Catches: a kernel that leaves out keys, mixes up heads or stretches, or does not compile; one that is used though it is wrong
+or broken; a choice that chance or what came before has a part in; a masked or long attention that is given to it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from capfilt.inference.captioner import Captioner
-from capfilt.inference.decode_attention import DecodeAttention
-from capfilt.models.text import Layer
+from capfilt.inference.decode_attention import DecodeAttention, read_by_kernel
 
 CASES = Path(__file__).with_name("flash_decode_cases.py")
 needs_triton = pytest.mark.skipif(
@@ -49,90 +48,120 @@ def test_keys_are_divided_where_heads_do_not_fill_the_gpu():
     assert stretches(1, 10, 132) == 1
 
 
-def inputs(queries=1, dtype=torch.bfloat16, seed=0):
+def inputs(queries=1, dtype=torch.bfloat16, seed=0, rows=2, keys=80):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(2, 3, rows, 16, generator=generator).to(dtype) for rows in (queries, 40, 40))
+    return tuple(
+        torch.randn(rows, 3, count, 16, generator=generator).to(dtype) for count in (queries, keys, keys)
+    )
 
 
 class Kernel:
-    """A stand-in: PyTorch's own, `off` by so much, that takes `seconds` where PyTorch takes 1."""
+    """A stand-in: PyTorch's own, `off` by so much, or `broken` for so many queries."""
 
-    def __init__(self, seconds=0.5, off=0.0, broken=False):
-        self.took, self.off, self.broken = seconds, off, broken
+    def __init__(self, off=0.0, broken=()):
+        self.off, self.broken = off, broken
         self.calls = 0
-        self.timed = 0
 
     def __call__(self, query, keys, values):
-        if self.broken:
+        if query.shape[2] in self.broken:
             raise ValueError("no compiler\nsecond line")
         self.calls += 1
         return F.scaled_dot_product_attention(query, keys, values) + self.off
 
-    def seconds(self, work):
-        before = self.calls
-        work()
-        self.timed += 1
-        return self.took if self.calls > before else 1.0
+
+def test_shapes_alone_decide_and_the_first_of_a_kind_is_checked(monkeypatch):
+    """Nothing is timed: two workers on cards of one kind choose alike, whatever else their cards are doing."""
+    kernel = Kernel()
+    attend = DecodeAttention(kernel)
+    plain = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted(F.scaled_dot_product_attention, plain))
+    for seed in range(3):
+        attend(*inputs(seed=seed))
+    assert kernel.calls == 4, "one of them to be held against PyTorch's"
+    assert len(plain) == 1 + kernel.calls, "the stand-in is PyTorch's own"
+    attend(*inputs(queries=2))
+    attend(*inputs(rows=3))
+    attend(*inputs(rows=2))
+    attend(*inputs(rows=40))
+    assert len(attend.sound) == 4
+    assert kernel.calls == 4 + 2 + 2 + 1 + 2
+    assert attend.name == "triton"
 
 
-def test_the_faster_of_the_two_is_taken_and_measured_once_per_shape():
-    fast, slow = Kernel(0.5), Kernel(2.0)
-    for kernel in (fast, slow):
-        attend = DecodeAttention(kernel, kernel.seconds)
-        for seed in range(3):
-            query, keys, values = inputs(seed=seed)
-            assert torch.equal(
-                attend(query, keys, values), F.scaled_dot_product_attention(query, keys, values)
-            )
-        assert kernel.timed == 2
-        assert list(attend.seconds.values()) == [(1.0, kernel.took)]
-        attend(*inputs(queries=2))
-        assert kernel.timed == 4
-    assert fast.calls > slow.calls == 4, "the slow one ran to be measured only"
+def counted(function, calls):
+    def counting(*inputs, **options):
+        calls.append(inputs[0].shape)
+        return function(*inputs, **options)
+
+    return counting
 
 
 @pytest.mark.parametrize(
-    ("kernel", "why"), [(Kernel(off=0.5), "answers otherwise"), (Kernel(broken=True), "no compiler")]
+    ("kernel", "why"), [(Kernel(off=0.5), "answers otherwise"), (Kernel(broken=(1, 3)), "no compiler")]
 )
 def test_a_kernel_that_fails_or_errs_is_left_with_one_warning(kernel, why):
-    attend = DecodeAttention(kernel, kernel.seconds)
+    attend = DecodeAttention(kernel)
     with pytest.warns(RuntimeWarning, match=why) as said:
         found = attend(*inputs())
     assert "\n" not in str(said[0].message)
     assert torch.equal(found, F.scaled_dot_product_attention(*inputs()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for queries in (1, 3):
+            found = attend(*inputs(queries=queries))
+            assert torch.equal(found, F.scaled_dot_product_attention(*inputs(queries=queries)))
+    assert attend.name == "sdpa"
+
+
+def test_a_kind_that_fails_is_no_reason_to_leave_another():
+    """Else what a batch is read by would depend on what the worker happened to do before."""
+    attend = DecodeAttention(Kernel(broken=(3,)))
+    attend(*inputs())
+    with pytest.warns(RuntimeWarning, match="no compiler"):
         attend(*inputs(queries=3))
-    assert kernel.timed == 0
+    before = attend.attend.calls
+    attend(*inputs())
+    assert attend.attend.calls == before + 1
+    assert attend.name == "triton and sdpa"
 
 
-def test_masks_long_texts_and_full_precision_are_pytorchs():
+def test_memory_that_runs_out_says_nothing_about_the_kernel():
+    def full(query, keys, values):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    attend = DecodeAttention(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attend(*inputs())
+    assert not attend.sound
+
+
+def test_masks_long_texts_few_keys_and_full_precision_are_pytorchs():
     kernel = Kernel()
-    attend = DecodeAttention(kernel, kernel.seconds)
+    attend = DecodeAttention(kernel)
     query, keys, values = inputs()
-    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask = torch.ones(1, 80, dtype=torch.bool)
     mask[:, 30:] = False
     expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     assert torch.equal(attend(query, keys, values, attn_mask=mask, dropout_p=0.0), expected)
     attend(*inputs(queries=17))
     attend(*inputs(dtype=torch.float32))
+    attend(*inputs(keys=40))
     assert kernel.calls == 0
 
 
-def test_captions_do_not_depend_on_who_reads_the_image(pair, images):
+def test_captions_do_not_depend_on_who_reads_the_image(pair, images, monkeypatch):
     """Given to a model's cross-attention, decoding goes through it for every layer and writes what it wrote."""
     plain = Captioner(*pair, precision="bf16")
     expected = plain.caption(images, samples=2, seed=3)
     kernel = Kernel()
-    attend = DecodeAttention(kernel, kernel.seconds)
+    monkeypatch.setattr("capfilt.inference.decode_attention.kernel", lambda: kernel)
+    monkeypatch.setattr("capfilt.inference.decode_attention.suits", lambda query, keys: query.shape[2] <= 16)
     engine = Captioner(*pair, precision="bf16")
-    for module in engine.model.modules():
-        if isinstance(module, Layer):
-            module.crossattention.product = attend
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("capfilt.inference.decode_attention._suits", lambda query, keys: query.shape[2] <= 16)
-        assert engine.caption(images, samples=2, seed=3) == expected
+    engine.reader = read_by_kernel(engine.model)
+    assert engine.caption(images, samples=2, seed=3) == expected
     assert kernel.calls > len(engine.model.text_decoder.bert.layers)
+    assert engine.computed() == {"precision": "bf16", "device": "cpu", "attention": "triton"}
+    assert plain.computed()["attention"] == "sdpa"
     assert all(
         layer.crossattention.product is F.scaled_dot_product_attention
         for layer in plain.model.text_decoder.bert.layers

@@ -1,5 +1,6 @@
-"""Catches: rows lost or done twice where memory runs out, a batch that is never tried smaller, an endless loop at one row,
-tokens of one vision tower given to a model that learned with another."""
+"""Catches: rows lost or done twice where memory runs out, a batch that is never tried smaller or never tried again, an endless
+loop at one row, memory that runs out under another name, what one engine keeps while its neighbour has no room, tokens of
+one vision tower given to a model that learned with another."""
 
 from __future__ import annotations
 
@@ -12,8 +13,17 @@ from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
 
+SAID = [
+    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory")
+    if hasattr(torch, "AcceleratorError")
+    else RuntimeError("CUDA driver error: out of memory"),
+]
 
-def scarce(engine, monkeypatch, most):
+
+def scarce(engine, monkeypatch, most, error=SAID[0]):
     """The engine's model, with room for `most` images at a time; returns the batches that were tried."""
     tried = []
     encode = engine.model.encode_image
@@ -21,7 +31,7 @@ def scarce(engine, monkeypatch, most):
     def limited(batch):
         tried.append(len(batch))
         if len(batch) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+            raise error
         return encode(batch)
 
     monkeypatch.setattr(engine.model, "encode_image", limited)
@@ -34,10 +44,10 @@ def test_captions_are_the_same_in_batches_halved_for_memory(pair, images, monkey
     tried = scarce(captioner, monkeypatch, 2)
     made = captioner.caption(images, samples=2, seed=3)
     assert [each.text for each in made] == [each.text for each in expected]
-    assert tried == [7, 3, 1, *[1] * 6]
+    assert tried == [7, 7, 3, 3, 1, *[1] * 6]
     assert captioner.fits == 1
     captioner.caption(images)
-    assert tried[9:] == [1] * 7, "what did not fit is not tried again"
+    assert tried[11:] == [1] * 7, "what did not fit is not tried again"
 
 
 def test_scores_are_the_same_in_batches_halved_for_memory(pair, images, monkeypatch):
@@ -48,7 +58,7 @@ def test_scores_are_the_same_in_batches_halved_for_memory(pair, images, monkeypa
     for a, b in zip(scorer.score_texts(images, index, texts), expected, strict=True):
         assert a.itm_score == pytest.approx(b.itm_score, abs=1e-5)
         assert a.itc_score == pytest.approx(b.itc_score, abs=1e-5)
-    assert tried == [4, 2, 2]
+    assert tried == [4, 4, 2, 2]
     assert scorer.fits == 2
 
 
@@ -83,6 +93,70 @@ def test_one_encode_serves_both_where_the_towers_are_the_same(pair, images):
         apart.visual_encoder.norm.bias.copy_(pair[0].visual_encoder.norm.bias)
     with pytest.raises(UserError, match="freeze-vision"):
         low[0].share_vision(Filter(apart, pair[1], precision="int8"))
+
+
+@pytest.mark.parametrize("error", SAID, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_by_any_name_is_known(pair, images, monkeypatch, error):
+    captioner = Captioner(*pair)
+    expected = captioner.caption(images)
+    tried = scarce(captioner, monkeypatch, 4, error)
+    assert [each.text for each in captioner.caption(images)] == [each.text for each in expected]
+    assert tried == [7, 7, 3, 3, 1]
+    scarce(captioner, monkeypatch, 0, RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        captioner.caption(images)
+
+
+def test_an_error_that_came_of_memory_running_out_counts(pair, images, monkeypatch):
+    """As a recording that ends in the middle of one says something else."""
+    captioner = Captioner(*pair)
+    encode, tried = captioner.model.encode_image, []
+
+    def failing(batch):
+        tried.append(len(batch))
+        if len(tried) > 1:
+            return encode(batch)
+        try:
+            raise SAID[0]
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(captioner.model, "encode_image", failing)
+    assert len(captioner.caption(images)) == 7
+    assert tried == [7, 7]
+
+
+def test_what_fits_once_both_engines_let_go_is_not_halved(pair, images, monkeypatch):
+    captioner, scorer = Captioner(*pair), Filter(*pair)
+    captioner.share_vision(scorer)
+    kept = {captioner: True, scorer: True}
+    for engine in kept:
+        monkeypatch.setattr(engine, "release", lambda engine=engine: kept.update({engine: False}))
+    encoded, match, tried = captioner.encode(images), scorer.model.match_logits, []
+
+    def limited(ids, *rest):
+        tried.append(len(ids))
+        if any(kept.values()):
+            raise SAID[0]
+        return match(ids, *rest)
+
+    monkeypatch.setattr(scorer.model, "match_logits", limited)
+    assert len(scorer.score_texts(encoded, range(7), ["a dog"] * 7)) == 7
+    assert tried == [7, 7]
+    assert (captioner.fits, scorer.fits) == (0, 0)
+
+
+def test_what_is_encoded_is_not_put_together_again(pair, images, monkeypatch):
+    captioner = Captioner(*pair)
+    expected = [each.text for each in captioner.caption(images, batch_size=5)]
+    (whole,) = captioner.encode(images).parts
+    scarce(captioner, monkeypatch, 3)
+    encoded = captioner.encode(images)
+    assert [len(each) for each in encoded.parts] == [3, 3, 1]
+    for chosen in ([0, 1], [2, 3], [1, 4, 6], [6], list(range(7))):
+        torch.testing.assert_close(encoded.rows(chosen), whole[chosen], atol=1e-5, rtol=1e-5)
+    assert encoded.rows([3, 4]).data_ptr() == encoded.parts[1].data_ptr()
+    assert [each.text for each in captioner.caption(encoded, batch_size=5)] == expected
 
 
 def test_one_image_that_does_not_fit_is_said(pair, images, monkeypatch):

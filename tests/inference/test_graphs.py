@@ -1,35 +1,50 @@
-"""Catches: a recorded step that is replayed on yesterday's tokens, image or cache, one shape's recording used for another, a
-failure to record that loses captions or warns at every batch."""
+"""Catches: a recorded step that is replayed on yesterday's tokens, image, cache or beams, one shape's recording used for
+another, recordings made anew for every number of usable pictures, two shapes in memory at once, a recording that another
+thread's call ends, a failure to record that loses captions, warns at every batch or leaves the thread on a dead stream."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import warnings
+import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
-from capfilt.inference.decoding import Limits, sample
-from capfilt.inference.graphs import RecordedWriter, run_again
+from capfilt.inference.decoding import Limits, beam_search, sample
+from capfilt.inference.graphs import RECORDING, CudaGraphs, RecordedWriter, run_again
 from capfilt.inference.sampling import uniforms
+from capfilt.plugins.blip import BlipCaptioner
 
 
 class Counting:
-    """Records by running again, as a graph does: the same computation over the same buffers."""
+    """Makes recorders that run again, as a graph does: the same computation over the same buffers."""
 
     def __init__(self):
-        self.made = 0
-        self.replayed = 0
+        self.shapes = self.made = self.replayed = 0
 
-    def __call__(self, compute):
+    def __call__(self):
+        self.shapes += 1
+        return self.record
+
+    def record(self, compute):
         self.made += 1
         compute()  # recording runs it, and must leave no trace
+        compute()
+        addresses = set()
 
         def replay():
             self.replayed += 1
-            return run_again(compute)()
+            out = run_again(compute)()
+            addresses.add(out.data_ptr())
+            assert len(addresses) == 1, "a graph always writes to the same place"
+            return out
 
         return replay
 
@@ -47,8 +62,8 @@ def scene(pair, images):
 @torch.no_grad()
 def test_recorded_steps_write_what_the_model_writes(scene):
     model, prompt, limits, crosses = scene
-    record = Counting()
-    writer = RecordedWriter(model, record)
+    recorder = Counting()
+    writer = RecordedWriter(model, recorder)
     draws = uniforms(0, ["a", "b", "c"], 1, 8)
     for cross in (*crosses, crosses[0]):
         for uniform in (None, draws):
@@ -56,23 +71,66 @@ def test_recorded_steps_write_what_the_model_writes(scene):
             recorded = sample(writer, cross, prompt, 3, limits, uniform)
             assert torch.equal(plain.tokens, recorded.tokens)
             assert torch.equal(plain.logprob, recorded.logprob)
-    assert record.made == 7, "one per step, made once: the first token comes with the prompt"
-    assert record.replayed == 6 * 7
+    assert recorder.made == 7, "one per step, made once: the first token comes with the prompt"
+    assert recorder.replayed == 6 * 7
+    assert recorder.shapes == 1, "the steps of a shape share their memory"
 
 
 @torch.no_grad()
-def test_every_shape_has_its_own_and_few_are_kept(scene):
+def test_several_captions_and_beams_are_recorded_too(scene):
+    """Which texts a step's row may look at changes with every step of a beam search: in place, or a recording misses it."""
     model, prompt, limits, crosses = scene
-    writer = RecordedWriter(model, Counting())
-    for rows in (3, 2, 1, 3, 2):
+    recorder = Counting()
+    writer = RecordedWriter(model, recorder)
+    draws = uniforms(0, ["a", "b", "c"], 2, 8)
+    for cross in (*crosses, crosses[0]):
+        plain, made = (sample(each, cross, prompt, 6, limits, draws) for each in (model, writer))
+        assert torch.equal(made.tokens, plain.tokens)
+    assert (recorder.made, recorder.replayed) == (7, 21)
+    few = [(keys[:2], values[:2]) for keys, values in crosses[1]]
+    writer.images = 3
+    free = dataclasses.replace(limits, min_new_tokens=8)
+    for cross, count in ((crosses[0], 3), (few, 2), (crosses[1], 3)):
+        plain, made = (beam_search(each, cross, prompt, count, free, 3, 2) for each in (model, writer))
+        assert torch.equal(made.tokens, plain.tokens)
+        torch.testing.assert_close(made.logprob, plain.logprob)
+    assert recorder.made == 14
+    assert recorder.shapes == 2
+
+
+@torch.no_grad()
+def test_a_smaller_batch_runs_in_the_full_ones_recording(scene):
+    """Pictures that cannot be used make nearly every batch of a shard another size."""
+    model, prompt, limits, crosses = scene
+    recorder = Counting()
+    writer = RecordedWriter(model, recorder)
+    writer.images = 4
+    for rows in (3, 1, 2, 3):
         cross = [(keys[:rows], values[:rows]) for keys, values in crosses[1]]
         plain = sample(model, cross, prompt, rows, limits)
-        assert torch.equal(sample(writer, cross, prompt, rows, limits).tokens, plain.tokens)
-    assert len(writer.shapes) == 2
-    two = sample(writer, crosses[0], prompt, 6, limits, uniforms(0, ["a", "b", "c"], 2, 8))
-    assert torch.equal(
-        two.tokens, sample(model, crosses[0], prompt, 6, limits, uniforms(0, ["a", "b", "c"], 2, 8)).tokens
-    )
+        found = sample(writer, cross, prompt, rows, limits)
+        assert torch.equal(found.tokens, plain.tokens)
+        torch.testing.assert_close(found.logprob, plain.logprob)
+    assert recorder.made == 7
+    assert writer.shape.ids.shape == (4, 1)
+
+
+@torch.no_grad()
+def test_another_shape_lets_go_of_the_last_before_it_asks_for_memory(scene):
+    model, prompt, limits, crosses = scene
+    writer = RecordedWriter(model, Counting())
+    sample(writer, crosses[0], prompt, 3, limits)
+    last = weakref.ref(writer.shape)
+    standing = []
+
+    def recorder():
+        standing.append(last())
+        return run_again
+
+    writer.recorder = recorder
+    cross = [(keys[:2], values[:2]) for keys, values in crosses[0]]
+    assert len(sample(writer, cross, prompt, 2, limits).tokens) == 2
+    assert standing == [None]
 
 
 @torch.no_grad()
@@ -83,7 +141,7 @@ def test_a_failed_recording_warns_once_and_writes_the_same(scene):
         compute()
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    writer = RecordedWriter(model, broken)
+    writer = RecordedWriter(model, lambda: broken)
     plain = sample(model, crosses[0], prompt, 3, limits)
     with pytest.warns(UserWarning, match="not permitted$") as caught:
         assert torch.equal(sample(writer, crosses[0], prompt, 3, limits).tokens, plain.tokens)
@@ -91,6 +149,7 @@ def test_a_failed_recording_warns_once_and_writes_the_same(scene):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(sample(writer, crosses[0], prompt, 3, limits).tokens, plain.tokens)
+    assert writer.shape is None
 
 
 @torch.no_grad()
@@ -101,7 +160,7 @@ def test_memory_that_runs_out_is_the_callers_to_hear_of(scene, pair, images):
     def full(compute):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    writer = RecordedWriter(model, full)
+    writer = RecordedWriter(model, lambda: full)
     with pytest.raises(torch.OutOfMemoryError):
         sample(writer, crosses[0], prompt, 3, limits)
     assert not writer.failed
@@ -109,10 +168,91 @@ def test_memory_that_runs_out_is_the_callers_to_hear_of(scene, pair, images):
     captioner.__dict__["writer"] = writer
     with pytest.raises(UserError, match="one image at a time"):
         captioner.caption(images)
-    assert not writer.shapes or next(iter(writer.shapes.values())).cross[0][0].shape[0] == 1
-    writer.record = Counting()
+    assert writer.shape is None or writer.shape.images == 1
+    writer.recorder = Counting()
     made, plain = (each.caption(images, batch_size=3) for each in (captioner, Captioner(*pair)))
     assert [each.text for each in made] == [each.text for each in plain]
+
+
+class Cuda:
+    """Stands for torch.cuda: which stream is current, and what recording was asked for; fails where it is told to."""
+
+    def __init__(self, monkeypatch, fails=""):
+        self.fails = fails
+        self.now = self.own = SimpleNamespace(name="own", wait_stream=lambda other: None)
+        self.asked = []
+        self.order = []
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "now", stream))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+
+    def replay(self):
+        self.order.append("replay")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.now = stream
+        yield
+        self.now = self.own
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        self.asked.append((pool, stream, capture_error_mode))
+        assert RECORDING.locked(), "somebody may be pinning memory"
+        self.now = stream
+        if self.fails == "begin":
+            raise RuntimeError("capture cannot begin")
+        yield
+        if self.fails == "end":
+            raise RuntimeError("capture cannot end")
+        self.now = self.own
+
+
+def test_a_graph_minds_its_own_thread_and_its_shapes_memory(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    record, out = CudaGraphs(), torch.zeros(1)
+    first, second = (record(lambda: out) for _ in range(2))
+    assert first() is second() is out
+    assert cuda.order == ["replay", "replay"]
+    assert {mode for _, _, mode in cuda.asked} == {"thread_local"}
+    assert len({(pool, id(stream)) for pool, stream, _ in cuda.asked}) == 1
+    assert CudaGraphs().pool is not record.pool
+
+
+def test_pinned_memory_waits_for_a_recording(monkeypatch):
+    plugin = BlipCaptioner.__new__(BlipCaptioner)
+    plugin.engine = SimpleNamespace(device=torch.device("cuda"))
+    pixels = [np.zeros((3, 2, 2), np.uint8)] * 2
+    asked = []
+
+    def empty(shape, dtype, pin_memory):
+        asked.append((pin_memory, RECORDING.locked()))
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr("capfilt.plugins.blip.torch.empty", empty)
+    assert plugin.gather(pixels).shape == (2, 3, 2, 2)
+    plugin.engine.device = torch.device("cpu")
+    plugin.gather(pixels)
+    assert asked == [(True, True), (False, False)]
+
+
+@pytest.mark.parametrize("fails", ["begin", "end", "within"])
+def test_a_recording_that_fails_leaves_no_thread_on_its_stream(monkeypatch, fails):
+    cuda = Cuda(monkeypatch, fails)
+
+    def compute():
+        if fails == "within" and RECORDING.locked():
+            raise RuntimeError("cannot be captured")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="c"):
+        CudaGraphs()(compute)
+    assert cuda.now is cuda.own
+    assert not RECORDING.locked()
 
 
 @pytest.mark.gpu
@@ -123,5 +263,5 @@ def test_graphs_on_a_gpu_write_what_the_processor_writes(pair, images):
     for _ in range(2):
         made = fast.caption(images, max_new_tokens=6)
         assert [each.text for each in made] == [each.text for each in slow.caption(images, max_new_tokens=6)]
-    assert fast.writer.shapes
+    assert fast.writer.shape is not None
     assert not fast.writer.failed

@@ -3,6 +3,8 @@ precision taken where the machine cannot do it."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -92,7 +94,7 @@ def test_fp8_on_a_gpu_is_its_plain_twin():
 
 @pytest.mark.gpu
 def test_fp8_scores_on_a_gpu_are_near(pair, images):
-    model = pair[0].cuda()
+    model = copy.deepcopy(pair[0]).cuda()
     texts = ["a red dog"] * 7
     plain = Filter(model, pair[1]).score(images, texts)
     low = Filter(model, pair[1], precision="fp8").score(images, texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pyarrow.parquet as pq
@@ -11,6 +12,8 @@ import torch
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
+from capfilt.inference.engine import Engine
+from capfilt.inference.graphs import RecordedWriter, run_again
 from capfilt.models.blip import Blip
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
@@ -18,6 +21,7 @@ from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.shards import Counts
+from tests.worlds import image_rows, write_images
 
 
 def run(stage):
@@ -120,6 +124,93 @@ def test_a_shard_says_how_long_its_engine_worked(workspace):
     for shard in part.shards():
         stats = json.loads((part.path / f"{shard:05d}_stats.json").read_text())
         assert 0 < stats["engine_seconds"] < stats["seconds"]
+
+
+def mixed(workspace):
+    """More rows than a row group has, some of them unusable; options to caption them."""
+    rows = image_rows("mixed", 130)
+    for row in rows[::5]:
+        row["image"] = {"bytes": row["image"]["bytes"][:200], "path": None}
+    for row in rows[64:96]:  # and one batch of 32 with none
+        row["image"] = {"bytes": b"<html>", "path": None}
+    write_images(workspace.part("images", "mixed"), [rows, rows[:40]])
+    return CaptionOptions(
+        images="mixed", prompt="", max_new_tokens=4, min_new_tokens=4, captioner="captioner", out="recorded"
+    )
+
+
+def test_every_batch_runs_in_one_recording_whatever_pictures_are_broken(workspace):
+    """More rows than a row group has, some of them unusable: one shape, every step of it recorded once."""
+    options = mixed(workspace)
+    plain, recorded = (CaptionStage(dataclasses.replace(options, batch_size=32), workspace) for _ in range(2))
+    shapes, made = [], []
+
+    def record(compute):
+        made.append(1)
+        return run_again(compute)
+
+    def recorder():
+        shapes.append(1)
+        return record
+
+    for stage in (plain, recorded):
+        stage.setup()
+    engine = recorded.writer.engine
+    engine.__dict__["writer"] = RecordedWriter(engine.model, recorder)
+    for shard in (0, 1):
+        expected, found = (stage.process(shard) for stage in (plain, recorded))
+        assert found.counts == expected.counts
+        texts = [each.table["text"].to_pylist() for each in (expected, found)]
+        assert texts[0] == texts[1]
+        assert sum(map(bool, texts[1])) == found.counts.kept
+    assert (len(shapes), len(made)) == (1, 3)
+    assert engine.writer.shape.images == 32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_size", [0, 32])
+def test_on_a_gpu_broken_pictures_leave_the_recording_as_it_is(workspace, batch_size):
+    options = dataclasses.replace(mixed(workspace), batch_size=batch_size)
+    stage = CaptionStage(options, workspace)
+    summary = run(stage)
+    writer = stage.writer.engine.writer
+    assert not writer.failed
+    assert writer.shape.images == stage.batch_size() == (batch_size or 512)
+    assert len(writer.shape.steps) == 3
+    stats = workspace.part("captions", "recorded").stats(0)
+    assert (stats["precision"], stats["device"]) == ("bf16", torch.cuda.get_device_name())
+    # Without recordings, batches as small as what can be used.
+    plain = CaptionStage(options, workspace)
+    plain.setup()
+    plain.writer.engine.__dict__["writer"] = plain.writer.engine.model
+    expected = [plain.process(shard) for shard in (0, 1)]
+    assert summary.counts == expected[0].counts + expected[1].counts
+    wanted = [text for each in expected for text in each.table["text"].to_pylist()]
+    texts = [row["text"] for row in rows_of(workspace.part("captions", "recorded"))]
+    assert [text is None for text in texts] == [text is None for text in wanted]
+    same = [a == b for a, b in zip(texts, wanted, strict=True) if a]
+    assert sum(same) >= 0.9 * len(same), "rounding may decide now and then"
+
+
+def test_what_auto_comes_to_is_told_and_never_mixed(workspace, monkeypatch):
+    """Half of the shards from a worker with a GPU, half from one without, under one identity."""
+    caption(workspace)
+    part = workspace.part("captions", "captioner")
+    stats = part.stats(0)
+    assert (stats["precision"], stats["device"], stats["attention"]) == ("fp32", "cpu", "sdpa")
+    scoring = ScoreOptions(filter="filter", images="web", captions=("captioner",))
+    run(ScoreStage(scoring, workspace))
+    assert workspace.part("scores", "filter").stats(1)["precision"] == "fp32"
+    options = CaptionOptions(images="web", prompt="", max_new_tokens=6)
+    for stage in (ScoreStage(scoring, workspace), CaptionStage(options, workspace)):
+        (stage.output.path / "00001.manifest.json").unlink()
+        (stage.output.path / "00001.parquet").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "computed", lambda self: {"precision": "bf16", "device": "NVIDIA H100"})
+            with pytest.raises(UserError, match="computed in fp32, but NVIDIA H100 would compute in bf16"):
+                run(stage)
+    assert part.shards() == [0]
+    assert run(CaptionStage(options, workspace)).done_now == 1
 
 
 def test_a_batch_size_that_no_option_says_is_in_the_manifest(workspace, monkeypatch):
