@@ -29,7 +29,7 @@ EXAMPLES = {
     ),
     "quickstart": ("capfilt quickstart --out quickstart", "capfilt quickstart --out quickstart --size small"),
     "query": (
-        'capfilt query "SELECT source, count(*), avg(itm_score) FROM texts JOIN scores USING (text_id) GROUP BY 1"',
+        'capfilt query "SELECT scorer, source, count(*), avg(itm_score) FROM texts JOIN scores USING (text_id) GROUP BY 1, 2"',
         'capfilt query "SELECT quantile_cont(itm_score, 0.3) FROM scores" --format json',
         "capfilt query",
     ),

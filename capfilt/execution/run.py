@@ -168,18 +168,24 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
     start = time.monotonic()
     if started_together():
         raise UserError(f"{stage.name} works shard by shard: start it without torchrun")
+    began = not stage.output.exists
     mark = stage.begin()
     missing, standing = todo(stage, mark)
     tally = stage.tally()
     if missing:
         rows = 0
         with StageProgress(stage.name, len(missing) + len(standing), "shards", quiet=quiet) as progress:
-            for number, manifest in enumerate(work.shards(stage, mark, missing), start=1):
-                rows += manifest.counts.rows_in
-                if tally is not None:
-                    tally.add(manifest, stage.output.stats(manifest.shard))
-                figures = None if tally is None else tally.figures(time.monotonic() - start)
-                progress.update(len(standing) + number, rows=rows, figures=figures)
+            try:
+                for number, manifest in enumerate(work.shards(stage, mark, missing), start=1):
+                    rows += manifest.counts.rows_in
+                    if tally is not None:
+                        tally.add(manifest, stage.output.stats(manifest.shard))
+                    figures = None if tally is None else tally.figures(time.monotonic() - start)
+                    progress.update(len(standing) + number, rows=rows, figures=figures)
+            except UserError:
+                if began:
+                    stage.output.withdraw()
+                raise
         stage.finish()
     return Summary(
         stage.name,

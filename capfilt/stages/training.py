@@ -347,6 +347,7 @@ _APART = ("by_source", "left_out", "skipped_steps", "seconds")
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    new = json.loads(json.dumps(new))  # as the old was written: lists, not tuples
     before, after = old.get("options", {}), new.get("options", {})
     names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     if names:

@@ -260,6 +260,15 @@ class Part:
         # Another process may have begun the part between the two looks.
         return self.identity_fingerprint(contract, stage, identity)
 
+    def withdraw(self) -> None:
+        """Take the part back where nothing was committed to it: what a refused call began claims no name."""
+        names = os.listdir(self.path) if self.path.is_dir() else []
+        if all(name.startswith(("_", ".")) for name in names):
+            for name in names:
+                if name.endswith(".json"):
+                    (self.path / name).unlink(missing_ok=True)
+            self.__dict__.pop("info", None)
+
     def settle(self, name: str, value: str) -> str:
         """What all of the part's shards have under `name`: `value` where nobody said anything before, and then for good.
 
@@ -548,15 +557,17 @@ def _batches(file: pq.ParquetFile, columns: Sequence[str] | None) -> tuple[list[
 def _write_parquet(table: pa.Table, path: Path) -> None:
     pictures = "image" in table.column_names
     plain = [name for name in table.column_names if name != "image"]
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         path,
+        table.schema,
         # JPEGs do not get smaller; trying costs more than writing them.
         compression={name: "none" if name == "image.bytes" else "zstd" for name in _leaves(table.schema)},
-        row_group_size=IMAGE_ROW_GROUP if pictures else 65536,
         use_dictionary=plain if pictures else True,
         write_page_index=True,
-    )
+    ) as file:
+        # A shard that kept nothing has no row group: one without rows is what `datasets` cannot load.
+        if table.num_rows:
+            file.write_table(table, IMAGE_ROW_GROUP if pictures else 65536)
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

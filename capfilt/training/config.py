@@ -101,7 +101,8 @@ class TrainConfig:
         # As the loader counts: an epoch begins with the batch whose first text is its first.
         epoch = step * self.batch_size // self.epoch_texts
         if self.schedule == "epoch-cosine":
-            epochs = math.ceil(self.steps * self.batch_size / self.epoch_texts)
+            # That of the last step: the last batch of a run may reach a few texts into an epoch that it has not.
+            epochs = (self.steps - 1) * self.batch_size // self.epoch_texts + 1
             return schedule.epoch_cosine(epoch, epochs, self.learning_rate, self.min_lr)
         return schedule.epoch_decay(
             step, epoch, self.learning_rate, self.min_lr, self.warmup_steps, self.warmup_lr, self.decay_rate

@@ -33,6 +33,8 @@ class Count(ShardStage):
         return 10
 
     def setup(self):
+        if self.option < 0:
+            raise UserError("give an option of 0 or more")
         self.ready += 1
 
     def process(self, shard):
@@ -42,6 +44,18 @@ class Count(ShardStage):
         return Produced(
             SIGNALS.table([{"image_id": f"{shard}-{n}"} for n in range(9)]), Counts(10, 9, {"why": 1})
         )
+
+
+def test_what_was_refused_claims_no_name(tmp_path):
+    part = Part(tmp_path / "part")
+    with pytest.raises(UserError, match="0 or more"):
+        run_stage(Count(part, option=-1), InlineExecutor(), quiet=True)
+    assert not Part(tmp_path / "part").exists
+    assert run_stage(Count(part, option=1), InlineExecutor(), quiet=True).done_now == 3
+    # A part that stands stays, whatever a later call is refused for.
+    with pytest.raises(UserError):
+        run_stage(Count(part, option=-1, shards=4), InlineExecutor(), quiet=True)
+    assert part.shards() == [0, 1, 2]
 
 
 def test_a_failed_run_keeps_what_it_committed_and_a_rerun_does_the_rest(tmp_path):

@@ -63,6 +63,21 @@ def test_finetuning_by_epoch_is_the_released_cosine():
     assert found[-1] > 0
 
 
+@pytest.mark.parametrize(("texts", "batch"), [(566_747, 256), (1000, 64), (7, 3)])
+def test_epochs_that_no_batch_divides_are_as_many(texts, batch):
+    # COCO's 566,747 captions in batches of 256: the last batch of five epochs reaches into a sixth, which no rate knows.
+    config = TrainConfig(
+        steps=math.ceil(5 * texts / batch),
+        batch_size=batch,
+        epoch_texts=texts,
+        schedule="epoch-cosine",
+        learning_rate=1.0,
+        min_lr=0.0,
+    )
+    found = [config.rate(math.ceil(epoch * texts / batch)) for epoch in range(5)]
+    assert found == pytest.approx([1.0, 0.9045, 0.6545, 0.3455, 0.0955], abs=1e-4)
+
+
 def test_pretraining_by_epoch_is_the_released_decay():
     """Epoch 0 rises from 1e-6 over the warm-up and stays; epoch e has 3e-4 * 0.9 ** e, never less than 1e-6."""
     config = TrainConfig(
