@@ -34,6 +34,9 @@ OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
 _BACKOFF = (0.5, 8.0)
 _RETRY_AFTER_MOST = 30.0
 
+BEAT_SECONDS = 0.5
+"""How often a child that waits for bodies looks whether to say that it is well."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -71,12 +74,11 @@ class Settings:
 
     @property
     def longest_silence(self) -> float:
-        """Seconds that may pass without a word from a child that is well."""
-        waits = _BACKOFF[1] + _RETRY_AFTER_MOST
+        """Seconds that may pass without a word from a child that is well: between the ends of two fetches."""
         # robots.txt has a deadline of its own before that of what it is asked for.
         fetch = (2 if self.robots else 1) * self.total_timeout + self.timeout
         pause = 1 / self.host_rate if self.host_rate else 0.0
-        return 60.0 + self.retries * waits + (self.retries + 1) * (fetch + pause)
+        return 60.0 + _RETRY_AFTER_MOST + fetch + pause
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Engine:
         """Work on (row, URL) pairs. Yields frames, in order of completion; calls `idle` before it waits for a body.
 
         {"begin": row} comes before a body is decoded; {"row": row, "status": ..., ...} and the encoded picture (no
-        bytes for a failure) once for every row.
+        bytes for a failure) once for every row; {"attempts": n} where fetches ended in nothing but another attempt.
         """
         opener = self._configure(settings)
         resizer = self._resizer_class(
@@ -123,6 +125,9 @@ class Engine:
             encode_format=settings.encode_format,
         )
         for fetched in self._fetch_all(rows, opener, settings, idle):
+            if isinstance(fetched, int):
+                yield {"attempts": fetched}, b""
+                continue
             if fetched.body is None:
                 assert fetched.fault is not None
                 yield (
@@ -152,7 +157,8 @@ class Engine:
         opener: SafeOpener,
         settings: Settings,
         idle: Callable[[], object],
-    ) -> Iterator[Fetched]:
+    ) -> Iterator[Fetched | int]:
+        """What came of each URL, in order of completion; between them, how many attempts have ended."""
         schedule = Schedule(
             (Errand(row, url, _host(url)) for row, url in rows),
             concurrency=settings.host_concurrency,
@@ -175,10 +181,20 @@ class Engine:
 
         for _ in range(min(settings.thread_count, len(rows))):
             threading.Thread(target=work, name="fetch", daemon=True).start()
+        said = 0
         for _ in rows:
-            if done.empty():
-                idle()
-            yield done.get()
+            while True:
+                if done.empty():
+                    idle()
+                try:
+                    fetched = done.get(timeout=BEAT_SECONDS)
+                    break
+                except queue.Empty:
+                    # Not by the clock alone: threads that are stuck are to be found out.
+                    if schedule.attempts > said:
+                        said = schedule.attempts
+                        yield said
+            yield fetched
         self._free_at = schedule.free_at()
 
     def _fetch(self, row: int, url: str | None, opener: SafeOpener, settings: Settings) -> Fetched:

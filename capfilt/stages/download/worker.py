@@ -148,6 +148,8 @@ class Worker:
                 if "begin" in message:
                     begun = message["begin"]
                     continue
+                if "attempts" in message:
+                    continue
                 begun = None
                 yield message.pop("row"), Row(message, picture)
         except (EOFError, OSError) as error:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +124,22 @@ def test_a_child_that_hangs_is_replaced(puppet, monkeypatch):
     start = time.monotonic()
     assert failures(puppet.run(list(enumerate(["ok", "hang", "ok"])), PLAIN)) == [None, "worker_died", None]
     assert time.monotonic() - start < 10
+
+
+@needs_img2dataset
+def test_a_child_that_only_waits_for_retries_is_well(server, monkeypatch):
+    """Longer without a row than a child may be silent: the first is there after seven attempts and 3 seconds."""
+    urls = [(row, server.url("silent")) for row in range(3)]
+    plain = replace(
+        PLAIN, thread_count=1, retries=2, timeout=0.4, total_timeout=0.4, allow_host=(f"127.0.0.1:{server.port}",)
+    )
+    shared_worker().run([(0, None)], plain)  # imports take longer than that
+    first = shared_worker().pid
+    monkeypatch.setattr(Settings, "longest_silence", 2.0)
+    server.log.clear()
+    assert failures(shared_worker().run(urls, plain)) == ["timeout"] * 3
+    assert shared_worker().pid == first
+    assert len(server.log) == 9
 
 
 def test_a_child_that_never_starts_ends_the_run(puppet, monkeypatch):
