@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import warnings
 from typing import Any
 
@@ -22,11 +23,17 @@ MAX_PIXELS = (
     64_000_000  # 192 MB as RGB, above any consumer camera; Pillow's own hard limit is about 179 million
 )
 MAX_BYTES = 50_000_000
+MAX_SCANS = 100
+"""Scans of a JPEG: an encoder writes about ten (libjpeg's jpeg_simple_progression), and each goes over every pixel."""
 JPEG_QUALITY = 95  # img2dataset's default encode_quality
 
 # On web images Pillow warns about every odd EXIF field, and about sizes that MAX_PIXELS already judges. Filtering once
 # is the only way that is safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_JPEG, _SCAN, _END = b"\xff\xd8\xff", b"\xff\xda", b"\xd9"
+# A marker (ITU-T T.81, section B.1.1.2); what a scan has in it is FF 00 and the restart markers, which are none here.
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -94,6 +101,7 @@ def decode(
             raise BadImage("not_an_image", f"{_describe(data)} is none of {', '.join(FORMATS)}") from None
         raise BadImage(*_fault(data, kind, f"the {kind} header cannot be read ({error})")) from None
     _check_size(image.size, max_pixels, min_size)
+    check_scans(data)
     kind = image.format or _kind(data)
     if ImageFile.LOAD_TRUNCATED_IMAGES and _is_cut(data, kind):
         # Another library of this process told Pillow to invent what is missing.
@@ -107,6 +115,25 @@ def decode(
         return picture if turn is None else picture.transpose(turn)
     except Exception as error:  # noqa: BLE001 - as above
         raise BadImage(*_fault(data, kind, f"{type(error).__name__}: {error}")) from None
+
+
+def check_scans(data: bytes) -> None:
+    """Raise BadImage `decode_error` for a JPEG of more than MAX_SCANS scans: little to send, minutes to decode."""
+    if not data.startswith(_JPEG) or data.count(_SCAN) <= MAX_SCANS:
+        return
+    # There are so many pairs of bytes that could begin a scan; what other pictures and films are in or behind the
+    # picture has them too.
+    scans, place = 0, 2
+    while scans <= MAX_SCANS and (marker := _MARKER.search(data, place)):
+        if marker[1] == _END:
+            return
+        scans += marker[0] == _SCAN
+        place = marker.end()
+        # In front of the segment's bytes is how many they are; none follow TEM and SOI.
+        if marker[1] not in (b"\x01", b"\xd8"):
+            place += int.from_bytes(data[place : place + 2], "big")
+    if scans > MAX_SCANS:
+        raise BadImage("decode_error", f"more than {MAX_SCANS} scans")
 
 
 def encode_jpeg(image: Image.Image, quality: int = JPEG_QUALITY) -> bytes:
@@ -209,7 +236,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _kind(data: bytes) -> str | None:
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(_JPEG):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"

@@ -102,6 +102,28 @@ def test_bombs_in_other_formats() -> None:
     assert failure(bytes(bmp)) == "too_many_pixels"
 
 
+def scans(times: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    data = encoded(scene(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    tables = data.rindex(b"\xff\xc4", 0, last)
+    return data[:-2] + data[tables:-2] * times + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    assert decode(scans(20)).size == (60, 40)
+    with pytest.raises(BadImage, match="decode_error: more than 100 scans"):
+        decode(scans(100))
+
+
+def test_what_only_looks_like_scans_is_not_counted() -> None:
+    """In metadata, and in a film behind the picture."""
+    data = encoded(scene(), "JPEG")
+    noise = b"\xff\xda" * 200
+    comment = b"\xff\xfe" + struct.pack(">H", len(noise) + 2) + noise
+    assert decode(data[:2] + comment + data[2:] + noise).tobytes() == decode(data).tobytes()
+
+
 def test_text_chunk_bomb_is_a_bad_image() -> None:
     data = png(2, 2, 8, 0, b"\0\1\2" * 2, chunk(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * 50_000_000, 9)))
     assert failure(data) == "decode_error"

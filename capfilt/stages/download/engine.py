@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from capfilt.data.images import BadImage, decode, phash, sha256
+from capfilt.data.images import BadImage, check_scans, decode, phash, sha256
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
 from capfilt.stages.download.schedule import Errand, Schedule
@@ -221,6 +221,7 @@ class Engine:
         facts: dict[str, Any] = {"sha256": sha256(body), "received": len(body)}
         self._watch.shown = None
         try:
+            check_scans(body)
             header = _plain_jpeg(body, settings)
             encoded, width, height, words = None, 0, 0, None
             if header is not None:
