@@ -17,7 +17,7 @@ import threading
 import types
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -26,59 +26,17 @@ from capfilt.data.images import BadImage, check_scans, decode, phash, sha256
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
 from capfilt.stages.download.schedule import Errand, Schedule
+from capfilt.stages.download.settings import RETRY_AFTER_MOST, Settings
+from capfilt.stages.download.shapes import check_shape, shape_fits
 from capfilt.stages.pictures import Header, read_header
 
 OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
 """img2dataset's words for it (its `download_image`)."""
 
 _BACKOFF = (0.5, 8.0)
-_RETRY_AFTER_MOST = 30.0
 
 BEAT_SECONDS = 0.5
 """How often a child that waits for bodies looks whether to say that it is well."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the engine needs to know of the options; JSON-able. Sizes in pixels, times in seconds."""
-
-    image_size: int
-    resize_mode: str
-    resize_only_if_bigger: bool
-    encode_format: str
-    encode_quality: int
-    min_image_size: int
-    max_aspect_ratio: float
-    thread_count: int
-    timeout: float
-    total_timeout: float
-    retries: int
-    host_concurrency: int
-    host_rate: float
-    robots: bool
-    max_bytes: int
-    max_pixels: int
-    user_agent: str
-    user_agent_token: str
-    disallowed_header_directives: tuple[str, ...]
-    allow_host: tuple[str, ...]
-    allow_private: bool
-
-    @staticmethod
-    def of(values: dict[str, Any]) -> Settings:
-        """The settings in a JSON object."""
-        known = {each.name: values[each.name] for each in fields(Settings)}
-        for name in ("disallowed_header_directives", "allow_host"):
-            known[name] = tuple(known[name])
-        return Settings(**known)
-
-    @property
-    def longest_silence(self) -> float:
-        """Seconds that may pass without a word from a child that is well: between the ends of two fetches."""
-        # robots.txt has a deadline of its own before that of what it is asked for.
-        fetch = (2 if self.robots else 1) * self.total_timeout + self.timeout
-        pause = 1 / self.host_rate if self.host_rate else 0.0
-        return 60.0 + _RETRY_AFTER_MOST + fetch + pause
 
 
 @dataclass(frozen=True)
@@ -174,7 +132,7 @@ class Engine:
                 fault = fetched.fault
                 if fault is not None and fault.transient and errand.attempt < settings.retries:
                     wait = min(_BACKOFF[1], _BACKOFF[0] * 2**errand.attempt)
-                    schedule.again(errand, max(wait, min(fault.retry_after or 0.0, _RETRY_AFTER_MOST)))
+                    schedule.again(errand, max(wait, min(fault.retry_after or 0.0, RETRY_AFTER_MOST)))
                     continue
                 schedule.done(errand)
                 done.put(fetched)
@@ -230,11 +188,12 @@ class Engine:
                 # Also after the resizer's refusal, which does not say what is wrong with the picture.
                 picture = _decode(body, settings)
                 header = read_header(body)
+                facts |= _received_size(header)
+                check_shape(header.width, header.height, settings)
                 encoded, width, height, _, _, words = resizer(io.BytesIO(_plain_pixels(picture)))
             if encoded is None or header is None:
                 raise BadImage("decode_error", str(words))
             facts |= _received_size(header)
-            _check_shape(header, settings)
             facts |= {"status": "success", "width": width, "height": height}
             facts["phash"] = self._phash(encoded, body, settings)
             return {"row": row, **facts}, encoded
@@ -336,6 +295,7 @@ def _plain_jpeg(body: bytes, settings: Settings) -> Header | None:
         and header.upright
         and header.width * header.height <= settings.max_pixels
         and shorter >= settings.min_image_size
+        and shape_fits(header.width, header.height, settings)
         and (settings.resize_mode == "no" or shorter < 4 * settings.image_size)
     )
     return header if plain else None
@@ -362,13 +322,6 @@ def _decode(body: bytes, settings: Settings) -> Image.Image:
         min_size=settings.min_image_size,
         draft_size=None if settings.resize_mode == "no" else 2 * settings.image_size,
     )
-
-
-def _check_shape(header: Header, settings: Settings) -> None:
-    shorter, longer = sorted((header.width, header.height))
-    if longer > settings.max_aspect_ratio * shorter:
-        words = f"{header.width}x{header.height} pixels, more than {settings.max_aspect_ratio:g} to 1"
-        raise BadImage("bad_aspect_ratio", words)
 
 
 def _plain_pixels(picture: Image.Image) -> bytes:

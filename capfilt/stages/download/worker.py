@@ -19,7 +19,7 @@ from typing import IO, Any
 from capfilt.errors import RunError, UserError
 from capfilt.stages.download import wire
 from capfilt.stages.download.child import command
-from capfilt.stages.download.engine import Settings
+from capfilt.stages.download.settings import Settings
 
 START_SECONDS = 300.0
 """How long a child may take to import img2dataset; seconds on an idle machine."""
