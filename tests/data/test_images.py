@@ -241,6 +241,33 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert close(decode(colour), (255, 128, 0), within=1)
 
 
+def test_deep_pictures_are_converted_in_little_memory_and_rounded() -> None:
+    values = np.resize(np.arange(65536, dtype=np.uint16), (2048, 2048))
+    for picture, expected in (
+        (values, np.rint(values / 257)),
+        (values.astype(np.float32) - 7, np.rint(values * (255 / 65535))),
+    ):
+        data = encoded(Image.fromarray(picture), "TIFF")
+        tracemalloc.start()
+        image = np.asarray(decode(data))[:, :, 0]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert np.array_equal(image, expected)
+        # float64 for all of it would be 32 MiB, and twice so; the file and the array here are in it.
+        assert peak < len(data) + image.nbytes * 3 + 36 * 2**20
+
+
+def test_a_deep_transparent_colour_is_white() -> None:
+    key = chunk(b"tRNS", struct.pack(">H", 10000))
+    grey = png(2, 1, 16, 0, b"\0" + struct.pack(">HH", 10000, 40000), key)
+    assert close(decode(grey), (255, 255, 255), within=0)
+    assert close(decode(grey), (156, 156, 156), at=(1, 0), within=0)
+    key = chunk(b"tRNS", struct.pack(">HHH", 1000, 2000, 3000))
+    colour = png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 1000, 2000, 3000, 40000, 10000, 60000), key)
+    assert close(decode(colour), (255, 255, 255), within=0)
+    assert close(decode(colour), (156, 39, 234), at=(1, 0), within=0)
+
+
 def test_deep_tiffs() -> None:
     for values, last in (
         (np.linspace(0, 1, 11, dtype=np.float32), 255),

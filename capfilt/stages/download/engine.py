@@ -24,10 +24,12 @@ from PIL import Image
 
 from capfilt.data.images import BadImage, check_scans, decode, phash, sha256
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
+from capfilt.stages.download.budget import Share
+from capfilt.stages.download.opener import Limits, SafeOpener
 from capfilt.stages.download.schedule import Errand, Schedule
 from capfilt.stages.download.settings import RETRY_AFTER_MOST, Settings
 from capfilt.stages.download.shapes import check_shape, shape_fits
+from capfilt.stages.download.urls import Fault, parse_url
 from capfilt.stages.pictures import Header, read_header
 
 OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
@@ -41,11 +43,12 @@ BEAT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Fetched:
-    """What came of one URL: a body, or a fault."""
+    """What came of one URL: a body, with what it has booked of the budget, or a fault."""
 
     row: int
     body: bytes | None
     fault: Fault | None
+    share: Share | None = None
 
 
 class Engine:
@@ -95,6 +98,8 @@ class Engine:
                 continue
             yield {"begin": fetched.row}, b""
             yield self._picture(fetched.row, fetched.body, resizer, settings)
+            assert fetched.share is not None
+            fetched.share.close()
 
     def _configure(self, settings: Settings) -> SafeOpener:
         if self._opener is None or self._settings != settings:
@@ -141,12 +146,12 @@ class Engine:
             threading.Thread(target=work, name="fetch", daemon=True).start()
         said = 0
         for _ in rows:
-            while True:
+            fetched: Fetched | None = None
+            while fetched is None:
                 if done.empty():
                     idle()
                 try:
                     fetched = done.get(timeout=BEAT_SECONDS)
-                    break
                 except queue.Empty:
                     # Not by the clock alone: threads that are stuck are to be found out.
                     if schedule.attempts > said:
@@ -166,7 +171,7 @@ class Engine:
                 settings.disallowed_header_directives,
             )
             if stream is not None:
-                return Fetched(row, stream.getvalue(), None)
+                return Fetched(row, stream.getvalue(), None, opener.take_share())
             return Fetched(row, None, opener.take_fault() or _unheard_of(str(words)))
         except Fault as bad:
             return Fetched(row, None, bad)

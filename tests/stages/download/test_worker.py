@@ -138,9 +138,7 @@ def test_a_slice_costs_a_bounded_number_of_children(puppet):
     assert puppet.children == 2 * 5 + 25
 
 
-@pytest.mark.parametrize(
-    ("url", "clock"), [("hang", "DECODE_SECONDS"), ("mute", "Settings.longest_silence")]
-)
+@pytest.mark.parametrize(("url", "clock"), [("hang", "DECODE_SECONDS"), ("mute", "Settings.longest_silence")])
 def test_a_child_that_hangs_is_replaced(puppet, monkeypatch, url, clock):
     """A picture has a clock of its own."""
     monkeypatch.setattr(f"capfilt.stages.download.worker.{clock}", 0.5)
@@ -154,7 +152,12 @@ def test_a_child_that_only_waits_for_retries_is_well(server, monkeypatch):
     """Longer without a row than a child may be silent: the first is there after seven attempts and 3 seconds."""
     urls = [(row, server.url("silent")) for row in range(3)]
     plain = replace(
-        PLAIN, thread_count=1, retries=2, timeout=0.4, total_timeout=0.4, allow_host=(f"127.0.0.1:{server.port}",)
+        PLAIN,
+        thread_count=1,
+        retries=2,
+        timeout=0.4,
+        total_timeout=0.4,
+        allow_host=(f"127.0.0.1:{server.port}",),
     )
     shared_worker().run([(0, None)], plain)  # imports take longer than that
     first = shared_worker().pid
