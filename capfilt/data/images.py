@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,20 @@ MAX_PIXELS = (
     64_000_000  # 192 MB as RGB, above any consumer camera; Pillow's own hard limit is about 179 million
 )
 MAX_BYTES = 50_000_000
+MAX_SCANS = 100
+"""Scans of a JPEG: an encoder writes about ten (libjpeg's jpeg_simple_progression), and each goes over every pixel."""
 JPEG_QUALITY = 95  # img2dataset's default encode_quality
 
 # On web images Pillow warns about every odd EXIF field, and about sizes that MAX_PIXELS already judges. Filtering once
 # is the only way that is safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_DEEP_COLOUR = b"\x10\x02"
+"""Sixteen bits and RGB, in the place where a PNG's header has them (W3C PNG, section 11.2.1)."""
+
+_JPEG, _SCAN, _END = b"\xff\xd8\xff", b"\xff\xda", b"\xd9"
+# A marker (ITU-T T.81, section B.1.1.2); what a scan has in it is FF 00 and the restart markers, which are none here.
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -94,6 +105,7 @@ def decode(
             raise BadImage("not_an_image", f"{_describe(data)} is none of {', '.join(FORMATS)}") from None
         raise BadImage(*_fault(data, kind, f"the {kind} header cannot be read ({error})")) from None
     _check_size(image.size, max_pixels, min_size)
+    check_scans(data)
     kind = image.format or _kind(data)
     if ImageFile.LOAD_TRUNCATED_IMAGES and _is_cut(data, kind):
         # Another library of this process told Pillow to invent what is missing.
@@ -102,11 +114,33 @@ def decode(
         if draft_size is not None:
             image.draft(None, (draft_size, draft_size))
         image.load()
+        if data[24:26] == _DEEP_COLOUR and kind == "PNG" and "transparency" in image.info:
+            # Pillow keeps the upper halves of the colours, but the whole of the one that is transparent.
+            image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
         picture = _to_rgb(image)
         turn = _ORIENTATIONS.get(_orientation(image))
         return picture if turn is None else picture.transpose(turn)
     except Exception as error:  # noqa: BLE001 - as above
         raise BadImage(*_fault(data, kind, f"{type(error).__name__}: {error}")) from None
+
+
+def check_scans(data: bytes) -> None:
+    """Raise BadImage `decode_error` for a JPEG of more than MAX_SCANS scans: little to send, minutes to decode."""
+    if not data.startswith(_JPEG) or data.count(_SCAN) <= MAX_SCANS:
+        return
+    # There are so many pairs of bytes that could begin a scan; what other pictures and films are in or behind the
+    # picture has them too.
+    scans, place = 0, 2
+    while scans <= MAX_SCANS and (marker := _MARKER.search(data, place)):
+        if marker[1] == _END:
+            return
+        scans += marker[0] == _SCAN
+        place = marker.end()
+        # In front of the segment's bytes is how many they are; none follow TEM and SOI.
+        if marker[1] not in (b"\x01", b"\xd8"):
+            place += int.from_bytes(data[place : place + 2], "big")
+    if scans > MAX_SCANS:
+        raise BadImage("decode_error", f"more than {MAX_SCANS} scans")
 
 
 def encode_jpeg(image: Image.Image, quality: int = JPEG_QUALITY) -> bytes:
@@ -170,34 +204,63 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # An ImageFile keeps its source and metadata alive; a plain copy-free Image does not.
         return image if type(image) is Image.Image else image.convert("RGB")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return Image.fromarray(_to_eight_bits(image))
+        return _to_eight_bits(image)
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layered).convert("RGB")
+        # In blocks, for four layers of the whole picture would be a gigabyte.
+        picture = Image.new("RGB", image.size)
+        for top, block in _blocks(image):
+            layered = block.convert("RGBA")
+            white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+            picture.paste(Image.alpha_composite(white, layered).convert("RGB"), (0, top))
+        return picture
     return image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Deep grey pixels as RGB uint8 [H, W, 3]; Pillow's own conversion clips everything above 255 to white.
+def _blocks(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture in blocks of whole rows, about a megapixel each, with the row that each begins at."""
+    rows = max(1, (1 << 20) // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(image.height, top + rows)))
 
-    16-bit values are scaled from [0, 65535]. Wider ones have no agreed range: values within [0, 1] (floats), [0, 255]
-    or [0, 65535] are taken as such, anything else is stretched from its minimum to its maximum.
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey pixels as RGB; Pillow's own conversion clips everything above 255 to white.
+
+    16-bit values are scaled from [0, 65535]; a PNG's transparent one becomes white. Wider ones have no agreed range:
+    values within [0, 1] (floats), [0, 255] or [0, 65535] are taken as such, anything else is stretched from its minimum
+    to its maximum.
     """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;"):
-        low, span = 0.0, 65535.0
-    elif low >= 0 and image.mode == "F" and high <= 1:
-        low, span = 0.0, 1.0
-    elif low >= 0 and high <= 255:
-        low, span = 0.0, 255.0
-    elif low >= 0 and high <= 65535:
-        low, span = 0.0, 65535.0
-    else:
-        span = high - low or 1.0
-    grey = np.rint((values - low) * (255.0 / span)).clip(0, 255).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    low, span = (0.0, 65535.0) if image.mode.startswith("I;") else _range(image)
+    clear = image.info.get("transparency")
+    grey = Image.new("L", image.size)
+    for top, block in _blocks(image):
+        values = np.asarray(block)
+        if image.mode.startswith("I;"):
+            # Rounded: a 257th is 255 / 65535, and no sixteen bits are halfway between two of them.
+            levels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        else:
+            levels = np.rint((_finite(values) - low) * (255.0 / span)).clip(0, 255).astype(np.uint8)
+        if isinstance(clear, int):
+            levels[values == clear] = 255
+        grey.paste(Image.fromarray(levels), (0, top))
+    return grey.convert("RGB")
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """Where the values of a wide grey picture begin, and how far they reach from there."""
+    extremes = [(values.min(), values.max()) for values in (_finite(block) for _, block in _blocks(image))]
+    low, high = float(min(low for low, _ in extremes)), float(max(high for _, high in extremes))
+    if low >= 0 and image.mode == "F" and high <= 1:
+        return 0.0, 1.0
+    if low >= 0 and high <= 255:
+        return 0.0, 255.0
+    if low >= 0 and high <= 65535:
+        return 0.0, 65535.0
+    return low, high - low or 1.0
+
+
+def _finite(values: Image.Image | npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return np.nan_to_num(np.asarray(values).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -209,7 +272,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _kind(data: bytes) -> str | None:
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(_JPEG):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"

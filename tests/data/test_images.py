@@ -102,6 +102,28 @@ def test_bombs_in_other_formats() -> None:
     assert failure(bytes(bmp)) == "too_many_pixels"
 
 
+def scans(times: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    data = encoded(scene(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    tables = data.rindex(b"\xff\xc4", 0, last)
+    return data[:-2] + data[tables:-2] * times + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    assert decode(scans(20)).size == (60, 40)
+    with pytest.raises(BadImage, match="decode_error: more than 100 scans"):
+        decode(scans(100))
+
+
+def test_what_only_looks_like_scans_is_not_counted() -> None:
+    """In metadata, and in a film behind the picture."""
+    data = encoded(scene(), "JPEG")
+    noise = b"\xff\xda" * 200
+    comment = b"\xff\xfe" + struct.pack(">H", len(noise) + 2) + noise
+    assert decode(data[:2] + comment + data[2:] + noise).tobytes() == decode(data).tobytes()
+
+
 def test_text_chunk_bomb_is_a_bad_image() -> None:
     data = png(2, 2, 8, 0, b"\0\1\2" * 2, chunk(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * 50_000_000, 9)))
     assert failure(data) == "decode_error"
@@ -217,6 +239,33 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
         assert np.abs(image[0, :, 0].astype(int) - np.arange(256)).max() <= 1, kind
     colour = png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 0xFFFF, 0x8000, 0))
     assert close(decode(colour), (255, 128, 0), within=1)
+
+
+def test_deep_pictures_are_converted_in_little_memory_and_rounded() -> None:
+    values = np.resize(np.arange(65536, dtype=np.uint16), (2048, 2048))
+    for picture, expected in (
+        (values, np.rint(values / 257)),
+        (values.astype(np.float32) - 7, np.rint(values * (255 / 65535))),
+    ):
+        data = encoded(Image.fromarray(picture), "TIFF")
+        tracemalloc.start()
+        image = np.asarray(decode(data))[:, :, 0]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert np.array_equal(image, expected)
+        # float64 for all of it would be 32 MiB, and twice so; the file and the array here are in it.
+        assert peak < len(data) + image.nbytes * 3 + 36 * 2**20
+
+
+def test_a_deep_transparent_colour_is_white() -> None:
+    key = chunk(b"tRNS", struct.pack(">H", 10000))
+    grey = png(2, 1, 16, 0, b"\0" + struct.pack(">HH", 10000, 40000), key)
+    assert close(decode(grey), (255, 255, 255), within=0)
+    assert close(decode(grey), (156, 156, 156), at=(1, 0), within=0)
+    key = chunk(b"tRNS", struct.pack(">HHH", 1000, 2000, 3000))
+    colour = png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 1000, 2000, 3000, 40000, 10000, 60000), key)
+    assert close(decode(colour), (255, 255, 255), within=0)
+    assert close(decode(colour), (156, 39, 234), at=(1, 0), within=0)
 
 
 def test_deep_tiffs() -> None:

@@ -15,7 +15,8 @@ import threading
 from typing import Any
 
 from capfilt.stages.download import wire
-from capfilt.stages.download.engine import Engine, Settings
+from capfilt.stages.download.engine import Engine
+from capfilt.stages.download.settings import Settings
 
 
 def main() -> None:

@@ -17,75 +17,38 @@ import threading
 import types
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from capfilt.data.images import BadImage, decode, phash, sha256
+from capfilt.data.images import BadImage, check_scans, decode, phash, sha256
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
+from capfilt.stages.download.budget import Share
+from capfilt.stages.download.opener import Limits, SafeOpener
 from capfilt.stages.download.schedule import Errand, Schedule
+from capfilt.stages.download.settings import RETRY_AFTER_MOST, Settings
+from capfilt.stages.download.shapes import check_shape, shape_fits
+from capfilt.stages.download.urls import Fault, parse_url
 from capfilt.stages.pictures import Header, read_header
 
 OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"
 """img2dataset's words for it (its `download_image`)."""
 
 _BACKOFF = (0.5, 8.0)
-_RETRY_AFTER_MOST = 30.0
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What the engine needs to know of the options; JSON-able. Sizes in pixels, times in seconds."""
-
-    image_size: int
-    resize_mode: str
-    resize_only_if_bigger: bool
-    encode_format: str
-    encode_quality: int
-    min_image_size: int
-    max_aspect_ratio: float
-    thread_count: int
-    timeout: float
-    total_timeout: float
-    retries: int
-    host_concurrency: int
-    host_rate: float
-    robots: bool
-    max_bytes: int
-    max_pixels: int
-    user_agent: str
-    user_agent_token: str
-    disallowed_header_directives: tuple[str, ...]
-    allow_host: tuple[str, ...]
-    allow_private: bool
-
-    @staticmethod
-    def of(values: dict[str, Any]) -> Settings:
-        """The settings in a JSON object."""
-        known = {each.name: values[each.name] for each in fields(Settings)}
-        for name in ("disallowed_header_directives", "allow_host"):
-            known[name] = tuple(known[name])
-        return Settings(**known)
-
-    @property
-    def longest_silence(self) -> float:
-        """Seconds that may pass without a word from a child that is well."""
-        waits = _BACKOFF[1] + _RETRY_AFTER_MOST
-        # robots.txt has a deadline of its own before that of what it is asked for.
-        fetch = (2 if self.robots else 1) * self.total_timeout + self.timeout
-        pause = 1 / self.host_rate if self.host_rate else 0.0
-        return 60.0 + self.retries * waits + (self.retries + 1) * (fetch + pause)
+BEAT_SECONDS = 0.5
+"""How often a child that waits for bodies looks whether to say that it is well."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What came of one URL: a body, or a fault."""
+    """What came of one URL: a body, with what it has booked of the budget, or a fault."""
 
     row: int
     body: bytes | None
     fault: Fault | None
+    share: Share | None = None
 
 
 class Engine:
@@ -112,7 +75,7 @@ class Engine:
         """Work on (row, URL) pairs. Yields frames, in order of completion; calls `idle` before it waits for a body.
 
         {"begin": row} comes before a body is decoded; {"row": row, "status": ..., ...} and the encoded picture (no
-        bytes for a failure) once for every row.
+        bytes for a failure) once for every row; {"attempts": n} where fetches ended in nothing but another attempt.
         """
         opener = self._configure(settings)
         resizer = self._resizer_class(
@@ -123,6 +86,9 @@ class Engine:
             encode_format=settings.encode_format,
         )
         for fetched in self._fetch_all(rows, opener, settings, idle):
+            if isinstance(fetched, int):
+                yield {"attempts": fetched}, b""
+                continue
             if fetched.body is None:
                 assert fetched.fault is not None
                 yield (
@@ -132,6 +98,8 @@ class Engine:
                 continue
             yield {"begin": fetched.row}, b""
             yield self._picture(fetched.row, fetched.body, resizer, settings)
+            assert fetched.share is not None
+            fetched.share.close()
 
     def _configure(self, settings: Settings) -> SafeOpener:
         if self._opener is None or self._settings != settings:
@@ -152,7 +120,8 @@ class Engine:
         opener: SafeOpener,
         settings: Settings,
         idle: Callable[[], object],
-    ) -> Iterator[Fetched]:
+    ) -> Iterator[Fetched | int]:
+        """What came of each URL, in order of completion; between them, how many attempts have ended."""
         schedule = Schedule(
             (Errand(row, url, _host(url)) for row, url in rows),
             concurrency=settings.host_concurrency,
@@ -168,17 +137,27 @@ class Engine:
                 fault = fetched.fault
                 if fault is not None and fault.transient and errand.attempt < settings.retries:
                     wait = min(_BACKOFF[1], _BACKOFF[0] * 2**errand.attempt)
-                    schedule.again(errand, max(wait, min(fault.retry_after or 0.0, _RETRY_AFTER_MOST)))
+                    schedule.again(errand, max(wait, min(fault.retry_after or 0.0, RETRY_AFTER_MOST)))
                     continue
                 schedule.done(errand)
                 done.put(fetched)
 
         for _ in range(min(settings.thread_count, len(rows))):
             threading.Thread(target=work, name="fetch", daemon=True).start()
+        said = 0
         for _ in rows:
-            if done.empty():
-                idle()
-            yield done.get()
+            fetched: Fetched | None = None
+            while fetched is None:
+                if done.empty():
+                    idle()
+                try:
+                    fetched = done.get(timeout=BEAT_SECONDS)
+                except queue.Empty:
+                    # Not by the clock alone: threads that are stuck are to be found out.
+                    if schedule.attempts > said:
+                        said = schedule.attempts
+                        yield said
+            yield fetched
         self._free_at = schedule.free_at()
 
     def _fetch(self, row: int, url: str | None, opener: SafeOpener, settings: Settings) -> Fetched:
@@ -192,7 +171,7 @@ class Engine:
                 settings.disallowed_header_directives,
             )
             if stream is not None:
-                return Fetched(row, stream.getvalue(), None)
+                return Fetched(row, stream.getvalue(), None, opener.take_share())
             return Fetched(row, None, opener.take_fault() or _unheard_of(str(words)))
         except Fault as bad:
             return Fetched(row, None, bad)
@@ -205,6 +184,7 @@ class Engine:
         facts: dict[str, Any] = {"sha256": sha256(body), "received": len(body)}
         self._watch.shown = None
         try:
+            check_scans(body)
             header = _plain_jpeg(body, settings)
             encoded, width, height, words = None, 0, 0, None
             if header is not None:
@@ -213,11 +193,12 @@ class Engine:
                 # Also after the resizer's refusal, which does not say what is wrong with the picture.
                 picture = _decode(body, settings)
                 header = read_header(body)
+                facts |= _received_size(header)
+                check_shape(header.width, header.height, settings)
                 encoded, width, height, _, _, words = resizer(io.BytesIO(_plain_pixels(picture)))
             if encoded is None or header is None:
                 raise BadImage("decode_error", str(words))
             facts |= _received_size(header)
-            _check_shape(header, settings)
             facts |= {"status": "success", "width": width, "height": height}
             facts["phash"] = self._phash(encoded, body, settings)
             return {"row": row, **facts}, encoded
@@ -319,6 +300,7 @@ def _plain_jpeg(body: bytes, settings: Settings) -> Header | None:
         and header.upright
         and header.width * header.height <= settings.max_pixels
         and shorter >= settings.min_image_size
+        and shape_fits(header.width, header.height, settings)
         and (settings.resize_mode == "no" or shorter < 4 * settings.image_size)
     )
     return header if plain else None
@@ -345,13 +327,6 @@ def _decode(body: bytes, settings: Settings) -> Image.Image:
         min_size=settings.min_image_size,
         draft_size=None if settings.resize_mode == "no" else 2 * settings.image_size,
     )
-
-
-def _check_shape(header: Header, settings: Settings) -> None:
-    shorter, longer = sorted((header.width, header.height))
-    if longer > settings.max_aspect_ratio * shorter:
-        words = f"{header.width}x{header.height} pixels, more than {settings.max_aspect_ratio:g} to 1"
-        raise BadImage("bad_aspect_ratio", words)
 
 
 def _plain_pixels(picture: Image.Image) -> bytes:

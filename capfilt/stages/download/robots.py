@@ -1,17 +1,34 @@
-"""robots.txt as RFC 9309 has it: which rules are for a crawler, and what they say of a path.
+"""robots.txt as RFC 9309 has it: which rules are for a crawler, what they say of a path, and how long they are remembered.
 
-Fetching the files, once per host, is `opener.py`. Written out because the standard library's `urllib.robotparser` takes
+Fetching the files is `opener.py`. Written out because the standard library's `urllib.robotparser` takes
 the first rule that fits, where the RFC takes the longest, and knows no `*` and `$`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import concurrent.futures
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
+from capfilt.stages.download.resolver import KEEP_SECONDS, TRANSIENT_SECONDS
+from capfilt.stages.download.urls import Fault, Target
+
 MAX_BYTES = 500 * 1024
 """How much of a file is read (RFC 9309, section 2.5, asks for at least so much)."""
+
+MAX_RULES = 10_000
+"""How many rules of a file count, the first: 500 KiB can hold 43,000, and real files have hundreds."""
+
+MAX_REMEMBERED = 200_000
+"""Rules and origins remembered, all together: some 24 MB."""
+
+ROBOTS_SECONDS = 86_400.0
+"""How long a file is remembered (RFC 9309, section 2.4: at most a day)."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +45,62 @@ class Rules:
         return next((allow for allow, pattern in self.rules if _fits(pattern, path)), True)
 
 
+class RobotsCache:
+    """The rules of each origin, asked for once. Those that nobody asked for longest make place for others."""
+
+    def __init__(self, ask: Callable[[Target], Rules], most: int = MAX_REMEMBERED) -> None:
+        self._ask, self._most = ask, most
+        # When it expires, what it counts for, the answer. Futures: who comes second waits for the first.
+        self._known: OrderedDict[
+            tuple[str, str, int], tuple[float, int, concurrent.futures.Future[Rules]]
+        ] = OrderedDict()
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def rules(self, target: Target, until: float) -> Rules:
+        """The rules of the target's origin, waited for until then (time.monotonic). Raises Fault."""
+        origin = (target.scheme, target.host, target.port)
+        with self._lock:
+            expires, _, answer = self._known.get(origin, (0.0, 0, None))
+            mine = answer is None or expires < time.monotonic()
+            if answer is None or mine:
+                answer = concurrent.futures.Future()
+                self._keep(origin, math.inf, 1, answer)
+            else:
+                self._known.move_to_end(origin)
+        if mine:
+            size, seconds = 1, ROBOTS_SECONDS
+            try:
+                rules = self._ask(target)
+                size += len(rules.rules)
+                answer.set_result(rules)
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the answer raises it
+                passing = isinstance(error, Fault) and error.transient
+                seconds = TRANSIENT_SECONDS if passing else KEEP_SECONDS
+                answer.set_exception(error)
+            with self._lock:
+                self._keep(origin, time.monotonic() + seconds, size, answer)
+        try:
+            return answer.result(max(0.0, until - time.monotonic()))
+        except concurrent.futures.TimeoutError:
+            raise Fault("timeout", f"{target.address}: waited for its robots.txt", transient=True) from None
+
+    def _keep(
+        self,
+        origin: tuple[str, str, int],
+        expires: float,
+        size: int,
+        answer: concurrent.futures.Future[Rules],
+    ) -> None:
+        self._held += size - self._known.pop(origin, (0.0, 0, None))[1]
+        self._known[origin] = expires, size, answer
+        while self._held > self._most and len(self._known) > 1:
+            self._held -= self._known.popitem(last=False)[1][1]
+
+
 def parse_robots(data: bytes, token: str) -> Rules:
     """The rules in a robots.txt for the crawler called `token`: its own groups, else those for `*`. Never raises."""
-    token = token.strip().lower()
+    token = token.partition("/")[0].strip().lower()
     own: list[tuple[bool, str]] = []
     others: list[tuple[bool, str]] = []
     named = False  # whether any group is for the crawler by name
@@ -52,7 +122,7 @@ def parse_robots(data: bytes, token: str) -> Rules:
             if value:
                 for target in targets:
                     target.append((field == "allow", _normal(value)))
-    chosen = own if named else others
+    chosen = (own if named else others)[:MAX_RULES]
     return Rules(tuple(sorted(dict.fromkeys(chosen), key=lambda rule: (-len(rule[1]), not rule[0]))))
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 import capfilt
-from capfilt.stages.download.engine import Settings
+from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Row
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.formats import storable

@@ -15,20 +15,21 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Errand:
-    """One URL to fetch. `attempt` counts from 0; `booked` says that its host expects it."""
+    """One URL to fetch. `attempt` counts from 0; `queued` says that it has waited for its host before."""
 
     row: int
     url: str | None
     host: str
     attempt: int = 0
-    booked: bool = False
+    queued: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Host:
-    booked: int = 0
+    flying: int = 0
     free_at: float = 0.0
     queue: deque[Errand] = field(default_factory=deque)
+    waking: bool = False  # whether its next turn is among `_later`
 
 
 class Schedule:
@@ -50,12 +51,14 @@ class Schedule:
         self._concurrency, self._interval, self._clock = concurrency, 1 / rate if rate else 0.0, clock
         self._ready = deque(errands)
         self._open = len(self._ready)
-        self._later: list[tuple[float, int, Errand]] = []
+        self._later: list[tuple[float, int, Errand | _Host]] = []
         self._count = 0
         self._hosts: defaultdict[str, _Host] = defaultdict(_Host)
         for host, moment in (free_at or {}).items():
             self._hosts[host].free_at = moment
         self._changed = threading.Condition()
+        self.attempts = 0
+        """How many fetches have ended, those included that are tried again."""
 
     def free_at(self) -> dict[str, float]:
         """When each host that must wait may be asked again, on the schedule's clock."""
@@ -68,11 +71,10 @@ class Schedule:
         with self._changed:
             while self._open:
                 now = self._clock()
-                while self._later and self._later[0][0] <= now:
-                    self._ready.append(heapq.heappop(self._later)[2])
+                self._ready.extendleft(reversed(self._due(now)))
                 while self._ready:
                     errand = self._ready.popleft()
-                    if errand.booked or self._book(errand, now):
+                    if self._may_go(errand, now):
                         return errand
                 wait = self._later[0][0] - self._clock() if self._later else None
                 self._changed.wait(None if wait is None else max(0.0, wait))
@@ -91,33 +93,50 @@ class Schedule:
             self._wait(errand, self._clock() + seconds)
             self._leave(errand)
 
-    def _book(self, errand: Errand, now: float) -> bool:
-        """Whether the errand may go at once; where not, it is queued or put off."""
-        if not errand.host or not (self._concurrency or self._interval):
-            errand.booked = True
+    def _due(self, now: float) -> list[Errand]:
+        """Whose moment has come: retries, and of each host whose turn it is the next in its queue."""
+        due = []
+        while self._later and self._later[0][0] <= now:
+            item = heapq.heappop(self._later)[2]
+            if isinstance(item, Errand):
+                due.append(item)
+                continue
+            item.waking = False
+            if item.queue:
+                due.append(item.queue.popleft())
+        return due
+
+    def _may_go(self, errand: Errand, now: float) -> bool:
+        """Whether the errand may go at once; where not, it is in its host's queue. No turn is given before it is there."""
+        if not errand.host:
             return True
         host = self._hosts[errand.host]
-        if self._concurrency and host.booked >= self._concurrency:
+        full = 0 < self._concurrency <= host.flying
+        goes = not full and host.free_at <= now
+        if goes:
+            host.flying += 1
+            host.free_at = now + self._interval
+        elif errand.queued or errand.attempt:
+            host.queue.appendleft(errand)
+        else:
             host.queue.append(errand)
-            return False
-        errand.booked = True
-        host.booked += 1
-        begin = max(now, host.free_at)
-        host.free_at = begin + self._interval
-        if begin > now:
-            self._wait(errand, begin)
-            return False
-        return True
+            errand.queued = True
+        # A host that is full goes on when one of its fetches ends.
+        if host.queue and not full and not host.waking:
+            host.waking = True
+            self._wait(host, host.free_at)
+            self._changed.notify()
+        return goes
 
-    def _wait(self, errand: Errand, until: float) -> None:
+    def _wait(self, item: Errand | _Host, until: float) -> None:
         self._count += 1
-        heapq.heappush(self._later, (until, self._count, errand))
+        heapq.heappush(self._later, (until, self._count, item))
 
     def _leave(self, errand: Errand) -> None:
-        errand.booked = False
+        self.attempts += 1
         if errand.host in self._hosts:
             host = self._hosts[errand.host]
-            host.booked -= 1
+            host.flying -= 1
             if host.queue:
                 # First, so that a host's URLs keep the list's order.
                 self._ready.appendleft(host.queue.popleft())

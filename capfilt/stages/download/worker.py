@@ -19,7 +19,7 @@ from typing import IO, Any
 from capfilt.errors import RunError, UserError
 from capfilt.stages.download import wire
 from capfilt.stages.download.child import command
-from capfilt.stages.download.engine import Settings
+from capfilt.stages.download.settings import Settings
 
 START_SECONDS = 300.0
 """How long a child may take to import img2dataset; seconds on an idle machine."""
@@ -27,8 +27,15 @@ START_SECONDS = 300.0
 PIPE_BYTES = 1 << 20
 """What Linux lets any user ask for."""
 
+DECODE_SECONDS = 20.0
+"""How long one picture may take from its body to its row: ten times what the largest that is let through takes."""
+
 MAX_DEATHS = 10
-"""How many children one slice may cost."""
+"""After so many children that died over pictures, a slice gives no picture a second one."""
+
+MAX_BARREN = 20
+"""After so many children in a row that died without a word and over no picture, a slice is given up. Halving finds one URL
+of a million sooner."""
 
 MISSING = "download needs img2dataset (Python below 3.13): pip install 'capfilt[img2dataset]'"
 
@@ -112,24 +119,33 @@ class Worker:
     def run(self, rows: Sequence[tuple[int, str | None]], settings: Settings) -> dict[int, Row]:
         """Fetch (row, URL) pairs: what came of each, by row; every row is there.
 
-        A child that dies is replaced, and what it had not answered is asked again: once, or where it died over a
-        certain picture, until that picture has cost two children. What then is still open failed with `worker_died`.
-        Raises UserError where img2dataset is missing and RunError where no child can be started.
+        A child that dies is replaced, and what it had not answered is asked again. A picture that costs two children
+        failed with `worker_died`. Where no picture is to blame, fewer URLs are asked for at once, half as many each
+        time; one that costs a child by itself failed the same way. Raises UserError where img2dataset is missing and
+        RunError where no child can be started.
         """
         with self._lock:
             answers: dict[int, Row] = {}
-            deaths, blame = 0, Counter[int | None]()
+            blame = Counter[int]()
+            barren, size = 0, len(rows)
             while missing := [pair for pair in rows if pair[0] not in answers]:
+                asked, before = missing[:size], len(answers)
                 try:
                     # Not `answers |=`: what came before the child died counts.
-                    for row, answer in self._ask(missing, settings):
+                    for row, answer in self._ask(asked, settings):
                         answers[row] = answer  # noqa: PERF403
+                    barren, size = 0, 2 * size
                 except _Died as death:
-                    deaths += 1
-                    blame[death.begun] += 1
-                    if death.begun is not None and blame[death.begun] == 2:
-                        answers[death.begun] = _died(death)
-                    if blame[None] == 2 or deaths == MAX_DEATHS:
+                    barren = 0 if death.begun is not None or len(answers) > before else barren + 1
+                    if death.begun is not None:
+                        blame[death.begun] += 1
+                        if blame[death.begun] == 2 or blame.total() > MAX_DEATHS:
+                            answers[death.begun] = _died(death)
+                    else:
+                        if len(asked) == 1:
+                            answers[asked[0][0]] = _died(death)
+                        size = max(1, len(asked) // 2)
+                    if barren == MAX_BARREN:
                         answers |= {row: _died(death) for row, _ in missing if row not in answers}
             return answers
 
@@ -139,14 +155,16 @@ class Worker:
         try:
             self._await_ready()
             self._write(b"".join(wire.pack({"rows": rows, "settings": asdict(settings)})))
-            read = self._reader(settings.longest_silence)
+            listening, decoding = self._reader(settings.longest_silence), self._reader(DECODE_SECONDS)
             while True:
-                message, picture = wire.unpack(read)
+                message, picture = wire.unpack(listening if begun is None else decoding)
                 if "done" in message:
                     finished = True
                     return
                 if "begin" in message:
                     begun = message["begin"]
+                    continue
+                if "attempts" in message:
                     continue
                 begun = None
                 yield message.pop("row"), Row(message, picture)
@@ -229,7 +247,7 @@ def _died(death: _Died) -> Row:
         {
             "status": "failed_to_download",
             "failure": "worker_died",
-            "error_message": f"the process that fetched it died twice: {death.words}",
+            "error_message": f"the process that fetched it died: {death.words}",
         },
         b"",
     )

@@ -66,10 +66,9 @@ def test_a_rate_spaces_a_hosts_requests_retries_included():
     schedule = Schedule(errands("aab"), rate=2.0, clock=clock)
     first, other = schedule.take(), schedule.take()
     assert (first.host, other.host) == ("a", "b")
-    schedule.again(first, 0.1)  # due before the second's turn ends, so it is third
+    schedule.again(first, 0.1)  # due before the second's turn, so it has that turn
     clock.now = 0.5
-    second = schedule.take()
-    assert second.row == 1
+    assert (schedule.take() is first, first.attempt) == (True, 1)
     found = []
     waiter = threading.Thread(target=lambda: found.append(schedule.take()), daemon=True)
     waiter.start()
@@ -78,7 +77,25 @@ def test_a_rate_spaces_a_hosts_requests_retries_included():
     clock.now = 1.0
     schedule.done(other)  # wakes who waits
     waiter.join(30)
-    assert [(each.row, each.attempt) for each in found] == [(0, 1)]
+    assert [(each.row, each.attempt) for each in found] == [(1, 0)]
+
+
+@pytest.mark.parametrize("limits", [{}, {"concurrency": 1}, {"rate": 2.0}])
+def test_a_due_retry_comes_before_what_was_not_tried_yet(limits):
+    clock = Clock()
+    schedule = Schedule(errands("aaaa"), clock=clock, **limits)
+    first = schedule.take()
+    schedule.again(first, 0.5)
+    clock.now = 0.5
+    assert schedule.take() is first
+    schedule.done(first)
+    order = []
+    for _ in range(3):
+        clock.now += 0.5
+        order.append(schedule.take())
+        schedule.done(order[-1])
+    assert [each.row for each in order] == [1, 2, 3]
+    assert schedule.take() is None
 
 
 @needs_img2dataset
@@ -100,7 +117,7 @@ def test_a_rate_holds_from_one_slice_to_the_next():
     first.done(first.take())
     second = Schedule(errands("ba"), rate=0.5, free_at=first.free_at(), clock=clock)
     assert second.take().host == "b"
-    assert first.free_at() == {"a": 4.0}
+    assert first.free_at() == {"a": 5.0}
 
 
 def test_workers_share_what_a_host_is_to_bear(tmp_path):

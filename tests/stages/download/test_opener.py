@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from capfilt.errors import UserError
 from capfilt.stages.download.addresses import AddressPolicy, parse_allowed_host, special_kind
-from capfilt.stages.download.opener import Fault, Limits, SafeOpener, parse_url
+from capfilt.stages.download.opener import Limits, SafeOpener
+from capfilt.stages.download.urls import Fault, parse_url
 from tests.stages.download.web import (
     GOOD,
     make,
@@ -105,7 +106,7 @@ def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(server, mo
         return ["8.8.8.8"] if len(asked) == 1 else ["127.0.0.1"]
 
     connected = []
-    monkeypatch.setattr("capfilt.stages.download.opener._resolve", resolve)
+    monkeypatch.setattr("capfilt.stages.download.resolver._resolve", resolve)
     monkeypatch.setattr(
         "capfilt.stages.download.opener._Socket.connect",
         lambda self, address: connected.append(address) or (_ for _ in ()).throw(ConnectionRefusedError()),
@@ -120,7 +121,7 @@ def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(server, mo
 
 
 def test_a_name_server_without_an_answer_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("capfilt.stages.download.opener._resolve", lambda host: time.sleep(3))
+    monkeypatch.setattr("capfilt.stages.download.resolver._resolve", lambda host: time.sleep(3))
     start = time.monotonic()
     with pytest.raises(Fault) as caught:
         SafeOpener(limits=Limits(timeout=0.2, total_timeout=1)).open("http://slow.example/")

@@ -89,6 +89,7 @@ def test_every_url_is_the_row_it_should_be(tmp_path, server):
         (here("html"), "not_an_image"),
         (here("svg"), "not_an_image"),
         (here("empty"), "not_an_image"),
+        (here("rescanned"), "decode_error"),
         (here("tiny"), "too_small"),
         (here("strip"), "bad_aspect_ratio"),
         (here("bomb"), "too_many_pixels"),
@@ -120,7 +121,7 @@ def test_every_url_is_the_row_it_should_be(tmp_path, server):
     assert time.monotonic() - start < 60
 
     assert [row["key"] for row in rows] == [
-        f"{shard * 100 + i:07d}" for shard in (0, 1) for i in range((40, 21)[shard])
+        f"{shard * 100 + i:07d}" for shard in (0, 1) for i in range((40, 22)[shard])
     ]
     assert len({row["image_id"] for row in rows}) == len(rows)
     for row in rows:

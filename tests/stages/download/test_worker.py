@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from capfilt.errors import RunError
-from capfilt.stages.download.engine import Settings
+from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from tests.stages.download.web import (
@@ -66,6 +66,8 @@ while True:
         if url == "exit":
             print("its last words", file=sys.stderr, flush=True)
             os._exit(7)
+        if url == "mute":
+            time.sleep(60)
         send({"begin": row})
         if url == "poison":
             os.kill(os.getpid(), 11)
@@ -86,11 +88,14 @@ PLAIN = Settings.of(
 
 @pytest.fixture
 def puppet(monkeypatch):
-    monkeypatch.setattr(
-        "capfilt.stages.download.worker.command",
-        lambda path: [sys.executable, "-S", "-c", PUPPET, json.dumps(path)],
-    )
     worker = Worker()
+    worker.children = 0
+
+    def command(path):
+        worker.children += 1
+        return [sys.executable, "-S", "-c", PUPPET, json.dumps(path)]
+
+    monkeypatch.setattr("capfilt.stages.download.worker.command", command)
     yield worker
     worker.close()
 
@@ -107,23 +112,60 @@ def test_a_picture_that_kills_its_child_costs_only_itself(puppet):
     assert answers[5].picture == b"x" * 100_000
 
 
-def test_a_child_that_keeps_dying_leaves_failed_rows(puppet):
-    answers = puppet.run(list(enumerate(["ok", "exit", "ok"])), PLAIN)
-    assert failures(answers) == [None, "worker_died", "worker_died"]
-    assert "exit status 7: its last words" in answers[1].columns["error_message"]
+def test_pictures_that_kill_do_not_cost_the_others_of_their_slice(puppet):
+    answers = puppet.run(list(enumerate(["poison"] * 7 + ["ok"] * 20)), PLAIN)
+    assert failures(answers) == ["worker_died"] * 7 + [None] * 20
+    assert puppet.children == 2 * 5 + 2 + 1  # the first five twice, as any; then each once
+
+
+def test_a_url_that_kills_its_child_while_it_is_fetched_is_found(puppet):
+    """Nothing says which of those in flight it was."""
+    answers = puppet.run(list(enumerate(["ok"] * 3 + ["exit"] + ["ok"] * 20 + ["exit"])), PLAIN)
+    assert failures(answers) == [None] * 3 + ["worker_died"] + [None] * 20 + ["worker_died"]
+    assert "exit status 7: its last words" in answers[3].columns["error_message"]
+    assert puppet.children < 16
+
+
+def test_children_that_can_do_nothing_end(puppet):
+    assert failures(puppet.run([(row, "exit") for row in range(40)], PLAIN)) == ["worker_died"] * 40
+    assert puppet.children == 20
     assert failures(puppet.run([(0, "ok")], PLAIN)) == [None]
 
 
 def test_a_slice_costs_a_bounded_number_of_children(puppet):
-    answers = puppet.run([(row, "poison") for row in range(40)], PLAIN)
-    assert failures(answers) == ["worker_died"] * 40
+    answers = puppet.run([(row, "poison") for row in range(30)], PLAIN)
+    assert failures(answers) == ["worker_died"] * 30
+    assert puppet.children == 2 * 5 + 25
 
 
-def test_a_child_that_hangs_is_replaced(puppet, monkeypatch):
-    monkeypatch.setattr(Settings, "longest_silence", 0.5)
+@pytest.mark.parametrize(("url", "clock"), [("hang", "DECODE_SECONDS"), ("mute", "Settings.longest_silence")])
+def test_a_child_that_hangs_is_replaced(puppet, monkeypatch, url, clock):
+    """A picture has a clock of its own."""
+    monkeypatch.setattr(f"capfilt.stages.download.worker.{clock}", 0.5)
     start = time.monotonic()
-    assert failures(puppet.run(list(enumerate(["ok", "hang", "ok"])), PLAIN)) == [None, "worker_died", None]
-    assert time.monotonic() - start < 10
+    assert failures(puppet.run(list(enumerate(["ok", url, "ok"])), PLAIN)) == [None, "worker_died", None]
+    assert time.monotonic() - start < 20
+
+
+@needs_img2dataset
+def test_a_child_that_only_waits_for_retries_is_well(server, monkeypatch):
+    """Longer without a row than a child may be silent: the first is there after seven attempts and 3 seconds."""
+    urls = [(row, server.url("silent")) for row in range(3)]
+    plain = replace(
+        PLAIN,
+        thread_count=1,
+        retries=2,
+        timeout=0.4,
+        total_timeout=0.4,
+        allow_host=(f"127.0.0.1:{server.port}",),
+    )
+    shared_worker().run([(0, None)], plain)  # imports take longer than that
+    first = shared_worker().pid
+    monkeypatch.setattr(Settings, "longest_silence", 2.0)
+    server.log.clear()
+    assert failures(shared_worker().run(urls, plain)) == ["timeout"] * 3
+    assert shared_worker().pid == first
+    assert len(server.log) == 9
 
 
 def test_a_child_that_never_starts_ends_the_run(puppet, monkeypatch):

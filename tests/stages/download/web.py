@@ -87,6 +87,13 @@ def giant():
     )
 
 
+def rescanned():
+    """A JPEG of so many scans that decoding takes minutes where the picture is large."""
+    data = encoded(picture(), progressive=True)
+    last = data.rindex(b"\xff\xc4")
+    return data[:-2] + data[last:-2] * 100 + data[-2:]
+
+
 GOOD = encoded(picture())
 BODIES = {
     "good": GOOD,
@@ -112,6 +119,7 @@ BODIES = {
     "html": b"<!doctype html><title>404</title>" * 20,
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"/>',
     "empty": b"",
+    "rescanned": rescanned(),
     "bomb": encoded(Image.new("1", (20_000, 20_000)), "PNG"),
 }
 
