@@ -286,6 +286,11 @@ class LoopOptions:
 class OptimisationOptions(LoopOptions):
     """How long and how to train on pairs."""
 
+    max_words: int = _option(
+        0,
+        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip: all)",
+        later=True,
+    )
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     stream: bool = _option(
         False,

@@ -26,6 +26,7 @@ from capfilt.tables.workspace import Workspace
 class RetrainClip(Retrain):
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks (CLIP, section 2.3)."""
 
+    version = 2  # texts are no longer cut to their first 30 words
     model = "clip"
     without = ("vision_init", "text_init", "cache_features")
     shown = ("contrast", "accuracy", "scale")

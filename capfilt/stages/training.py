@@ -6,6 +6,7 @@ Not here: what they train on (`pair_training.py`, `task_training.py`), what each
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ class Data(Protocol):
         self, tokenizer: Encodes, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
     ) -> Iterator[Batch]:
         """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
-        `transform`, and what the stage's `feed` adds.
+        `max_words`, `transform`, and what the stage's `feed` adds.
         """
 
 
@@ -151,6 +152,14 @@ class Training(ModelStage, Generic[D]):
     def prepare(self, data: D, model: Any, where: torch.device) -> None:
         """Change the data for a model that is on its device, before the first batch."""
 
+    @staticmethod
+    def longest(model: Model) -> dict[str, Any]:
+        """The longest texts of a model under training, as `batches` is told."""
+        return {
+            "max_text_tokens": model.config.max_text_tokens,
+            "max_words": model.config.max_words or None,
+        }
+
     def judged(self, model: Any, tokenizer: Any, where: torch.device) -> dict[str, float]:
         """Figures of the finished model, on rank 0."""
         return {}
@@ -200,6 +209,12 @@ class Training(ModelStage, Generic[D]):
             )
         data = self.data(self.image_size())
         model, tokenizer = self.initial(data)
+        # The checkpoint says how long its texts were: whoever reads texts with it later goes by that.
+        model.config = dataclasses.replace(
+            model.config,
+            max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
+            max_words=o.max_words or model.config.max_words,
+        )
         where = distributed.device()
         model.to(where)
         if o.freeze_vision:
@@ -251,7 +266,7 @@ class Training(ModelStage, Generic[D]):
                 seed=o.seed,
                 steps=steps,
                 start_step=start,
-                max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
+                **self.longest(model),
                 transform=partial(self._vary, ranks.rank) if o.randaugment else None,
                 rank=ranks.rank,
                 world=ranks.world,

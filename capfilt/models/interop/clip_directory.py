@@ -21,12 +21,21 @@ from capfilt.models.interop.clip_layouts import (
     from_transformers_config,
     transformers_config,
 )
-from capfilt.models.interop.contents import SETTINGS, Contents, read_json, read_settings, write_beside
+from capfilt.models.interop.contents import (
+    SETTINGS,
+    Contents,
+    read_json,
+    read_settings,
+    settings_of,
+    with_settings,
+    write_beside,
+)
 from capfilt.models.interop.transformers_layout import read_weights, weights_file
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, MERGES = "tokenizer.json", "merges.txt"
+NO_HOME = ("max_text_tokens", "max_words")
 
 
 def files(directory: Path) -> list[Path]:
@@ -38,7 +47,9 @@ def files(directory: Path) -> list[Path]:
 def read_config(directory: Path) -> tuple[ClipConfig, dict[str, Any]]:
     """(our config, `extra`), no weights read."""
     path = directory / CONFIG
-    return from_transformers_config(path, read_json(path)), read_settings(directory)[1]
+    settings, extra = read_settings(directory)
+    config = from_transformers_config(path, read_json(path))
+    return with_settings(directory / SETTINGS, config, NO_HOME, settings), extra
 
 
 def read(directory: Path, image_size: int = 0) -> Contents:
@@ -88,7 +99,7 @@ def write(directory: Path, contents: Contents) -> None:
         (CONFIG, config),
     ):
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_beside(directory, {}, contents.extra, contents.leftovers)
+    write_beside(directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers)
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:
