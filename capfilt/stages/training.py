@@ -27,7 +27,7 @@ from capfilt.models import checkpoint
 from capfilt.models.kinds import Model, empty
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
-from capfilt.stages.options import LoopOptions
+from capfilt.stages.options import LoopOptions, foreign
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -200,6 +200,16 @@ class Training(ModelStage, Generic[D]):
     def run(self, report: Report) -> Mapping[str, Any]:
         with distributed.joined() as ranks:
             return self._run(ranks, report)
+
+    def check_options(self, model: str, without: tuple[str, ...] = ()) -> None:
+        """UserError naming an option that is given and means nothing to `model`, or is `without` a meaning in this stage."""
+        known = type(self.options).__dataclass_fields__
+        given = [name for name in without if getattr(self.options, name) != known[name].default]
+        for name in (*foreign(self.options, model), *given):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(self.options, name)}: means nothing to {self.name} of a {model}; "
+                "leave it out"
+            )
 
     def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options
