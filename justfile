@@ -21,6 +21,15 @@ test *args:
 test-slow *args:
     {{ python }} -m pytest -m slow {{ args }}
 
+# CLIP's layout against open_clip, which brings a torchvision of its own, so it is kept apart from what is installed
+test-open-clip:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    scratch="$(mktemp -d)"
+    trap 'rm -rf "${scratch}"' EXIT
+    {{ python }} -m pip install --quiet --no-deps --target "${scratch}" open-clip-torch ftfy wcwidth
+    PYTHONPATH="${scratch}${PYTHONPATH:+:${PYTHONPATH}}" {{ python }} -m pytest tests/models/interop/test_open_clip.py
+
 # the whole loop on the generated world, into DIR
 quickstart dir="quickstart":
     {{ python }} -m capfilt quickstart --out "{{ dir }}"

@@ -33,6 +33,7 @@ from capfilt.quickstart.run import SIZES, Size, open_world
 from capfilt.quickstart.truth import is_true
 from capfilt.quickstart.web import build_human
 from capfilt.recipe import Step
+from capfilt.stages.options import RetrainOptions, foreign
 from capfilt.tables.workspace import Workspace
 
 PHOTOGRAPHS: Mapping[str, Mapping[str, Any]] = {
@@ -107,6 +108,9 @@ def compared(
             name = f"{model}-{corpus}"
             options = {**common, **MODELS[model], **data, "model": model, "out": name}
             options["steps"] = round(common["steps"] * LONGER.get(model, 1))
+            # What the quickstart's BLIP has and this model has not (queue, momentum, hardness) is no option of it.
+            for name in foreign(RetrainOptions(**_frozen(options)), model):
+                del options[name]
             steps.append(Step(stage="retrain", name=f"retrain-{name}", options=options))
             judged = {
                 "model": name,
@@ -119,6 +123,10 @@ def compared(
             judged |= {**evaluate, "tasks": [*evaluate["tasks"], *captions]}
             steps.append(Step(stage="evaluate", name=f"evaluate-{name}", options=judged))
     return steps
+
+
+def _frozen(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def generated(place: Workspace, seed: int, size: str, models: list[str], work: Executor) -> list[Step]:

@@ -257,7 +257,9 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     except Exception as error:
         # typer's usage errors (its own click or the installed one, by version) share this method.
-        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: its help, as people read it
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # a group without a command: its help, as people read it
             print(error.format_message())  # type: ignore[attr-defined]
             return 2
         if hasattr(error, "format_message"):

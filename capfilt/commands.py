@@ -188,7 +188,7 @@ def export(
     model: Annotated[
         str, typer.Argument(help="checkpoint, in any layout: a name in the workspace, or a path (./NAME)")
     ],
-    to: Annotated[str, typer.Option("--to", help="transformers, original (.pth) or capfilt")],
+    to: Annotated[str, typer.Option("--to", help="transformers, original (.pth), openai (CLIP) or capfilt")],
     out: Annotated[str, typer.Option("--out", help="directory to make")],
     only: Annotated[
         str, typer.Option("--only", help="captioner or filter: that half of the model", show_default=False)

@@ -67,7 +67,7 @@ class Filter(Engine):
         limit = min(max_text_tokens or config.max_text_tokens, config.text.max_positions)
         if limit < 2:
             raise UserError(f"max_text_tokens is {max_text_tokens}: [CLS] and [SEP] alone are 2")
-        rows = self.tokenizer.encode_ragged(texts, max_length=limit)
+        rows = self.tokenizer.encode_ragged(texts, max_length=limit, max_words=config.max_words or None)
         texts_of: dict[int, list[int]] = {}
         for text, image in enumerate(index):
             texts_of.setdefault(image, []).append(text)

@@ -41,6 +41,7 @@ class AlbefConfig(ModelConfig):
     text: TextConfig = field(default_factory=bert)
     embed_dim: int = 256  # ALBEF, sec. 3.2, code: width of the ITC space
     max_text_tokens: int = 31  # ALBEF, code: longest text in retrieval, 30, and the [SEP] that is not read
+    max_words: int = 30  # ALBEF, code: of captions
 
     @property
     def vocab_size(self) -> int:

@@ -33,6 +33,7 @@ class AlbefVqaConfig(VqaConfig):
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=384))
     text: TextConfig = field(default_factory=bert)
     max_text_tokens: int = 26  # ALBEF, code: longest question, 25, and the [SEP] that is not read
+    max_words: int = 30  # ALBEF, code
 
     @property
     def vocab_size(self) -> int:
@@ -220,16 +221,15 @@ def classifier_from_albef(
     classes: Sequence[str],
     seed: int = 0,
     drop_path: float = 0.0,
-    **longest: int,
 ) -> AlbefClassifier:
     """An AlbefClassifier that starts from a pretrained ALBEF, or from a classifier of other classes; its head is new.
 
-    longest: `max_text_tokens` and `max_words` of its config. drop_path: ALBEF, code: none.
+    drop_path: ALBEF, code: none.
     """
     if getattr(model, "text_encoder", None) is None and task != "classification":
         raise UserError("a classifier of pictures alone reads no text: start from a pretrained model")
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
-    config = AlbefClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest)
+    config = AlbefClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = AlbefClassifier(config)

@@ -44,6 +44,7 @@ class BlipConfig(ModelConfig):
     half: str = (
         "both"  # "captioner" or "filter": a checkpoint that was published with the modules of one only
     )
+    max_words: int = 30  # BLIP, code: of captions
 
     def __post_init__(self) -> None:
         if self.half not in HALVES:

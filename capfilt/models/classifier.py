@@ -31,7 +31,6 @@ class ClassifierConfig(Classified, ModelConfig):
     Attributes:
         task: which of `capfilt.tables.contracts.TASKS` it was made for; decides the head, and what an output means.
         classes: what the outputs stand for, in order: the labels of the task, or the answers it can give.
-        max_text_tokens, max_words: longest text, as it was trained with.
     """
 
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=384, drop_path=0.1))
@@ -141,11 +140,10 @@ def classifier_from_blip(
     classes: Sequence[str],
     seed: int = 0,
     drop_path: float = 0.1,
-    **longest: int,
 ) -> BlipClassifier:
     """A BlipClassifier that starts from a pretrained BLIP, a filter, or a classifier of other classes; its head is new.
 
-    longest: `max_text_tokens` and `max_words` of its config. drop_path 0.1: BLIP, code, for its two other finetunings.
+    drop_path 0.1: BLIP, code, for its two other finetunings.
     """
     if isinstance(model, Blip) and task != "classification":
         model.require("filter")
@@ -153,7 +151,7 @@ def classifier_from_blip(
         raise UserError("a classifier of pictures alone reads no text: start from a pretrained model")
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     made = build_classifier(
-        ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes), **longest), seed
+        ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes)), seed
     )
     found = model.state_dict()
     names = [name for name in made.state_dict() if name in found and not _is_head(name)]

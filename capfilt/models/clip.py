@@ -115,6 +115,8 @@ class ClipConfig(Shape):
     embed_dim: int = 512
     activation: str = "quick_gelu"  # "gelu" is what most of open_clip's own models have
     logit_bias: bool = False  # for the sigmoid loss (SigLIP, arXiv 2303.15343, sec. 3.2)
+    max_text_tokens: int = 77  # CLIP, code
+    max_words: int = 0  # CLIP, code: texts are cut by tokens alone
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:

@@ -10,10 +10,15 @@ from capfilt.errors import UserError
 
 
 class Shape:
-    """Base of a frozen dataclass whose fields `vision` and `text` are dataclasses too, and which needs no argument."""
+    """Base of a frozen dataclass whose fields `vision` and `text` are dataclasses too, and which needs no argument.
+
+    Whoever trains a model writes into its config how long the texts were; whoever evaluates it reads texts so.
+    """
 
     vision: Any
     text: Any
+    max_text_tokens: int  # longest text in tokens, [CLS] and [SEP] included, as the model was trained with
+    max_words: int  # and before that in words; 0: all of them
 
     @property
     def image_size(self) -> int:
@@ -24,6 +29,12 @@ class Shape:
     def vocab_size(self) -> int:
         size: int = self.text.vocab_size
         return size
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a tokenizer is to encode texts for this model: `max_length` in tokens, and `max_words`, None for all."""
+        longest = min(self.max_text_tokens, self.text.max_positions)
+        return {"max_length": longest, "max_words": self.max_words or None}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict of the fields, nested as the dataclasses are."""
@@ -59,6 +70,9 @@ class Classified(Shape):
         return super().from_dict(values)
 
 
+_FROM_ZERO = ("pad_id", "max_words")
+
+
 def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
     """`values` as keyword arguments for the dataclass that `defaults` is one of; UserError names what does not fit."""
     known = {each.name: type(getattr(defaults, each.name)) for each in dataclasses.fields(defaults)}
@@ -70,6 +84,6 @@ def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
     for name, value in values.items():
         # A whole number is a fine float; a boolean is no number.
         right = type(value) is known[name] or (known[name] is float and type(value) is int)
-        if not right or (type(value) is int and value < (0 if name == "pad_id" else 1)):
+        if not right or (type(value) is int and value < (0 if name in _FROM_ZERO else 1)):
             raise UserError(f"model config: {prefix}{name} is {value!r}, not a usable {known[name].__name__}")
     return dict(values)

@@ -144,8 +144,7 @@ ANSWERS, CLASSES, PAIRS = "answers", "classes", "pairs"
 """The forms that a task takes: answers in words, classes of a text with one picture, statements about two pictures."""
 
 Start = Callable[..., Any]
-"""(pretrained model, seed=, drop_path=) -> the task's model; for CLASSES with task=, classes=, max_text_tokens= and
-max_words= beside them."""
+"""(pretrained model, seed=, drop_path=) -> the task's model; for CLASSES with task= and classes= beside them."""
 
 STARTS: dict[str, dict[type[Model], Start]] = {
     ANSWERS: {Blip: vqa_from_blip, Albef: vqa_from_albef},

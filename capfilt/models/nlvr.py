@@ -28,9 +28,8 @@ class NlvrConfig(ModelConfig):
     """Everything that decides the shape of a BlipNlvr; `to_dict`/`from_dict` go through JSON unchanged."""
 
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=384, drop_path=0.1))
-    max_words: int = (
-        40  # BLIP, code: longest sentence; its tokens are cut by nothing but the model's positions
-    )
+    max_text_tokens: int = 512  # BLIP, code: no limit but the model's positions
+    max_words: int = 40  # BLIP, code: longest sentence
 
 
 class BlipNlvr(nn.Module):

@@ -29,14 +29,12 @@ class ViltClassifierConfig(Classified, ViltConfig):
         task: which of `capfilt.tables.contracts.TASKS` it was made for.
         classes: what the outputs stand for, in order: the labels of the task, or the answers it can give.
         pictures: how many a text is seen with, 1 or 2.
-        max_text_tokens, max_words: longest text, as it was trained with (released code: 40 tokens).
     """
 
     has: str = "none"
     task: str = "vqa"
     classes: tuple[str, ...] = ("no", "yes")
     pictures: int = 1
-    max_text_tokens: int = 40
     max_words: int = 50
 
     def __post_init__(self) -> None:
@@ -91,16 +89,15 @@ def classifier_from_vilt(
     seed: int = 0,
     drop_path: float = 0.0,
     pictures: int = 1,
-    **longest: int,
 ) -> ViltClassifier:
     """A ViltClassifier that starts from a pretrained ViLT, or from a classifier of other classes; its head is new.
 
-    A second picture's modality type starts as a copy of the first one's (released code). longest: `max_text_tokens` and
-    `max_words` of its config. drop_path is for models that have it; a ViLT has dropout.
+    A second picture's modality type starts as a copy of the first one's (released code). drop_path is for models that have
+    it; a ViLT has dropout.
     """
     shape: dict[str, Any] = {each.name: getattr(model.config, each.name) for each in fields(ViltConfig)}
     own: dict[str, Any] = {"has": "none", "task": task, "classes": tuple(classes), "pictures": pictures}
-    config = ViltClassifierConfig(**{**shape, **own, **longest})
+    config = ViltClassifierConfig(**{**shape, **own})
     made = build_vilt_classifier(config, seed)
     found = {name: each for name, each in model.state_dict().items() if name.split(".")[0] not in _HEADS}
     types = found["modality"]
@@ -111,8 +108,7 @@ def classifier_from_vilt(
 
 def pair_from_vilt(model: Vilt | ViltClassifier, seed: int = 0, drop_path: float = 0.0) -> ViltClassifier:
     """As `classifier_from_vilt`, for statements about two pictures."""
-    longest = {"max_text_tokens": model.config.text.max_positions}
-    return classifier_from_vilt(model, "nlvr", LABELS["nlvr"], seed, drop_path, 2, **longest)
+    return classifier_from_vilt(model, "nlvr", LABELS["nlvr"], seed, drop_path, 2)
 
 
 _HEADS = ("itm_head", "mlm_head", "mlm_words", "cls_head")

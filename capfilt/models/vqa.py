@@ -31,6 +31,7 @@ class VqaConfig(ModelConfig):
 
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=480, drop_path=0.1))
     max_text_tokens: int = 35  # BLIP, code: longest question
+    max_words: int = 50  # BLIP, code
 
 
 class Answering(nn.Module, ABC):

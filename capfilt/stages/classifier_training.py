@@ -50,8 +50,6 @@ class ClassifierTask(TaskTraining):
             classes=self.classes(data),
             seed=o.seed,
             drop_path=o.drop_path,
-            max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
-            max_words=o.max_words,
         )
         return made
 

@@ -5,25 +5,39 @@ A field's metadata holds `help`; `kind` says what a string names, so that a reci
 "images", "captions", "scores", "signals", "verdicts", "pairs", "examples" (parts), "model" (a checkpoint), "path" (a file
 or directory). `unless` names an option that, when set, makes it needless to give this one.
 `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
-that those still count as done. `told` marks one that changes what a run says or keeps, and no result.
+that those still count as done. `told` marks one that changes what a run says or keeps, and no result. `models` names those of
+RETRAINED that it means something to, where not all of them: see `foreign`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
 
 
+RETRAINED = ("blip", "clip", "vilt", "albef")
+"""What `retrain` trains."""
+
+
 def _option(
-    default: Any, help: str, *, kind: str = "", later: bool = False, told: bool = False, unless: str = ""
+    default: Any,
+    help: str,
+    *,
+    kind: str = "",
+    later: bool = False,
+    told: bool = False,
+    unless: str = "",
+    models: tuple[str, ...] = RETRAINED,
 ) -> Any:
-    return field(
-        default=default,
-        metadata={"help": help, "kind": kind, "later": later, "told": told, "unless": unless},
-    )
+    known = {"help": help, "kind": kind, "later": later, "told": told, "unless": unless, "models": models}
+    return field(default=default, metadata=known)
+
+
+_TOWERS = ("blip", "albef")
+"""Models with a vision tower, a queue and momentum towers."""
 
 
 def missing(options: Any) -> list[str]:
@@ -31,6 +45,15 @@ def missing(options: Any) -> list[str]:
     fields = type(options).__dataclass_fields__
     open_ = [name for name in fields if getattr(options, name) == REQUIRED]
     return [name for name in open_ if not getattr(options, fields[name].metadata["unless"] or "_", "")]
+
+
+def foreign(options: Any, model: str) -> list[str]:
+    """The names of the options that mean nothing to `model`, one of RETRAINED, and are not what they are by default."""
+    return [
+        each.name
+        for each in fields(options)
+        if model not in each.metadata["models"] and getattr(options, each.name) != each.default
+    ]
 
 
 @dataclass(frozen=True)
@@ -192,12 +215,16 @@ class ModelOptions:
     )
     vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus")
     vision_init: str = _option(
-        "", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path"
+        "",
+        "directory of a transformers ViT or DeiT to start the vision tower from",
+        kind="path",
+        models=("blip", "vilt", "albef"),
     )
     text_init: str = _option(
         "",
         "directory of a transformers BERT to start the text side from; --vocab must be its own",
         kind="path",
+        models=_TOWERS,
     )
 
 
@@ -286,7 +313,12 @@ class LoopOptions:
 class OptimisationOptions(LoopOptions):
     """How long and how to train on pairs."""
 
-    cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
+    max_words: int = _option(
+        0,
+        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip: all)",
+        later=True,
+    )
+    cache_features: bool = _option(False, "compute the frozen trunk's feature maps once", models=_TOWERS)
     stream: bool = _option(
         False,
         "read pictures from their shards as they are needed: memory does not grow with the corpus",
@@ -299,10 +331,16 @@ class OptimisationOptions(LoopOptions):
         later=True,
     )
     stuck_steps: int = _option(
-        2000, "warn after so many steps of ITM at its class prior, 0.6365; 0: never", told=True
+        2000,
+        "warn after so many steps of ITM at its class prior, 0.6365; 0: never",
+        told=True,
+        models=("blip", "vilt", "albef"),
     )
     collapse_steps: int = _option(
-        500, "warn after so many steps of embeddings that are one point; 0: never", told=True
+        500,
+        "warn after so many steps of embeddings that are one point; 0: never",
+        told=True,
+        models=("blip", "clip", "albef"),
     )
 
 
@@ -310,30 +348,45 @@ class OptimisationOptions(LoopOptions):
 class PretrainingObjectiveOptions:
     """ITC, ITM and LM (BLIP, section 3.2)."""
 
-    queue_size: int = _option(57600, "momentum features kept as candidates (BLIP's released code: 57600)")
-    momentum: float = _option(0.995, "of the momentum towers (BLIP's released code); 0 for none")
+    queue_size: int = _option(
+        57600, "momentum features kept as candidates (BLIP's released code: 57600)", models=_TOWERS
+    )
+    momentum: float = _option(
+        0.995, "of the momentum towers (BLIP's released code); 0 for none", models=_TOWERS
+    )
     momentum_batch_size: int = _option(
         0,
         "the batch that `momentum` is meant for: with another it is scaled (BLIP, section 4.1: 2880); 0: as given",
         later=True,
+        models=_TOWERS,
     )
-    alpha: float = _option(0.4, "weight of the momentum towers' soft targets (BLIP's released code)")
-    alpha_ramp_epochs: float = _option(2.0, "alpha grows over this many epochs (BLIP's released code: 2)")
+    alpha: float = _option(
+        0.4, "weight of the momentum towers' soft targets (BLIP's released code)", models=_TOWERS
+    )
+    alpha_ramp_epochs: float = _option(
+        2.0, "alpha grows over this many epochs (BLIP's released code: 2)", models=_TOWERS
+    )
     hardness_ramp_steps: int = _option(
-        0, "ITM's negatives go from uniform to hard over this many steps (BLIP: hard from the start)"
+        0,
+        "ITM's negatives go from uniform to hard over this many steps (BLIP: hard from the start)",
+        models=_TOWERS,
     )
     multi_positive: bool = _option(
         True,
         "candidates of the same image or with the same text count as matches (not in BLIP's released pretraining)",
         later=True,
+        models=_TOWERS,
     )
     global_negatives: bool = _option(
         True,
         "with several ranks, ITC and ITM draw on the whole batch, as one process would; off: on each rank's own texts, "
         "and the queue (BLIP's released pretraining)",
         later=True,
+        models=_TOWERS,
     )
-    label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
+    label_smoothing: float = _option(
+        0.1, "of the language model's targets (BLIP's released code)", models=("blip",)
+    )
 
 
 @dataclass(frozen=True)
@@ -378,7 +431,7 @@ class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
     )
     max_text_tokens: int = _option(35, "texts are cut to this many tokens (BLIP's released code: 35)")
     alpha_ramp_epochs: float = _option(
-        1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)"
+        1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)", models=_TOWERS
     )
     image_size: int = _option(0, "pixels; 0 for the checkpoint's (BLIP's released code: 384)", later=True)
     out: str = _option("filter", "name of the checkpoint to write")
@@ -612,10 +665,6 @@ class SelectOptions:
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 
 
-RETRAINED = ("blip", "clip", "vilt", "albef")
-"""What `retrain` trains."""
-
-
 @dataclass(frozen=True)
 class RetrainOptions(PretrainOptions):
     """Step 3: train a new model on human, kept web and kept synthetic pairs."""
@@ -626,19 +675,34 @@ class RetrainOptions(PretrainOptions):
     )
     model: str = _option("blip", f"which model to train: {', '.join(RETRAINED)}")
     contrast: str = _option(
-        "softmax", "clip's loss: softmax over the batch, or sigmoid of each pair (SigLIP)", later=True
+        "softmax",
+        "clip's loss: softmax over the batch, or sigmoid of each pair (SigLIP)",
+        later=True,
+        models=("clip",),
     )
     contrast_chunk: int = _option(
-        0, "clip: rows of the batch's logits at a time, for large batches; 0 for all", told=True
+        0,
+        "clip: rows of the batch's logits at a time, for large batches; 0 for all",
+        told=True,
+        models=("clip",),
     )
     mask_share: float = _option(
-        0.15, "vilt: share of a text's words that are hidden (section 4.2: 0.15)", later=True
+        0.15,
+        "vilt, albef: share of a text's words, or tokens, that are hidden (0.15 in both papers)",
+        later=True,
+        models=("vilt", "albef"),
     )
     alignment: float = _option(
-        0.1, "vilt: weight of word-patch alignment, 0 for none (released code: 0.1)", later=True
+        0.1,
+        "vilt: weight of word-patch alignment, 0 for none (released code: 0.1)",
+        later=True,
+        models=("vilt",),
     )
     max_patches: int = _option(
-        200, "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200)", later=True
+        200,
+        "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200)",
+        later=True,
+        models=("vilt",),
     )
     continue_from: str = _option(
         "", "checkpoint to continue from, in place of a new initialisation", kind="model"

@@ -37,6 +37,8 @@ class PairTraining(Training[Pairs]):
         self.web = [workspace.part("images", name).expect("images").check() for name in web]
         super().__init__(options, workspace, output)
         shares(options.mix)
+        if options.max_words < 0:
+            raise UserError(f"--max-words {options.max_words}: give 1 or more, or 0 for the model's own")
         if options.stream and options.cache_features:
             raise UserError("--stream and --cache-features: features are cached for pictures that are held")
         if options.loader_workers < 0 or (options.loader_workers and not options.stream):

@@ -32,4 +32,4 @@ class RetrainAlbef(Retrain):
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         config = AlbefObjective(**alignment(self.options))
-        return AlbefPretraining(model, Masking.of(tokenizer), config, ranks)
+        return AlbefPretraining(model, Masking.of(tokenizer, self.options.mask_share), config, ranks)

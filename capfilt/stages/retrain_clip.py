@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from capfilt.data.bpe import BpeTokenizer
+from capfilt.errors import UserError
 from capfilt.models.clip import Clip, ClipConfig, build_clip
 from capfilt.models.contrast import ClipTraining, ContrastConfig
 from capfilt.models.presets import clip_preset
@@ -26,13 +27,17 @@ from capfilt.tables.workspace import Workspace
 class RetrainClip(Retrain):
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks (CLIP, section 2.3)."""
 
+    version = 2  # texts are no longer cut to their first 30 words
     model = "clip"
-    without = ("vision_init", "text_init", "cache_features")
     shown = ("contrast", "accuracy", "scale")
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.loss = ContrastConfig(options.contrast, options.contrast_chunk)
         super().__init__(options, workspace, output)
+        if options.patch_size and self.shape(1000).vision.stages:
+            raise UserError(
+                f"--patch-size {options.patch_size}: the preset {options.preset} is a ResNet, without patches"
+            )
 
     def shape(self, vocab_size: int) -> ClipConfig:
         return clip_preset(self.options.preset, vocab_size)
@@ -45,9 +50,8 @@ class RetrainClip(Retrain):
         return BpeTokenizer.load(vocab) if own else BpeTokenizer.from_merges(vocab)
 
     def sized(self, tokenizer: BpeTokenizer) -> ClipConfig:
-        config = self.shape(tokenizer.vocab_size)
-        vision = dataclasses.replace(config.vision, image_size=self.image_size())
-        return dataclasses.replace(config, vision=vision, logit_bias=self.loss.loss == "sigmoid")
+        config: ClipConfig = super().sized(tokenizer)
+        return dataclasses.replace(config, logit_bias=self.loss.loss == "sigmoid")
 
     def built(self, config: ClipConfig) -> Clip:
         return build_clip(config, seed=self.options.seed)

@@ -27,7 +27,6 @@ class RetrainVilt(Retrain):
 
     model = "vilt"
     shown = ("itm", "mlm", "wpa", "itm_balanced_accuracy")
-    without = ("text_init", "cache_features")
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.loss = MatchingConfig(options.alignment, options.max_patches)

@@ -149,7 +149,7 @@ class TaskTraining(Training[TaskCorpus]):
         return model, contents.tokenizer
 
     def feed(self) -> dict[str, Any]:
-        return {"max_words": self.options.max_words}
+        return {}
 
     def account(self, data: TaskCorpus) -> dict[str, Any]:
         return {"examples": len(data), "images": len(data.image_ids)}
@@ -167,9 +167,7 @@ class TaskTraining(Training[TaskCorpus]):
             return {}
         module = self.module(model.to(where), tokenizer, ALONE).eval()
         totals = {"loss": 0.0, "accuracy": 0.0}
-        longest = min(o.max_text_tokens, model.config.text.max_positions)
-        options = {"max_text_tokens": longest, "max_words": o.max_words}
-        for batch in task_batches(corpus, tokenizer, o.batch_size, epochs=1, **options):
+        for batch in task_batches(corpus, tokenizer, o.batch_size, epochs=1, **self.longest(model)):
             found = module.losses(batch.to(where))  # type: ignore[operator]
             for name in totals:
                 totals[name] += float(found[name]) * len(batch) / len(corpus)
@@ -231,7 +229,7 @@ class FinetuneNlvr(TaskTraining):
             raise UserError(f"--swap {options.swap:g}: give a probability")
 
     def feed(self) -> dict[str, Any]:
-        return {**super().feed(), "swap": self.options.swap}
+        return {"swap": self.options.swap}
 
     def continues(self, model: Any, data: TaskCorpus) -> bool:
         # An ALBEF that has learned text assignment alone has other classes, a ViLT for one picture another head.

@@ -144,16 +144,13 @@ class Retrain(Pretrain):
 
     name = "retrain"
     model: ClassVar[str] = "blip"
-    without: ClassVar[tuple[str, ...]] = ()
-    """Options that mean nothing to this model."""
     options: RetrainOptions
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:
         if options.model not in RETRAINED:
             raise UserError(f"--model {options.model!r}: choose {', '.join(RETRAINED)}")
-        foreign = [name for name in self.without if getattr(options, name)]
-        if foreign:
-            raise UserError(f"--{foreign[0].replace('_', '-')}: is not for --model {self.model}")
+        self.options = options
+        self.check_options(self.model)
         self.pairs = [workspace.part("pairs", name).expect("pairs").check() for name in options.pairs]
         self.joined: list[tuple[Part, Part]] = []
         for item in options.verdicts:
@@ -225,7 +222,7 @@ class Finetune(PairTraining):
         if not self.inputs():
             raise UserError(f"{self.name}: give at least one part with human captions (--human)")
         self.init = workspace.model(options.init)
-        checkpoint.read_config(self.init)
+        self.kind = str(checkpoint.read_config(self.init)["model_type"])
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "init": checkpoint.fingerprint(self.init)}
@@ -279,6 +276,12 @@ class FinetuneFilter(Finetune):
     starts = (Blip, Albef, Vilt)
     shown = (*PairTraining.shown, "accuracy")
     options: FinetuneFilterOptions
+
+    def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
+        super().__init__(options, workspace, output)
+        # A filter writes nothing: there is no language model whose targets to smooth.
+        if kinds.named(self.kind).model in self.starts:
+            self.check_options(self.kind, without=("label_smoothing",))
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
         return PretrainingConfig(objectives=("itc", "itm"), **alignment(self.options))

@@ -6,6 +6,7 @@ Not here: what they train on (`pair_training.py`, `task_training.py`), what each
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from capfilt.models import checkpoint
 from capfilt.models.kinds import Model, empty
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
-from capfilt.stages.options import LoopOptions
+from capfilt.stages.options import LoopOptions, foreign
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -57,7 +58,7 @@ class Data(Protocol):
         self, tokenizer: Encodes, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
     ) -> Iterator[Batch]:
         """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
-        `transform`, and what the stage's `feed` adds.
+        `max_words`, `transform`, and what the stage's `feed` adds.
         """
 
 
@@ -151,6 +152,14 @@ class Training(ModelStage, Generic[D]):
     def prepare(self, data: D, model: Any, where: torch.device) -> None:
         """Change the data for a model that is on its device, before the first batch."""
 
+    @staticmethod
+    def longest(model: Model) -> dict[str, Any]:
+        """The longest texts of a model under training, as `batches` is told."""
+        return {
+            "max_text_tokens": model.config.max_text_tokens,
+            "max_words": model.config.max_words or None,
+        }
+
     def judged(self, model: Any, tokenizer: Any, where: torch.device) -> dict[str, float]:
         """Figures of the finished model, on rank 0."""
         return {}
@@ -192,6 +201,16 @@ class Training(ModelStage, Generic[D]):
         with distributed.joined() as ranks:
             return self._run(ranks, report)
 
+    def check_options(self, model: str, without: tuple[str, ...] = ()) -> None:
+        """UserError naming an option that is given and means nothing to `model`, or is `without` a meaning in this stage."""
+        known = type(self.options).__dataclass_fields__
+        given = [name for name in without if getattr(self.options, name) != known[name].default]
+        for name in (*foreign(self.options, model), *given):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(self.options, name)}: means nothing to {self.name} of a {model}; "
+                "leave it out"
+            )
+
     def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options
         if o.batch_size % (ranks.world * o.accumulate) and ranks.world > 1:
@@ -200,6 +219,12 @@ class Training(ModelStage, Generic[D]):
             )
         data = self.data(self.image_size())
         model, tokenizer = self.initial(data)
+        # The checkpoint says how long its texts were: whoever reads texts with it later goes by that.
+        model.config = dataclasses.replace(
+            model.config,
+            max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
+            max_words=o.max_words or model.config.max_words,
+        )
         where = distributed.device()
         model.to(where)
         if o.freeze_vision:
@@ -251,7 +276,7 @@ class Training(ModelStage, Generic[D]):
                 seed=o.seed,
                 steps=steps,
                 start_step=start,
-                max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
+                **self.longest(model),
                 transform=partial(self._vary, ranks.rank) if o.randaugment else None,
                 rank=ranks.rank,
                 world=ranks.world,

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.data.answers import closed_up
-from capfilt.data.bpe import BpeTokenizer
-from capfilt.data.tokenizer import MAX_WORDS, Tokenizer
+from capfilt.data.tokenizer import Tokenizer
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import Limits, beam_search
@@ -29,7 +28,6 @@ from capfilt.models.blip import Blip
 from capfilt.models.classifier import BlipClassifier
 from capfilt.models.clip import Clip
 from capfilt.models.interop.contents import Contents
-from capfilt.models.kinds import Answers, Judges
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.vilt import ImageTokens, Vilt
 from capfilt.models.vilt_classifier import ViltClassifier
@@ -69,17 +67,15 @@ def opened(contents: Contents, device: str | torch.device = "cpu") -> Opened:
 
 
 class _OnDevice:
-    """A module and its tokenizer, called in evaluation mode, whatever mode it is in.
+    """A module and its tokenizer, called in evaluation mode, whatever mode it is in; texts are as long as in training.
 
     Every call switches to evaluation mode, without gradients, and back, so that a model may be evaluated in
     mid-training. Runs on the model's device, in bf16 autocast on a GPU and fp32 elsewhere; answers are float32.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_words: int = MAX_WORDS) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._max_words = max_words
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +87,7 @@ class _OnDevice:
         return batch.to(self.device, non_blocking=True)
 
     def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        ids, mask = self._tokenizer.encode(texts, self._max_length, max_words=self._max_words)
+        ids, mask = self._tokenizer.encode(texts, **self._model.config.reading)
         return self._sent(ids), self._sent(mask)
 
     @contextlib.contextmanager
@@ -123,17 +119,10 @@ class _SeesImages(_OnDevice):
 class BlipCapabilities(_SeesImages):
     """A `Blip` with its filter's half as a dual encoder, a cross-encoder and an image encoder; see `_OnDevice`."""
 
-    def __init__(
-        self,
-        model: Blip | Albef,
-        tokenizer: Tokenizer,
-        *,
-        max_length: int | None = None,
-        pair_batch: int = 256,
-    ) -> None:
+    def __init__(self, model: Blip | Albef, tokenizer: Tokenizer, *, pair_batch: int = 256) -> None:
         if isinstance(model, Blip):
             model.require("filter")
-        super().__init__(model, tokenizer, max_length or model.config.max_text_tokens)
+        super().__init__(model, tokenizer)
         self._pair_batch = pair_batch
 
     def encode_images(self, batch: Tensor) -> Tensor:
@@ -211,10 +200,6 @@ class WholeBlip(BlipCapabilities, BlipCaptioning):
 class Answering(_SeesImages):
     """A model that answers in words, as what answers questions."""
 
-    def __init__(self, model: Answers, tokenizer: Tokenizer) -> None:
-        # BLIP, released code: a question's first 50 words.
-        super().__init__(model, tokenizer, model.config.max_text_tokens, 50)
-
     def answer(
         self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
     ) -> list[str]:
@@ -248,10 +233,6 @@ class Answering(_SeesImages):
 class Classifying(_OnDevice):
     """A model that judges texts with pictures, as a classifier of them."""
 
-    def __init__(self, model: Judges, tokenizer: Tokenizer) -> None:
-        longest = getattr(model.config, "max_text_tokens", model.config.text.max_positions)
-        super().__init__(model, tokenizer, longest, model.config.max_words)
-
     @property
     def labels(self) -> tuple[str, ...]:
         """The model's."""
@@ -278,15 +259,12 @@ class TowerClassifying(_SeesImages, Classifying):
 
 def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
     if model.config.half == "captioner":
-        return BlipCaptioning(model, tokenizer, model.config.max_text_tokens)
+        return BlipCaptioning(model, tokenizer)
     return (WholeBlip if model.config.half == "both" else BlipCapabilities)(model, tokenizer)
 
 
 class ClipCapabilities(_OnDevice):
     """A `Clip` as a dual encoder and an image encoder; see `_OnDevice`."""
-
-    def __init__(self, model: Clip, tokenizer: BpeTokenizer) -> None:
-        super().__init__(model, tokenizer, model.config.text.context)
 
     def encode_images(self, batch: Tensor) -> Tensor:
         """Features [B, 1, E] of pixels uint8 [B, 3, S, S]: a CLIP's image is one vector."""
@@ -316,7 +294,7 @@ class ViltCapabilities(_OnDevice):
 
     def __init__(self, model: Vilt, tokenizer: Tokenizer, *, pair_batch: int = 256) -> None:
         model.require("match")
-        super().__init__(model, tokenizer, model.config.text.max_positions)
+        super().__init__(model, tokenizer)
         self._pair_batch = pair_batch
 
     def encode_images(self, batch: Tensor) -> Tensor:

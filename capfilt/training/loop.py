@@ -306,7 +306,9 @@ class _Run:
     def _autocast(self) -> AbstractContextManager[object]:
         precision = self.config.precision
         half = precision == "bf16" or (
-            precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            precision == "auto"
+            and self.device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 

@@ -170,7 +170,7 @@ def test_a_checkpoint_holds_it_and_shared_weights_stay_shared(kind, tmp_path, to
     start = pretrained()
     model = {
         "vqa": vqa_from_albef,
-        "classifier": lambda each: classifier_from_albef(each, "entailment", LABELS, max_text_tokens=20),
+        "classifier": lambda each: classifier_from_albef(each, "entailment", LABELS),
         "nlvr": lambda each: nlvr_from_albef(each, classes=ASSIGNED),
     }[kind](start)
     checkpoint.save(tmp_path / "run", model, tokenizer_of(40))

@@ -13,7 +13,7 @@ from torch import nn
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
-from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models.clip import Clip, ClipConfig, ClipVisionConfig, build_clip
 from capfilt.models.interop.clip_layouts import (
     OPENAI,
     TRANSFORMERS,
@@ -25,34 +25,9 @@ from capfilt.models.interop.clip_layouts import (
 )
 from capfilt.models.interop.export import export
 from capfilt.models.presets import CLIP, clip_preset
+from tests.models.interop.clips import RESNET, VIT, sharpened, texts
 
-VIT = ClipConfig(ClipVisionConfig(32, 8, 128, 2, 2, 256), ClipTextConfig(99, 16, 64, 2, 1, 128), embed_dim=24)
-RESNET = dataclasses.replace(VIT, vision=ClipVisionConfig(64, width=16, heads=8, stages="1-2-1-1"))
 HERE = Path("clip.safetensors")
-
-
-def texts(config: ClipConfig, rows: int = 4) -> torch.Tensor:
-    """Start, words, end and padding of several lengths; one text has a second end in its padding."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, config.text.start_id, (rows, 10), generator=generator)
-    ids[:, 0] = config.text.start_id
-    for row, end in enumerate((3, 9, 5, 7)):
-        ids[row, end] = config.text.end_id
-        ids[row, end + 1 :] = 0
-    ids[2, 8] = config.text.end_id
-    return ids
-
-
-def sharpened(config: ClipConfig) -> Clip:
-    """Random weights with something to tell apart, statistics of batches included."""
-    model = build_clip(config).eval()
-    generator = torch.Generator().manual_seed(2)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and name != "logit_scale":
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
-        if name.endswith("running_var"):
-            tensor.abs_().add_(0.5)
-    return model
 
 
 def test_the_published_sizes():
@@ -193,12 +168,26 @@ def test_openais_layout_computed_by_its_own_names(config, tower, heads):
     if config is VIT:
         # The buffers of OpenAI's archives, and half precision, as they come.
         state = {name: each.half() if each.is_floating_point() else each for name, each in state.items()}
-        state |= {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
-    found = from_openai_shapes(HERE, state, "quick_gelu")
+    state |= {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    found = from_openai_shapes(HERE, state, None)
     back = filled(HERE, found, OPENAI, state)
     with torch.no_grad():
         torch.testing.assert_close(back.encode_image(pixels), mine.encode_image(pixels), atol=0.02, rtol=0.02)
     assert found.vision.stages == config.vision.stages
+
+
+def test_what_their_config_leaves_out_is_their_default_and_what_no_clip_has_is_refused():
+    assert from_transformers_config(HERE, {}) == ClipConfig()
+    # A tower that says no activation has transformers' default, not the other tower's.
+    with pytest.raises(UserError, match=r"different activations \(gelu, quick_gelu\)"):
+        from_transformers_config(HERE, {"vision_config": {"hidden_act": "gelu"}})
+    for side in ("vision_config", "text_config"):
+        with pytest.raises(UserError, match=r"no layer_norm_eps 1e-06 \(only 1e-05\)"):
+            from_transformers_config(HERE, {side: {"layer_norm_eps": 1e-6}})
+        assert (
+            from_transformers_config(HERE, {side: {"layer_norm_eps": 1e-5, "hidden_act": None}})
+            == ClipConfig()
+        )
 
 
 def test_keys_without_a_place_and_places_without_a_key_are_listed():
@@ -210,12 +199,12 @@ def test_keys_without_a_place_and_places_without_a_key_are_listed():
     ):
         filled(HERE, VIT, OPENAI, state)
     with pytest.raises(UserError, match=r"ln_final\.weight is missing"):
-        from_openai_shapes(HERE, {}, "gelu")
+        from_openai_shapes(HERE, {}, {})
     for lacking in (RESNET, dataclasses.replace(VIT, logit_bias=True)):
         with pytest.raises(UserError, match="OpenAI's layout"):
             exported(build_clip(lacking), TRANSFORMERS)
     biased = build_clip(dataclasses.replace(VIT, logit_bias=True))
-    assert from_openai_shapes(HERE, exported(biased, OPENAI), "gelu").logit_bias
+    assert from_openai_shapes(HERE, exported(biased, OPENAI), {}).logit_bias
 
 
 def test_pixels_are_normalised_and_positions_resized():

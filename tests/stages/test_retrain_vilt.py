@@ -132,7 +132,7 @@ def test_it_starts_from_a_vit(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_init": "somewhere"}, "--text-init: is not for --model vilt"),
+        ({"text_init": "somewhere"}, "--text-init somewhere: means nothing to retrain of a vilt"),
         ({"alignment": -1.0}, "alignment"),
         ({"max_patches": -1}, "max_patches"),
         ({"preset": "trunk"}, "tiny, small, base"),

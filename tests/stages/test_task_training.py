@@ -33,10 +33,10 @@ def colour(number: int) -> str:
     return NAMES[number % len(NAMES)]
 
 
-def ingest(place, name: str, records: list[dict]) -> None:
+def ingest(place, name: str, records: list[dict], images: str = "pictures") -> None:
     path = place.path / f"{name}.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    options = o.ExamplesOptions(source_path=str(path), dataset=name, images=("pictures",))
+    options = o.ExamplesOptions(source_path=str(path), dataset=name, images=(images,))
     run_stage(Examples(options, place), InlineExecutor(), quiet=True)
 
 

@@ -135,7 +135,9 @@ def test_datasets_decodes_the_pictures(contract, tmp_path):
     part = Part(tmp_path / "part")
     mark = part.begin(contract, "test", {})
     part.commit(0, table, Counts(1, 1), mark, 0.1)
-    part.commit(1, contract.table([]), Counts(0, 0), mark, 0.1)  # nothing kept: no reason for the others not to open
+    part.commit(
+        1, contract.table([]), Counts(0, 0), mark, 0.1
+    )  # nothing kept: no reason for the others not to open
     rows = datasets.load_dataset(
         "parquet", data_files=str(part.path / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
     )

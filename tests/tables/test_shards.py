@@ -294,7 +294,7 @@ def test_a_full_disk_says_so_and_what_was_committed_stays_valid(part, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", full)
+        patch.setattr(pq.ParquetWriter, "write_table", full)
         with pytest.raises(RunError, match="no space left"):
             part.commit(1, rows(2), Counts(2, 2), mark, 0.1)
     assert part.check().shards() == [0]

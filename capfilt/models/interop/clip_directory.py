@@ -21,24 +21,35 @@ from capfilt.models.interop.clip_layouts import (
     from_transformers_config,
     transformers_config,
 )
-from capfilt.models.interop.contents import SETTINGS, Contents, read_json, read_settings, write_beside
+from capfilt.models.interop.contents import (
+    SETTINGS,
+    Contents,
+    read_json,
+    read_settings,
+    settings_of,
+    with_settings,
+    write_beside,
+)
 from capfilt.models.interop.transformers_layout import read_weights, weights_file
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TOKENIZER, MERGES = "tokenizer.json", "merges.txt"
+TOKENIZER, MERGES = "tokenizer.json", ("merges.txt", "bpe_simple_vocab_16e6.txt")
+NO_HOME = ("max_text_tokens", "max_words")
 
 
 def files(directory: Path) -> list[Path]:
     """Every file that `read` reads."""
-    found = [directory / CONFIG, weights_file(directory), *_tokenizer_files(directory)]
+    found = [directory / CONFIG, weights_file(directory), *tokenizer_files(directory)]
     return [*found, directory / SETTINGS] if (directory / SETTINGS).is_file() else found
 
 
 def read_config(directory: Path) -> tuple[ClipConfig, dict[str, Any]]:
     """(our config, `extra`), no weights read."""
     path = directory / CONFIG
-    return from_transformers_config(path, read_json(path)), read_settings(directory)[1]
+    settings, extra = read_settings(directory)
+    config = from_transformers_config(path, read_json(path))
+    return with_settings(directory / SETTINGS, config, NO_HOME, settings), extra
 
 
 def read(directory: Path, image_size: int = 0) -> Contents:
@@ -46,16 +57,7 @@ def read(directory: Path, image_size: int = 0) -> Contents:
     config, extra = read_config(directory)
     path = weights_file(directory)
     model = filled(path, config, TRANSFORMERS, read_weights(path))
-    tokenizer_files = _tokenizer_files(directory)
-    tokenizer = (
-        BpeTokenizer.load(tokenizer_files[0])
-        if tokenizer_files[0].name == TOKENIZER
-        else BpeTokenizer.from_merges(directory / MERGES)
-    )
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"{tokenizer_files[0]}: {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}"
-        )
+    tokenizer = tokenizer_of(directory, config)
     if image_size and image_size != config.image_size:
         model.resize_image(image_size)
     return Contents(model, tokenizer, extra)
@@ -88,14 +90,23 @@ def write(directory: Path, contents: Contents) -> None:
         (CONFIG, config),
     ):
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_beside(directory, {}, contents.extra, contents.leftovers)
+    write_beside(directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers)
 
 
-def _tokenizer_files(directory: Path) -> list[Path]:
-    if (directory / TOKENIZER).is_file():
-        return [directory / TOKENIZER]
-    if (directory / MERGES).is_file():
-        return [directory / MERGES]
+def tokenizer_of(directory: Path, config: ClipConfig) -> BpeTokenizer:
+    """The tokenizer that lies beside a CLIP. UserError where there is none, or another model's."""
+    (path,) = tokenizer_files(directory)
+    tokenizer = BpeTokenizer.load(path) if path.name == TOKENIZER else BpeTokenizer.from_merges(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}")
+    return tokenizer
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The one file that the tokenizer is read from. UserError where there is none."""
+    for name in (TOKENIZER, *MERGES):
+        if (directory / name).is_file():
+            return [directory / name]
     raise UserError(
-        f"{directory}: neither {TOKENIZER} nor {MERGES}; take them from where the weights come from"
+        f"{directory}: neither {TOKENIZER} nor {' nor '.join(MERGES)}; take one from where the weights come from"
     )

@@ -19,10 +19,17 @@ from capfilt.models.weights import fill, listed
 
 TRANSFORMERS, OPENAI = "transformers", "openai"
 
+HEAD_CHANNELS = 64  # CLIP, released code
+SURE_WIDTH = 1024
+"""Up to here every published tower has heads of HEAD_CHANNELS; open_clip's ViT-H, g and G have 80, 88 and 104."""
+EPS = 1e-5  # of every LayerNorm
+_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's archives say of themselves, and nobody else's do."""
+
 _BUFFERS = {
-    # Numbers, not weights: positions that count 0, 1, 2, ..., the causal mask, and what OpenAI's archives say of themselves.
+    # Numbers, not weights: positions that count 0, 1, 2, ..., the causal mask.
     TRANSFORMERS: ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
-    OPENAI: ("attn_mask", "input_resolution", "context_length", "vocab_size"),
+    OPENAI: ("attn_mask", *_NUMBERS),
 }
 
 
@@ -33,7 +40,7 @@ def transformers_config(config: ClipConfig) -> dict[str, Any]:
         raise UserError("transformers has no CLIP with a ResNet: export it in OpenAI's layout")
     if config.logit_bias:
         raise UserError("transformers' CLIPModel has no logit_bias: export it in OpenAI's layout")
-    towers = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
+    towers = {"hidden_act": config.activation, "layer_norm_eps": EPS, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -52,16 +59,37 @@ def transformers_config(config: ClipConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# What a key means that a config.json leaves out: transformers' class defaults, which are ViT-B/32's.
+_SAID: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": EPS, "attention_dropout": 0.0}
+_VISION: dict[str, Any] = {
+    **_SAID, "image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "num_channels": 3,
+}  # fmt: skip
+_TEXT: dict[str, Any] = {
+    **_SAID, "vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "intermediate_size": 2048,
+}  # fmt: skip
+_FIXED = {"layer_norm_eps": EPS, "attention_dropout": 0.0, "num_channels": 3}
+
+
 def from_transformers_config(path: Path, content: Mapping[str, Any]) -> ClipConfig:
     """The shape that a CLIPModel's `config.json` at `path` tells. UserError where it tells none that a Clip has."""
     try:
-        # What it leaves out is what ViT-B/32 has, in transformers as here.
-        v = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "intermediate_size": 3072, "hidden_act": "quick_gelu", **content.get("vision_config", {})}  # fmt: skip
-        t = {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12,
-             "num_attention_heads": 8, "intermediate_size": 2048, **content.get("text_config", {})}  # fmt: skip
-        if t.get("hidden_act", v["hidden_act"]) != v["hidden_act"]:
-            raise UserError(f"{path}: its two towers have different activations, which no Clip has")
+        v, t = ({**known, **{name: each for name, each in content.get(side, {}).items() if each is not None}}
+                for side, known in (("vision_config", _VISION), ("text_config", _TEXT)))  # fmt: skip
+        wrong = [
+            f"{name} {said[name]!r} (only {only!r})"
+            for said in (v, t)
+            for name, only in _FIXED.items()
+            if said.get(name, only) != only
+        ]
+        if wrong:
+            raise UserError(f"{path}: capfilt's CLIP has no {listed(wrong)}")
+        if t["hidden_act"] != v["hidden_act"]:
+            raise UserError(
+                f"{path}: its two towers have different activations ({v['hidden_act']}, {t['hidden_act']}), which no "
+                "Clip has"
+            )
         return ClipConfig(
             vision=ClipVisionConfig(
                 v["image_size"], v["patch_size"], v["hidden_size"], v["num_hidden_layers"], v["num_attention_heads"],
@@ -78,11 +106,62 @@ def from_transformers_config(path: Path, content: Mapping[str, Any]) -> ClipConf
         raise UserError(f"{path}: not the config of a CLIPModel ({error})") from error
 
 
-def from_openai_shapes(path: Path, state: Mapping[str, Tensor], activation: str) -> ClipConfig:
-    """The shape that a state in OpenAI's layout has; what shapes do not tell (heads, activation) is the published rule.
+# open_clip, code: what its `model_cfg` says, and what other options of its towers are where a Clip can be them.
+_CFG = (
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "quick_gelu",
+    "init_logit_scale",
+    "init_logit_bias",
+    "output_dict",
+)
+_VISION_CFG = (
+    "image_size",
+    "layers",
+    "width",
+    "head_width",
+    "mlp_ratio",
+    "patch_size",
+    "patch_dropout",
+    "output_tokens",
+)
+_TEXT_CFG = (
+    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "hf_tokenizer_name", "tokenizer_mode",
+    "tokenizer_kwargs", "output_tokens", "eos_id",
+)  # fmt: skip
+_ONLY = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",), "pad_id": (0,),
+         "block_type": ("default",)}  # fmt: skip
 
-    Heads are 64 wide (CLIP, released code). activation: OpenAI's own weights are quick_gelu; the layout does not say.
+
+def from_openai_shapes(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any] | None) -> ClipConfig:
+    """The shape that a state in OpenAI's layout has; what shapes do not tell is what open_clip's `model_cfg` says.
+
+    said: that; None where there is none. Then heads are 64 wide, up to a width of 1024 (CLIP, released code; open_clip's
+    wider towers have others), and the activation is quick_gelu, of OpenAI's own weights alone, which are told by the three
+    numbers that its archives hold. UserError where that leaves something open, or `said` is no Clip.
     """
+    cfg = dict(said or {})
+    sides = {name: dict(cfg.get(name) or {}) for name in ("vision_cfg", "text_cfg")}
+    if said is None and not set(_NUMBERS) <= set(state):
+        raise UserError(
+            f"{path}: a CLIP's tensors do not say its activation; put open_clip_config.json beside it, as in "
+            '{"model_cfg": {"quick_gelu": false}}'
+        )
+    for name, found, known in (
+        ("model_cfg", cfg, _CFG),
+        ("model_cfg.vision_cfg", sides["vision_cfg"], _VISION_CFG),
+        ("model_cfg.text_cfg", sides["text_cfg"], _TEXT_CFG),
+    ):
+        wrong = [
+            f"{key} {value!r}"
+            for key, value in found.items()
+            if key not in known and value and value not in _ONLY.get(key, ())
+        ]
+        if wrong:
+            raise UserError(
+                f"{path}: {name} of open_clip_config.json says {listed(wrong)}, which no Clip has"
+            )
     try:
         text_width = state["ln_final.weight"].shape[0]
         text = ClipTextConfig(
@@ -90,24 +169,70 @@ def from_openai_shapes(path: Path, state: Mapping[str, Tensor], activation: str)
             context=state["positional_embedding"].shape[0],
             width=text_width,
             depth=_count(state, "transformer.resblocks."),
-            heads=max(1, text_width // 64),
+            heads=_given(sides["text_cfg"], "heads", 8) or _heads(path, "text_cfg.heads", text_width),
             hidden=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         )
+        head_width = _given(sides["vision_cfg"], "head_width", HEAD_CHANNELS)
         if "visual.proj" in state:
             width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
             grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
             hidden = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
             depth = _count(state, "visual.transformer.resblocks.")
-            vision = ClipVisionConfig(grid * patch, patch, width, depth, max(1, width // 64), hidden)
+            heads = width // head_width if head_width else _heads(path, "vision_cfg.head_width", width)
+            vision = ClipVisionConfig(grid * patch, patch, width, depth, heads, hidden)
         else:
             stages = [_count(state, f"visual.layer{number}.") for number in range(1, 5)]
             grid = round((state["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
             width = state["visual.layer1.0.conv1.weight"].shape[0]
             written = "-".join(map(str, stages))
-            vision = ClipVisionConfig(32 * grid, width=width, heads=max(1, 32 * width // 64), stages=written)
+            # Every published ResNet's pool has heads of 64, whatever its width.
+            heads = 32 * width // (head_width or HEAD_CHANNELS)
+            vision = ClipVisionConfig(32 * grid, width=width, heads=max(1, heads), stages=written)
+        activation = "quick_gelu" if said is None or cfg.get("quick_gelu") else "gelu"
         return ClipConfig(vision, text, state["text_projection"].shape[1], activation, "logit_bias" in state)
     except KeyError as error:
         raise UserError(f"{path}: no CLIP in OpenAI's layout: {error.args[0]} is missing") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: open_clip_config.json does not fit its tensors ({error})") from error
+
+
+def openai_cfg(config: ClipConfig) -> dict[str, Any]:
+    """What open_clip's `model_cfg` says of this shape."""
+    v, t = config.vision, config.text
+    wide = 32 * v.width if v.stages else v.width
+    vision = {
+        "image_size": v.image_size, "layers": list(v.blocks) if v.stages else v.depth, "width": v.width,
+        "head_width": wide // v.heads, "patch_size": None if v.stages else v.patch_size,
+        "mlp_ratio": _ratio(v.hidden, v.width),
+    }  # fmt: skip
+    text = {
+        "context_length": t.context, "vocab_size": t.vocab_size, "width": t.width, "heads": t.heads, "layers": t.depth,
+        "mlp_ratio": _ratio(t.hidden, t.width),
+    }  # fmt: skip
+    made = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if config.activation == "quick_gelu":
+        made["quick_gelu"] = True
+    return {**made, "init_logit_bias": -10.0} if config.logit_bias else made
+
+
+def _given(table: Mapping[str, Any], name: str, default: int) -> int:
+    """What a table of open_clip's says, or open_clip's default; 0 where there is no table."""
+    return int(table.get(name, default)) if table else 0
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """What open_clip multiplies the width by, and rounds down."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else (hidden + 0.5) / width
+
+
+def _heads(path: Path, name: str, width: int) -> int:
+    if width % HEAD_CHANNELS or width > SURE_WIDTH:
+        raise UserError(
+            f"{path}: a width of {width} does not say the number of heads; put open_clip_config.json beside it, with "
+            f"model_cfg.{name}"
+        )
+    return width // HEAD_CHANNELS
 
 
 def filled(path: Path, config: ClipConfig, layout: str, found: Mapping[str, Tensor]) -> Clip:

@@ -1,6 +1,6 @@
 """A checkpoint of any layout written in any layout: what `capfilt export` does.
 
-The layouts themselves are `transformers_layout` and `original_layout`; capfilt's own is `checkpoint`.
+The layouts themselves are behind `layouts.writer`; capfilt's own is `checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, kinds
 from capfilt.models.blip import Blip
-from capfilt.models.interop import layouts, original_layout
+from capfilt.models.interop import layouts
 from capfilt.models.interop.contents import LEFTOVERS, Contents, halved
 from capfilt.models.interop.keymaps import kind_of, reason
-from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, TRANSFORMERS
+from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, ORIGINAL
 
 
 def export(source: str | Path, to: str, out: str | Path, only: str = "", image_size: int = 0) -> list[str]:
@@ -57,7 +57,7 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
     what = "captioner and filter" if kind == "both" else kind
     lines = [f"wrote {out}: {what}, layout {to}"]
     kept = Counter(str(reason(name)) for name in contents.leftovers)
-    place = "model.pth" if to not in (CAPFILT, TRANSFORMERS) else LEFTOVERS
+    place = "model.pth" if to == ORIGINAL else LEFTOVERS
     return lines + [f"  {count} tensors kept in {place}: {why}" for why, count in sorted(kept.items())]
 
 
@@ -69,7 +69,5 @@ def _write(directory: Path, to: str, contents: Contents) -> None:
                 {k: each.contiguous().clone() for k, each in contents.leftovers.items()},
                 directory / LEFTOVERS,
             )
-    elif to == TRANSFORMERS:
-        layouts.transformers_of(contents.model).write(directory, contents)
     else:
-        original_layout.write(directory, contents)
+        layouts.writer(to, contents.model).write(directory, contents)

@@ -14,12 +14,20 @@ from typing import Any
 from capfilt.errors import UserError
 from capfilt.models import kinds
 from capfilt.models.config import Shape
-from capfilt.models.interop import clip_directory, original_layout, transformers_layout, vilt_directory
+from capfilt.models.interop import (
+    clip_directory,
+    openai_layout,
+    original_layout,
+    transformers_layout,
+    vilt_directory,
+)
 from capfilt.models.interop.contents import Contents, read_json
 from capfilt.tables.ids import file_sha256
 
-CAPFILT, TRANSFORMERS, ORIGINAL = "capfilt", "transformers", "original"
-LAYOUTS = (CAPFILT, TRANSFORMERS, ORIGINAL)
+CAPFILT, TRANSFORMERS, ORIGINAL, OPENAI = "capfilt", "transformers", "original", "openai"
+LAYOUTS = (CAPFILT, TRANSFORMERS, ORIGINAL, OPENAI)
+_FILES: dict[str, Any] = {ORIGINAL: original_layout, OPENAI: openai_layout}
+"""Layouts whose checkpoint is one file, with others beside it: what reads and writes them."""
 _DIRECTORIES: dict[str, Any] = {
     "blip": transformers_layout,
     "clip": clip_directory,
@@ -46,40 +54,47 @@ def locate(path: str | Path) -> tuple[str, Path]:
             )
         path = found_in_cache
     if path.is_file():
-        if path.suffix not in original_layout.SUFFIXES:
-            raise UserError(
-                f"{path}: a file, but neither {' nor '.join(original_layout.SUFFIXES)}; "
-                "give the directory of a checkpoint, or a .pth of the original repository"
-            )
-        return ORIGINAL, path
+        return _layout_of_file(path), path
     if (path / transformers_layout.CONFIG).is_file():
         content = read_json(path / transformers_layout.CONFIG)
         foreign = not _OURS & set(content) and content.get("model_type") in _DIRECTORIES
         return (TRANSFORMERS if foreign else CAPFILT), path
     if transformers_layout.is_pair(path):
         return TRANSFORMERS, path
+    weights = openai_layout.weights_in(path)
+    if weights is not None:
+        return OPENAI, weights
     found = sorted(each for suffix in original_layout.SUFFIXES for each in path.glob(f"*{suffix}"))
     if len(found) > 1:
         raise UserError(
             f"{path}: {len(found)} files that may be the checkpoint; name one, such as {found[0]}"
         )
-    return (ORIGINAL, found[0]) if found else (CAPFILT, path)
+    return (_layout_of_file(found[0]), found[0]) if found else (CAPFILT, path)
+
+
+def _layout_of_file(path: Path) -> str:
+    if path.suffix in openai_layout.SUFFIXES:
+        return OPENAI
+    if path.suffix not in original_layout.SUFFIXES:
+        raise UserError(
+            f"{path}: a file, but none of {', '.join((*original_layout.SUFFIXES, *openai_layout.SUFFIXES))}; give the "
+            "directory of a checkpoint, a .pth of the original repository, or a CLIP's tensors as open_clip has them"
+        )
+    return OPENAI if openai_layout.holds(path) else ORIGINAL
 
 
 def read(layout: str, path: Path, image_size: int = 0) -> Contents:
     """The checkpoint at a path that `locate` found in this foreign layout."""
-    if layout == TRANSFORMERS:
-        contents: Contents = _transformers(path).read(path, image_size)
-        return contents
-    return original_layout.read(path, image_size)
+    reader = _FILES[layout] if layout in _FILES else _transformers(path)
+    contents: Contents = reader.read(path, image_size)
+    return contents
 
 
 def read_config(layout: str, path: Path) -> tuple[Shape, dict[str, Any]]:
     """(config, extra) of the same, no weights loaded."""
-    if layout == TRANSFORMERS:
-        found: tuple[Shape, dict[str, Any]] = _transformers(path).read_config(path)
-        return found
-    return original_layout.read_config(path)
+    reader = _FILES[layout] if layout in _FILES else _transformers(path)
+    found: tuple[Shape, dict[str, Any]] = reader.read_config(path)
+    return found
 
 
 def fingerprint(layout: str, path: Path) -> str:
@@ -87,19 +102,21 @@ def fingerprint(layout: str, path: Path) -> str:
     if layout == TRANSFORMERS:
         files, root = _transformers(path).files(path), path
     else:
-        files, root = original_layout.files(path), path.parent
+        files, root = _FILES[layout].files(path), path.parent
     total = hashlib.sha256()
     for each in files:
         if not each.is_file():
             raise UserError(f"{each}: no such file")
-        # The name of a .pth is its owner's choice and says nothing about what is in it.
-        name = each.relative_to(root).as_posix() if each != path else original_layout.WEIGHTS
+        # The name of such a file is its owner's choice and says nothing about what is in it.
+        name = each.relative_to(root).as_posix() if each != path else _FILES[layout].WEIGHTS
         total.update(f"{name}:{file_sha256(each)}\n".encode())
     return total.hexdigest()
 
 
-def transformers_of(model: object) -> Any:
-    """What writes this model as a transformers directory. A model without a home there is refused by what it writes with."""
+def writer(layout: str, model: object) -> Any:
+    """What writes this model in a foreign layout. A model without a home there is refused by what it writes with."""
+    if layout in _FILES:
+        return _FILES[layout]
     return _DIRECTORIES.get(kinds.of(model).name, transformers_layout)
 
 

@@ -51,7 +51,7 @@ CLASSES = {
     "BlipForQuestionAnswering": "vqa",
 }
 PAIR = {"captioner": "captioning", "filter": "retrieval"}
-NO_HOME = ("vision.drop_path", "vision.trunk_frozen", "max_text_tokens", "prompt")
+NO_HOME = ("vision.drop_path", "vision.trunk_frozen", "max_text_tokens", "max_words", "prompt")
 
 # What a key means that a config.json leaves out: transformers' class defaults, which are not BLIP's (8 heads, not 12).
 _TEXT_DEFAULTS: dict[str, Any] = {
@@ -107,7 +107,7 @@ def read_config(directory: Path, image_size: int = 0) -> tuple[Config, dict[str,
         assert isinstance(other, BlipConfig)
         both = dataclasses.replace(other, half="both", prompt=config.prompt)
         if dataclasses.replace(config, half="both") != dataclasses.replace(
-            both, max_text_tokens=config.max_text_tokens
+            both, max_text_tokens=config.max_text_tokens, max_words=config.max_words
         ):
             raise UserError(
                 f"{directory}: {' and '.join(PAIR.values())} have different geometries: they are no pair"

@@ -388,7 +388,7 @@ def test_places_that_are_no_checkpoint(tmp_path, retrieval):
     save(state, path.with_name("other.pth"))
     with pytest.raises(UserError, match="2 files that may be the checkpoint"):
         checkpoint.load(path.parent)
-    with pytest.raises(UserError, match=r"neither \.pth nor \.pt"):
+    with pytest.raises(UserError, match=r"a file, but none of \.pth, \.pt"):
         checkpoint.load(path.with_name("vocab.txt"))
     with pytest.raises(UserError, match=r"some-owner/some-model.*hf download some-owner/some-model"):
         checkpoint.load("some-owner/some-model")

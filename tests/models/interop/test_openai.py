@@ -1,0 +1,178 @@
+"""Catches a CLIP in OpenAI's layout that a user cannot open or write, that is read with other heads or another activation than
+it was trained with, or whose file runs code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+
+import pytest
+import torch
+
+from capfilt.data.bpe import BpeTokenizer
+from capfilt.errors import UserError
+from capfilt.models import checkpoint
+from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.interop.clip_layouts import OPENAI, exported, from_openai_shapes
+from capfilt.models.interop.export import export
+from tests.models.interop.clips import RESNET, VIT, sharpened
+from tests.worlds import tiny_checkpoint
+
+NUMBERS = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BpeTokenizer.train(["a photo of a dog", "a dog on a beach"] * 3, 530)
+
+
+def made(config, tokenizer):
+    text = dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size)
+    return sharpened(dataclasses.replace(config, text=text))
+
+
+def same(contents, model) -> None:
+    assert contents.model.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(contents.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("config", [
+    VIT,
+    RESNET,
+    dataclasses.replace(VIT, activation="gelu", logit_bias=True, max_text_tokens=9, max_words=5),
+    # Heads that no width tells: 4 of 32 channels, 2 of 24.
+    dataclasses.replace(
+        VIT, vision=ClipVisionConfig(32, 8, 128, 2, 4, 250), text=ClipTextConfig(99, 16, 48, 2, 2, 100)
+    ),
+])  # fmt: skip
+def test_there_and_back(tmp_path, tokenizer, config):
+    model = made(config, tokenizer)
+    checkpoint.save(tmp_path / "ours", model, tokenizer, {"note": "kept"})
+    assert export(tmp_path / "ours", "openai", tmp_path / "theirs") == [
+        f"wrote {tmp_path / 'theirs'}: clip, layout openai"
+    ]
+    assert checkpoint.layout_of(tmp_path / "theirs") == "openai"
+    assert checkpoint.read_config(tmp_path / "theirs")["config"] == model.config.to_dict()
+    contents, meta = checkpoint.open_any(tmp_path / "theirs")
+    same(contents, model)
+    assert (meta["layout"], contents.extra) == ("openai", {"note": "kept"})
+    assert contents.tokenizer.fingerprint == tokenizer.fingerprint
+    # The file by itself is the same checkpoint, and every file beside it counts.
+    file = tmp_path / "theirs" / "open_clip_model.safetensors"
+    mark = checkpoint.fingerprint(file)
+    assert mark == checkpoint.fingerprint(tmp_path / "theirs")
+    (tmp_path / "theirs" / "open_clip_config.json").write_text('{"model_cfg": {}}')
+    assert checkpoint.fingerprint(file) != mark
+    export(tmp_path / "ours", "capfilt", tmp_path / "again")
+    same(checkpoint.open_any(tmp_path / "again")[0], model)
+
+
+@pytest.mark.parametrize("name", ["ViT.pt", "epoch_3.pt", "open_clip_pytorch_model.bin"])
+def test_tensors_are_read_as_openai_and_open_clip_save_them(tmp_path, tokenizer, name):
+    config = dataclasses.replace(VIT, vision=ClipVisionConfig(32, 8, 128, 2, 2, 256))
+    model = made(config, tokenizer)
+    state = exported(model, OPENAI)
+    tokenizer.save(tmp_path)
+    if name == "ViT.pt":
+        # OpenAI's own: half precision, and the three numbers.
+        state = {
+            key: each.half().float().half() if each.is_floating_point() else each
+            for key, each in state.items()
+        }
+        torch.save({**state, **NUMBERS}, tmp_path / name)
+    elif name == "epoch_3.pt":
+        trained = {
+            "epoch": 3,
+            "name": "run",
+            "state_dict": {f"module.{key}": each for key, each in state.items()},
+        }
+        torch.save(trained, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name)
+    if name != "ViT.pt":
+        with pytest.raises(UserError, match=r"do not say its activation; put open_clip_config\.json"):
+            checkpoint.open_any(tmp_path / name)
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
+    for place in (tmp_path / name, tmp_path):
+        contents, meta = checkpoint.open_any(place)
+        assert meta["layout"] == "openai"
+        assert contents.model.config.activation == "quick_gelu"
+        for key, tensor in model.state_dict().items():
+            expected = tensor.half().float() if name == "ViT.pt" and tensor.is_floating_point() else tensor
+            assert torch.equal(contents.model.state_dict()[key], expected), key
+
+
+def test_heads_that_widths_do_not_tell_are_asked_for(tmp_path):
+    def state(config: ClipConfig):
+        with torch.device("meta"):
+            return {**exported(Clip(config), OPENAI), **NUMBERS}
+
+    # open_clip's ViT-H-14: 16 heads of 80, where 64 would make 20.
+    huge = ClipConfig(
+        ClipVisionConfig(28, 14, 1280, 1, 16, 5120), ClipTextConfig(99, 16, 1024, 1, 16, 4096), 1024, "gelu"
+    )
+    with pytest.raises(
+        UserError, match=r"a width of 1280 does not say the number of heads.*vision_cfg\.head_width"
+    ):
+        from_openai_shapes(tmp_path, state(huge), None)
+    with pytest.raises(UserError, match="a width of 1280 does not say"):
+        from_openai_shapes(tmp_path, state(huge), {"quick_gelu": False})
+    found = from_openai_shapes(
+        tmp_path, state(huge), {"vision_cfg": {"width": 1280, "head_width": 80}, "text_cfg": {"heads": 16}}
+    )
+    assert found == huge
+    odd = dataclasses.replace(huge, vision=ClipVisionConfig(28, 14, 96, 1, 2, 96))
+    with pytest.raises(UserError, match="a width of 96 does not say"):
+        from_openai_shapes(tmp_path, state(odd), None)
+    # What a table of open_clip's leaves out is open_clip's default.
+    sizes = {"vision": ClipVisionConfig(28, 14, 128, 1, 2, 96), "text": ClipTextConfig(99, 16, 128, 1, 8, 96)}
+    narrow = dataclasses.replace(huge, **sizes)
+    told = {"vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
+    assert from_openai_shapes(tmp_path, state(narrow), told) == narrow
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"custom_text": True}, "model_cfg of .* custom_text True"),
+        ({"vision_cfg": {"timm_model_name": "vit"}}, "timm_model_name 'vit'"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "pool_type 'avg'"),
+        ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask True"),
+    ],
+)
+def test_what_no_clip_of_ours_has_is_refused(tmp_path, tokenizer, said, message):
+    state = exported(made(VIT, tokenizer), OPENAI)
+    fine = {
+        "vision_cfg": {"pool_type": "tok", "no_ln_pre": False, "ls_init_value": None},
+        "text_cfg": {"pool_type": "argmax"},
+    }
+    assert from_openai_shapes(tmp_path, state, fine).activation == "gelu"
+    with pytest.raises(UserError, match=message):
+        from_openai_shapes(tmp_path, state, said)
+
+
+def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer):
+    # What tells TorchScript from torch's own archives.
+    with zipfile.ZipFile(tmp_path / "ViT-B-32.pt", "w") as archive:
+        archive.writestr("model/data.pkl", b"")
+        archive.writestr("model/constants.pkl", b"")
+    with pytest.raises(UserError, match=r"TorchScript archive.*torch\.jit\.load"):
+        checkpoint.open_any(tmp_path / "ViT-B-32.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.bin")
+    with pytest.raises(UserError, match="no CLIP in OpenAI's layout: it holds a"):
+        checkpoint.open_any(tmp_path / "other.bin")
+    model = made(VIT, tokenizer)
+    checkpoint.save(tmp_path / "ours", model, tokenizer)
+    export(tmp_path / "ours", "openai", tmp_path / "theirs")
+    path = tmp_path / "theirs" / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}))
+    with pytest.raises(UserError, match="another mean than CLIP's"):
+        checkpoint.open_any(tmp_path / "theirs")
+    tiny_checkpoint(tmp_path / "blip")
+    with pytest.raises(UserError, match="no home in OpenAI's layout"):
+        export(tmp_path / "blip", "openai", tmp_path / "blip-openai")
+    assert not (tmp_path / "blip-openai").exists()

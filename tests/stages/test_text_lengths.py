@@ -1,0 +1,152 @@
+"""Catches a model that is evaluated on texts of another length than it was trained on: position embeddings that never had a
+gradient, or words that training never cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import run_stage
+from capfilt.models import checkpoint
+from capfilt.models.albef import build_albef, without_end
+from capfilt.models.presets import albef_preset
+from capfilt.stages import options as o
+from capfilt.stages import training
+from capfilt.stages.classifier_training import FinetuneEntailment
+from capfilt.stages.retrain_albef import RetrainAlbef
+from capfilt.stages.retrain_clip import RetrainClip
+from capfilt.stages.retrain_vilt import RetrainVilt
+from capfilt.stages.task_training import FinetuneNlvr, FinetuneVqa
+from capfilt.stages.text_assignment import FinetuneTextAssignment
+from capfilt.stages.train import FinetuneFilter, Pretrain
+from capfilt.tables.workspace import Workspace
+from capfilt.tasks.adapters import AlbefCapabilities, opened
+from tests.stages.test_task_training import ingest
+from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
+
+LONG = "a red green blue white square number 0 1 2 3 4 " * 8  # 96 words
+COMMON = {"steps": 1, "batch_size": 4, "augment": False, "out": "made", "ranks": 1}
+NEW = {"human": ("human",), "preset": "tiny", **COMMON}
+TASK = {"images": ("human",), "drop_path": 0.0, **COMMON}
+EITHER = ({"max_text_tokens": 33, "max_words": 28}, {"max_text_tokens": 21, "max_words": 28})
+"""Words decide, tokens decide; neither number is a default of anything."""
+STARTS = {"blip": tiny_checkpoint, "vilt": tiny_vilt}
+CASES = {
+    "pretrain": lambda **given: (Pretrain, o.PretrainOptions(**NEW, vocab_size=200, **given)),
+    "clip": lambda **given: (RetrainClip, o.RetrainOptions(model="clip", **NEW, vocab_size=540, **given)),
+    "vilt": lambda **given: (RetrainVilt, o.RetrainOptions(model="vilt", **NEW, vocab_size=200, **given)),
+    "albef": lambda **given: (RetrainAlbef, o.RetrainOptions(model="albef", **NEW, vocab_size=200, **given)),
+    "filter": lambda **given: (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), **COMMON, **given)),
+    "assignment": lambda **given: (
+        FinetuneTextAssignment,
+        o.FinetuneTextAssignmentOptions(init="pretrained", human=("human",), **COMMON, **given),
+    ),
+    "vqa": lambda **given: (FinetuneVqa, o.FinetuneVqaOptions(examples=("asked",), **TASK, **given)),
+    "nlvr": lambda **given: (FinetuneNlvr, o.FinetuneNlvrOptions(examples=("pairs",), **TASK, **given)),
+    "entailment": lambda **given: (
+        FinetuneEntailment,
+        o.FinetuneEntailmentOptions(examples=("hypotheses",), **TASK, **given),
+    ),
+}
+CHOSEN = [
+    *(("blip", name) for name in ("pretrain", "filter", "vqa", "nlvr", "entailment")),
+    ("blip", "clip"),
+    *(("vilt", name) for name in ("vilt", "filter", "nlvr", "entailment")),
+    *(("albef", name) for name in ("albef", "filter", "vqa", "nlvr", "entailment", "assignment")),
+]
+
+
+def tiny_albef(directory, seed: int = 0) -> None:
+    tokenizer = Tokenizer.train(["a red green blue white square number 0 1 2 3 4"] * 3, 200)
+    config = albef_preset("tiny", tokenizer.vocab_size)
+    vision = dataclasses.replace(config.vision, width=32, depth=1, heads=2, hidden=64)
+    text = dataclasses.replace(config.text, width=32, depth=2, heads=2, hidden=64)
+    checkpoint.save(
+        directory, build_albef(dataclasses.replace(config, vision=vision, text=text), seed), tokenizer
+    )
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Pictures with one long text, a question, a statement and a hypothesis as long."""
+    place = Workspace(tmp_path / "ws")
+    rows = [{**row, "captions": [LONG]} for row in image_rows("human", 8, source="human")]
+    write_images(place.part("images", "human"), [rows])
+    told = [{"image": f"{n:05d}", "split": "train", "identifier": f"train-{n}-0-0"} for n in range(8)]
+    asked = [{**row, "question": LONG, "question_id": n, "answers": ["red"]} for n, row in enumerate(told)]
+    ingest(place, "asked", asked, images="human")
+    hypotheses = [{**row, "hypothesis": LONG, "label": "neutral"} for row in told]
+    ingest(place, "hypotheses", hypotheses, images="human")
+    pairs = [
+        {"identifier": row["identifier"], "images": [row["image"], "00000"], "sentence": LONG, "label": True}
+        for row in told[1:]
+    ]
+    ingest(place, "pairs", pairs, images="human")
+    return place
+
+
+@pytest.mark.parametrize("longest", EITHER, ids=("words", "tokens"))
+@pytest.mark.parametrize(("start", "name"), CHOSEN)
+def test_texts_are_evaluated_as_long_as_they_were_trained_on(place, monkeypatch, start, name, longest):
+    {**STARTS, "albef": tiny_albef}[start](place.model("pretrained"), seed=3)
+    seen = []
+    kept = training.train
+
+    def watched(module, *args, **options):
+        losses = module.losses
+
+        def noted(batch, *rest):
+            seen.append(batch)
+            return losses(batch, *rest)
+
+        module.losses = noted
+        return kept(module, *args, **options)
+
+    monkeypatch.setattr(training, "train", watched)
+    stage, options = CASES[name](**longest)
+    run_stage(stage(options, place), InlineExecutor(), quiet=True)
+    contents, _ = checkpoint.open_any(place.model("made"))
+    model = opened(contents).model
+    ids, mask = seen[-1].ids, seen[-1].mask
+    assert ids.shape[1] == min(longest["max_text_tokens"], longest["max_words"] + 2)
+    if isinstance(model, AlbefCapabilities):
+        ids, mask = without_end(ids, mask)
+    found = model._encode(seen[-1].texts)
+    assert torch.equal(found[0], ids)
+    assert torch.equal(found[1], mask)
+
+
+def test_a_clip_reads_all_words_and_others_thirty(place):
+    long = {"max_text_tokens": 64}
+    for stage, options in (CASES["clip"](**long), CASES["pretrain"](**long)):
+        made = dataclasses.replace(options, out=stage.__name__)
+        run_stage(stage(made, place), InlineExecutor(), quiet=True)
+    clip, blip = (checkpoint.open_any(place.model(name))[0] for name in ("RetrainClip", "Pretrain"))
+    assert opened(clip).model._encode([LONG])[0].shape[1] == 64
+    assert opened(blip).model._encode([LONG])[0].shape[1] == 32
+
+
+def test_a_checkpoint_of_before_opens_with_the_published_lengths(tmp_path):
+    tiny_vilt(tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    text = path.read_text()
+    for line in ('    "max_text_tokens": 40,\n', '    "max_words": 30,\n'):
+        assert line in text
+        text = text.replace(line, "")
+    path.write_text(text)
+    assert checkpoint.open_any(tmp_path / "old")[0].model.config.reading == {
+        "max_length": 40,
+        "max_words": 30,
+    }
+
+
+def test_fewer_words_than_none_are_refused(place):
+    stage, options = CASES["pretrain"](max_words=-1)
+    with pytest.raises(UserError, match="--max-words -1"):
+        stage(options, place)
