@@ -7,6 +7,7 @@ Not here: what they train on (`pair_training.py`, `task_training.py`), what each
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
