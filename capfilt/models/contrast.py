@@ -88,16 +88,25 @@ class ClipTraining(nn.Module):
                 assert self.model.logit_bias is not None
                 bias = self.model.logit_bias.float()
                 loss = self._summed(_sigmoid_rows, images, every_text, own, scale, bias) / share
-        with torch.no_grad():
-            accuracy = ((images @ every_text.T).argmax(dim=1) == own).float().mean()
+            hits = self._hits(images.detach(), every_text.detach(), own)
         return {
             "loss": loss,
             "contrast": loss.detach(),
-            "accuracy": accuracy,
+            "accuracy": hits / len(images),
             "scale": scale.detach(),
             "image_cosine": mean_cosine(images.detach()),
             "text_cosine": mean_cosine(texts.detach()),
         }
+
+    def _hits(self, mine: Tensor, every: Tensor, own: Tensor) -> Tensor:
+        """How many of this rank's rows are likest to their own candidate, some of them at a time: fp32 scalar."""
+        size = self.config.chunk or len(mine)
+        parts = zip(mine.split(size), own.split(size), strict=True)
+        return (
+            torch.stack([((rows @ every.T).argmax(dim=1) == right).sum() for rows, right in parts])
+            .sum()
+            .float()
+        )
 
     def _summed(
         self, rows_of: nn.Module, mine: Tensor, every: Tensor, own: Tensor, *further: Tensor

@@ -122,7 +122,10 @@ class DownloadOptions:
         ("noai", "noimageai", "noindex", "noimageindex"), "X-Robots-Tag values that mean hands off"
     )
     allow_host: tuple[str, ...] = _option((), "HOST:PORT that may have a private address; repeatable")
-    allow_private: bool = _option(False, "allow every private address (intranets)")
+    allow_private: bool = _option(
+        False,
+        "allow private addresses and the loopback (intranets), but no link-local ones nor metadata services",
+    )
     retry: str = _option(
         "",
         "failed: fetch the failed rows of the part again, as a new generation of their shards; options not given are "

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.corpus import batches, from_images
@@ -78,6 +79,26 @@ def test_the_loss_is_that_of_the_formulas_however_it_is_cut(loss, chunk):
 
 
 CASES = {loss: (lambda ranks, loss=loss: trained(loss, ranks), batch_of) for loss in ("softmax", "sigmoid")}
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_in_chunks_no_tensor_has_every_pair(loss):
+    few, chunk = batch_of(), 3
+    batch = dataclasses.replace(few, ids=few.ids.repeat(3, 1), pixels=few.pixels.repeat(3, 1, 1, 1))
+    rows, largest = len(batch.ids), 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), options=None):
+            nonlocal largest
+            made = function(*given, **(options or {}))
+            for each in made if isinstance(made, tuple | list) else [made]:
+                if isinstance(each, torch.Tensor) and each.dim() == 2 and each.shape[1] == rows:
+                    largest = max(largest, len(each))
+            return made
+
+    with Watch():
+        trained(loss, chunk=chunk).losses(batch)["loss"].backward()
+    assert largest < rows  # embeddings the other way round have as many columns, and E rows
 
 
 def test_several_ranks_take_the_gradient_of_one(tmp_path):

@@ -17,13 +17,19 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 # `ipaddress.is_global` covers differs between patch releases of Python; and the addresses of cloud metadata services
 # that are not inside any of them.
 _SPECIAL = {
+    # First, for some lie inside networks that are otherwise private.
+    "metadata service": (
+        "169.254.169.254/32",
+        "168.63.129.16/32",
+        "100.100.100.200/32",
+        "fd00:ec2::254/128",
+    ),
     "unspecified": ("0.0.0.0/8", "::/128"),
     "loopback": ("127.0.0.0/8", "::1/128"),
     "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7", "fec0::/10"),
     "carrier-grade NAT": ("100.64.0.0/10",),
     "link-local": ("169.254.0.0/16", "fe80::/10"),
     "multicast": ("224.0.0.0/4", "ff00::/8"),
-    "metadata service": ("168.63.129.16/32",),
     "reserved": (
         "192.0.0.0/24",
         "192.0.2.0/24",
@@ -40,6 +46,9 @@ _SPECIAL = {
         "5f00::/16",
     ),
 }
+_PRIVATE = ("loopback", "private", "carrier-grade NAT")
+"""What an intranet's hosts have; a cloud's metadata service, link-local addresses and the rest are no intranet."""
+
 _NETWORKS = [(ipaddress.ip_network(text), kind) for kind, texts in _SPECIAL.items() for text in texts]
 
 # Prefixes whose addresses are an IPv4 address in their last 32 bits: mapped, translated (RFC 7915), NAT64 (RFC 6052).
@@ -78,7 +87,7 @@ class AddressPolicy:
 
     Attributes:
         hosts: (host, port) as a URL names them that may have any address.
-        private: whether every address may be connected to.
+        private: whether an intranet's addresses may be connected to: private ones, loopback, carrier-grade NAT.
     """
 
     hosts: frozenset[tuple[str, int]] = field(default_factory=frozenset)
@@ -91,14 +100,14 @@ class AddressPolicy:
 
     def objection(self, host: str, port: int, address: str) -> str | None:
         """Why `address`, to which `host` resolved, must not be connected to, in words; None when it may be."""
-        if self.private or (host, port) in self.hosts:
+        if (host, port) in self.hosts:
             return None
         try:
             # A scope (fe80::1%eth0) names an interface, not an address.
             kind = special_kind(ipaddress.ip_address(address.partition("%")[0]))
         except ValueError:
             kind = "unreadable"
-        if kind is None:
+        if kind is None or (self.private and kind in _PRIVATE):
             return None
         where = host if host == address else f"{host} ({address})"
         name = f"[{host}]" if ":" in host else host

@@ -33,8 +33,8 @@ from tests.stages.download.web import (
         ("10.1.2.3", "private"),
         ("172.31.0.1", "private"),
         ("192.168.1.1", "private"),
-        ("100.100.100.200", "carrier-grade NAT"),
-        ("169.254.169.254", "link-local"),
+        ("100.100.100.200", "metadata service"),
+        ("169.254.169.254", "metadata service"),
         ("168.63.129.16", "metadata service"),
         ("192.0.0.192", "reserved"),
         ("0.0.0.0", "unspecified"),
@@ -48,14 +48,14 @@ from tests.stages.download.web import (
         ("::7f00:1", "reserved"),
         ("::ffff:127.0.0.1", "loopback"),
         ("::ffff:8.8.8.8", None),
-        ("64:ff9b::169.254.169.254", "link-local"),
+        ("64:ff9b::169.254.169.254", "metadata service"),
         ("64:ff9b::8.8.8.8", None),
         ("64:ff9b:1::a00:1", "reserved"),
         ("2002:7f00:1::", "loopback"),
-        ("2002:a9fe:a9fe::1", "link-local"),
+        ("2002:a9fe:a9fe::1", "metadata service"),
         ("2001:0:7f00:1::1", "loopback"),  # Teredo
         ("::ffff:0:10.0.0.1", "private"),
-        ("fd00:ec2::254", "private"),
+        ("fd00:ec2::254", "metadata service"),
         ("fe80::1", "link-local"),
         ("fec0::1", "private"),
         ("ff02::1", "multicast"),
@@ -80,6 +80,22 @@ def test_allowing_a_host_allows_that_host_and_port():
     for bad in ("", "host", ":80", "host:", "host:0", "host:65536", "host:x"):
         with pytest.raises(UserError):
             parse_allowed_host(bad)
+
+
+def test_an_intranet_is_no_metadata_service():
+    policy = AddressPolicy.of(["169.254.1.1:80"], True)
+    for address in ("10.1.2.3", "192.168.1.1", "127.0.0.1", "::1", "fd00::1", "100.64.0.1", "1.1.1.1"):
+        assert policy.objection("here", 80, address) is None
+    services = (
+        "169.254.169.254",
+        "fd00:ec2::254",
+        "168.63.129.16",
+        "100.100.100.200",
+        "::ffff:169.254.169.254",
+    )
+    for address in (*services, "fe80::1", "0.0.0.0", "224.0.0.1"):
+        assert "--allow-host" in policy.objection("here", 80, address)
+    assert policy.objection("169.254.1.1", 80, "169.254.1.1") is None
 
 
 @settings(deadline=None)
