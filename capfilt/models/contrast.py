@@ -101,12 +101,11 @@ class ClipTraining(nn.Module):
     def _hits(self, mine: Tensor, every: Tensor, own: Tensor) -> Tensor:
         """How many of this rank's rows are likest to their own candidate, some of them at a time: fp32 scalar."""
         size = self.config.chunk or len(mine)
-        parts = zip(mine.split(size), own.split(size), strict=True)
-        return (
-            torch.stack([((rows @ every.T).argmax(dim=1) == right).sum() for rows, right in parts])
-            .sum()
-            .float()
-        )
+        hits = torch.zeros((), device=mine.device)
+        for start in range(0, len(mine), size):
+            part = slice(start, start + size)
+            hits = hits + ((mine[part] @ every.T).argmax(dim=1) == own[part]).sum()
+        return hits
 
     def _summed(
         self, rows_of: nn.Module, mine: Tensor, every: Tensor, own: Tensor, *further: Tensor

@@ -286,6 +286,8 @@ class _DelimitedList(_IndexedList):
     def check(self) -> None:
         with self.path.open() as file:
             _, fields = next(self._fields(file), (0, []))
+        if isinstance(fields, _Unreadable):
+            raise UserError(f"{self.path}: its first line must name the columns; {fields.words}")
         if not fields:
             raise UserError(f"{self.path}: is empty; its first line must name the columns")
         names = {self.url_col, self.caption_col} - {""}
@@ -295,7 +297,7 @@ class _DelimitedList(_IndexedList):
             self.header = fields
         self.check_columns(self.header)
 
-    def _fields(self, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+    def _fields(self, file: BinaryIO) -> Iterator[tuple[int, list[str] | _Unreadable]]:
         position = file.tell()
         offset = position
 
@@ -309,10 +311,12 @@ class _DelimitedList(_IndexedList):
         if csv.field_size_limit() < _LONGEST_FIELD:
             csv.field_size_limit(_LONGEST_FIELD)
         while True:
+            fields: list[str] | _Unreadable | None
             try:
                 fields = next(reader, None)
             except csv.Error as error:
-                raise UserError(f"{self.path}: near byte {offset}: {error}") from None
+                # The reader begins anew with the next line.
+                fields = _Unreadable(f"the line at byte {offset} is no CSV ({error})")
             if fields is None:
                 return
             if fields:
@@ -324,6 +328,8 @@ class _DelimitedList(_IndexedList):
         for offset, fields in self._fields(file):
             if skip:
                 skip = False
+            elif isinstance(fields, _Unreadable):
+                yield offset, fields
             elif len(fields) > len(self.header):
                 # Which of them is the text with a stray separator in it cannot be known.
                 yield offset, _Unreadable(f"the line has {len(fields)} fields, the header {len(self.header)}")
@@ -365,7 +371,7 @@ class _JsonlList(_IndexedList):
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield offset, _Unreadable(f"the line at byte {offset} is not JSON ({error})")
                 continue
             if isinstance(record, dict):
@@ -395,7 +401,7 @@ class _JsonList(_RecordList):
         try:
             with self.path.open() as file:
                 values = json.loads(file.read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.path}: is not JSON ({error}); for one object per line give --input-format jsonl"
             ) from None

@@ -90,7 +90,10 @@ class Retry(Fetching):
         table = self.output.read(shard)
         urls, keys = table["url"].to_pylist(), table["key"].to_pylist()
         old = table["failure"].to_pylist()
-        wanted = [(row, urls[row]) for row, failure in enumerate(old) if failure in self.failures]
+        # A row without a URL has nothing to ask for, and knows best why.
+        wanted = [
+            (row, urls[row]) for row, why in enumerate(old) if why in self.failures and urls[row] is not None
+        ]
         answers = shared_worker().run(wanted, settings_of(self.options, self.workers))
         if self.list is not None:
             hashes = self.list.expected_hashes(shard)

@@ -34,6 +34,19 @@ def test_txt_is_a_url_per_line(tmp_path):
     assert captions == [[], [], []]
 
 
+def test_a_line_that_cannot_be_read_is_a_row(tmp_path):
+    # A bare carriage return in an unquoted field, and brackets deeper than any parser goes.
+    csv, jsonl = tmp_path / "u.csv", tmp_path / "u.jsonl"
+    csv.write_bytes(b"url,caption\nu1,a\nu2,b\rc\nu3,d\n")
+    urls, _, faults, _ = read_all(csv)
+    assert (urls[0], urls[-1]) == ("u1", "u3")
+    assert any("is no CSV" in (fault or "") for fault in faults)
+    jsonl.write_bytes(b'{"url": "u1", "caption": "a"}\n' + b"[" * 100_000 + b'\n{"url": "u3"}\n')
+    urls, _, faults, _ = read_all(jsonl)
+    assert urls == ["u1", None, "u3"]
+    assert "is not JSON" in faults[1]
+
+
 def test_csv_quotes_and_tsv_does_not(tmp_path):
     csv, tsv = tmp_path / "u.csv", tmp_path / "u.tsv"
     csv.write_bytes(b'url,caption,n\r\nu1,"a ""b"",\nc",1\r\n\r\nu2,,\nu3,too,many,commas\nu4\n')
