@@ -179,6 +179,19 @@ class _Run:
         self.flops: float | None = None
         if saved:
             self._resume(saved)
+        self._agree()
+
+    def _agree(self) -> None:
+        """All ranks go on from one step, and all count FLOPs, which takes their exchanges, or none does."""
+        mine = torch.tensor([self.progress.step, int(self.peak is not None)], device=self.device)
+        steps, known = self.ranks.stack(mine).T.tolist()
+        if len(set(steps)) > 1:
+            raise RunError(
+                f"{self.state_path}: the ranks would go on from different steps ({', '.join(map(str, steps))}); "
+                "the workspace must be one directory that every machine sees"
+            )
+        if not all(known):
+            self.peak = None
 
     def result(self) -> TrainResult:
         done = self.progress

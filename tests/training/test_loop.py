@@ -24,6 +24,7 @@ from capfilt.errors import RunError, UserError
 from capfilt.models.blip import BlipConfig, build
 from capfilt.models.objectives import COLLAPSED_ITM
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
+from capfilt.models.ranks import Ranks
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.training import average, schedule, state
@@ -141,6 +142,17 @@ def test_a_crash_between_saves_repeats_its_steps_but_not_its_log_lines(tmp_path)
         log.write('{"step": 6, "los')
     train(pretraining(), batches, config, **paths)
     assert lines(paths["log_path"]) == lines(tmp_path / "whole.jsonl")
+
+
+def test_ranks_that_do_not_see_the_same_state_do_not_train_together(tmp_path):
+    class Apart(Ranks):
+        def stack(self, mine):
+            return torch.stack([mine, torch.zeros_like(mine)])  # the other one has found nothing
+
+    options = {"batches": batches, "examples": 12, "state_path": tmp_path / "state.safetensors"}
+    train(pretraining(), config=dataclasses.replace(CONFIG, steps=4), **options)
+    with pytest.raises(RunError, match=r"different steps \(4, 0\)"):
+        train(pretraining(), config=dataclasses.replace(CONFIG, steps=4), ranks=Apart(), **options)
 
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
