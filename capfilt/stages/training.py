@@ -115,6 +115,11 @@ class Training(ModelStage, Generic[D]):
             raise UserError(f"--head-rate {options.head_rate:g}: give a factor above 0")
         if not 0 <= options.ema < 1:
             raise UserError(f"--ema {options.ema:g}: give a decay in [0, 1), 0 for no average")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(options, name, least)
+            if not least <= value <= most:
+                bounds = f"{least:g} or more" if most == math.inf else f"a number from {least:g} to {most:g}"
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: give {bounds}")
 
     # What each stage says for itself.
 
@@ -370,6 +375,25 @@ class Training(ModelStage, Generic[D]):
 
 _APART = ("by_source", "left_out", "skipped_steps", "seconds")
 """Figures of a checkpoint that a summary does not repeat."""
+
+
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "crop_scale": (0.001, 1),
+    "label_smoothing": (0, 0.99),
+    "max_text_tokens": (2, math.inf),  # what begins a text and what ends it
+    "image_size": (0, math.inf),
+    "seed": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "decay_rate": (0, 1),
+    "clip_norm": (0, math.inf),
+    "save_every": (0, math.inf),
+    "alpha": (0, 1),
+    "alpha_ramp_epochs": (0, math.inf),
+    "hardness_ramp_steps": (0, math.inf),
+}
+"""The least and the most that these options can be, of the stages that have them."""
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

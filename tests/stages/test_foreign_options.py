@@ -33,9 +33,11 @@ def place(workspace):
 
 
 def other(default):
-    """A value that is not the default."""
+    """A value that is not the default, and that a model which has the option takes."""
     if isinstance(default, bool):
         return not default
+    if isinstance(default, float):
+        return default / 2 or 0.5
     return f"{default}x" if isinstance(default, str) else default + 1
 
 
