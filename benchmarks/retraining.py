@@ -109,8 +109,8 @@ def compared(
             options = {**common, **MODELS[model], **data, "model": model, "out": name}
             options["steps"] = round(common["steps"] * LONGER.get(model, 1))
             # What the quickstart's BLIP has and this model has not (queue, momentum, hardness) is no option of it.
-            for name in foreign(RetrainOptions(**_frozen(options)), model):
-                del options[name]
+            for unknown in foreign(RetrainOptions(**_frozen(options)), model):
+                del options[unknown]
             steps.append(Step(stage="retrain", name=f"retrain-{name}", options=options))
             judged = {
                 "model": name,
