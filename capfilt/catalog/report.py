@@ -325,7 +325,9 @@ def _rule_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Ht
         cut = row[0] if row and by in (None, score) else None
     parts = [f"Texts are judged by {by or score}"]
     if isinstance(options, Mapping) and options.get("keep_fraction"):
-        parts.append(f"keeping the best {share(options['keep_fraction'], 1)} of all scored texts")
+        parts.append(
+            f"keeping the best {share(options['keep_fraction'], 1)} of the scored texts that may be kept"
+        )
     if cut is not None:
         parts.append(f"kept from {number(cut)}")
     figures = _histograms(

@@ -195,7 +195,10 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
         stage.output.rows,
         len(standing),
         len(missing),
-        table=tally.lines(time.monotonic() - start) if tally is not None and missing else (),
+        table=[
+            *(tally.lines(time.monotonic() - start) if tally is not None and missing else ()),
+            *stage.remarks(),
+        ],
     )
 
 

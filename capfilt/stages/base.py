@@ -117,6 +117,10 @@ class ShardStage(ABC):
         """What to tell of a run beside its rows."""
         return None
 
+    def remarks(self) -> Sequence[str]:
+        """Lines on the part as it stands, for what its counts alone would let pass."""
+        return ()
+
     def expected_rows(self, shard: int) -> int:
         """How many input rows `shard` is made from: those of the stage's `images` part, unless it says otherwise."""
         images: Part = self.images  # type: ignore[attr-defined]

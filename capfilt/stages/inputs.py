@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from capfilt.errors import UserError
 from capfilt.tables.shards import Part
 
@@ -31,3 +36,23 @@ def input_hashes(shard: int, *parts: Part) -> list[str]:
             )
         hashes.append(manifest.sha256)
     return hashes
+
+
+def captions_of(
+    images: Part, ids: pa.ChunkedArray, captions: Sequence[Part], shard: int
+) -> Iterator[pa.Table]:
+    """The given shard of each captions part; `ids` are the images of the same shard of `images`.
+
+    Raises UserError where a caption is of an image that is not among them: parts made from different lists have shards
+    of the same numbers.
+    """
+    for part in captions:
+        table = part.read(shard)
+        known = pc.is_in(table["image_id"], value_set=ids)
+        if not pc.all(known, min_count=0).as_py():
+            image = table["image_id"].filter(pc.invert(known))[0].as_py()
+            raise UserError(
+                f"{part.path}: shard {shard:05d} has a caption of image {image}, which that shard of {images.path} has not; "
+                "these captions were made from other images: name the parts that belong together"
+            )
+        yield table

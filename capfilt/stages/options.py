@@ -657,7 +657,7 @@ class SelectOptions:
     )
     threshold: float = _option(0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)")
     keep_fraction: float = _option(
-        0.0, "instead: keep this share of all scored texts (a global quantile); 0 for none"
+        0.0, "instead: keep this share of the scored texts of --sources (a global quantile); 0 for none"
     )
     sources: tuple[str, ...] = _option(("web", "synthetic"), "which texts may be kept")
     duplicates: str = _option(

@@ -17,7 +17,7 @@ import pyarrow as pa
 from capfilt.data.tokenizer import clean
 from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, reference, score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
-from capfilt.stages.inputs import input_hashes, shards_of
+from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
 from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
@@ -152,9 +152,8 @@ class ScoreStage(ShardStage):
         settle(self.output, self.scorer)
 
     def process(self, shard: int) -> Produced:
-        texts = texts_by_image(
-            self.images.read(shard, FOUND_COLUMNS), (part.read(shard) for part in self.captions)
-        )
+        found = self.images.read(shard, FOUND_COLUMNS)
+        texts = texts_by_image(found, captions_of(self.images, found["image_id"], self.captions, shard))
         size = self.batch_size()
         engine, rows = Clock(), ScoreRows(self.columns)
         for batch in pictures(self.images, shard, self.scorer, size):

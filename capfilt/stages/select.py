@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
-from capfilt.stages.inputs import input_hashes, shards_of
+from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import SelectOptions
 from capfilt.tables.contracts import PAIRS, SCORES, SOURCES, VERDICTS
 from capfilt.tables.shards import Counts, Part
@@ -38,7 +38,12 @@ class Select(ShardStage):
         unknown = [source for source in options.sources if source not in SOURCES]
         if unknown or not options.sources:
             raise UserError(f"--sources {unknown[0] if unknown else ''!r}: choose among {', '.join(SOURCES)}")
+        if options.keep_fraction and options.threshold != SelectOptions.threshold:
+            raise UserError(
+                f"--keep-fraction {options.keep_fraction:g} finds the threshold; give it or --threshold, not both"
+            )
         self.options = options
+        self.workspace = workspace
         self.images = workspace.part("images", options.images).expect("images")
         self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
         self.scores = workspace.part("scores", options.scores).expect("scores")
@@ -58,34 +63,77 @@ class Select(ShardStage):
 
     @cached_property
     def threshold(self) -> float:
-        """The score from which a text is kept: given, or the global quantile that keeps `keep_fraction`.
+        """The score from which a text is kept: given, or the quantile that keeps `keep_fraction`.
 
-        With ties at the quantile every tied text is kept, so a little more than the fraction may be.
+        The share is of the texts that have a score and that nothing but their score can drop. With ties at the quantile
+        every tied text is kept, so a little more than the fraction may be.
         """
         if not self.options.keep_fraction:
             return self.options.threshold
         import duckdb
 
-        files = [str(self.scores.path / manifest.file) for manifest in self.scores.check().manifests()]
         with duckdb.connect() as connection:
-            # The k-th largest score, counted exactly: a quantile function would interpolate or round.
-            row = connection.execute(
-                f'SELECT count("{self.options.by}") FROM read_parquet(?, union_by_name=true)',  # noqa: S608
-                [files],
-            ).fetchone()
+            self._put_candidates(connection)
+            row = connection.execute("SELECT count(*) FROM candidates").fetchone()
             count = int(row[0]) if row else 0
             if not count:
                 raise UserError(
-                    f"{self.scores.path}: no text has an {self.options.by}, so there is no quantile of it"
+                    f"{self.scores.path}: no text of {', '.join(self.options.sources)} has an {self.options.by}, so there "
+                    "is no quantile of it"
                 )
+            # The k-th largest score, counted exactly: a quantile function would interpolate or round.
             place = max(1, round(self.options.keep_fraction * count))
             row = connection.execute(
-                f'SELECT "{self.options.by}" FROM read_parquet(?, union_by_name=true) '  # noqa: S608
-                f'WHERE "{self.options.by}" IS NOT NULL ORDER BY 1 DESC LIMIT 1 OFFSET ?',
-                [files, place - 1],
+                "SELECT value FROM candidates ORDER BY 1 DESC LIMIT 1 OFFSET ?", [place - 1]
             ).fetchone()
         assert row is not None
         return float(row[0])
+
+    def _put_candidates(self, connection: Any) -> None:
+        """Makes the table `candidates`: the scores (`value`) of all texts that may be kept."""
+        views = {
+            "scored": ([self.scores], f'text_id, image_id, "{self.options.by}" AS value'),
+            "pictures": ([self.images], "image_id, source"),
+            "chosen": (self.captions, "text_id"),
+            "others": (self._scored_captions(), "text_id"),
+            "copies": ([self.duplicates] if self.duplicates else [], "image_id, first"),
+        }
+        for name, (parts, columns) in views.items():
+            files = [
+                str(part.path / manifest.file) for part in parts for manifest in part.check().manifests()
+            ]
+            rows = "read_parquet($files, union_by_name=true)"
+            if not files:  # no such part: a table of no rows
+                rows = "(SELECT NULL::VARCHAR AS text_id, NULL::VARCHAR AS image_id, NULL::BOOLEAN AS first LIMIT 0)"
+            statement = f"CREATE TABLE {name} AS SELECT {columns} FROM {rows}"  # noqa: S608 - names of columns
+            connection.execute(statement, {"files": files} if files else {})
+        # What was found with the pictures is whatever no captioner wrote.
+        connection.execute(
+            """
+            CREATE TABLE candidates AS
+            SELECT value FROM scored JOIN pictures USING (image_id)
+            WHERE value IS NOT NULL
+              AND image_id NOT IN (SELECT image_id FROM copies WHERE NOT first)
+              AND CASE
+                    WHEN text_id IN (SELECT text_id FROM chosen) THEN 'synthetic'
+                    WHEN text_id IN (SELECT text_id FROM others) THEN 'not asked for'
+                    ELSE source
+                  END IN (SELECT unnest($sources))
+            """,
+            {"sources": list(self.options.sources)},
+        )
+
+    def _scored_captions(self) -> list[Part]:
+        """The captions parts whose texts were scored and are not to be judged. Raises UserError where one is gone."""
+        ours = {part.info["fingerprint"] for part in self.captions}
+        here = {part.info["fingerprint"]: part for part in self.workspace.parts("captions")}
+        scored = [mark for mark in self.scores.info["identity"].get("captions", ()) if mark not in ours]
+        if any(mark not in here for mark in scored):
+            raise UserError(
+                f"{self.scores.path}: scores captions that are neither named nor in {self.workspace.path}, so their share "
+                "cannot be told from the others'; name them with --captions"
+            )
+        return [here[mark] for mark in scored]
 
     def identity(self) -> Mapping[str, Any]:
         return {
@@ -115,9 +163,33 @@ class Select(ShardStage):
         rows = zip(table["image_id"].to_pylist(), table["first"].to_pylist(), strict=True)
         return {image for image, first in rows if first is False}
 
+    def remarks(self) -> list[str]:
+        if self.output.counts().kept:
+            return []
+        import duckdb
+
+        files = [str(self.output.path / manifest.file) for manifest in self.output.manifests()]
+        with duckdb.connect() as connection:
+            row = connection.execute(
+                f'SELECT count("{self.options.by}"), min("{self.options.by}"), max("{self.options.by}") '  # noqa: S608
+                "FROM read_parquet(?, union_by_name=true)",
+                [files],
+            ).fetchone()
+        assert row is not None
+        count, least, most = row
+        if not count:
+            return [f"nothing is kept: no text has an {self.options.by}; were these texts scored?"]
+        return [
+            (
+                f"nothing is kept: {self.options.by} of {count:,} texts is between {least:.4g} and {most:.4g}, the threshold "
+                f"{self.threshold:.4g}; --keep-fraction 0.3 keeps the best three in ten"
+            )
+        ]
+
     def process(self, shard: int) -> Produced:
         images = self.images.read(shard, [*FOUND_COLUMNS, "status", "failure"])
-        rows = texts_of(images, (part.read(shard) for part in self.captions)).to_pylist()
+        captions = captions_of(self.images, images["image_id"], self.captions, shard)
+        rows = texts_of(images, captions).to_pylist()
         fetched = dict(zip(images["image_id"].to_pylist(), images["status"].to_pylist(), strict=True))
         copies = self._later_copies(shard)
         scores = {row["text_id"]: row for row in self.scores.read(shard).to_pylist()}

@@ -163,6 +163,13 @@ class Retrain(Pretrain):
                     workspace.part("verdicts", verdicts).expect("verdicts").check(),
                 )
             )
+        selected = [(part, part.rows) for part in self.pairs]
+        selected += [(verdicts, verdicts.counts().kept) for _, verdicts in self.joined]
+        if selected and not any(kept for _, kept in selected):
+            raise UserError(
+                f"{', '.join(str(part.path) for part, _ in selected)}: nothing was kept there, so this would train on what "
+                "is left without it; select with a lower --threshold, or leave the part out"
+            )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
         super().__init__(options, workspace, output)
 

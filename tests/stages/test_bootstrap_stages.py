@@ -16,9 +16,10 @@ from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter, run_again
 from capfilt.models.blip import Blip
 from capfilt.stages.caption import CaptionStage
-from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
+from capfilt.stages.options import CaptionOptions, RetrainOptions, ScoreOptions, SelectOptions
 from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
+from capfilt.stages.train import Retrain
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.shards import Counts
 from tests.worlds import image_rows, write_images
@@ -347,6 +348,93 @@ def test_a_kept_fraction_is_a_global_quantile(workspace, fraction):
     rows = rows_of(workspace.part("verdicts", "rule"))
     lost = {row["text_id"] for row in rows if row["reason"] == "no_image"}
     assert {row["text_id"] for row in rows if row["keep"]} == wanted - lost
+
+
+def test_a_kept_fraction_is_of_the_texts_that_may_be_kept(workspace):
+    """Catches a share that counts texts which --sources or --duplicates drop: 0.5 of the synthetic ones kept none of
+    them, because every web text scored higher.
+    """
+    caption(workspace)
+    web = lambda row: row["source"] == "web"
+    order = {}
+    put_scores(workspace, lambda row: order.setdefault(row["text_id"], len(order) / 100 + web(row)))
+    scored = list(rows_of(workspace.part("scores", "chosen")))
+    assert len(scored) > 20
+    for sources in (("synthetic",), ("web",)):
+        rule = f"half-{sources[0]}"
+        options = SelectOptions(
+            images="web",
+            captions=("captioner",),
+            scores="chosen",
+            out=rule,
+            keep_fraction=0.5,
+            sources=sources,
+        )
+        run(Select(options, workspace))
+        rows = rows_of(workspace.part("verdicts", rule))
+        asked = [
+            row["itm_score"] for row in rows if row["source"] in sources and row["itm_score"] is not None
+        ]
+        least = sorted(asked)[-round(len(asked) / 2)]
+        kept = [row for row in rows if row["keep"]]
+        assert kept
+        assert all(row["source"] in sources and row["itm_score"] >= least for row in kept)
+        usable = [row for row in rows if row["source"] in sources and row["reason"].startswith("itm_score")]
+        assert len(kept) == sum(row["itm_score"] >= least for row in usable)
+
+
+def test_a_share_is_not_mixed_with_captions_that_were_scored_and_are_not_judged(workspace):
+    """Catches a share of web texts that takes another captioner's scored texts for found ones."""
+    caption(workspace)
+    run(ScoreStage(ScoreOptions(images="web", captions=("captioner",), out="both"), workspace))
+    found = SelectOptions(images="web", scores="both", out="found", keep_fraction=0.5)
+    stage = Select(found, workspace)
+    made = {row["text_id"] for row in rows_of(workspace.part("captions", "captioner"))}
+    scores = [row for row in rows_of(workspace.part("scores", "both")) if row["itm_score"] is not None]
+    web = sorted(row["itm_score"] for row in scores if row["text_id"] not in made)
+    assert len(web) < len(scores)
+    assert stage.threshold == web[-round(len(web) / 2)]
+    (workspace.path / "captions" / "captioner").rename(workspace.path / "elsewhere")
+    with pytest.raises(UserError, match="name them with --captions"):
+        Select(found, workspace).threshold  # noqa: B018
+
+
+def test_a_threshold_beside_a_kept_fraction_is_refused(workspace):
+    """Catches --threshold 0.9 that --keep-fraction overrides without a word."""
+    put_scores(workspace, lambda row: 0.9)
+    with pytest.raises(UserError, match="not both"):
+        Select(SelectOptions(images="web", scores="chosen", keep_fraction=0.5, threshold=0.9), workspace)
+
+
+def test_keeping_nothing_is_said_and_not_trained_on(workspace):
+    """Catches a rule that keeps nothing and says nothing of it, and a retraining that goes on without the empty part."""
+    put_scores(workspace, lambda row: 0.125)
+    options = SelectOptions(images="web", scores="chosen", out="rule")
+    summary = run(Select(options, workspace))
+    assert "nothing is kept: itm_score of 14 texts is between 0.125 and 0.125" in summary.text()
+    assert "nothing is kept" in run(Select(options, workspace)).text()  # nor the second time
+    run(WritePairs(options, workspace))
+    for chosen in ({"pairs": ("rule",)}, {"verdicts": ("web=rule",)}):
+        with pytest.raises(UserError, match="nothing was kept there"):
+            Retrain(RetrainOptions(out="model", **chosen), workspace)
+    lower = dataclasses.replace(options, threshold=0.1, out="lower")
+    assert "nothing" not in run(Select(lower, workspace)).text()
+
+
+def test_captions_of_other_images_are_refused_by_name(workspace):
+    """Catches captions of another images part, whose shards have the same numbers: they ended in "rows do not add up"."""
+    caption(workspace)
+    write_images(workspace.part("images", "other"), [image_rows("other", 5), image_rows("other", 5, start=5)])
+    put_scores(workspace, lambda row: 0.9)
+    for stage in (
+        ScoreStage(ScoreOptions(images="other", captions=("captioner",)), workspace),
+        Select(SelectOptions(images="other", captions=("captioner",), scores="chosen"), workspace),
+    ):
+        with pytest.raises(
+            UserError, match=r"captions/captioner: shard 0000\d has a caption of image .* made from other"
+        ):
+            run(stage)
+        assert not stage.output.exists
 
 
 def test_human_texts_are_kept_only_when_asked_for(workspace):
