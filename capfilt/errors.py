@@ -7,5 +7,9 @@ class UserError(Exception):
     """An option, part, column, checkpoint or recipe key is missing or wrong. One line; the CLI exits with 2."""
 
 
+class MissingInput(UserError):
+    """What a stage reads is not there, or not wholly: it may be that the step which writes it has not run yet."""
+
+
 class RunError(Exception):
     """The run itself failed (a full disk, a dead worker after its retries). One line; the CLI exits with 1."""

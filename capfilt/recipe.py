@@ -13,14 +13,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput, UserError
 from capfilt.execution.run import Executor, SharedExecutor, Summary, executor, outlook, run_command
 from capfilt.resources import find_recipe
 from capfilt.stages.options import missing
@@ -171,24 +171,24 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
 def show(recipe: Recipe, settings: Sequence[str]) -> str:
     """The whole resolved recipe as YAML: every option of every step, defaults included.
 
-    An input that was not given and has no default stands as its reference, `${NAME}`. Raises UserError as `resolve`.
+    An input that was not given and has no default stands as its reference, `${NAME}`, and is an input of what is shown,
+    which is a recipe itself. Raises UserError as `resolve`.
     """
     given = {setting.partition("=")[0] for setting in settings}
-    open_inputs = [
-        f"{name}=${{{name}}}"
-        for name, item in recipe.inputs.items()
-        if item.default is None and name not in given
-    ]
+    open_inputs = {
+        name: item for name, item in recipe.inputs.items() if item.default is None and name not in given
+    }
     steps = []
-    for step, options in resolve(recipe, [*open_inputs, *settings]):
+    for step, options in resolve(recipe, [*(f"{name}=${{{name}}}" for name in open_inputs), *settings]):
         values = {
             key: list(value) if isinstance(value, tuple) else value for key, value in vars(options).items()
         }
         together = {"together": step.together} if step.together else {}
         steps.append({"stage": step.stage, "name": step.label, **together, "options": values})
-    return str(
-        yaml.safe_dump({"version": recipe.version, "stages": steps}, sort_keys=False, allow_unicode=True)
-    )
+    content: dict[str, Any] = {"version": recipe.version}
+    if open_inputs:
+        content["inputs"] = {name: {"help": item.help} for name, item in open_inputs.items()}
+    return str(yaml.safe_dump({**content, "stages": steps}, sort_keys=False, allow_unicode=True))
 
 
 def chosen_steps(
@@ -214,8 +214,14 @@ def run_recipe(
 ) -> Iterator[tuple[Step, Summary]]:
     """Run the steps in order, yielding the account of each stage; `runs/recipes/<name>.json` keeps them all.
 
-    Steps that run together yield in the order in which they end; where one fails, the others are stopped.
+    What is wrong with a later step ends it before the first (UserError), as far as that can be known so early. Steps that
+    run together yield in the order in which they end; where one fails, the others are stopped.
     """
+    for step, options in steps:
+        command = stage_command(step.stage)
+        for kind in command.classes(options):
+            with suppress(MissingInput):
+                command.build(kind, options, workspace)
     record: dict[str, Any] = {}
     path: Path = workspace.path / "runs" / "recipes" / f"{name}.json"
     with executor(execution) if isinstance(execution, str) else nullcontext(execution) as work:
@@ -281,7 +287,10 @@ def account(summary: Summary) -> dict[str, Any]:
 
 
 def dry_run(steps: list[tuple[Step, Any]], workspace: Workspace) -> Iterator[str]:
-    """A line per stage: done, to do on how many rows, or waiting for what is not there yet. Writes nothing."""
+    """A line per stage: done, to do on how many rows, or waiting for what is not there yet. Writes nothing.
+
+    Raises UserError for whatever else is wrong with a step.
+    """
     pending: set[str] = set()
     for step, options in steps:
         command = stage_command(step.stage)
@@ -290,7 +299,7 @@ def dry_run(steps: list[tuple[Step, Any]], workspace: Workspace) -> Iterator[str
             try:
                 stage = command.build(path, options, workspace)
                 text = outlook(stage)
-            except UserError as error:
+            except MissingInput as error:
                 if not pending:
                     raise
                 text = f"waits for an earlier step ({error})"

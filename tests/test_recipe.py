@@ -63,6 +63,18 @@ def test_what_is_shown_needs_no_inputs_and_names_those_that_are_open(tmp_path):
     assert {step["options"]["images"] for step in given} == {"web"}
 
 
+def test_what_is_shown_is_a_recipe(tmp_path):
+    """Catches a resolved recipe that cannot be run: it used inputs that it did not declare."""
+    path = write(tmp_path / "r.yaml")
+    for given, later in ((["caption.seed=3"], ["part=web"]), (["caption.seed=3", "part=web"], [])):
+        shown = tmp_path / "shown.yaml"
+        shown.write_text(recipes.show(recipes.load_recipe(path)[1], given))
+        assert resolved(str(shown), *later) != resolved(path, "part=web")  # the labels are written out
+        assert [options for _, options in resolved(str(shown), *later)] == [
+            options for _, options in resolved(path, "part=web", "caption.seed=3")
+        ]
+
+
 def test_inputs_and_settings_reach_the_options_with_their_types(tmp_path):
     path = write(tmp_path / "r.yaml")
     steps = resolved(path, "part=web", "caption.top-p=0.5", "select.sources=[web]", "score.captions=[a, b]")
@@ -133,6 +145,39 @@ def test_a_run_skips_what_is_done_and_a_dry_run_writes_nothing(tmp_path):
     assert all("done" in line for line in recipes.dry_run(steps, place))
     again = [summary for _, summary in recipes.run_recipe("r", steps, place, "inline", quiet=True)]
     assert [summary.done_now for summary in again] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("select.keep_fraction=3", "--keep-fraction 3"), ("score.precision=fp12", "fp12")],
+)
+def test_a_wrong_value_of_a_later_step_is_found_before_anything_is_done(tmp_path, setting, message):
+    """Catches `waits for an earlier step (--keep-fraction 3.0: ...)`, and a run that finds it out hours later."""
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "web"), [image_rows("web", 4)])
+    tiny_checkpoint(place.model("captioner"), seed=1)
+    tiny_checkpoint(place.model("filter"), seed=2)
+    steps = resolved(write(tmp_path / "r.yaml"), "part=web", setting)
+    with pytest.raises(UserError, match=message):
+        list(recipes.dry_run(steps, place))
+    with pytest.raises(UserError, match=message):
+        next(iter(recipes.run_recipe("r", steps, place, "inline", quiet=True)))
+    assert not place.part("captions", "captioner").exists
+
+
+@pytest.mark.parametrize("option", ["batch_size=0", "preset=huge", "precision=fp12", "schedule=none"])
+def test_a_training_tells_of_its_options_before_it_misses_its_inputs(tmp_path, option):
+    """Catches a wrong option of a training step that a dry run hides behind a part that is still to be made."""
+    stages = [
+        {"stage": "subset", "options": {"images": "web", "dataset": "human"}},
+        {"stage": "pretrain", "options": {"human": ["human"], "steps": 5}},
+    ]
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "web"), [image_rows("web", 4)])
+    path = write(tmp_path / "r.yaml", stages=stages, inputs={})
+    assert "waits for an earlier step" in list(recipes.dry_run(resolved(path), place))[1]
+    with pytest.raises(UserError, match=option.split("=")[1]):
+        list(recipes.dry_run(resolved(path, f"pretrain.{option}"), place))
 
 
 class Threads(InlineExecutor):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import capfilt
 from capfilt.data.tokenizer import Encodes, Tokenizer
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput, UserError
 from capfilt.models import kinds
 from capfilt.models.blip import Blip
 from capfilt.models.config import Shape
@@ -184,7 +184,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(
+        raise MissingInput(
             f"{path}: no such file; a checkpoint is a directory of {CONFIG}, {WEIGHTS}, {TOKENIZER}"
         )
     return path

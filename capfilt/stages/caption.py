@@ -93,7 +93,6 @@ class CaptionStage(ShardStage):
                 f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens, and 1"
             )
         self.options = options
-        self.images = workspace.part("images", options.images).expect("images")
         self.captioner = reference(
             CAPTIONERS,
             options.captioner,
@@ -103,8 +102,9 @@ class CaptionStage(ShardStage):
             options.precision,
             options.compile,
         )
-        self.output = output or workspace.part("captions", options.out or self.captioner.name)
         open_captioner(self.captioner)
+        self.images = workspace.part("images", options.images).expect("images")
+        self.output = output or workspace.part("captions", options.out or self.captioner.name)
 
     @cached_property
     def mark(self) -> str:

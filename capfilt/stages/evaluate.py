@@ -37,15 +37,8 @@ class Evaluate(ResultStage):
     def __init__(self, options: EvaluateOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
         self.tasks = registry.chosen(options.tasks)
-        self.checkpoint = workspace.model(options.model)
-        checkpoint.read_config(self.checkpoint)
-        self.images = workspace.part("images", options.images).expect("images").check()
-        self.pictures = [workspace.part("images", name).expect("images").check() for name in options.pictures]
-        self.examples = [
-            workspace.part("examples", name).expect("examples").check() for name in options.examples
-        ]
         asking = [task.name for task in self.tasks if task.reads != CAPTIONS]
-        if asking and not self.examples:
+        if asking and not options.examples:
             raise UserError(f"--tasks {asking[0]}: name examples to evaluate on (--examples)")
         for name in ("split", "support_split"):
             if getattr(options, name) not in ("", *SPLITS):
@@ -55,6 +48,13 @@ class Evaluate(ResultStage):
         for name, least in (("batch_size", 1), ("limit", 0), ("rerank", 0), ("resamples", 0), ("draws", 1)):
             if getattr(options, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
+        self.checkpoint = workspace.model(options.model)
+        checkpoint.read_config(self.checkpoint)
+        self.images = workspace.part("images", options.images).expect("images").check()
+        self.pictures = [workspace.part("images", name).expect("images").check() for name in options.pictures]
+        self.examples = [
+            workspace.part("examples", name).expect("examples").check() for name in options.examples
+        ]
         self.output = result_path(workspace.path, options.out or self.checkpoint.name)
 
     def identity(self) -> Mapping[str, Any]:

@@ -7,19 +7,19 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput, UserError
 from capfilt.tables.shards import Part
 
 
 def shards_of(first: Part, *others: Part) -> list[int]:
-    """The committed shards of `first`. Raises UserError when there is none or another part lacks one of them."""
+    """The committed shards of `first`. Raises MissingInput when there is none or another part lacks one of them."""
     shards = first.shards()
     if not shards:
-        raise UserError(f"{first.path}: has no committed shard; run the stage that writes it first")
+        raise MissingInput(f"{first.path}: has no committed shard; run the stage that writes it first")
     for part in others:
         missing = sorted(set(shards) - set(part.shards()))
         if missing:
-            raise UserError(
+            raise MissingInput(
                 f"{part.path}: shard {missing[0]:05d} of {first.path} is not in it; run the stage that writes it to the end"
             )
     return shards
@@ -31,7 +31,7 @@ def input_hashes(shard: int, *parts: Part) -> list[str]:
     for part in parts:
         manifest = part.manifest(shard)
         if manifest is None:
-            raise UserError(
+            raise MissingInput(
                 f"{part.path}: shard {shard:05d} is not committed; run the stage that writes it to the end"
             )
         hashes.append(manifest.sha256)

@@ -32,9 +32,6 @@ class PairTraining(Training[Pairs]):
     shown: ClassVar[tuple[str, ...]] = ("itc", "itm", "lm", "itm_balanced_accuracy")
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
-        self.human = [workspace.part("images", name).expect("images").check() for name in options.human]
-        web = getattr(options, "web", ())
-        self.web = [workspace.part("images", name).expect("images").check() for name in web]
         super().__init__(options, workspace, output)
         shares(options.mix)
         if options.max_words < 0:
@@ -47,6 +44,9 @@ class PairTraining(Training[Pairs]):
             raise UserError("--shard and --cache-features: features are cached by models that are whole")
         if options.randaugment and options.cache_features:
             raise UserError("--randaugment changes pictures: it needs --augment, and no --cache-features")
+        self.human = [workspace.part("images", name).expect("images").check() for name in options.human]
+        web = getattr(options, "web", ())
+        self.web = [workspace.part("images", name).expect("images").check() for name in web]
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
         """Which losses a BLIP is trained with."""

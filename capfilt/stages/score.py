@@ -98,8 +98,6 @@ class ScoreStage(ShardStage):
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
-        self.images = workspace.part("images", options.images).expect("images")
-        self.captions = self.caption_parts(workspace)
         self.filter = reference(
             SCORERS,
             options.filter,
@@ -109,9 +107,11 @@ class ScoreStage(ShardStage):
             options.precision,
             options.compile,
         )
-        self.output = output or workspace.part("scores", options.out or self.filter.name)
         self.columns = dict(open_scorer(self.filter).columns)
         self.contract = score_contract(self.columns)
+        self.images = workspace.part("images", options.images).expect("images")
+        self.captions = self.caption_parts(workspace)
+        self.output = output or workspace.part("scores", options.out or self.filter.name)
 
     def caption_parts(self, workspace: Workspace) -> list[Part]:
         """The captions parts to score."""

@@ -45,10 +45,6 @@ class TaskTraining(Training[TaskCorpus]):
         for name in ("examples", "images"):
             if not getattr(options, name):
                 raise UserError(f"{self.name}: give at least one part of {name} (--{name})")
-        self.parts = {
-            name: workspace.part("examples", name).expect("examples").check() for name in options.examples
-        }
-        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
         super().__init__(options, workspace, output)
         for split in options.splits:
             if split not in SPLITS:
@@ -62,6 +58,10 @@ class TaskTraining(Training[TaskCorpus]):
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(options, name):g}: give a number in [0, 1)"
                 )
+        self.parts = {
+            name: workspace.part("examples", name).expect("examples").check() for name in options.examples
+        }
+        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
         self.init = workspace.model(options.init)
         checkpoint.read_config(self.init)
 

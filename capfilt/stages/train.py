@@ -55,14 +55,15 @@ class Pretrain(PairTraining):
     options: PretrainOptions
 
     def __init__(self, options: PretrainOptions, workspace: Workspace, output: Part | None = None) -> None:
-        super().__init__(options, workspace, output)
-        if not self.inputs():
+        self.options = options
+        if not any(getattr(options, name, ()) for name in ("human", "web", "pairs", "verdicts")):
             raise UserError(f"{self.name}: give at least one part to train on (--human, --web)")
         for kind in ("vocab", "vision_init", "text_init"):
             path = getattr(options, kind)
             if path and path != "corpus" and not Path(path).exists():
                 raise UserError(f"--{kind.replace('_', '-')} {path}: no such file or directory")
         self.shape(1000)
+        super().__init__(options, workspace, output)
 
     def shape(self, vocab_size: int) -> Any:
         """The preset of the model to train. UserError where there is none of the name."""
@@ -151,6 +152,7 @@ class Retrain(Pretrain):
             raise UserError(f"--model {options.model!r}: choose {', '.join(RETRAINED)}")
         self.options = options
         self.check_options(self.model)
+        super().__init__(options, workspace, output)
         self.pairs = [workspace.part("pairs", name).expect("pairs").check() for name in options.pairs]
         self.joined: list[tuple[Part, Part]] = []
         for item in options.verdicts:
@@ -171,7 +173,6 @@ class Retrain(Pretrain):
                 "is left without it; select with a lower --threshold, or leave the part out"
             )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
-        super().__init__(options, workspace, output)
 
     def inputs(self) -> list[Part]:
         return [*super().inputs(), *self.pairs, *(part for joined in self.joined for part in joined)]
@@ -225,9 +226,9 @@ class Finetune(PairTraining):
     options: FinetuneCaptionerOptions | FinetuneFilterOptions | FinetuneTextAssignmentOptions
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
-        super().__init__(options, workspace, output)
-        if not self.inputs():
+        if not options.human:
             raise UserError(f"{self.name}: give at least one part with human captions (--human)")
+        super().__init__(options, workspace, output)
         self.init = workspace.model(options.init)
         self.kind = str(checkpoint.read_config(self.init)["model_type"])
 

@@ -37,7 +37,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capfilt.errors import RunError, UserError
+from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS, Contract
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import publish_new, publish_new_bytes, replace
@@ -186,7 +186,9 @@ class Part:
         path = self.path / "_part.json"
         if not path.is_file():
             if not self.path.exists():
-                raise UserError(f"{self.path}: no such part; run the stage that writes it, or name another")
+                raise MissingInput(
+                    f"{self.path}: no such part; run the stage that writes it, or name another"
+                )
             raise UserError(
                 f"{self.path}: not a part (no _part.json); bring other tools' data in with `capfilt ingest`"
             )
@@ -528,7 +530,7 @@ class Part:
         """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""
         manifest = self.manifest(shard)
         if manifest is None:
-            raise UserError(
+            raise MissingInput(
                 f"{self.path}: shard {shard:05d} is not committed; run the stage that writes it to the end"
             )
         problem = self.problem(manifest)

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput, UserError
 from capfilt.models import kinds
 from capfilt.models.config import Shape
 from capfilt.models.interop import (
@@ -48,7 +48,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
     if not path.exists() and _HUB_ID.fullmatch(str(path)):
         found_in_cache = _cached(str(path))
         if found_in_cache is None:
-            raise UserError(
+            raise MissingInput(
                 f"{path}: no such checkpoint; if it is a hub id, fetch it with "
                 f"`hf download {path} --local-dir DIR` and give DIR"
             )
