@@ -22,8 +22,7 @@ from capfilt.stages import options as stage_options
 from capfilt.stages.registry import STAGES, StageCommand
 from capfilt.training.launched import launched_rank
 
-WORKSPACE_HELP = "directory of everything of a run: images/ captions/ scores/ verdicts/ pairs/ models/ runs/"
-
+WORKSPACE_HELP = "directory of everything of a run: images/ captions/ scores/ signals/ verdicts/ pairs/ examples/ models/ runs/"
 
 OTHERS = {
     "run": "Run a recipe: its stages in order, skipping what is done.",
@@ -235,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    app = build_app(arguments)
+    # A shell that completes a command line puts it in the environment, the program's name first.
+    app = build_app(arguments or os.environ.get("COMP_WORDS", "").split()[1:])
     try:
         result = app(args=list(arguments), prog_name="capfilt", standalone_mode=False)
         code = result if isinstance(result, int) else 0

@@ -59,8 +59,12 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
     for table in CONTRACTS:
         for part in place.parts(table):
             bad = 0
-            for manifest in part.manifests():
-                problem = part.problem(manifest, full=full)
+            for shard in part.shards():
+                try:
+                    manifest = part.manifest(shard)
+                    problem = part.problem(manifest, full=full) if manifest else None
+                except UserError as error:
+                    problem = str(error)
                 if problem is not None:
                     bad += 1
                     yield False, f"BAD   {problem}"

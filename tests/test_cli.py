@@ -170,6 +170,33 @@ def test_doctor_finds_a_damaged_shard_and_exits_1(call, workspace):
     assert "00001.parquet" in printed
 
 
+def test_doctor_goes_on_past_a_manifest_that_cannot_be_read(call, workspace):
+    """Catches a check of many parts that ends at the first damage."""
+    path = workspace.part("images", "web").path
+    (path / "00000.manifest.json").write_text("{")
+    data = bytearray((path / "00001.parquet").read_bytes())
+    data[200] ^= 1
+    (path / "00001.parquet").write_bytes(data)
+    code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+    assert code == 1
+    assert "00000.manifest.json" in printed
+    assert "00001.parquet" in printed
+
+
+def test_a_shell_completes_the_options_of_a_command(tmp_path):
+    """Catches completion that knows commands and none of their options, because those are only made when asked for."""
+    for line, wanted in (
+        ("capfilt select --keep", "--keep-fraction"),
+        ("capfilt recipe show --res", "--resolved"),
+    ):
+        asked = {"_CAPFILT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        done = subprocess.run(
+            [sys.executable, "-m", "capfilt"], capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": str(Path.cwd()), **asked}, cwd=tmp_path,
+        )  # fmt: skip
+        assert wanted in done.stdout.split()
+
+
 def test_a_closed_pipe_is_not_a_failure(workspace):
     process = subprocess.run(
         f"{sys.executable} -m capfilt caption --help | head -1",

@@ -93,9 +93,7 @@ def open_any(path: str | Path, image_size: int = 0) -> tuple[Contents, dict[str,
     if image_size and image_size != contents.model.config.image_size:
         resize = getattr(contents.model, "resize_image", None)
         if resize is None:
-            raise UserError(
-                f"{place}: a {type(contents.model).__name__} keeps the image size it was saved with"
-            )
+            raise UserError(f"{place}: {kinds.of(contents.model).one} keeps the image size it was saved with")
         resize(image_size)
     return contents, meta
 

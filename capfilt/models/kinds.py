@@ -70,6 +70,11 @@ class Kind:
     tokenizer: type[Tokenizer | BpeTokenizer] = Tokenizer
 
     @property
+    def one(self) -> str:
+        """One of them, for messages."""
+        return f"{'an' if self.who[0] in 'AEIOU' else 'a'} {self.who}"
+
+    @property
     def what(self) -> str:
         """What it does and is, for messages."""
         return f"{self.does} ({self.model.__name__})"
@@ -121,6 +126,11 @@ def of(model_or_config: object) -> Kind:
         if type(model_or_config) in (kind.model, kind.config):
             return kind
     raise KeyError(type(model_or_config).__name__)
+
+
+def of_class(model: type[Model]) -> Kind:
+    """The kind of a class of models. Raises KeyError for anything else."""
+    return {kind.model: kind for kind in KINDS}[model]
 
 
 def empty(config: Shape) -> Model:

@@ -50,13 +50,17 @@ def read_pickled(path: Path, mapped: bool = False) -> Any:
         # Files from before torch 1.6 are no archives, and cannot be mapped.
         if mapped and "mmap" in str(error):
             return read_pickled(path)
-        raise UserError(f"{path}: not a readable torch file ({error})".splitlines()[0]) from error
+        # Of a file that is no pickle some of these say no more than the byte they met.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: not a readable torch file ({reason}); was it downloaded whole?") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds objects besides tensors, which are not loaded; where you trust it, save its tensors alone"
         ) from error
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable torch file ({error})".splitlines()[0]) from error
+        # Of a file that is no pickle some of these say no more than the byte they met.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: not a readable torch file ({reason}); was it downloaded whole?") from error
 
 
 def listed(names: list[str]) -> str:

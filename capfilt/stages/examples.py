@@ -186,9 +186,10 @@ def _check(options: ExamplesOptions) -> None:
         raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.task not in ("auto", *TASKS):
         raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")
-    for split in (*options.splits, *((options.split,) if options.split else ())):
+    given = [("--splits", split) for split in options.splits]
+    for name, split in (*given, *([("--split", options.split)] if options.split else ())):
         if split not in SPLITS:
-            raise UserError(f"--split {split!r}: choose {', '.join(SPLITS)}")
+            raise UserError(f"{name} {split!r}: choose {', '.join(SPLITS)}")
     for name, least in (("limit", 0), ("shard_size", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")

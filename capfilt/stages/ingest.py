@@ -192,16 +192,18 @@ def _failure(failure: str, message: str) -> dict[str, Any]:
 
 def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
-    for name in ("source_path", "dataset"):
-        if getattr(options, name).strip("\0") == "":
-            raise UserError(f"ingest: --{name.replace('_', '-')} must be given")
+    if options.source_path.strip("\0") == "":
+        raise UserError("ingest: SOURCE_PATH must be given")
+    if options.dataset.strip("\0") == "":
+        raise UserError("ingest: --dataset must be given")
     if os.sep in options.dataset:
         raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.source not in ("human", "web"):
         raise UserError(f"--source {options.source!r}: choose human or web")
-    for split in (*options.splits, *((options.split,) if options.split else ())):
+    given = [("--splits", split) for split in options.splits]
+    for name, split in (*given, *([("--split", options.split)] if options.split else ())):
         if split not in SPLITS:
-            raise UserError(f"--split {split!r}: choose {', '.join(SPLITS)}")
+            raise UserError(f"{name} {split!r}: choose {', '.join(SPLITS)}")
     for name, least in (("limit", 0), ("shard_size", 1), ("max_side", 0), ("max_pixels", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")

@@ -21,7 +21,7 @@ from capfilt.data.answers import closed_list
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
+from capfilt.models import checkpoint, kinds
 from capfilt.models.kinds import ANSWERS, FINETUNED, PAIRS, STARTS, Answers, Judges, Model, Start
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
@@ -135,8 +135,8 @@ class TaskTraining(Training[TaskCorpus]):
         model, size = contents.model, self.image_size()
         starts, finetuned = STARTS[self.form], FINETUNED[self.form]
         if type(model) not in {*starts, *finetuned}:
-            known = ", ".join(dict.fromkeys(kind.__name__ for kind in (*starts, *finetuned)))
-            raise UserError(f"{self.init}: is a {type(model).__name__}; start from one of {known}")
+            known = " or ".join(kinds.of_class(kind).one for kind in dict.fromkeys((*starts, *finetuned)))
+            raise UserError(f"{self.init}: is {kinds.of(model).one}; start from {known}")
         if size != model.config.image_size:
             resize = getattr(model, "resize_image", None)
             if resize is None:

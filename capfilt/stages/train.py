@@ -210,7 +210,7 @@ class Retrain(Pretrain):
         made = kinds.named(self.model).model
         if not isinstance(contents.model, made):
             raise UserError(
-                f"--continue-from {self.start}: is a {type(contents.model).__name__}, not a {made.__name__}"
+                f"--continue-from {self.start}: is {kinds.of(contents.model).one}, not {kinds.named(self.model).one}"
             )
         return contents.model, contents.tokenizer
 
@@ -244,8 +244,8 @@ class Finetune(PairTraining):
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         contents, _ = checkpoint.open_any(self.init, self.image_size())
         if not isinstance(contents.model, self.starts):
-            known = " or ".join(kind.__name__ for kind in self.starts)
-            raise UserError(f"--init {self.init}: is a {type(contents.model).__name__}; start from a {known}")
+            known = " or ".join(kinds.of_class(kind).one for kind in self.starts)
+            raise UserError(f"--init {self.init}: is {kinds.of(contents.model).one}; start from {known}")
         return contents.model, contents.tokenizer
 
 

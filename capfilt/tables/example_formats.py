@@ -52,7 +52,7 @@ def example_rows(path: Path, annotations: Path | None = None) -> tuple[str, list
     if path.is_dir():
         return "classification", class_folders(path)
     if not path.is_file():
-        raise UserError(f"--source-path {path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     if path.suffix == ".txt":
         _own_answers(path, annotations)
         return "vqa", unique(daquar_rows(path))

@@ -157,7 +157,7 @@ def open_source(path: str, format: str, reading: Reading) -> Source:
             if "://" in path
             else "no such file or folder"
         )
-        raise UserError(f"--source-path {path}: {reason}")
+        raise UserError(f"{path}: {reason}")
     if reading.images is not None and not reading.images.is_dir():
         raise UserError(f"--images {reading.images}: no such folder")
     if format == "auto":
@@ -182,7 +182,7 @@ def _detect(path: Path) -> str:
         if path.suffix in _TABLES:
             pictures = path.suffix == ".parquet" and _picture_column(_parquet_schema(path).names)
             return "img2dataset" if pictures else "folder"
-        raise UserError(f"--source-path {path}: its name does not tell the format; give --format")
+        raise UserError(f"{path}: its name does not tell the format; give --format")
     tars = {child.stem for child in path.glob("*.tar")}
     tables = sorted(child for child in path.glob("*.parquet") if _is_shard(child))
     if tars:
@@ -311,9 +311,7 @@ def folder_rows(path: Path, reading: Reading) -> list[SourceRow]:
     root = reading.images or path
     metadata = [path / name for name in _METADATA if (path / name).is_file()]
     if len(metadata) > 1:
-        raise UserError(
-            f"{path}: has {metadata[0].name} and {metadata[1].name}; name one of them as --source-path"
-        )
+        raise UserError(f"{path}: has {metadata[0].name} and {metadata[1].name}; name one of them")
     rows = _table_rows(metadata[0], root, reading) if metadata else []
     named = {row.key for row in rows}
     nothing = dict.fromkeys(reading.extra)

@@ -213,14 +213,14 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"source_path": "nowhere"}, "--source-path nowhere"),
-        ({"source_path": ""}, "--source-path must be given"),
+        ({"source_path": "nowhere"}, "nowhere: "),
+        ({"source_path": ""}, "SOURCE_PATH must be given"),
         ({"dataset": ""}, "--dataset must be given"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"format": "zip"}, "--format 'zip'"),
         ({"source": "synthetic"}, "--source 'synthetic'"),
         ({"split": "dev"}, "--split 'dev'"),
-        ({"splits": ("all",)}, "--split 'all'"),
+        ({"splits": ("all",)}, "--splits 'all'"),
         ({"limit": -1}, "--limit"),
         ({"shard_size": 0}, "--shard-size"),
         ({"images": "nowhere"}, "--images nowhere"),

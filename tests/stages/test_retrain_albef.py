@@ -97,7 +97,7 @@ def test_it_goes_on_from_a_checkpoint_of_its_class(pretrained):
     )
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
-    with pytest.raises(UserError, match="is a Blip, not a Albef"):
+    with pytest.raises(UserError, match="is a BLIP, not an ALBEF"):
         run(RetrainAlbef(dataclasses.replace(FAST, continue_from="captioner", out="x"), pretrained))
 
 
@@ -111,7 +111,7 @@ def test_retrieval_is_finetuned_from_it_and_captions_are_not(pretrained):
     assert isinstance(made, Albef)
     assert not torch.equal(made.itm_head.weight, start.itm_head.weight)
     assert torch.equal(made.mlm_head.bias, start.mlm_head.bias)
-    with pytest.raises(UserError, match="is a Albef; start from a Blip"):
+    with pytest.raises(UserError, match="is an ALBEF; start from a BLIP"):
         run(FinetuneCaptioner(o.FinetuneCaptionerOptions(**options, out="x"), pretrained))
 
 
@@ -211,7 +211,7 @@ def test_text_assignment_comes_before_statements(examples):
         if not name.startswith(("cls_head.", "visual_encoder.pos_embed")):
             torch.testing.assert_close(made.state_dict()[name], each, atol=1e-6, rtol=1e-5, msg=name)
     wrong = dataclasses.replace(options, init="captioner", out="x")
-    with pytest.raises(UserError, match="is a Blip; start from a Albef"):
+    with pytest.raises(UserError, match="is a BLIP; start from an ALBEF"):
         run(command.build(command.classes(wrong)[0], wrong, examples))
 
 

@@ -78,7 +78,7 @@ def test_it_is_finetuned_for_retrieval(place):
     assert figures["accuracy"] > 0.7  # one of six by chance
     contents, _ = checkpoint.open_any(place.model("ranked"))
     assert isinstance(contents.model, Vilt)
-    with pytest.raises(UserError, match="start from a Blip"):
+    with pytest.raises(UserError, match="start from a BLIP"):
         run(FinetuneCaptioner(o.FinetuneCaptionerOptions(init="vilt", human=("human",), out="c"), place))
 
 
@@ -93,7 +93,7 @@ def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
         torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="matches pictures with texts"):
         run(CaptionStage(o.CaptionOptions(images="web", captioner="vilt"), place))
-    with pytest.raises(UserError, match="is a Blip, not a Vilt"):
+    with pytest.raises(UserError, match="is a BLIP, not a ViLT"):
         run(RetrainVilt(dataclasses.replace(FAST, continue_from="captioner", out="x"), place))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import capfilt
 from capfilt.errors import UserError
+from capfilt.models import kinds
 from capfilt.models.blip import Blip
 from capfilt.models.config import Shape
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, reason
@@ -44,7 +45,7 @@ class Contents:
 def blip_of(contents: Contents) -> BlipModel:
     """The model, for a layout of BLIPs. UserError where it is none."""
     if not isinstance(contents.model, BlipModel):
-        raise UserError(f"a {type(contents.model).__name__} has no home in a layout of BLIPs")
+        raise UserError(f"{kinds.of(contents.model).one} has no home in a layout of BLIPs")
     return contents.model
 
 

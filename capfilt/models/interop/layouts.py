@@ -49,7 +49,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
         found_in_cache = _cached(str(path))
         if found_in_cache is None:
             raise MissingInput(
-                f"{path}: no such checkpoint; if it is a hub id, fetch it with "
+                f"{path}: no such checkpoint; run the step that makes it, or if it is a hub id, fetch it with "
                 f"`hf download {path} --local-dir DIR` and give DIR"
             )
         path = found_in_cache

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.errors import UserError
+from capfilt.models import kinds
 from capfilt.models.clip import Clip, ClipConfig
 from capfilt.models.interop import clip_directory
 from capfilt.models.interop.clip_layouts import OPENAI, exported, filled, from_openai_shapes, openai_cfg
@@ -81,7 +82,7 @@ def write(directory: Path, contents: Contents) -> None:
     """Writes the checkpoint into an empty directory, which open_clip opens as `local-dir:` too. UserError for no Clip."""
     model = contents.model
     if not isinstance(model, Clip):
-        raise UserError(f"a {type(model).__name__} has no home in OpenAI's layout, which is CLIP's")
+        raise UserError(f"{kinds.of(model).one} has no home in OpenAI's layout, which is CLIP's")
     weights = {name: each.detach().cpu().clone() for name, each in exported(model, OPENAI).items()}
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     contents.tokenizer.save(directory)
