@@ -28,6 +28,7 @@ IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure",
 class PairTraining(Training[Pairs]):
     """What the four stages that train a BLIP on pairs share."""
 
+    rows = "pairs"
     least = 2  # contrast and hard negatives
     shown: ClassVar[tuple[str, ...]] = ("itc", "itm", "lm", "itm_balanced_accuracy")
 
