@@ -10,14 +10,14 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from capfilt.errors import RunError, UserError
-from capfilt.execution.ray import Board, ray, run_and_post
+from capfilt.execution.ray import Board, attend, ray, run_and_post
 from capfilt.stages.base import ModelStage, Report
 from capfilt.training.launched import launched_rank
 
@@ -37,7 +37,7 @@ def _rank(settings: dict[str, Any]) -> None:
     except (UserError, RunError) as error:
         ray.get(board.fail.remote(error))
         raise
-    if launched_rank() == 0:
+    if launched_rank() == 0 and figures is not None:
         ray.get(board.finish.remote(dict(figures)))
 
 
@@ -50,11 +50,13 @@ def missing() -> str:
     return ""
 
 
-def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Report) -> Mapping[str, Any]:
+def run_on_ray(
+    stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Report, check: Callable[[], None]
+) -> Mapping[str, Any]:
     """`stage.run` in `ranks` workers of the connected cluster, with `cpus` processors each, and a GPU or none.
 
     Returns what rank 0 returned. Raises what a rank raised, where it is an error of ours; RunError where ranks were lost
-    more than twice.
+    more than twice, KeyboardInterrupt where they were stopped. `check` is `attend`'s.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -78,31 +80,35 @@ def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Re
                 failure_config=FailureConfig(max_failures=RESTARTS),
             ),
         )
-        ended = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(board, report, ended), daemon=True)
-        watcher.start()
+        lost: list[Exception] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except Exception as error:  # noqa: BLE001 - raised below, in the thread that waits
+                lost.append(error)
+
+        # In a thread, where it puts up no handlers of its own: it would end the ranks in the middle of a step. Daemonic,
+        # since what is not waited for must not hold up the end of this process, with which the ranks end too.
+        fitting = threading.Thread(target=fit, daemon=True)
+        fitting.start()
+
+        def ended(seconds: float) -> bool:
+            fitting.join(seconds)
+            return not fitting.is_alive()
+
         try:
-            trainer.fit()
-        except Exception as error:
-            _, failure = ray.get(board.end.remote())
-            if failure is not None:
-                raise failure from None
-            raise RunError(
-                f"{stage.name}: ranks were lost {RESTARTS + 1} times ({str(error).splitlines()[0]}); run again to go on "
-                "from the last state"
-            ) from error
+            attend(stage, board, report, ended, check)
         finally:
-            ended.set()
-            watcher.join()
             shutil.rmtree(scratch, ignore_errors=True)
     result, failure = ray.get(board.end.remote())
     if failure is not None:
         raise failure
-    return dict(result or {})
-
-
-def _watch(board: Any, report: Report, ended: threading.Event) -> None:
-    while not ended.wait(0.5):
-        step, total, figures = ray.get(board.read.remote())
-        if step:
-            report(step, total, figures)
+    if lost:
+        raise RunError(
+            f"{stage.name}: ranks were lost {RESTARTS + 1} times ({str(lost[0]).splitlines()[0]}); run again to go on "
+            "from the last state"
+        ) from lost[0]
+    if result is None:
+        raise KeyboardInterrupt
+    return dict(result)

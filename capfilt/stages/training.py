@@ -203,6 +203,9 @@ class Training(ModelStage, Generic[D]):
             (n for n in able if o.batch_size // (n * o.accumulate) >= self.least), default=1
         )
 
+    def saves(self) -> bool:
+        return bool(self.options.save_every)
+
     def run(self, report: Report) -> Mapping[str, Any]:
         with distributed.joined() as ranks:
             return self._run(ranks, report)

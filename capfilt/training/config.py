@@ -25,8 +25,9 @@ PRECISIONS = ("auto", "fp32", "bf16")
 Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 Augment = Callable[[Batch, torch.Generator], Tensor]
 """A batch on its device and a CPU generator -> the pixels to train on in place of the batch's, on the same device."""
-OnStep = Callable[[int, Mapping[str, float]], None]
-"""Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...)."""
+OnStep = Callable[[int, Mapping[str, float]], bool | None]
+"""Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...); True
+asks the run to save and stop, as a signal does."""
 OnBest = Callable[[int, float], None]
 """Called with the number of steps done and the mean loss of the last log line, where that is the lowest so far; the
 module then holds the weights to keep, the averaged ones where there is an average."""

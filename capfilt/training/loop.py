@@ -87,7 +87,7 @@ def train(
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
-        on_step: progress; an exception from it ends the run.
+        on_step: progress, on rank 0; an exception from it ends the run, and True stops it as a signal does.
         on_best: keep these weights: called when a state is due (`save_every`, and the last step) and the mean loss of the
             last log line is the lowest of those so far. It is the training loss, so "best" means least diverged.
         log_path: JSON lines, one per `log_every` steps and one for the last: means over those steps of every loss and
@@ -95,10 +95,11 @@ def train(
             "seconds", "skipped_steps", and on GPUs that `throughput.PEAK_FLOPS` knows "mfu", of the bf16 peak.
         tensorboard_path: directory of TensorBoard event files with the same figures (`capfilt[tensorboard]`).
         state_path: file of the training state, written every `save_every` steps, at the end, and when SIGTERM or
-            SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again. Where the
-            file exists the run continues from it, skipping the batches it has had: the rest is what an uninterrupted
-            run would have done, bit for bit on a CPU. With `config.keep_states` above 1 older states stay beside it
-            (`state.write_newest`); `state.remove` deletes them all when the finished model is safe.
+            SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again, or
+            KeyboardInterrupt where it came to another rank. Where the file exists the run continues from it, skipping
+            the batches it has had: the rest is what an uninterrupted run would have done, bit for bit on a CPU. With
+            `config.keep_states` above 1 older states stay beside it (`state.write_newest`); `state.remove` deletes
+            them all when the finished model is safe.
         fingerprint: of the data and whatever else the caller wants to be the same when a state is continued.
         examples: how many examples the corpus has: the length of `exposures`. Larger numbers lengthen it.
         ranks: the processes that train together, from `distributed.joined`. Each calls this with a module built alike and
@@ -232,14 +233,16 @@ class _Run:
                     self._keep_best()
                     if self.state_path is not None:
                         self._save()
-                if self.on_step is not None:
-                    self.on_step(progress.step, values)
+                if self.on_step is not None and self.on_step(progress.step, values):
+                    self.interrupt.ask()
                 self.interrupt.check()
-        except (KeyboardInterrupt, Interrupted) as stop:
+        except KeyboardInterrupt as stop:
             # Saving takes all ranks, and only an agreed stop finds them at the same step.
             together = self.ranks.world == 1 or isinstance(stop, Interrupted)
             if whole and together and self.state_path is not None:
                 self._save()
+                # Who started the ranks may end all of them when one ends: none does while rank 0 still writes.
+                self.ranks.mean(torch.zeros(1, device=self.device))
             raise
 
     def _step(self, batch: Batch) -> dict[str, float]:
@@ -272,7 +275,7 @@ class _Run:
         norm = optim.clip_gradients(self.parameters.values(), config.clip_norm)
         # One exchange and one transfer per step for everything that is looked at: each would be a stop of its own on a
         # GPU. That it is the same on all ranks is what lets them skip, stop and save together.
-        own = torch.tensor([float(rows), float(self.interrupt.number is not None)]).to(norm.device)
+        own = torch.tensor([float(rows), float(self.interrupt.wanted)]).to(norm.device)
         *figures, mean_rows, stop = self.ranks.mean(torch.stack([*found.values(), norm, *own])).tolist()
         values: dict[str, float] = dict(zip([*found, "grad_norm"], figures, strict=True))
         self.interrupt.agree(stop > 0)
