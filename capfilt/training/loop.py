@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
 from capfilt.models.objectives import alpha_ramp, hardness_ramp
+from capfilt.models.precision import has_bf16
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.training import average, distributed, optim, state, throughput
 from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
@@ -321,11 +322,7 @@ class _Run:
 
     def _autocast(self) -> AbstractContextManager[object]:
         precision = self.config.precision
-        half = precision == "bf16" or (
-            precision == "auto"
-            and self.device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
+        half = precision == "bf16" or (precision == "auto" and has_bf16(self.device))
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
     def _expose(self, example: Tensor) -> None:
