@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -88,6 +89,17 @@ class Training(ModelStage, Generic[D]):
         if options.batch_size < self.least:
             why = ": contrast and hard negatives need at least 2" if self.least > 1 else ": give 1 or more"
             raise UserError(f"--batch-size {options.batch_size}{why}")
+        if options.micro_batch and options.accumulate != 1:
+            raise UserError(
+                f"--micro-batch {options.micro_batch}, --accumulate {options.accumulate}: give one of them; the other follows"
+            )
+        # A batch of 97 in equal parts of at most 90 would be 97 parts of one.
+        smallest = max(self.least, min(options.micro_batch, options.batch_size) // 2)
+        if options.micro_batch and options.batch_size // self._passes() < smallest:
+            raise UserError(
+                f"--micro-batch {options.micro_batch}: {options.batch_size} texts do not divide into equal parts of "
+                f"{smallest} to {options.micro_batch}; change one of the two"
+            )
         if options.accumulate < 1 or options.batch_size // options.accumulate < self.least:
             raise UserError(
                 f"--accumulate {options.accumulate}: {options.batch_size} texts do not make so many micro-batches of at "
@@ -197,11 +209,48 @@ class Training(ModelStage, Generic[D]):
 
     def ranks(self, gpus: int) -> int:
         o: LoopOptions = self.options
+        if o.ranks:
+            return o.ranks
         # A batch that all GPUs cannot share is shared by as many as can.
-        able = [n for n in range(1, gpus + 1) if o.batch_size % (n * o.accumulate) == 0]
-        return o.ranks or max(
-            (n for n in able if o.batch_size // (n * o.accumulate) >= self.least), default=1
+        able = [n for n in range(1, gpus + 1) if self._shared(n)]
+        ranks = max(able, default=1)
+        if gpus > ranks:
+            warnings.warn(
+                f"{self.name}: {gpus - ranks} of {gpus} GPUs stay idle: {self._divided()} can be shared by {ranks}, not by "
+                "more; another --batch-size or --micro-batch can use them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return ranks
+
+    def _passes(self) -> int:
+        """In how many forward passes of equal size, over all ranks, `--micro-batch` has a step's batch; the number of ranks
+        must divide them, so that it decides no result.
+        """
+        o: LoopOptions = self.options
+        least = max(1, math.ceil(o.batch_size / max(1, o.micro_batch)))
+        return next(n for n in range(least, o.batch_size + 1) if o.batch_size % n == 0)
+
+    def _shared(self, ranks: int) -> bool:
+        """Whether so many ranks can share a step's batch alike."""
+        o: LoopOptions = self.options
+        if o.micro_batch:
+            return self._passes() % ranks == 0
+        each, rest = divmod(o.batch_size, ranks * o.accumulate)
+        return not rest and each >= self.least
+
+    def _divided(self) -> str:
+        o: LoopOptions = self.options
+        if o.micro_batch:
+            return f"{o.batch_size} texts in parts of {o.batch_size // self._passes()}"
+        return f"{o.batch_size} texts" + (
+            f" in {o.accumulate} micro-batches each" if o.accumulate > 1 else ""
         )
+
+    def _accumulate(self, ranks: int) -> int:
+        """How many micro-batches each rank has in a step."""
+        o: LoopOptions = self.options
+        return self._passes() // ranks if o.micro_batch else o.accumulate
 
     def saves(self) -> bool:
         return bool(self.options.save_every)
@@ -222,10 +271,11 @@ class Training(ModelStage, Generic[D]):
 
     def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options
-        if o.batch_size % (ranks.world * o.accumulate) and ranks.world > 1:
+        if ranks.world > 1 and not self._shared(ranks.world):
             raise UserError(
-                f"--batch-size {o.batch_size}: {ranks.world} ranks with {o.accumulate} micro-batches each do not divide it"
+                f"--batch-size {o.batch_size}: {ranks.world} ranks cannot share {self._divided()} alike"
             )
+        accumulate = self._accumulate(ranks.world)
         data = self.data(self.image_size())
         model, tokenizer = self.initial(data)
         # The checkpoint says how long its texts were: whoever reads texts with it later goes by that.
@@ -247,7 +297,8 @@ class Training(ModelStage, Generic[D]):
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
-            accumulate=o.accumulate,
+            accumulate=accumulate,
+            micro_batch=o.micro_batch,
             learning_rate=o.learning_rate,
             min_lr=o.min_lr,
             warmup_steps=min(o.warmup_steps, steps // 2) if by_step else o.warmup_steps,
@@ -289,7 +340,7 @@ class Training(ModelStage, Generic[D]):
                 transform=partial(self._vary, ranks.rank) if o.randaugment else None,
                 rank=ranks.rank,
                 world=ranks.world,
-                parts=o.accumulate,
+                parts=accumulate,
                 **self.feed(),
             ),
             config,
@@ -385,6 +436,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.99),
     "max_text_tokens": (2, math.inf),  # what begins a text and what ends it
     "image_size": (0, math.inf),
+    "micro_batch": (0, math.inf),
     "seed": (0, math.inf),
     "weight_decay": (0, math.inf),
     "min_lr": (0, math.inf),

@@ -40,6 +40,7 @@ class TrainConfig:
     steps: int
     batch_size: int = 64  # for the record and the schedules by epoch; the batches decide
     accumulate: int = 1  # micro-batches that each batch is split into; one update after the last
+    micro_batch: int = 0  # their texts, where `accumulate` follows from that and the ranks; for the record
     learning_rate: float = 3e-4  # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B
     min_lr: float = 1e-6  # BLIP, released pretraining configuration
     warmup_steps: int = 3000  # BLIP, released pretraining configuration; at most half of `steps` of a cosine
@@ -91,6 +92,9 @@ class TrainConfig:
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         for name in ("augment", "log_every", "save_every", "keep_states", "stuck_steps", "collapse_steps"):
             del values[name]
+        if self.micro_batch:
+            # With other ranks it is another number, and the same run.
+            del values["accumulate"]
         return {**values, "betas": list(self.betas), "augment": self.augment is not None}
 
     def rate(self, step: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import pyarrow.parquet as pq
 import pytest
@@ -69,8 +70,39 @@ def test_pretraining_sees_training_pairs_and_says_how_often(place):
 )  # fmt: skip
 def test_a_batch_is_shared_by_as_many_gpus_as_can(place, gpus, settings, ranks):
     """A run that is refused, or that leaves GPUs idle, because they do not divide its batch."""
-    options = o.PretrainOptions(human=("human",), **{"batch_size": 64, **settings})
-    assert Pretrain(options, place).ranks(gpus) == ranks
+    stage = Pretrain(o.PretrainOptions(human=("human",), **{"batch_size": 64, **settings}), place)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert stage.ranks(gpus) == ranks
+    idle = [] if "ranks" in settings or gpus <= ranks else [f"{gpus - ranks} of {gpus} GPUs stay idle"]
+    assert [str(each.message).split(": ")[1] for each in said] == idle
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "gpus", "ranks", "accumulate"),
+    [
+        (2880, 90, 1, 1, 32), (2880, 90, 8, 8, 4), (2880, 90, 32, 32, 1), (2880, 90, 12, 8, 4), (2880, 90, 64, 32, 1),
+        (2400, 75, 8, 8, 4), (64, 90, 8, 1, 1), (1000, 90, 8, 5, 4), (64, 16, 0, 1, 4),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_is_the_same_on_any_number_of_gpus(place, batch, micro, gpus, ranks, accumulate):
+    """GPUs that stay idle, or see smaller batches than published, because the micro-batches are counted per rank."""
+    stage = Pretrain(o.PretrainOptions(human=("human",), batch_size=batch, micro_batch=micro), place)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert stage.ranks(gpus) == ranks
+    assert (f"{gpus - ranks} of {gpus} GPUs stay idle" in str(said[0].message)) if gpus > ranks else not said
+    assert stage._accumulate(ranks) == accumulate
+    size, rest = divmod(batch, ranks * accumulate)
+    assert not rest
+    assert micro / 2 <= size <= micro or size == batch
+
+
+def test_a_micro_batch_trains_as_the_micro_batches_that_it_makes(place):
+    for out, how in (("counted", {"accumulate": 2}), ("sized", {"micro_batch": 2})):
+        run(Pretrain(o.PretrainOptions(human=("human",), out=out, **{**FAST, **how}), place))
+    weights = [file_sha256(place.model(out) / "model.safetensors") for out in ("counted", "sized")]
+    assert weights[0] == weights[1]
 
 
 def test_the_same_options_and_seed_give_the_same_weights(place):
@@ -200,6 +232,12 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
         (Pretrain, o.PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
         (Pretrain, o.PretrainOptions(human=("human",), precision="fp8"), "fp8"),
         (Pretrain, o.PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),
+        (
+            Pretrain,
+            o.PretrainOptions(human=("human",), micro_batch=8, accumulate=2),
+            "--micro-batch 8, --accumulate 2: give one",
+        ),
+        (Pretrain, o.PretrainOptions(human=("human",), batch_size=97, micro_batch=90), "parts of 45 to 90"),
         (Pretrain, o.PretrainOptions(human=("human",), keep_states=0), "keep-states 0"),
         (Pretrain, o.PretrainOptions(human=("human",), ema=1.0), "ema 1"),
         (Pretrain, o.PretrainOptions(human=("human",), schedule="step"), "schedule 'step'"),

@@ -681,3 +681,9 @@ def test_wrong_options_are_named():
 def test_half_precision_trains_on_a_cpu_when_asked():
     result = train(pretraining(), batches, dataclasses.replace(CONFIG, steps=2, precision="bf16"))
     assert math.isfinite(result.losses["loss"])
+
+
+def test_micro_batches_of_one_size_are_one_run_on_any_number_of_ranks():
+    """A state of 8 GPUs that 32 refuse, though each forward pass sees as much."""
+    few, many = (TrainConfig(steps=1, micro_batch=90, accumulate=each).identity() for each in (4, 1))
+    assert few == many != TrainConfig(steps=1, micro_batch=75).identity()
