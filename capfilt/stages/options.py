@@ -310,7 +310,10 @@ class LoopOptions:
         1, "so many of the newest states are kept until the checkpoint is made", told=True
     )
     keep_best: bool = _option(
-        False, "keep best/, the weights with the lowest training loss whenever a state is saved", told=True
+        False,
+        "keep best/, the weights with the lowest training loss whenever a state is saved, from where queue and ramps are "
+        "full",
+        told=True,
     )
     tensorboard: bool = _option(
         False, "also write tensorboard/ beside the checkpoint (capfilt[tensorboard])", told=True

@@ -180,7 +180,7 @@ class FinetuneVqa(TaskTraining):
     name = "finetune-vqa"
     task = "vqa"
     form = ANSWERS
-    version = 2
+    version = 3
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:

@@ -75,7 +75,7 @@ class Training(ModelStage, Generic[D]):
         shown: figures of the loop that progress and summary show.
     """
 
-    version = 1
+    version = 2  # epoch-cosine counts a run's own epochs
     least: ClassVar[int] = 1
     shown: ClassVar[tuple[str, ...]]
 
@@ -195,9 +195,14 @@ class Training(ModelStage, Generic[D]):
             return False
         made = checkpoint.read_config(self.output).get("extra", {})
         if made.get("fingerprint") != self.fingerprint():
+            change = _changed(made.get("identity", {}), dict(self.identity()))
+            other = (
+                f"with other options or inputs{change}"
+                if change
+                else "by another version of this stage's code"
+            )
             raise UserError(
-                f"{self.output}: holds a checkpoint made with other options or inputs"
-                f"{_changed(made.get('identity', {}), dict(self.identity()))}; name another --out, or remove it"
+                f"{self.output}: holds a checkpoint made {other}; name another --out, or remove it"
             )
         return True
 

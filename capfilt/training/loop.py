@@ -59,6 +59,8 @@ class _Progress:
     watched: Watched = field(default_factory=Watched)
     last: dict[str, float] = field(default_factory=dict)
     best: float | None = None
+    settled: int | None = None
+    comparable: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
@@ -90,7 +92,9 @@ def train(
             ends is started again; one that yields nothing then ends the run with RunError.
         on_step: progress, on rank 0; an exception from it ends the run, and True stops it as a signal does.
         on_best: keep these weights: called when a state is due (`save_every`, and the last step) and the mean loss of the
-            last log line is the lowest of those so far. It is the training loss, so "best" means least diverged.
+            last log line is the lowest of those so far. It is the training loss, so "best" means least diverged. Losses
+            are compared from where they mean the same: the ramps of `config` are over, and `module.settled`, where it has
+            that, is true (a queue that fills makes ITC harder). A run that ends before keeps its last weights.
         log_path: JSON lines, one per `log_every` steps and one for the last: means over those steps of every loss and
             figure and of "grad_norm"; "lr", "alpha", "images_per_second" (texts; equal to images where each has one),
             "seconds", "skipped_steps", and on GPUs that `throughput.PEAK_FLOPS` knows "mfu", of the bf16 peak.
@@ -248,6 +252,8 @@ class _Run:
 
     def _step(self, batch: Batch) -> dict[str, float]:
         config, progress = self.config, self.progress
+        if progress.settled is None and self._settled():
+            progress.settled = progress.step
         rate = config.rate(progress.step)
         alpha = alpha_ramp(progress.step, config.alpha_ramp_steps, config.alpha)
         hardness = hardness_ramp(progress.step, config.hardness_ramp_steps)
@@ -353,6 +359,8 @@ class _Run:
             line["mfu"] = rate * self.flops / self.peak / self.ranks.world
         self.log.write(line)
         progress.last = {name: float(value) for name, value in line.items()}
+        begun = progress.step - progress.window_steps
+        progress.comparable = progress.settled is not None and begun >= progress.settled
         for watch in self.watches:
             message = watch.line(figures, progress.window_steps, progress.watched)
             if message:
@@ -374,12 +382,20 @@ class _Run:
         every = self.ranks.stack(torch.from_numpy(mine).to(self.device))
         return every.sum(dim=0).numpy(force=True) if self.ranks.rank == 0 else self.exposures
 
+    def _settled(self) -> bool:
+        """Whether losses of this step and later ones can be compared with one another."""
+        config = self.config
+        ramps = max(config.alpha_ramp_steps if config.alpha else 0, config.hardness_ramp_steps)
+        return self.progress.step >= ramps and bool(getattr(self.module, "settled", True))
+
     # ------------------------------------------------------------------ state
 
     def _keep_best(self) -> None:
         progress = self.progress
         loss = progress.last.get("loss")
         if self.on_best is None or loss is None or (progress.best is not None and loss >= progress.best):
+            return
+        if not progress.comparable and progress.step < self.config.steps:
             return
         progress.best = loss
         with average.swapped(self.module, self.average.tensors if self.average else {}):

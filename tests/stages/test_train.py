@@ -113,6 +113,16 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
     )
 
 
+def test_a_checkpoint_of_earlier_code_does_not_count_as_done(place, monkeypatch):
+    """A finetune whose learning rates were an epoch off, kept for the one that was asked for."""
+    options = o.PretrainOptions(human=("human",), out="earlier", **FAST)
+    with monkeypatch.context() as before:
+        before.setattr(Pretrain, "version", 1)
+        run(Pretrain(options, place))
+    with pytest.raises(UserError, match="by another version of this stage's code; name another --out"):
+        run(Pretrain(options, place))
+
+
 def test_streamed_pairs_are_the_held_ones_and_shares_hold_for_both(place):
     """A stream that trains on other rows than a held corpus, or exposures that name the wrong texts."""
     write_images(place.part("images", "clean"), [image_rows("clean", 9)])
