@@ -7,6 +7,7 @@ flight is bounded by the pool; a worker that dies is replaced and its shard trie
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -29,6 +30,9 @@ from capfilt.training.interrupt import PATIENCE, Interrupt, Interrupted
 
 # Ray's stubs know the types of remote functions but not those of actors' methods.
 ray: Any = _ray
+
+PLACEMENT = 600.0
+"""Seconds that ranks may wait for room on the cluster, which other jobs may have taken."""
 
 SHARD_ATTEMPTS = 3
 """How many workers may die on one shard before the run stops."""
@@ -57,6 +61,13 @@ class Board:
         self.result: dict[str, Any] | None = None
         self.failure: Exception | None = None
         self.asked = False
+        self.began = False
+
+    def begin(self) -> None:
+        self.began = True
+
+    def begun(self) -> bool:
+        return self.began
 
     def ask(self) -> None:
         """Has the next post answered by True: stop."""
@@ -131,6 +142,18 @@ def _share(cpus: float, ways: int) -> float:
     """One of `ways` shares; Ray takes a fraction below 1, and above it whole processors only."""
     share = cpus / ways
     return float(int(share)) if share >= 1 else share
+
+
+def room(nodes: list[tuple[float, float]], ranks: int, gpu: bool) -> float:
+    """The most processors that each of `ranks` can have where nodes have so many (processors, GPUs), each rank on one node
+    and with a GPU of its own where `gpu`; 0 where they have no room for so many. As Ray counts: whole above 1.
+    """
+    shares = {_share(cpus, ways) for cpus, _ in nodes for ways in range(1, ranks + 1)} - {0.0}
+    for share in sorted(shares, reverse=True):
+        held = ((int(cpus / share + 1e-9), gpus) for cpus, gpus in nodes)
+        if sum(min(count, int(gpus)) if gpu else count for count, gpus in held) >= ranks:
+            return share
+    return 0.0
 
 
 def _threads(cpus: float) -> dict[str, Any]:
@@ -254,8 +277,21 @@ class RayExecutor:
 
             lacking = missing()
             if not lacking:
-                cpus = _share(resources.get("CPU", 1), self._ways * ranks)
-                return run_on_ray(stage, ranks, cpus, gpus > 0, report, lambda: self._check(stage))
+                nodes = [
+                    (each["Resources"].get("CPU", 0) / self._ways, each["Resources"].get("GPU", 0))
+                    for each in ray.nodes()
+                    if each["Alive"]
+                ]
+                cpus = room(nodes, ranks, gpus > 0)
+                if not cpus:
+                    there = ", ".join(f"{cpu:g} and {gpu:g}" for cpu, gpu in nodes)
+                    raise UserError(
+                        f"--ranks {ranks}: the cluster's nodes have no room for so many, each with a processor or a share of "
+                        f"one{' and a GPU' if gpus else ''}; they have, in processors and GPUs: {there}"
+                    )
+                # Beside others of its kind, a piece of work may wait for its turn as long as they take.
+                patience = PLACEMENT if self._ways == 1 else math.inf
+                return run_on_ray(stage, ranks, cpus, gpus > 0, report, lambda: self._check(stage), patience)
             if stage.ranks(1) > 1:
                 raise UserError(f"--ranks {ranks} on Ray needs Ray Train: {lacking}")
             warnings.warn(f"{stage.name} trains on 1 of {gpus} GPUs: {lacking}", RuntimeWarning, stacklevel=2)

@@ -7,8 +7,10 @@ workspace is what they go on from. Not here: stages in one process (`ray.py`), r
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ def _rank(settings: dict[str, Any]) -> None:
     """What each worker runs."""
     torch.set_num_threads(settings["threads"])
     board = settings["board"]
+    board.begin.remote()
     if ray.get(board.end.remote())[1] is not None:
         # Ray starts everyone again whatever happened, and what a rank has already explained would happen again.
         return
@@ -51,12 +54,19 @@ def missing() -> str:
 
 
 def run_on_ray(
-    stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Report, check: Callable[[], None]
+    stage: ModelStage,
+    ranks: int,
+    cpus: float,
+    gpu: bool,
+    report: Report,
+    check: Callable[[], None],
+    patience: float = math.inf,
 ) -> Mapping[str, Any]:
     """`stage.run` in `ranks` workers of the connected cluster, with `cpus` processors each, and a GPU or none.
 
     Returns what rank 0 returned. Raises what a rank raised, where it is an error of ours; RunError where ranks were lost
-    more than twice, KeyboardInterrupt where they were stopped. `check` is `attend`'s.
+    more than twice, KeyboardInterrupt where they were stopped, and where none had begun after `patience` seconds.
+    `check` is `attend`'s.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -93,12 +103,27 @@ def run_on_ray(
         fitting = threading.Thread(target=fit, daemon=True)
         fitting.start()
 
+        given_up = time.monotonic() + patience
+        begun = False
+
+        def placed() -> None:
+            nonlocal begun
+            begun = begun or ray.get(board.begun.remote())
+            if not begun and time.monotonic() > given_up:
+                free = ray.available_resources()
+                raise RunError(
+                    f"{stage.name}: waited {patience:.0f} s for room for {ranks} ranks with {cpus:g} processors"
+                    f"{' and a GPU' if gpu else ''} each; free now, in all: {free.get('CPU', 0):g} processors, "
+                    f"{free.get('GPU', 0):g} GPUs; run again when others are done, or give fewer --ranks"
+                )
+            check()
+
         def ended(seconds: float) -> bool:
             fitting.join(seconds)
             return not fitting.is_alive()
 
         try:
-            attend(stage, board, report, ended, check)
+            attend(stage, board, report, ended, placed)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     result, failure = ray.get(board.end.remote())
