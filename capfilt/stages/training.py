@@ -7,6 +7,7 @@ Not here: what they train on (`pair_training.py`, `task_training.py`), what each
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import warnings
@@ -16,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -41,6 +44,8 @@ from capfilt.training.optim import DECAY_RULES
 from capfilt.training.schedule import BY_STEP, SCHEDULES
 
 LOG_EVERY = 20
+EXPOSURES = "exposures.parquet"
+STATE = "state.safetensors"
 
 
 class Data(Protocol):
@@ -164,8 +169,8 @@ class Training(ModelStage, Generic[D]):
         """What was trained on, in numbers."""
 
     @abstractmethod
-    def exposures(self, data: D, counts: list[int]) -> pa.Table:
-        """How often each of the data was trained on."""
+    def named(self, data: D) -> Iterator[pa.Table]:
+        """Columns that name each of the data, in order, some at a time."""
 
     def prepare(self, data: D, model: Any, where: torch.device) -> None:
         """Change the data for a model that is on its device, before the first batch."""
@@ -204,7 +209,8 @@ class Training(ModelStage, Generic[D]):
             raise UserError(
                 f"{self.output}: holds a checkpoint made {other}; name another --out, or remove it"
             )
-        return True
+        # Killed between the two, a run has its last step's state still, and says what it trained on when it is run again.
+        return (self.output / EXPOSURES).is_file() or not (self.output / STATE).is_file()
 
     def outlook(self) -> str:
         o: LoopOptions = self.options
@@ -331,7 +337,7 @@ class Training(ModelStage, Generic[D]):
             collapse_steps=getattr(o, "collapse_steps", 0),
         )
         self.output.mkdir(parents=True, exist_ok=True)
-        state_path = self.output / "state.safetensors"
+        state_path = self.output / STATE
         module = self.module(model, tokenizer, ranks).to(where)
         result = train(
             module,
@@ -367,8 +373,6 @@ class Training(ModelStage, Generic[D]):
             "seconds": round(result.seconds, 1),
             **self._shown(result.losses),
         }
-        if ranks.rank == 0:
-            _publish(self.output / "exposures.parquet", self.exposures(data, result.exposures.tolist()))
         if result.average:
             self._keep("live", model, tokenizer, ranks, result.steps, result.losses.get("loss"))
         extra: dict[str, Any] = {
@@ -384,7 +388,10 @@ class Training(ModelStage, Generic[D]):
             if ranks.rank == 0:
                 figures |= self.judged(complete, tokenizer, where)
                 checkpoint.save(self.output, complete, tokenizer, {**extra, "figures": figures})
-                state.remove(state_path)
+        if ranks.rank == 0:
+            # After the weights, which are what cannot be made again; before the state, from which this can.
+            _publish(self.output / EXPOSURES, _counted(self.named(data), result.exposures))
+            state.remove(state_path)
         return {name: value for name, value in figures.items() if name not in _APART}
 
     def _state_fingerprint(self, ranks: Ranks) -> str:
@@ -466,6 +473,22 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f" ({names[0]} changed)" if names else ""
 
 
-def _publish(path: Path, table: pa.Table) -> None:
+def _counted(named: Iterator[pa.Table], counts: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+    start = 0
+    for table in named:
+        stop = start + table.num_rows
+        yield table.append_column("exposures", pa.array(counts[start:stop]))
+        start = stop
+
+
+def _publish(path: Path, tables: Iterator[pa.Table]) -> None:
+    """A row group per table, so that no more than one is held."""
+
+    def write(attempt: Path) -> None:
+        first = next(tables)
+        with pq.ParquetWriter(attempt, first.schema, compression="zstd") as file:
+            for table in itertools.chain([first], tables):
+                file.write_table(table)
+
     path.unlink(missing_ok=True)
-    publish_new(path, lambda attempt: pq.write_table(table, attempt, compression="zstd"))
+    publish_new(path, write)

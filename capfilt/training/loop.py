@@ -39,6 +39,9 @@ from capfilt.training.watch import Watched, watches
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
+EXPOSED = 2**20
+"""Examples whose counts are exchanged at a time: 8 MiB per rank."""
+
 MAX_SKIPS = 20
 """So many steps in a row with a non-finite loss or gradient end the run: the model will not come back by itself."""
 
@@ -379,8 +382,13 @@ class _Run:
             return self.exposures
         longest = max(self.ranks.rows(len(self.exposures)).counts)
         mine = np.pad(self.exposures, (0, longest - len(self.exposures)))
-        every = self.ranks.stack(torch.from_numpy(mine).to(self.device))
-        return every.sum(dim=0).numpy(force=True) if self.ranks.rank == 0 else self.exposures
+        # A piece at a time: everyone's numbers of all texts would be tens of GiB of a large corpus, on each GPU.
+        for start in range(0, longest, EXPOSED):
+            piece = mine[start : start + EXPOSED]
+            every = self.ranks.stack(torch.from_numpy(piece).to(self.device)).sum(dim=0)
+            if self.ranks.rank == 0:
+                piece[:] = every.numpy(force=True)
+        return mine if self.ranks.rank == 0 else self.exposures
 
     def _settled(self) -> bool:
         """Whether losses of this step and later ones can be compared with one another."""

@@ -16,6 +16,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
 from capfilt.stages import options as o
+from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.contracts import PAIRS
@@ -111,6 +112,25 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
     assert file_sha256(place.model("a") / "model.safetensors") == file_sha256(
         place.model("b") / "model.safetensors"
     )
+
+
+def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypatch):
+    """A run of weeks that is lost, or never says what it saw, because memory or disk ends while that is written."""
+    options = o.PretrainOptions(human=("human",), web=("web",), out="written", **FAST)
+    with monkeypatch.context() as broken:
+        broken.setattr(training, "_publish", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            run(Pretrain(options, place))
+    directory = place.model("written")
+    weights = file_sha256(directory / "model.safetensors")
+    monkeypatch.setattr(pair_training, "NAMED", 5)
+    assert run(Pretrain(options, place)).done_now == 1
+    assert file_sha256(directory / "model.safetensors") == weights
+    written = pq.ParquetFile(directory / "exposures.parquet")
+    assert [written.metadata.row_group(n).num_rows for n in range(written.num_row_groups)] == [5, 5, 5, 5, 1]
+    assert sum(row["exposures"] for row in written.read().to_pylist()) == 8
+    assert not (directory / "state.safetensors").exists()
+    assert run(Pretrain(options, place)).done_before == 1
 
 
 def test_a_checkpoint_of_earlier_code_does_not_count_as_done(place, monkeypatch):
