@@ -228,6 +228,30 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
         Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_that_nothing_honours_are_refused_by_file_and_image(place, stream):
+    """A corpus of weighted texts, trained on as if each weighed the same."""
+    pairs = place.part("pairs", "weighted")
+    mark = pairs.begin(PAIRS, "test", {})
+    images = image_rows("web", 4)
+    for shard, weights in enumerate([(1.0, None, 1.0, 1.0), (1.0, 1.0, 0.25, 1.0)]):
+        rows = [
+            {
+                "image_id": row["image_id"],
+                "image": row["image"],
+                "texts": [
+                    {"text": "a", "source": "web", "weight": 1.0},
+                    {"text": "b", "source": "web", "weight": weight},
+                ],
+            }
+            for row, weight in zip(images, weights, strict=True)
+        ]
+        pairs.commit(shard, PAIRS.table(rows), Counts(4, 4), mark, 0.0)
+    said = rf"weighted, shard 00001: a text of image {images[2]['image_id']} has weight 0\.25, which no training honours"
+    with pytest.raises(UserError, match=said):
+        run(Retrain(o.RetrainOptions(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
+
+
 def test_an_evaluation_has_its_protocol_and_counts(place):
     run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
     choice = {"model": "pretrained", "images": "human", "method": "greedy", "max_new_tokens": 4}
