@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.models.blip import Blip, BlipConfig, build
+from capfilt.models.precision import has_bf16
 from capfilt.models.presets import preset
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.training import optim, throughput
@@ -189,7 +190,7 @@ def stepper(
         del model
         trained = [each for each in module.parameters() if each.requires_grad]
         theirs = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = has_bf16(device)
 
     def step() -> dict[str, Tensor]:
         nonlocal count

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from capfilt.stages.options import missing
 from capfilt.stages.registry import stage_command
 from capfilt.tables.publish import replace
 from capfilt.tables.workspace import Workspace
+from capfilt.training.interrupt import Interrupt
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -252,15 +253,25 @@ def _run_together(
     def run(step: Step, options: Any) -> list[Summary]:
         return list(run_command(stage_command(step.stage), options, workspace, shared, quiet=quiet))
 
-    with ThreadPoolExecutor(len(members), thread_name_prefix="capfilt-step") as pool:
+    # Threads have no handlers for signals: here a first one has all of them stopped, and waits until they have saved.
+    interrupt = Interrupt()
+    with (
+        interrupt.listening(True),
+        ThreadPoolExecutor(len(members), thread_name_prefix="capfilt-step") as pool,
+    ):
         running = {pool.submit(run, step, options): step for step, options in members}
+        left = set(running)
         try:
-            for ended in as_completed(running):
-                for summary in ended.result():
-                    yield running[ended], summary
+            while left and interrupt.number is None:
+                ended, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+                for each in ended:
+                    for summary in each.result():
+                        yield running[each], summary
         except BaseException:
             shared.stop()
             raise
+        if left:
+            shared.stop()
 
 
 def title(step: Step, summary: Summary) -> str:

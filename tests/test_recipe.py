@@ -244,9 +244,21 @@ FINETUNING = {
     "schedule": "epoch-cosine", "min_lr": 0.0, "weight_decay": 0.05, "decay": "all", "clip_norm": 0.0,
     "image_size": 384, "batch_size": 256, "crop_scale": 0.5, "flip": True, "randaugment": 2,
 }  # fmt: skip
-BASE = {"preset": "base", "learning_rate": 3e-4, "batch_size": 2880, "momentum_batch_size": 2880}
-LARGE = {"preset": "large", "learning_rate": 2e-4, "batch_size": 2400, "momentum_batch_size": 2400}
-CAPTIONER = {**FINETUNING, "epochs": 5.0, "max_text_tokens": 40, "prompt": "a picture of "}
+BASE = {
+    "preset": "base",
+    "learning_rate": 3e-4,
+    "batch_size": 2880,
+    "momentum_batch_size": 2880,
+    "micro_batch": 90,
+}
+LARGE = {
+    "preset": "large",
+    "learning_rate": 2e-4,
+    "batch_size": 2400,
+    "momentum_batch_size": 2400,
+    "micro_batch": 75,
+}
+CAPTIONER = {**FINETUNING, "micro_batch": 32, "epochs": 5.0, "max_text_tokens": 40, "prompt": "a picture of "}
 FILTER = {
     **FINETUNING,
     "epochs": 6.0,
@@ -281,7 +293,7 @@ ALBEF = {
     "clip_norm": 0.0, "epochs": 30.0, "image_size": 256, "crop_scale": 0.2, "flip": True, "randaugment": 2,
     "randaugment_level": 7.0, "queue_size": 65536, "momentum": 0.995, "momentum_batch_size": 512, "alpha": 0.4,
     "alpha_ramp_epochs": 1.0, "max_text_tokens": 26, "multi_positive": False, "global_negatives": False,
-    "learning_rate": 1e-4, "batch_size": 512, "model": "albef",
+    "learning_rate": 1e-4, "batch_size": 512, "micro_batch": 64, "model": "albef",
 }  # fmt: skip
 ALBEF_FINETUNED = {
     "schedule": "epoch-cosine", "min_lr": 1e-6, "weight_decay": 0.02, "decay": "matrices", "clip_norm": 0.0,
@@ -298,8 +310,8 @@ VILT = {
     "clip_norm": 0.0, "image_size": 384,
 }  # fmt: skip
 VILT_4M = {
-    **VILT, "model": "vilt", "batch_size": 4096, "steps": 200000, "warmup_steps": 20000, "max_text_tokens": 40,
-    "mask_share": 0.15, "alignment": 0.1, "max_patches": 200, "augment": False,
+    **VILT, "model": "vilt", "batch_size": 4096, "micro_batch": 64, "steps": 200000, "warmup_steps": 20000,
+    "max_text_tokens": 40, "mask_share": 0.15, "alignment": 0.1, "max_patches": 200, "augment": False,
 }  # fmt: skip
 VILT_FINETUNING = {
     **VILT,
@@ -326,6 +338,7 @@ VILT_VQA = {
                 **ALBEF_FINETUNED,
                 "learning_rate": 1e-5,
                 "batch_size": 256,
+                "micro_batch": 32,
                 "epochs": 5.0,
                 "alpha_ramp_epochs": 1.0,
             },
@@ -359,8 +372,8 @@ VILT_VQA = {
         ("blip-large-129m", "retrain", {**PRETRAINING, **LARGE}),
         ("blip-base-14m", "finetune-captioner", {**CAPTIONER, "learning_rate": 1e-5}),
         ("blip-large-129m", "finetune-captioner", {**CAPTIONER, "learning_rate": 2e-6}),
-        ("blip-base-14m", "finetune-filter", {**FILTER, "learning_rate": 1e-5, "accumulate": 1}),
-        ("blip-large-129m", "finetune-filter", {**FILTER, "learning_rate": 5e-6, "accumulate": 1}),
+        ("blip-base-14m", "finetune-filter", {**FILTER, "learning_rate": 1e-5, "micro_batch": 0}),
+        ("blip-large-129m", "finetune-filter", {**FILTER, "learning_rate": 5e-6, "micro_batch": 0}),
         ("blip-finetune-caption", "finetune-captioner", {**CAPTIONER, "learning_rate": 1e-5}),
         ("blip-finetune-retrieval", "finetune-filter", {**FILTER, "learning_rate": 1e-5}),
         ("blip-finetune-retrieval", "evaluate", {"rerank": 256, "split": "test"}),

@@ -36,6 +36,7 @@ from capfilt.data.examples import (
     image_entries,
     pair_entries,
     slices,
+    unweighted,
     usable,
 )
 from capfilt.data.images import MAX_PIXELS, BadImage
@@ -236,6 +237,8 @@ class PairStream:
         table = pa.table(
             file.read_row_group(unit.group, columns=[c for c in (*wanted, *optional) if c in names])
         )
+        if name == "pairs" and not pictures:
+            unweighted(table, f"{given.part.path}, shard {unit.shard:05d}")
         rows = [row for some in slices([table], name, wanted, optional) for row in some]
         if given.verdicts is not None:
             kept = self._verdicts(unit, given.verdicts)

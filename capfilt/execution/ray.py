@@ -7,11 +7,12 @@ flight is bounded by the pool; a worker that dies is replaced and its shard trie
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,9 +26,13 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.tables.shards import Manifest
+from capfilt.training.interrupt import PATIENCE, Interrupt, Interrupted
 
 # Ray's stubs know the types of remote functions but not those of actors' methods.
 ray: Any = _ray
+
+PLACEMENT = 600.0
+"""Seconds that ranks may wait for room on the cluster, which other jobs may have taken."""
 
 SHARD_ATTEMPTS = 3
 """How many workers may die on one shard before the run stops."""
@@ -55,9 +60,22 @@ class Board:
         self.latest: tuple[int, int, dict[str, Any]] = (0, 0, {})
         self.result: dict[str, Any] | None = None
         self.failure: Exception | None = None
+        self.asked = False
+        self.began = False
 
-    def post(self, step: int, total: int, figures: dict[str, Any]) -> None:
+    def begin(self) -> None:
+        self.began = True
+
+    def begun(self) -> bool:
+        return self.began
+
+    def ask(self) -> None:
+        """Has the next post answered by True: stop."""
+        self.asked = True
+
+    def post(self, step: int, total: int, figures: dict[str, Any]) -> bool:
         self.latest = (step, total, figures)
+        return self.asked
 
     def finish(self, result: dict[str, Any]) -> None:
         self.result = result
@@ -72,23 +90,70 @@ class Board:
         return self.result, self.failure
 
 
-def run_and_post(stage: ModelStage, board: Any) -> Mapping[str, Any]:
-    """Runs the stage, telling the board now and then how far it is."""
+def run_and_post(stage: ModelStage, board: Any) -> Mapping[str, Any] | None:
+    """Runs the stage, telling the board now and then how far it is; None where it was asked to stop."""
     last = 0.0
 
-    def report(step: int, total: int, figures: Mapping[str, Any]) -> None:
+    def report(step: int, total: int, figures: Mapping[str, Any]) -> bool:
         nonlocal last
-        if time.monotonic() - last > 0.5:
-            last = time.monotonic()
-            board.post.remote(step, total, dict(figures))
+        if time.monotonic() - last <= 0.5:
+            return False
+        last = time.monotonic()
+        return bool(ray.get(board.post.remote(step, total, dict(figures))))
 
-    return stage.run(report)
+    try:
+        return stage.run(report)
+    except Interrupted:
+        return None
+
+
+def attend(
+    stage: ModelStage, board: Any, report: Report, ended: Callable[[float], bool], check: Callable[[], None]
+) -> None:
+    """Returns when `ended`, which waits for so many seconds, says so, and reports until then.
+
+    A first signal, or an error from `check`, asks a stage that saves to stop, and is raised when it has, or `PATIENCE` is
+    over; a stage that does not, or has done nothing yet, and a second signal end it at once.
+    """
+    interrupt = Interrupt()
+    stop: Exception | None = None
+    asked = 0.0
+    with interrupt.listening(True):
+        while not ended(0.5):
+            step, total, figures = ray.get(board.read.remote())
+            if step:
+                report(step, total, figures)
+            try:
+                check()
+            except RunError as error:
+                stop = error
+            if interrupt.number is None and stop is None:
+                continue
+            if not (step and stage.saves()) or (asked and time.monotonic() - asked > PATIENCE):
+                break
+            if not asked:
+                asked = time.monotonic()
+                ray.get(board.ask.remote())
+    if stop is not None:
+        raise stop
 
 
 def _share(cpus: float, ways: int) -> float:
     """One of `ways` shares; Ray takes a fraction below 1, and above it whole processors only."""
     share = cpus / ways
     return float(int(share)) if share >= 1 else share
+
+
+def room(nodes: list[tuple[float, float]], ranks: int, gpu: bool) -> float:
+    """The most processors that each of `ranks` can have where nodes have so many (processors, GPUs), each rank on one node
+    and with a GPU of its own where `gpu`; 0 where they have no room for so many. As Ray counts: whole above 1.
+    """
+    shares = {_share(cpus, ways) for cpus, _ in nodes for ways in range(1, ranks + 1)} - {0.0}
+    for share in sorted(shares, reverse=True):
+        held = ((int(cpus / share + 1e-9), gpus) for cpus, gpus in nodes)
+        if sum(min(count, int(gpus)) if gpu else count for count, gpus in held) >= ranks:
+            return share
+    return 0.0
 
 
 def _threads(cpus: float) -> dict[str, Any]:
@@ -212,8 +277,21 @@ class RayExecutor:
 
             lacking = missing()
             if not lacking:
-                cpus = _share(resources.get("CPU", 1), self._ways * ranks)
-                return run_on_ray(stage, ranks, cpus, gpus > 0, report)
+                nodes = [
+                    (each["Resources"].get("CPU", 0) / self._ways, each["Resources"].get("GPU", 0))
+                    for each in ray.nodes()
+                    if each["Alive"]
+                ]
+                cpus = room(nodes, ranks, gpus > 0)
+                if not cpus:
+                    there = ", ".join(f"{cpu:g} and {gpu:g}" for cpu, gpu in nodes)
+                    raise UserError(
+                        f"--ranks {ranks}: the cluster's nodes have no room for so many, each with a processor or a share of "
+                        f"one{' and a GPU' if gpus else ''}; they have, in processors and GPUs: {there}"
+                    )
+                # Beside others of its kind, a piece of work may wait for its turn as long as they take.
+                patience = PLACEMENT if self._ways == 1 else math.inf
+                return run_on_ray(stage, ranks, cpus, gpus > 0, report, lambda: self._check(stage), patience)
             if stage.ranks(1) > 1:
                 raise UserError(f"--ranks {ranks} on Ray needs Ray Train: {lacking}")
             warnings.warn(f"{stage.name} trains on 1 of {gpus} GPUs: {lacking}", RuntimeWarning, stacklevel=2)
@@ -230,14 +308,14 @@ class RayExecutor:
             .remote(stage, board)
         )
         try:
-            while True:
-                ready, _ = ray.wait([task], timeout=0.5)
-                step, total, figures = ray.get(board.read.remote())
-                if step:
-                    report(step, total, figures)
-                if ready:
-                    return dict(ray.get(task))
-                self._check(stage)
+            attend(
+                stage, board, report, lambda seconds: bool(ray.wait([task], timeout=seconds)[0]),
+                lambda: self._check(stage),
+            )  # fmt: skip
+            figures = ray.get(task)
+            if figures is None:
+                raise KeyboardInterrupt
+            return dict(figures)
         except RayTaskError as error:
             _reraise(error, stage.name)
             raise AssertionError from error
@@ -245,6 +323,6 @@ class RayExecutor:
             raise RunError(
                 f"{stage.name}: its worker died three times; run again to go on from its last state"
             ) from error
-        except (KeyboardInterrupt, RunError):
+        except (KeyboardInterrupt, SystemExit, RunError):  # Ray makes an exit of SIGTERM
             ray.cancel(task, force=True)
             raise

@@ -7,17 +7,19 @@ workspace is what they go on from. Not here: stages in one process (`ray.py`), r
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from capfilt.errors import RunError, UserError
-from capfilt.execution.ray import Board, ray, run_and_post
+from capfilt.execution.ray import Board, attend, ray, run_and_post
 from capfilt.stages.base import ModelStage, Report
 from capfilt.training.launched import launched_rank
 
@@ -29,6 +31,7 @@ def _rank(settings: dict[str, Any]) -> None:
     """What each worker runs."""
     torch.set_num_threads(settings["threads"])
     board = settings["board"]
+    board.begin.remote()
     if ray.get(board.end.remote())[1] is not None:
         # Ray starts everyone again whatever happened, and what a rank has already explained would happen again.
         return
@@ -37,7 +40,7 @@ def _rank(settings: dict[str, Any]) -> None:
     except (UserError, RunError) as error:
         ray.get(board.fail.remote(error))
         raise
-    if launched_rank() == 0:
+    if launched_rank() == 0 and figures is not None:
         ray.get(board.finish.remote(dict(figures)))
 
 
@@ -50,11 +53,20 @@ def missing() -> str:
     return ""
 
 
-def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Report) -> Mapping[str, Any]:
+def run_on_ray(
+    stage: ModelStage,
+    ranks: int,
+    cpus: float,
+    gpu: bool,
+    report: Report,
+    check: Callable[[], None],
+    patience: float = math.inf,
+) -> Mapping[str, Any]:
     """`stage.run` in `ranks` workers of the connected cluster, with `cpus` processors each, and a GPU or none.
 
     Returns what rank 0 returned. Raises what a rank raised, where it is an error of ours; RunError where ranks were lost
-    more than twice.
+    more than twice, KeyboardInterrupt where they were stopped, and where none had begun after `patience` seconds.
+    `check` is `attend`'s.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -78,31 +90,50 @@ def run_on_ray(stage: ModelStage, ranks: int, cpus: float, gpu: bool, report: Re
                 failure_config=FailureConfig(max_failures=RESTARTS),
             ),
         )
-        ended = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(board, report, ended), daemon=True)
-        watcher.start()
+        lost: list[Exception] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except Exception as error:  # noqa: BLE001 - raised below, in the thread that waits
+                lost.append(error)
+
+        # In a thread, where it puts up no handlers of its own: it would end the ranks in the middle of a step. Daemonic,
+        # since what is not waited for must not hold up the end of this process, with which the ranks end too.
+        fitting = threading.Thread(target=fit, daemon=True)
+        fitting.start()
+
+        given_up = time.monotonic() + patience
+        begun = False
+
+        def placed() -> None:
+            nonlocal begun
+            begun = begun or ray.get(board.begun.remote())
+            if not begun and time.monotonic() > given_up:
+                free = ray.available_resources()
+                raise RunError(
+                    f"{stage.name}: waited {patience:.0f} s for room for {ranks} ranks with {cpus:g} processors"
+                    f"{' and a GPU' if gpu else ''} each; free now, in all: {free.get('CPU', 0):g} processors, "
+                    f"{free.get('GPU', 0):g} GPUs; run again when others are done, or give fewer --ranks"
+                )
+            check()
+
+        def ended(seconds: float) -> bool:
+            fitting.join(seconds)
+            return not fitting.is_alive()
+
         try:
-            trainer.fit()
-        except Exception as error:
-            _, failure = ray.get(board.end.remote())
-            if failure is not None:
-                raise failure from None
-            raise RunError(
-                f"{stage.name}: ranks were lost {RESTARTS + 1} times ({str(error).splitlines()[0]}); run again to go on "
-                "from the last state"
-            ) from error
+            attend(stage, board, report, ended, placed)
         finally:
-            ended.set()
-            watcher.join()
             shutil.rmtree(scratch, ignore_errors=True)
     result, failure = ray.get(board.end.remote())
     if failure is not None:
         raise failure
-    return dict(result or {})
-
-
-def _watch(board: Any, report: Report, ended: threading.Event) -> None:
-    while not ended.wait(0.5):
-        step, total, figures = ray.get(board.read.remote())
-        if step:
-            report(step, total, figures)
+    if lost:
+        raise RunError(
+            f"{stage.name}: ranks were lost {RESTARTS + 1} times ({str(lost[0]).splitlines()[0]}); run again to go on "
+            "from the last state"
+        ) from lost[0]
+    if result is None:
+        raise KeyboardInterrupt
+    return dict(result)

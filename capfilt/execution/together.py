@@ -1,94 +1,152 @@
-"""Runs a stage in several processes of this machine that train together, through torchrun's own launcher.
+"""Runs a stage in several processes of this machine that train together, started by torch.multiprocessing.
 
 Not here: ranks on a Ray cluster (`ray_train.py`), what the ranks do (`capfilt.training.distributed`).
 """
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from capfilt.errors import RunError, UserError
 from capfilt.stages.base import ModelStage, Report
+from capfilt.training.interrupt import PATIENCE, Interrupt
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HOST = "127.0.0.1"
 
 
 def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]:
     """`stage.run` in `ranks` processes; what the first of them returns.
 
-    Raises what a rank raised, where it is an error of ours; RunError where one of them was lost.
+    SIGINT and SIGTERM go to all ranks, which are waited for as long as `PATIENCE` while they save; a second one ends them.
+
+    Raises what a rank raised, where it is an error of ours; RunError where one of them was lost, KeyboardInterrupt where
+    they were stopped.
     """
-    # A rank's processors are its share of them, unless whoever started this said otherwise.
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, _cpus() // ranks))}
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=f"capfilt-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        rdzv_configs={"timeout": 300},
-        # A rank that is lost would be lost again: what it saved is there for the next run.
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
-    # What went wrong is said once, below.
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Not torchrun's launcher: it kills ranks that take longer than 30 seconds to save.
+    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     posts = multiprocessing.get_context("spawn").SimpleQueue()
     failures: list[tuple[type[Exception], str]] = []
-    reader = threading.Thread(target=_read, args=(posts, report, failures), daemon=True)
+    results: list[Mapping[str, Any]] = []
+    reader = threading.Thread(target=_read, args=(posts, report, failures, results), daemon=True)
     reader.start()
-    before = dict(os.environ)
-    os.environ.update(threads)
+    interrupt = Interrupt()
+    asked = 0.0
+    with interrupt.listening(True):
+        with _held(), _threads(ranks):
+            running = start_processes(  # type: ignore[no-untyped-call]
+                _rank, (stage, ranks, store.port, posts), ranks, join=False, start_method="spawn"
+            )
+        try:
+            while not running.join(timeout=0.2):
+                if interrupt.number is None:
+                    continue
+                if not asked:
+                    asked = time.monotonic()
+                    for process in running.processes:
+                        if process.is_alive():
+                            os.kill(process.pid, interrupt.number)
+                elif time.monotonic() - asked > PATIENCE:
+                    break
+        except ProcessException as error:
+            _finish(posts, reader)
+            if failures:
+                kind, message = failures[0]
+                raise kind(message) from None
+            if interrupt.number is None:
+                said = error.msg.strip().splitlines()[-1]
+                raise RunError(
+                    f"{stage.name}: rank {error.error_index} of {ranks} was lost ({said}); run again to go on from the "
+                    "last state"
+                ) from error
+        finally:
+            for process in running.processes:
+                process.kill()
+                process.join()
+    _finish(posts, reader)
+    if not results:
+        raise KeyboardInterrupt
+    return results[0]
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """Inside, signals wait, and so they do in processes that are started, until `_rank` has handlers for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        found: dict[int, Mapping[str, Any]] = elastic_launch(config, _run)(stage, posts)
-    except SignalException:
-        # The launcher passed it on to the ranks, which saved their state and ended.
-        raise KeyboardInterrupt from None
-    except ChildFailedError as error:
-        posts.put(None)
-        reader.join()
-        if failures:
-            kind, message = failures[0]
-            raise kind(message) from None
-        rank, failure = error.get_first_failure()
-        raise RunError(
-            f"{stage.name}: rank {rank} of {ranks} was lost ({failure.message.splitlines()[0]}); run again to go on from "
-            "the last state"
-        ) from error
+        yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
-    posts.put(None)
-    reader.join()
-    return found[0]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _threads(ranks: int) -> Iterator[None]:
+    """Inside, processes are started with their share of the processors, unless whoever started this said otherwise."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(max(1, _cpus() // ranks))
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _read(posts: Any, report: Report, failures: list[tuple[type[Exception], str]]) -> None:
+def _read(
+    posts: Any,
+    report: Report,
+    failures: list[tuple[type[Exception], str]],
+    results: list[Mapping[str, Any]],
+) -> None:
     while (post := posts.get()) is not None:
-        if isinstance(post[0], int):
-            report(*post)
+        kind, *values = post
+        if kind == "step":
+            report(*values)
+        elif kind == "result":
+            results.append(values[0])
         else:
-            failures.append(post)
+            failures.append((values[0], values[1]))
 
 
-def _run(stage: ModelStage, posts: Any) -> Mapping[str, Any]:
+def _finish(posts: Any, reader: threading.Thread) -> None:
+    posts.put(None)
+    reader.join()
+
+
+def _rank(rank: int, stage: ModelStage, ranks: int, port: int, posts: Any) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # Either ends a rank as Ctrl-C does, quietly: a rank that died of a signal would count as lost.
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    # As torchrun says it; the store is that of the process that started this one.
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": _HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
     try:
-        return stage.run(lambda step, total, figures: posts.put((step, total, dict(figures))))
+        result = stage.run(lambda step, total, figures: posts.put(("step", step, total, dict(figures))))
     except (UserError, RunError) as error:
-        posts.put((type(error), str(error)))
+        posts.put(("failure", type(error), str(error)))
         raise
+    if rank == 0:
+        posts.put(("result", dict(result)))

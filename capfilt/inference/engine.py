@@ -30,6 +30,7 @@ from capfilt.inference.lowbit import Int8Linear, bf16_model, fp8_model, int8_mod
 from capfilt.inference.memory import give_back, out_of_memory
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip
+from capfilt.models.precision import auto_precision
 from capfilt.models.vision import VisionTower
 
 
@@ -96,7 +97,7 @@ class Engine:
         model.require(self.half)
         self.device = next(model.parameters()).device
         if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
+            precision = auto_precision(self.device)
         low = precision in ("bf16", "fp8")
         make, convert = _IN[precision]
         self.model = make(model).eval()

@@ -156,6 +156,11 @@ class Alignment(nn.Module):
         if self.momentum is not None and self.config.momentum is not None:
             ema_update(*followed(self.momentum, self.model), self.config.momentum)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the queue is full: until then ITC has ever more candidates, and its loss rises with them."""
+        return self.queue.filled == self.queue.size
+
     @torch.no_grad()
     def figures(self) -> dict[str, Tensor]:
         """fp32 scalars that a log line has and a step has not: "queue_cosine", the larger `mean_cosine` of the queue's

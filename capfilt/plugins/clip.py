@@ -20,6 +20,7 @@ from torch import Tensor
 
 from capfilt.data.images import decode
 from capfilt.errors import UserError
+from capfilt.models.precision import auto_precision
 from capfilt.tables.ids import file_sha256
 
 VERSION = 1
@@ -38,7 +39,7 @@ class ClipScorer:
 
     Args:
         argument: the directory.
-        precision: auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16; cosines are always taken in fp32.
+        precision: auto (bf16 on GPUs that have it, else fp32), fp32 or bf16; cosines are always taken in fp32.
 
     Raises:
         UserError: where the directory holds no CLIP, or one whose pictures are prepared in a way not known here.
@@ -103,8 +104,7 @@ class ClipScorer:
 
     def computed(self) -> dict[str, str]:
         """The precision, "auto" resolved."""
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        return {"precision": auto if self.precision == "auto" else self.precision}
+        return {"precision": auto_precision(self.device) if self.precision == "auto" else self.precision}
 
     def prepare(self, data: bytes) -> Pixels:
         """uint8 [3, S, S]: the shorter side made S, bicubic, then the middle. Large JPEGs are scaled by their decoder."""

@@ -140,8 +140,8 @@ class ShardStage(ABC):
         return fingerprint({"part": part, "shard": shard, "inputs": self.inputs(shard)})
 
 
-Report = Callable[[int, int, Mapping[str, Any]], None]
-"""Called with the number of steps done, how many there are, and the latest figures."""
+Report = Callable[[int, int, Mapping[str, Any]], bool | None]
+"""Called with the number of steps done, how many there are, and the latest figures; True asks the stage to stop."""
 
 
 class ModelStage(ABC):
@@ -178,6 +178,10 @@ class ModelStage(ABC):
         The first one reports, writes, and has the figures.
         """
         return 1
+
+    def saves(self) -> bool:
+        """Whether `run`, asked by its `report` to stop, saves what it has done and raises `Interrupted`."""
+        return False
 
     @abstractmethod
     def run(self, report: Report) -> Mapping[str, Any]:

@@ -66,7 +66,7 @@ class FinetuneClosedVqa(ClassifierTask):
 
     name = "finetune-vqa"
     task = "vqa"
-    version = 2
+    version = 3
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:

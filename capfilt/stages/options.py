@@ -243,6 +243,12 @@ class LoopOptions:
         "micro-batches per step, for batches that do not fit; ITC and ITM see each by itself, and the queue",
         later=True,
     )
+    micro_batch: int = _option(
+        0,
+        "in place of `accumulate`: texts per rank and forward pass, at most; the batch comes in equal parts, shared by as many "
+        "ranks as divide them; 0 for none",
+        later=True,
+    )
     learning_rate: float = _option(3e-4, "peak (BLIP, section 4.1: 3e-4 for ViT-B)")
     min_lr: float = _option(1e-6, "the schedule's end (BLIP's released pretraining configuration)")
     warmup_steps: int = _option(100, "linear warm-up")
@@ -296,7 +302,7 @@ class LoopOptions:
         told=True,
     )
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
-    precision: str = _option("auto", "auto (bf16 on GPUs, fp32 on CPUs), fp32 or bf16")
+    precision: str = _option("auto", "auto (bf16 on GPUs that have it, else fp32), fp32 or bf16")
     save_every: int = _option(
         500, "steps between the states that an interrupted run continues from; 0 for none"
     )
@@ -304,7 +310,10 @@ class LoopOptions:
         1, "so many of the newest states are kept until the checkpoint is made", told=True
     )
     keep_best: bool = _option(
-        False, "keep best/, the weights with the lowest training loss whenever a state is saved", told=True
+        False,
+        "keep best/, the weights with the lowest training loss whenever a state is saved, from where queue and ramps are "
+        "full",
+        told=True,
     )
     tensorboard: bool = _option(
         False, "also write tensorboard/ beside the checkpoint (capfilt[tensorboard])", told=True
@@ -575,8 +584,8 @@ class FinetuneClassificationOptions(TaskOptions):
 
 _ENGINE_BATCH = "images per batch; 0: as many as fit; halved where a GPU's memory is too small"
 _ENGINE_PRECISION = (
-    "of a checkpoint: auto (bf16 on GPUs, fp32 on CPUs), fp32, bf16, int8 (CPUs) or fp8 (vision tower, "
-    "newer GPUs, with --compile)"
+    "of a checkpoint: auto (bf16 on GPUs that have it, else fp32), fp32, bf16, int8 (CPUs) or fp8 (vision "
+    "tower, newer GPUs, with --compile)"
 )
 _ENGINE_COMPILE = (
     "have torch.compile make the vision tower's kernels: for GPUs; takes a minute, once: ~/.cache/capfilt "

@@ -5,6 +5,8 @@ What every training shares is `training.py`'s; what each stage starts from is `t
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -23,6 +25,10 @@ from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure", "image")
+
+
+NAMED = 500_000
+"""Texts named at a time, a row group each."""
 
 
 class PairTraining(Training[Pairs]):
@@ -106,6 +112,7 @@ class PairTraining(Training[Pairs]):
     def account(self, data: Pairs) -> dict[str, Any]:
         return {"texts": len(data), "images": data.pictures, "by_source": data.texts_by_source()}
 
-    def exposures(self, data: Pairs, counts: list[int]) -> pa.Table:
-        text_ids, image_ids, sources = zip(*data.identities(), strict=True)
-        return pa.table({"text_id": text_ids, "image_id": image_ids, "source": sources, "exposures": counts})
+    def named(self, data: Pairs) -> Iterator[pa.Table]:
+        texts = data.identities()
+        while some := list(itertools.islice(texts, NAMED)):
+            yield pa.table(dict(zip(("text_id", "image_id", "source"), zip(*some, strict=True), strict=True)))

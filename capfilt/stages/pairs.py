@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from capfilt.data.corpus import Batch, Corpus, batches
 from capfilt.data.stream import PairStream
 from capfilt.data.tokenizer import Encodes
@@ -125,6 +127,8 @@ class Streamed:
             batch_size // world,
             size=self.size,
             workers=self.workers,
+            # Copies from ordinary memory make a GPU wait for them.
+            pin_memory=torch.cuda.is_available(),
             rank=rank,
             world=world,
             **options,

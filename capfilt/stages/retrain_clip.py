@@ -27,7 +27,7 @@ from capfilt.tables.workspace import Workspace
 class RetrainClip(Retrain):
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks (CLIP, section 2.3)."""
 
-    version = 2  # texts are no longer cut to their first 30 words
+    version = 3  # since 2, texts are no longer cut to their first 30 words
     model = "clip"
     shown = ("contrast", "accuracy", "scale")
 

@@ -11,7 +11,7 @@ annotators whose answer is the one written greedily, which is no official metric
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -155,8 +155,8 @@ class TaskTraining(Training[TaskCorpus]):
     def account(self, data: TaskCorpus) -> dict[str, Any]:
         return {"examples": len(data), "images": len(data.image_ids)}
 
-    def exposures(self, data: TaskCorpus, counts: list[int]) -> pa.Table:
-        return pa.table({"example_id": data.example_ids, "exposures": counts})
+    def named(self, data: TaskCorpus) -> Iterator[pa.Table]:
+        yield pa.table({"example_id": data.example_ids})
 
     @torch.no_grad()
     def judged(self, model: Model, tokenizer: Tokenizer, where: torch.device) -> dict[str, float]:
@@ -181,7 +181,7 @@ class FinetuneVqa(TaskTraining):
     name = "finetune-vqa"
     task = "vqa"
     form = ANSWERS
-    version = 2
+    version = 3
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from capfilt.data.corpus import Corpus, from_pairs, from_verdicts
+from capfilt.data.examples import unweighted
 from capfilt.data.stream import StreamInput
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
@@ -192,7 +193,12 @@ class Retrain(Pretrain):
     def corpora(self, size: int) -> list[Corpus]:
         corpora = super().corpora(size)
         if self.pairs:
-            corpora.append(from_pairs((t for part in self.pairs for t in part.tables()), size=size))
+            tables = (
+                unweighted(part.read(shard), f"{part.path}, shard {shard:05d}")
+                for part in self.pairs
+                for shard in part.shards()
+            )
+            corpora.append(from_pairs(tables, size=size))
         for images, verdicts in self.joined:
             corpora.append(
                 from_verdicts(images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size)

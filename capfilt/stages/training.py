@@ -7,14 +7,18 @@ Not here: what they train on (`pair_training.py`, `task_training.py`), what each
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -40,6 +44,8 @@ from capfilt.training.optim import DECAY_RULES
 from capfilt.training.schedule import BY_STEP, SCHEDULES
 
 LOG_EVERY = 20
+EXPOSURES = "exposures.parquet"
+STATE = "state.safetensors"
 
 
 class Data(Protocol):
@@ -75,7 +81,7 @@ class Training(ModelStage, Generic[D]):
         rows: what `data` gives, one of `kinds.ROWS`.
     """
 
-    version = 1
+    version = 2  # epoch-cosine counts a run's own epochs
     least: ClassVar[int] = 1
     shown: ClassVar[tuple[str, ...]]
     rows: ClassVar[str]
@@ -90,6 +96,17 @@ class Training(ModelStage, Generic[D]):
         if options.batch_size < self.least:
             why = ": contrast and hard negatives need at least 2" if self.least > 1 else ": give 1 or more"
             raise UserError(f"--batch-size {options.batch_size}{why}")
+        if options.micro_batch and options.accumulate != 1:
+            raise UserError(
+                f"--micro-batch {options.micro_batch}, --accumulate {options.accumulate}: give one of them; the other follows"
+            )
+        # A batch of 97 in equal parts of at most 90 would be 97 parts of one.
+        smallest = max(self.least, min(options.micro_batch, options.batch_size) // 2)
+        if options.micro_batch and options.batch_size // self._passes() < smallest:
+            raise UserError(
+                f"--micro-batch {options.micro_batch}: {options.batch_size} texts do not divide into equal parts of "
+                f"{smallest} to {options.micro_batch}; change one of the two"
+            )
         if options.accumulate < 1 or options.batch_size // options.accumulate < self.least:
             raise UserError(
                 f"--accumulate {options.accumulate}: {options.batch_size} texts do not make so many micro-batches of at "
@@ -154,8 +171,8 @@ class Training(ModelStage, Generic[D]):
         """What was trained on, in numbers."""
 
     @abstractmethod
-    def exposures(self, data: D, counts: list[int]) -> pa.Table:
-        """How often each of the data was trained on."""
+    def named(self, data: D) -> Iterator[pa.Table]:
+        """Columns that name each of the data, in order, some at a time."""
 
     def prepare(self, data: D, model: Any, where: torch.device) -> None:
         """Change the data for a model that is on its device, before the first batch."""
@@ -185,11 +202,17 @@ class Training(ModelStage, Generic[D]):
             return False
         made = checkpoint.read_config(self.output).get("extra", {})
         if made.get("fingerprint") != self.fingerprint():
-            raise UserError(
-                f"{self.output}: holds a checkpoint made with other options or inputs"
-                f"{_changed(made.get('identity', {}), dict(self.identity()))}; name another --out, or remove it"
+            change = _changed(made.get("identity", {}), dict(self.identity()))
+            other = (
+                f"with other options or inputs{change}"
+                if change
+                else "by another version of this stage's code"
             )
-        return True
+            raise UserError(
+                f"{self.output}: holds a checkpoint made {other}; name another --out, or remove it"
+            )
+        # Killed between the two, a run has its last step's state still, and says what it trained on when it is run again.
+        return (self.output / EXPOSURES).is_file() or not (self.output / STATE).is_file()
 
     def outlook(self) -> str:
         o: LoopOptions = self.options
@@ -199,11 +222,51 @@ class Training(ModelStage, Generic[D]):
 
     def ranks(self, gpus: int) -> int:
         o: LoopOptions = self.options
+        if o.ranks:
+            return o.ranks
         # A batch that all GPUs cannot share is shared by as many as can.
-        able = [n for n in range(1, gpus + 1) if o.batch_size % (n * o.accumulate) == 0]
-        return o.ranks or max(
-            (n for n in able if o.batch_size // (n * o.accumulate) >= self.least), default=1
+        able = [n for n in range(1, gpus + 1) if self._shared(n)]
+        ranks = max(able, default=1)
+        if gpus > ranks:
+            warnings.warn(
+                f"{self.name}: {gpus - ranks} of {gpus} GPUs stay idle: {self._divided()} can be shared by {ranks}, not by "
+                "more; another --batch-size or --micro-batch can use them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return ranks
+
+    def _passes(self) -> int:
+        """In how many forward passes of equal size, over all ranks, `--micro-batch` has a step's batch; the number of ranks
+        must divide them, so that it decides no result.
+        """
+        o: LoopOptions = self.options
+        least = max(1, math.ceil(o.batch_size / max(1, o.micro_batch)))
+        return next(n for n in range(least, o.batch_size + 1) if o.batch_size % n == 0)
+
+    def _shared(self, ranks: int) -> bool:
+        """Whether so many ranks can share a step's batch alike."""
+        o: LoopOptions = self.options
+        if o.micro_batch:
+            return self._passes() % ranks == 0
+        each, rest = divmod(o.batch_size, ranks * o.accumulate)
+        return not rest and each >= self.least
+
+    def _divided(self) -> str:
+        o: LoopOptions = self.options
+        if o.micro_batch:
+            return f"{o.batch_size} texts in parts of {o.batch_size // self._passes()}"
+        return f"{o.batch_size} texts" + (
+            f" in {o.accumulate} micro-batches each" if o.accumulate > 1 else ""
         )
+
+    def _accumulate(self, ranks: int) -> int:
+        """How many micro-batches each rank has in a step."""
+        o: LoopOptions = self.options
+        return self._passes() // ranks if o.micro_batch else o.accumulate
+
+    def saves(self) -> bool:
+        return bool(self.options.save_every)
 
     def run(self, report: Report) -> Mapping[str, Any]:
         with distributed.joined() as ranks:
@@ -221,10 +284,11 @@ class Training(ModelStage, Generic[D]):
 
     def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options
-        if o.batch_size % (ranks.world * o.accumulate) and ranks.world > 1:
+        if ranks.world > 1 and not self._shared(ranks.world):
             raise UserError(
-                f"--batch-size {o.batch_size}: {ranks.world} ranks with {o.accumulate} micro-batches each do not divide it"
+                f"--batch-size {o.batch_size}: {ranks.world} ranks cannot share {self._divided()} alike"
             )
+        accumulate = self._accumulate(ranks.world)
         data = self.data(self.image_size())
         model, tokenizer = self.initial(data)
         kind = kinds.of(model)
@@ -251,7 +315,8 @@ class Training(ModelStage, Generic[D]):
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
-            accumulate=o.accumulate,
+            accumulate=accumulate,
+            micro_batch=o.micro_batch,
             learning_rate=o.learning_rate,
             min_lr=o.min_lr,
             warmup_steps=min(o.warmup_steps, steps // 2) if by_step else o.warmup_steps,
@@ -279,7 +344,7 @@ class Training(ModelStage, Generic[D]):
             collapse_steps=getattr(o, "collapse_steps", 0),
         )
         self.output.mkdir(parents=True, exist_ok=True)
-        state_path = self.output / "state.safetensors"
+        state_path = self.output / STATE
         module = self.module(model, tokenizer, ranks).to(where)
         result = train(
             module,
@@ -293,7 +358,7 @@ class Training(ModelStage, Generic[D]):
                 transform=partial(self._vary, ranks.rank) if o.randaugment else None,
                 rank=ranks.rank,
                 world=ranks.world,
-                parts=o.accumulate,
+                parts=accumulate,
                 **self.feed(),
             ),
             config,
@@ -315,8 +380,6 @@ class Training(ModelStage, Generic[D]):
             "seconds": round(result.seconds, 1),
             **self._shown(result.losses),
         }
-        if ranks.rank == 0:
-            _publish(self.output / "exposures.parquet", self.exposures(data, result.exposures.tolist()))
         if result.average:
             self._keep("live", model, tokenizer, ranks, result.steps, result.losses.get("loss"))
         extra: dict[str, Any] = {
@@ -332,7 +395,10 @@ class Training(ModelStage, Generic[D]):
             if ranks.rank == 0:
                 figures |= self.judged(complete, tokenizer, where)
                 checkpoint.save(self.output, complete, tokenizer, {**extra, "figures": figures})
-                state.remove(state_path)
+        if ranks.rank == 0:
+            # After the weights, which are what cannot be made again; before the state, from which this can.
+            _publish(self.output / EXPOSURES, _counted(self.named(data), result.exposures))
+            state.remove(state_path)
         return {name: value for name, value in figures.items() if name not in _APART}
 
     def _state_fingerprint(self, ranks: Ranks) -> str:
@@ -389,6 +455,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.99),
     "max_text_tokens": (2, math.inf),  # what begins a text and what ends it
     "image_size": (0, math.inf),
+    "micro_batch": (0, math.inf),
     "seed": (0, math.inf),
     "weight_decay": (0, math.inf),
     "min_lr": (0, math.inf),
@@ -413,6 +480,22 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f" ({names[0]} changed)" if names else ""
 
 
-def _publish(path: Path, table: pa.Table) -> None:
+def _counted(named: Iterator[pa.Table], counts: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+    start = 0
+    for table in named:
+        stop = start + table.num_rows
+        yield table.append_column("exposures", pa.array(counts[start:stop]))
+        start = stop
+
+
+def _publish(path: Path, tables: Iterator[pa.Table]) -> None:
+    """A row group per table, so that no more than one is held."""
+
+    def write(attempt: Path) -> None:
+        first = next(tables)
+        with pq.ParquetWriter(attempt, first.schema, compression="zstd") as file:
+            for table in itertools.chain([first], tables):
+                file.write_table(table)
+
     path.unlink(missing_ok=True)
-    publish_new(path, lambda attempt: pq.write_table(table, attempt, compression="zstd"))
+    publish_new(path, write)

@@ -29,6 +29,7 @@ from capfilt.models.classifier import BlipClassifier
 from capfilt.models.clip import Clip
 from capfilt.models.interop.contents import Contents
 from capfilt.models.nlvr import BlipNlvr
+from capfilt.models.precision import has_bf16
 from capfilt.models.vilt import ImageTokens, Vilt
 from capfilt.models.vilt_classifier import ViltClassifier
 from capfilt.models.vqa import BlipVqa
@@ -70,7 +71,7 @@ class _OnDevice:
     """A module and its tokenizer, called in evaluation mode, whatever mode it is in; texts are as long as in training.
 
     Every call switches to evaluation mode, without gradients, and back, so that a model may be evaluated in
-    mid-training. Runs on the model's device, in bf16 autocast on a GPU and fp32 elsewhere; answers are float32.
+    mid-training. Runs on the model's device, in bf16 autocast on a GPU that has it and fp32 elsewhere; answers are float32.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -94,11 +95,10 @@ class _OnDevice:
     def _evaluating(self) -> Iterator[None]:
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
-        device = self.device.type
         try:
             with (
                 torch.inference_mode(),
-                torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"),
+                torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=has_bf16(self.device)),
             ):
                 yield
         finally:

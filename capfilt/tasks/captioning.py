@@ -353,7 +353,7 @@ def evaluate_captioning(
     references: Sequence[Sequence[str]],
     *,
     batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
     **decoding: Any,
 ) -> CaptioningResult:
     """Captions `images` and judges the captions against `references`, in the same order.

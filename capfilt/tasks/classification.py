@@ -133,7 +133,7 @@ def few_shot(
     shots: Sequence[int] = SHOTS,
     seeds: int = SEEDS,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> ClassificationResult:
     """Classes of frozen features float32 [N, D] after `k` examples per class of `support` [M, D], for k of `shots`.
 

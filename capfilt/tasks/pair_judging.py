@@ -46,7 +46,7 @@ def score_pairs(
     texts: Sequence[str],
     *,
     text_batch: int = 256,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> Scores:
     """Scores float64 [P] of pairs, `texts[p]` with image `image_index[p]` of all batches together, by every way there is.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CAPTIONS = "captions"
 """What a task reads that takes the texts of an images part; every other one names the task of its examples."""
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], object]
 """Called with (what is done, how many of it are, of how many)."""
 
 

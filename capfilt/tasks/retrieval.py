@@ -202,7 +202,7 @@ def evaluate_retrieval(
     rerank_k: int = RERANK_K,
     text_batch: int = 256,
     token_memory: int = 2 << 30,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> RetrievalEvaluation:
     """Retrieval on a set of images and their texts, by cosine and, where the model matches pairs, re-ranked.
 

@@ -25,8 +25,9 @@ PRECISIONS = ("auto", "fp32", "bf16")
 Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 Augment = Callable[[Batch, torch.Generator], Tensor]
 """A batch on its device and a CPU generator -> the pixels to train on in place of the batch's, on the same device."""
-OnStep = Callable[[int, Mapping[str, float]], None]
-"""Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...)."""
+OnStep = Callable[[int, Mapping[str, float]], bool | None]
+"""Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...); True
+asks the run to save and stop, as a signal does."""
 OnBest = Callable[[int, float], None]
 """Called with the number of steps done and the mean loss of the last log line, where that is the lowest so far; the
 module then holds the weights to keep, the averaged ones where there is an average."""
@@ -39,6 +40,7 @@ class TrainConfig:
     steps: int
     batch_size: int = 64  # for the record and the schedules by epoch; the batches decide
     accumulate: int = 1  # micro-batches that each batch is split into; one update after the last
+    micro_batch: int = 0  # their texts, where `accumulate` follows from that and the ranks; for the record
     learning_rate: float = 3e-4  # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B
     min_lr: float = 1e-6  # BLIP, released pretraining configuration
     warmup_steps: int = 3000  # BLIP, released pretraining configuration; at most half of `steps` of a cosine
@@ -90,6 +92,9 @@ class TrainConfig:
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         for name in ("augment", "log_every", "save_every", "keep_states", "stuck_steps", "collapse_steps"):
             del values[name]
+        if self.micro_batch:
+            # With other ranks it is another number, and the same run.
+            del values["accumulate"]
         return {**values, "betas": list(self.betas), "augment": self.augment is not None}
 
     def rate(self, step: int) -> float:

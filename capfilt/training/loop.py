@@ -30,6 +30,7 @@ from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
 from capfilt.models.norms import statistics, training_mode
 from capfilt.models.objectives import alpha_ramp, hardness_ramp
+from capfilt.models.precision import has_bf16
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.training import average, distributed, optim, state, throughput
 from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
@@ -38,6 +39,9 @@ from capfilt.training.log import Log
 from capfilt.training.watch import Watched, watches
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
+
+EXPOSED = 2**20
+"""Examples whose counts are exchanged at a time: 8 MiB per rank."""
 
 MAX_SKIPS = 20
 """So many steps in a row with a non-finite loss or gradient end the run: the model will not come back by itself."""
@@ -59,6 +63,8 @@ class _Progress:
     watched: Watched = field(default_factory=Watched)
     last: dict[str, float] = field(default_factory=dict)
     best: float | None = None
+    settled: int | None = None
+    comparable: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
@@ -88,18 +94,21 @@ def train(
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
-        on_step: progress; an exception from it ends the run.
+        on_step: progress, on rank 0; an exception from it ends the run, and True stops it as a signal does.
         on_best: keep these weights: called when a state is due (`save_every`, and the last step) and the mean loss of the
-            last log line is the lowest of those so far. It is the training loss, so "best" means least diverged.
+            last log line is the lowest of those so far. It is the training loss, so "best" means least diverged. Losses
+            are compared from where they mean the same: the ramps of `config` are over, and `module.settled`, where it has
+            that, is true (a queue that fills makes ITC harder). A run that ends before keeps its last weights.
         log_path: JSON lines, one per `log_every` steps and one for the last: means over those steps of every loss and
             figure and of "grad_norm"; "lr", "alpha", "images_per_second" (texts; equal to images where each has one),
             "seconds", "skipped_steps", and on GPUs that `throughput.PEAK_FLOPS` knows "mfu", of the bf16 peak.
         tensorboard_path: directory of TensorBoard event files with the same figures (`capfilt[tensorboard]`).
         state_path: file of the training state, written every `save_every` steps, at the end, and when SIGTERM or
-            SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again. Where the
-            file exists the run continues from it, skipping the batches it has had: the rest is what an uninterrupted
-            run would have done, bit for bit on a CPU. With `config.keep_states` above 1 older states stay beside it
-            (`state.write_newest`); `state.remove` deletes them all when the finished model is safe.
+            SIGINT arrives: the step in progress is finished, the state saved, and the signal raised again, or
+            KeyboardInterrupt where it came to another rank. Where the file exists the run continues from it, skipping
+            the batches it has had: the rest is what an uninterrupted run would have done, bit for bit on a CPU. With
+            `config.keep_states` above 1 older states stay beside it (`state.write_newest`); `state.remove` deletes
+            them all when the finished model is safe.
         fingerprint: of the data and whatever else the caller wants to be the same when a state is continued.
         examples: how many examples the corpus has: the length of `exposures`. Larger numbers lengthen it.
         ranks: the processes that train together, from `distributed.joined`. Each calls this with a module built alike and
@@ -236,18 +245,22 @@ class _Run:
                     self._keep_best()
                     if self.state_path is not None:
                         self._save()
-                if self.on_step is not None:
-                    self.on_step(progress.step, values)
+                if self.on_step is not None and self.on_step(progress.step, values):
+                    self.interrupt.ask()
                 self.interrupt.check()
-        except (KeyboardInterrupt, Interrupted) as stop:
+        except KeyboardInterrupt as stop:
             # Saving takes all ranks, and only an agreed stop finds them at the same step.
             together = self.ranks.world == 1 or isinstance(stop, Interrupted)
             if whole and together and self.state_path is not None:
                 self._save()
+                # Who started the ranks may end all of them when one ends: none does while rank 0 still writes.
+                self.ranks.mean(torch.zeros(1, device=self.device))
             raise
 
     def _step(self, batch: Batch) -> dict[str, float]:
         config, progress = self.config, self.progress
+        if progress.settled is None and self._settled():
+            progress.settled = progress.step
         rate = config.rate(progress.step)
         alpha = alpha_ramp(progress.step, config.alpha_ramp_steps, config.alpha)
         hardness = hardness_ramp(progress.step, config.hardness_ramp_steps)
@@ -276,7 +289,7 @@ class _Run:
         norm = optim.clip_gradients(self.parameters.values(), config.clip_norm)
         # One exchange and one transfer per step for everything that is looked at: each would be a stop of its own on a
         # GPU. That it is the same on all ranks is what lets them skip, stop and save together.
-        own = torch.tensor([float(rows), float(self.interrupt.number is not None)]).to(norm.device)
+        own = torch.tensor([float(rows), float(self.interrupt.wanted)]).to(norm.device)
         *figures, mean_rows, stop = self.ranks.mean(torch.stack([*found.values(), norm, *own])).tolist()
         values: dict[str, float] = dict(zip([*found, "grad_norm"], figures, strict=True))
         self.interrupt.agree(stop > 0)
@@ -322,11 +335,7 @@ class _Run:
 
     def _autocast(self) -> AbstractContextManager[object]:
         precision = self.config.precision
-        half = precision == "bf16" or (
-            precision == "auto"
-            and self.device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
+        half = precision == "bf16" or (precision == "auto" and has_bf16(self.device))
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
     def _expose(self, example: Tensor) -> None:
@@ -357,6 +366,8 @@ class _Run:
             line["mfu"] = rate * self.flops / self.peak / self.ranks.world
         self.log.write(line)
         progress.last = {name: float(value) for name, value in line.items()}
+        begun = progress.step - progress.window_steps
+        progress.comparable = progress.settled is not None and begun >= progress.settled
         for watch in self.watches:
             message = watch.line(figures, progress.window_steps, progress.watched)
             if message:
@@ -375,8 +386,19 @@ class _Run:
             return self.exposures
         longest = max(self.ranks.rows(len(self.exposures)).counts)
         mine = np.pad(self.exposures, (0, longest - len(self.exposures)))
-        every = self.ranks.stack(torch.from_numpy(mine).to(self.device))
-        return every.sum(dim=0).numpy(force=True) if self.ranks.rank == 0 else self.exposures
+        # A piece at a time: everyone's numbers of all texts would be tens of GiB of a large corpus, on each GPU.
+        for start in range(0, longest, EXPOSED):
+            piece = mine[start : start + EXPOSED]
+            every = self.ranks.stack(torch.from_numpy(piece).to(self.device)).sum(dim=0)
+            if self.ranks.rank == 0:
+                piece[:] = every.numpy(force=True)
+        return mine if self.ranks.rank == 0 else self.exposures
+
+    def _settled(self) -> bool:
+        """Whether losses of this step and later ones can be compared with one another."""
+        config = self.config
+        ramps = max(config.alpha_ramp_steps if config.alpha else 0, config.hardness_ramp_steps)
+        return self.progress.step >= ramps and bool(getattr(self.module, "settled", True))
 
     # ------------------------------------------------------------------ state
 
@@ -384,6 +406,8 @@ class _Run:
         progress = self.progress
         loss = progress.last.get("loss")
         if self.on_best is None or loss is None or (progress.best is not None and loss >= progress.best):
+            return
+        if not progress.comparable and progress.step < self.config.steps:
             return
         progress.best = loss
         with average.swapped(self.module, self.average.tensors if self.average else {}):

@@ -13,18 +13,25 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 
-PEAK_FLOPS = (
+PEAK_FLOPS: tuple[tuple[str, float | None], ...] = (
     # Dense bf16 matmul with fp32 accumulation, FLOP/s, by a part of the name CUDA gives the device; the first that fits
-    # counts. From NVIDIA's data sheets; where they print sparse matrices only, half of that: H200 and H100 SXM 1,979,
-    # H100 PCIe 1,513, H100 NVL 1,671, L4 242 TFLOPS. RTX 4090: Ada whitepaper, appendix A.
+    # counts. From NVIDIA's data sheets; where they print sparse matrices only, half of that: H200 and H100 SXM 1,979, H200
+    # NVL and H100 NVL 1,671, H100 PCIe 1,513, L4 242 TFLOPS. RTX 4090: Ada whitepaper, appendix A. A10G: AWS's G5 guide.
+    # None: a namesake with less, and a GPU without bf16 (V100, T4) is not here.
+    ("MIG", None),  # a slice of a GPU under the whole one's name
+    ("Laptop", None),
+    ("H200 NVL", 835.5e12),
     ("H200", 989.5e12),
     ("H100 PCIe", 756.5e12),
     ("H100 NVL", 835.5e12),
     ("H100", 989.5e12),
     ("A100", 312e12),
     ("L40S", 362e12),
+    ("L40", 181e12),
     ("L4", 121e12),
+    ("A10G", 70e12),
     ("A10", 125e12),
+    ("RTX 4090 D", None),
     ("RTX 4090", 165.2e12),
 )
 

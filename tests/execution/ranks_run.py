@@ -63,8 +63,16 @@ if __name__ == "__main__":
             "fails": (".fails", {}),
             "odd": (None, {"batch_size": 5}),
             "killed": (".killed", {}),
+            "crowded": (None, {}),
         }
         for name in sys.argv[3:]:
             mark, more = runs[name]
+            if name == "crowded":
+                # Another job has the cluster, for as long as this process is there.
+                import capfilt.execution.ray as cluster
+
+                cluster.PLACEMENT = 2.0
+                other = cluster.ray.remote(cluster.Board).options(num_cpus=os.cpu_count()).remote()
+                cluster.ray.get(other.read.remote())
             path = None if mark is None else (Path(sys.argv[1]) / how).with_suffix(mark)
             print(json.dumps(attempt(place, work, f"{how}-{name}", 2, path, **more)), flush=True)

@@ -51,7 +51,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(place):
-    return attempts(place, "inline", "whole", "fails", "odd") | attempts(place, "ray", "whole", "killed")
+    return attempts(place, "inline", "whole", "fails", "odd") | attempts(
+        place, "ray", "whole", "killed", "crowded"
+    )
 
 
 def attempts(place, how, *runs):
@@ -89,6 +91,12 @@ def test_a_killed_rank_is_started_again_by_ray_and_nothing_differs(place, found)
 
 def test_errors_of_a_rank_come_through_as_they_were(found):
     assert found["inline-fails"] == {"error": "RunError", "message": "the disk is on fire"}
+
+
+def test_ranks_wait_for_room_on_a_cluster_and_not_for_ever(found):
+    assert found["ray-crowded"]["error"] == "RunError"
+    said = "waited 2 s for room for 2 ranks with 1 processors each; free now, in all: 0 processors, 0 GPUs"
+    assert said in found["ray-crowded"]["message"]
 
 
 @pytest.mark.slow  # Ray starts all ranks once more before it gives up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint, kinds
 from capfilt.stages import options as o
+from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.contracts import PAIRS
@@ -69,8 +71,39 @@ def test_pretraining_sees_training_pairs_and_says_how_often(place):
 )  # fmt: skip
 def test_a_batch_is_shared_by_as_many_gpus_as_can(place, gpus, settings, ranks):
     """A run that is refused, or that leaves GPUs idle, because they do not divide its batch."""
-    options = o.PretrainOptions(human=("human",), **{"batch_size": 64, **settings})
-    assert Pretrain(options, place).ranks(gpus) == ranks
+    stage = Pretrain(o.PretrainOptions(human=("human",), **{"batch_size": 64, **settings}), place)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert stage.ranks(gpus) == ranks
+    idle = [] if "ranks" in settings or gpus <= ranks else [f"{gpus - ranks} of {gpus} GPUs stay idle"]
+    assert [str(each.message).split(": ")[1] for each in said] == idle
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "gpus", "ranks", "accumulate"),
+    [
+        (2880, 90, 1, 1, 32), (2880, 90, 8, 8, 4), (2880, 90, 32, 32, 1), (2880, 90, 12, 8, 4), (2880, 90, 64, 32, 1),
+        (2400, 75, 8, 8, 4), (64, 90, 8, 1, 1), (1000, 90, 8, 5, 4), (64, 16, 0, 1, 4),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_is_the_same_on_any_number_of_gpus(place, batch, micro, gpus, ranks, accumulate):
+    """GPUs that stay idle, or see smaller batches than published, because the micro-batches are counted per rank."""
+    stage = Pretrain(o.PretrainOptions(human=("human",), batch_size=batch, micro_batch=micro), place)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert stage.ranks(gpus) == ranks
+    assert (f"{gpus - ranks} of {gpus} GPUs stay idle" in str(said[0].message)) if gpus > ranks else not said
+    assert stage._accumulate(ranks) == accumulate
+    size, rest = divmod(batch, ranks * accumulate)
+    assert not rest
+    assert micro / 2 <= size <= micro or size == batch
+
+
+def test_a_micro_batch_trains_as_the_micro_batches_that_it_makes(place):
+    for out, how in (("counted", {"accumulate": 2}), ("sized", {"micro_batch": 2})):
+        run(Pretrain(o.PretrainOptions(human=("human",), out=out, **{**FAST, **how}), place))
+    weights = [file_sha256(place.model(out) / "model.safetensors") for out in ("counted", "sized")]
+    assert weights[0] == weights[1]
 
 
 def test_the_same_options_and_seed_give_the_same_weights(place):
@@ -79,6 +112,35 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
     assert file_sha256(place.model("a") / "model.safetensors") == file_sha256(
         place.model("b") / "model.safetensors"
     )
+
+
+def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypatch):
+    """A run of weeks that is lost, or never says what it saw, because memory or disk ends while that is written."""
+    options = o.PretrainOptions(human=("human",), web=("web",), out="written", **FAST)
+    with monkeypatch.context() as broken:
+        broken.setattr(training, "_publish", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            run(Pretrain(options, place))
+    directory = place.model("written")
+    weights = file_sha256(directory / "model.safetensors")
+    monkeypatch.setattr(pair_training, "NAMED", 5)
+    assert run(Pretrain(options, place)).done_now == 1
+    assert file_sha256(directory / "model.safetensors") == weights
+    written = pq.ParquetFile(directory / "exposures.parquet")
+    assert [written.metadata.row_group(n).num_rows for n in range(written.num_row_groups)] == [5, 5, 5, 5, 1]
+    assert sum(row["exposures"] for row in written.read().to_pylist()) == 8
+    assert not (directory / "state.safetensors").exists()
+    assert run(Pretrain(options, place)).done_before == 1
+
+
+def test_a_checkpoint_of_earlier_code_does_not_count_as_done(place, monkeypatch):
+    """A finetune whose learning rates were an epoch off, kept for the one that was asked for."""
+    options = o.PretrainOptions(human=("human",), out="earlier", **FAST)
+    with monkeypatch.context() as before:
+        before.setattr(Pretrain, "version", 1)
+        run(Pretrain(options, place))
+    with pytest.raises(UserError, match="by another version of this stage's code; name another --out"):
+        run(Pretrain(options, place))
 
 
 def test_streamed_pairs_are_the_held_ones_and_shares_hold_for_both(place):
@@ -166,6 +228,30 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
         Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_that_nothing_honours_are_refused_by_file_and_image(place, stream):
+    """A corpus of weighted texts, trained on as if each weighed the same."""
+    pairs = place.part("pairs", "weighted")
+    mark = pairs.begin(PAIRS, "test", {})
+    images = image_rows("web", 4)
+    for shard, weights in enumerate([(1.0, None, 1.0, 1.0), (1.0, 1.0, 0.25, 1.0)]):
+        rows = [
+            {
+                "image_id": row["image_id"],
+                "image": row["image"],
+                "texts": [
+                    {"text": "a", "source": "web", "weight": 1.0},
+                    {"text": "b", "source": "web", "weight": weight},
+                ],
+            }
+            for row, weight in zip(images, weights, strict=True)
+        ]
+        pairs.commit(shard, PAIRS.table(rows), Counts(4, 4), mark, 0.0)
+    said = rf"weighted, shard 00001: a text of image {images[2]['image_id']} has weight 0\.25, which no training honours"
+    with pytest.raises(UserError, match=said):
+        run(Retrain(o.RetrainOptions(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
+
+
 def test_an_evaluation_has_its_protocol_and_counts(place):
     run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
     choice = {"model": "pretrained", "images": "human", "method": "greedy", "max_new_tokens": 4}
@@ -200,6 +286,12 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
         (Pretrain, o.PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
         (Pretrain, o.PretrainOptions(human=("human",), precision="fp8"), "fp8"),
         (Pretrain, o.PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),
+        (
+            Pretrain,
+            o.PretrainOptions(human=("human",), micro_batch=8, accumulate=2),
+            "--micro-batch 8, --accumulate 2: give one",
+        ),
+        (Pretrain, o.PretrainOptions(human=("human",), batch_size=97, micro_batch=90), "parts of 45 to 90"),
         (Pretrain, o.PretrainOptions(human=("human",), keep_states=0), "keep-states 0"),
         (Pretrain, o.PretrainOptions(human=("human",), ema=1.0), "ema 1"),
         (Pretrain, o.PretrainOptions(human=("human",), schedule="step"), "schedule 'step'"),

@@ -447,6 +447,36 @@ def test_the_best_is_that_of_the_lowest_logged_loss_and_survives_a_resume(tmp_pa
     assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(parts, whole, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("how", "settles", "best"),
+    [
+        ({}, 0, [2]),
+        ({"alpha_ramp_steps": 3}, 0, [6, 10]),
+        ({"hardness_ramp_steps": 4}, 0, [6, 10]),
+        ({}, 6, [8, 10]),
+        ({}, 99, [10]),
+    ],
+)
+def test_losses_that_rise_by_construction_are_no_reason_to_keep_the_first(how, settles, best):
+    """A best checkpoint from when the queue was nearly empty, or targets still hard: no later loss is ever as low."""
+    losses = [1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 5.0, 5.0, 3.0, 3.0]
+    config = TrainConfig(steps=10, log_every=2, save_every=2, learning_rate=1e-9, min_lr=1e-9, **how)
+
+    class Filling(Scripted):
+        settled = property(lambda self: self.step >= settles)
+
+    kept = []
+    train(Filling(losses), batches, config, on_best=lambda step, _loss: kept.append(step))
+    assert kept == best
+
+
+def test_a_module_has_settled_when_its_queue_is_full():
+    module, full = pretraining(), []
+    config = TrainConfig(steps=5, save_every=0)
+    train(module, batches, config, on_step=lambda *_: full.append(module.settled))
+    assert full == [False, False, True, True, True]  # 13 slots, 5 texts a step
+
+
 # ---------------------------------------------------------------------- what is counted and logged
 
 
@@ -681,3 +711,9 @@ def test_wrong_options_are_named():
 def test_half_precision_trains_on_a_cpu_when_asked():
     result = train(pretraining(), batches, dataclasses.replace(CONFIG, steps=2, precision="bf16"))
     assert math.isfinite(result.losses["loss"])
+
+
+def test_micro_batches_of_one_size_are_one_run_on_any_number_of_ranks():
+    """A state of 8 GPUs that 32 refuse, though each forward pass sees as much."""
+    few, many = (TrainConfig(steps=1, micro_batch=90, accumulate=each).identity() for each in (4, 1))
+    assert few == many != TrainConfig(steps=1, micro_batch=75).identity()
