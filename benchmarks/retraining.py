@@ -9,7 +9,8 @@ a single fact changed (`choice`, 50 by chance), and captioning. The figures are 
 
 `--photographs DIR` instead: the same on the workspace that `capfilt run photographs` made, one seed. Curated are the two fifths
 of its web and synthetic texts that the filter's cosine holds for the best (at the filter's fixed 0.5 of ITM it keeps next to
-nothing there); every model sees pictures of 64 pixels from nothing, and is asked for 300 images of Flickr8k's test split.
+nothing there). BLIP and ALBEF have the recipe's frozen ImageNet trunk; CLIP and ViLT, which have no place for one, see pictures
+of 64 pixels from nothing. Each is asked for 300 images of Flickr8k's test split.
 """
 
 from __future__ import annotations
@@ -54,6 +55,15 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 """What each model's training has of its own; everything else is the quickstart's."""
 LONGER = {"vilt": 1.4}
 """How many times the quickstart's steps a model is trained for, where that is not 1; on both corpora alike."""
+NOTHING: Mapping[str, Any] = {"preset": "tiny", "image_size": 64, "cache_features": False}
+SEEING: Mapping[str, Mapping[str, Any]] = {
+    "blip": MODELS["blip"],
+    "clip": NOTHING,
+    "vilt": {**MODELS["vilt"], **NOTHING},
+    "albef": MODELS["albef"],
+}
+"""The same for photographs, beside what the recipe `photographs` says."""
+LONGER_SEEING = {"clip": 4, "vilt": 1.4}
 METRICS = ("tr@1", "ir@1", "choice_itc", "choice_itm", "cider")
 TIMES_CHANCE = 5.0
 """What R@1 must be of a random order's, both ways."""
@@ -97,6 +107,8 @@ def compared(
     train: Mapping[str, Any],
     corpora: Mapping[str, Mapping[str, Any]],
     evaluate: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]] = MODELS,
+    longer: Mapping[str, float] = LONGER,
 ) -> list[Step]:
     """Of each model two checkpoints and two results."""
     left_out = ("out", "web", "pairs", "verdicts")
@@ -106,8 +118,8 @@ def compared(
         captions = ["captioning"] if model == "blip" else []
         for corpus, data in corpora.items():
             name = f"{model}-{corpus}"
-            options = {**common, **MODELS[model], **data, "model": model, "out": name}
-            options["steps"] = round(common["steps"] * LONGER.get(model, 1))
+            options = {**common, **own[model], **data, "model": model, "out": name}
+            options["steps"] = round(common["steps"] * longer.get(model, 1))
             # What the quickstart's BLIP has and this model has not (queue, momentum, hardness) is no option of it.
             for unknown in foreign(RetrainOptions(**_frozen(options)), model):
                 del options[unknown]
@@ -145,7 +157,6 @@ def photographed(models: list[str]) -> list[Step]:
     """What is to be run on the photographs."""
     _, content = recipes.load_recipe("photographs")
     options = {step.label: values for step, values in recipes.resolve(content, ["data=."])}
-    own = {"preset": "tiny", "image_size": 64, "cache_features": False}
     steps = []
     for part in ("web", "alt"):
         rule = {
@@ -157,7 +168,10 @@ def photographed(models: list[str]) -> list[Step]:
         rule |= {"by": "itc_score", "keep_fraction": 0.4}
         steps.append(Step(stage="select", name=f"select-{part}", options=rule))
     evaluate = {"images": "clean", "tasks": ["retrieval"], "limit": 300}
-    return [*steps, *compared(models, {**vars(options["retrain-raw"]), **own}, PHOTOGRAPHS, evaluate)]
+    return [
+        *steps,
+        *compared(models, vars(options["retrain-raw"]), PHOTOGRAPHS, evaluate, SEEING, LONGER_SEEING),
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

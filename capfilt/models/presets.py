@@ -78,11 +78,12 @@ VILT: dict[str, ViltConfig] = {
     ),
     "base": ViltConfig(),
 }
-# ALBEF, arXiv 2107.07651, sec. 4: ViT-B/16 at 256 px and bert-base. The others are BLIP's of the name; tiny has a layer more,
-# so that each half of the text side has two.
+# ALBEF, arXiv 2107.07651, sec. 4: ViT-B/16 at 256 px and bert-base. The others are BLIP's of the name; tiny and trunk have a
+# layer more, so that each half of the text side has two.
 ALBEF: dict[str, AlbefConfig] = {
     "tiny": AlbefConfig(TINY.vision, dataclasses.replace(TINY.text, depth=4), embed_dim=128),
     "small": AlbefConfig(SMALL.vision, SMALL.text),
+    "trunk": AlbefConfig(TRUNK.vision, dataclasses.replace(TRUNK.text, depth=4), embed_dim=128),
     "base": AlbefConfig(),
 }
 PRESETS: dict[str, BlipConfig] = {"tiny": TINY, "small": SMALL, "trunk": TRUNK, "base": BASE, "large": LARGE}
