@@ -27,7 +27,7 @@ from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.budget import Share
 from capfilt.stages.download.opener import Limits, SafeOpener
 from capfilt.stages.download.schedule import Errand, Schedule
-from capfilt.stages.download.settings import RETRY_AFTER_MOST, Settings
+from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.shapes import check_shape, shape_fits
 from capfilt.stages.download.urls import Fault, parse_url
 from capfilt.stages.pictures import Header, read_header
@@ -135,9 +135,11 @@ class Engine:
             while (errand := schedule.take()) is not None:
                 fetched = self._fetch(errand.row, errand.url, opener, settings)
                 fault = fetched.fault
+                if fault is not None and fault.transient and fault.retry_after:
+                    schedule.rest(fault.host, fault.retry_after)
                 if fault is not None and fault.transient and errand.attempt < settings.retries:
                     wait = min(_BACKOFF[1], _BACKOFF[0] * 2**errand.attempt)
-                    schedule.again(errand, max(wait, min(fault.retry_after or 0.0, RETRY_AFTER_MOST)))
+                    schedule.again(errand, max(wait, fault.retry_after))
                     continue
                 schedule.done(errand)
                 done.put(fetched)

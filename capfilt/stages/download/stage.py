@@ -49,7 +49,7 @@ class Fetching(ShardStage):
     """What fetches share: the child process they have it done in, and how they are watched."""
 
     name = "download"
-    version = 2
+    version = 3
     contract = IMAGES
     options: DownloadOptions
 

@@ -11,16 +11,24 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from email.message import Message
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from capfilt.stages.download import Download, Retry
 from capfilt.stages.download.opener import _retry_after
+from capfilt.stages.download.rests import Rests
 from capfilt.stages.download.robots import parse_robots
 from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.schedule import Errand, Schedule
+from capfilt.stages.download.urls import Fault
+from capfilt.stages.download.worker import close_shared_worker
+from capfilt.stages.options import DownloadOptions
+from capfilt.tables.workspace import Workspace
 from tests.loopback import UNAVAILABLE
 from tests.stages.download.web import GOOD, Server, make, needs_img2dataset, redirect, run
 
@@ -271,12 +279,97 @@ def test_a_retry_after_that_says_nothing_is_none(value):
     assert _retry_after(headers) is None
 
 
+def test_a_rest_that_was_asked_for_keeps_all_of_a_hosts_urls():
+    clock = Clock()
+    schedule = Schedule(errands("aabab"), clock=clock)
+    first = schedule.take()
+    schedule.rest("a", 5.0)
+    schedule.again(first, 0.5)
+    assert [schedule.take().row for _ in range(2)] == [2, 4]
+    clock.now = 5.0
+    assert sorted(schedule.take().row for _ in range(3)) == [0, 1, 3]
+    schedule.rest("a", 4.0)
+    assert schedule.free_at() == {"a": 9.0}
+
+
+def test_a_host_is_waited_for_until_it_has_asked_for_too_much():
+    """Would catch: a host that says `Retry-After: 20` for ever and is waited for as long."""
+    clock = Clock()
+    rests = Rests(clock)
+    assert rests.ask("a", 20.0)
+    assert rests.ask("a", 20.0)  # of the same moment
+    with pytest.raises(Fault) as wait:
+        rests.check("a", scheduled=False)
+    assert (wait.value.transient, wait.value.retry_after, wait.value.host) == (True, 20.0, "a")
+    rests.check("a", scheduled=True)
+    rests.check("b", scheduled=False)
+    clock.now = 20.0
+    rests.answered("a")
+    assert rests.ask("a", 30.0)
+    clock.now = 50.0
+    assert not rests.ask("a", 1.0)
+    with pytest.raises(Fault) as end:
+        rests.check("a", scheduled=True)
+    assert (end.value.failure, end.value.transient) == ("rate_limited", False)
+    rests.answered("a")  # of what was in flight: the rest that was asked for stands
+    with pytest.raises(Fault):
+        rests.check("a", scheduled=True)
+    clock.now = 51.0
+    rests.check("a", scheduled=True)
+    assert not rests.ask("c", 3600.0)
+
+
+@needs_img2dataset
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_host_that_asks_for_a_rest_has_it_from_all_of_its_urls(tmp_path, server, status):
+    """Would catch: a Retry-After that binds one URL, while the host's other URLs go on asking."""
+    server.once.clear()
+    first = server.url(f"later/{status}/1/{tmp_path.name}")
+    make_one = partial(make, tmp_path, server=server, thread_count=1, total_timeout=9.0)
+    run(make_one([None], dataset="warm", name="warm"))
+    for retries, expected in ((0, ["rate_limited", None, None]), (1, [None] * 3)):
+        server.once.clear()
+        server.log.clear()
+        server.asked.clear()
+        urls = [first, server.url("good"), server.url("wide")]
+        rows = run(make_one(urls, dataset=f"d{retries}", name=f"d{retries}", retries=retries))
+        assert [row["failure"] for row in rows] == expected
+        assert server.asked[1] - server.asked[0] >= 1.0
+        assert len(server.log) == 3 + retries
+
+
+@needs_img2dataset
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_rest_too_long_to_wait_for_ends_the_hosts_rows_at_once(tmp_path, server, status):
+    """Would catch: an hour's Retry-After cut to half a minute and asked again, a URL of the host asked meanwhile, also by
+    way of another host; a retry that does not get them.
+    """
+    other = Server()
+    try:
+        other.once.clear()
+        allow = tuple(
+            f"{host}:{each.port}" for each in (server, other) for host in ("127.0.0.1", "localhost")
+        )
+        shut = [other.url(path, "localhost") for path in (f"later/{status}/3600/x", "good", "wide")]
+        urls = [*shut, server.url("good"), redirect(server, other.url("big", "localhost"))]
+        start = time.monotonic()
+        stage = make(tmp_path, urls, allow_host=allow, thread_count=1, retries=3, total_timeout=9.0)
+        rows = run(stage)
+        assert [row["failure"] for row in rows] == [*["rate_limited"] * 3, None, "rate_limited"]
+        assert len(other.log) == 1
+        assert "3600 s" in rows[0]["error_message"]
+        assert time.monotonic() - start < 25
+
+        close_shared_worker()  # another day
+        again = Retry(replace(stage.options, retry="failed"), Workspace(tmp_path / "ws"))
+        table = again.process(0).table
+        assert table["failure"].to_pylist() == [None] * 5
+    finally:
+        other.stop()
+
+
 @needs_img2dataset
 def test_a_body_that_is_not_the_lists_is_a_mismatch(tmp_path, server):
-    from capfilt.stages.download import Download
-    from capfilt.stages.options import DownloadOptions
-    from capfilt.tables.workspace import Workspace
-
     right = hashlib.sha256(GOOD).hexdigest()
     lines = [("good", right.upper()), ("good", "0" * 64), ("good", ""), ("404", right), ("html", "0" * 64)]
     (tmp_path / "urls.csv").write_text(
