@@ -12,7 +12,7 @@ RETRAINED that it means something to, where not all of them: see `foreign`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
@@ -56,8 +56,21 @@ def foreign(options: Any, model: str) -> list[str]:
     ]
 
 
+class _Remembering:
+    """Options that know which of them were given to the constructor, be it what they are by default."""
+
+    given: frozenset[str]
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        self = super().__new__(cls)
+        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+        # Past a frozen dataclass's own guard; no field, so neither compared nor fingerprinted.
+        object.__setattr__(self, "given", frozenset([*names[: len(values)], *named]))
+        return self
+
+
 @dataclass(frozen=True)
-class DownloadOptions:
+class DownloadOptions(_Remembering):
     """Fetch a list of URLs into an images part, one row per URL, failures included."""
 
     url_list: str = _option(
@@ -121,7 +134,9 @@ class DownloadOptions:
     disallowed_header_directives: tuple[str, ...] = _option(
         ("noai", "noimageai", "noindex", "noimageindex"), "X-Robots-Tag values that mean hands off"
     )
-    allow_host: tuple[str, ...] = _option((), "HOST:PORT that may have a private address; repeatable")
+    allow_host: tuple[str, ...] = _option(
+        (), "HOST:PORT that may have a private address; repeatable; '' for none"
+    )
     allow_private: bool = _option(
         False,
         "allow private addresses and the loopback (intranets), but no link-local ones nor metadata services",
@@ -129,7 +144,7 @@ class DownloadOptions:
     retry: str = _option(
         "",
         "failed: fetch the failed rows of the part again, as a new generation of their shards; options not given are "
-        "those the part was made with",
+        "those the part was made with, given ones win, at their defaults too",
         told=True,
     )
     failure: tuple[str, ...] = _option((), "with --retry: only rows with this failure; repeatable", told=True)

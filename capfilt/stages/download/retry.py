@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import UserError
-from capfilt.stages.base import Produced, option_values
+from capfilt.stages.base import Produced
 from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of, verified
 from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
 from capfilt.stages.download.worker import shared_worker
@@ -32,7 +32,9 @@ of what it then looks like. Each generation's manifest names those that changed.
 class Retry(Fetching):
     """Fetches failed rows again. A shard in which no row's outcome changed keeps its generation.
 
-    URLs are the part's, and so are all options that are not given; one that shapes rows cannot be given otherwise.
+    URLs are the part's, and so are all options that are not given (on the command line, in a recipe, or to
+    `DownloadOptions`); one that shapes rows cannot be given otherwise. A row whose body came once keeps what is known of
+    it where the retry gets no body.
     """
 
     def __init__(self, options: DownloadOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -98,8 +100,12 @@ class Retry(Fetching):
         if self.list is not None:
             hashes = self.list.expected_hashes(shard)
             answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}
+        came = table["sha256"].to_pylist()
         new = {
-            row: answered(answer, keys[row], self.options.encode_format) for row, answer in answers.items()
+            row: answered(answer, keys[row], self.options.encode_format)
+            for row, answer in answers.items()
+            # Of a body that came once, a fetch that brings none knows less.
+            if answer.columns.get("sha256") is not None or came[row] is None
         }
         if all(old[row] == columns["failure"] for row, columns in new.items()):
             same = Successor(manifest.generation, manifest.previous, manifest.changed)
@@ -121,7 +127,6 @@ def _merged(
 ) -> tuple[DownloadOptions, dict[str, Any]]:
     """The options to fetch with, and those of them that are not the part's. Raises UserError."""
     values: dict[str, Any] = {}
-    given = option_values(options, without=WITHOUT)
     changed = {}
     for field in fields(options):
         name, value = field.name, getattr(options, field.name)
@@ -132,10 +137,10 @@ def _merged(
         if name == "max_aspect_ratio":
             standing = float(standing)
         standing = tuple(standing) if isinstance(field.default, tuple) else standing
-        if value in (field.default, standing):
+        if name not in options.given or value == standing:
             values[name] = standing
         elif name in FETCHING:
-            changed[name] = list(value) if isinstance(value, tuple) else given[name]
+            changed[name] = list(value) if isinstance(value, tuple) else value
         else:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{part.path}: was made with {flag} {standing}; a retry cannot make other rows")

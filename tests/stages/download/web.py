@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -164,6 +165,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
+    alias: ClassVar[dict[str, str]] = {}  # paths that answer as another does
 
     def log_message(self, *_):
         pass
@@ -179,6 +181,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         name, _, rest = urlsplit(self.path).path[1:].partition("/")
+        name = self.alias.get(name, name)
         self.server.log.append(self.path)
         self.server.asked.append(time.monotonic())
         self.server.agents.add(self.headers["User-Agent"])
