@@ -67,7 +67,7 @@ class Retry(Fetching):
         )
         if download.list.digest != digest:
             raise UserError(
-                f"--url-list {options.url_list}: {self.output.path} was made from another list; leave it out"
+                f"{options.url_list}: {self.output.path} was made from another list; leave it out"
             )
         return download
 

@@ -96,13 +96,3 @@ def host_of(url: str | None) -> str:
         return urlsplit((url or "").strip()).hostname or ""
     except ValueError:
         return ""
-
-
-def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as text, whatever it holds."""
-    try:
-        return column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.chunked_array(
-            [pa.array([None if v is None else str(v) for v in column.to_pylist()], pa.string())]
-        )

@@ -16,11 +16,10 @@ import pyarrow as pa
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.lists import Slice, open_list
+from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
 from capfilt.stages.download.rows import (
     answered,
-    as_text,
     bad_url,
     counts_of,
     settings_of,
@@ -167,7 +166,8 @@ def check(options: DownloadOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     for name in ("dataset", "url_col") if options.retry else ("url_list", "dataset", "url_col"):
         if getattr(options, name).strip("\0") == "":
-            raise UserError(f"download: {_flag(name)} must be given")
+            # The list is the one that has no flag.
+            raise UserError(f"download: {'URL_LIST' if name == 'url_list' else _flag(name)} must be given")
     if os.sep in options.dataset:
         raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     for name, allowed in (("resize_mode", RESIZE_MODES), ("encode_format", ENCODE_FORMATS)):
