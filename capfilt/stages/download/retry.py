@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced
-from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of, verified
+from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of
 from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
 from capfilt.stages.download.worker import shared_worker
 from capfilt.stages.options import REQUIRED, DownloadOptions
@@ -96,10 +96,8 @@ class Retry(Fetching):
         wanted = [
             (row, urls[row]) for row, why in enumerate(old) if why in self.failures and urls[row] is not None
         ]
-        answers = shared_worker().run(wanted, settings_of(self.options, self.workers))
-        if self.list is not None:
-            hashes = self.list.expected_hashes(shard)
-            answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}
+        hashes = self.list.expected_hashes(shard) if self.list is not None else {}
+        answers = shared_worker().run(wanted, settings_of(self.options, self.workers), hashes)
         came = table["sha256"].to_pylist()
         new = {
             row: answered(answer, keys[row], self.options.encode_format)

@@ -24,7 +24,6 @@ from capfilt.stages.download.rows import (
     counts_of,
     settings_of,
     stats_of,
-    verified,
 )
 from capfilt.stages.download.tally import DownloadTally
 from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
@@ -117,9 +116,8 @@ class Download(Fetching):
         listed = self.list.read(shard)
         answers = {row: bad_url(words) for row, words in enumerate(listed.faults) if words is not None}
         wanted = [(row, url) for row, url in enumerate(listed.urls) if row not in answers]
-        answers |= shared_worker().run(wanted, settings_of(self.options, self.workers))
-        hashes = self._hashes(listed)
-        answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}
+        settings = settings_of(self.options, self.workers)
+        answers |= shared_worker().run(wanted, settings, self._hashes(listed))
         rows = []
         for row, url in enumerate(listed.urls):
             key = self.key(shard, row)
@@ -144,17 +142,15 @@ class Download(Fetching):
             table = table.append_column(pa.field(name, column.type), column)
         return Produced(table, counts_of(table), stats_of(table, answers.values()))
 
-    def expected_hashes(self, shard: int) -> list[str | None]:
-        """The SHA-256 that each body of a shard must have; None where any may come."""
+    def expected_hashes(self, shard: int) -> dict[int, str]:
+        """The SHA-256 that bodies of a shard must have, by row; where there is none, any may come."""
         return self._hashes(self.list.read(shard))
 
-    def _hashes(self, listed: Slice) -> list[str | None]:
+    def _hashes(self, listed: Slice) -> dict[int, str]:
         if not self.options.verify_hash:
-            return [None] * len(listed.urls)
-        return [
-            None if value is None else str(value)
-            for value in listed.extra[self.options.verify_hash].to_pylist()
-        ]
+            return {}
+        column = listed.extra[self.options.verify_hash].to_pylist()
+        return {row: str(value) for row, value in enumerate(column) if value is not None}
 
     def key(self, shard: int, row: int) -> str:
         """img2dataset's key (its `compute_key`): the shard's number, then the row's within it, zero-padded."""

@@ -19,18 +19,18 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.stages.download import Download, Retry
+from capfilt.stages.download import Download, Retry, wire
 from capfilt.stages.download.opener import _retry_after
 from capfilt.stages.download.rests import Rests
 from capfilt.stages.download.robots import parse_robots
 from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.schedule import Errand, Schedule
 from capfilt.stages.download.urls import Fault
-from capfilt.stages.download.worker import close_shared_worker
+from capfilt.stages.download.worker import close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.workspace import Workspace
 from tests.loopback import UNAVAILABLE
-from tests.stages.download.web import GOOD, Server, make, needs_img2dataset, redirect, run
+from tests.stages.download.web import BODIES, GOOD, Server, make, needs_img2dataset, redirect, run
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -389,3 +389,34 @@ def test_a_body_that_is_not_the_lists_is_a_mismatch(tmp_path, server):
     assert rows[1]["sha256"] == right
     assert rows[1]["status"] == "failed_to_download"
     assert "LICENCE" not in rows[0]
+
+
+@needs_img2dataset
+def test_a_body_that_is_not_the_lists_is_not_decoded(tmp_path, server):
+    """Would catch: a mismatch that is found out after the decode that it is to save, or that a broken picture hides."""
+    frames = {}
+    worker = shared_worker()
+    plain = settings_of(
+        DownloadOptions(
+            url_list="x", allow_host=(f"127.0.0.1:{server.port}",), timeout=5.0, total_timeout=9.0
+        )
+    )
+    worker.run([(0, None)], plain)  # imports first
+    paths = ["html", "bomb", "good"]
+    urls = [(row, server.url(path)) for row, path in enumerate(paths)]
+    hashes = dict.fromkeys(range(3), "0" * 64)
+    with pytest.MonkeyPatch.context() as patch:
+        unpack = wire.unpack
+
+        def heard(read):
+            message, payload = unpack(read)
+            for kind in ("begin", "row"):
+                if kind in message:
+                    frames.setdefault(kind, set()).add(message[kind])
+            return message, payload
+
+        patch.setattr(wire, "unpack", heard)
+        answers = worker.run(urls, plain, hashes)
+    assert [answers[row].columns["failure"] for row in range(3)] == ["hash_mismatch"] * 3
+    assert answers[1].columns["sha256"] == hashlib.sha256(BODIES["bomb"]).hexdigest()
+    assert frames == {"row": {0, 1, 2}}
