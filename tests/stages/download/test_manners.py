@@ -22,10 +22,10 @@ import pytest
 from capfilt.stages.download import Download, Retry, wire
 from capfilt.stages.download.opener import _retry_after
 from capfilt.stages.download.rests import Rests
-from capfilt.stages.download.robots import parse_robots
+from capfilt.stages.download.robots import RobotsCache, Rules, parse_robots
 from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.schedule import Errand, Schedule
-from capfilt.stages.download.urls import Fault
+from capfilt.stages.download.urls import Fault, parse_url
 from capfilt.stages.download.worker import close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.workspace import Workspace
@@ -228,6 +228,61 @@ def test_a_hostile_robots_txt_costs_nothing():
     assert parse_robots(pattern * 20, "x").allows("/" + "a" * 5_000)
     assert parse_robots(b"\0\xff:\n" * 100_000 + b"no colon", "x").allows("/")
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("token", ["capfilt", "CapFilt", "capfilt/0.1.0", " capfilt "])
+def test_the_crawlers_token_is_its_product_in_any_case(token):
+    """Would catch: a group for `CapFilt/2.0` that `capfilt` does not obey, or one for `capfiltering` that it does."""
+    rules = b"User-agent: capfiltering\nDisallow: /a\nUser-agent: CAPFILT/9 (x)\nDisallow: /b\nUser-agent: *\nDisallow: /c"
+    own = parse_robots(rules, token)
+    assert [own.allows(path) for path in ("/a", "/b", "/c")] == [True, False, True]
+
+
+def target_of(number):
+    return parse_url(f"http://host{number}.example/x")
+
+
+def test_robots_txts_are_remembered_up_to_a_cap_the_last_asked_for():
+    """Would catch: a crawl of millions of hosts that keeps every robots.txt it ever read."""
+    asked = []
+
+    def ask(target):
+        asked.append(target.host)
+        return Rules(((False, "/private"), (False, "/secret")))
+
+    cache = RobotsCache(ask, most=9)  # three files of two rules
+    for number in (0, 1, 2, 0, 3):
+        assert not cache.rules(target_of(number), time.monotonic() + 9).allows("/private")
+    assert len(asked) == 4
+    cache.rules(target_of(0), time.monotonic() + 9)  # asked for again before the fourth came
+    cache.rules(target_of(2), time.monotonic() + 9)
+    assert len(asked) == 4
+    cache.rules(target_of(1), time.monotonic() + 9)
+    assert asked[4:] == ["host1.example"]
+    assert cache._held <= 9
+
+    huge = RobotsCache(lambda target: Rules(((False, "/x"),) * 50), most=9)
+    for number in range(5):
+        huge.rules(target_of(number), time.monotonic() + 9)
+    assert len(huge._known) == 1
+
+
+def test_a_robots_txts_passing_fault_is_forgotten_at_once_and_a_lasting_one_kept(monkeypatch):
+    """Would catch: a server's bad second that forbids the whole host for two minutes."""
+    monkeypatch.setattr("capfilt.stages.download.robots.TRANSIENT_SECONDS", 0.05)
+    faults = [Fault("http_error", "HTTP 503", transient=True), Fault("connection", "TLS: no")]
+    asked = []
+
+    def ask(target):
+        asked.append(target.host)
+        raise faults[len(asked) - 1]
+
+    cache = RobotsCache(ask)
+    for pause, count in ((0.0, 1), (0.1, 2), (0.1, 2)):
+        time.sleep(pause)
+        with pytest.raises(Fault):
+            cache.rules(target_of(0), time.monotonic() + 9)
+        assert len(asked) == count
 
 
 @needs_img2dataset
