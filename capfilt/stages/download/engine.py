@@ -99,11 +99,13 @@ class Engine:
                     b"",
                 )
                 continue
-            facts: dict[str, Any] = {"sha256": sha256(fetched.body), "received": len(fetched.body)}
-            other = _other_body(facts["sha256"], expected.get(fetched.row))
+            digest = sha256(fetched.body)
+            facts = {"sha256": digest, "received": len(fetched.body)}
+            other = _other_body(digest, expected.get(fetched.row))
             if other is None:
                 yield {"begin": fetched.row}, b""
-                yield self._picture(fetched.row, fetched.body, facts, resizer, settings)
+                frame, encoded = self._picture(fetched.row, fetched.body, resizer, settings)
+                yield frame | facts, encoded
             else:
                 # What was received is told; what it shows is not what was asked for, so nobody looks.
                 yield _failed(fetched.row, "failed_to_download", "hash_mismatch", other) | facts, b""
@@ -190,8 +192,9 @@ class Engine:
             return Fetched(row, None, Fault("http_error", f"{type(error).__name__}: {error}"))
 
     def _picture(
-        self, row: int, body: bytes, facts: dict[str, Any], resizer: Any, settings: Settings
+        self, row: int, body: bytes, resizer: Any, settings: Settings
     ) -> tuple[dict[str, Any], bytes]:
+        facts: dict[str, Any] = {}
         self._watch.shown = None
         try:
             check_scans(body)
