@@ -239,12 +239,8 @@ class _Unreadable:
 _Record = dict[str, Any] | _Unreadable
 
 
-class _RecordList(UrlList):
-    """A list whose rows are read one by one in Python."""
-
-    @abstractmethod
-    def _records(self, number: int) -> list[_Record]:
-        """The records of one slice."""
+class _IndexedList(UrlList):
+    """A text file: one pass finds where each slice begins, then slices are read by themselves."""
 
     def extra_types(self) -> Mapping[str, pa.DataType]:
         return dict.fromkeys(self.extra, pa.string())
@@ -261,10 +257,6 @@ class _RecordList(UrlList):
             [record.words if isinstance(record, _Unreadable) else None for record in records],
             pa.Table.from_arrays(columns, names=list(self.extra)),
         )
-
-
-class _IndexedList(_RecordList):
-    """A text file: one pass finds where each slice begins, then slices are read by themselves."""
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
