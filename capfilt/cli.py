@@ -44,7 +44,9 @@ def _flag(name: str) -> str:
 def _parameters(command: StageCommand) -> list[inspect.Parameter]:
     """The typer parameters of a stage: its options, then those every stage has."""
     hints = get_type_hints(command.options)
-    parameters = []
+    parameters = [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    ]
     for field in dataclasses.fields(command.options):
         kind: Any = hints[field.name]
         text = field.metadata["help"]
@@ -107,15 +109,25 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
 
 
 def _stage_function(command: StageCommand) -> Callable[..., None]:
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
         workspace, execution, quiet = values.pop("workspace"), values.pop("execution"), values.pop("quiet")
         out = values.pop("out", "") if command.out else ""
-        chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        # The others are at their defaults; `download --retry` needs to know which were given.
+        chosen = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if _given(context, name)
+        }
         run_stages(command, command.options(**chosen), workspace, execution=execution, quiet=quiet, out=out)
 
     run.__signature__ = inspect.Signature(_parameters(command))  # type: ignore[attr-defined]
     run.__doc__ = inspect.getdoc(command.options)
     return run
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def run_stages(

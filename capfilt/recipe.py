@@ -163,6 +163,8 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
         raise UserError(
             f"step {step.label!r}: option {where}: {first['msg']}, got {first['input']!r}"
         ) from error
+    # Made anew of what was given, so that they can tell.
+    options = kind(**{name: getattr(options, name) for name in chosen})
     open_ = missing(options)
     if open_:
         raise UserError(f"step {step.label!r}: option {open_[0]!r} must be given")
@@ -182,7 +184,8 @@ def show(recipe: Recipe, settings: Sequence[str]) -> str:
     steps = []
     for step, options in resolve(recipe, [*(f"{name}=${{{name}}}" for name in open_inputs), *settings]):
         values = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in vars(options).items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(options).items()
         }
         together = {"together": step.together} if step.together else {}
         steps.append({"stage": step.stage, "name": step.label, **together, "options": values})

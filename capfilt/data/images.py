@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ def decode(
 
 def check_scans(data: bytes) -> None:
     """Raise BadImage `decode_error` for a JPEG of more than MAX_SCANS scans: little to send, minutes to decode."""
-    if not data.startswith(_JPEG) or data.count(_SCAN) <= MAX_SCANS:
+    # By a pattern: it looks for the first byte as fast as memory is read, where `bytes.count` takes twice the time.
+    if not data.startswith(_JPEG) or next(islice(re.finditer(_SCAN, data), MAX_SCANS, None), None) is None:
         return
     # There are so many pairs of bytes that could begin a scan; what other pictures and films are in or behind the
     # picture has them too.

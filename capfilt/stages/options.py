@@ -12,7 +12,7 @@ RETRAINED that it means something to, where not all of them: see `foreign`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
@@ -56,9 +56,25 @@ def foreign(options: Any, model: str) -> list[str]:
     ]
 
 
+class _Remembering:
+    """Options that know which of them were given to the constructor, be it what they are by default."""
+
+    given: frozenset[str]
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        self = super().__new__(cls)
+        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+        # Past a frozen dataclass's own guard; no field, so neither compared nor fingerprinted.
+        object.__setattr__(self, "given", frozenset([*names[: len(values)], *named]))
+        return self
+
+
 @dataclass(frozen=True)
-class DownloadOptions:
-    """Fetch a list of URLs into an images part, one row per URL, failures included."""
+class DownloadOptions(_Remembering):
+    """Fetch a list of URLs into an images part, one row per URL, failures included.
+
+    Flag names and defaults are img2dataset's (its README, "API"); where one is another, its help says why.
+    """
 
     url_list: str = _option(
         REQUIRED,
@@ -67,15 +83,20 @@ class DownloadOptions:
         unless="retry",
     )
     dataset: str = _option("web", "name of the images part to write")
-    input_format: str = _option("auto", "auto, txt, csv, tsv, json, jsonl or parquet")
+    input_format: str = _option(
+        "auto",
+        "auto, txt, csv, tsv, json, jsonl or parquet (img2dataset: txt; a file's name says what it is)",
+    )
     preset: str = _option(
         "",
         "the layout of a published list: laion (URL, TEXT), datacomp (url, text), cc3m or cc12m (tsv without a header)",
         later=True,
     )
-    # Flag names and defaults are img2dataset's (its README, "API"), except where a comment says why not.
     url_col: str = _option("url", "column of the URLs")
-    caption_col: str = _option("caption", "column of the texts; empty for none")
+    caption_col: str = _option(
+        "caption",
+        "column of the texts; empty for none (img2dataset: none; here texts are what pictures are fetched for)",
+    )
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the list to carry through")
     license_col: str = _option(
         "", "column of the licences, for the table's own; default: `license`", later=True
@@ -84,21 +105,41 @@ class DownloadOptions:
         "", "column of SHA-256 that bodies must have, else the failure hash_mismatch", later=True
     )
     image_size: int = _option(256, "target size in pixels")
-    resize_mode: str = _option("keep_ratio", "border, keep_ratio, keep_ratio_largest, center_crop or no")
-    resize_only_if_bigger: bool = _option(True, "leave smaller pictures as they are")
+    resize_mode: str = _option(
+        "keep_ratio",
+        "border, keep_ratio, keep_ratio_largest, center_crop or no (img2dataset: border, whose padding a model learns)",
+    )
+    resize_only_if_bigger: bool = _option(
+        True,
+        "leave smaller pictures as they are (img2dataset: off; enlarging costs bytes and shows nothing more)",
+    )
     encode_format: str = _option("jpg", "jpg, png or webp")
     encode_quality: int = _option(95, "quality of the stored picture, 0 to 100")
     min_image_size: int = _option(0, "shorter sides below this many pixels are the failure too_small")
     max_aspect_ratio: float = _option(
         float("inf"), "longer to shorter side above this is the failure bad_aspect_ratio"
     )
-    number_sample_per_shard: int = _option(1000, "rows per shard: the unit of resume")
-    thread_count: int = _option(32, "fetches in flight per worker")
+    number_sample_per_shard: int = _option(
+        1000,
+        "rows per shard: the unit of resume (img2dataset: 10000, of which a killed run loses more and a worker holds "
+        "all pictures in memory)",
+    )
+    thread_count: int = _option(
+        32,
+        "fetches in flight per worker (img2dataset: 256, for which its README asks for a DNS resolver of one's own; "
+        "where hosts are slow, more fetch more)",
+    )
     timeout: float = _option(10.0, "seconds a connection may be silent")
-    # img2dataset has no such limit: its timeout starts anew with every byte.
-    total_timeout: float = _option(30.0, "seconds one download may take, redirects included")
-    # img2dataset retries 0 times by default and does not tell transient failures apart.
-    retries: int = _option(0, "further attempts at each URL, only after failures that may pass, ever later")
+    total_timeout: float = _option(
+        30.0,
+        "seconds one download may take, redirects included (img2dataset: no limit; a byte now and then holds a thread "
+        "for ever)",
+    )
+    retries: int = _option(
+        0,
+        "further attempts at each URL, only after failures that may pass, ever later; a host's Retry-After up to 30 s is "
+        "waited for, also by its other URLs",
+    )
     # img2dataset has neither; a list sorted by host is otherwise an attack on that host.
     host_concurrency: int = _option(
         0,
@@ -115,13 +156,26 @@ class DownloadOptions:
         "obey robots.txt (RFC 9309), asked for once per host and worker; what it forbids is opted_out",
         later=True,
     )
-    max_bytes: int = _option(50_000_000, "a body above this many bytes is the failure too_large")
-    max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
-    user_agent_token: str = _option("capfilt", "named in the User-Agent header and in opt-out headers")
+    max_bytes: int = _option(
+        50_000_000,
+        "a body above this many bytes is the failure too_large (img2dataset: no limit; an endless one fills the memory)",
+    )
+    max_pixels: int = _option(
+        64_000_000,
+        "a picture above this many pixels is the failure too_many_pixels (img2dataset: no limit; some megabytes decode "
+        "to gigabytes)",
+    )
+    user_agent_token: str = _option(
+        "capfilt",
+        "named in the User-Agent header and in opt-out headers (img2dataset: none, and a browser's User-Agent; hosts "
+        "are to know who asks)",
+    )
     disallowed_header_directives: tuple[str, ...] = _option(
         ("noai", "noimageai", "noindex", "noimageindex"), "X-Robots-Tag values that mean hands off"
     )
-    allow_host: tuple[str, ...] = _option((), "HOST:PORT that may have a private address; repeatable")
+    allow_host: tuple[str, ...] = _option(
+        (), "HOST:PORT that may have a private address; repeatable; '' for none"
+    )
     allow_private: bool = _option(
         False,
         "allow private addresses and the loopback (intranets), but no link-local ones nor metadata services",
@@ -129,7 +183,7 @@ class DownloadOptions:
     retry: str = _option(
         "",
         "failed: fetch the failed rows of the part again, as a new generation of their shards; options not given are "
-        "those the part was made with",
+        "those the part was made with, given ones win, at their defaults too",
         told=True,
     )
     failure: tuple[str, ...] = _option((), "with --retry: only rows with this failure; repeatable", told=True)

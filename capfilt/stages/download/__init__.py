@@ -11,6 +11,7 @@ img2dataset is the engine: its `download_image` fetches and its `Resizer` resize
     engine.py     what the child does with a slice: fetch, decode within limits, hand on to img2dataset
     schedule.py   which URL is fetched next, within what a host is to bear
     opener.py     what img2dataset's urllib calls really do: HTTP within limits
+    rests.py      which hosts asked to be left alone (Retry-After), and for how long
     addresses.py  which addresses may be asked at all
     robots.py     what a robots.txt says
 """

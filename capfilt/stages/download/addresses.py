@@ -96,7 +96,9 @@ class AddressPolicy:
     @staticmethod
     def of(allow_host: Iterable[str], allow_private: bool) -> AddressPolicy:
         """The policy of the options `--allow-host` and `--allow-private`. Raises UserError."""
-        return AddressPolicy(frozenset(parse_allowed_host(text) for text in allow_host), allow_private)
+        return AddressPolicy(
+            frozenset(parse_allowed_host(text) for text in allow_host if text), allow_private
+        )
 
     def objection(self, host: str, port: int, address: str) -> str | None:
         """Why `address`, to which `host` resolved, must not be connected to, in words; None when it may be."""

@@ -52,7 +52,9 @@ def main() -> None:
         while True:
             flush()
             work = slices.get()
-            for message, payload in engine.run(work["rows"], Settings.of(work["settings"]), idle=flush):
+            hashes = {int(row): value for row, value in work["hashes"].items()}
+            settings = Settings.of(work["settings"])
+            for message, payload in engine.run(work["rows"], settings, idle=flush, hashes=hashes):
                 say(message, payload)
                 # An answer goes out with the word that the next picture is begun: half the writes, half the wake-ups.
                 if "begin" in message:

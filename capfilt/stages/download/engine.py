@@ -16,7 +16,7 @@ import sys
 import threading
 import types
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.budget import Share
 from capfilt.stages.download.opener import Limits, SafeOpener
 from capfilt.stages.download.schedule import Errand, Schedule
-from capfilt.stages.download.settings import RETRY_AFTER_MOST, Settings
+from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.shapes import check_shape, shape_fits
 from capfilt.stages.download.urls import Fault, parse_url
 from capfilt.stages.pictures import Header, read_header
@@ -71,12 +71,15 @@ class Engine:
         rows: Sequence[tuple[int, str | None]],
         settings: Settings,
         idle: Callable[[], object] = lambda: None,
+        hashes: Mapping[int, str] | None = None,
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Work on (row, URL) pairs. Yields frames, in order of completion; calls `idle` before it waits for a body.
+        """Work on (row, URL) pairs; `hashes` are the SHA-256 that bodies must have, by row. Yields frames, in order of
+        completion; calls `idle` before it waits for a body.
 
         {"begin": row} comes before a body is decoded; {"row": row, "status": ..., ...} and the encoded picture (no
         bytes for a failure) once for every row; {"attempts": n} where fetches ended in nothing but another attempt.
         """
+        expected = hashes or {}
         opener = self._configure(settings)
         resizer = self._resizer_class(
             settings.image_size,
@@ -96,8 +99,16 @@ class Engine:
                     b"",
                 )
                 continue
-            yield {"begin": fetched.row}, b""
-            yield self._picture(fetched.row, fetched.body, resizer, settings)
+            digest = sha256(fetched.body)
+            facts = {"sha256": digest, "received": len(fetched.body)}
+            other = _other_body(digest, expected.get(fetched.row))
+            if other is None:
+                yield {"begin": fetched.row}, b""
+                frame, encoded = self._picture(fetched.row, fetched.body, resizer, settings)
+                yield frame | facts, encoded
+            else:
+                # What was received is told; what it shows is not what was asked for, so nobody looks.
+                yield _failed(fetched.row, "failed_to_download", "hash_mismatch", other) | facts, b""
             assert fetched.share is not None
             fetched.share.close()
 
@@ -135,9 +146,11 @@ class Engine:
             while (errand := schedule.take()) is not None:
                 fetched = self._fetch(errand.row, errand.url, opener, settings)
                 fault = fetched.fault
+                if fault is not None and fault.transient and fault.retry_after:
+                    schedule.rest(fault.host, fault.retry_after)
                 if fault is not None and fault.transient and errand.attempt < settings.retries:
                     wait = min(_BACKOFF[1], _BACKOFF[0] * 2**errand.attempt)
-                    schedule.again(errand, max(wait, min(fault.retry_after or 0.0, RETRY_AFTER_MOST)))
+                    schedule.again(errand, max(wait, fault.retry_after))
                     continue
                 schedule.done(errand)
                 done.put(fetched)
@@ -181,7 +194,7 @@ class Engine:
     def _picture(
         self, row: int, body: bytes, resizer: Any, settings: Settings
     ) -> tuple[dict[str, Any], bytes]:
-        facts: dict[str, Any] = {"sha256": sha256(body), "received": len(body)}
+        facts: dict[str, Any] = {}
         self._watch.shown = None
         try:
             check_scans(body)
@@ -332,6 +345,13 @@ def _decode(body: bytes, settings: Settings) -> Image.Image:
 def _plain_pixels(picture: Image.Image) -> bytes:
     """The picture as a binary PPM: what costs least to write here and to read in the resizer."""
     return b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
+
+
+def _other_body(received: str, expected: str | None) -> str | None:
+    """In words, that the body is not the one that the list means; None where it is, or where any may come."""
+    if expected is None or received == expected.strip().lower():
+        return None
+    return f"the body's SHA-256 is {received[:16]}..., the list says {expected.strip()[:16]}"
 
 
 def _unheard_of(words: str) -> Fault:

@@ -6,13 +6,17 @@ the files lie is `places.py`, what columns well-known lists have is `presets.py`
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
+import re
+import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, BinaryIO
@@ -23,7 +27,7 @@ import pyarrow.parquet as pq
 from capfilt.errors import UserError
 from capfilt.stages.download.places import Place, places
 from capfilt.stages.download.presets import Layout, fitting
-from capfilt.tables.formats import ColumnTypes, arrow_column, storable, texts_in
+from capfilt.tables.formats import ColumnTypes, arrow_column, storable, text_of, texts_in
 from capfilt.tables.shards import fingerprint
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
@@ -40,6 +44,10 @@ _SUFFIXES |= {".parquet": "parquet", ".pq": "parquet"}
 
 _LONGEST_FIELD = 10_000_000
 _HEAD = 100
+_WINDOW = 1 << 16
+"""Characters of a JSON array that are read at once; twice as many for a value that is longer."""
+
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,10 @@ class Slice:
     captions: list[list[str]]
     faults: list[str | None]
     extra: pa.Table
+
+
+class EmptyList(UserError):
+    """A text file without anything in it."""
 
 
 class UrlList(ABC):
@@ -95,7 +107,13 @@ class UrlList(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise UserError when the file is not of this format or a column asked for is not in it."""
+        """Raise UserError when the file is not of this format or a column asked for is not in it, EmptyList when it has
+        nothing.
+        """
+
+    @abstractmethod
+    def extra_types(self) -> Mapping[str, pa.DataType]:
+        """The types of the further columns, of all slices alike."""
 
     def bounds(self, number: int) -> tuple[int, int]:
         """First row of slice `number`, and the row after its last."""
@@ -132,13 +150,27 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
     suffixes = frozenset(
         suffix for suffix, format in _SUFFIXES.items() if input_format in ("auto", format)
     )  # of a folder; a file that is named may be called anything
-    files = []
-    for place in places(path, suffixes):
+    found, files, empty = places(path, suffixes), [], []
+    for place in found:
         format = _SUFFIXES.get(place.suffix, "") if input_format == "auto" else input_format
         if not format:
-            raise UserError(f"--url-list {path}: its name does not tell the format; give --input-format")
-        files.append(_READERS[format](place, layout, extra, slice_rows))
-    return files[0] if len(files) == 1 else _Folder(Place(path), files)
+            raise UserError(f"{path}: its name does not tell the format; give --input-format")
+        try:
+            files.append(_READERS[format](place, layout, extra, slice_rows))
+        except EmptyList:
+            if len(found) == 1:
+                raise
+            empty.append(place)
+    if not files:
+        raise EmptyList(f"{path}: none of its {len(found)} lists has URLs")
+    if empty:
+        names = ", ".join(str(place) for place in empty[:5]) + (", ..." if len(empty) > 5 else "")
+        warnings.warn(
+            f"{path}: left out {len(empty)} of {len(found)} lists, for they are empty: {names}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return files[0] if len(found) == 1 else _Folder(Place(path), files)
 
 
 class _Folder(UrlList):
@@ -182,9 +214,19 @@ class _Folder(UrlList):
         start, stop = file.bounds(inner)
         return before + start, before + stop
 
+    @cached_property
+    def _types(self) -> dict[str, pa.DataType]:
+        found = [file.extra_types() for file in self.files]
+        return {name: _common_type([types[name] for types in found]) for name in self.extra}
+
+    def extra_types(self) -> Mapping[str, pa.DataType]:
+        return self._types
+
     def read(self, number: int) -> Slice:
         file, inner = self._where(number)
-        return file.read(inner)
+        found = file.read(inner)
+        columns = [_as_type(found.extra[name], type_) for name, type_ in self._types.items()]
+        return replace(found, extra=pa.Table.from_arrays(columns, names=list(self._types)))
 
 
 @dataclass(frozen=True)
@@ -197,22 +239,17 @@ class _Unreadable:
 _Record = dict[str, Any] | _Unreadable
 
 
-class _RecordList(UrlList):
-    """A list whose rows are read one by one in Python."""
+class _IndexedList(UrlList):
+    """A text file: one pass finds where each slice begins, then slices are read by themselves."""
 
-    @abstractmethod
-    def _records(self, number: int) -> list[_Record]:
-        """The records of one slice."""
-
-    def _extra_types(self) -> dict[str, pa.DataType]:
+    def extra_types(self) -> Mapping[str, pa.DataType]:
         return dict.fromkeys(self.extra, pa.string())
 
     def read(self, number: int) -> Slice:
         records = self._records(number)
         rows = [{} if isinstance(record, _Unreadable) else record for record in records]
         columns = [
-            arrow_column((row.get(name) for row in rows), type_)
-            for name, type_ in self._extra_types().items()
+            arrow_column((row.get(name) for row in rows), type_) for name, type_ in self.extra_types().items()
         ]
         return Slice(
             [_url(row.get(self.url_col)) for row in rows],
@@ -220,10 +257,6 @@ class _RecordList(UrlList):
             [record.words if isinstance(record, _Unreadable) else None for record in records],
             pa.Table.from_arrays(columns, names=list(self.extra)),
         )
-
-
-class _IndexedList(_RecordList):
-    """A text file: one pass finds where each slice begins, then slices are read by themselves."""
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
@@ -265,6 +298,8 @@ class _TxtList(_IndexedList):
     def check(self) -> None:
         if self.extra:
             raise UserError(f"{self.path}: a txt list has no columns; leave out --save-additional-columns")
+        if not self._head():
+            raise EmptyList(f"{self.path}: is empty; a txt list has one URL per line")
 
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
         for offset, line in _lines(file):
@@ -289,7 +324,7 @@ class _DelimitedList(_IndexedList):
         if isinstance(fields, _Unreadable):
             raise UserError(f"{self.path}: its first line must name the columns; {fields.words}")
         if not fields:
-            raise UserError(f"{self.path}: is empty; its first line must name the columns")
+            raise EmptyList(f"{self.path}: is empty; its first line must name the columns")
         names = {self.url_col, self.caption_col} - {""}
         if self.layout.header and not names <= set(fields):
             self.header, self.named = list(self.layout.header), False
@@ -298,30 +333,47 @@ class _DelimitedList(_IndexedList):
         self.check_columns(self.header)
 
     def _fields(self, file: BinaryIO) -> Iterator[tuple[int, list[str] | _Unreadable]]:
-        position = file.tell()
-        offset = position
+        source = _lines(file)
+        back: deque[tuple[int, _Line]] = deque()
+        taken: list[tuple[int, _Line]] = []
 
         def lines() -> Iterator[str]:
-            nonlocal position
-            for begin, line in _lines(file):
-                position = begin + line.size
-                yield line
+            while (item := back.popleft() if back else next(source, None)) is not None:
+                taken.append(item)
+                yield item[1]
 
         reader = self._reader(lines())
         if csv.field_size_limit() < _LONGEST_FIELD:
             csv.field_size_limit(_LONGEST_FIELD)
         while True:
+            taken.clear()
             fields: list[str] | _Unreadable | None
             try:
                 fields = next(reader, None)
-            except csv.Error as error:
-                # The reader begins anew with the next line.
-                fields = _Unreadable(f"the line at byte {offset} is no CSV ({error})")
-            if fields is None:
+                broken = len(taken) > 1 and self._swallows([line for _, line in taken])
+            except csv.Error:
+                fields, broken = None, True
+            if not taken:
                 return
+            offset, line = taken[0]
+            if broken:
+                # No line goes with another's quote: the others are read by themselves.
+                back.extendleft(reversed(taken[1:]))
+                reader = self._reader(lines())
+                fields = _alone(line, offset)
             if fields:
                 yield offset, fields
-            offset = position
+
+    def _swallows(self, lines: Sequence[str]) -> bool:
+        """Whether a record of several lines is one that left a quote open, and those that came after it."""
+        return any(self._is_record(line) for line in lines[1:] if "://" in line)
+
+    def _is_record(self, line: str) -> bool:
+        fields = _alone(line, 0)
+        if isinstance(fields, _Unreadable) or len(fields) != len(self.header):
+            return False
+        where = self.header.index(self.url_col) if self.url_col in self.header else 0
+        return fields[where].lstrip().startswith(("http://", "https://"))
 
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
         skip = self.named and file.tell() == 0
@@ -339,7 +391,20 @@ class _DelimitedList(_IndexedList):
 
 class _CsvList(_DelimitedList):
     def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
-        return csv.reader(lines)
+        # Strict, so that a quote closed in the midst of another line's text is found out.
+        return csv.reader(lines, strict=True)
+
+
+def _alone(line: str, offset: int) -> list[str] | _Unreadable:
+    """The fields of a line of CSV by itself, its quotes taken as they come."""
+    reader = csv.reader([line, ""])
+    try:
+        fields = next(reader)
+    except csv.Error as error:
+        return _Unreadable(f"the line at byte {offset} is no CSV ({error})")
+    if reader.line_num > 1:
+        return _Unreadable(f"the line at byte {offset} opens a quote and does not close it")
+    return fields
 
 
 class _TsvList(_DelimitedList):
@@ -349,8 +414,11 @@ class _TsvList(_DelimitedList):
             yield text.split("\t") if text else []
 
 
-class _JsonlList(_IndexedList):
-    """One JSON object per line."""
+class _ObjectList(_IndexedList):
+    """JSON objects. Columns have the type of their values, found in the pass over the file."""
+
+    form = ""
+    """What such a list is like, in words."""
 
     def __init__(self, path: Place, layout: Layout, extra: Sequence[str], slice_rows: int) -> None:
         super().__init__(path, layout, extra, slice_rows)
@@ -361,9 +429,27 @@ class _JsonlList(_IndexedList):
         good = [record for record in head if isinstance(record, dict)]
         if head and not good:
             assert isinstance(head[0], _Unreadable)
-            raise UserError(f"{self.path}: {head[0].words}; a jsonl list has one JSON object per line")
+            raise UserError(f"{self.path}: {head[0].words}; {self.form}")
+        if not head:
+            raise EmptyList(f"{self.path}: is empty; {self.form}")
         if good:
             self.check_columns(list(dict.fromkeys(name for record in good for name in record)))
+
+    def _notice(self, record: _Record) -> None:
+        if isinstance(record, dict):
+            self._types.notice(record)
+
+    def extra_types(self) -> Mapping[str, pa.DataType]:
+        _ = self._index
+        types = self._types.types()
+        # In a folder fewer columns may be carried than this file has.
+        return {name: types[name] for name in self.extra}
+
+
+class _JsonlList(_ObjectList):
+    """One JSON object per line."""
+
+    form = "a jsonl list has one JSON object per line"
 
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
         for offset, line in _lines(file):
@@ -379,59 +465,47 @@ class _JsonlList(_IndexedList):
             else:
                 yield offset, _Unreadable(f"the line at byte {offset} is not a JSON object")
 
-    def _notice(self, record: _Record) -> None:
-        if isinstance(record, dict):
-            self._types.notice(record)
 
-    def _extra_types(self) -> dict[str, pa.DataType]:
-        _ = self._index
-        types = self._types.types()
-        # In a folder fewer columns may be carried than this file has.
-        return {name: types[name] for name in self.extra}
+class _JsonList(_ObjectList):
+    """One JSON array of objects, read a piece at a time."""
 
+    form = "a json list is an array of objects; for one object per line give --input-format jsonl"
 
-class _JsonList(_RecordList):
-    """One JSON array of objects; the one format that is read whole."""
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, _Record]]:
+        text = _Sliding(file)
+        if text.offset == 0:
+            text.skip("\ufeff")
+            if text.peek() != "[":
+                if text.peek() in ("{", '"'):
+                    raise UserError(f"{self.path}: is JSON, but not an array of objects; {self.form}")
+                raise self._broken(text, "it does not begin with [")
+            text.skip("[")
+            if text.peek() == "]":
+                text.skip("]")
+                self._check_end(text)
+                return
+        while True:
+            text.peek()
+            offset = text.offset
+            try:
+                value = text.value()
+            except (ValueError, RecursionError) as error:
+                raise self._broken(text, str(error)) from None
+            yield offset, value if isinstance(value, dict) else _Unreadable("is not a JSON object")
+            after = text.peek()
+            if after not in (",", "]"):
+                raise self._broken(text, "a value is followed by neither , nor ]")
+            text.skip(after)
+            if after == "]":
+                self._check_end(text)
+                return
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_all"}
+    def _check_end(self, text: _Sliding) -> None:
+        if text.peek():
+            raise self._broken(text, "more follows its end")
 
-    @cached_property
-    def _all(self) -> list[_Record]:
-        try:
-            with self.path.open() as file:
-                values = json.loads(file.read())
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.path}: is not JSON ({error}); for one object per line give --input-format jsonl"
-            ) from None
-        if not isinstance(values, list):
-            raise UserError(f"{self.path}: is JSON, but not an array of objects")
-        return [value if isinstance(value, dict) else _Unreadable("is not a JSON object") for value in values]
-
-    def check(self) -> None:
-        good = [record for record in self._all[:_HEAD] if isinstance(record, dict)]
-        if self._all:
-            self.check_columns(list(dict.fromkeys(name for record in good for name in record)))
-
-    @property
-    def rows(self) -> int:
-        return len(self._all)
-
-    def _records(self, number: int) -> list[_Record]:
-        start, stop = self.bounds(number)
-        return self._all[start:stop]
-
-    @cached_property
-    def _column_types(self) -> dict[str, pa.DataType]:
-        types = ColumnTypes(self.extra)
-        for record in self._all:
-            if isinstance(record, dict):
-                types.notice(record)
-        return types.types()
-
-    def _extra_types(self) -> dict[str, pa.DataType]:
-        return self._column_types
+    def _broken(self, text: _Sliding, words: str) -> UserError:
+        return UserError(f"{self.path}: is not JSON (at byte {text.offset}: {words}); {self.form}")
 
 
 class _ParquetList(UrlList):
@@ -463,6 +537,10 @@ class _ParquetList(UrlList):
     @property
     def rows(self) -> int:
         return int(self._file.metadata.num_rows)
+
+    def extra_types(self) -> Mapping[str, pa.DataType]:
+        schema = self._file.schema_arrow
+        return {name: schema.field(name).type for name in self.extra}
 
     def _read_group(self, number: int) -> pa.Table:
         if number not in self._group:
@@ -522,6 +600,86 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, _Line]]:
         line.size = len(data)
         yield offset, line
         offset += len(data)
+
+
+class _Sliding:
+    """The JSON text of a file from where it stands, of which a window is in memory. `offset` is where it is read, in bytes.
+
+    UTF-8, as RFC 8259 asks for; other bytes are lone surrogates, which `storable` makes U+FFFD as in other lists.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.offset = file.tell()
+        self._file = file
+        self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._place, self._ended = "", 0, False
+
+    def _more(self) -> None:
+        data = self._file.read(max(_WINDOW, len(self._text) - self._place))
+        self._text = self._text[self._place :] + self._decode(data, not data)
+        self._place, self._ended = 0, not data
+
+    def _advance(self, place: int) -> None:
+        self.offset += len(self._text[self._place : place].encode("utf-8", "surrogateescape"))
+        self._place = place
+
+    def peek(self) -> str:
+        """The next character that is no white space, where the text is read from now on; empty at the end."""
+        while True:
+            space = _SPACE.match(self._text, self._place)
+            assert space is not None
+            self._advance(space.end())
+            if self._place < len(self._text) or self._ended:
+                return self._text[self._place : self._place + 1]
+            self._more()
+
+    def skip(self, character: str) -> None:
+        """Past the character, if it is the next one."""
+        if self.peek() == character:
+            self._advance(self._place + 1)
+
+    def value(self) -> Any:
+        """The value that begins here. Raises ValueError or RecursionError."""
+        while True:
+            try:
+                value, end = self._parse(self._text, self._place)
+                # A number may go on beyond the window.
+                if end < len(self._text) or self._ended:
+                    self._advance(end)
+                    return value
+            except ValueError as error:
+                held = len(self._text) - self._place
+                if self._ended or held > _LONGEST_FIELD:
+                    raise ValueError(
+                        error.msg if isinstance(error, json.JSONDecodeError) else error
+                    ) from None
+            self._more()
+
+
+def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as text, whatever it holds."""
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        texts = [None if value is None else text_of(value) for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.string())])
+
+
+def _as_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    return as_text(column) if type_ == pa.string() else column.cast(type_)
+
+
+def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
+    """The type that holds the values of columns of all these types: the wider of two of a kind, else text."""
+    found = [type_.value_type if pa.types.is_dictionary(type_) else type_ for type_ in types]
+    found = [type_ for type_ in found if not pa.types.is_null(type_)]
+    if all(type_ == types[0] for type_ in types):
+        return types[0]
+    for kind in (pa.types.is_signed_integer, pa.types.is_floating):
+        if found and all(kind(type_) for type_ in found):
+            return max(found, key=lambda type_: type_.bit_width)
+    return found[0] if found and all(type_ == found[0] for type_ in found) else pa.string()
 
 
 def _url(value: Any) -> str | None:

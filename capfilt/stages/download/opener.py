@@ -24,6 +24,7 @@ from typing import Any, Self
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.budget import STEP_BYTES, Budget, Share
 from capfilt.stages.download.resolver import Resolver
+from capfilt.stages.download.rests import Rests
 from capfilt.stages.download.robots import MAX_BYTES, RobotsCache, Rules, parse_robots
 from capfilt.stages.download.urls import Fault, Target, parse_url, redirected, short
 
@@ -99,6 +100,7 @@ class SafeOpener:
 
     def __post_init__(self) -> None:
         self._resolver = Resolver()
+        self._rests = Rests()
         self._robots = RobotsCache(self._ask_robots)
         self._here = threading.local()
         self._tls = ssl.create_default_context()
@@ -132,22 +134,24 @@ class SafeOpener:
         deadline = self.deadline()
         share = self._here.share = Share(self.budget)
         try:
-            return self._accept(self._follow(url, deadline, obey=bool(self.robots_token)), deadline, share)
+            target, response = self._follow(url, deadline, obey=bool(self.robots_token))
+            return self._accept(target, response, deadline, share)
         except Fault as fault:
             raise self.remember(fault) from None
         except Exception as error:  # noqa: BLE001 - whatever a hostile server brings about is this row's failure
             raise self.remember(self.fault_of(error, deadline)) from None
 
-    def _follow(self, url: str, deadline: Deadline, *, obey: bool) -> http.client.HTTPResponse:
-        """The answer at the end of the redirects. With `obey`, robots.txt is asked before every one of them."""
-        for _ in range(MAX_REDIRECTS + 1):
+    def _follow(self, url: str, deadline: Deadline, *, obey: bool) -> tuple[Target, http.client.HTTPResponse]:
+        """Who answered at the end of the redirects, and what. With `obey`, robots.txt is asked before each of them."""
+        for hop in range(MAX_REDIRECTS + 1):
             target = parse_url(url)
+            self._rests.check(target.host, scheduled=hop == 0)
             if obey and not self._robots.rules(target, deadline.until).allows(target.path):
                 raise Fault("opted_out", f"{target.address}: robots.txt forbids {short(target.path)}")
             response = self._get(target, deadline)
             place = response.headers.get("Location") if response.status in _REDIRECTS else None
             if place is None:
-                return response
+                return target, response
             response.close()
             url = redirected(url, place)
         raise Fault("too_many_redirects", f"more than {MAX_REDIRECTS} redirects")
@@ -156,13 +160,14 @@ class SafeOpener:
         # A deadline of its own: it serves every URL of the host, not only the one that came first.
         deadline = self.deadline()
         try:
-            response = self._follow(f"{target.scheme}://{target.address}/robots.txt", deadline, obey=False)
+            place = f"{target.scheme}://{target.address}/robots.txt"
+            asked, response = self._follow(place, deadline, obey=False)
             with response:
                 if 400 <= response.status < 500:
                     return Rules()
                 if not 200 <= response.status < 300:
                     # RFC 9309, section 2.3.1.4: what cannot be asked is taken for forbidden.
-                    raise Fault("http_error", f"HTTP {response.status}", transient=True)
+                    raise self._later(asked, response, f"HTTP {response.status}")
                 data = b""
                 while len(data) < MAX_BYTES and (chunk := response.read1(_CHUNK)):
                     data += chunk
@@ -170,7 +175,13 @@ class SafeOpener:
         except Exception as error:  # noqa: BLE001 - as in `open`
             fault = error if isinstance(error, Fault) else self.fault_of(error, deadline)
             words = f"{target.address}: robots.txt: {fault.message}"
-            raise Fault(fault.failure, words, transient=fault.transient) from None
+            raise Fault(
+                fault.failure,
+                words,
+                transient=fault.transient,
+                retry_after=fault.retry_after,
+                host=fault.host,
+            ) from None
 
     def _get(self, target: Target, deadline: Deadline) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection(target.host, target.port)
@@ -228,23 +239,34 @@ class SafeOpener:
         ready.deadline = deadline
         return ready  # type: ignore[no-any-return]
 
-    def _accept(self, response: http.client.HTTPResponse, deadline: Deadline, share: Share) -> Body:
+    def _accept(
+        self, target: Target, response: http.client.HTTPResponse, deadline: Deadline, share: Share
+    ) -> Body:
         status = response.status
         if 200 <= status < 300:
+            self._rests.answered(target.host)
             length = response.length
             if length is not None and length > self.limits.max_bytes:
                 response.close()
                 raise Fault("too_large", f"{length} bytes announced, more than {self.limits.max_bytes}")
             return Body(self, response, deadline, share)
         words = f"HTTP {status} {short(response.reason or '')}".rstrip()
-        retry_after = _retry_after(response.headers)
         response.close()
         if status in (404, 410):
             raise Fault("not_found", words)
-        if status == 429:
-            raise Fault("rate_limited", words, transient=True, retry_after=retry_after)
-        transient = status in (408, 425, 500, 502, 503, 504)
-        raise Fault("http_error", words, transient=transient, retry_after=retry_after)
+        if status in (408, 425, 429, 500, 502, 503, 504):
+            raise self._later(target, response, words)
+        raise Fault("http_error", words)
+
+    def _later(self, target: Target, response: http.client.HTTPResponse, words: str) -> Fault:
+        """The fault of an answer that may be another one later. Its host rests where it asks to (RFC 9110, 10.2.3)."""
+        status = response.status
+        seconds = _retry_after(response.headers) if status in (429, 503) else None
+        if not seconds:
+            return Fault("rate_limited" if status == 429 else "http_error", words, transient=True)
+        words += f", Retry-After {seconds:.0f} s"
+        waits = self._rests.ask(target.host, seconds)
+        return Fault("rate_limited", words, transient=waits, retry_after=seconds, host=target.host)
 
     def fault_of(self, error: Exception, deadline: Deadline) -> Fault:
         """An exception of the socket, TLS or HTTP layer as a Fault."""

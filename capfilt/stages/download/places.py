@@ -62,7 +62,7 @@ def places(path: str, suffixes: frozenset[str]) -> list[Place]:
         if file.is_dir():
             return _chosen(path, [str(child) for child in file.iterdir() if child.is_file()], suffixes)
         if not file.is_file():
-            raise UserError(f"--url-list {path}: no such file")
+            raise UserError(f"{path}: no such list of URLs")
         return [Place(str(file))]
     system, inside = _file_system(path)
     try:
@@ -70,7 +70,7 @@ def places(path: str, suffixes: frozenset[str]) -> list[Place]:
             names = [system.unstrip_protocol(name) for name in system.ls(inside, detail=False)]
             return _chosen(path, names, suffixes)
         if not system.exists(inside):
-            raise UserError(f"--url-list {path}: no such file")
+            raise UserError(f"{path}: no such list of URLs")
     except UserError:
         raise
     except Exception as error:
@@ -82,7 +82,7 @@ def _chosen(folder: str, names: list[str], suffixes: frozenset[str]) -> list[Pla
     found = [Place(name) for name in sorted(names) if not PurePosixPath(name).name.startswith((".", "_"))]
     found = [place for place in found if place.suffix in suffixes]
     if not found:
-        raise UserError(f"--url-list {folder}: no list in this folder ({', '.join(sorted(suffixes))})")
+        raise UserError(f"{folder}: no list in this folder ({', '.join(sorted(suffixes))})")
     return found
 
 
@@ -90,7 +90,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise UserError(f"--url-list {url}: needs fsspec: pip install fsspec") from None
+        raise UserError(f"{url}: needs fsspec: pip install fsspec") from None
     try:
         system, path = fsspec.core.url_to_fs(url)
     except Exception as error:
@@ -101,6 +101,4 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _not_readable(name: str, error: Exception) -> UserError:
     # Whatever a file system of fsspec's raises: missing drivers (ImportError), credentials, networks.
     lines = str(error).strip().splitlines()
-    return UserError(
-        f"--url-list {name}: cannot be read ({type(error).__name__}: {lines[0][:200] if lines else ''})"
-    )
+    return UserError(f"{name}: cannot be read ({type(error).__name__}: {lines[0][:200] if lines else ''})")

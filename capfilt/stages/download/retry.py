@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import UserError
-from capfilt.stages.base import Produced, option_values
-from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of, verified
+from capfilt.stages.base import Produced
+from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of
 from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
 from capfilt.stages.download.worker import shared_worker
 from capfilt.stages.options import REQUIRED, DownloadOptions
@@ -32,7 +32,9 @@ of what it then looks like. Each generation's manifest names those that changed.
 class Retry(Fetching):
     """Fetches failed rows again. A shard in which no row's outcome changed keeps its generation.
 
-    URLs are the part's, and so are all options that are not given; one that shapes rows cannot be given otherwise.
+    URLs are the part's, and so are all options that are not given (on the command line, in a recipe, or to
+    `DownloadOptions`); one that shapes rows cannot be given otherwise. A row whose body came once keeps what is known of
+    it where the retry gets no body.
     """
 
     def __init__(self, options: DownloadOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -65,7 +67,7 @@ class Retry(Fetching):
         )
         if download.list.digest != digest:
             raise UserError(
-                f"--url-list {options.url_list}: {self.output.path} was made from another list; leave it out"
+                f"{options.url_list}: {self.output.path} was made from another list; leave it out"
             )
         return download
 
@@ -94,12 +96,14 @@ class Retry(Fetching):
         wanted = [
             (row, urls[row]) for row, why in enumerate(old) if why in self.failures and urls[row] is not None
         ]
-        answers = shared_worker().run(wanted, settings_of(self.options, self.workers))
-        if self.list is not None:
-            hashes = self.list.expected_hashes(shard)
-            answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}
+        hashes = self.list.expected_hashes(shard) if self.list is not None else {}
+        answers = shared_worker().run(wanted, settings_of(self.options, self.workers), hashes)
+        came = table["sha256"].to_pylist()
         new = {
-            row: answered(answer, keys[row], self.options.encode_format) for row, answer in answers.items()
+            row: answered(answer, keys[row], self.options.encode_format)
+            for row, answer in answers.items()
+            # Of a body that came once, a fetch that brings none knows less.
+            if answer.columns.get("sha256") is not None or came[row] is None
         }
         if all(old[row] == columns["failure"] for row, columns in new.items()):
             same = Successor(manifest.generation, manifest.previous, manifest.changed)
@@ -121,7 +125,6 @@ def _merged(
 ) -> tuple[DownloadOptions, dict[str, Any]]:
     """The options to fetch with, and those of them that are not the part's. Raises UserError."""
     values: dict[str, Any] = {}
-    given = option_values(options, without=WITHOUT)
     changed = {}
     for field in fields(options):
         name, value = field.name, getattr(options, field.name)
@@ -132,10 +135,10 @@ def _merged(
         if name == "max_aspect_ratio":
             standing = float(standing)
         standing = tuple(standing) if isinstance(field.default, tuple) else standing
-        if value in (field.default, standing):
+        if name not in options.given or value == standing:
             values[name] = standing
         elif name in FETCHING:
-            changed[name] = list(value) if isinstance(value, tuple) else given[name]
+            changed[name] = list(value) if isinstance(value, tuple) else value
         else:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{part.path}: was made with {flag} {standing}; a retry cannot make other rows")

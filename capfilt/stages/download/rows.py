@@ -50,17 +50,6 @@ def bad_url(words: str) -> Row:
     return Row({"status": "failed_to_download", "failure": "bad_url", "error_message": words}, b"")
 
 
-def verified(answer: Row, expected: str | None) -> Row:
-    """The answer, or the failure `hash_mismatch` where the body's SHA-256 is not the one the list has."""
-    received = answer.columns.get("sha256")
-    if expected is None or received is None or received == expected.strip().lower():
-        return answer
-    words = f"the body's SHA-256 is {received[:16]}..., the list says {expected.strip()[:16]}"
-    columns = {"status": "failed_to_download", "failure": "hash_mismatch", "error_message": words}
-    # What was received is told; what it shows is not what was asked for.
-    return Row({**columns, "sha256": received, "received": answer.columns.get("received", 0)}, b"")
-
-
 def answered(answer: Row, key: str, encode_format: str) -> dict[str, Any]:
     """The answer as the columns ANSWERED."""
     columns = {name: answer.columns.get(name) for name in ANSWERED}
@@ -96,13 +85,3 @@ def host_of(url: str | None) -> str:
         return urlsplit((url or "").strip()).hostname or ""
     except ValueError:
         return ""
-
-
-def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as text, whatever it holds."""
-    try:
-        return column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.chunked_array(
-            [pa.array([None if v is None else str(v) for v in column.to_pylist()], pa.string())]
-        )

@@ -93,6 +93,12 @@ class Schedule:
             self._wait(errand, self._clock() + seconds)
             self._leave(errand)
 
+    def rest(self, host: str, seconds: float) -> None:
+        """Nobody asks the host for so long; what is in flight goes on."""
+        with self._changed:
+            known = self._hosts[host]
+            known.free_at = max(known.free_at, self._clock() + seconds)
+
     def _due(self, now: float) -> list[Errand]:
         """Whose moment has come: retries, and of each host whose turn it is the next in its queue."""
         due = []

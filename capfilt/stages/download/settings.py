@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 RETRY_AFTER_MOST = 30.0
-"""Seconds that a host's Retry-After is waited for; one that asks for more is left alone."""
+"""Seconds that a host's Retry-After is waited for, all in all until it answers; one that asks for more is left alone."""
 
 
 @dataclass(frozen=True)

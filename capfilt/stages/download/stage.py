@@ -16,16 +16,14 @@ import pyarrow as pa
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.lists import Slice, open_list
+from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
 from capfilt.stages.download.rows import (
     answered,
-    as_text,
     bad_url,
     counts_of,
     settings_of,
     stats_of,
-    verified,
 )
 from capfilt.stages.download.tally import DownloadTally
 from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
@@ -49,7 +47,7 @@ class Fetching(ShardStage):
     """What fetches share: the child process they have it done in, and how they are watched."""
 
     name = "download"
-    version = 2
+    version = 3
     contract = IMAGES
     options: DownloadOptions
 
@@ -118,9 +116,8 @@ class Download(Fetching):
         listed = self.list.read(shard)
         answers = {row: bad_url(words) for row, words in enumerate(listed.faults) if words is not None}
         wanted = [(row, url) for row, url in enumerate(listed.urls) if row not in answers]
-        answers |= shared_worker().run(wanted, settings_of(self.options, self.workers))
-        hashes = self._hashes(listed)
-        answers = {row: verified(answer, hashes[row]) for row, answer in answers.items()}
+        settings = settings_of(self.options, self.workers)
+        answers |= shared_worker().run(wanted, settings, self._hashes(listed))
         rows = []
         for row, url in enumerate(listed.urls):
             key = self.key(shard, row)
@@ -145,17 +142,15 @@ class Download(Fetching):
             table = table.append_column(pa.field(name, column.type), column)
         return Produced(table, counts_of(table), stats_of(table, answers.values()))
 
-    def expected_hashes(self, shard: int) -> list[str | None]:
-        """The SHA-256 that each body of a shard must have; None where any may come."""
+    def expected_hashes(self, shard: int) -> dict[int, str]:
+        """The SHA-256 that bodies of a shard must have, by row; where there is none, any may come."""
         return self._hashes(self.list.read(shard))
 
-    def _hashes(self, listed: Slice) -> list[str | None]:
+    def _hashes(self, listed: Slice) -> dict[int, str]:
         if not self.options.verify_hash:
-            return [None] * len(listed.urls)
-        return [
-            None if value is None else str(value)
-            for value in listed.extra[self.options.verify_hash].to_pylist()
-        ]
+            return {}
+        column = listed.extra[self.options.verify_hash].to_pylist()
+        return {row: str(value) for row, value in enumerate(column) if value is not None}
 
     def key(self, shard: int, row: int) -> str:
         """img2dataset's key (its `compute_key`): the shard's number, then the row's within it, zero-padded."""
@@ -167,7 +162,8 @@ def check(options: DownloadOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     for name in ("dataset", "url_col") if options.retry else ("url_list", "dataset", "url_col"):
         if getattr(options, name).strip("\0") == "":
-            raise UserError(f"download: {_flag(name)} must be given")
+            # The list is the one that has no flag.
+            raise UserError(f"download: {'URL_LIST' if name == 'url_list' else _flag(name)} must be given")
     if os.sep in options.dataset:
         raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     for name, allowed in (("resize_mode", RESIZE_MODES), ("encode_format", ENCODE_FORMATS)):

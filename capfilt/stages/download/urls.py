@@ -10,16 +10,26 @@ from urllib.parse import quote, urljoin, urlsplit
 
 
 class Fault(Exception):
-    """Why a download failed: `failure` from the closed list, `message` in words, and whether it may pass."""
+    """Why a download failed: `failure` from the closed list, `message` in words, and whether it may pass.
+
+    `retry_after` are the seconds that `host` asked to be left alone for.
+    """
 
     def __init__(
-        self, failure: str, message: str, *, transient: bool = False, retry_after: float | None = None
+        self,
+        failure: str,
+        message: str,
+        *,
+        transient: bool = False,
+        retry_after: float = 0.0,
+        host: str = "",
     ) -> None:
         super().__init__(f"{failure}: {message}")
         self.failure = failure
         self.message = message
         self.transient = transient
         self.retry_after = retry_after
+        self.host = host
 
 
 @dataclass(frozen=True)

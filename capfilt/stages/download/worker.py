@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -116,8 +116,14 @@ class Worker:
             self._log.close()
             self._log = None
 
-    def run(self, rows: Sequence[tuple[int, str | None]], settings: Settings) -> dict[int, Row]:
-        """Fetch (row, URL) pairs: what came of each, by row; every row is there.
+    def run(
+        self,
+        rows: Sequence[tuple[int, str | None]],
+        settings: Settings,
+        hashes: Mapping[int, str] | None = None,
+    ) -> dict[int, Row]:
+        """Fetch (row, URL) pairs: what came of each, by row; every row is there. `hashes` are the SHA-256 that bodies must
+        have, by row; any other is `hash_mismatch`.
 
         A child that dies is replaced, and what it had not answered is asked again. A picture that costs two children
         failed with `worker_died`. Where no picture is to blame, fewer URLs are asked for at once, half as many each
@@ -132,7 +138,7 @@ class Worker:
                 asked, before = missing[:size], len(answers)
                 try:
                     # Not `answers |=`: what came before the child died counts.
-                    for row, answer in self._ask(asked, settings):
+                    for row, answer in self._ask(asked, settings, hashes or {}):
                         answers[row] = answer  # noqa: PERF403
                     barren, size = 0, 2 * size
                 except _Died as death:
@@ -149,12 +155,15 @@ class Worker:
                         answers |= {row: _died(death) for row, _ in missing if row not in answers}
             return answers
 
-    def _ask(self, rows: Sequence[tuple[int, str | None]], settings: Settings) -> Iterator[tuple[int, Row]]:
+    def _ask(
+        self, rows: Sequence[tuple[int, str | None]], settings: Settings, hashes: Mapping[int, str]
+    ) -> Iterator[tuple[int, Row]]:
         begun: int | None = None
         finished = False
         try:
             self._await_ready()
-            self._write(b"".join(wire.pack({"rows": rows, "settings": asdict(settings)})))
+            known = {row: hashes[row] for row, _ in rows if row in hashes}
+            self._write(b"".join(wire.pack({"rows": rows, "settings": asdict(settings), "hashes": known})))
             listening, decoding = self._reader(settings.longest_silence), self._reader(DECODE_SECONDS)
             while True:
                 message, picture = wire.unpack(listening if begun is None else decoding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,6 +89,13 @@ def test_jsonl_and_json(tmp_path):
     [
         ("u.json", b'{"url": 1}', "not an array"),
         ("u.json", b"[", "is not JSON"),
+        ("u.json", b"[]", "is empty"),
+        ("u.json", b'[{"url": "u", "caption": "c"}', "is not JSON"),
+        ("u.json", b'[{"url": "u", "caption": "c"}] 3', "more follows its end"),
+        ("u.json", b'[{"url": "u", "caption": "c"} {}]', "neither , nor ]"),
+        ("u.json", b"\xff\xfe[\0", "does not begin with"),
+        ("u.txt", b"\n", "is empty"),
+        ("u.jsonl", b"", "is empty"),
         ("u.jsonl", b"<html>\n", "is not JSON"),
         ("u.csv", b"", "is empty"),
         ("u.parquet", b"PAR1 no", "not a Parquet file"),
@@ -99,6 +107,36 @@ def test_a_broken_list_is_named(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words) as caught:
         open_list(str(tmp_path / name), "auto", Layout(), (), 10)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_quote_left_open_takes_no_other_line_along(tmp_path):
+    """Would catch: an unclosed quote that makes all lines up to the next quote one caption, and no word about it."""
+    path = tmp_path / "u.csv"
+    lines = [
+        'http://a/0,"two\nlines",x',
+        'http://a/1,"open,x',  # the next quote opens another field
+        "http://a/2,b,x",
+        'http://a/3,"c, d",x',
+        'http://a/4,"open,x',  # the next quote stands at the end of a field
+        "http://a/5,b,x",
+        'http://a/6,b,5"',
+        'http://a/7,"quoted" and not,x',
+        'http://a/8,"open to the end,x',
+        "http://a/9,b,x",
+    ]
+    path.write_text("url,caption,n\n" + "\n".join(lines))
+    for rows in (1, 3, 100):
+        urls, captions, faults, _ = read_all(path, rows=rows)
+        found = [n for n, fault in enumerate(faults) if fault is None]
+        assert found == [0, 2, 3, 5, 6, 7, 9]
+        assert [urls[n] for n in found] == [f"http://a/{n}" for n in found]
+        assert (captions[0], captions[3], captions[7]) == (["two\nlines"], ["c, d"], ["quoted and not"])
+        assert all("opens a quote and does not close it" in faults[n] for n in (1, 4, 8))
+        offset = path.read_bytes().index(b"http://a/4")
+        assert f"at byte {offset} " in faults[4]
+    path.write_text('url,"caption\nhttp://a/1,b\n')
+    with pytest.raises(UserError, match="does not close it"):
+        open_list(str(path), "auto", Layout(), (), 10)
 
 
 TEXTS = st.text(st.characters(exclude_characters="\r\n\t\0", exclude_categories=("Cs",)), max_size=30)
@@ -201,6 +239,100 @@ def test_a_folder_is_its_lists_one_after_the_other(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl"])
+def test_an_empty_list_of_a_folder_is_left_out_and_said_to_be(tmp_path, name):
+    """Would catch: a crawl of a thousand lists that one empty shard of it refuses; columns lost for it."""
+    (tmp_path / name).write_text("\n")
+    (tmp_path / "b.csv").write_text("url,caption,n\nu1,t,1\n")
+    with pytest.warns(RuntimeWarning, match=rf"left out 1 of 2 lists, for they are empty: .*{name}"):
+        listing = open_list(str(tmp_path), "auto", Layout(carried=("n",)), (), 2)
+    assert listing.read(0).urls == ["u1"]
+    assert listing.extra == ("n",)
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(UserError, match="is empty"):
+        open_list(str(tmp_path), "auto", Layout(), (), 2)
+    (tmp_path / "b.csv").write_text("")
+    with pytest.raises(UserError, match="none of its 2 lists has URLs"):
+        open_list(str(tmp_path), "auto", Layout(), (), 2)
+
+
+def test_a_column_of_a_folder_has_one_type(tmp_path):
+    """Would catch: shards of one part whose columns differ, for a file has numbers where another has words."""
+    pq.write_table(
+        pa.table({
+            "url": ["u1"], "caption": ["t"], "n": [2**60], "w": pa.array([1], pa.int32()),
+            "f": pa.array([0.1], pa.float32()), "l": [[1, 2]], "d": pa.array(["x"]).dictionary_encode(),
+        }),
+        tmp_path / "a.parquet",
+    )  # fmt: skip
+    pq.write_table(
+        pa.table({
+            "url": ["u2"], "caption": ["t"], "n": ["two"], "w": [2**40], "f": [0.5], "l": ["z"], "d": ["y"],
+        }),
+        tmp_path / "b.parquet",
+    )  # fmt: skip
+    (tmp_path / "c.jsonl").write_text(
+        '{"url": "u3", "caption": "t", "n": 3, "w": 4, "f": 1.5, "l": true, "d": "z"}\n'
+    )
+    listing = pickle.loads(
+        pickle.dumps(open_list(str(tmp_path), "auto", Layout(), ("n", "w", "f", "l", "d"), 2))
+    )
+    table = pa.concat_tables(listing.read(number).extra for number in range(listing.slices))
+    assert table["n"].to_pylist() == [str(2**60), "two", "3"]
+    assert (table.schema.field("w").type, table["w"].to_pylist()) == (pa.int64(), [1, 2**40, 4])
+    assert table.schema.field("f").type == pa.float64()
+    assert table["l"].to_pylist() == ["[1, 2]", "z", "true"]
+    assert table["d"].to_pylist() == ["x", "y", "z"]
+
+
+def test_a_json_array_is_read_in_pieces(tmp_path):
+    """Would catch: a list of gigabytes read whole; values cut where a piece of it ends."""
+    rows = [
+        {"url": f"http://a/{n}", "caption": "日本🙂" * (n % 50), "n": n, "deep": [{"x": ["]", '"\\\\,']}]}
+        for n in range(20_000)
+    ]
+    path = tmp_path / "u.json"
+    path.write_text("\ufeff" + json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    size = path.stat().st_size
+    assert size > 5_000_000
+    tracemalloc.start()
+    listing = open_list(str(path), "auto", Layout(), ("n",), 1000)
+    assert listing.rows == len(rows)
+    pieces = []
+    for number in (13, 0, 19):
+        found = listing.read(number)
+        pieces.append(
+            (found.urls == [row["url"] for row in rows[number * 1000 :][:1000]], found.extra["n"][0].as_py())
+        )
+        assert found.captions[7] == [rows[number * 1000 + 7]["caption"]]
+        del found
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pieces == [(True, 13_000), (True, 0), (True, 19_000)]
+    assert peak < size / 2
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5)),
+    st.integers(1, 9),
+)
+def test_a_json_array_of_anything_is_its_values(tmp_path_factory, values, window):
+    """Independent reader: json. Numbers, texts and brackets are cut at every place by so small a window."""
+    path = tmp_path_factory.mktemp("json") / "u.json"
+    rows = [
+        {"url": "u", "caption": "c"},
+        *({"url": json.dumps(value), "caption": "c"} for value in values),
+        *values,
+    ]
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("capfilt.stages.download.lists._WINDOW", window)
+        urls, _, faults, _ = read_all(path, rows=2)
+    assert urls == [row["url"] if isinstance(row, dict) else None for row in rows]
+    assert [fault is None for fault in faults] == [isinstance(row, dict) for row in rows]
+
+
 @pytest.mark.parametrize("name", ["u.txt", "u.csv", "u.jsonl", "u.parquet", "u.json"])
 def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
     pytest.importorskip("fsspec")
@@ -219,5 +351,5 @@ def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
     local, remote = opened(plain), opened(f"file://{plain}")
     assert remote[1] == local[1]
     assert remote[0].digest == local[0].digest
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such list of URLs"):
         opened(f"file://{plain}.gone")

@@ -11,18 +11,26 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from email.message import Message
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from capfilt.stages.download import Download, Retry, wire
 from capfilt.stages.download.opener import _retry_after
-from capfilt.stages.download.robots import parse_robots
+from capfilt.stages.download.rests import Rests
+from capfilt.stages.download.robots import RobotsCache, Rules, parse_robots
 from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.schedule import Errand, Schedule
+from capfilt.stages.download.urls import Fault, parse_url
+from capfilt.stages.download.worker import close_shared_worker, shared_worker
+from capfilt.stages.options import DownloadOptions
+from capfilt.tables.workspace import Workspace
 from tests.loopback import UNAVAILABLE
-from tests.stages.download.web import GOOD, Server, make, needs_img2dataset, redirect, run
+from tests.stages.download.web import BODIES, GOOD, Server, make, needs_img2dataset, redirect, run
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -222,6 +230,61 @@ def test_a_hostile_robots_txt_costs_nothing():
     assert time.process_time() - start < 5
 
 
+@pytest.mark.parametrize("token", ["capfilt", "CapFilt", "capfilt/0.1.0", " capfilt "])
+def test_the_crawlers_token_is_its_product_in_any_case(token):
+    """Would catch: a group for `CapFilt/2.0` that `capfilt` does not obey, or one for `capfiltering` that it does."""
+    rules = b"User-agent: capfiltering\nDisallow: /a\nUser-agent: CAPFILT/9 (x)\nDisallow: /b\nUser-agent: *\nDisallow: /c"
+    own = parse_robots(rules, token)
+    assert [own.allows(path) for path in ("/a", "/b", "/c")] == [True, False, True]
+
+
+def target_of(number):
+    return parse_url(f"http://host{number}.example/x")
+
+
+def test_robots_txts_are_remembered_up_to_a_cap_the_last_asked_for():
+    """Would catch: a crawl of millions of hosts that keeps every robots.txt it ever read."""
+    asked = []
+
+    def ask(target):
+        asked.append(target.host)
+        return Rules(((False, "/private"), (False, "/secret")))
+
+    cache = RobotsCache(ask, most=9)  # three files of two rules
+    for number in (0, 1, 2, 0, 3):
+        assert not cache.rules(target_of(number), time.monotonic() + 9).allows("/private")
+    assert len(asked) == 4
+    cache.rules(target_of(0), time.monotonic() + 9)  # asked for again before the fourth came
+    cache.rules(target_of(2), time.monotonic() + 9)
+    assert len(asked) == 4
+    cache.rules(target_of(1), time.monotonic() + 9)
+    assert asked[4:] == ["host1.example"]
+    assert cache._held <= 9
+
+    huge = RobotsCache(lambda target: Rules(((False, "/x"),) * 50), most=9)
+    for number in range(5):
+        huge.rules(target_of(number), time.monotonic() + 9)
+    assert len(huge._known) == 1
+
+
+def test_a_robots_txts_passing_fault_is_forgotten_at_once_and_a_lasting_one_kept(monkeypatch):
+    """Would catch: a server's bad second that forbids the whole host for two minutes."""
+    monkeypatch.setattr("capfilt.stages.download.robots.TRANSIENT_SECONDS", 0.05)
+    faults = [Fault("http_error", "HTTP 503", transient=True), Fault("connection", "TLS: no")]
+    asked = []
+
+    def ask(target):
+        asked.append(target.host)
+        raise faults[len(asked) - 1]
+
+    cache = RobotsCache(ask)
+    for pause, count in ((0.0, 1), (0.1, 2), (0.1, 2)):
+        time.sleep(pause)
+        with pytest.raises(Fault):
+            cache.rules(target_of(0), time.monotonic() + 9)
+        assert len(asked) == count
+
+
 @needs_img2dataset
 def test_robots_txt_is_asked_once_per_host_and_obeyed_after_redirects(tmp_path, server, monkeypatch):
     import tests.stages.download.web as web
@@ -271,12 +334,97 @@ def test_a_retry_after_that_says_nothing_is_none(value):
     assert _retry_after(headers) is None
 
 
+def test_a_rest_that_was_asked_for_keeps_all_of_a_hosts_urls():
+    clock = Clock()
+    schedule = Schedule(errands("aabab"), clock=clock)
+    first = schedule.take()
+    schedule.rest("a", 5.0)
+    schedule.again(first, 0.5)
+    assert [schedule.take().row for _ in range(2)] == [2, 4]
+    clock.now = 5.0
+    assert sorted(schedule.take().row for _ in range(3)) == [0, 1, 3]
+    schedule.rest("a", 4.0)
+    assert schedule.free_at() == {"a": 9.0}
+
+
+def test_a_host_is_waited_for_until_it_has_asked_for_too_much():
+    """Would catch: a host that says `Retry-After: 20` for ever and is waited for as long."""
+    clock = Clock()
+    rests = Rests(clock)
+    assert rests.ask("a", 20.0)
+    assert rests.ask("a", 20.0)  # of the same moment
+    with pytest.raises(Fault) as wait:
+        rests.check("a", scheduled=False)
+    assert (wait.value.transient, wait.value.retry_after, wait.value.host) == (True, 20.0, "a")
+    rests.check("a", scheduled=True)
+    rests.check("b", scheduled=False)
+    clock.now = 20.0
+    rests.answered("a")
+    assert rests.ask("a", 30.0)
+    clock.now = 50.0
+    assert not rests.ask("a", 1.0)
+    with pytest.raises(Fault) as end:
+        rests.check("a", scheduled=True)
+    assert (end.value.failure, end.value.transient) == ("rate_limited", False)
+    rests.answered("a")  # of what was in flight: the rest that was asked for stands
+    with pytest.raises(Fault):
+        rests.check("a", scheduled=True)
+    clock.now = 51.0
+    rests.check("a", scheduled=True)
+    assert not rests.ask("c", 3600.0)
+
+
+@needs_img2dataset
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_host_that_asks_for_a_rest_has_it_from_all_of_its_urls(tmp_path, server, status):
+    """Would catch: a Retry-After that binds one URL, while the host's other URLs go on asking."""
+    server.once.clear()
+    first = server.url(f"later/{status}/1/{tmp_path.name}")
+    make_one = partial(make, tmp_path, server=server, thread_count=1, total_timeout=9.0)
+    run(make_one([None], dataset="warm", name="warm"))
+    for retries, expected in ((0, ["rate_limited", None, None]), (1, [None] * 3)):
+        server.once.clear()
+        server.log.clear()
+        server.asked.clear()
+        urls = [first, server.url("good"), server.url("wide")]
+        rows = run(make_one(urls, dataset=f"d{retries}", name=f"d{retries}", retries=retries))
+        assert [row["failure"] for row in rows] == expected
+        assert server.asked[1] - server.asked[0] >= 1.0
+        assert len(server.log) == 3 + retries
+
+
+@needs_img2dataset
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_rest_too_long_to_wait_for_ends_the_hosts_rows_at_once(tmp_path, server, status):
+    """Would catch: an hour's Retry-After cut to half a minute and asked again, a URL of the host asked meanwhile, also by
+    way of another host; a retry that does not get them.
+    """
+    other = Server()
+    try:
+        other.once.clear()
+        allow = tuple(
+            f"{host}:{each.port}" for each in (server, other) for host in ("127.0.0.1", "localhost")
+        )
+        shut = [other.url(path, "localhost") for path in (f"later/{status}/3600/x", "good", "wide")]
+        urls = [*shut, server.url("good"), redirect(server, other.url("big", "localhost"))]
+        start = time.monotonic()
+        stage = make(tmp_path, urls, allow_host=allow, thread_count=1, retries=3, total_timeout=9.0)
+        rows = run(stage)
+        assert [row["failure"] for row in rows] == [*["rate_limited"] * 3, None, "rate_limited"]
+        assert len(other.log) == 1
+        assert "3600 s" in rows[0]["error_message"]
+        assert time.monotonic() - start < 25
+
+        close_shared_worker()  # another day
+        again = Retry(replace(stage.options, retry="failed"), Workspace(tmp_path / "ws"))
+        table = again.process(0).table
+        assert table["failure"].to_pylist() == [None] * 5
+    finally:
+        other.stop()
+
+
 @needs_img2dataset
 def test_a_body_that_is_not_the_lists_is_a_mismatch(tmp_path, server):
-    from capfilt.stages.download import Download
-    from capfilt.stages.options import DownloadOptions
-    from capfilt.tables.workspace import Workspace
-
     right = hashlib.sha256(GOOD).hexdigest()
     lines = [("good", right.upper()), ("good", "0" * 64), ("good", ""), ("404", right), ("html", "0" * 64)]
     (tmp_path / "urls.csv").write_text(
@@ -296,3 +444,34 @@ def test_a_body_that_is_not_the_lists_is_a_mismatch(tmp_path, server):
     assert rows[1]["sha256"] == right
     assert rows[1]["status"] == "failed_to_download"
     assert "LICENCE" not in rows[0]
+
+
+@needs_img2dataset
+def test_a_body_that_is_not_the_lists_is_not_decoded(tmp_path, server):
+    """Would catch: a mismatch that is found out after the decode that it is to save, or that a broken picture hides."""
+    frames = {}
+    worker = shared_worker()
+    plain = settings_of(
+        DownloadOptions(
+            url_list="x", allow_host=(f"127.0.0.1:{server.port}",), timeout=5.0, total_timeout=9.0
+        )
+    )
+    worker.run([(0, None)], plain)  # imports first
+    paths = ["html", "bomb", "good"]
+    urls = [(row, server.url(path)) for row, path in enumerate(paths)]
+    hashes = dict.fromkeys(range(3), "0" * 64)
+    with pytest.MonkeyPatch.context() as patch:
+        unpack = wire.unpack
+
+        def heard(read):
+            message, payload = unpack(read)
+            for kind in ("begin", "row"):
+                if kind in message:
+                    frames.setdefault(kind, set()).add(message[kind])
+            return message, payload
+
+        patch.setattr(wire, "unpack", heard)
+        answers = worker.run(urls, plain, hashes)
+    assert [answers[row].columns["failure"] for row in range(3)] == ["hash_mismatch"] * 3
+    assert answers[1].columns["sha256"] == hashlib.sha256(BODIES["bomb"]).hexdigest()
+    assert frames == {"row": {0, 1, 2}}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from capfilt.errors import UserError
 from capfilt.stages.download.addresses import AddressPolicy, parse_allowed_host, special_kind
 from capfilt.stages.download.opener import Limits, SafeOpener
+from capfilt.stages.download.resolver import Resolver
 from capfilt.stages.download.urls import Fault, parse_url
 from tests.stages.download.web import (
     GOOD,
@@ -181,3 +182,33 @@ def test_retries_are_for_what_may_pass(tmp_path, server):
     assert [row["failure"] for row in rows] == [None, None, "not_found", "truncated"]
     assert Counter(server.log) == {"/flaky/a": 2, "/busy/b": 2, "/404": 1, "/cut": 1}
     assert time.monotonic() - start >= 1.0  # Retry-After
+
+
+@pytest.mark.parametrize(("code", "asked"), [(socket.EAI_AGAIN, 2), (socket.EAI_NONAME, 1)])
+def test_a_names_passing_fault_is_forgotten_in_a_second_and_a_lasting_one_kept(monkeypatch, code, asked):
+    """Would catch: a resolver's bad moment that costs every URL of the host for two minutes, retries included; a name that
+    there is not, asked for once per URL.
+    """
+    calls = []
+
+    def getaddrinfo(host, *arguments, **options):
+        calls.append(host)
+        if len(calls) == 1:
+            raise socket.gaierror(code, "no")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    resolver = Resolver(threads=2)
+    for _ in range(2):  # the second of them at once: from memory
+        with pytest.raises(Fault) as caught:
+            resolver.addresses("somewhere.example", 5.0)
+        assert (caught.value.failure, caught.value.transient) == ("dns", code == socket.EAI_AGAIN)
+    assert len(calls) == 1
+    time.sleep(1.0)
+    if asked == 2:
+        assert resolver.addresses("somewhere.example", 5.0) == ["192.0.2.1"]
+        assert resolver.addresses("somewhere.example", 5.0) == ["192.0.2.1"]
+    else:
+        with pytest.raises(Fault):
+            resolver.addresses("somewhere.example", 5.0)
+    assert len(calls) == asked

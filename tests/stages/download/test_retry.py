@@ -5,6 +5,7 @@ options, or that leaves a half one behind; a reader that sees the old generation
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from capfilt.execution.run import process_and_commit, run_stage, todo
 from capfilt.stages.download import Retry
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.workspace import Workspace
-from tests.stages.download.web import make, needs_img2dataset, run
+from tests.stages.download.web import BODIES, Handler, make, needs_img2dataset, run
 
 pytestmark = needs_img2dataset
 
@@ -170,3 +171,79 @@ def test_a_retry_needs_the_hashes_it_has_to_compare(tmp_path, server):
         Retry(DownloadOptions(retry="failed"), place)
     go(Retry(replace(options, retry="failed"), place))
     assert place.part("images", "web").read(0)["failure"].to_pylist() == ["hash_mismatch"]
+
+
+def test_what_is_given_wins_over_what_the_part_was_made_with_also_at_its_default(tmp_path, server):
+    """Would catch: a retry that takes `--timeout 10` for nothing given, because 10 is the default."""
+    made = make(tmp_path, [server.url("404")], server, timeout=1.0, retries=2, host_rate=5.0, image_size=100)
+    run(made)
+    place = Workspace(tmp_path / "ws")
+    plain = Retry(DownloadOptions(retry="failed"), place)
+    assert (plain.options.timeout, plain.options.retries, plain.options.host_rate) == (1.0, 2, 5.0)
+    assert plain.changed == {}
+    options = DownloadOptions(
+        retry="failed", timeout=10.0, retries=0, host_rate=0.0, allow_host=(), total_timeout=2.0
+    )
+    given = Retry(options, place)
+    assert (given.options.timeout, given.options.retries, given.options.host_rate) == (10.0, 0, 0.0)
+    assert given.changed == {"timeout": 10.0, "retries": 0, "host_rate": 0.0, "allow_host": []}
+    assert pickle.loads(pickle.dumps(given)).options.timeout == 10.0
+    with pytest.raises(UserError, match="--image-size 100"):
+        Retry(DownloadOptions(retry="failed", image_size=256), place)
+
+
+def test_the_command_line_and_recipes_tell_what_was_given(tmp_path, monkeypatch):
+    """Would catch: a command that passes every option on, so that nobody knows which ones were typed."""
+    from capfilt import cli
+    from capfilt.recipe import load_recipe, resolve
+
+    seen = []
+    monkeypatch.setattr(
+        cli, "run_stages", lambda command, options, workspace, **_: seen.append((options, workspace))
+    )
+    words = [
+        "download",
+        "--retry",
+        "failed",
+        "--timeout",
+        "10",
+        "--no-robots",
+        "--allow-host",
+        "",
+        "-w",
+        "ws",
+    ]
+    assert cli._run(words) == 0
+    assert cli._run(["download", "u.csv", "--image_size", "256"]) == 0
+    assert [options.given for options, _ in seen] == [
+        {"retry", "timeout", "robots", "allow_host"},
+        {"url_list", "image_size"},
+    ]
+    assert (seen[0][0].allow_host, seen[0][1], seen[1][0].retry) == (("",), "ws", "")
+    path = tmp_path / "again.yaml"
+    path.write_text("version: 1\nstages:\n- {stage: download, options: {retry: failed, timeout: 10}}\n")
+    [(_, options)] = resolve(load_recipe(str(path))[1], ["download.retries=0"])
+    assert (options.given, options.timeout) == ({"retry", "timeout", "retries"}, 10.0)
+
+
+@pytest.mark.parametrize("fault", ["503", "silent", "404"])
+def test_a_retry_that_gets_no_body_keeps_what_is_known_of_the_one_that_came(
+    tmp_path, server, monkeypatch, fault
+):
+    """Would catch: `too_small` with its size and hash replaced by a server's bad day."""
+    monkeypatch.setitem(BODIES, "shrunk", BODIES["tiny"])
+    urls = [server.url("shrunk"), server.url("flaky/k"), server.url("503")]
+    server.once.clear()
+    stage = make(tmp_path, urls, server, min_image_size=10)
+    before = run(stage)
+    assert [row["failure"] for row in before] == ["too_small", "http_error", "http_error"]
+    monkeypatch.delitem(BODIES, "shrunk")
+    monkeypatch.setattr(Handler, "alias", {"shrunk": fault})
+    go(retry(stage))
+    after = stage.output.read(0).to_pylist()
+    assert after[0] == before[0]
+    assert [row["failure"] for row in after] == ["too_small", None, "http_error"]
+    # A body of another kind is news.
+    monkeypatch.setattr(Handler, "alias", {"shrunk": "html"})
+    go(retry(stage))
+    assert stage.output.read(0)["failure"].to_pylist() == ["not_an_image", None, "http_error"]

@@ -323,8 +323,8 @@ def test_a_stage_travels_to_a_worker(tmp_path, server):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"url_list": "nowhere.csv"}, "--url-list nowhere.csv"),
-        ({"url_list": ""}, "--url-list must be given"),
+        ({"url_list": "nowhere.csv"}, "nowhere.csv: no such list of URLs"),
+        ({"url_list": ""}, "URL_LIST must be given"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"url_list": "nosuch://bucket/urls.csv"}, "cannot be read"),
         ({"url_col": "URL"}, "--url-col"),

@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -132,7 +133,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, family=socket.AF_INET, host="127.0.0.1"):
         self.address_family = family
-        self.log = []
+        self.log, self.asked = [], []
         self.agents = set()
         self.once = Counter()
         self.failing = False
@@ -164,6 +165,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
+    alias: ClassVar[dict[str, str]] = {}  # paths that answer as another does
 
     def log_message(self, *_):
         pass
@@ -179,7 +181,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         name, _, rest = urlsplit(self.path).path[1:].partition("/")
+        name = self.alias.get(name, name)
         self.server.log.append(self.path)
+        self.server.asked.append(time.monotonic())
         self.server.agents.add(self.headers["User-Agent"])
         if self.server.failing:
             self.answer(503, b"later")
@@ -218,6 +222,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer(body=GOOD)
             else:
                 self.answer(429, Retry_After="1")
+        elif name == "later":
+            # later/STATUS/SECONDS/...: at first that status with that Retry-After, then a picture.
+            self.server.once[rest] += 1
+            status, seconds, *_ = rest.split("/")
+            if self.server.once[rest] > 1:
+                self.answer(body=GOOD)
+            else:
+                self.answer(int(status), b"later", Retry_After=seconds)
         elif name == "short":
             self.answer(body=GOOD, Content_Length=str(len(GOOD) + 500), Connection="close")
             self.close_connection = True
