@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from capfilt.data import transforms
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
@@ -226,6 +227,25 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
     assert first.fingerprint == second.fingerprint
     with pytest.raises(UserError, match="IMAGES=VERDICTS"):
         Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
+
+
+@pytest.mark.parametrize("randaugment", [0, 2])
+def test_streamed_pictures_are_cropped_whole_and_once(place, monkeypatch, randaugment):
+    """A crop of a crop, or one of a picture that was squashed to a square."""
+    seen = []
+    whole = transforms.Crops.view
+
+    def view(self, image, *rest):
+        seen.append((image.size, self.options.scale))
+        return whole(self, image, *rest)
+
+    monkeypatch.setattr(transforms.Crops, "view", view)
+    monkeypatch.setattr(transforms, "augment", None)
+    augmented = {**FAST, "augment": True, "stream": True, "randaugment": randaugment}
+    run(Pretrain(o.PretrainOptions(human=("human",), out=f"cropped{randaugment}", **augmented), place))
+    # Read ahead of the model, two steps of four texts.
+    assert len(seen) >= 8
+    assert {scale for _, scale in seen} == {(0.5, 1.0)}
 
 
 @pytest.mark.parametrize("stream", [False, True])
