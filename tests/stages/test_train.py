@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from capfilt.models import checkpoint
 from capfilt.stages import options as o
 from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.pairs import Streamed
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.contracts import PAIRS
 from capfilt.tables.ids import file_sha256
@@ -227,6 +229,16 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
     assert first.fingerprint == second.fingerprint
     with pytest.raises(UserError, match="IMAGES=VERDICTS"):
         Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_streamed_batches_lie_where_a_gpu_can_fetch_them(monkeypatch, there):
+    """Copies that a GPU waits for, because they start from ordinary memory."""
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    stream = SimpleNamespace(batches=lambda *_, **options: given.update(options))
+    Streamed(stream, 16, 0).batches(None, 8, 0, 2, 1)
+    assert given["pin_memory"] is there
 
 
 @pytest.mark.parametrize("randaugment", [0, 2])
