@@ -39,11 +39,11 @@ from capfilt.data.examples import (
     unweighted,
     usable,
 )
-from capfilt.data.images import MAX_PIXELS, BadImage
+from capfilt.data.images import MAX_PIXELS, BadImage, decode
 from capfilt.data.loader import Batch, Mix, Transform, ahead
 from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes, clean
-from capfilt.data.transforms import decode_uint8, mentions_sides
+from capfilt.data.transforms import Crops, decode_uint8, mentions_sides
 from capfilt.errors import RunError, UserError
 from capfilt.tables.shards import Part
 
@@ -184,6 +184,7 @@ class PairStream:
         pad_to: int | None = None,
         max_pixels: int = MAX_PIXELS,
         transform: Transform | None = None,
+        crops: Crops | None = None,
     ) -> Iterator[Batch]:
         """Batches `start_step` to `steps - 1` of this rank, the same for the same arguments and any `workers`.
 
@@ -191,6 +192,7 @@ class PairStream:
             batch_size: examples per batch and rank. A picture that does not decode leaves its batch smaller.
             size: side of the pictures in pixels.
             mixing, one_text_per_image: as in `loader.Plan`; transform: as in `loader.batches`.
+            crops: what each text sees of its picture before `transform`; all of it, as a square, where None.
             rank, world: this rank's number, and how many there are. In an epoch every row group goes to one rank, so
                 that ranks share no example and lose none. Epochs follow one another without a seam, and ranks enter
                 them when they are through with theirs: none waits for another, all give `steps` batches.
@@ -211,7 +213,9 @@ class PairStream:
             for number, source in enumerate(mix.sources)
         ]
         requests = self._requests(mix, orders, batch_size, start_step, steps, one_text_per_image)
-        work = _Assemble(tokenizer, size, max_pixels, max_text_tokens, max_words, prompt, pad_to, transform)
+        work = _Assemble(
+            tokenizer, size, max_pixels, max_text_tokens, max_words, prompt, pad_to, transform, crops
+        )
         return self._deliver(work, requests, workers, prefetch, pin_memory)
 
     # ------------------------------------------------------------------ reading
@@ -407,6 +411,7 @@ class _Assemble(Dataset[_Made]):
     prompt: str
     pad_to: int | None
     transform: Transform | None
+    crops: Crops | None
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -416,10 +421,20 @@ class _Assemble(Dataset[_Made]):
         if self._pool is None:
             here = torch.utils.data.get_worker_info() is None
             self._pool = ThreadPoolExecutor(cpu_workers() if here else 1, thread_name_prefix="capfilt-decode")
-        unique = {example.image_id: example.data for example in request.examples}
-        pixels = dict(zip(unique, self._pool.map(self._decode, unique.values()), strict=True))
+        places: dict[str, list[int]] = {}
+        for place, example in enumerate(request.examples):
+            places.setdefault(example.image_id, []).append(place)
+        # A picture is let go with its views: whole ones of a batch would be too many.
+        seen = self._pool.map(lambda rows: self._views(request, rows), places.values())
+        pixels = dict(zip(places, seen, strict=True))
         lost = Counter(value for value in pixels.values() if isinstance(value, str))
-        examples = [each for each in request.examples if not isinstance(pixels[each.image_id], str)]
+        views_of = {
+            place: view
+            for rows, found in zip(places.values(), pixels.values(), strict=True)
+            if not isinstance(found, str)
+            for place, view in zip(rows, found, strict=True)
+        }
+        examples = [request.examples[place] for place in sorted(views_of)]
         if len(examples) < min(2, len(request.examples)):
             first = request.examples[0].image_id
             return _Made(
@@ -432,7 +447,7 @@ class _Assemble(Dataset[_Made]):
         rows = self.tokenizer.encode_ragged(texts, self.max_text_tokens, self.prompt, self.max_words)
         ids, mask = self.tokenizer.pad(rows, self.pad_to)
         sided = torch.tensor([mentions_sides(text) for text in texts], dtype=torch.bool)
-        views = torch.from_numpy(np.stack([pixels[each.image_id] for each in examples]))
+        views = torch.from_numpy(np.stack([views_of[place] for place in sorted(views_of)]))
         if self.transform is not None:
             views = self.transform(views, sided, request.step)
         batch = Batch(
@@ -450,13 +465,22 @@ class _Assemble(Dataset[_Made]):
         )
         return _Made(batch, dict(lost))
 
-    def _decode(self, data: bytes) -> npt.NDArray[np.uint8] | str:
-        if not data:
+    def _views(self, request: _Request, rows: list[int]) -> list[npt.NDArray[np.uint8]] | str:
+        """What the examples `rows` of one picture see of it, or why it cannot be seen."""
+        first = request.examples[rows[0]]
+        if not first.data:
             return "no_image"
         try:
-            return decode_uint8(data, self.size, max_pixels=self.max_pixels)
+            if self.crops is None:
+                return [decode_uint8(first.data, self.size, max_pixels=self.max_pixels)] * len(rows)
+            image = decode(first.data, max_pixels=self.max_pixels, draft_size=2 * self.size)
         except BadImage as error:
             return error.failure
+        sided = [mentions_sides(request.examples[row].text.text or "") for row in rows]
+        return [
+            self.crops.view(image, self.size, request.step, row, keep)
+            for row, keep in zip(rows, sided, strict=True)
+        ]
 
 
 def _as_it_is(made: _Made) -> _Made:

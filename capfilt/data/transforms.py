@@ -59,6 +59,47 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.to(mean.dtype, copy=True).sub_(mean * 255).mul_(1 / (std * 255))
 
 
+# ---------------------------------------------------------------------- whole pictures, as they are decoded
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random resized crops of whole pictures, each text's its own: `options`' scale, ratio and flip, and the seed of the run
+    and the rank. Unlike `augment`, which has squares already, they are as published: aspect kept before, bicubic.
+    """
+
+    options: Augmentation
+    seed: tuple[int, ...]
+
+    def view(
+        self, image: Image.Image, size: int, step: int, row: int, keep_sides: bool
+    ) -> npt.NDArray[np.uint8]:
+        """uint8 [3, size, size]: the view of `image` that row `row` of batch `step` has; never flipped with `keep_sides`."""
+        rng = np.random.default_rng([*self.seed, step, row])
+        left, top, width, height = random_box(image.width, image.height, self.options, rng)
+        pixels = to_uint8(image.crop((left, top, left + width, top + height)), size)
+        flipped = rng.random() < self.options.flip and not keep_sides
+        return np.ascontiguousarray(pixels[:, :, ::-1]) if flipped else pixels
+
+
+def random_box(
+    width: int, height: int, options: Augmentation, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a crop, by torchvision's RandomResizedCrop, which BLIP and ALBEF use: ten draws of area and
+    ratio, else the largest middle of an allowed ratio.
+    """
+    low, high = options.ratio
+    for _ in range(10):
+        area = width * height * rng.uniform(*options.scale)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < tall <= height:
+            return int(rng.integers(width - wide + 1)), int(rng.integers(height - tall + 1)), wide, tall
+    wide, tall = min(width, round(height * high)), min(height, round(width / low))
+    wide, tall = max(1, wide), max(1, tall)
+    return (width - wide) // 2, (height - tall) // 2, wide, tall
+
+
 # ---------------------------------------------------------------------- batches, on any device
 
 
@@ -297,6 +338,13 @@ def training_views(
     """
     number = int(np.random.SeedSequence([*seed]).generate_state(1, np.uint64)[0]) >> 1
     views = augment(pixels, torch.Generator().manual_seed(number), options, keep_sides=keep_sides)[0]
+    return rand_augmented(views, seed, operations=operations, level=level, workers=workers)
+
+
+def rand_augmented(
+    views: Tensor, seed: Sequence[int], *, operations: int = 2, level: float = 5, workers: int = 1
+) -> Tensor:
+    """RandAugment on each picture of uint8 [B, 3, H, W], alike; arguments as in `training_views`."""
 
     def varied(row: int) -> npt.NDArray[np.uint8]:
         image = Image.fromarray(np.ascontiguousarray(views[row].permute(1, 2, 0).numpy()))

@@ -332,7 +332,9 @@ class LoopOptions:
         False, "recompute activations in the backward pass: less memory, about a third slower", told=True
     )
     max_text_tokens: int = _option(30, "texts are cut to this many tokens (BLIP's released code: 30)")
-    augment: bool = _option(True, "random resized crops")
+    augment: bool = _option(
+        True, "random resized crops: bicubic, of whole pictures, with --stream; else of squares that are held"
+    )
     crop_scale: float = _option(
         0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -89,6 +89,8 @@ class Held:
 @dataclass
 class Streamed:
     """Pairs read from their shards, at `size` pixels, decoded by `workers` processes (0: threads of this one)."""
+
+    crops: ClassVar[bool] = True  # of whole pictures, by whoever decodes them
 
     stream: PairStream
     size: int

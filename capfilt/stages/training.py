@@ -81,7 +81,7 @@ class Training(ModelStage, Generic[D]):
         rows: what `data` gives, one of `kinds.ROWS`.
     """
 
-    version = 2  # epoch-cosine counts a run's own epochs
+    version = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
     least: ClassVar[int] = 1
     shown: ClassVar[tuple[str, ...]]
     rows: ClassVar[str]
@@ -312,6 +312,9 @@ class Training(ModelStage, Generic[D]):
         epoch = len(data) / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
         by_step = o.schedule in BY_STEP
+        # Squares that are held are cropped where the model is; whoever decodes whole pictures can crop those.
+        cropped = o.augment and getattr(data, "crops", False)
+        crops = {"crops": transforms.Crops(self._augmentation(), (o.seed, ranks.rank))} if cropped else {}
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
@@ -335,7 +338,7 @@ class Training(ModelStage, Generic[D]):
             hardness_ramp_steps=getattr(o, "hardness_ramp_steps", 0),
             precision=o.precision,
             augment=None
-            if not o.augment or getattr(o, "cache_features", False) or o.randaugment
+            if not o.augment or cropped or getattr(o, "cache_features", False) or o.randaugment
             else self._augment,
             log_every=LOG_EVERY,
             save_every=o.save_every,
@@ -355,10 +358,11 @@ class Training(ModelStage, Generic[D]):
                 steps=steps,
                 start_step=start,
                 **self.longest(model),
-                transform=partial(self._vary, ranks.rank) if o.randaugment else None,
+                transform=partial(self._vary, ranks.rank, cropped) if o.randaugment else None,
                 rank=ranks.rank,
                 world=ranks.world,
                 parts=accumulate,
+                **crops,
                 **self.feed(),
             ),
             config,
@@ -433,17 +437,15 @@ class Training(ModelStage, Generic[D]):
         views = transforms.augment(pictures, generator, self._augmentation(), keep_sides=sided)[0]
         return views.view_as(batch.pixels)
 
-    def _vary(self, rank: int, pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
+    def _vary(
+        self, rank: int, cropped: bool, pixels: torch.Tensor, sided: torch.Tensor, step: int
+    ) -> torch.Tensor:
         o = self.options
-        return transforms.training_views(
-            pixels,
-            (o.seed, step, rank) if rank else (o.seed, step),
-            self._augmentation(),
-            operations=o.randaugment,
-            level=o.randaugment_level,
-            keep_sides=sided,
-            workers=cpu_workers(),
-        )
+        seed = (o.seed, step, rank) if rank else (o.seed, step)
+        how = {"operations": o.randaugment, "level": o.randaugment_level, "workers": cpu_workers()}
+        if cropped:
+            return transforms.rand_augmented(pixels, seed, **how)
+        return transforms.training_views(pixels, seed, self._augmentation(), keep_sides=sided, **how)
 
 
 _APART = ("by_source", "left_out", "skipped_steps", "seconds")

@@ -18,7 +18,7 @@ from capfilt.data.corpus import from_images, from_pairs, from_verdicts
 from capfilt.data.loader import Batch
 from capfilt.data.stream import PairStream, StreamInput, _Order
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.data.transforms import decode_uint8
+from capfilt.data.transforms import Augmentation, Crops, decode_uint8
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import text_id
@@ -261,3 +261,22 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     small, large = peak("small", 400), peak("large", 1600)
     assert small > 100 * 20_000
     assert large < 1.5 * small
+
+
+def test_texts_see_crops_of_their_own_wherever_a_run_was_cut(tmp_path, tokenizer):
+    """Two texts of a picture that see the same crop, or a resumed run that sees others than the run it continues."""
+    pairs = stream(web(tmp_path, shards=(6,), texts=3))
+    how = {
+        "size": SIZE, "steps": 6, "seed": 1, "window": 9,
+        "crops": Crops(Augmentation(scale=(0.2, 0.5), flip=0.5), (1, 0)),
+    }  # fmt: skip
+    whole = list(pairs.batches(tokenizer, 9, **how))
+    assert all(
+        same(a, b) for a, b in zip(whole[3:], pairs.batches(tokenizer, 9, start_step=3, **how), strict=True)
+    )
+    for batch in whole:
+        views = {view.numpy().tobytes() for view in batch.pixels}
+        assert len(views) == len(batch) == 9
+        assert len(batch.image_index.unique()) < 9
+    varied = dict(how, transform=lambda pixels, _sided, _step: 255 - pixels)
+    assert torch.equal(next(pairs.batches(tokenizer, 9, **varied)).pixels, 255 - whole[0].pixels)

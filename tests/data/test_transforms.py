@@ -338,3 +338,50 @@ def test_training_views_crop_and_flip_before_operations_and_keep_sides() -> None
     views = transforms.training_views(pixels, (0, 0), choice, operations=0, keep_sides=sided)
     assert torch.equal(views[sided], pixels[sided])
     assert torch.equal(views[~sided], pixels[~sided].flip(3))
+
+
+def slopes(view: np.ndarray) -> tuple[float, float]:
+    """How fast red grows to the right, and green downwards, per pixel."""
+    return float(np.diff(view[0].mean(0)).mean()), float(np.diff(view[1].mean(1)).mean())
+
+
+def test_crops_of_whole_pictures_keep_their_aspect() -> None:
+    """A wide picture squashed to a square before it is cropped: people of a third of their width in every step."""
+    rows, columns = np.mgrid[0:80, 0:240]
+    image = Image.fromarray(np.stack([columns, rows, rows * 0], axis=2).astype(np.uint8))
+    crops = transforms.Crops(Augmentation(scale=(0.2, 0.3), ratio=(1, 1)), (3, 0))
+    for row in range(5):
+        right, down = slopes(crops.view(image, 32, 7, row, False))
+        assert right == pytest.approx(down, rel=0.05)
+    squashed = slopes(transforms.to_uint8(image, 32))
+    assert squashed[0] == pytest.approx(3 * squashed[1], rel=0.05)
+
+
+def test_crops_are_what_rand_resized_crop_draws() -> None:
+    rng = np.random.default_rng(0)
+    options = Augmentation(scale=(0.2, 1.0))
+    boxes = [transforms.random_box(300, 200, options, rng) for _ in range(3000)]
+    shares = np.array([width * height / 60_000 for *_, width, height in boxes])
+    ratios = np.array([width / height for *_, width, height in boxes])
+    assert all(0 <= x <= 300 - w and 0 <= y <= 200 - h and w > 0 and h > 0 for x, y, w, h in boxes)
+    assert 0.19 < shares.min() < 0.22
+    assert shares.max() > 0.85
+    assert 0.73 < ratios.min() < ratios.max() < 1.36
+    # A ribbon has no crop of these shapes that is large enough: the largest that there is, from its middle.
+    assert transforms.random_box(900, 90, Augmentation(scale=(1, 1)), rng) == (390, 0, 120, 90)
+
+
+def test_crops_depend_on_seed_step_and_row_and_leave_sides_alone() -> None:
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    crops = transforms.Crops(Augmentation(scale=(0.3, 1.0), flip=0.5), (3, 0))
+    one = crops.view(image, 16, 4, 2, False)
+    assert np.array_equal(one, crops.view(image, 16, 4, 2, False))
+    others = [crops.view(image, 16, 4, 3, False), crops.view(image, 16, 5, 2, False)]
+    others.append(transforms.Crops(crops.options, (3, 1)).view(image, 16, 4, 2, False))
+    assert not any(np.array_equal(one, other) for other in others)
+    mirrored = [
+        not np.array_equal(crops.view(image, 16, 0, row, False), crops.view(image, 16, 0, row, True))
+        for row in range(200)
+    ]
+    assert 70 < sum(mirrored) < 130

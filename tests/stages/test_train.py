@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from capfilt.data import transforms
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
@@ -18,6 +20,7 @@ from capfilt.models import checkpoint, kinds
 from capfilt.stages import options as o
 from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.pairs import Streamed
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.contracts import PAIRS
 from capfilt.tables.ids import file_sha256
@@ -226,6 +229,35 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
     assert first.fingerprint == second.fingerprint
     with pytest.raises(UserError, match="IMAGES=VERDICTS"):
         Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_streamed_batches_lie_where_a_gpu_can_fetch_them(monkeypatch, there):
+    """Copies that a GPU waits for, because they start from ordinary memory."""
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    stream = SimpleNamespace(batches=lambda *_, **options: given.update(options))
+    Streamed(stream, 16, 0).batches(None, 8, 0, 2, 1)
+    assert given["pin_memory"] is there
+
+
+@pytest.mark.parametrize("randaugment", [0, 2])
+def test_streamed_pictures_are_cropped_whole_and_once(place, monkeypatch, randaugment):
+    """A crop of a crop, or one of a picture that was squashed to a square."""
+    seen = []
+    whole = transforms.Crops.view
+
+    def view(self, image, *rest):
+        seen.append((image.size, self.options.scale))
+        return whole(self, image, *rest)
+
+    monkeypatch.setattr(transforms.Crops, "view", view)
+    monkeypatch.setattr(transforms, "augment", None)
+    augmented = {**FAST, "augment": True, "stream": True, "randaugment": randaugment}
+    run(Pretrain(o.PretrainOptions(human=("human",), out=f"cropped{randaugment}", **augmented), place))
+    # Read ahead of the model, two steps of four texts.
+    assert len(seen) >= 8
+    assert {scale for _, scale in seen} == {(0.5, 1.0)}
 
 
 @pytest.mark.parametrize("stream", [False, True])
