@@ -50,11 +50,6 @@ AlbefModel = Albef | AlbefVqa | AlbefNlvr | AlbefClassifier
 Model = BlipModel | Clip | Vilt | ViltClassifier | AlbefModel
 
 
-ROWS = ("pairs", "examples")
-"""What a loader yields: pictures with their texts (`capfilt.data.corpus`, `capfilt.data.stream`), or questions, statements and
-labels about pictures (`capfilt.data.task_corpus`)."""
-
-
 @dataclass(frozen=True)
 class Kind:
     """A class of models.
@@ -65,7 +60,6 @@ class Kind:
         who: what it is called in messages.
         does: what it does, after its name.
         tokenizer: the class of its tokenizer.
-        rows: what it can be trained on, words of ROWS.
     """
 
     name: str
@@ -74,7 +68,6 @@ class Kind:
     who: str
     does: str
     tokenizer: type[Tokenizer | BpeTokenizer] = Tokenizer
-    rows: tuple[str, ...] = ("pairs",)
 
     @property
     def one(self) -> str:
@@ -89,22 +82,14 @@ class Kind:
 
 KINDS = (
     Kind("blip", BlipConfig, Blip, "BLIP", "captions and scores"),
-    Kind("blip_vqa", VqaConfig, BlipVqa, "BLIP for questions", "answers questions", rows=("examples",)),
-    Kind(
-        "blip_nlvr",
-        NlvrConfig,
-        BlipNlvr,
-        "BLIP for statements",
-        "judges statements about pictures",
-        rows=("examples",),
-    ),
+    Kind("blip_vqa", VqaConfig, BlipVqa, "BLIP for questions", "answers questions"),
+    Kind("blip_nlvr", NlvrConfig, BlipNlvr, "BLIP for statements", "judges statements about pictures"),
     Kind(
         "blip_classifier",
         ClassifierConfig,
         BlipClassifier,
         "BLIP with a classifier",
         "classifies pictures with texts",
-        rows=("examples",),
     ),
     Kind("clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", BpeTokenizer),
     Kind("vilt", ViltConfig, Vilt, "ViLT", "matches pictures with texts"),
@@ -114,19 +99,11 @@ KINDS = (
         ViltClassifier,
         "ViLT with a classifier",
         "classifies pictures with texts",
-        rows=("examples",),
     ),
     Kind("albef", AlbefConfig, Albef, "ALBEF", "embeds and matches pictures and texts"),
+    Kind("albef_vqa", AlbefVqaConfig, AlbefVqa, "ALBEF for questions", "answers questions"),
     Kind(
-        "albef_vqa", AlbefVqaConfig, AlbefVqa, "ALBEF for questions", "answers questions", rows=("examples",)
-    ),
-    Kind(
-        "albef_nlvr",
-        AlbefNlvrConfig,
-        AlbefNlvr,
-        "ALBEF for statements",
-        "judges statements about pictures",
-        rows=("pairs", "examples"),  # text assignment (ALBEF, appendix B) is learned from pairs
+        "albef_nlvr", AlbefNlvrConfig, AlbefNlvr, "ALBEF for statements", "judges statements about pictures"
     ),
     Kind(
         "albef_classifier",
@@ -134,7 +111,6 @@ KINDS = (
         AlbefClassifier,
         "ALBEF with a classifier",
         "classifies pictures with texts",
-        rows=("examples",),
     ),
 )
 

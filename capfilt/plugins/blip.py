@@ -35,11 +35,6 @@ class _Checkpoint(Generic[EngineT]):
     def __init__(self, path: str, precision: str = "auto", compiled: str = "") -> None:
         if precision not in PRECISIONS:
             raise UserError(f"--precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-        if precision == "fp8" and not compiled:
-            raise UserError(
-                "--precision fp8: give --compile too; without it every activation is quantised by kernels of its own, and "
-                "bf16 has none"
-            )
         self.path = Path(path)
         self.precision = precision
         self.compiled = bool(compiled)

@@ -641,7 +641,7 @@ class FinetuneClassificationOptions(TaskOptions):
 _ENGINE_BATCH = "images per batch; 0: as many as fit; halved where a GPU's memory is too small"
 _ENGINE_PRECISION = (
     "of a checkpoint: auto (bf16 on GPUs that have it, else fp32), fp32, bf16, int8 (CPUs) or fp8 (vision "
-    "tower, newer GPUs, with --compile)"
+    "tower, newer GPUs)"
 )
 _ENGINE_COMPILE = (
     "have torch.compile make the vision tower's kernels: for GPUs; takes a minute, once: ~/.cache/capfilt "
@@ -768,8 +768,7 @@ class RetrainOptions(PretrainOptions):
     )
     max_patches: int = _option(
         200,
-        "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200, of pictures up to 384 x 640; here "
-        "they are squares, of 384 / 32 squared = 144 patches)",
+        "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200)",
         later=True,
         models=("vilt",),
     )

@@ -34,7 +34,6 @@ NAMED = 500_000
 class PairTraining(Training[Pairs]):
     """What the four stages that train a BLIP on pairs share."""
 
-    rows = "pairs"
     least = 2  # contrast and hard negatives
     shown: ClassVar[tuple[str, ...]] = ("itc", "itm", "lm", "itm_balanced_accuracy")
 

@@ -37,7 +37,6 @@ IMAGE_COLUMNS = ("image_id", "image", "split")
 class TaskTraining(Training[TaskCorpus]):
     """What they share: examples, pictures, where a model starts, how it is judged."""
 
-    rows = "examples"
     shown = ("loss", "accuracy")
     task: ClassVar[str]
     form: ClassVar[str]

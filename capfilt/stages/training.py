@@ -28,7 +28,7 @@ from capfilt.data.loader import Batch
 from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
-from capfilt.models import checkpoint, kinds
+from capfilt.models import checkpoint
 from capfilt.models.kinds import Model, empty
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
@@ -78,13 +78,11 @@ class Training(ModelStage, Generic[D]):
     Attributes:
         least: the smallest micro-batch that can be learned from.
         shown: figures of the loop that progress and summary show.
-        rows: what `data` gives, one of `kinds.ROWS`.
     """
 
     version = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
     least: ClassVar[int] = 1
     shown: ClassVar[tuple[str, ...]]
-    rows: ClassVar[str]
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -291,11 +289,6 @@ class Training(ModelStage, Generic[D]):
         accumulate = self._accumulate(ranks.world)
         data = self.data(self.image_size())
         model, tokenizer = self.initial(data)
-        kind = kinds.of(model)
-        if self.rows not in kind.rows:
-            raise UserError(
-                f"{self.name}: {kind.one} is trained on {' or '.join(kind.rows)}, and this reads {self.rows}"
-            )
         # The checkpoint says how long its texts were: whoever reads texts with it later goes by that.
         model.config = dataclasses.replace(
             model.config,

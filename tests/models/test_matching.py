@@ -251,31 +251,3 @@ def test_ranking_takes_the_texts_there_are_and_leaves_out_who_has_none():
     assert float(found["loss"].detach()) == 0.0
     found["loss"].backward()
     assert all(torch.isfinite(each.grad).all() for each in module.parameters() if each.grad is not None)
-
-
-def test_half_precision_keeps_losses_in_fp32():
-    """Catches a ViLT whose match logits, words' losses or transport are rounded to bf16 with everything else."""
-    module = trained()
-    found = []
-    for rough in (False, True):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rough):
-            found.append(module.losses(batch_of()))
-    exact, rough = found
-    assert all(value.dtype == torch.float32 for value in rough.values())
-    for name in ("itm", "mlm", "wpa"):
-        assert rough[name].item() == pytest.approx(exact[name].item(), rel=0.05)
-    rough["loss"].backward()
-    assert all(each.grad.isfinite().all() for each in module.model.parameters())
-
-
-def test_transport_is_the_same_to_the_bit_under_autocast():
-    """IPOT multiplies 50 times over: in bf16 its plan is another one."""
-    generator = torch.Generator().manual_seed(3)
-    left, right = (torch.randn(2, length, 16, generator=generator) for length in (5, 7))
-    there = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 7, dtype=torch.bool)
-    plain = cosine_cost(left, right)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(cosine_cost(left, right), plain)
-        rough = transport_plan(plain, *there)
-    assert torch.equal(rough, transport_plan(plain, *there))

@@ -451,7 +451,6 @@ def test_missing_inputs_and_wrong_options_are_one_line_and_write_nothing(workspa
         lambda: CaptionStage(CaptionOptions(images="nowhere"), workspace),
         lambda: CaptionStage(CaptionOptions(images="web", captioner="nowhere"), workspace),
         lambda: CaptionStage(CaptionOptions(images="web", method="magic"), workspace),
-        lambda: CaptionStage(CaptionOptions(images="web", precision="fp8"), workspace),  # without --compile
         lambda: CaptionStage(CaptionOptions(images="web", top_p=0.0), workspace),
         lambda: ScoreStage(ScoreOptions(images="web", captions=("nowhere",)), workspace),
         lambda: Select(SelectOptions(images="web", scores="nowhere"), workspace),

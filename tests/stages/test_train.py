@@ -16,7 +16,7 @@ from capfilt.data import transforms
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.models import checkpoint, kinds
+from capfilt.models import checkpoint
 from capfilt.stages import options as o
 from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate
@@ -434,12 +434,3 @@ def test_tensorboard_is_refused_before_the_run_where_it_is_missing_and_written_w
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"capfilt\[tensorboard\]"):
         Pretrain(options, place)
-
-
-def test_a_model_is_trained_on_rows_that_it_declares(place, monkeypatch):
-    """Catches a stage that feeds a model what it does not learn from: questions to a captioner, pairs to a classifier."""
-    assert all(set(kind.rows) <= set(kinds.ROWS) and kind.rows for kind in kinds.KINDS)
-    assert {kinds.named(name).rows for name in o.RETRAINED} == {("pairs",)}
-    monkeypatch.setattr(Pretrain, "rows", "examples")
-    with pytest.raises(UserError, match="a BLIP is trained on pairs, and this reads examples"):
-        run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
