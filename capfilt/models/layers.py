@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from capfilt.models.norms import standing
 
 Pair = tuple[Tensor, Tensor]
 
@@ -81,16 +79,14 @@ def run_layer(layer: nn.Module, *inputs: Any, recompute: bool = False) -> Tensor
     """`layer(*inputs)`; with `recompute` its activations are not kept but computed again for the backward pass.
 
     Activation checkpointing (arXiv 1604.06174): memory for one layer instead of all, for about a third more work. Random
-    draws (dropout, drop-path) are repeated, so losses and gradients are the same, and BatchNorm's running statistics move
-    once. Without gradients it changes nothing.
+    draws (dropout, drop-path) are repeated, so losses and gradients are the same. Without gradients it changes nothing.
     """
     out: Tensor
     if recompute and torch.is_grad_enabled():
         # Imported here: torch's own function brings its compiler along, which no other run should pay for.
         from torch.utils.checkpoint import checkpoint
 
-        contexts = lambda: (nullcontext(), standing(layer))  # noqa: E731
-        out = checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+        out = checkpoint(layer, *inputs, use_reentrant=False)
     else:
         out = layer(*inputs)
     return out

@@ -15,14 +15,14 @@ from capfilt.training.distributed import local, split_like
 
 
 class WeightAverage:
-    """fp32 averages of the given tensors (weights, and BatchNorm's running statistics), by name, on their devices.
+    """fp32 averages of the given parameters, by name, on their devices.
 
     After update t (from 0): average <- d * average + (1 - d) * live with d = min(decay, (1 + t) / (10 + t)), so that a
     short run's average is not its initialisation (Inception, arXiv 1512.00567, sec. 8 evaluates such an average; the
     ramp is that of TensorFlow's ExponentialMovingAverage with `num_updates`). bf16 weights would lose steps of 1 - d.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters = dict(parameters)
         self.decay = decay
         self.tensors = {name: each.detach().float().clone() for name, each in self.parameters.items()}
@@ -42,8 +42,8 @@ class WeightAverage:
 
 @contextmanager
 def swapped(module: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, `module` holds the averages of the named tensors; afterwards its own again, bit for bit."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """Inside, `module` holds the averaged weights of the named parameters; afterwards its own again, bit for bit."""
+    own = dict(module.named_parameters())
     before = {name: own[name].detach().clone() for name in average}
     try:
         with torch.no_grad():

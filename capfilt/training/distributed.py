@@ -100,8 +100,8 @@ class Together:
             # Imported with the class: several seconds that a run alone does not pay.
             from torch.nn.parallel import DistributedDataParallel
 
-            # Queues are the same everywhere by themselves, and running statistics are averaged where they are looked at
-            # (`loop.py`). The option got another name, and the old one a warning.
+            # Queues are the same everywhere by themselves, and a frozen trunk's statistics do not move. The option got
+            # another name, and the old one a warning.
             names = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
             options: dict[str, Any] = {buffers: False}

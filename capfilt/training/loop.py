@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
-from capfilt.models.norms import statistics, training_mode
 from capfilt.models.objectives import alpha_ramp, hardness_ramp
 from capfilt.models.precision import has_bf16
 from capfilt.models.ranks import ALONE, Ranks
@@ -153,7 +152,7 @@ class _Run:
         ranks: Ranks,
         shard: bool,
     ) -> None:
-        self.module = training_mode(module)
+        self.module = module.train()
         self.ranks = ranks
         self.batches = batches
         self.config = config
@@ -182,9 +181,7 @@ class _Run:
         self.optimizer = optim.AdamW(
             self.parameters, config.betas, config.weight_decay, config.decay, factors=factors
         )
-        self.statistics = statistics(module)
-        averaged = {**self.parameters, **self.statistics}
-        self.average = average.WeightAverage(averaged, config.ema) if config.ema else None
+        self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
         self.interrupt = Interrupt(alone=ranks.world == 1)
         self.watches = watches(config.stuck_steps, config.collapse_steps)
         self.peak = throughput.peak_flops(self.device)
@@ -207,7 +204,6 @@ class _Run:
 
     def result(self) -> TrainResult:
         done = self.progress
-        self._share_statistics()
         return TrainResult(
             done.step,
             done.seconds,
@@ -415,7 +411,6 @@ class _Run:
 
     def _save(self) -> None:
         assert self.state_path is not None
-        self._share_statistics()
         tensors = state.capture(self.module, self.optimizer)
         if self.average:
             tensors.update({f"average.{name}": tensor for name, tensor in self.average.tensors.items()})
@@ -425,11 +420,6 @@ class _Run:
         if self.ranks.rank == 0:
             values = {"identity": self.identity, "progress": dataclasses.asdict(self.progress)}
             state.write_newest(self.state_path, self.progress.step, tensors, values, self.config.keep_states)
-
-    def _share_statistics(self) -> None:
-        """Each rank's running statistics are of its own rows; from now on all have the means of them."""
-        for each in self.statistics.values():
-            each.copy_(self.ranks.mean(each))
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a saved state of this very run; its progress is taken on."""
