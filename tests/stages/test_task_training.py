@@ -174,7 +174,7 @@ def test_it_starts_from_its_checkpoint_and_goes_on_from_its_own(place, kind):
     assert not torch.allclose(weights["a"][name], weights["b"][name], atol=1e-3)
     assert all(torch.allclose(weights["c"][key], weights["a"][key], atol=1e-6) for key in weights["a"])
     other = "nlvr" if kind == "vqa" else "vqa"
-    with pytest.raises(UserError, match="start from one of Blip, "):
+    with pytest.raises(UserError, match="start from a BLIP or "):
         finetune(place, other, out="d", init="a")
     with pytest.raises(UserError, match="keeps it"):
         finetune(place, kind, out="d", init="a", image_size=32)
