@@ -27,7 +27,7 @@ from capfilt.tables.workspace import Workspace
 class RetrainClip(Retrain):
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks (CLIP, section 2.3)."""
 
-    version = 2  # texts are no longer cut to their first 30 words
+    version = 3  # a ResNet's running statistics follow what trains: averaged over ranks and by --ema, moved once a step
     model = "clip"
     shown = ("contrast", "accuracy", "scale")
 
