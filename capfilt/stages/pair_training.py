@@ -15,6 +15,7 @@ from capfilt.data.stream import PairStream, StreamInput
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
+from capfilt.models.kinds import PAIR_ROWS
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.models.ranks import Ranks
 from capfilt.stages.pairs import Held, Pairs, Streamed, shares
@@ -28,6 +29,7 @@ IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure",
 class PairTraining(Training[Pairs]):
     """What the four stages that train a BLIP on pairs share."""
 
+    rows = PAIR_ROWS
     least = 2  # contrast and hard negatives
     shown: ClassVar[tuple[str, ...]] = ("itc", "itm", "lm", "itm_balanced_accuracy")
 

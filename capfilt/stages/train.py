@@ -165,6 +165,8 @@ class Retrain(Pretrain):
             )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
         super().__init__(options, workspace, output)
+        if self.start:
+            self.check_rows(self.start, "--continue-from", [kinds.named(self.model).model])
 
     def inputs(self) -> list[Part]:
         return [*super().inputs(), *self.pairs, *(part for joined in self.joined for part in joined)]
@@ -222,7 +224,7 @@ class Finetune(PairTraining):
         if not self.inputs():
             raise UserError(f"{self.name}: give at least one part with human captions (--human)")
         self.init = workspace.model(options.init)
-        self.kind = str(checkpoint.read_config(self.init)["model_type"])
+        self.kind = self.check_rows(self.init, "--init", self.starts)
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "init": checkpoint.fingerprint(self.init)}

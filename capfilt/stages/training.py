@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -25,7 +25,7 @@ from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
-from capfilt.models.kinds import Model, empty
+from capfilt.models.kinds import Model, empty, named
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.options import LoopOptions, foreign
@@ -72,11 +72,23 @@ class Training(ModelStage, Generic[D]):
     Attributes:
         least: the smallest micro-batch that can be learned from.
         shown: figures of the loop that progress and summary show.
+        rows: what its loader yields, one of those that a kind of model declares it learns from (`kinds`).
     """
 
     version = 1
     least: ClassVar[int] = 1
     shown: ClassVar[tuple[str, ...]]
+    rows: ClassVar[str]
+
+    def check_rows(self, checkpoint_given: Path, option: str, starts: Sequence[type[Model]]) -> str:
+        """The `model_type` of what is gone on from; UserError where it learns from other rows than are read here."""
+        kind = named(str(checkpoint.read_config(checkpoint_given)["model_type"]))
+        if kind.rows != self.rows:
+            raise UserError(
+                f"{option} {checkpoint_given}: is a {kind.model.__name__}, which learns from {kind.rows}, and {self.name} "
+                f"reads {self.rows}: start from a {' or '.join(each.__name__ for each in starts)}"
+            )
+        return kind.name
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
