@@ -355,7 +355,8 @@ def others(
         lows.append("fp8")
     exact = Captioner(model, tokenizer, "fp32"), Filter(model, tokenizer, "fp32")
     for low in lows:
-        engines = Captioner(model, tokenizer, low, compiled), Filter(model, tokenizer, low, compiled)
+        made = compiled or low == "fp8"
+        engines = Captioner(model, tokenizer, low, made), Filter(model, tokenizer, low, made)
         if low != "bf16":
             work = works(*engines, data)["both"]
             work()

@@ -89,7 +89,8 @@ class Captioner(Engine):
             if isinstance(model, RecordedWriter):
                 model.images = min(full, self.fits or full)
             with self.autocast():
-                cross = self.cross(self.tokens(images, range(first, last)))
+                room = model.room if isinstance(model, RecordedWriter) else None
+                cross = self.cross(self.tokens(images, range(first, last)), room)
                 if method == "beam":
                     count = last - first
                     decoded = beam_search(

@@ -38,10 +38,14 @@ class CrossProjections(nn.Module):
         self.depth = len(found)
         self.joined = convert(joined)
 
-    def forward(self, image_tokens: Tensor) -> list[Pair]:
-        """Keys and values of image tokens [B, N, Dv] for every layer: each a pair of [B, H, N, d]."""
+    def forward(self, image_tokens: Tensor, room: Callable[[Tensor], Tensor] | None = None) -> list[Pair]:
+        """Keys and values of image tokens [B, N, Dv] for every layer: each a pair of [B, H, N, d].
+
+        room: gives memory [2 * layers, B, H, N, d] for what it is shown; None for new memory.
+        """
         made = self.joined(image_tokens).unflatten(-1, (2 * self.depth, self.heads, -1))
         # Every step reads all of them: a head's rows next to each other are read faster than they come out, by more than
         # moving them once takes (1.4 times for `base` on a processor).
-        made = made.permute(2, 0, 3, 1, 4).contiguous()
+        made = made.permute(2, 0, 3, 1, 4)
+        made = made.contiguous() if room is None else room(made).copy_(made)
         return [(made[2 * layer], made[2 * layer + 1]) for layer in range(self.depth)]

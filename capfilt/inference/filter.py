@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,10 +88,17 @@ class Filter(Engine):
                     for text in texts_of[image]
                 )
                 for part in buckets(order, last - first):
+                    # An image's texts side by side, as `shared` wants them.
+                    part.sort(key=lambda each: each[2])
                     ids, mask = self.tokenizer.pad([rows[text] for _, text, _ in part])
                     ids, mask = ids.to(self.device), mask.to(self.device)
-                    of = torch.tensor([row for _, _, row in part], device=self.device)
-                    cross_of = [(keys[of], values[of]) for keys, values in cross]
+                    rows_of = [row for _, _, row in part]
+                    of = torch.tensor(rows_of, device=self.device)
+                    seen = shared(rows_of)
+                    here: slice | Tensor = slice(seen[0], seen[-1] + 1)
+                    if seen != list(range(seen[0], seen[-1] + 1)):
+                        here = torch.tensor(seen, device=self.device)
+                    cross_of = [(keys[here], values[here]) for keys, values in cross]
                     itm = self.model.match_logits(ids, mask, cross_of).softmax(-1)[:, 1]
                     itc = (self.model.embed_text(ids, mask) * vectors[of]).sum(-1).clamp(-1, 1)
                     for (_, text, _), a, b in zip(part, itm.tolist(), itc.tolist(), strict=True):
@@ -99,6 +107,15 @@ class Filter(Engine):
 
         scores = dict(self.in_batches(len(wanted), self.batch_size(batch_size), judged))
         return [scores[text] for text in range(len(texts))]
+
+
+def shared(rows: Sequence[int]) -> list[int]:
+    """Of which images, numbered in `rows` text by text and ascending, keys and values are wanted: each once where all have as
+    many texts, whose tokens are then so many more queries of one image (see `CrossAttention.attend`), and without a copy where
+    the images lie side by side; else one per text.
+    """
+    counts = Counter(rows)
+    return list(counts) if len(set(counts.values())) == 1 else list(rows)
 
 
 BUCKET = 8

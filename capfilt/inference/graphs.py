@@ -70,12 +70,23 @@ class _Shape:
     """The buffers and recordings of one batch shape: `ways` texts for each of `images`."""
 
     def __init__(
-        self, model: Writes, record: Record, images: int, ways: int, max_length: int, cross: Sequence[Pair]
+        self,
+        model: Writes,
+        record: Record,
+        images: int,
+        ways: int,
+        max_length: int,
+        cross: Sequence[Pair],
+        room: Tensor | None,
     ) -> None:
-        self.cross = [
-            (keys.new_zeros(images, *keys.shape[1:]), values.new_zeros(images, *values.shape[1:]))
-            for keys, values in cross
-        ]
+        self.cross = (
+            [
+                (keys.new_zeros(images, *keys.shape[1:]), values.new_zeros(images, *values.shape[1:]))
+                for keys, values in cross
+            ]
+            if room is None
+            else list(zip(room[::2], room[1::2], strict=True))
+        )
         self.images = images
         self.cache = model.new_cache(ways, max_length, self.cross)
         self.ids = torch.zeros(images * ways, 1, dtype=torch.int64, device=cross[0][0].device)
@@ -88,7 +99,8 @@ class _Shape:
         self.cache.restart()
         for own, given in zip(self.cross, cross, strict=True):
             for buffer, rows in zip(own, given, strict=True):
-                buffer[: len(rows)].copy_(rows)
+                if rows.data_ptr() != buffer.data_ptr():
+                    buffer[: len(rows)].copy_(rows)
 
 
 class RecordedWriter:
@@ -106,6 +118,7 @@ class RecordedWriter:
         self.images = 0
         self.failed = False
         self.shape: _Shape | None = None
+        self._room: Tensor | None = None  # [2 * layers, images, H, N, d]
         self._key: tuple[object, ...] = ()
 
     def forget(self) -> None:
@@ -113,20 +126,44 @@ class RecordedWriter:
         if self.shape is not None:
             # A recording may hold its shape: at once, not when the collector comes.
             self.shape.steps.clear()
-        self.shape = None
+        self.shape = self._room = None
+
+    def room(self, made: Tensor) -> Tensor:
+        """Where the keys and values `made` [2 * layers, b, H, N, d] of a batch's images are to be written, so that recordings
+        read them there: memory that the next batch's overwrite. What a batch was written to is `cross` of `new_cache`.
+        """
+        if self.failed:
+            return made.new_empty(made.shape)
+        shape = (len(made), max(made.shape[1], self.images), *made.shape[2:])
+        if self._room is None or self._room.shape != shape or self._room.dtype != made.dtype:
+            # The old one first, with what was recorded over it.
+            self.forget()
+            self._room = made.new_zeros(shape)
+        return self._room[:, : made.shape[1]]
 
     def new_cache(self, ways: int, max_length: int, cross: Sequence[Pair]) -> SelfCache:
         """The shape's own cache, emptied; its cross-attention keys and values become `cross`."""
+        room = self._room
+        if room is not None and room.data_ptr() != cross[0][0].data_ptr():
+            room = None
         if self.failed:
             self.forget()
             return self.model.new_cache(ways, max_length, cross)
         first = cross[0][0]
         images = max(len(first), self.images)
-        key = (images, ways, max_length, first.shape[1:], first.dtype)
+        key = (
+            images,
+            ways,
+            max_length,
+            first.shape[1:],
+            first.dtype,
+            None if room is None else room.data_ptr(),
+        )
         if self.shape is None or self._key != key or self.shape.cache.kept is not None:
             # The old one first: the two together may not fit.
             self.forget()
-            self.shape = _Shape(self.model, self.recorder(), images, ways, max_length, cross)
+            self._room = room
+            self.shape = _Shape(self.model, self.recorder(), images, ways, max_length, cross, room)
             self._key = key
         self.shape.begin(cross)
         return self.shape.cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.data.tokenizer import ADDED
+from capfilt.errors import UserError
 from capfilt.models.blip import ModelConfig, project
 from capfilt.models.layers import Pair, exact, init_normal, init_std, init_truncated
 from capfilt.models.text import Attention, Predictions, TextConfig, TextTransformer
@@ -42,6 +43,7 @@ class AlbefConfig(ModelConfig):
     embed_dim: int = 256  # ALBEF, sec. 3.2, code: width of the ITC space
     max_text_tokens: int = 31  # ALBEF, code: longest text in retrieval, 30, and the [SEP] that is not read
     max_words: int = 30  # ALBEF, code: of captions
+    words: bool = True  # whether there is a head that names hidden words: published finetuned for retrieval, there is none
 
     @property
     def vocab_size(self) -> int:
@@ -59,8 +61,9 @@ class Albef(nn.Module):
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
         self.text_encoder = halves(config.text, config.vision.width)
-        self.mlm_head = Predictions(config.text)
-        init_normal(self.mlm_head, init_std(config.text.width))
+        if config.words:
+            self.mlm_head = Predictions(config.text)
+            init_normal(self.mlm_head, init_std(config.text.width))
         self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.itm_head = nn.Linear(config.text.width, 2)
@@ -68,6 +71,14 @@ class Albef(nn.Module):
             init_truncated(head)
         # ALBEF, sec. 3.2, code: learned, starts at 0.07; the objective clamps it to [0.001, 0.5] in place.
         self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    def require_words(self) -> None:
+        """UserError where this model has no head that names hidden words."""
+        if not self.config.words:
+            raise UserError(
+                "this ALBEF has no head of hidden words, as one that was published finetuned for retrieval: take a "
+                "pretrained one"
+            )
 
     # Images and texts by themselves.
 

@@ -59,6 +59,8 @@ class AlbefPretraining(Alignment):
         config = config or AlbefObjective()
         if masking is None and "mlm" in config.objectives:
             raise UserError("masked language modelling needs to know its vocabulary: give a Masking")
+        if "mlm" in config.objectives:
+            model.require_words()
         super().__init__(model, config, ranks, lambda: self._towers(model, config))
         self.masking = masking
 
@@ -71,7 +73,8 @@ class AlbefPretraining(Alignment):
         towers = copy.deepcopy(model)
         del towers.itm_head, towers.temperature
         if "mlm" not in config.objectives:
-            del towers.mlm_head
+            if model.config.words:
+                del towers.mlm_head
             for layer in towers.text_encoder.layers:
                 layer.crossattention = None
         return towers.requires_grad_(False)

@@ -193,6 +193,7 @@ def vqa_from_albef(model: Albef, seed: int = 0, drop_path: float = 0.0) -> Albef
     Where the vision tower's width is not the text's, the decoder's cross-attention keys and values are new. drop_path:
     ALBEF, code: none.
     """
+    model.require_words()
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     config = AlbefVqaConfig(vision, model.config.text)
     with torch.random.fork_rng(devices=[]):

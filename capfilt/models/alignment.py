@@ -136,10 +136,6 @@ class Alignment(nn.Module):
             config.queue_size if "itc" in config.objectives else 0, model.config.embed_dim
         )
 
-    def _follows(self, config: AlignmentConfig) -> bool:
-        """Whether there are momentum towers."""
-        return "itc" in config.objectives and config.momentum is not None
-
     @property
     def leaves_unused(self) -> bool:
         """Whether some of the model's parameters get no gradient from these objectives."""

@@ -271,6 +271,13 @@ class ClipResNet(_Pictures):
         self.pool = AttentionPool(into, v.heads, config.embed_dim)
         self.pos_embed = nn.Parameter(torch.randn(1, v.tokens, into) * into**-0.5)
 
+    def train(self, mode: bool = True) -> ClipResNet:
+        """Its batch normalisation takes and follows the batches' statistics only where the tower learns: frozen, it is as at
+        evaluation.
+        """
+        super().train(mode and any(each.requires_grad for each in self.parameters()))
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(self.normalise(images))
         for block in self.blocks:

@@ -50,6 +50,11 @@ AlbefModel = Albef | AlbefVqa | AlbefNlvr | AlbefClassifier
 Model = BlipModel | Clip | Vilt | ViltClassifier | AlbefModel
 
 
+PAIR_ROWS, EXAMPLE_ROWS = "pairs", "examples"
+"""What a model's training reads: pictures with texts that are theirs, or a task's examples (questions with answers, texts or
+pictures with classes). A stage's loader yields the one or the other."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A class of models.
@@ -59,6 +64,7 @@ class Kind:
         config, model: the classes.
         who: what it is called in messages.
         does: what it does, after its name.
+        rows: what it learns from, PAIR_ROWS or EXAMPLE_ROWS.
         tokenizer: the class of its tokenizer.
     """
 
@@ -67,6 +73,7 @@ class Kind:
     model: type[Model]
     who: str
     does: str
+    rows: str
     tokenizer: type[Tokenizer | BpeTokenizer] = Tokenizer
 
     @property
@@ -81,29 +88,43 @@ class Kind:
 
 
 KINDS = (
-    Kind("blip", BlipConfig, Blip, "BLIP", "captions and scores"),
-    Kind("blip_vqa", VqaConfig, BlipVqa, "BLIP for questions", "answers questions"),
-    Kind("blip_nlvr", NlvrConfig, BlipNlvr, "BLIP for statements", "judges statements about pictures"),
+    Kind("blip", BlipConfig, Blip, "BLIP", "captions and scores", PAIR_ROWS),
+    Kind("blip_vqa", VqaConfig, BlipVqa, "BLIP for questions", "answers questions", EXAMPLE_ROWS),
+    Kind(
+        "blip_nlvr",
+        NlvrConfig,
+        BlipNlvr,
+        "BLIP for statements",
+        "judges statements about pictures",
+        EXAMPLE_ROWS,
+    ),
     Kind(
         "blip_classifier",
         ClassifierConfig,
         BlipClassifier,
         "BLIP with a classifier",
         "classifies pictures with texts",
+        EXAMPLE_ROWS,
     ),
-    Kind("clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", BpeTokenizer),
-    Kind("vilt", ViltConfig, Vilt, "ViLT", "matches pictures with texts"),
+    Kind("clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", PAIR_ROWS, BpeTokenizer),
+    Kind("vilt", ViltConfig, Vilt, "ViLT", "matches pictures with texts", PAIR_ROWS),
     Kind(
         "vilt_classifier",
         ViltClassifierConfig,
         ViltClassifier,
         "ViLT with a classifier",
         "classifies pictures with texts",
+        EXAMPLE_ROWS,
     ),
-    Kind("albef", AlbefConfig, Albef, "ALBEF", "embeds and matches pictures and texts"),
-    Kind("albef_vqa", AlbefVqaConfig, AlbefVqa, "ALBEF for questions", "answers questions"),
+    Kind("albef", AlbefConfig, Albef, "ALBEF", "embeds and matches pictures and texts", PAIR_ROWS),
+    Kind("albef_vqa", AlbefVqaConfig, AlbefVqa, "ALBEF for questions", "answers questions", EXAMPLE_ROWS),
     Kind(
-        "albef_nlvr", AlbefNlvrConfig, AlbefNlvr, "ALBEF for statements", "judges statements about pictures"
+        "albef_nlvr",
+        AlbefNlvrConfig,
+        AlbefNlvr,
+        "ALBEF for statements",
+        "judges statements about pictures",
+        EXAMPLE_ROWS,
     ),
     Kind(
         "albef_classifier",
@@ -111,6 +132,7 @@ KINDS = (
         AlbefClassifier,
         "ALBEF with a classifier",
         "classifies pictures with texts",
+        EXAMPLE_ROWS,
     ),
 )
 

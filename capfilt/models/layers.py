@@ -6,13 +6,14 @@ No whole model lives here, and nothing that knows what an image or a caption is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Pair = tuple[Tensor, Tensor]
 
@@ -79,17 +80,46 @@ def run_layer(layer: nn.Module, *inputs: Any, recompute: bool = False) -> Tensor
     """`layer(*inputs)`; with `recompute` its activations are not kept but computed again for the backward pass.
 
     Activation checkpointing (arXiv 1604.06174): memory for one layer instead of all, for about a third more work. Random
-    draws (dropout, drop-path) are repeated, so losses and gradients are the same. Without gradients it changes nothing.
+    draws (dropout, drop-path) are repeated, and running statistics move once, so losses, gradients and what is kept are the
+    same. Without gradients it changes nothing.
     """
     out: Tensor
     if recompute and torch.is_grad_enabled():
         # Imported here: torch's own function brings its compiler along, which no other run should pay for.
         from torch.utils.checkpoint import checkpoint
 
-        out = checkpoint(layer, *inputs, use_reentrant=False)
+        out = checkpoint(
+            layer, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept(layer))
+        )
     else:
         out = layer(*inputs)
     return out
+
+
+def running(module: nn.Module) -> dict[str, Tensor]:
+    """The running means and variances that the module's training moves, by name, shared memory: those of batch
+    normalisations that are in training mode.
+    """
+    return {
+        f"{name}.{leaf}".removeprefix("."): getattr(each, leaf)
+        for name, each in module.named_modules()
+        if isinstance(each, _BatchNorm) and each.training and each.running_mean is not None
+        for leaf in ("running_mean", "running_var")
+    }
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisations move copies of their running statistics, and so leave their own alone."""
+    # Not by `track_running_stats`: a recomputed pass must save as many tensors as the first did.
+    own = [(each, each._buffers) for each in module.modules() if isinstance(each, _BatchNorm)]
+    for each, buffers in own:
+        each._buffers = {name: None if old is None else old.clone() for name, old in buffers.items()}
+    try:
+        yield
+    finally:
+        for each, buffers in own:
+            each._buffers = buffers
 
 
 class DropPath(nn.Module):

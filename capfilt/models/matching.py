@@ -30,8 +30,8 @@ class MatchingConfig:
     Attributes:
         alignment: weight of word-patch alignment beside matching and masked words, which have 1 (released code: 0.1); with 0
             it is not computed.
-        max_patches: so many of a picture's patches are seen in a training pass, drawn anew for each (sec. 4.2: 200); 0 for
-            all.
+        max_patches: so many of a picture's patches are seen in a training pass, drawn anew for each (sec. 4.2: 200, of
+            pictures of up to 240); 0 for all. A square of 384 px has 144, so there the default leaves none out.
     """
 
     alignment: float = 0.1

@@ -121,7 +121,7 @@ def load_bert(model: Blip | Albef, directory: str | Path) -> None:
     if isinstance(model, Albef):
         if types is not None and positions in found:
             found[positions] = found[positions] + types[0]
-        if head:
+        if head and model.config.words:
             _copy(directory, dict(model.mlm_head.named_parameters()), head)
     else:
         stacks.append(model.text_decoder.bert)

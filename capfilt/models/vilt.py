@@ -19,7 +19,7 @@ from capfilt.errors import UserError
 from capfilt.models.config import Shape
 from capfilt.models.layers import (
     PreNormBlock,
-    full_precision,
+    exact,
     init_normal,
     init_std,
     init_truncated,
@@ -194,9 +194,7 @@ class Vilt(ViltBody):
 
     def match_logits(self, states: States) -> Tensor:
         """fp32 logits [B, 2] of pairs, index 1 = match."""
-        pooled = self.pool(states)
-        with full_precision(pooled):
-            return F.linear(pooled.float(), self.itm_head.weight.float(), self.itm_head.bias.float())
+        return exact(self.itm_head, self.pool(states))
 
     def word_logits(self, states: Tensor) -> Tensor:
         """fp32 logits [..., V] of what was hidden at text states [..., D]."""

@@ -108,13 +108,17 @@ def reference(
 
     Raises:
         UserError: where an option is not KEY=VALUE, or there is no plug-in to give it to, or a plug-in is given what is for
-            checkpoints.
+            checkpoints; and fp8 without `compiled`.
     """
     found = _REFERENCE.fullmatch(given)
     if found is None:
         if options:
             raise UserError(
                 f"{option} {options[0]}: {given} is a checkpoint, and only plug-ins have options of their own"
+            )
+        if precision == "fp8" and not compiled:
+            raise UserError(
+                "--precision fp8 needs --compile: without it, quantising takes longer than fp8 saves, and bf16 is faster"
             )
         how = (("precision", precision), ("compiled", "yes" if compiled else ""))
         return Reference(group, given, "", str(model(given)), how)

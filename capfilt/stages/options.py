@@ -641,7 +641,7 @@ class FinetuneClassificationOptions(TaskOptions):
 _ENGINE_BATCH = "images per batch; 0: as many as fit; halved where a GPU's memory is too small"
 _ENGINE_PRECISION = (
     "of a checkpoint: auto (bf16 on GPUs that have it, else fp32), fp32, bf16, int8 (CPUs) or fp8 (vision "
-    "tower, newer GPUs)"
+    "tower, newer GPUs, with --compile)"
 )
 _ENGINE_COMPILE = (
     "have torch.compile make the vision tower's kernels: for GPUs; takes a minute, once: ~/.cache/capfilt "
@@ -768,7 +768,8 @@ class RetrainOptions(PretrainOptions):
     )
     max_patches: int = _option(
         200,
-        "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200)",
+        "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200, of pictures of up to 384x640; the "
+        "squares here have 144 at 384 px, so it leaves none out before 480 px)",
         later=True,
         models=("vilt",),
     )

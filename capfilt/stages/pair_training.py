@@ -17,6 +17,7 @@ from capfilt.data.stream import PairStream, StreamInput
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
+from capfilt.models.kinds import PAIR_ROWS
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.models.ranks import Ranks
 from capfilt.stages.pairs import Held, Pairs, Streamed, shares
@@ -34,6 +35,7 @@ NAMED = 500_000
 class PairTraining(Training[Pairs]):
     """What the four stages that train a BLIP on pairs share."""
 
+    rows = PAIR_ROWS
     least = 2  # contrast and hard negatives
     shown: ClassVar[tuple[str, ...]] = ("itc", "itm", "lm", "itm_balanced_accuracy")
 

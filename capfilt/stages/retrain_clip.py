@@ -27,7 +27,9 @@ from capfilt.tables.workspace import Workspace
 class RetrainClip(Retrain):
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks (CLIP, section 2.3)."""
 
-    version = 3  # since 2, texts are no longer cut to their first 30 words
+    # Since 2, texts are no longer cut to their first 30 words; since 3, a ResNet's running statistics follow what trains:
+    # averaged over ranks and by --ema, moved once a step.
+    version = 3
     model = "clip"
     shown = ("contrast", "accuracy", "scale")
 

@@ -93,7 +93,7 @@ class ScoreStage(ShardStage):
     """Writes a row per text of a picture that is there; texts of pictures that are not are dropped as `no_image`."""
 
     name = "score"
-    version = 2
+    version = 3  # an image's texts are queries of one copy of its keys: the last digits differ
     uses_gpu = True
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:

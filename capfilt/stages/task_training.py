@@ -22,7 +22,17 @@ from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_bat
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, kinds
-from capfilt.models.kinds import ANSWERS, FINETUNED, PAIRS, STARTS, Answers, Judges, Model, Start
+from capfilt.models.kinds import (
+    ANSWERS,
+    EXAMPLE_ROWS,
+    FINETUNED,
+    PAIRS,
+    STARTS,
+    Answers,
+    Judges,
+    Model,
+    Start,
+)
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
@@ -37,6 +47,7 @@ IMAGE_COLUMNS = ("image_id", "image", "split")
 class TaskTraining(Training[TaskCorpus]):
     """What they share: examples, pictures, where a model starts, how it is judged."""
 
+    rows = EXAMPLE_ROWS
     shown = ("loss", "accuracy")
     task: ClassVar[str]
     form: ClassVar[str]
@@ -144,7 +155,12 @@ class TaskTraining(Training[TaskCorpus]):
                     f"--image-size {size}: {self.init} was trained with {model.config.image_size} and keeps it"
                 )
             resize(size)
-        if not isinstance(model, finetuned) or not self.continues(model, data):
+        # What has learned from a task's rows is gone on from; what learned from pairs becomes the task's model first.
+        if (
+            kinds.of(model).rows != self.rows
+            or type(model) not in finetuned
+            or not self.continues(model, data)
+        ):
             model = self.started(starts[type(model)], model, data)
         return model, contents.tokenizer
 

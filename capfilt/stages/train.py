@@ -174,6 +174,8 @@ class Retrain(Pretrain):
                 "is left without it; select with a lower --threshold, or leave the part out"
             )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
+        if self.start:
+            self.check_rows(self.start, "--continue-from", [kinds.named(self.model).model])
 
     def inputs(self) -> list[Part]:
         return [*super().inputs(), *self.pairs, *(part for joined in self.joined for part in joined)]
@@ -236,7 +238,7 @@ class Finetune(PairTraining):
             raise UserError(f"{self.name}: give at least one part with human captions (--human)")
         super().__init__(options, workspace, output)
         self.init = workspace.model(options.init)
-        self.kind = str(checkpoint.read_config(self.init)["model_type"])
+        self.kind = self.check_rows(self.init, "--init", self.starts)
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "init": checkpoint.fingerprint(self.init)}

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -28,7 +28,7 @@ from capfilt.data.loader import Batch
 from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
+from capfilt.models import checkpoint, kinds
 from capfilt.models.kinds import Model, empty
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
@@ -78,11 +78,13 @@ class Training(ModelStage, Generic[D]):
     Attributes:
         least: the smallest micro-batch that can be learned from.
         shown: figures of the loop that progress and summary show.
+        rows: what its loader yields, one of those that a kind of model declares it learns from (`kinds`).
     """
 
     version = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
     least: ClassVar[int] = 1
     shown: ClassVar[tuple[str, ...]]
+    rows: ClassVar[str]
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -279,6 +281,16 @@ class Training(ModelStage, Generic[D]):
                 f"--{name.replace('_', '-')} {getattr(self.options, name)}: means nothing to {self.name} of a {model}; "
                 "leave it out"
             )
+
+    def check_rows(self, start: Path, option: str, starts: Sequence[type[Model]]) -> str:
+        """The `model_type` of what is gone on from; UserError where it learns from other rows than are read here."""
+        kind = kinds.named(str(checkpoint.read_config(start)["model_type"]))
+        if kind.rows != self.rows:
+            raise UserError(
+                f"{option} {start}: is {kind.one}, which learns from {kind.rows}, and {self.name} "
+                f"reads {self.rows}: start from {' or '.join(kinds.of_class(each).one for each in starts)}"
+            )
+        return kind.name
 
     def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options

@@ -125,7 +125,7 @@ class TrainResult:
         losses: figures of the last log line.
         skipped_steps: steps left out because of a non-finite loss or gradient.
         warnings: what the run warned about, one line each.
-        average: fp32 averaged weights by parameter name, empty without `ema`; the module holds the live ones
+        average: fp32 averaged weights and running statistics by name, empty without `ema`; the module holds the live ones
             (`capfilt.training.average.swapped` exchanges them).
     """
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from capfilt.models.layers import running
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.training.launched import local_rank, started_together
 
@@ -78,6 +79,9 @@ class _Forward(nn.Module):
 class Together:
     """A module whose gradients are those of all ranks: after the last backward pass of a step, their mean.
 
+    So are the running statistics of batch normalisations, which each rank takes from its own rows; what the rows are
+    normalised by stays each rank's own, as in torch and in OpenCLIP unless told otherwise.
+
     Args:
         module: with `losses`, and where it has them `blocks()`, the submodules whose weights are gathered one at a time
             when they are split, and `leaves_unused`, whether some parameters get no gradient. Its parameters are made
@@ -91,6 +95,8 @@ class Together:
         self.ranks = ranks
         self._run: nn.Module = _Forward(module)
         self._scalars: list[nn.Parameter] = []
+        # By memory: a module that is shared has several names.
+        self._running = list({each.data_ptr(): each for each in running(module).values()}.values())
         self._sharded = shard and ranks.world > 1
         if ranks.world == 1:
             return
@@ -100,8 +106,8 @@ class Together:
             # Imported with the class: several seconds that a run alone does not pay.
             from torch.nn.parallel import DistributedDataParallel
 
-            # Queues are the same everywhere by themselves, and a frozen trunk's statistics do not move. The option got
-            # another name, and the old one a warning.
+            # Queues are the same everywhere by themselves, and running statistics are averaged here: DDP would overwrite
+            # everyone's by rank 0's. The option got another name, and the old one a warning.
             names = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
             options: dict[str, Any] = {buffers: False}
@@ -148,6 +154,18 @@ class Together:
             context: AbstractContextManager[Any] = nullcontext() if last else self._run.no_sync()  # type: ignore[operator]
             with context:
                 yield
+        if last and self.ranks.world > 1 and self._running:
+            self._average_statistics()
+
+    @torch.no_grad()
+    def _average_statistics(self) -> None:
+        """All in one exchange: a ResNet has a hundred small ones."""
+        joined = torch.cat([each.flatten() for each in self._running])
+        dist.all_reduce(joined)
+        joined /= self.ranks.world
+        parts = torch.split(joined, [each.numel() for each in self._running])
+        for each, mean in zip(self._running, parts, strict=True):
+            each.copy_(mean.view_as(each))
 
 
 # ---------------------------------------------------------------------- split tensors

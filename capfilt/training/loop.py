@@ -181,7 +181,9 @@ class _Run:
         self.optimizer = optim.AdamW(
             self.parameters, config.betas, config.weight_decay, config.decay, factors=factors
         )
-        self.average = average.WeightAverage(self.parameters, config.ema) if config.ema else None
+        self.average = None
+        if config.ema:
+            self.average = average.WeightAverage(average.averaged(module, self.parameters), config.ema)
         self.interrupt = Interrupt(alone=ranks.world == 1)
         self.watches = watches(config.stuck_steps, config.collapse_steps)
         self.peak = throughput.peak_flops(self.device)

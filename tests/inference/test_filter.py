@@ -58,6 +58,38 @@ def test_many_texts_of_few_images_in_any_order(pair, scorer, images, batch_size)
         assert (score.itm_score, score.itc_score) == by_hand(pair, images[image], text)
 
 
+@pytest.mark.parametrize(
+    ("index", "parts"),
+    [
+        ([2, 0, 1], [(3, 3, False)]),
+        ([1, 0, 1, 0, 2, 3], [(2, 4, False), (2, 2, False)]),  # two each, then one each
+        ([0, 2, 0, 2, 1], [(3, 3, True), (2, 2, False)]),  # unlike numbers, then neighbours
+        ([0, 3, 0, 3, 1, 2], [(2, 4, True), (2, 2, False)]),  # two each, which are no neighbours
+    ],
+)
+def test_an_images_keys_and_values_are_not_copied_for_each_of_its_texts(
+    pair, images, monkeypatch, index, parts
+):
+    """A copy of an image's keys and values for every one of its texts; and texts that are scored with a
+    neighbour's picture where there is none."""
+    scorer, own, given = Filter(*pair), [], []
+    texts = [f"a {word} dog" for word in ("red", "green", "left", "two", "the", "on")][: len(index)]
+    cross, match = scorer.cross.forward, scorer.model.match_logits
+
+    def watched(ids, mask, pairs):
+        keys = pairs[0][0]
+        copied = keys.untyped_storage().data_ptr() != own[0][0][0].untyped_storage().data_ptr()
+        given.append((len(keys), len(ids), copied))
+        return match(ids, mask, pairs)
+
+    monkeypatch.setattr(scorer.cross, "forward", lambda tokens: own.append(cross(tokens)) or own[-1])
+    monkeypatch.setattr(scorer.model, "match_logits", watched)
+    scores = scorer.score_texts(images, index, texts, 6)
+    assert given == parts
+    for score, image, text in zip(scores, index, texts, strict=True):
+        assert (score.itm_score, score.itc_score) == by_hand(pair, images[image], text)
+
+
 def test_the_image_encoder_runs_once_per_image(pair, scorer, monkeypatch):
     seen = []
     encode = pair[0].encode_image

@@ -133,6 +133,24 @@ def test_another_shape_lets_go_of_the_last_before_it_asks_for_memory(scene):
     assert standing == [None]
 
 
+@pytest.mark.parametrize("method", ["nucleus", "beam"])
+def test_keys_and_values_are_written_where_recordings_read_them(pair, images, method):
+    """All keys and values of a batch copied once more, into the recordings' memory; or a batch that reads another's there."""
+    captioner, recorder = Captioner(*pair), Counting()
+    captioner.writer = writer = RecordedWriter(captioner.model, recorder)
+    made, seen = captioner.cross.forward, []
+    captioner.cross.forward = lambda *given: seen.append(made(*given)) or seen[-1]
+    options = {"method": method, "max_new_tokens": 8, "min_new_tokens": 8, "batch_size": 3, "seed": 1}
+    for chosen in (images, images.flip(0)):
+        found = captioner.caption(chosen, **options)
+        assert found == Captioner(*pair).caption(chosen, **options)
+    assert len(seen) == 6  # of 3, 3 and 1 pictures, twice
+    assert recorder.shapes == 1
+    for cross in seen:
+        for pair_of, own in zip(cross, writer.shape.cross, strict=True):
+            assert [each.data_ptr() for each in pair_of] == [each.data_ptr() for each in own]
+
+
 @torch.no_grad()
 def test_a_failed_recording_warns_once_and_writes_the_same(scene):
     model, prompt, limits, crosses = scene

@@ -11,6 +11,7 @@ from torch import nn
 
 from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
+from capfilt.inference.engine import _IN
 from capfilt.inference.filter import Filter
 from capfilt.inference.lowbit import Fp8Linear, Int8Linear, replace_linears
 
@@ -83,6 +84,14 @@ def test_fp8_is_refused_where_no_gpu_has_it(pair):
         Filter(*pair, precision="fp8")
 
 
+def test_fp8_is_refused_uncompiled(pair, monkeypatch):
+    """A precision that is asked for its speed, and slower than bf16: quantised eagerly, kernel by kernel."""
+    monkeypatch.setitem(_IN, "fp8", _IN["bf16"])
+    with pytest.raises(UserError, match="--compile"):
+        Filter(*pair, precision="fp8")
+    assert Filter(*pair, precision="fp8", compiled=True).compiled is not None
+
+
 @pytest.mark.gpu
 def test_fp8_on_a_gpu_is_its_plain_twin():
     linear = nn.Linear(128, 256, device="cuda")
@@ -97,5 +106,5 @@ def test_fp8_scores_on_a_gpu_are_near(pair, images):
     model = copy.deepcopy(pair[0]).cuda()
     texts = ["a red dog"] * 7
     plain = Filter(model, pair[1]).score(images, texts)
-    low = Filter(model, pair[1], precision="fp8").score(images, texts)
+    low = Filter(model, pair[1], precision="fp8", compiled=True).score(images, texts)
     assert max(abs(a.itm_score - b.itm_score) for a, b in zip(plain, low, strict=True)) < 0.1

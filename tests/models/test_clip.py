@@ -40,6 +40,54 @@ def test_the_published_sizes():
     assert counts == [151277313, 102007137, 427616513]
 
 
+def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: each.clone()
+        for name, each in model.state_dict().items()
+        if ".running_" in f".{name}" or "num_b" in name
+    }
+
+
+def backwards(model: Clip) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    features = model.encode_image(pixels)
+    if features.requires_grad:
+        (features * torch.arange(24.0)).sum().backward()
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+def test_a_frozen_resnet_keeps_its_statistics_too():
+    """A tower frozen by its weights alone, whose answers drift all the same: batch normalisation follows the batches."""
+    model = sharpened(RESNET)
+    pixels = torch.randn(4, 3, 64, 64)
+    before, expected = statistics(model), model.encode_image(pixels)
+    assert before
+    model.visual_encoder.requires_grad_(False)
+    model.train()
+    torch.testing.assert_close(model.encode_image(pixels), expected)
+    assert all(torch.equal(each, before[name]) for name, each in statistics(model).items())
+    model.visual_encoder.requires_grad_(True)
+    backwards(model)
+    assert not any(torch.equal(each, before[name]) for name, each in statistics(model).items())
+
+
+def test_recomputed_activations_move_statistics_once():
+    """Statistics that move twice a step, once more in the backward pass, and so forget twice as fast."""
+    kept, again = sharpened(RESNET), sharpened(RESNET)
+    again.recompute_activations()
+    expected, found = backwards(kept), backwards(again)
+    assert found.keys() == expected.keys()
+    for name, each in found.items():
+        torch.testing.assert_close(each, expected[name], msg=name)
+    for name, each in statistics(again).items():
+        torch.testing.assert_close(each, statistics(kept)[name], msg=name)
+    backwards(again)
+    # The next step's move again.
+    assert statistics(again)["visual_encoder.blocks.0.bn1.num_batches_tracked"] == 2
+
+
 def test_every_preset_can_be_built_and_written_down():
     for name in CLIP:
         config = clip_preset(name, 1000)

@@ -43,6 +43,34 @@ def batch_of(rows: slice = slice(None)) -> Batch:
     return every._slice(*rows.indices(ROWS)[:2])
 
 
+RESNET = dataclasses.replace(
+    CONFIG, vision=ClipVisionConfig(32, width=8, heads=4, stages="1-1-1-1"), embed_dim=16
+)
+
+
+@pytest.mark.parametrize(("config", "loss"), [(CONFIG, "softmax"), (CONFIG, "sigmoid"), (RESNET, "softmax")])
+def test_a_step_in_bf16_is_near_one_in_fp32(config, loss):
+    """Dtypes that do not meet, vectors or logits in bf16, statistics of batches in it: found out on the first GPU."""
+    made = {}
+    batch = batch_of()
+    size = config.vision.image_size
+    batch.pixels = F.interpolate(batch.pixels.float(), size=(size, size)).to(torch.uint8)
+    for rough in (False, True):
+        model = build_clip(dataclasses.replace(config, logit_bias=loss == "sigmoid"), seed=3).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            found = ClipTraining(model, ContrastConfig(loss)).losses(batch)
+        assert all(each.dtype == torch.float32 for each in found.values())
+        found["loss"].backward()
+        gradients = [each.grad for each in model.parameters()]
+        assert all(each.dtype == torch.float32 and each.isfinite().all() for each in gradients)
+        assert all(each.dtype != torch.bfloat16 for each in model.buffers())
+        made[rough] = found["loss"].detach(), torch.cat([each.flatten() for each in gradients])
+    (exact, gradient), (rough, rough_gradient) = made[False], made[True]
+    torch.testing.assert_close(rough, exact, rtol=3e-2, atol=0)
+    assert rough != exact, "autocast should have done something"
+    assert torch.cosine_similarity(rough_gradient, gradient, dim=0) > 0.98
+
+
 def by_hand(model: Clip, loss: str) -> torch.Tensor:
     """Pair by pair, from the formulas."""
     batch = batch_of()

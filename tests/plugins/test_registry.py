@@ -194,3 +194,12 @@ def test_rows_of_numbers_in_any_form_are_scores(made):
     found = checked_scores(named("clip:x"), made, 2, ["clip_score"])
     assert found.dtype == np.float32
     assert found.tolist() == [[0.5], [1.0]]
+
+
+def test_fp8_without_compiled_kernels_is_refused_before_anything_is_loaded():
+    """A precision that is asked for its speed, and slower than bf16 without --compile."""
+    with pytest.raises(UserError, match="--compile"):
+        reference(SCORERS, "filter", (), "--filter-option", Path, "fp8")
+    assert ("compiled", "yes") in reference(
+        SCORERS, "filter", (), "--filter-option", Path, "fp8", True
+    ).options

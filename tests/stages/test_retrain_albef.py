@@ -17,7 +17,8 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
 from capfilt.models.albef import Albef, build_albef
-from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
+from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa, vqa_from_albef
+from capfilt.models.kinds import EXAMPLE_ROWS, FINETUNED, KINDS, PAIR_ROWS
 from capfilt.models.presets import albef_preset
 from capfilt.stages import options as o
 from capfilt.stages.caption import CaptionStage
@@ -113,6 +114,28 @@ def test_retrieval_is_finetuned_from_it_and_captions_are_not(pretrained):
     assert torch.equal(made.mlm_head.bias, start.mlm_head.bias)
     with pytest.raises(UserError, match="is an ALBEF; start from a BLIP"):
         run(FinetuneCaptioner(o.FinetuneCaptionerOptions(**options, out="x"), pretrained))
+
+
+def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_path):
+    """A classifier that is handed captioned pictures, and an error of shapes or of missing methods an hour later."""
+    tokenizer = checkpoint.open_any(pretrained.model("pretrained"))[0].tokenizer
+    start = checkpoint.open_any(pretrained.model("pretrained"))[0].model
+    answers = vqa_from_albef(start)
+    checkpoint.save(pretrained.model("answers"), answers, tokenizer)
+    message = (
+        "is an ALBEF for questions, which learns from examples, and finetune-filter reads pairs: start from a BLIP or an ALBEF "
+        "or a ViLT"
+    )
+    with pytest.raises(UserError, match=message):
+        FinetuneFilter(o.FinetuneFilterOptions(init="answers", human=("human",), out="x"), pretrained)
+    with pytest.raises(UserError, match="retrain reads pairs: start from an ALBEF"):
+        RetrainAlbef(dataclasses.replace(FAST, continue_from="answers", out="x"), pretrained)
+
+
+def test_what_retrain_offers_are_the_models_that_learn_from_pairs():
+    assert {kind.name for kind in KINDS if kind.rows == PAIR_ROWS} == set(o.RETRAINED)
+    judged = {model for models in FINETUNED.values() for model in models}
+    assert {kind.model for kind in KINDS if kind.rows == EXAMPLE_ROWS} == judged
 
 
 def finetune(place, words, **options):

@@ -23,11 +23,26 @@ EQUAL = {
     "a captioner": {"objective": {"objectives": ["lm"], "momentum": None}},
     "recomputed": {"recompute": True},
     "recomputed and split": {"recompute": True, "shard": True, "peak": 1e9},
+    "a clip": {"kind": "clip"},
+    "a clip, split": {"kind": "clip", "shard": True},
+    "a vilt": {"kind": "vilt"},
+    "a vilt, split and recomputed": {"kind": "vilt", "shard": True, "recompute": True},
+    "an albef": {"kind": "albef", "config": {"alpha": 0.4}},
+    "an albef, split": {"kind": "albef", "shard": True},
 }
+STILL = {"ema": 0.9, "learning_rate": 1e-9}
+"""Weights stay, so that what is normalised first is the same on however many ranks."""
 OTHER = {
     "own negatives": {"objective": {"global_negatives": False}},
     "uneven": {"uneven": True},
     "dropout": {"dropout": 0.3},
+    "a resnet": {"kind": "resnet", "config": STILL},
+    "a resnet, split and recomputed": {
+        "kind": "resnet",
+        "config": STILL,
+        "shard": True,
+        "recompute": True,
+    },
 }
 
 
@@ -76,6 +91,23 @@ def test_a_rank_may_keep_to_its_own_negatives_while_the_queue_is_everyones(runs)
     assert weights(runs[2] / "own negatives")["queue"].abs().sum(1).gt(0).sum() == 24
     # Alone there is no difference to make.
     assert curve(runs[1] / "own negatives") == curve(runs[1] / "pretraining")
+
+
+def test_running_statistics_are_those_of_all_ranks_rows(runs):
+    """Statistics of rank 0's rows alone, in the checkpoint and in the averaged one. Deeper layers' are of what each rank has
+    normalised by its own rows: the same for weights that are whole and split."""
+    one, two, split = (
+        weights(runs[world] / case)
+        for world, case in ((1, "a resnet"), (2, "a resnet"), (2, "a resnet, split and recomputed"))
+    )
+    names = [name for name in one if name.endswith(("running_mean", "running_var"))]
+    assert {name for name in names if name.startswith("average.")}
+    for name in names:
+        torch.testing.assert_close(split[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+    mean = "visual_encoder.stem.1.running_mean"
+    torch.testing.assert_close(two[mean], one[mean], rtol=1e-4, atol=1e-6)
+    mean = f"average.model.{mean}"
+    torch.testing.assert_close(two[mean], one[mean], rtol=1e-4, atol=1e-6)
 
 
 def test_a_rank_with_fewer_texts_hangs_nobody(runs):

@@ -411,6 +411,41 @@ def test_averaged_weights_by_hand():
     assert not train(Even(), batches, TrainConfig(steps=1)).average
 
 
+def test_running_statistics_are_averaged_with_the_weights():
+    """Averaged weights that are evaluated with the live ones' statistics, which are of other activations."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.fixed = nn.BatchNorm1d(3).requires_grad_(False)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.fixed.eval()
+            return self
+
+        def losses(self, batch, alpha, hardness):
+            pixels = batch.pixels.float().mean(dim=(2, 3))
+            return {"loss": (self.norm(self.fixed(pixels)) ** 2 * torch.arange(3)).mean()}
+
+    module, seen = Normed(), []
+    result = train(
+        module, batches, TrainConfig(steps=6, learning_rate=1e-2, warmup_steps=0, ema=0.5),
+        on_step=lambda *_: seen.append(module.norm.running_var.clone()),
+    )  # fmt: skip
+    expected = torch.ones(3)
+    for done, variance in enumerate(seen):
+        decay = min(0.5, (1 + done) / (10 + done))
+        expected = decay * expected + (1 - decay) * variance
+    torch.testing.assert_close(result.average["norm.running_var"], expected)
+    assert "norm.running_mean" in result.average
+    assert not any(name.startswith("fixed.") for name in result.average)
+    with average.swapped(module, result.average):
+        torch.testing.assert_close(module.norm.running_var, expected)
+    assert torch.equal(module.norm.running_var, seen[-1])
+
+
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_skipped_step_leaves_the_average_alone():
     module = Scripted([1.0, math.nan, math.nan])

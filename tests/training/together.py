@@ -12,12 +12,20 @@ from pathlib import Path
 import torch
 
 from capfilt.data import corpus as corpora
+from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.corpus import from_images
-from capfilt.data.tokenizer import Tokenizer
+from capfilt.data.tokenizer import ADDED, Tokenizer
+from capfilt.models import matching
+from capfilt.models.albef import AlbefConfig, build_albef
+from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
 from capfilt.models.blip import BlipConfig, build
+from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models.contrast import ClipTraining
+from capfilt.models.masking import IGNORED
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.models.ranks import Ranks
 from capfilt.models.text import TextConfig
+from capfilt.models.vilt import ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
 from capfilt.models.vision import VisionConfig
 from capfilt.training import distributed, loop, throughput
 from capfilt.training.loop import TrainConfig, train
@@ -39,6 +47,77 @@ def launch(world: int, out: Path, cases: dict[str, dict]) -> subprocess.Complete
     )  # fmt: skip
 
 
+VISION = VisionConfig(16, 8, width=32, depth=2, heads=2, hidden=64)
+
+
+def blip(corpus, ranks, dropout, objective):
+    tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
+    text = TextConfig(
+        tokenizer.vocab_size, 32, 2, 2, 64, max_positions=30, dropout=dropout, attention_dropout=0.0
+    )
+    model = build(BlipConfig(vision=VISION, text=text, embed_dim=16), seed=1)
+    return BlipPretraining(model, PretrainingConfig(**{"queue_size": 24, **objective}), ranks), tokenizer
+
+
+def clip(corpus, ranks, dropout, objective, vision=None):
+    tokenizer = BpeTokenizer.train(corpus.texts, 600)
+    text = ClipTextConfig(tokenizer.vocab_size, 30, 32, 2, 2, 64)
+    model = build_clip(
+        ClipConfig(vision or ClipVisionConfig(16, 8, 32, 2, 2, 64), text, embed_dim=16, max_text_tokens=30),
+        seed=1,
+    )
+    return ClipTraining(model, None, ranks), tokenizer
+
+
+def resnet(*given):
+    return clip(*given, vision=ClipVisionConfig(32, width=8, heads=4, stages="1-1-1-1"))
+
+
+def second(ids, mask):
+    """A `Masking` that draws nothing: of every text its second token is hidden."""
+    said = torch.full_like(ids, IGNORED)
+    said[:, 1] = ids[:, 1]
+    hidden = ids.clone()
+    hidden[:, 1] = 4
+    return hidden, said
+
+
+def neighbours(image_index, text_index):
+    """A `mismatched` that draws nothing: every second text is seen with the picture before its own, on the same rank."""
+    rows = torch.arange(len(image_index))
+    label = 1 - rows % 2
+    return rows - rows % 2, label, (label == 1) | (image_index != image_index[rows - rows % 2])
+
+
+def vilt(corpus, ranks, dropout, objective):
+    matching.mismatched = neighbours
+    tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
+    text = ViltTextConfig(tokenizer.vocab_size, 30)
+    model = build_vilt(ViltConfig(ViltVisionConfig(16, 8), text, 32, 2, 2, 64, dropout=dropout), seed=1)
+    return matching.ViltTraining(model, second, None, ranks), tokenizer
+
+
+def albef(corpus, ranks, dropout, objective):
+    tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
+    text = TextConfig(
+        tokenizer.vocab_size - len(ADDED),
+        32,
+        2,
+        2,
+        64,
+        max_positions=30,
+        dropout=dropout,
+        attention_dropout=0.0,
+    )
+    model = build_albef(AlbefConfig(vision=VISION, text=text, embed_dim=16), seed=1)
+    return AlbefPretraining(
+        model, second, AlbefObjective(**{"queue_size": 24, **objective}), ranks
+    ), tokenizer
+
+
+MODELS = {"blip": blip, "clip": clip, "resnet": resnet, "vilt": vilt, "albef": albef}
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     with distributed.joined() as ranks:
@@ -48,23 +127,18 @@ def main(out: Path) -> None:
 
 def run(
     out: Path, ranks: Ranks, config=None, objective=None, dropout=0.0, recompute=False, shard=False,
-    uneven=False, peak=None, signal_at=0, number="SIGTERM", of_rank=0,
+    uneven=False, peak=None, signal_at=0, number="SIGTERM", of_rank=0, kind="blip",
 ) -> None:  # fmt: skip
     """One training run; a signal is sent to one rank, once."""
     out.mkdir(parents=True, exist_ok=True)
     loop.EXPOSED = 7  # fewer than there are: counts travel in pieces
-    corpus = from_images([pairs(40)], size=16)
-    tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
+    corpus = from_images([pairs(40)], size=32 if kind == "resnet" else 16)
     settings = TrainConfig(
         **{"steps": 4, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1, **(config or {})}
     )
-    text = TextConfig(
-        tokenizer.vocab_size, 32, 2, 2, 64, max_positions=30, dropout=dropout, attention_dropout=0.0
-    )
-    vision = VisionConfig(16, 8, width=32, depth=2, heads=2, hidden=64)
-    model = build(BlipConfig(vision=vision, text=text, embed_dim=16), seed=1)
+    module, tokenizer = MODELS[kind](corpus, ranks, dropout, objective or {})
+    model = module.model
     model.recompute_activations(recompute)
-    module = BlipPretraining(model, PretrainingConfig(**{"queue_size": 24, **(objective or {})}), ranks)
     if peak:
         throughput.peak_flops = lambda device: peak
 
@@ -88,7 +162,8 @@ def run(
     complete = distributed.unsplit(model, lambda: type(model)(model.config))
     if ranks.rank == 0:
         tensors = {**complete.state_dict(), **{f"average.{name}": each for name, each in average.items()}}
-        tensors["queue"] = module.queue.image
+        if hasattr(module, "queue"):
+            tensors["queue"] = module.queue.image
         tensors["exposures"] = torch.from_numpy(result.exposures)
         torch.save(tensors, out / "weights.pt")
 

@@ -10,12 +10,15 @@ import re
 from dataclasses import dataclass
 
 from capfilt.models.albef import AlbefConfig, alone
+from capfilt.models.albef_tasks import AlbefClassifierConfig, AlbefNlvrConfig, AlbefVqaConfig, second_half
 from capfilt.models.blip import BlipConfig
 from capfilt.models.classifier import ClassifierConfig
 from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.vqa import VqaConfig
 
 Config = BlipConfig | VqaConfig | NlvrConfig | ClassifierConfig
+AlbefShape = AlbefConfig | AlbefVqaConfig | AlbefClassifierConfig
+"""Of an ALBEF, pretrained or finetuned."""
 
 _TRANSFORMERS_TOWER = {
     "cls_token": "embeddings.class_embedding",
@@ -93,10 +96,10 @@ class Leftover:
     reason: str
 
 
-# BLIP and ALBEF, released code: what their pretraining and retrieval classes register besides the model.
+# BLIP and ALBEF, released code: what their classes register besides the model.
 LEFTOVERS = (
     Leftover(
-        re.compile(r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..+"),
+        re.compile(r"(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj|cls_head)_m\..+"),
         "momentum towers: training's moving average of the model",
     ),
     Leftover(re.compile(r"(image|text|idx)_queue"), "queue of past embeddings: training's contrast"),
@@ -118,9 +121,9 @@ def kind_of(config: Config) -> str:
     return "vqa" if isinstance(config, VqaConfig) else "nlvr"
 
 
-def original_names(config: Config | AlbefConfig) -> dict[str, str]:
+def original_names(config: Config | AlbefShape) -> dict[str, str]:
     """Our name of every tensor of the model, shared ones under each of their names -> the original repository's."""
-    if isinstance(config, AlbefConfig):
+    if isinstance(config, AlbefShape):
         return _albef_names(config)
     kind = kind_of(config)
     names = [*_tower_names(config.vision.depth)]
@@ -157,20 +160,33 @@ def transformers_names(config: Config) -> dict[str, str]:
     return names
 
 
-def _albef_names(config: AlbefConfig) -> dict[str, str]:
-    """ALBEF's repository has a BERT with its language head as the text encoder; its first half has no cross-attention."""
-    unseeing = [f"text_encoder.encoder.layer.{index}.cross" for index in range(alone(config.text))]
-    text = [
-        name
-        for name in _text_names("text_encoder.", config.text.depth)
-        if not name.startswith(tuple(unseeing))
-    ]
-    return {
-        **{name: name for name in (*_tower_names(config.vision.depth), *_HEADS)},
-        **{name: name.replace("text_encoder.", "text_encoder.bert.", 1) for name in text},
-        **{each.replace("cls.predictions.", "mlm_head."): f"text_encoder.{each}" for each in _LM_HEAD},
-        "temperature": "temp",
-    }
+def _albef_names(config: AlbefShape) -> dict[str, str]:
+    """The layers of ALBEF's BERT that read text alone have no cross-attention. In pretraining the BERT is inside one with a
+    language head; the class of each task has names of its own.
+    """
+    before, depth = alone(config.text), config.text.depth
+    if isinstance(config, AlbefNlvrConfig):
+        depth += second_half(config.text).depth
+    unseeing = tuple(f"text_encoder.encoder.layer.{index}.cross" for index in range(before))
+    text = [name for name in _text_names("text_encoder.", depth) if not name.startswith(unseeing)]
+    names = {name: name for name in (*_tower_names(config.vision.depth), *text)}
+    if isinstance(config, AlbefConfig):
+        names |= {name: name for name in _HEADS} | {"temperature": "temp"}
+        if config.words:
+            names |= {name: name.replace("text_encoder.", "text_encoder.bert.", 1) for name in text}
+            names |= {
+                each.replace("cls.predictions.", "mlm_head."): f"text_encoder.{each}" for each in _LM_HEAD
+            }
+        return names
+    rest = (
+        [
+            *_text_names("text_decoder.bert.", second_half(config.text).depth),
+            *(f"text_decoder.{each}" for each in _LM_HEAD),
+        ]
+        if isinstance(config, AlbefVqaConfig)
+        else _TRUTH_HEAD
+    )
+    return names | {name: name for name in rest}
 
 
 def _tower_names(depth: int) -> list[str]:

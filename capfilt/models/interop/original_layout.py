@@ -1,8 +1,9 @@
 """The original repositories' `.pth` files: a dictionary whose `model` holds the tensors of one of their model classes.
 
 BLIP's pretraining (BLIP_Pretrain), captioning (BLIP_Decoder), retrieval (BLIP_Retrieval), VQA (BLIP_VQA) and NLVR2
-(BLIP_NLVR); ALBEF's pretraining, which is told by its text encoder's being a BERT with a language head. Such a file holds no
-geometry: sizes are read off the tensors, numbers of heads follow from the 64 channels a head of both.
+(BLIP_NLVR); ALBEF's pretraining, which is told by its text encoder's being a BERT with a language head, and its retrieval, VQA,
+NLVR2 and SNLI-VE, which are told by their token types. Such a file holds no geometry: sizes are read off the tensors, numbers
+of heads follow from the 64 channels a head of both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from capfilt.errors import UserError
-from capfilt.models.albef import Albef, AlbefConfig
+from capfilt.models.albef import AlbefConfig, alone
+from capfilt.models.albef_tasks import AlbefClassifierConfig, AlbefNlvrConfig, AlbefVqaConfig, second_half
 from capfilt.models.blip import BlipConfig
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
@@ -30,11 +32,13 @@ from capfilt.models.interop.contents import (
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.keymaps import TIED, Config, kind_of, original_names
+from capfilt.models.interop.keymaps import TIED, AlbefShape, Config, kind_of, original_names
+from capfilt.models.kinds import AlbefModel
 from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.presets import LARGE
 from capfilt.models.vqa import VqaConfig
 from capfilt.models.weights import listed, read_pickled
+from capfilt.tables.contracts import LABELS
 
 WEIGHTS = "model.pth"
 SUFFIXES = (".pth", ".pt")
@@ -51,10 +55,20 @@ NO_HOME = (
     "max_text_tokens",
     "max_words",
     "prompt",
+    "classes",
 )
-POSITIONS = "text_encoder.bert.embeddings.position_embeddings.weight"
-TYPES = "text_encoder.bert.embeddings.token_type_embeddings.weight"
-_OTHERS: dict[str, type[VqaConfig | NlvrConfig]] = {"vqa": VqaConfig, "nlvr": NlvrConfig}
+STACKS = ("text_encoder.bert.", "text_encoder.", "text_decoder.bert.")
+"""Where a file may have a BERT; what follows are names in it."""
+POSITIONS = "embeddings.position_embeddings.weight"
+TYPES = "embeddings.token_type_embeddings.weight"
+_SHAPES: dict[str, type[Config | AlbefShape]] = {
+    "vqa": VqaConfig,
+    "nlvr": NlvrConfig,
+    "albef": AlbefConfig,
+    "albef_vqa": AlbefVqaConfig,
+    "albef_nlvr": AlbefNlvrConfig,
+    "albef_classifier": AlbefClassifierConfig,
+}
 
 
 def files(path: Path) -> list[Path]:
@@ -63,7 +77,7 @@ def files(path: Path) -> list[Path]:
     return [path, vocabulary.find(path.parent), *([settings] if settings.is_file() else [])]
 
 
-def read_config(path: Path, image_size: int = 0) -> tuple[Config | AlbefConfig, dict[str, Any]]:
+def read_config(path: Path, image_size: int = 0) -> tuple[Config | AlbefShape, dict[str, Any]]:
     """(our config, `extra`), only the sizes of the tensors looked at."""
     return _config(path, _state(path, mapped=True), image_size)
 
@@ -72,7 +86,7 @@ def read(path: Path, image_size: int = 0) -> Contents:
     """The checkpoint; `image_size` other than 0 resizes the position embedding. UserError names the file or key."""
     found = _state(path)
     config, extra = _config(path, found, image_size)
-    if isinstance(config, AlbefConfig):
+    if isinstance(config, AlbefShape):
         found = _without_types(found)
     state, leftovers = take(path, found, original_names(config))
     tokenizer = vocabulary.read(path.parent, config.vocab_size)
@@ -81,7 +95,7 @@ def read(path: Path, image_size: int = 0) -> Contents:
 
 def write(directory: Path, contents: Contents) -> None:
     """Writes model.pth, vocab.txt and capfilt.json into an empty directory; UserError where something has no home."""
-    model = contents.model if isinstance(contents.model, Albef) else blip_of(contents)
+    model = contents.model if isinstance(contents.model, AlbefModel) else blip_of(contents)
     config = model.config
     refuse(config)
     if not vocabulary.is_bert(contents.tokenizer):
@@ -96,11 +110,11 @@ def write(directory: Path, contents: Contents) -> None:
     for copied, main in TIED.items():
         if main in weights:
             weights[copied] = weights[main]
-    if isinstance(config, AlbefConfig):
-        # Its words are all of BERT's first type, which is in the positions here.
-        weights[TYPES] = torch.zeros(2, config.text.width)
-    for prefix in ("text_encoder.", "text_decoder.bert.", "text_encoder.bert."):
+    for prefix in STACKS:
         if prefix + "embeddings.word_embeddings.weight" in weights:
+            if isinstance(config, AlbefShape):
+                # Its words are all of BERT's first type, which is in the positions here.
+                weights[prefix + TYPES] = torch.zeros(2, config.text.width)
             counted = torch.arange(config.text.max_positions)[None]
             weights[prefix + "embeddings.position_ids"] = counted
     torch.save({"model": {**weights, **contents.leftovers}}, directory / WEIGHTS)
@@ -108,9 +122,26 @@ def write(directory: Path, contents: Contents) -> None:
     write_beside(directory, settings_of(config, NO_HOME), contents.extra, {})
 
 
-def refuse(config: Config | AlbefConfig) -> None:
+def refuse(config: Config | AlbefShape) -> None:
     """UserError naming what the original code has no place for; else nothing."""
-    if not isinstance(config, AlbefConfig) and kind_of(config) == "classifier":
+    if isinstance(config, AlbefNlvrConfig) and config.classes != AlbefNlvrConfig().classes:
+        raise UserError(
+            "an AlbefNlvr that has learned text assignment has no home in the original layout, whose class of it has "
+            "other names: finetune it for statements first"
+        )
+    if (
+        isinstance(config, AlbefNlvrConfig)
+        and _doubled(alone(config.text), 2 * second_half(config.text).depth) is False
+    ):
+        raise UserError(
+            "an AlbefNlvr of so few layers would be read back as a classifier: keep it as capfilt saved it"
+        )
+    if type(config) is AlbefClassifierConfig and config.task != "entailment":
+        raise UserError(
+            f"an AlbefClassifier for {config.task} has no home in the original layout: ALBEF released only that for "
+            "entailment; keep it as capfilt saved it"
+        )
+    if not isinstance(config, AlbefShape) and kind_of(config) == "classifier":
         raise UserError(
             "a BlipClassifier has no home in the original layout: BLIP released none; keep it as capfilt saved it"
         )
@@ -142,27 +173,37 @@ def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
 def _without_types(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """ALBEF's token types, of which every word has the first, put into the positions: the sum is the same."""
     found = dict(found)
-    types = found.pop(TYPES, None)
-    if types is not None and POSITIONS in found:
-        found[POSITIONS] = found[POSITIONS].float() + types[0].float()
+    for prefix in STACKS:
+        types = found.pop(prefix + TYPES, None)
+        if types is not None and prefix + POSITIONS in found:
+            found[prefix + POSITIONS] = found[prefix + POSITIONS].float() + types[0].float()
     return found
 
 
 def _config(
     path: Path, found: dict[str, Tensor], image_size: int
-) -> tuple[Config | AlbefConfig, dict[str, Any]]:
-    encoder, decoder, albef = "text_encoder.", "text_decoder.bert.", "text_encoder.bert."
-    present = [prefix for prefix in (albef, encoder, decoder) if _any(found, prefix)]
+) -> tuple[Config | AlbefShape, dict[str, Any]]:
+    albef, encoder, decoder = STACKS
+    present = [prefix for prefix in STACKS if _any(found, prefix)]
     if not present:
         raise UserError(f"{path}: neither {encoder}* nor {decoder}*: no BLIP of the original repository")
     root = present[0]
-    if root == encoder and TYPES.replace(albef, encoder) in found:
-        raise UserError(
-            f"{path}: a finetuned ALBEF of the original repository, which has no language head; only its pretraining "
-            "checkpoints are read: finetune one of them"
-        )
+    depth = _count(found, root + "encoder.layer.")
+    further: dict[str, Any] = {}
     if root == albef:
         kind = "albef"
+    elif root == encoder and root + TYPES in found:
+        # No BLIP has token types.
+        seeing = sum(_any(found, f"{root}encoder.layer.{index}.crossattention.") for index in range(depth))
+        if decoder in present:
+            kind = "albef_vqa"
+        elif not _any(found, "cls_head."):
+            kind, further["words"] = "albef", False
+        elif _doubled(depth - seeing, seeing):
+            kind, depth = "albef_nlvr", depth - seeing // 2
+        else:
+            kind, further["task"] = "albef_classifier", "entailment"
+            further["classes"] = LABELS["entailment"]
     elif root == decoder:
         kind = "captioner"
     elif len(present) == 1:
@@ -190,30 +231,30 @@ def _config(
     text = {
         "vocab_size": vocab,
         "width": text_width,
-        "depth": _count(found, root + "encoder.layer."),
+        "depth": depth,
         "hidden": _shape(path, found, root + "encoder.layer.0.intermediate.dense.weight", 2)[0],
         "max_positions": _shape(path, found, root + "embeddings.position_embeddings.weight", 2)[0],
         "heads": _heads(path, "text.heads", text_width, settings),
     }
-    values: dict[str, Any] = {"vision": vision, "text": text}
+    values: dict[str, Any] = {"vision": vision, "text": text, **further}
+    if "vision_proj.weight" in found:
+        values["embed_dim"] = found["vision_proj.weight"].shape[0]
+    if kind not in _SHAPES:
+        values["half"] = kind
     try:
-        config: Config | AlbefConfig
-        if kind in _OTHERS:
-            config = _OTHERS[kind].from_dict(values)
-        else:
-            embed = (
-                {"embed_dim": found["vision_proj.weight"].shape[0]} if "vision_proj.weight" in found else {}
-            )
-            config = (
-                AlbefConfig.from_dict({**values, **embed})
-                if kind == "albef"
-                else BlipConfig.from_dict({**values, **embed, "half": kind})
-            )
+        config = _SHAPES.get(kind, BlipConfig).from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     # Where the tensors say it themselves they decide.
     rest = {k: v for k, v in settings.items() if k != "embed_dim" or kind == "captioner"}
     return with_settings(path.parent / SETTINGS, config, NO_HOME, rest), extra
+
+
+def _doubled(before: int, seeing: int) -> bool:
+    """Whether these numbers of layers, without and with cross-attention, are those of a model of two pictures: with one the
+    second half sees (ALBEF, code: 6 and 6, and 6 and 12).
+    """
+    return seeing > before + 1
 
 
 def _any(found: dict[str, Tensor], prefix: str) -> bool:

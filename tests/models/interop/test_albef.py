@@ -3,6 +3,7 @@ types, or says something else than the published pass over the file's own tensor
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,11 +13,19 @@ from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.albef import Albef, AlbefConfig, build_albef
-from capfilt.models.albef_tasks import classifier_from_albef
+from capfilt.models.albef_tasks import (
+    AlbefClassifier,
+    AlbefNlvr,
+    AlbefVqa,
+    classifier_from_albef,
+    nlvr_from_albef,
+    vqa_from_albef,
+)
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.export import export
 from capfilt.models.pretrained import load_bert, load_vit
 from capfilt.models.text import TextConfig
+from capfilt.models.text_assignment import ASSIGNED
 from capfilt.models.vision import VisionConfig, resize_position_embedding
 from tests.models import albef_reference as plain
 from tests.models.interop.reference import DEC, WORDS, loud, write_vocabulary
@@ -98,6 +107,16 @@ def path(tmp_path, state):
     return write(tmp_path / "albef", state)
 
 
+@pytest.fixture
+def small_bert(monkeypatch):
+    """The vocabulary of these files, taken for BERT's."""
+    tokenizer = Tokenizer([*SPECIALS, *WORDS, *ADDED])
+    monkeypatch.setattr(vocabulary, "BERT_SIZE", tokenizer.vocab_size - len(ADDED))
+    ids = {name: getattr(tokenizer, name) for name in vocabulary.BERT_IDS}
+    monkeypatch.setattr(vocabulary, "BERT_IDS", ids)
+    return tokenizer
+
+
 def write(directory, state):
     write_vocabulary(directory)
     (directory / "capfilt.json").write_text(json.dumps({"settings": SETTINGS, "extra": {}}))
@@ -166,14 +185,176 @@ def test_a_head_that_is_not_tied_is_refused(path, state):
         checkpoint.open_any(write(path.parent, state))
 
 
-def test_a_finetuned_albef_is_named_for_what_it_is(path, state):
-    finetuned = {
-        name.replace("text_encoder.bert.", "text_encoder."): each
-        for name, each in state.items()
+def finetuned(kind: str) -> dict[str, torch.Tensor]:
+    """A file's tensors as the released code's class of a task saves them, momentum towers included."""
+    made = {
+        name.replace("text_encoder.bert.", "text_encoder."): shape
+        for name, shape in shapes().items()
         if not name.startswith("text_encoder.cls.")
     }
-    with pytest.raises(UserError, match="finetuned ALBEF"):
-        checkpoint.open_any(write(path.parent, finetuned))
+    layers = [name for name in made if name.startswith(f"text_encoder.encoder.layer.{DEPTH - 1}.")]
+
+    def copied(index, prefix="text_encoder.", source=VISION_WIDTH):
+        for name in layers:
+            shape = made[name]
+            if name.endswith(("crossattention.self.key.weight", "crossattention.self.value.weight")):
+                shape = (WIDTH, source)
+            yield (
+                name.replace(f"text_encoder.encoder.layer.{DEPTH - 1}.", f"{prefix}encoder.layer.{index}."),
+                shape,
+            )
+
+    if kind != "retrieval":
+        for name in [name for name in made if name.startswith(("vision_proj.", "text_proj.", "itm_head."))]:
+            del made[name]
+    if kind in ("nlvr", "entailment"):
+        made |= {"cls_head.0.weight": (WIDTH, WIDTH), "cls_head.0.bias": (WIDTH,)}
+        classes = 2 if kind == "nlvr" else 3
+        made |= {"cls_head.2.weight": (classes, WIDTH), "cls_head.2.bias": (classes,)}
+    if kind == "nlvr":
+        for index in (DEPTH, DEPTH + 1):
+            made |= dict(copied(index))
+    if kind == "vqa":
+        decoder = "text_decoder.bert."
+        for index in range(DEPTH // 2):
+            made |= dict(copied(index, decoder, WIDTH))
+        made |= {
+            name.replace("text_encoder.", decoder): shape
+            for name, shape in made.items()
+            if name.startswith("text_encoder.embeddings.")
+        }
+        made |= {
+            name.replace("text_encoder.", "text_decoder."): shape
+            for name, shape in shapes().items()
+            if name.startswith("text_encoder.cls.")
+        }
+    generator = torch.Generator().manual_seed(3)
+    state = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in made.items()}
+    for prefix in ("text_encoder.", "text_decoder.bert."):
+        if f"{prefix}embeddings.word_embeddings.weight" in state:
+            state[f"{prefix}embeddings.position_ids"] = torch.arange(20)[None]
+    if kind == "vqa":
+        head = "text_decoder.cls.predictions"
+        state[f"{head}.decoder.weight"] = state["text_decoder.bert.embeddings.word_embeddings.weight"]
+        state[f"{head}.decoder.bias"] = state[f"{head}.bias"]
+    if kind == "nlvr":
+        for index in range(DEPTH // 2, DEPTH + 2, 2):
+            for leaf in ("key.weight", "key.bias", "value.weight", "value.bias"):
+                name = "text_encoder.encoder.layer.{}.crossattention.self." + leaf
+                state[name.format(index)] = state[name.format(index + 1)]
+    for name in list(state):
+        tower = name.partition(".")[0]
+        if tower != "itm_head" and "position_ids" not in name:
+            state[name.replace(tower, f"{tower}_m", 1)] = state[name] + 1
+    if kind == "retrieval":
+        state |= {
+            "temp": torch.tensor(0.03), "image_queue": torch.randn(EMBED, 8), "text_queue": torch.randn(EMBED, 8),
+            "idx_queue": torch.full((1, 8), -100), "queue_ptr": torch.zeros(1, dtype=torch.int64),
+        }  # fmt: skip
+    return state
+
+
+TASKS = {
+    "retrieval": ("albef", Albef),
+    "vqa": ("albef_vqa", AlbefVqa),
+    "nlvr": ("albef_nlvr", AlbefNlvr),
+    "entailment": ("albef_classifier", AlbefClassifier),
+}
+TEXT = torch.tensor([2, 7, 9, 11, 20])
+ASKED = torch.cat([TEXT, torch.tensor([3])])[None]
+
+
+def answer_of(kind, model, pixels):
+    """What the model says of TEXT and pictures, with whatever it has learned to say."""
+    if kind == "retrieval":
+        return model.match_logits(TEXT[None], None, model.encode_image(pixels[:1]))[0]
+    if kind == "vqa":
+        states = model.encode_question(ASKED, ASKED > 0, model.encode_image(pixels[:1]))
+        return model.answer_logits(ASKED, ASKED > 0, model.prefill_cross(states), ASKED > 0)[0]
+    return model.judge(ASKED, ASKED > 0, pixels[None, : model.pictures])[0]
+
+
+def published(kind, state, pixels):
+    """The same by the released code's pass over a file's tensors."""
+    seen = [plain.picture(state, each, 3) for each in (pixels if kind == "nlvr" else pixels[:1])]
+    depth = DEPTH + 2 if kind == "nlvr" else DEPTH
+    x = plain.read(state, "text_encoder.", TEXT, depth, DEPTH // 2, 2, seen)
+    if kind == "retrieval":
+        return plain.linear(state, "itm_head", x[0])
+    if kind != "vqa":
+        return plain.linear(state, "cls_head.2", plain.linear(state, "cls_head.0", x[0]).clamp(min=0))
+    answer = plain.embedded(state, "text_decoder.bert.", ASKED[0])
+    for index in range(DEPTH // 2):
+        answer = plain.layer(state, f"text_decoder.bert.encoder.layer.{index}", answer, 2, x, causal=True)
+    words = state["text_decoder.bert.embeddings.word_embeddings.weight"]
+    return plain.named(state, "text_decoder.cls.predictions.", words, answer)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@torch.no_grad()
+def test_a_finetuned_file_says_the_same_in_every_layout_that_has_a_place_for_it(kind, tmp_path, small_bert):
+    """A published finetuned ALBEF that is refused, taken for another task's, or says something else than the published pass
+    over its tensors, at first or after having travelled."""
+    state = finetuned(kind)
+    pixels = torch.randn(2, 3, PATCH * GRID, PATCH * GRID, generator=torch.Generator().manual_seed(1))
+    expected = published(kind, state, pixels)
+    (tmp_path / "albef").mkdir()
+    place = write(tmp_path / "albef", state)
+    name, model_class = TASKS[kind]
+    for number, layout in enumerate(("original", "capfilt", "original", "capfilt")):
+        contents, meta = checkpoint.open_any(place)
+        assert type(contents.model) is model_class
+        assert meta["model_type"] == name
+        config = contents.model.config
+        assert type(config).from_dict(checkpoint.read_config(place)["config"]) == config
+        torch.testing.assert_close(answer_of(kind, contents.model, pixels), expected, atol=1e-5, rtol=1e-5)
+        kept = {
+            each for each in state if each.partition(".")[0].endswith(("_m", "_queue")) or each == "queue_ptr"
+        }
+        assert set(contents.leftovers) == kept
+        export(place, layout, tmp_path / str(number))
+        place = tmp_path / str(number)
+    written = torch.load(tmp_path / "2" / "model.pth", weights_only=True)["model"]
+    assert {each: tensor.shape for each, tensor in written.items()} == {
+        each: tensor.shape for each, tensor in state.items()
+    }
+    torch.testing.assert_close(published(kind, written, pixels), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_finetuned_file_with_a_key_too_many_or_too_few_is_refused_by_it(kind, tmp_path):
+    state = finetuned(kind)
+    lost = state.pop("text_encoder.encoder.layer.3.crossattention.self.query.bias")
+    with pytest.raises(UserError, match=r"missing: .*layer\.3\.crossattention\.self\.query\.bias"):
+        checkpoint.open_any(write(tmp_path, state))
+    state["text_encoder.encoder.layer.3.crossattention.self.query.bias"] = lost
+    state["text_encoder.pooler.dense.weight"] = state["ta_head.bias"] = torch.zeros(3)
+    with pytest.raises(UserError, match=r"2 tensors .*ta_head\.bias, text_encoder\.pooler\.dense\.weight"):
+        checkpoint.open_any(write(tmp_path, state))
+
+
+def test_what_was_not_published_stays_here(tmp_path, small_bert):
+    """Exported under names that read back as another model, or that nothing reads."""
+    start = build_albef(
+        AlbefConfig(
+            VisionConfig(16, 8, 16, 1, 2, 16), TextConfig(WORDS_KNOWN, 16, 4, 2, 16, max_positions=20)
+        )
+    )
+    shallow = build_albef(
+        dataclasses.replace(start.config, text=dataclasses.replace(start.config.text, depth=2))
+    )
+    for number, (model, why) in enumerate(
+        (
+            (classifier_from_albef(start, "vqa", ("a", "b")), "for vqa has no home"),
+            (nlvr_from_albef(start, classes=ASSIGNED), "text assignment"),
+            (nlvr_from_albef(shallow), "so few layers"),
+        )
+    ):
+        checkpoint.save(tmp_path / str(number), model, small_bert)
+        with pytest.raises(UserError, match=why):
+            export(tmp_path / str(number), "original", tmp_path / "no")
+    with pytest.raises(UserError, match="no head of hidden words"):
+        vqa_from_albef(build_albef(dataclasses.replace(start.config, words=False)))
 
 
 def test_positions_are_resized(path, state):
@@ -184,12 +365,7 @@ def test_positions_are_resized(path, state):
 
 
 @torch.no_grad()
-def test_it_travels_to_every_layout_that_has_a_place_for_it_and_back(path, state, tmp_path, monkeypatch):
-    tokenizer = Tokenizer([*SPECIALS, *WORDS, *ADDED])
-    monkeypatch.setattr(vocabulary, "BERT_SIZE", tokenizer.vocab_size - len(ADDED))
-    monkeypatch.setattr(
-        vocabulary, "BERT_IDS", {name: getattr(tokenizer, name) for name in vocabulary.BERT_IDS}
-    )
+def test_it_travels_to_every_layout_that_has_a_place_for_it_and_back(path, state, tmp_path, small_bert):
     first = checkpoint.open_any(path)[0]
     place = path
     for number, layout in enumerate(("capfilt", "original", "original", "capfilt")):
@@ -213,10 +389,6 @@ def test_it_travels_to_every_layout_that_has_a_place_for_it_and_back(path, state
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="no home in a layout of BLIPs"):
         export(place, "transformers", tmp_path / "no")
-    task = classifier_from_albef(first.model, "entailment", ("a", "b", "c"))
-    checkpoint.save(tmp_path / "task", task, tokenizer)
-    with pytest.raises(UserError, match="AlbefClassifier has no home"):
-        export(tmp_path / "task", "original", tmp_path / "no")
 
 
 @torch.no_grad()
