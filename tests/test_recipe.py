@@ -257,7 +257,7 @@ ALBEF_FINETUNED = {
 }  # fmt: skip
 ALBEF_ASSIGNED = {
     "schedule": "epoch-cosine", "min_lr": 1e-5, "weight_decay": 0.02, "decay": "matrices", "image_size": 256,
-    "batch_size": 512, "micro_batch": 64, "epochs": 1.0, "learning_rate": 2e-5, "crop_scale": 0.2,
+    "batch_size": 512, "micro_batch": 64, "stream": True, "epochs": 1.0, "learning_rate": 2e-5, "crop_scale": 0.2,
 }  # fmt: skip
 ALBEF_TASK = {**ALBEF_FINETUNED, "learning_rate": 2e-5, "drop_path": 0.0, "max_words": 30}
 VILT = {
