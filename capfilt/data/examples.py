@@ -81,14 +81,15 @@ def unweighted(table: pa.Table, where: str) -> pa.Table:
     """A table of pairs as it is; UserError, naming the image and `where` it lies, where a text has a weight other than 1,
     which no training honours.
     """
-    texts = CONTRACTS["pairs"].schema.field("texts")
-    if texts.name not in table.column_names or table.schema.field(texts.name).type != texts.type:
-        return table  # for `slices` to say so, or to cast, to no weight where there is none
-    weights = pc.struct_field(pc.list_flatten(table.column("texts")), "weight")
+    if "texts" not in table.column_names:
+        return table  # for `slices` to say so
+    # As `slices` reads it: a weight of another type is one too.
+    texts = _as_promised(table.column("texts"), CONTRACTS["pairs"].schema.field("texts"), "pairs")
+    weights = pc.struct_field(pc.list_flatten(texts), "weight")
     odd = pc.fill_null(pc.not_equal(weights, 1), fill_value=False)
     if pc.any(odd).as_py():
         place = pc.index(odd, value=True).as_py()
-        row = pc.list_parent_indices(table.column("texts").combine_chunks())[place].as_py()
+        row = pc.list_parent_indices(texts.combine_chunks())[place].as_py()
         raise UserError(
             f"{where}: a text of image {table.column('image_id')[row].as_py()} has weight {weights[place].as_py():g}, which no "
             "training honours; leave texts out, or mix sources with --mix, and set `texts.weight` to 1 or null"

@@ -86,9 +86,11 @@ def random_box(
     width: int, height: int, options: Augmentation, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """(left, top, width, height) of a crop, by torchvision's RandomResizedCrop, which BLIP and ALBEF use: ten draws of area and
-    ratio, else the largest middle of an allowed ratio.
+    ratio, else the largest middle of an allowed ratio. All of the picture, whatever its ratio, where `scale` allows no less.
     """
     low, high = options.ratio
+    if options.scale[0] == 1:
+        return 0, 0, width, height
     for _ in range(10):
         area = width * height * rng.uniform(*options.scale)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))

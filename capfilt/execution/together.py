@@ -39,7 +39,8 @@ def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]
     posts = multiprocessing.get_context("spawn").SimpleQueue()
     failures: list[tuple[type[Exception], str]] = []
     results: list[Mapping[str, Any]] = []
-    reader = threading.Thread(target=_read, args=(posts, report, failures, results), daemon=True)
+    steps: list[Any] = []
+    reader = threading.Thread(target=_read, args=(posts, steps, failures, results), daemon=True)
     reader.start()
     interrupt = Interrupt()
     asked = 0.0
@@ -50,6 +51,7 @@ def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]
             )
         try:
             while not running.join(timeout=0.2):
+                _show(steps, report)
                 if interrupt.number is None:
                     continue
                 if not asked:
@@ -75,6 +77,7 @@ def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]
                 process.kill()
                 process.join()
     _finish(posts, reader)
+    _show(steps, report)
     if not results:
         raise KeyboardInterrupt
     return results[0]
@@ -108,16 +111,24 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _show(steps: list[Any], report: Report) -> None:
+    if steps:
+        report(*steps.pop())
+
+
 def _read(
     posts: Any,
-    report: Report,
+    steps: list[Any],
     failures: list[tuple[type[Exception], str]],
     results: list[Mapping[str, Any]],
 ) -> None:
+    """Takes what ranks say, which would wait for ever with no one to take it: of steps the last, to be shown by whoever waits
+    for the ranks, and can end them where that fails.
+    """
     while (post := posts.get()) is not None:
         kind, *values = post
         if kind == "step":
-            report(*values)
+            steps[:] = [values]
         elif kind == "result":
             results.append(values[0])
         else:

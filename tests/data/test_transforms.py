@@ -368,7 +368,14 @@ def test_crops_are_what_rand_resized_crop_draws() -> None:
     assert shares.max() > 0.85
     assert 0.73 < ratios.min() < ratios.max() < 1.36
     # A ribbon has no crop of these shapes that is large enough: the largest that there is, from its middle.
-    assert transforms.random_box(900, 90, Augmentation(scale=(1, 1)), rng) == (390, 0, 120, 90)
+    assert transforms.random_box(900, 90, Augmentation(scale=(0.9, 1)), rng) == (390, 0, 120, 90)
+
+
+def test_a_crop_of_no_less_than_everything_is_none() -> None:
+    """A picture of which `--crop-scale 1` hides the sides, since it is wider than crops may be."""
+    rng = np.random.default_rng(0)
+    assert transforms.random_box(900, 90, Augmentation(scale=(1, 1)), rng) == (0, 0, 900, 90)
+    assert transforms.random_box(90, 160, Augmentation(scale=(1, 1)), rng) == (0, 0, 90, 160)
 
 
 def test_crops_depend_on_seed_step_and_row_and_leave_sides_alone() -> None:

@@ -209,7 +209,8 @@ def test_a_teacher_changes_what_is_learned(examples):
         finetune(examples, "finetune-entailment", examples=("hypotheses",), momentum=1.0)
 
 
-def test_text_assignment_comes_before_statements(examples):
+@pytest.mark.parametrize("stream", [True, False])
+def test_text_assignment_comes_before_statements(examples, stream):
     command = stage_command("finetune-text-assignment")
     options = command.options(
         init="pretrained",
@@ -217,16 +218,17 @@ def test_text_assignment_comes_before_statements(examples):
         web=("web",),
         steps=2,
         batch_size=6,
-        augment=False,
-        out="assigned",
+        augment=stream,
+        stream=stream,
+        out=f"assigned-{stream}",
     )
     figures = run(command.build(command.classes(options)[0], options, examples)).figures
     assert {"loss", "accuracy"} <= set(figures)
-    assigned = checkpoint.open_any(examples.model("assigned"))[0].model
+    assigned = checkpoint.open_any(examples.model(options.out))[0].model
     assert isinstance(assigned, AlbefNlvr)
     assert assigned.labels == ("first", "second", "neither")
     # Published at 256 and 384 pixels.
-    options_of_nlvr = {"init": "assigned", "steps": 1, "learning_rate": 1e-12, "image_size": 64}
+    options_of_nlvr = {"init": options.out, "steps": 1, "learning_rate": 1e-12, "image_size": 64}
     _, made = finetune(examples, "finetune-nlvr", examples=("pairs",), **options_of_nlvr)
     assert made.labels == ("false", "true")
     assert made.config.image_size == 64

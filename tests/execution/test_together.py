@@ -1,0 +1,36 @@
+"""Catches: progress that cannot be shown (a closed pipe, a full disk), and ranks that then wait for ever for a listener."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from capfilt.execution.together import run_here
+
+
+class Steps:
+    """A stage that takes ten seconds, and says how far it is."""
+
+    name = "steps"
+
+    def run(self, report):
+        for step in range(100):
+            report(step + 1, 100, {})
+            time.sleep(0.1)
+        return {}
+
+
+def test_an_error_from_what_shows_progress_ends_the_ranks():
+    def closed(*_values):
+        raise BrokenPipeError("nobody reads")
+
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        run_here(Steps(), 2, closed)
+
+
+def test_the_last_step_is_shown():
+    shown = []
+    assert run_here(Steps(), 1, lambda step, *_: shown.append(step)) == {}
+    assert shown[-1] == 100
+    assert shown == sorted(set(shown))
