@@ -94,4 +94,5 @@ def test_caption_score_and_export_take_transformers_directories(tmp_path, capsys
     again = place.part("scores", "filter").read(0).to_pylist()
     first = {row["text_id"]: row["itm_score"] for row in scores}
     assert len(again) == 4
-    assert all(row["itm_score"] == first[row["text_id"]] for row in again)
+    # Scored without their pictures' other texts, which share a matrix product with them: rounding may differ.
+    assert all(row["itm_score"] == pytest.approx(first[row["text_id"]], abs=1e-6) for row in again)
