@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from capfilt.errors import RunError, UserError
 from capfilt.execution.ray import Board, attend, ray, run_and_post
@@ -44,6 +44,29 @@ def _rank(settings: dict[str, Any]) -> None:
         ray.get(board.finish.remote(dict(figures)))
 
 
+def _fit(ranks: int, cpus: float, gpu: bool, name: str, scratch: Path, settings: dict[str, Any]) -> None:
+    """What starts and watches the ranks, in a process of its own: no signal reaches Ray Train there, whose answer would be to
+    end the ranks in the middle of a step, and to give up all that it has begun is to end that process.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TorchTrainer(
+            _rank,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(
+                num_workers=ranks,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=RESTARTS)
+            ),
+        ).fit()
+
+
 def missing() -> str:
     """What to do where Ray Train is not installed with all that it needs; "" where it is."""
     try:
@@ -68,72 +91,46 @@ def run_on_ray(
     more than twice, KeyboardInterrupt where they were stopped, and where none had begun after `patience` seconds.
     `check` is `attend`'s.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     board = ray.remote(Board).options(num_cpus=0).remote()
     scratch = Path(stage.output) / "ray_train"
     settings = {"stage": stage, "board": board, "threads": max(1, int(cpus))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = TorchTrainer(
-            _rank,
-            train_loop_config=settings,
-            scaling_config=ScalingConfig(
-                num_workers=ranks,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpu else {})},
-            ),
-            run_config=RunConfig(
-                name=stage.output.name,
-                storage_path=str(scratch.resolve()),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-            ),
-        )
-        lost: list[Exception] = []
+    run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
+    fitting = run.remote(ranks, cpus, gpu, stage.output.name, scratch.resolve(), settings)
+    given_up = time.monotonic() + patience
+    begun = False
 
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except Exception as error:  # noqa: BLE001 - raised below, in the thread that waits
-                lost.append(error)
+    def placed() -> None:
+        nonlocal begun
+        begun = begun or ray.get(board.begun.remote())
+        if not begun and time.monotonic() > given_up:
+            free = ray.available_resources()
+            raise RunError(
+                f"{stage.name}: waited {patience:.0f} s for room for {ranks} ranks with {cpus:g} processors"
+                f"{' and a GPU' if gpu else ''} each; free now, in all: {free.get('CPU', 0):g} processors, "
+                f"{free.get('GPU', 0):g} GPUs; run again when others are done, or give fewer --ranks"
+            )
+        check()
 
-        # In a thread, where it puts up no handlers of its own: it would end the ranks in the middle of a step. Daemonic,
-        # since what is not waited for must not hold up the end of this process, with which the ranks end too.
-        fitting = threading.Thread(target=fit, daemon=True)
-        fitting.start()
-
-        given_up = time.monotonic() + patience
-        begun = False
-
-        def placed() -> None:
-            nonlocal begun
-            begun = begun or ray.get(board.begun.remote())
-            if not begun and time.monotonic() > given_up:
-                free = ray.available_resources()
-                raise RunError(
-                    f"{stage.name}: waited {patience:.0f} s for room for {ranks} ranks with {cpus:g} processors"
-                    f"{' and a GPU' if gpu else ''} each; free now, in all: {free.get('CPU', 0):g} processors, "
-                    f"{free.get('GPU', 0):g} GPUs; run again when others are done, or give fewer --ranks"
-                )
-            check()
-
-        def ended(seconds: float) -> bool:
-            fitting.join(seconds)
-            return not fitting.is_alive()
-
-        try:
-            attend(stage, board, report, ended, placed)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    lost = ""
+    try:
+        attend(stage, board, report, lambda seconds: bool(ray.wait([fitting], timeout=seconds)[0]), placed)
+        ray.get(fitting)
+    except RayTaskError as error:
+        lost = str(error.cause).splitlines()[0]
+    except WorkerCrashedError as error:
+        lost = str(error).splitlines()[0]
+    except BaseException:
+        ray.cancel(fitting, force=True)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     result, failure = ray.get(board.end.remote())
     if failure is not None:
         raise failure
     if lost:
         raise RunError(
-            f"{stage.name}: ranks were lost {RESTARTS + 1} times ({str(lost[0]).splitlines()[0]}); run again to go on "
-            "from the last state"
-        ) from lost[0]
+            f"{stage.name}: ranks were lost {RESTARTS + 1} times ({lost}); run again to go on from the last state"
+        )
     if result is None:
         raise KeyboardInterrupt
     return dict(result)
