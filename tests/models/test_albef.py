@@ -59,7 +59,7 @@ def test_every_preset_can_be_built_and_written_down():
         assert AlbefConfig.from_dict(config.to_dict()) == config
         with torch.device("meta"):
             assert Albef(config).config.vocab_size == 1000
-    with pytest.raises(UserError, match="tiny, small, base"):
+    with pytest.raises(UserError, match="tiny, small, trunk, base"):
         albef_preset("huge", 1000)
 
 

@@ -243,7 +243,7 @@ def test_text_assignment_comes_before_statements(examples, stream):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "trunk"}, "tiny, small, base"),
+        ({"preset": "huge"}, "tiny, small, trunk, base"),
         ({"text_init": "nowhere"}, "--text-init nowhere"),
         ({"batch_size": 1}, "at least 2"),
     ],

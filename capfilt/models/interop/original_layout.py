@@ -237,12 +237,14 @@ def _config(
         "heads": _heads(path, "text.heads", text_width, settings),
     }
     values: dict[str, Any] = {"vision": vision, "text": text, **further}
-    if "vision_proj.weight" in found:
+    shape = _SHAPES.get(kind, BlipConfig)
+    # Of a kind without one, it is a tensor too many, which is listed with the others.
+    if "vision_proj.weight" in found and "embed_dim" in shape.__dataclass_fields__:
         values["embed_dim"] = found["vision_proj.weight"].shape[0]
     if kind not in _SHAPES:
         values["half"] = kind
     try:
-        config = _SHAPES.get(kind, BlipConfig).from_dict(values)
+        config = shape.from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     # Where the tensors say it themselves they decide.

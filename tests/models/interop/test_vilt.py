@@ -141,7 +141,7 @@ def test_a_pretrained_vilt_opens_as_both_of_their_classes_and_comes_back_whole(t
 
 def test_it_has_no_home_in_the_original_repositorys_layout_and_no_halves(tmp_path):
     checkpoint.save(tmp_path / "ours", build_vilt(CONFIG), Tokenizer([*VOCABULARY, "[DEC]", "[ENC]"]))
-    with pytest.raises(UserError, match="a Vilt has no home"):
+    with pytest.raises(UserError, match="a ViLT has no home"):
         export(tmp_path / "ours", "original", tmp_path / "out")
     with pytest.raises(UserError, match=r"matches pictures with texts.*no captioner inside"):
         export(tmp_path / "ours", "transformers", tmp_path / "out", only="captioner")
