@@ -29,6 +29,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -269,6 +270,8 @@ class Part:
             for name in names:
                 if name.endswith(".json"):
                     (self.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # files of killed attempts may lie there
+                self.path.rmdir()
             self.__dict__.pop("info", None)
 
     def settle(self, name: str, value: str) -> str:

@@ -436,7 +436,7 @@ def test_captions_of_other_images_are_refused_by_name(workspace):
             UserError, match=r"captions/captioner: shard 0000\d has a caption of image .* made from other"
         ):
             run(stage)
-        assert not stage.output.exists
+        assert not stage.output.path.exists()
 
 
 def test_human_texts_are_kept_only_when_asked_for(workspace):
