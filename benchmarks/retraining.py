@@ -63,7 +63,7 @@ SEEING: Mapping[str, Mapping[str, Any]] = {
     "albef": MODELS["albef"],
 }
 """The same for photographs, beside what the recipe `photographs` says."""
-LONGER_SEEING = {"clip": 2, "vilt": 1.4}
+LONGER_SEEING = {"clip": 2}
 METRICS = ("tr@1", "ir@1", "choice_itc", "choice_itm", "cider")
 TIMES_CHANCE = 5.0
 """What R@1 must be of a random order's, both ways."""
