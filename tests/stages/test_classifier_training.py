@@ -149,7 +149,9 @@ def test_it_goes_on_from_its_own_and_takes_a_new_head_for_other_classes(place, s
     command = stage_command("finetune-vqa")
     made = command.options(**FAST, examples=("asked",), init="a", out="d")
     stage = command.build(command.classes(made)[0], made, place)
-    with pytest.raises(UserError, match="start from a BLIP or an ALBEF or a BLIP for questions or an ALBEF for questions"):
+    with pytest.raises(
+        UserError, match="start from a BLIP or an ALBEF or a BLIP for questions or an ALBEF for questions"
+    ):
         run_stage(stage, InlineExecutor(), quiet=True)
 
 
