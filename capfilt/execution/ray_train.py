@@ -88,8 +88,8 @@ def run_on_ray(
     """`stage.run` in `ranks` workers of the connected cluster, with `cpus` processors each, and a GPU or none.
 
     Returns what rank 0 returned. Raises what a rank raised, where it is an error of ours; RunError where ranks were lost
-    more than twice, KeyboardInterrupt where they were stopped, and where none had begun after `patience` seconds.
-    `check` is `attend`'s.
+    more than twice, or none had begun after `patience` seconds; KeyboardInterrupt where they were stopped. `check` is
+    `attend`'s.
     """
     board = ray.remote(Board).options(num_cpus=0).remote()
     scratch = Path(stage.output) / "ray_train"

@@ -65,7 +65,7 @@ Images = Sequence[ImageLike] | Encoded | Pixels
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp8")
 """auto: bf16 on a GPU, fp32 on a processor, where bf16 is slower unless it has AMX; int8: on processors; fp8: the vision
-tower on GPUs that have it, the rest in bf16, and only compiled: quantising as kernels of its own costs more than it saves."""
+tower on GPUs that have it, the rest in bf16, and only compiled: else every quantisation is kernels of its own."""
 
 _IN: dict[str, tuple[Callable[[Blip], Blip], Callable[[nn.Linear], nn.Module]]] = {
     "fp32": (Blip.eval, nn.Linear.eval),
@@ -103,8 +103,8 @@ class Engine:
         self.model = make(model).eval()
         if precision == "fp8" and not compiled:
             raise UserError(
-                "precision 'fp8' needs compiled=True (--compile): by itself every quantisation is kernels of its own, and "
-                "slower than 'bf16'"
+                "precision 'fp8' needs compiled=True (--compile): by itself every quantisation is kernels of its own, "
+                "which 'bf16' does without"
             )
         self.cross = CrossProjections(model, convert)
         self.precision = precision

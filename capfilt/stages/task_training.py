@@ -74,7 +74,7 @@ class TaskTraining(Training[TaskCorpus]):
         }
         self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
         self.init = workspace.model(options.init)
-        checkpoint.read_config(self.init)
+        self.check_start(self.init, "--init", (*STARTS[self.form], *FINETUNED[self.form]))
 
     def started(self, start: Start, model: Model, data: TaskCorpus) -> Model:
         """The task's model, made of a pretrained one by `start`."""
@@ -145,9 +145,6 @@ class TaskTraining(Training[TaskCorpus]):
         contents, _ = checkpoint.open_any(self.init)
         model, size = contents.model, self.image_size()
         starts, finetuned = STARTS[self.form], FINETUNED[self.form]
-        if type(model) not in {*starts, *finetuned}:
-            known = " or ".join(kinds.of_class(kind).one for kind in dict.fromkeys((*starts, *finetuned)))
-            raise UserError(f"{self.init}: is {kinds.of(model).one}; start from {known}")
         if size != model.config.image_size:
             resize = getattr(model, "resize_image", None)
             if resize is None:

@@ -179,7 +179,7 @@ class Retrain(Pretrain):
             )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
         if self.start:
-            self.check_rows(self.start, "--continue-from", [kinds.named(self.model).model])
+            self.check_start(self.start, "--continue-from", [kinds.named(self.model).model])
 
     def inputs(self) -> list[Part]:
         return [*super().inputs(), *self.pairs, *(part for joined in self.joined for part in joined)]
@@ -219,11 +219,6 @@ class Retrain(Pretrain):
         if not self.start:
             return super().initial(pairs)
         contents, _ = checkpoint.open_any(self.start, self.image_size())
-        made = kinds.named(self.model).model
-        if not isinstance(contents.model, made):
-            raise UserError(
-                f"--continue-from {self.start}: is {kinds.of(contents.model).one}, not {kinds.named(self.model).one}"
-            )
         return contents.model, contents.tokenizer
 
 
@@ -242,7 +237,7 @@ class Finetune(PairTraining):
             raise UserError(f"{self.name}: give at least one part with human captions (--human)")
         super().__init__(options, workspace, output)
         self.init = workspace.model(options.init)
-        self.kind = self.check_rows(self.init, "--init", self.starts)
+        self.kind = self.check_start(self.init, "--init", self.starts)
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "init": checkpoint.fingerprint(self.init)}
@@ -255,9 +250,6 @@ class Finetune(PairTraining):
 
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         contents, _ = checkpoint.open_any(self.init, self.image_size())
-        if not isinstance(contents.model, self.starts):
-            known = " or ".join(kinds.of_class(kind).one for kind in self.starts)
-            raise UserError(f"--init {self.init}: is {kinds.of(contents.model).one}; start from {known}")
         return contents.model, contents.tokenizer
 
 
@@ -300,8 +292,7 @@ class FinetuneFilter(Finetune):
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
         # A filter writes nothing: there is no language model whose targets to smooth.
-        if kinds.named(self.kind).model in self.starts:
-            self.check_options(self.kind, without=("label_smoothing",))
+        self.check_options(self.kind, without=("label_smoothing",))
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
         return PretrainingConfig(objectives=("itc", "itm"), **alignment(self.options))

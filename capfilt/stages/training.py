@@ -282,14 +282,17 @@ class Training(ModelStage, Generic[D]):
                 "leave it out"
             )
 
-    def check_rows(self, start: Path, option: str, starts: Sequence[type[Model]]) -> str:
-        """The `model_type` of what is gone on from; UserError where it learns from other rows than are read here."""
+    def check_start(self, start: Path, option: str, starts: Sequence[type[Model]]) -> str:
+        """The `model_type` of what is gone on from; UserError where it is none of `starts`."""
         kind = kinds.named(str(checkpoint.read_config(start)["model_type"]))
-        if kind.rows != self.rows:
-            raise UserError(
-                f"{option} {start}: is {kind.one}, which learns from {kind.rows}, and {self.name} "
-                f"reads {self.rows}: start from {' or '.join(kinds.of_class(each).one for each in starts)}"
+        if kind.model not in starts:
+            why = (
+                ""
+                if kind.rows == self.rows
+                else f", which learns from {kind.rows}, and {self.name} reads {self.rows}"
             )
+            known = " or ".join(kinds.of_class(each).one for each in dict.fromkeys(starts))
+            raise UserError(f"{option} {start}: is {kind.one}{why}; start from {known}")
         return kind.name
 
     def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:

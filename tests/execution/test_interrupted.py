@@ -14,22 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.tables.workspace import Workspace
 from capfilt.training import state
 from tests.loopback import UNAVAILABLE
-from tests.worlds import image_rows, tiny_checkpoint, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = Workspace(tmp_path_factory.mktemp("interrupted"))
-    rows = image_rows("human", 9, source="human", texts=2, split="train")
-    write_images(place.part("images", "human"), [rows])
-    tiny_checkpoint(place.model("filter"), seed=2)
-    return place
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from capfilt.tables.ids import file_sha256
-from capfilt.tables.workspace import Workspace
 from tests.loopback import UNAVAILABLE
-from tests.worlds import image_rows, tiny_checkpoint, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -38,15 +36,6 @@ def isolated(*command, check=True):
         pytest.skip(done.stderr.strip())
     assert not check or done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = Workspace(tmp_path_factory.mktemp("ranks"))
-    rows = image_rows("human", 9, source="human", texts=2, split="train")
-    write_images(place.part("images", "human"), [rows])
-    tiny_checkpoint(place.model("filter"), seed=2)
-    return place
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_it_goes_on_from_a_checkpoint_of_its_class(pretrained):
     )
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
-    with pytest.raises(UserError, match="is a BLIP, not an ALBEF"):
+    with pytest.raises(UserError, match="is a BLIP; start from an ALBEF"):
         run(RetrainAlbef(dataclasses.replace(FAST, continue_from="captioner", out="x"), pretrained))
 
 
@@ -123,12 +123,12 @@ def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_pat
     answers = vqa_from_albef(start)
     checkpoint.save(pretrained.model("answers"), answers, tokenizer)
     message = (
-        "is an ALBEF for questions, which learns from examples, and finetune-filter reads pairs: start from a BLIP or an ALBEF "
+        "is an ALBEF for questions, which learns from examples, and finetune-filter reads pairs; start from a BLIP or an ALBEF "
         "or a ViLT"
     )
     with pytest.raises(UserError, match=message):
         FinetuneFilter(o.FinetuneFilterOptions(init="answers", human=("human",), out="x"), pretrained)
-    with pytest.raises(UserError, match="retrain reads pairs: start from an ALBEF"):
+    with pytest.raises(UserError, match="retrain reads pairs; start from an ALBEF"):
         RetrainAlbef(dataclasses.replace(FAST, continue_from="answers", out="x"), pretrained)
 
 

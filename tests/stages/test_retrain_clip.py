@@ -77,7 +77,7 @@ def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
             torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="embeds pictures and texts"):
         run(CaptionStage(o.CaptionOptions(images="web", captioner="clip"), place))
-    with pytest.raises(UserError, match="is a BLIP, not a CLIP"):
+    with pytest.raises(UserError, match="is a BLIP; start from a CLIP"):
         run(RetrainClip(dataclasses.replace(FAST, continue_from="captioner", out="x"), place))
 
 

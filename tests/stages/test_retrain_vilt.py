@@ -93,7 +93,7 @@ def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
         torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="matches pictures with texts"):
         run(CaptionStage(o.CaptionOptions(images="web", captioner="vilt"), place))
-    with pytest.raises(UserError, match="is a BLIP, not a ViLT"):
+    with pytest.raises(UserError, match="is a BLIP; start from a ViLT"):
         run(RetrainVilt(dataclasses.replace(FAST, continue_from="captioner", out="x"), place))
 
 
