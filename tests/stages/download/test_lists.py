@@ -327,7 +327,7 @@ def test_a_json_array_of_anything_is_its_values(tmp_path_factory, values, window
     ]
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("capfilt.stages.download.lists._WINDOW", window)
+        patch.setattr("capfilt.stages.download.text_lists._WINDOW", window)
         urls, _, faults, _ = read_all(path, rows=2)
     assert urls == [row["url"] if isinstance(row, dict) else None for row in rows]
     assert [fault is None for fault in faults] == [isinstance(row, dict) for row in rows]
