@@ -1,10 +1,13 @@
-"""Statements about three boxes of things whose truth is computed, in the forms of NLVR's train and development sentences.
+"""Statements about three boxes of things whose truth is computed, in the forms of NLVR's train and development sentences;
+and what teaches a model to judge them: what is in the boxes, and which of them have a property.
 
-Each maker returns a text and whether it is true of the boxes. Which boxes, and their pictures, are `nlvr_boxes.py`'s.
+Each maker of statements returns a text and whether it is true of the boxes. Which boxes, and their pictures, are
+`nlvr_boxes.py`'s.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,8 +210,17 @@ def about_towers(rng: Random, boxes: list[Box]) -> Statement:
     return text, any(stack.count(c) >= n and stack.count(d) >= m for stack in stacks)
 
 
+PLACES = ("first", "second", "third")
 WALL = ("the edge", "the wall", "a wall", "an edge", "the side")
 FLOOR = ("the base", "the bottom", "the bottom of a box", "the bottom edge")
+PLACED: tuple[tuple[str, Callable[[Item], bool]], ...] = (
+    ("touching the edge", lambda item: item.touches),
+    ("touching the wall", lambda item: item.touches),
+    ("touching the bottom of a box", lambda item: item.gaps["bottom"] <= 1),
+    ("touching the base", lambda item: item.gaps["bottom"] <= 1),
+    ("not touching any edge", lambda item: not item.touches),
+    ("touching a corner", lambda item: item.in_corner),
+)
 
 
 def about_things(rng: Random, boxes: list[Box]) -> Statement:
@@ -317,17 +329,98 @@ def about_things(rng: Random, boxes: list[Box]) -> Statement:
     )  # fmt: skip
 
 
-def described(box: Box, tower: bool) -> str:
-    """What is in a box, top first: everything that statements ask about one."""
+def described(boxes: Sequence[Box], tower: bool) -> list[str]:
+    """What is in the boxes, in their order: of towers one text, from the base up; of other things one for each box, from the
+    top down.
+
+    A text in which every word is due at its place teaches where things are: asked for one box of three, whichever, a
+    captioner takes a thousand steps to learn nothing of it.
+    """
     if tower:
-        stack = " over ".join(item.colour for item in reversed(box))
-        return f"a tower with {WORDS[len(box)]} block{'s' * (len(box) > 1)} {stack}"
-    groups = Counter((item.colour, item.shape, "touching the wall" * item.touches) for item in box)
-    things = " and ".join(
-        f"{WORDS[count]} {colour} {shape}{'s' * (count > 1)} {place}".strip()
-        for (colour, shape, place), count in groups.items()
-    )
-    return f"a box with {WORDS[len(box)]} item{'s' * (len(box) > 1)} {box[0].colour} on top {things}"
+        return [" ".join(f"{WORDS[len(box)]} {' '.join(item.colour for item in box)}" for box in boxes)]
+    return [
+        " ".join(
+            [place, WORDS[len(box)], *(f"{item.colour} {item.shape}{' wall' * item.touches}" for item in box)]
+        )
+        for place, box in zip(PLACES, boxes, strict=True)
+    ]
+
+
+def box_property(rng: Random) -> tuple[str, Callable[[Box], bool]]:
+    """What a box of scattered things may have: ("with two black items", whether a box has it)."""
+    c, d, shape = rng.choice(COLOURS), rng.choice(COLOURS), rng.choice((*SHAPES, "item"))
+    place, there_is = rng.choice(PLACED)
+    words, n, agrees = quantity(rng, 5)
+    s = "" if n == 1 else "s"
+
+    def fits(item: Item) -> bool:
+        return item.colour == c and shape in (item.shape, "item")
+
+    return rng.choice(
+        (
+            (f"with {words} item{s}", lambda box: agrees(len(box))),
+            (f"with {words} {c} {shape}{s}", lambda box: agrees(sum(map(fits, box)))),
+            (f"with a {c} {shape}", lambda box: any(map(fits, box))),
+            (f"with a {c} {shape} {place}", lambda box: any(fits(i) and there_is(i) for i in box)),
+            (f"with a {shape} {place}", lambda box: any(shape in (i.shape, "item") and there_is(i) for i in box)),
+            (f"with only {c} items", lambda box: {i.colour for i in box} == {c}),
+            (f"with only {c} and {d} items", lambda box: {i.colour for i in box} == {c, d}),
+            (f"with items of {WORDS[min(n, 3)]} colors", lambda box: len({i.colour for i in box}) == min(n, 3)),
+            (f"with a {c} item on top", lambda box: box[0].colour == c),
+        )
+    )  # fmt: skip
+
+
+def tower_property(rng: Random) -> tuple[str, Callable[[Box], bool]]:
+    """What a tower may have: ("with a blue block at the base", whether a box's tower has it)."""
+    c, d, end = rng.choice(COLOURS), rng.choice(COLOURS), rng.choice(tuple(END))
+    words, agrees = height(rng)
+    n = rng.randint(1, 3)
+    s = "" if n == 1 else "s"
+
+    def over(box: Box) -> bool:
+        return any((above.colour, below.colour) == (c, d) for below, above in itertools.pairwise(box))
+
+    def has(box: Box) -> bool:
+        return box[END[end]].colour == c
+
+    above, below = rng.choice(("over", "above", "on", "on top of")), rng.choice(("below", "under", "beneath"))
+    text, holds = rng.choice(
+        (
+            (f"a {c} block at the {end}", has),
+            (f"a {c} block at the {end}", has),
+            (words, lambda box: agrees(len(box))),
+            (f"{words} and a {c} block at the {end}", lambda box: agrees(len(box)) and has(box)),
+            (f"a {c} block", lambda box: any(item.colour == c for item in box)),
+            (f"exactly {number(rng, n)} {c} block{s}", lambda box: sum(i.colour == c for i in box) == n),
+            (f"at least {number(rng, n)} {c} block{s}", lambda box: sum(i.colour == c for i in box) >= n),
+            (f"a {c} block {above} a {d} block", over),
+            (f"a {d} block {below} a {c} block", over),
+            (f"only {c} blocks", lambda box: {item.colour for item in box} == {c}),
+            ("blocks of only one color", lambda box: len({item.colour for item in box}) == 1),
+            ("blocks of all three colors", lambda box: len({item.colour for item in box}) == 3),
+        )
+    )  # fmt: skip
+    return f"{rng.choice(('with', 'having', 'that has'))} {text}", holds
+
+
+def asked(rng: Random, boxes: Sequence[Box], tower: bool, tries: int = 4) -> tuple[str, str]:
+    """(a question, its answer): which of the boxes have a property, or how many things there are; most often some do."""
+    if not tower and rng.random() < 0.4:
+        c, shape = rng.choice((*COLOURS, "")), rng.choice((*SHAPES, "item"))
+        place, there_is = rng.choice((*PLACED, ("", lambda _: True), ("", lambda _: True)))
+        count = sum(
+            (not c or item.colour == c) and shape in (item.shape, "item") and there_is(item)
+            for box in boxes
+            for item in box
+        )
+        return " ".join(f"how many {c} {shape}s {place}".split()), str(min(count, 9))
+    for _ in range(tries):
+        text, holds = (tower_property if tower else box_property)(rng)
+        found = [place for place, box in zip(PLACES, boxes, strict=True) if holds(box)]
+        if found:
+            break
+    return f"which {'towers' if tower else 'boxes'} {text}", " ".join(found) or "none"
 
 
 def told(seed: int, boxes: list[Box], tower: bool) -> Statement:
@@ -336,17 +429,19 @@ def told(seed: int, boxes: list[Box], tower: bool) -> Statement:
 
 
 def contrast(
-    rng: Random, pool: Sequence[list[Box]], tower: bool, tries: int = 60
+    rng: Random, pool: Sequence[list[Box]], tower: bool, alike: int = 1, tries: int = 60
 ) -> tuple[str, int, int] | None:
     """(a text, the place in `pool` of boxes that it is true of, the place of others that it is not); None where none are found.
 
     Every text comes once true and once false, so that nothing but the picture tells which: a text by itself would, were
-    only the labels balanced, since "exactly three" is seldom true.
+    only the labels balanced, since "exactly three" is seldom true. Each `alike` in a row in `pool` are arrangements of the
+    same things; the two are among such where they can be, as those are that people told apart.
     """
     seed = rng.getrandbits(48)
     found: dict[bool, int] = {}
-    for _ in range(tries):
-        place = rng.randrange(len(pool))
+    first = rng.randrange(len(pool)) // alike * alike
+    for turn in range(tries):
+        place = first + turn if turn < alike else rng.randrange(len(pool))
         text, true = told(seed, pool[place], tower)
         found.setdefault(true, place)
         if len(found) == 2:

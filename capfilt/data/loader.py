@@ -67,6 +67,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def images(self) -> Tensor:
+        """What a model sees: the features where the corpus has them, else the pixels."""
+        found = self.pixels if self.features is None else self.features
+        if found is None:
+            raise UserError("a batch has neither pixels nor features: the loader must yield one of them")
+        return found
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))

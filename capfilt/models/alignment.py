@@ -173,20 +173,11 @@ class Alignment(nn.Module):
         return {"queue_cosine": torch.maximum(*sides)}
 
     def _images(self, batch: Batch) -> Tensor:
-        images = batch.features if batch.features is not None else batch.pixels
-        if images is None:
-            raise UserError("a batch has neither pixels nor features: the loader must yield one of them")
-        tower = self.model.visual_encoder
-        if (
-            self.momentum is not None
-            and images.dim() == 4
-            and tower.config.trunk
-            and tower.config.trunk_frozen
-        ):
-            # Both towers hold the same frozen trunk: run it once.
-            features: Tensor = tower.trunk_features(images)
-            return features
-        return images
+        if self.momentum is None:
+            return batch.images
+        # Both towers hold the same frozen trunk.
+        found: Tensor = self.model.visual_encoder.seen_once(batch.images)
+        return found
 
     def _near(self, rows: Rows) -> Rows:
         """The rows that a row is contrasted with, beside the queue."""

@@ -1,7 +1,8 @@
 """CLIP: an image encoder and a causal text encoder whose vectors agree where image and text do (arXiv 2103.00020).
 
 The image encoder is a ViT, or the original's other kind, a ResNet with a deeper stem, blurred strides and attention in
-place of pooling. Its loss is `contrast.py`'s; other projects' layouts are `interop`'s.
+place of pooling. A ViT's patches may be the map of a pretrained trunk, which the original has none of. Its loss is
+`contrast.py`'s; other projects' layouts are `interop`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capfilt.data.transforms import normalise
 from capfilt.errors import UserError
 from capfilt.models.config import Shape
 from capfilt.models.layers import (
@@ -25,6 +25,7 @@ from capfilt.models.layers import (
     run_layer,
     split_heads,
 )
+from capfilt.models.trunk import Seeing, resized, trunk_grid
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD, resize_position_embedding
 
 MAX_SCALE = 100.0
@@ -44,6 +45,8 @@ class ClipVisionConfig:
     stages: str = (
         ""  # "3-4-6-3" is RN50; `width` is then its first stage's (64), `heads` that of its attention pool
     )
+    trunk: str = ""  # in place of a ViT's patches: the map of a pretrained convolutional trunk
+    trunk_frozen: bool = True
 
     def __post_init__(self) -> None:
         if self.stages:
@@ -53,6 +56,12 @@ class ClipVisionConfig:
                 raise UserError(
                     f"vision.image_size {self.image_size} is no multiple of a ResNet's stride, 32"
                 )
+            if self.trunk:
+                raise UserError(
+                    f"vision.stages {self.stages!r} and vision.trunk {self.trunk!r}: give one of them"
+                )
+        elif self.trunk:
+            trunk_grid(self.trunk, self.image_size)
         elif self.image_size % self.patch_size:
             raise UserError(
                 f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
@@ -68,6 +77,8 @@ class ClipVisionConfig:
     @property
     def grid(self) -> int:
         """Tokens per side."""
+        if self.trunk:
+            return trunk_grid(self.trunk, self.image_size)
         return self.image_size // (32 if self.stages else self.patch_size)
 
     @property
@@ -124,7 +135,7 @@ class ClipConfig(Shape):
 
 
 class Clip(nn.Module):
-    """See the module's docstring. Images are pixels uint8 [B, 3, S, S], or normalised floats.
+    """See the module's docstring. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
 
     Texts are ids int64 [B, L] = start ... end and padding after the end, whatever it is: nothing before reads it.
     """
@@ -165,41 +176,31 @@ class Clip(nn.Module):
 
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""
-        vision = dataclasses.replace(self.config.vision, image_size=image_size)
+        vision = resized(self.config.vision, image_size)
         tower = self.visual_encoder
         tower.pos_embed = nn.Parameter(resize_position_embedding(tower.pos_embed.detach(), vision.grid))
         self.config = dataclasses.replace(self.config, vision=vision)
 
 
-class _Pictures(nn.Module):
+class _Pictures(Seeing):
     """What the two image encoders share: normalised pixels, and how they are trained."""
 
-    mean: Tensor
-    std: Tensor
     pos_embed: nn.Parameter
 
-    def __init__(self) -> None:
+    def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
         self.recompute = False
-        self.set_normalisation()
-
-    def set_normalisation(self) -> None:
-        """Constants, not weights: they follow the device and stay out of checkpoints, so a load sets them anew."""
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
-        return normalise(pixels, self.mean, self.std) if pixels.dtype == torch.uint8 else pixels
+        self.see(config, config.width, CLIP_MEAN, CLIP_STD)
 
 
 class ClipViT(_Pictures):
     """Features [B, E] of images: patches without a bias, LayerNorm before the blocks too, the first token projected."""
 
     def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
         v = config.vision
-        self.patch_embed = nn.Conv2d(3, v.width, v.patch_size, v.patch_size, bias=False)
+        super().__init__(v)
+        if not v.trunk:
+            self.patch_embed = nn.Conv2d(3, v.width, v.patch_size, v.patch_size, bias=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, v.width))
         self.pos_embed = nn.Parameter(torch.empty(1, v.tokens, v.width))
         self.norm_pre = nn.LayerNorm(v.width)
@@ -211,7 +212,10 @@ class ClipViT(_Pictures):
             nn.init.normal_(weight, std=v.width**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(self.normalise(images)).flatten(2).transpose(1, 2)
+        if self.trunk is None:
+            x = self.patch_embed(self.normalise(images)).flatten(2).transpose(1, 2)
+        else:
+            x = self.trunk_tokens(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         x = self.norm_pre(x)
         for block in self.blocks:
@@ -253,8 +257,8 @@ class ClipResNet(_Pictures):
     """Features [B, E] of images, by the original's ResNet: see `Bottleneck` and `AttentionPool`."""
 
     def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
         v = config.vision
+        super().__init__(v)
         half = v.width // 2
         stem: list[nn.Module] = []
         for into, out, stride in ((3, half, 2), (half, half, 1), (half, v.width, 1)):

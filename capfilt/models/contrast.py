@@ -69,9 +69,7 @@ class ClipTraining(nn.Module):
         """fp32 scalars: "loss" with gradient, and without one "contrast" (the same), "accuracy" (the share of images whose
         own text is the likeliest), "scale", "image_cosine" and "text_cosine" (`mean_cosine` of this rank's rows).
         """
-        if batch.pixels is None:
-            raise UserError("a CLIP learns from pictures: no trunk has features for it")
-        images = self.model.embed_image(batch.pixels)
+        images = self.model.embed_image(batch.images)
         texts = self.model.embed_text(batch.ids)
         rows = self.ranks.rows(len(images))
         every_image, every_text = rows.gather(images), rows.gather(texts)

@@ -70,11 +70,10 @@ class ViltTraining(nn.Module):
         the same text, is never drawn, and a text without any other leaves the loss. Draws come from torch's global CPU
         generator. With other ranks, means are over everyone's rows (see `Rows`).
         """
-        if batch.pixels is None:
-            raise UserError("a ViLT learns from pictures: no trunk has features for it")
         model, limit = self.model, self.config.max_patches if self.training else 0
+        images = model.visual_encoder.seen_once(batch.images)
         picture, label, keep = mismatched(batch.image_index, batch.text_index)
-        image = model.encode_image(batch.pixels[picture], limit=limit)
+        image = model.encode_image(images[picture], limit=limit)
         states = model.fuse(batch.ids, batch.mask, image)
         matching = matching_loss(model.match_logits(states), label, keep, self.ranks)
         found = {"itm": matching.loss}
@@ -82,7 +81,7 @@ class ViltTraining(nn.Module):
             found["wpa"] = alignment_loss(states, batch.mask, image, label, keep, self.ranks)
         ids, said = self.masking(batch.ids, batch.mask)
         hidden = said != IGNORED
-        seen = model.fuse(ids, batch.mask, model.encode_image(batch.pixels, limit=limit)).text
+        seen = model.fuse(ids, batch.mask, model.encode_image(images, limit=limit)).text
         logits = model.word_logits(seen[hidden])
         found["mlm"] = token_loss(logits, said[hidden], 0.0, self.ranks)
         loss = found["itm"] + found["mlm"] + self.config.alignment * found.get("wpa", 0.0)
@@ -132,11 +131,9 @@ class RankingTraining(nn.Module):
         never one of the same picture or an equal text; all there are, where they are fewer. A picture without any leaves the
         loss. Draws come from torch's global CPU generator.
         """
-        if batch.pixels is None:
-            raise UserError("a ViLT learns from pictures: no trunk has features for it")
         texts, there = self.drawn(batch.image_index, batch.text_index)
         rows, ways = texts.shape
-        image = self.model.encode_image(batch.pixels)
+        image = self.model.encode_image(batch.images)
         repeated = ImageTokens(
             image.tokens.repeat_interleave(ways, dim=0),
             None if image.mask is None else image.mask.repeat_interleave(ways, dim=0),

@@ -41,12 +41,17 @@ TRUNK = BlipConfig(
     text=TextConfig(4000, 192, 3, 4, 384, max_positions=64, dropout=0.1, attention_dropout=0.0),
 )
 # CLIP, arXiv 2103.00020, table 19 and 20: ViT-B/32 and ViT-L/14. The two others have the original's ResNet, which sees shapes
-# early, where BLIP's have a convolutional stem; RN is at a quarter of RN50's width.
+# early, where BLIP's have a convolutional stem; RN is at a quarter of RN50's width. TRUNK is BLIP's of the name.
 CLIP: dict[str, ClipConfig] = {
     "tiny": ClipConfig(
         ClipVisionConfig(64, width=24, heads=6, stages="1-1-1-1"),
         ClipTextConfig(1000, 64, 128, 3, 4, 256),
         embed_dim=128,
+    ),
+    "trunk": ClipConfig(
+        ClipVisionConfig(192, 32, width=192, depth=1, heads=4, hidden=384, trunk=TRUNK.vision.trunk),
+        ClipTextConfig(4000, 64, 192, 3, 4, 384),
+        embed_dim=256,
     ),
     "small": ClipConfig(
         ClipVisionConfig(128, width=32, heads=16, stages="2-2-2-2"),
@@ -60,8 +65,9 @@ CLIP: dict[str, ClipConfig] = {
         embed_dim=768,
     ),
 }
-# ViLT, arXiv 2102.03334, sec. 4.2: ViLT-B/32. Its definition leaves no stem to see shapes early with: the two others have
-# patches of a few pixels, and name hidden words by the words' own embeddings, which halves what they must learn of them.
+# ViLT, arXiv 2102.03334, sec. 4.2: ViLT-B/32. Its definition leaves no stem to see shapes early with: tiny and small have
+# patches of a few pixels, trunk the map of BLIP's trunk in their place. All three name hidden words by the words' own
+# embeddings, which halves what they must learn of them.
 VILT: dict[str, ViltConfig] = {
     "tiny": ViltConfig(
         ViltVisionConfig(48, 8),
@@ -71,6 +77,15 @@ VILT: dict[str, ViltConfig] = {
         heads=4,
         hidden=256,
         dropout=0.0,
+        tied=True,
+    ),
+    "trunk": ViltConfig(
+        ViltVisionConfig(192, 32, trunk=TRUNK.vision.trunk),
+        ViltTextConfig(4000),
+        width=192,
+        depth=4,
+        heads=4,
+        hidden=384,
         tied=True,
     ),
     "small": ViltConfig(

@@ -48,7 +48,9 @@ def load_vit(tower: VisionTower, directory: str | Path) -> None:
 
 def load_vit_into_vilt(model: Vilt, directory: str | Path) -> None:
     """Copies the same into a ViLT's patches, transformer and last LayerNorm, as it is published to start (sec. 4.2)."""
-    own = model.visual_encoder
+    own, vision = model.visual_encoder, model.config.vision
+    if vision.trunk:
+        raise UserError(f"{directory}: a ViT starts only a ViLT with patches, and no trunk")
     parameters = {"cls_token": own.cls_token, "pos_embed": own.pos_embed}
     for prefix, module in (
         ("patch_embed.proj.", own.patch_embed),
@@ -56,7 +58,6 @@ def load_vit_into_vilt(model: Vilt, directory: str | Path) -> None:
         ("norm.", model.norm),
     ):
         parameters |= {prefix + name: parameter for name, parameter in module.named_parameters()}
-    vision = model.config.vision
     _copy_vit(Path(directory), parameters, model.config, vision.patch_size, vision.grid)
 
 

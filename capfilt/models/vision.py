@@ -6,17 +6,15 @@ images is capfilt.data's; only normalisation happens here, so that batches trave
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capfilt.data.transforms import normalise
 from capfilt.errors import UserError
 from capfilt.models.layers import PreNormBlock, init_std, init_truncated, run_layer
-from capfilt.models.trunk import TRUNKS, Trunk
+from capfilt.models.trunk import Seeing, resized, trunk_grid
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # BLIP, arXiv 2201.12086, code: CLIP's constants
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,9 +40,9 @@ class VisionConfig:
             raise UserError(f"vision.width {self.width} is no multiple of vision.heads {self.heads}")
         if self.stem not in ("patch", "conv"):
             raise UserError(f"vision.stem is {self.stem!r}: use 'patch' or 'conv'")
-        if self.trunk and self.trunk not in TRUNKS:
-            raise UserError(f"vision.trunk is {self.trunk!r}: use '' (a ViT) or one of {', '.join(TRUNKS)}")
-        if not self.trunk and self.image_size % self.patch_size:
+        if self.trunk:
+            trunk_grid(self.trunk, self.image_size)
+        elif self.image_size % self.patch_size:
             raise UserError(
                 f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
             )
@@ -53,7 +51,7 @@ class VisionConfig:
     def grid(self) -> int:
         """Tokens per side."""
         if self.trunk:
-            return -(-self.image_size // TRUNKS[self.trunk].stride)
+            return trunk_grid(self.trunk, self.image_size)
         return self.image_size // self.patch_size
 
     @property
@@ -135,11 +133,8 @@ def conv_stem(config: VisionConfig) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-class VisionTower(nn.Module):
+class VisionTower(Seeing):
     """Tokens [B, 1 + G*G, D] after the final LayerNorm; position 0 is [CLS]."""
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -147,20 +142,14 @@ class VisionTower(nn.Module):
         self.recompute = False  # see `Blip.recompute_activations`
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        self.trunk: Trunk | None = None
-        if config.trunk:
-            recipe = TRUNKS[config.trunk]
-            self.trunk = Trunk(recipe, config.image_size, config.trunk_frozen)
-            self.trunk_norm = nn.LayerNorm(recipe.channels, eps=1e-6)
-            self.trunk_proj = nn.Linear(recipe.channels, config.width)
-        else:
+        self.see(config, config.width, CLIP_MEAN, CLIP_STD)
+        if not config.trunk:
             self.patch_embed = PatchEmbed(config)
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(
             PreNormBlock(config.width, config.heads, config.hidden, rate) for rate in rates
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.set_normalisation()
         std = init_std(config.width)
         init_truncated(self.blocks, std)
         if config.trunk:
@@ -168,40 +157,15 @@ class VisionTower(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=std)
         nn.init.trunc_normal_(self.pos_embed, std=std)
 
-    def set_normalisation(self) -> None:
-        """Constants, not weights: they follow the device and stay out of checkpoints, so a load sets them anew."""
-        recipe = TRUNKS[self.config.trunk] if self.config.trunk else None
-        mean, std = (recipe.mean, recipe.std) if recipe else (CLIP_MEAN, CLIP_STD)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
     def resize(self, image_size: int) -> VisionConfig:
         """Takes images of another size from now on: the position embedding is resized, everything else stays.
 
         Returns the new configuration. UserError for a trunk, whose size is part of its architecture.
         """
-        config = dataclasses.replace(self.config, image_size=image_size)
-        if config.trunk and image_size != self.config.image_size:
-            raise UserError("a model with a convolutional trunk keeps the image size it was built for")
+        config = resized(self.config, image_size)
         self.pos_embed = nn.Parameter(resize_position_embedding(self.pos_embed.detach(), config.grid))
         self.config = config
         return config
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
-        if pixels.dtype == torch.uint8:
-            return normalise(pixels, self.mean, self.std)
-        return pixels
-
-    @torch.no_grad()
-    def trunk_features(self, pixels: Tensor) -> Tensor:
-        """float16 [B, G*G, C]: the frozen trunk's map of pixels [B, 3, S, S], to be cached and given to `forward`."""
-        if self.trunk is None or not self.config.trunk_frozen:
-            raise UserError(
-                "features can be cached for a frozen trunk only: set vision.trunk and vision.trunk_frozen"
-            )
-        features: Tensor = self.trunk(self.normalise(pixels))
-        return features.to(torch.float16)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: pixels [B, 3, S, S] (uint8, or normalised floats), or trunk features [B, G*G, C] (floating)."""
@@ -211,8 +175,7 @@ class VisionTower(nn.Module):
             x = self.patch_embed(self.normalise(images))
             cls = self.cls_token.expand(x.shape[0], -1, -1)
         else:
-            features = self.trunk(self.normalise(images)) if images.dim() == 4 else images
-            x = self.trunk_proj(self.trunk_norm(features.to(self.trunk_proj.weight.dtype)))
+            x = self.trunk_tokens(images)
             cls = self.cls_token + x.mean(dim=1, keepdim=True)
         x = torch.cat([cls.to(x.dtype), x], dim=1) + self.pos_embed
         for block in self.blocks:

@@ -386,7 +386,7 @@ class OptimisationOptions(LoopOptions):
         "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip: all)",
         later=True,
     )
-    cache_features: bool = _option(False, "compute the frozen trunk's feature maps once", models=_TOWERS)
+    cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     stream: bool = _option(
         False,
         "read pictures from their shards as they are needed: memory does not grow with the corpus",

@@ -1,17 +1,29 @@
 """Catches: a trunk whose features depend on the batch (batch statistics), whose frozen weights move, whose cached
-features give other tokens than its pixels, or whose missing package is a traceback."""
+features give other tokens than its pixels, or whose missing package is a traceback; a CLIP or a ViLT that sees through
+one and is written in a layout without it, or takes pictures that it cannot see."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import BlipConfig, build
+from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models.contrast import ClipTraining
+from capfilt.models.interop import vilt_directory
+from capfilt.models.interop.clip_layouts import exported
+from capfilt.models.interop.contents import Contents
+from capfilt.models.masking import Masking
+from capfilt.models.matching import ViltTraining
+from capfilt.models.pretrained import load_vit_into_vilt
 from capfilt.models.text import TextConfig
+from capfilt.models.vilt import ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
 from capfilt.models.vision import VisionConfig
 
 pytest.importorskip("efficientnet_lite_pytorch")
@@ -44,6 +56,76 @@ def test_cached_features_give_the_pixels_tokens(model, pixels):
     assert features.abs().max() > 0.1
     with torch.no_grad():
         assert torch.allclose(model.encode_image(features), model.encode_image(pixels), atol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    vision = ClipVisionConfig(64, 32, 16, 1, 2, 32, trunk="efficientnet_lite0")
+    return build_clip(ClipConfig(vision, ClipTextConfig(30, 8, 16, 1, 2, 32), 8)).eval()
+
+
+@pytest.fixture(scope="module")
+def vilt():
+    vision = ViltVisionConfig(64, 32, trunk="efficientnet_lite0")
+    config = ViltConfig(vision, ViltTextConfig(30, 8), width=16, depth=1, heads=2, hidden=32, dropout=0.0)
+    return build_vilt(config).eval()
+
+
+@torch.no_grad()
+def test_a_clip_and_a_vilt_see_the_same_by_pixels_and_by_features(clip, vilt, pixels):
+    features = clip.visual_encoder.trunk_features(pixels)
+    assert torch.equal(features, vilt.visual_encoder.trunk_features(pixels))
+    assert torch.allclose(clip.embed_image(features), clip.embed_image(pixels), atol=5e-3)
+    whole = vilt.encode_image(pixels)
+    assert torch.allclose(vilt.encode_image(features).tokens, whole.tokens, atol=5e-3)
+    # The map is laid out row by row, as patches are.
+    own = vilt.visual_encoder
+    second = own.trunk_proj(own.trunk_norm(features.float()))[:, 1] + own.pos_embed[0, 2]
+    assert torch.allclose(whole.tokens[:, 2], second, atol=5e-3)
+    assert vilt.encode_image(pixels, limit=2).tokens.shape == (3, 3, 16)
+
+
+def test_a_clip_and_a_vilt_with_a_trunk_refuse_what_it_cannot_do(clip, vilt, pixels, tmp_path):
+    for model in (clip, vilt):
+        with pytest.raises(UserError, match="image size"):
+            model.resize_image(96)
+    with pytest.raises(UserError, match="whole squares of 64 pixels, not \\[32, 64\\]"):
+        vilt.encode_image(pixels[:, :, :32])
+    with pytest.raises(UserError, match="whole squares"):
+        vilt.encode_image(pixels, torch.ones(3, 64, 64, dtype=torch.bool))
+    with pytest.raises(UserError, match="give one of them"):
+        ClipVisionConfig(64, stages="1-1-1-1", trunk="efficientnet_lite0")
+    for layout in ("transformers", "openai"):
+        with pytest.raises(UserError, match="'efficientnet_lite0' has no home in " + layout):
+            exported(clip, layout)
+    with pytest.raises(UserError, match="'efficientnet_lite0' has no home in transformers"):
+        vilt_directory.write(tmp_path, Contents(vilt, None))
+    with pytest.raises(UserError, match="no trunk"):
+        load_vit_into_vilt(vilt, tmp_path)
+
+
+def test_a_clip_and_a_vilt_learn_through_a_frozen_trunk(clip, vilt, pixels, tokenizer_of):
+    features = clip.visual_encoder.trunk_features(pixels)
+    index = torch.arange(3)
+    batch = Batch(
+        ids=torch.tensor([[28, 6, 7, 29], [28, 8, 9, 29], [28, 10, 11, 29]]),
+        mask=torch.ones(3, 4, dtype=torch.bool),
+        image_index=index, text_index=index, example=index, weight=torch.ones(3), sided=index > 5,
+        texts=["a", "b", "c"], step=0, epoch=0, features=features,
+    )  # fmt: skip
+    masking = Masking.of(tokenizer_of(30), 0.5, whole_words=True)
+    for module in (ClipTraining(clip), ViltTraining(vilt, masking)):
+        module.train()
+        losses = {}
+        for name, seen in (("features", batch), ("pixels", replace(batch, features=None, pixels=pixels))):
+            torch.manual_seed(0)
+            losses[name] = module.losses(seen)["loss"]
+        torch.testing.assert_close(losses["features"], losses["pixels"], atol=2e-2, rtol=0)
+        losses["pixels"].backward()
+        tower = module.model.visual_encoder
+        assert tower.trunk_proj.weight.grad.abs().sum() > 0
+        assert all(each.grad is None for each in tower.trunk.parameters())
+        module.eval()
 
 
 def test_features_do_not_depend_on_the_batch_even_in_training(model, pixels):

@@ -93,7 +93,7 @@ def test_the_sigmoid_loss_makes_a_model_with_a_bias_and_other_weights_are_refuse
     [
         ({"vision_init": "somewhere"}, "--vision-init somewhere: means nothing to retrain of a clip"),
         ({"contrast": "hinge"}, "hinge"),
-        ({"preset": "trunk"}, "tiny, small, base, large"),
+        ({"preset": "huge"}, "tiny, trunk, small, base, large"),
         ({"model": "dalle"}, "choose blip, clip, vilt, albef"),
     ],
 )

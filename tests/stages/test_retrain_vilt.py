@@ -135,7 +135,7 @@ def test_it_starts_from_a_vit(place, tmp_path):
         ({"text_init": "somewhere"}, "--text-init somewhere: means nothing to retrain of a vilt"),
         ({"alignment": -1.0}, "alignment"),
         ({"max_patches": -1}, "max_patches"),
-        ({"preset": "trunk"}, "tiny, small, base"),
+        ({"preset": "huge"}, "tiny, trunk, small, base"),
     ],
 )
 def test_wrong_options_are_named(place, changes, message):

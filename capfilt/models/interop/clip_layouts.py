@@ -15,6 +15,7 @@ from torch import Tensor
 
 from capfilt.errors import UserError
 from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.interop.contents import refuse_trunk
 from capfilt.models.weights import fill, listed
 
 TRANSFORMERS, OPENAI = "transformers", "openai"
@@ -262,6 +263,7 @@ def filled(path: Path, config: ClipConfig, layout: str, found: Mapping[str, Tens
 
 def exported(model: Clip, layout: str) -> dict[str, Tensor]:
     """The weights in another layout: the inverse of `filled`."""
+    refuse_trunk(model.config, layout)
     if layout == TRANSFORMERS:
         transformers_config(model.config)
     made: dict[str, Tensor] = {}

@@ -206,9 +206,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_convolutions(config: Shape, layout: str) -> None:
-    """UserError where the vision tower is none of the published ViTs, which alone have a home in `layout`."""
+def refuse_trunk(config: Shape, layout: str) -> None:
+    """UserError where pictures are seen through a pretrained trunk, which has no home in `layout`."""
     if config.vision.trunk:
         raise UserError(f"vision.trunk {config.vision.trunk!r} has no home in {layout}, whose tower is a ViT")
+
+
+def refuse_convolutions(config: Shape, layout: str) -> None:
+    """UserError where the vision tower is none of the published ViTs, which alone have a home in `layout`."""
+    refuse_trunk(config, layout)
     if config.vision.stem != "patch":
         raise UserError(f"vision.stem {config.vision.stem!r} has no home in {layout}: only 'patch' has")

@@ -25,6 +25,7 @@ from capfilt.models.interop.contents import (
     assemble,
     read_json,
     read_settings,
+    refuse_trunk,
     settings_of,
     with_settings,
     write_beside,
@@ -126,6 +127,7 @@ def write(directory: Path, contents: Contents) -> None:
     """
     model, tokenizer = contents.model, contents.tokenizer
     assert isinstance(model, Vilt | ViltClassifier)
+    refuse_trunk(model.config, "transformers")
     config = config_json(model.config)
     save_file(_given(model), directory / WEIGHTS, metadata={"format": "pt"})
     vocabulary.write_vocabulary(directory, tokenizer)
