@@ -55,7 +55,8 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 """What each model's training has of its own; everything else is the quickstart's."""
 LONGER = {"vilt": 1.4}
 """How many times the quickstart's steps a model is trained for, where that is not 1; on both corpora alike."""
-LONGER_SEEING = {"vilt": 8}
+SEEING: Mapping[str, Mapping[str, Any]] = {**MODELS, "vilt": {"mask_share": 0.4}}
+LONGER_SEEING = {"vilt": 2}
 """The same for photographs."""
 METRICS = ("tr@1", "ir@1", "choice_itc", "choice_itm", "cider")
 TIMES_CHANCE = 5.0
@@ -167,7 +168,7 @@ def photographed(models: list[str], seed: int) -> list[Step]:
     evaluate = {"images": "clean", "tasks": ["retrieval"], "limit": 300}
     return [
         *steps,
-        *compared(models, vars(options["retrain-raw"]), PHOTOGRAPHS, evaluate, MODELS, LONGER_SEEING, seed),
+        *compared(models, vars(options["retrain-raw"]), PHOTOGRAPHS, evaluate, SEEING, LONGER_SEEING, seed),
     ]
 
 

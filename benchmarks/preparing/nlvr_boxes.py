@@ -4,9 +4,9 @@ A picture of NLVR (Suhr et al., ACL 2017) is three boxes side by side, 400 x 100
 the order of the boxes. Squeezed into a model's square, a block would be a sliver, so the boxes go into three cells of a 2 x 2
 square; further orders of a training picture's boxes are further pictures, mirrored too where the statement names no side. Few
 statements come with labels, so the same kinds of statements are also made about boxes drawn here, each once where it is true
-and once where it is false of the same things in another arrangement. Their forms follow NLVR's train and development sentences; no
-test sentence was looked at. A label is one bit, which a model that starts from nothing learns little from. So there is more to
-learn first: for a captioner what is in the drawn boxes, and questions about which of them have a property.
+and once where it is false of the same things in another arrangement. Their forms follow NLVR's train and development sentences;
+no test sentence was looked at. A label is one bit, which a model that starts from nothing learns little from. So there is more
+to learn first: for a captioner what is in the drawn boxes, and questions about which of them have a property.
 
     python benchmarks/preparing/nlvr_boxes.py DATA/tasks/nlvr1 boxes
     capfilt ingest boxes/data.jsonl --images boxes --image-col image --caption-col sentence --dataset boxes
