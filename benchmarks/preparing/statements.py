@@ -438,12 +438,14 @@ def contrast(
     same things; the two are among such where they can be, as those are that people told apart.
     """
     seed = rng.getrandbits(48)
-    found: dict[bool, int] = {}
-    first = rng.randrange(len(pool)) // alike * alike
-    for turn in range(tries):
-        place = first + turn if turn < alike else rng.randrange(len(pool))
-        text, true = told(seed, pool[place], tower)
-        found.setdefault(true, place)
+    anywhere: dict[bool, int] = {}
+    for _ in range(tries // alike):
+        first = rng.randrange(len(pool)) // alike * alike
+        found: dict[bool, int] = {}
+        for place in rng.sample(range(first, first + alike), alike):
+            text, true = told(seed, pool[place], tower)
+            found.setdefault(true, place)
+            anywhere.setdefault(true, place)
         if len(found) == 2:
             return text, found[True], found[False]
-    return None
+    return (text, anywhere[True], anywhere[False]) if len(anywhere) == 2 else None
