@@ -136,6 +136,9 @@ def main() -> None:
     parser.add_argument("nlvr", type=Path, help="folder with data.jsonl and the pictures it names")
     parser.add_argument("out", type=Path, help="folder to write: four tables and the pictures")
     parser.add_argument("--pictures", type=int, default=12_000, help="drawn pictures (default 12,000)")
+    parser.add_argument(
+        "--towers", type=float, default=0.65, help="share of them that are of towers (default 0.65)"
+    )
     parser.add_argument("--questions", type=int, default=100_000, help="about them (default 100,000)")
     parser.add_argument("--statements", type=int, default=60_000, help="texts, each true once and false once")
     parser.add_argument("--seed", type=int, default=0)
@@ -161,7 +164,7 @@ def main() -> None:
                 file.write(json.dumps({**row, "identifier": key, "image": name}) + "\n")
     things = []
     while len(things) < options.pictures:
-        boxes = towers(rng) if rng.random() < 0.65 else scattered(rng)
+        boxes = towers(rng) if rng.random() < options.towers else scattered(rng)
         things += [boxes, *(rearranged(boxes, rng) for _ in range(ALIKE - 1))]
     with (options.out / "described.jsonl").open("w") as file:
         for place, boxes in enumerate(things):
@@ -173,7 +176,11 @@ def main() -> None:
             place = rng.randrange(len(things))
             question, answer = asked(rng, things[place], are_towers(things[place]))
             row = {"question_id": f"asked-{turn}", "image": picture_of(place), "question": question}
-            row |= {"answers": [answer], "split": "val" if turn % 50 == 0 else "train"}
+            # Every box is an answer of its own, given by enough people to count in full beside the others.
+            row |= {
+                "answers": [one for one in answer.split() for _ in range(4)],
+                "split": "val" if turn % 50 == 0 else "train",
+            }
             file.write(json.dumps(row) + "\n")
     kinds = {
         kind: [place for place, boxes in enumerate(things) if are_towers(boxes) == kind]
@@ -182,7 +189,7 @@ def main() -> None:
     pools = {kind: [things[place] for place in places] for kind, places in kinds.items()}
     with (options.out / "generated.jsonl").open("w") as file:
         for turn in range(options.statements):
-            kind = rng.random() < 0.65
+            kind = rng.random() < options.towers
             found = contrast(rng, pools[kind], kind, ALIKE)
             for true, place in zip((True, False), found[1:], strict=True) if found else ():
                 row = {"identifier": f"drawn-{turn}-{int(true)}", "image": picture_of(kinds[kind][place])}
