@@ -190,7 +190,7 @@ class _Pictures(Seeing):
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
         self.recompute = False
-        self.see(config, config.width, CLIP_MEAN, CLIP_STD)
+        self.see_through(config, config.width, CLIP_MEAN, CLIP_STD)
 
 
 class ClipViT(_Pictures):

@@ -127,7 +127,7 @@ class Seeing(nn.Module):
     std: Tensor
     trunk: Trunk | None
 
-    def see(self, config: Any, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def see_through(self, config: Any, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
         """Builds the trunk that a vision config names, with a LayerNorm and a projection to `width`; mean, std: of the
         normalisation without one.
         """

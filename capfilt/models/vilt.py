@@ -218,7 +218,7 @@ class Patches(Seeing):
     def __init__(self, config: ViltConfig) -> None:
         super().__init__()
         patch, width = config.vision.patch_size, config.width
-        self.see(config.vision, width, (0.5,) * 3, (0.5,) * 3)  # released code
+        self.see_through(config.vision, width, (0.5,) * 3, (0.5,) * 3)  # released code
         if not config.vision.trunk:
             self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))

@@ -142,7 +142,7 @@ class VisionTower(Seeing):
         self.recompute = False  # see `Blip.recompute_activations`
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        self.see(config, config.width, CLIP_MEAN, CLIP_STD)
+        self.see_through(config, config.width, CLIP_MEAN, CLIP_STD)
         if not config.trunk:
             self.patch_embed = PatchEmbed(config)
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
