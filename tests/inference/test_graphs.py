@@ -143,7 +143,11 @@ def test_keys_and_values_are_written_where_recordings_read_them(pair, images, me
     options = {"method": method, "max_new_tokens": 8, "min_new_tokens": 8, "batch_size": 3, "seed": 1}
     for chosen in (images, images.flip(0)):
         found = captioner.caption(chosen, **options)
-        assert found == Captioner(*pair).caption(chosen, **options)
+        plain = Captioner(*pair).caption(chosen, **options)
+        assert [each.text for each in found] == [each.text for each in plain]
+        # A batch that is smaller runs in the full one's recording: products of other shapes, which some processors round
+        # otherwise.
+        assert [each.logprob for each in found] == pytest.approx([each.logprob for each in plain], abs=1e-4)
     assert len(seen) == 6  # of 3, 3 and 1 pictures, twice
     assert recorder.shapes == 1
     for cross in seen:

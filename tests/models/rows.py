@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from capfilt.data.loader import Batch
 from capfilt.models.blip import BlipConfig
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
@@ -28,6 +29,7 @@ class Rows:  # what the objectives read of a capfilt.data.loader.Batch
     image_index: Tensor
     text_index: Tensor
     example: Tensor
+    images = Batch.images
 
 
 def rows(count: int = 6, seed: int = 0, length: int = 8) -> Rows:

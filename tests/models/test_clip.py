@@ -94,7 +94,7 @@ def test_every_preset_can_be_built_and_written_down():
         assert ClipConfig.from_dict(config.to_dict()) == config
         with torch.device("meta"):
             assert Clip(config).config.vocab_size == 1000
-    with pytest.raises(UserError, match="tiny, small, base, large"):
+    with pytest.raises(UserError, match="tiny, trunk, small, base, large"):
         clip_preset("huge", 1000)
 
 
