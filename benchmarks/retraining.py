@@ -174,7 +174,9 @@ def photographed(models: list[str], seed: int) -> list[Step]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
-    parser.add_argument("--seeds", type=int, default=3, help="how many worlds")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="how many worlds, or starts on the same photographs"
+    )
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which models"
     )

@@ -100,7 +100,7 @@ def rearranged(boxes: list[Box], rng: Random) -> list[Box]:
     rng.shuffle(things)
     most = 4 if tower else 8
     for _ in range(100):
-        cuts = sorted(rng.randint(1, len(things) - 1) for _ in range(2)) if len(things) > 2 else [1, 2]
+        cuts = sorted(rng.randint(1, len(things) - 1) for _ in range(2))
         counts = (cuts[0], cuts[1] - cuts[0], len(things) - cuts[1])
         if all(1 <= count <= most for count in counts):
             break

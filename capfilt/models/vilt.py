@@ -263,7 +263,9 @@ class Patches(Seeing):
         """[B, D, rows, columns] of `images` as `forward` takes them; UserError where they are of no size it can read."""
         if self.trunk is not None:
             size = self.trunk.image_size
-            if masked or (images.dim() == 4 and images.shape[2:] != (size, size)):
+            if masked:
+                raise UserError(f"a ViLT with a trunk reads whole squares of {size} pixels: give no mask")
+            if images.dim() == 4 and images.shape[2:] != (size, size):
                 raise UserError(
                     f"a ViLT with a trunk reads whole squares of {size} pixels, not {list(images.shape[2:])}"
                 )
