@@ -104,10 +104,11 @@ def compared(
     own: Mapping[str, Mapping[str, Any]] = MODELS,
     longer: Mapping[str, float] = LONGER,
     seed: int | None = None,
+    precision: str = "auto",
 ) -> list[Step]:
     """Of each model two checkpoints and two results; `seed` in place of the one that `train` has, and then in their names."""
     left_out = ("out", "web", "pairs", "verdicts")
-    common = {name: value for name, value in train.items() if name not in left_out}
+    common = {name: value for name, value in train.items() if name not in left_out} | {"precision": precision}
     steps = []
     for model in models:
         captions = ["captioning"] if model == "blip" else []
@@ -129,6 +130,7 @@ def compared(
                 "rerank": 0,
                 "method": "greedy",
                 "batch_size": 100,
+                "precision": precision,
             }
             judged |= {**evaluate, "tasks": [*evaluate["tasks"], *captions]}
             steps.append(Step(stage="evaluate", name=f"evaluate-{name}", options=judged))
@@ -139,7 +141,9 @@ def _frozen(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
-def generated(place: Workspace, seed: int, size: str, models: list[str], work: Executor) -> list[Step]:
+def generated(
+    place: Workspace, seed: int, size: str, models: list[str], precision: str, work: Executor
+) -> list[Step]:
     """What is to be run on the generated world of this seed, which is made where it is not there yet."""
     train = bootstrapped(place, seed, size, work)
     choices = write_choices(place.path / "world" / "choices.jsonl", seed, SIZES[size].human["test"])
@@ -147,11 +151,11 @@ def generated(place: Workspace, seed: int, size: str, models: list[str], work: E
     evaluate = {"images": "human", "examples": ["changed"], "tasks": ["retrieval", "choice"]}
     return [
         Step(stage="examples", name="choices", options=options),
-        *compared(models, train, CORPORA, evaluate),
+        *compared(models, train, CORPORA, evaluate, precision=precision),
     ]
 
 
-def photographed(models: list[str], seed: int) -> list[Step]:
+def photographed(models: list[str], seed: int, precision: str) -> list[Step]:
     """What is to be run on the photographs: the pairs are the same for every seed, a model's start and its batches are not."""
     _, content = recipes.load_recipe("photographs")
     options = {step.label: values for step, values in recipes.resolve(content, ["data=."])}
@@ -166,9 +170,10 @@ def photographed(models: list[str], seed: int) -> list[Step]:
         rule |= {"by": "itc_score", "keep_fraction": 0.4}
         steps.append(Step(stage="select", name=f"select-{part}", options=rule))
     evaluate = {"images": "clean", "tasks": ["retrieval"], "limit": 300}
+    train = vars(options["retrain-raw"])
     return [
         *steps,
-        *compared(models, vars(options["retrain-raw"]), PHOTOGRAPHS, evaluate, SEEING, LONGER_SEEING, seed),
+        *compared(models, train, PHOTOGRAPHS, evaluate, SEEING, LONGER_SEEING, seed, precision),
     ]
 
 
@@ -187,6 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--photographs", default="", metavar="DIR", help="the workspace of the recipe photographs"
     )
     parser.add_argument("--execution", default="inline", help="ray or inline")
+    parser.add_argument("--precision", default="auto", help="of training and evaluation: auto, fp32 or bf16")
     parser.add_argument("--markdown", action="store_true", help="also print the table as Markdown")
 
 
@@ -199,10 +205,10 @@ def measure(args: argparse.Namespace, record: Record) -> None:
         for seed in seeds:
             if args.photographs:
                 place = Workspace(Path(args.photographs))
-                steps = photographed(args.models, seed)
+                steps = photographed(args.models, seed, args.precision)
             else:
                 place = Workspace(Path(args.workspace or scratch) / f"seed{seed}")
-                steps = generated(place, seed, size, args.models, work)
+                steps = generated(place, seed, size, args.models, args.precision, work)
             run(recipes.resolve(recipes.Recipe(version=1, stages=steps), []), place, work)
             for name in (step.label.removeprefix("evaluate-") for step in steps if step.stage == "evaluate"):
                 result = json.loads((place.path / "runs" / f"{name}.json").read_bytes())

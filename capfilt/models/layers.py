@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Pair = tuple[Tensor, Tensor]
@@ -39,6 +40,16 @@ def merge_heads(x: Tensor) -> Tensor:
     """[B, H, L, d] -> [B, L, H*d]."""
     batch, heads, length, depth = x.shape
     return x.transpose(1, 2).reshape(batch, length, heads * depth)
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """As `F.scaled_dot_product_attention`, whose fused kernel takes four times as long as plain products for the gradients of
+    bf16 on a processor (benchmarks/attention.py); there it is not used.
+    """
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, keys, values, **options)
+    return F.scaled_dot_product_attention(query, keys, values, **options)
 
 
 def init_std(width: int) -> float:
@@ -176,7 +187,8 @@ class FusedAttention(nn.Module):
         """New tokens [B, L, D] of x [B, L, D]; mask: bool [B, 1, 1, L], which are attended to (None: all; not if causal)."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask, is_causal=self.causal)
+        query, keys, values = qkv.unbind()  # by index each would have a gradient of the size of all three
+        seen = attention(query, keys, values, attn_mask=mask, is_causal=self.causal)
         out: Tensor = self.proj(merge_heads(seen))
         return out
 

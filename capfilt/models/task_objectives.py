@@ -99,16 +99,24 @@ class VqaTraining(TaskTraining):
 
 
 class ClassifierTraining(TaskTraining):
-    """A model that judges texts with one picture or two, and its loss."""
+    """A model that judges texts with one picture or two, and its loss.
+
+    softmax: whether the answers of a closed list compete, or each is judged by itself.
+    """
 
     model: Judges
+
+    def __init__(self, model: Judges, momentum: float | None = None, softmax: bool = False) -> None:
+        super().__init__(model, momentum)
+        self.softmax = softmax
 
     def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
         """fp32 scalars: "loss" with gradient, and "accuracy".
 
         Labels: the mean of `distilled_losses`, and the share of examples whose likeliest class is the right one. Targets of a
-        closed list: binary cross-entropy summed over the answers, the mean over questions (ViLT, arXiv 2102.03334,
-        code), and the mean worth of the likeliest answer.
+        closed list: binary cross-entropy summed over the answers (ViLT, arXiv 2102.03334, code), or with `softmax` the
+        cross-entropy with every answer's share of the question's worth (Kazemi and Elqursh, arXiv 1704.03162), the mean
+        over questions; and the mean worth of the likeliest answer.
         """
         assert isinstance(batch, TaskBatch)
         pixels = _pixels(batch)
@@ -125,7 +133,12 @@ class ClassifierTraining(TaskTraining):
         best = logits.detach().argmax(dim=1)
         with full_precision(logits):
             if batch.targets is not None:
-                loss = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum") / len(batch)
+                if self.softmax:
+                    shares = batch.targets / batch.targets.sum(dim=1, keepdim=True).clamp(min=1e-6)
+                    loss = F.cross_entropy(logits, shares)
+                else:
+                    loss = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum")
+                    loss = loss / len(batch)
                 accuracy = batch.targets.gather(1, best[:, None]).mean()
             elif batch.label is not None:
                 loss = distilled_losses(logits, batch.label, self.taught(alpha, say), alpha).mean()

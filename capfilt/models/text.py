@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from capfilt.errors import UserError
 from capfilt.models.layers import (
     Pair,
+    attention,
     blank_embedding,
     full_precision,
     init_normal,
@@ -177,7 +178,7 @@ class CrossAttention(nn.Module, ABC):
         super().__init__()
         self.heads = config.heads
         self.attention_dropout = config.attention_dropout
-        self.product: Callable[..., Tensor] = F.scaled_dot_product_attention  # or one with its parameters
+        self.product: Callable[..., Tensor] = attention  # or one with its parameters
 
     @abstractmethod
     def keys_values(self, source: Tensor) -> Pair:

@@ -87,6 +87,9 @@ class FinetuneClosedVqa(ClassifierTask):
             "classes": model.labels if model is not None else self._closed_list,
         }
 
+    def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+        return ClassifierTraining(model, softmax=self.options.softmax)
+
     def _closed_list(self, questions: Sequence[Answers]) -> tuple[str, ...]:
         least = self.options.min_answers
         found = closed_list(questions, least)

@@ -45,6 +45,8 @@ class Evaluate(ResultStage):
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(options, name)!r}: choose {', '.join(SPLITS)}"
                 )
+        if options.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"--precision {options.precision!r}: choose auto, fp32 or bf16")
         for name, least in (("batch_size", 1), ("limit", 0), ("rerank", 0), ("resamples", 0), ("draws", 1)):
             if getattr(options, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
@@ -81,7 +83,7 @@ class Evaluate(ResultStage):
 
     def measure(self, report: Report) -> dict[str, Any]:
         contents, _ = checkpoint.open_any(self.checkpoint)
-        model = opened(contents, device())
+        model = opened(contents, device(), self.options.precision)
         registry.check(self.tasks, model.can, f"{self.checkpoint} ({model.what})")
         data = _Data(self, model.image_size)
         result = _Result(self.options)

@@ -285,6 +285,9 @@ class ModelOptions:
     )
 
 
+_PRECISION = "auto (bf16 on GPUs that have it, else fp32), fp32 or bf16"
+
+
 @dataclass(frozen=True)
 class LoopOptions:
     """How long and how to train, whatever is learned."""
@@ -358,7 +361,7 @@ class LoopOptions:
         told=True,
     )
     freeze_vision: bool = _option(False, "keep the vision tower as it is")
-    precision: str = _option("auto", "auto (bf16 on GPUs that have it, else fp32), fp32 or bf16")
+    precision: str = _option("auto", _PRECISION)
     save_every: int = _option(
         500, "steps between the states that an interrupted run continues from; 0 for none"
     )
@@ -572,6 +575,12 @@ class FinetuneVqaOptions(TaskOptions):
     closed: bool = _option(
         False,
         "choose among the frequent answers, a classifier on soft targets (ViLT), in place of writing",
+        later=True,
+    )
+    softmax: bool = _option(
+        False,
+        "with `closed`: an answer takes from the others, cross-entropy of their shares (arXiv 1704.03162), in place of "
+        "each judged by itself",
         later=True,
     )
     min_answers: int = _option(
@@ -830,6 +839,7 @@ class EvaluateOptions:
     draws: int = _option(3, "few-shot: how often the examples are drawn")
     limit: int = _option(0, "only so many images, or examples; 0 for all")
     batch_size: int = _option(64, "images per batch")
+    precision: str = _option("auto", _PRECISION, later=True)
     out: str = _option("", "name of the result in runs/; default: the model's")
     seed: int = _option(0, "of the bootstrap intervals, and of few-shot draws")
     resamples: int = _option(2000, "of the bootstrap intervals, by image; 0: no intervals")

@@ -198,6 +198,8 @@ class FinetuneVqa(TaskTraining):
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
+        if options.softmax:
+            raise UserError("--softmax is of answers chosen from a list: give --closed")
         self.weights()
 
     def weights(self) -> Mapping[str, float]:

@@ -29,7 +29,7 @@ from capfilt.models.classifier import BlipClassifier
 from capfilt.models.clip import Clip
 from capfilt.models.interop.contents import Contents
 from capfilt.models.nlvr import BlipNlvr
-from capfilt.models.precision import has_bf16
+from capfilt.models.precision import auto_precision
 from capfilt.models.vilt import ImageTokens, Vilt
 from capfilt.models.vilt_classifier import ViltClassifier
 from capfilt.models.vqa import BlipVqa
@@ -56,14 +56,14 @@ class Opened:
         return capabilities(self.model)
 
 
-def opened(contents: Contents, device: str | torch.device = "cpu") -> Opened:
-    """The model of a checkpoint on `device`, in evaluation mode, as what it can do."""
+def opened(contents: Contents, device: str | torch.device = "cpu", precision: str = "auto") -> Opened:
+    """The model of a checkpoint on `device`, in evaluation mode, as what it can do; precision: auto, fp32 or bf16."""
     model = contents.model.to(device).eval()
     adapt = ADAPTERS.get(type(model))
     return Opened(
         kinds.of(model).who,
         model.config.image_size,
-        adapt(model, contents.tokenizer) if adapt else model,
+        adapt(model, contents.tokenizer, precision=precision) if adapt else model,
     )
 
 
@@ -71,12 +71,14 @@ class _OnDevice:
     """A module and its tokenizer, called in evaluation mode, whatever mode it is in; texts are as long as in training.
 
     Every call switches to evaluation mode, without gradients, and back, so that a model may be evaluated in
-    mid-training. Runs on the model's device, in bf16 autocast on a GPU that has it and fp32 elsewhere; answers are float32.
+    mid-training. Runs on the model's device in the given precision: auto (bf16 on a GPU that has it, else fp32), fp32 or bf16
+    (autocast); answers are float32.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, precision: str = "auto") -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._precision = precision
 
     @property
     def device(self) -> torch.device:
@@ -93,12 +95,13 @@ class _OnDevice:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
+        precision = auto_precision(self.device) if self._precision == "auto" else self._precision
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         try:
             with (
                 torch.inference_mode(),
-                torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=has_bf16(self.device)),
+                torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
             ):
                 yield
         finally:
@@ -119,10 +122,12 @@ class _SeesImages(_OnDevice):
 class BlipCapabilities(_SeesImages):
     """A `Blip` with its filter's half as a dual encoder, a cross-encoder and an image encoder; see `_OnDevice`."""
 
-    def __init__(self, model: Blip | Albef, tokenizer: Tokenizer, *, pair_batch: int = 256) -> None:
+    def __init__(
+        self, model: Blip | Albef, tokenizer: Tokenizer, *, pair_batch: int = 256, precision: str = "auto"
+    ) -> None:
         if isinstance(model, Blip):
             model.require("filter")
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, precision=precision)
         self._pair_batch = pair_batch
 
     def encode_images(self, batch: Tensor) -> Tensor:
@@ -186,7 +191,7 @@ class BlipCaptioning(_SeesImages):
 
     @cached_property
     def _captioner(self) -> Captioner:
-        return Captioner(self._model, self._tokenizer)
+        return Captioner(self._model, self._tokenizer, self._precision)
 
     def caption(self, images: Any, *args: Any, **options: Any) -> Sequence[Caption]:
         """As `Captioner.caption`."""
@@ -257,10 +262,11 @@ class TowerClassifying(_SeesImages, Classifying):
     """The same, of a model with a vision tower."""
 
 
-def _blip(model: Blip, tokenizer: Tokenizer) -> _OnDevice:
+def _blip(model: Blip, tokenizer: Tokenizer, *, precision: str = "auto") -> _OnDevice:
     if model.config.half == "captioner":
-        return BlipCaptioning(model, tokenizer)
-    return (WholeBlip if model.config.half == "both" else BlipCapabilities)(model, tokenizer)
+        return BlipCaptioning(model, tokenizer, precision=precision)
+    seen = WholeBlip if model.config.half == "both" else BlipCapabilities
+    return seen(model, tokenizer, precision=precision)
 
 
 class ClipCapabilities(_OnDevice):
@@ -292,9 +298,11 @@ class ClipCapabilities(_OnDevice):
 class ViltCapabilities(_OnDevice):
     """A `Vilt` as a cross-encoder: every pair is a pass of its own; see `_OnDevice`."""
 
-    def __init__(self, model: Vilt, tokenizer: Tokenizer, *, pair_batch: int = 256) -> None:
+    def __init__(
+        self, model: Vilt, tokenizer: Tokenizer, *, pair_batch: int = 256, precision: str = "auto"
+    ) -> None:
         model.require("match")
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, precision=precision)
         self._pair_batch = pair_batch
 
     def encode_images(self, batch: Tensor) -> Tensor:
@@ -330,7 +338,7 @@ class ViltCapabilities(_OnDevice):
         return out
 
 
-ADAPTERS: dict[type[nn.Module], Callable[[Any, Any], object]] = {
+ADAPTERS: dict[type[nn.Module], Callable[..., object]] = {
     Blip: _blip,
     BlipVqa: Answering,
     BlipNlvr: TowerClassifying,

@@ -183,6 +183,21 @@ def test_a_classifiers_loss_is_its_formula_and_its_accuracy_the_likeliest_class(
         assert float(2 * parts[0][name] + parts[1][name]) / 3 == pytest.approx(float(found[name]), rel=1e-5)
 
 
+@torch.no_grad()
+def test_answers_that_compete_are_judged_by_their_shares():
+    """Would catch: shares that do not add up to 1, and a question without an answer on the list that pulls somewhere."""
+    model = loud(build_classifier(ClassifierConfig(VISION, TEXT, task="vqa", classes=("a", "b", "c"))), 6)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    given = batch(pixels=pixels, targets=torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.6, 0.6], [0.0, 0.0, 0.0]]))
+    found = ClassifierTraining(model, softmax=True).eval().losses(given)
+    scores = model.class_logits(IDS, IDS != 0, model.encode_image(pixels)).tolist()
+    loss = 0.0
+    for line, shares in zip(scores, ([1 / 1.3, 0.3 / 1.3, 0.0], [0.0, 0.5, 0.5], [0.0] * 3), strict=True):
+        total = math.log(sum(map(math.exp, line)))
+        loss += sum(share * (total - score) for share, score in zip(shares, line, strict=True)) / 3
+    assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
+
+
 def test_a_classifier_refuses_a_batch_that_says_nothing():
     model = build_classifier(ClassifierConfig(VISION, TEXT))
     with pytest.raises(UserError, match="neither labels nor targets"):

@@ -4,6 +4,7 @@ of another question, a model that cannot be evaluated on what it was finetuned f
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
 from capfilt.models.classifier import BlipClassifier
+from capfilt.models.ranks import ALONE
 from capfilt.models.vilt_classifier import ViltClassifier
 from capfilt.stages import options as o
 from capfilt.stages.classifier_training import FinetuneClosedVqa
@@ -129,6 +131,11 @@ def test_the_closed_list_is_that_of_training_and_val_is_judged_whole(place):
         finetune(place, "finetune-vqa", min_answers=9, out="none")
     with pytest.raises(UserError, match="--answer-weight"):
         finetune(place, "finetune-vqa", answer_weight=("asked=0.5",), out="none")
+    with pytest.raises(UserError, match="give --closed"):
+        finetune(place, "finetune-vqa", closed=False, softmax=True, out="none")
+    assert stage.module(model, tokenizer, ALONE).softmax is False
+    competing = FinetuneClosedVqa(dataclasses.replace(options, softmax=True), place)
+    assert competing.module(model, tokenizer, ALONE).softmax is True
 
 
 @pytest.mark.parametrize("start", ["pretrained", "vilt"])
