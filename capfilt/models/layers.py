@@ -183,11 +183,16 @@ class FusedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """New tokens [B, L, D] of x [B, L, D]; mask: bool [B, 1, 1, L], which are attended to (None: all; not if causal)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, first: bool = False) -> Tensor:
+        """New tokens [B, L, D] of x [B, L, D]; mask: bool [B, 1, 1, L], which are attended to (None: all; not if causal).
+
+        first: only position 0 is wanted, [B, 1, D].
+        """
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query, keys, values = qkv.unbind()  # by index each would have a gradient of the size of all three
+        if first:
+            query = query[:, :, :1]
         seen = attention(query, keys, values, attn_mask=mask, is_causal=self.causal)
         out: Tensor = self.proj(merge_heads(seen))
         return out
@@ -219,8 +224,9 @@ class PreNormBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """New tokens [B, L, D] of x [B, L, D]; mask as in `FusedAttention.forward`."""
-        x = x + self.drop_path(self.dropout(self.attn(self.norm1(x), mask)))
+    def forward(self, x: Tensor, mask: Tensor | None = None, first: bool = False) -> Tensor:
+        """New tokens [B, L, D] of x [B, L, D], or the first of them, [B, 1, D]; arguments as in `FusedAttention.forward`."""
+        seen = self.attn(self.norm1(x), mask, first)
+        x = (x[:, :1] if first else x) + self.drop_path(self.dropout(seen))
         out: Tensor = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
         return out

@@ -139,7 +139,7 @@ class RankingTraining(nn.Module):
             None if image.mask is None else image.mask.repeat_interleave(ways, dim=0),
         )
         chosen = texts.flatten()
-        states = self.model.fuse(batch.ids[chosen], batch.mask[chosen], repeated)
+        states = self.model.fuse(batch.ids[chosen], batch.mask[chosen], repeated, first=True)
         scores = self.model.match_logits(states)[:, 1].view(rows, ways).masked_fill(~there, -math.inf)
         kept = there[:, 1:].any(dim=1)
         loss = -(scores.log_softmax(dim=1)[:, 0] * kept).sum()

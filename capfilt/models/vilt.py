@@ -143,8 +143,14 @@ class ViltBody(nn.Module):
         found: ImageTokens = self.visual_encoder(images, mask, limit)
         return found
 
-    def fuse(self, ids: Tensor, mask: Tensor | None, image: ImageTokens, picture: int = 0) -> States:
-        """Every text i read together with image i, as its picture number `picture`."""
+    def fuse(
+        self, ids: Tensor, mask: Tensor | None, image: ImageTokens, picture: int = 0, first: bool = False
+    ) -> States:
+        """Every text i read together with image i, as its picture number `picture`.
+
+        first: only the text's [CLS] is wanted, which `pool` reads: `text` [B, 1, D], and no `image`. The last block makes
+        nothing else then.
+        """
         text = self.text_embeddings(ids, 0) + self.modality[0]
         x = torch.cat([text, (image.tokens + self.modality[1 + picture]).to(text.dtype)], dim=1)
         seen = None
@@ -154,10 +160,12 @@ class ViltBody(nn.Module):
                 for each, known in ((text, mask), (image.tokens, image.mask))
             )
             seen = torch.cat(list(sides), dim=1)[:, None, None, :]
-        for block in self.blocks:
-            x = run_layer(block, x, seen, recompute=self.recompute)
+        last = len(self.blocks) - 1
+        for place, block in enumerate(self.blocks):
+            x = run_layer(block, x, seen, first and place == last, recompute=self.recompute)
         x = self.norm(x)
-        return States(x[:, : ids.shape[1]], x[:, ids.shape[1] :])
+        length = 1 if first else ids.shape[1]
+        return States(x[:, :length], x[:, length:])
 
     def pool(self, states: States) -> Tensor:
         """[B, D], in (-1, 1): what the heads of whole pairs read, from the text's [CLS]."""

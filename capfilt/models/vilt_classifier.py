@@ -71,7 +71,7 @@ class ViltClassifier(ViltBody):
         pooled = []
         for number, picture in enumerate(images.unbind(1)):
             image = self.encode_image(picture, None if image_mask is None else image_mask[:, number])
-            pooled.append(self.pool(self.fuse(ids, mask, image, number)))
+            pooled.append(self.pool(self.fuse(ids, mask, image, number, first=True)))
         return head_logits(self.cls_head, torch.cat(pooled, dim=1))
 
 

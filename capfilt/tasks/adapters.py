@@ -333,7 +333,7 @@ class ViltCapabilities(_OnDevice):
                 chosen = which[rows]
                 longest = int(lengths[chosen].max())
                 images = ImageTokens(tokens[image_index.to(self.device)[rows]])
-                states = self._model.fuse(ids[chosen, :longest], mask[chosen, :longest], images)
+                states = self._model.fuse(ids[chosen, :longest], mask[chosen, :longest], images, first=True)
                 out[rows.cpu()] = self._model.match_logits(states).cpu()
         return out
 

@@ -56,6 +56,23 @@ def test_a_padded_picture_of_another_size_is_seen_as_it_is_alone():
         torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_pooled_state_needs_no_other_state_of_the_last_block(recompute):
+    """Would catch: a last block that drops what [CLS] attends to, or another token's residual."""
+    model = widened(build_vilt(CONFIG)).train()
+    model.recompute_activations(recompute)
+    (ids, mask), (pixels, there) = texts(), pictures()
+    found = []
+    for first in (False, True):
+        model.zero_grad()
+        states = model.fuse(ids, mask, model.encode_image(pixels, there), first=first)
+        logits = model.match_logits(states)
+        logits[:, 1].sum().backward()
+        assert states.text.shape[1] == (1 if first else ids.shape[1])
+        found.append((logits.detach(), model.blocks[-1].attn.qkv.weight.grad.clone()))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
 def test_positions_are_interpolated_corner_to_corner():
     own = widened(build_vilt(CONFIG)).visual_encoder
     square = own.pos_embed[:, 1:].view(1, 3, 3, -1).permute(0, 3, 1, 2)

@@ -22,6 +22,7 @@ from capfilt.stages import options as o
 from capfilt.stages.classifier_training import FinetuneClosedVqa
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.registry import stage_command
+from capfilt.stages.task_training import FinetuneVqa
 from capfilt.tables.workspace import Workspace
 from tests.stages.test_task_training import FAST, colour, ingest
 from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
@@ -132,7 +133,7 @@ def test_the_closed_list_is_that_of_training_and_val_is_judged_whole(place):
     with pytest.raises(UserError, match="--answer-weight"):
         finetune(place, "finetune-vqa", answer_weight=("asked=0.5",), out="none")
     with pytest.raises(UserError, match="give --closed"):
-        finetune(place, "finetune-vqa", closed=False, softmax=True, out="none")
+        FinetuneVqa(dataclasses.replace(options, closed=False, softmax=True), place)
     assert stage.module(model, tokenizer, ALONE).softmax is False
     competing = FinetuneClosedVqa(dataclasses.replace(options, softmax=True), place)
     assert competing.module(model, tokenizer, ALONE).softmax is True
