@@ -2,7 +2,7 @@
 fused kernel; and a training step of a small ViLT in bf16 against fp32.
 
 In pairs, one thread. Processors that multiply bf16 by themselves (AVX512-BF16, AMX) gain; others lose by bf16 altogether, which
-is why `--precision auto` means fp32 there. Outputs of both attentions are compared with those of fp32.
+is why `--precision auto` means fp32 on all of them. Outputs of both attentions are compared with those of fp32.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def measure(args: argparse.Namespace, record: Record) -> None:
     def plain() -> Tensor:
         query, keys, values = sides.bfloat16().requires_grad_().unbind()
         out = attention(query, keys, values, attn_mask=mask)
-        out.sum().backward()
+        out.sum().backward()  # type: ignore[no-untyped-call]
         return out.detach()
 
     def fused() -> Tensor:
         query, keys, values = sides.bfloat16().requires_grad_().unbind()
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        out.sum().backward()
+        out.sum().backward()  # type: ignore[no-untyped-call]
         return out.detach()
 
-    exact = F.scaled_dot_product_attention(*sides.unbind(), attn_mask=mask)
+    exact = attention(*sides, attn_mask=mask)
     ids = torch.randint(5, VOCABULARY - 2, (rows, words), generator=generator)
     features = torch.randn(rows, config.vision.grid**2, 1280, generator=generator).half()
 

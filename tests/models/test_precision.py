@@ -1,6 +1,6 @@
 """Bugs caught here: a GPU that only emulates bf16 taken for one that has it, and so three times slower than in fp32; an engine,
 a plug-in or an evaluation that decides for itself, or does not do as it is told; attention of bf16 on a processor that is not
-attention, or is torch's fused one, whose gradients take four times as long there.
+attention, or is torch's fused one, whose gradients take twice as long there.
 """
 
 from __future__ import annotations
