@@ -20,6 +20,7 @@ from capfilt.models.config import Shape
 from capfilt.models.layers import (
     ACTIVATIONS,
     PreNormBlock,
+    attention,
     full_precision,
     merge_heads,
     run_layer,
@@ -332,7 +333,7 @@ class AttentionPool(nn.Module):
         query, keys, values = (
             split_heads(each, self.heads) for each in (self.query(x[:, :1]), self.key(x), self.value(x))
         )
-        out: Tensor = self.proj(merge_heads(F.scaled_dot_product_attention(query, keys, values))[:, 0])
+        out: Tensor = self.proj(merge_heads(attention(query, keys, values))[:, 0])
         return out
 
 

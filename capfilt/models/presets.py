@@ -86,6 +86,7 @@ VILT: dict[str, ViltConfig] = {
         depth=4,
         heads=4,
         hidden=384,
+        dropout=0.0,
         tied=True,
     ),
     "small": ViltConfig(
