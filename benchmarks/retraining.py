@@ -56,7 +56,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 LONGER = {"vilt": 1.4}
 """How many times the quickstart's steps a model is trained for, where that is not 1; on both corpora alike."""
 SEEING: Mapping[str, Mapping[str, Any]] = {**MODELS, "vilt": {"mask_share": 0.4}}
-LONGER_SEEING = {"vilt": 3}
+LONGER_SEEING = {"vilt": 5}
 """The same for photographs."""
 METRICS = ("tr@1", "ir@1", "choice_itc", "choice_itm", "cider")
 TIMES_CHANCE = 5.0

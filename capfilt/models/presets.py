@@ -67,7 +67,7 @@ CLIP: dict[str, ClipConfig] = {
 }
 # ViLT, arXiv 2102.03334, sec. 4.2: ViLT-B/32. Its definition leaves no stem to see shapes early with: tiny and small have
 # patches of a few pixels, trunk the map of BLIP's trunk in their place. All three name hidden words by the words' own
-# embeddings, which halves what they must learn of them.
+# embeddings, which halves what they must learn of them; tiny and trunk, which train for minutes, have no dropout.
 VILT: dict[str, ViltConfig] = {
     "tiny": ViltConfig(
         ViltVisionConfig(48, 8),
