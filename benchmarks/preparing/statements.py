@@ -112,10 +112,13 @@ def about_towers(rng: Random, boxes: list[Box]) -> Statement:
         words, agrees = height(rng)
         many, n, right = quantity(rng, 3)
         if rng.random() < 0.5:
-            return f"there is a tower with {words}", any(agrees(len(stack)) for stack in stacks)
+            some, flip = rng.choice((("a", False), ("a", False), ("one", False), ("no", True)))
+            return f"there is {some} tower with {words}", any(agrees(len(x)) for x in stacks) != flip
         s = "" if n == 1 else "s"
         return there(rng, f"{many} tower{s} with {words}", n), right(sum(agrees(len(x)) for x in stacks))
     if form in (5, 6):
+        if rng.random() < 0.15:
+            return f"there is no {c} block {over} a {d} block", (c, d) not in adjacent
         some = rng.choice(("a", "one", "at least one"))
         text = rng.choice(
             (
@@ -160,6 +163,8 @@ def about_towers(rng: Random, boxes: list[Box]) -> Statement:
         some = rng.choice(("the", "there is a", "there is one"))
         has = "has" if some == "the" else "which has"
         true = any(agrees(len(stack)) and stack[END[end]] == c for stack in stacks)
+        if rng.random() < 0.3:
+            return f"the {end} of a {words} tower is {c}", true
         return f"{some} tower with {words} {has} a {c} block at the {end}", true
     if form == 12:
         words, agrees = height(rng)
