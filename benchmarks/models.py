@@ -80,7 +80,7 @@ def by_cross(model: Any) -> tuple[Callable[[Tensor], Any], Callable[[Any, Tensor
 
 def by_stream(model: Any) -> tuple[Callable[[Tensor], Any], Callable[[Any, Tensor], Tensor]]:
     """ViLT: patches through a linear map, then everything."""
-    return model.encode_image, lambda image, ids: model.match_logits(model.fuse(ids, None, image))
+    return model.encode_image, lambda image, ids: model.match_logits(model.fuse(ids, None, image, first=True))
 
 
 def by_cosine(model: Any) -> tuple[Callable[[Tensor], Any], Callable[[Any, Tensor], Tensor]]:
