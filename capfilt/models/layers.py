@@ -43,8 +43,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-    """As `F.scaled_dot_product_attention`, whose fused kernel takes twice as long as plain products for the gradients of bf16
-    on a processor (benchmarks/attention.py); there it is not used.
+    """As `F.scaled_dot_product_attention`, whose fused kernel takes over twice as long as plain products for the gradients of
+    bf16 on a processor (benchmarks/attention.py); there it is not used.
     """
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
         with sdpa_kernel(SDPBackend.MATH):

@@ -11,6 +11,7 @@ from capfilt.data.corpus import Corpus, from_images
 from capfilt.data.example_set import ExampleSet, read_examples
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
+from capfilt.models.precision import check_precision
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.pair_training import IMAGE_COLUMNS
@@ -45,8 +46,7 @@ class Evaluate(ResultStage):
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(options, name)!r}: choose {', '.join(SPLITS)}"
                 )
-        if options.precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"--precision {options.precision!r}: choose auto, fp32 or bf16")
+        check_precision(options.precision)
         for name, least in (("batch_size", 1), ("limit", 0), ("rerank", 0), ("resamples", 0), ("draws", 1)):
             if getattr(options, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")

@@ -30,6 +30,7 @@ from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, kinds
 from capfilt.models.kinds import Model, empty
+from capfilt.models.precision import check_precision
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.options import LoopOptions, foreign
@@ -89,8 +90,7 @@ class Training(ModelStage, Generic[D]):
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
         self.output = output.path if output else workspace.model(options.out)
-        if options.precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"--precision {options.precision!r}: choose auto, fp32 or bf16")
+        check_precision(options.precision)
         if options.steps < 0 or (not options.steps and options.epochs <= 0):
             raise UserError("--steps, or --epochs, must be above 0")
         if options.batch_size < self.least:
