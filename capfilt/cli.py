@@ -1,5 +1,5 @@
 """The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, compare,
-report, doctor, recipe and export.
+report, doctor, convert, recipe and export.
 
 Only typer and the standard library are imported here; what a command needs is imported when it runs. Options are
 declared once, in `stages/options.py`.
@@ -12,6 +12,7 @@ import inspect
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_type_hints
 
@@ -31,6 +32,7 @@ OTHERS = {
     "compare": "Show a result of evaluate, or set several side by side.",
     "report": "Write one HTML file about a workspace.",
     "doctor": "Check this machine, and a workspace's shards against their manifests.",
+    "convert": "Convert a workspace that an earlier capfilt wrote to today's layout.",
     "recipe list": "List the recipes that come with capfilt.",
     "recipe show": "Print a recipe as it is written, or with every option resolved.",
     "export": "Write a checkpoint in transformers' layout, the original repository's, or capfilt's.",
@@ -75,32 +77,7 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
                 field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
             )
         )
-    shared: list[tuple[str, Any, Any]] = [
-        (
-            "workspace",
-            Annotated[
-                str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
-            ],
-            ".",
-        ),
-        (
-            "execution",
-            Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")],
-            "ray",
-        ),
-        ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
-    ]
-    if command.out:
-        out = Annotated[
-            str,
-            typer.Option(
-                "--out",
-                help="directory to write the part to, in place of the workspace's",
-                show_default=False,
-            ),
-        ]
-        shared.insert(0, ("out", out, ""))
-    for name, annotation, default in shared:
+    for name, (annotation, default) in _shared(command).items():
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )
@@ -108,17 +85,35 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
     return parameters
 
 
+def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of the parameters that are no options of the stage's own."""
+    workspace = typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
+    execution = typer.Option("--execution", help="ray, or inline: this process, without Ray")
+    shared: dict[str, tuple[Any, Any]] = {
+        "workspace": (Annotated[str, workspace], "."),
+        "execution": (Annotated[str, execution], "ray"),
+        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
+    }
+    if any(field.metadata["kind"] in stage_options.PARTS for field in dataclasses.fields(command.options)):
+        text = "read parts that are not whole; the output says so"
+        allow = typer.Option("--allow-incomplete", help=text)
+        shared = {"allow_incomplete": (Annotated[bool, allow], False), **shared}
+    if command.out:
+        text = "directory to write the part to, in place of the workspace's"
+        shared = {"out": (Annotated[str, typer.Option("--out", help=text, show_default=False)], ""), **shared}
+    return shared
+
+
 def _stage_function(command: StageCommand) -> Callable[..., None]:
     def run(context: typer.Context, **values: Any) -> None:
-        workspace, execution, quiet = values.pop("workspace"), values.pop("execution"), values.pop("quiet")
-        out = values.pop("out", "") if command.out else ""
+        shared = {name: values.pop(name) for name in _shared(command)}
         # The others are at their defaults; `download --retry` needs to know which were given.
         chosen = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
             if _given(context, name)
         }
-        run_stages(command, command.options(**chosen), workspace, execution=execution, quiet=quiet, out=out)
+        run_stages(command, command.options(**chosen), **shared)
 
     run.__signature__ = inspect.Signature(_parameters(command))  # type: ignore[attr-defined]
     run.__doc__ = inspect.getdoc(command.options)
@@ -131,7 +126,14 @@ def _given(context: typer.Context, name: str) -> bool:
 
 
 def run_stages(
-    command: StageCommand, options: Any, workspace: str, *, execution: str, quiet: bool = False, out: str = ""
+    command: StageCommand,
+    options: Any,
+    workspace: str,
+    *,
+    execution: str,
+    quiet: bool = False,
+    out: str = "",
+    allow_incomplete: bool = False,
 ) -> None:
     """Run one command's stages and print a line about each."""
     from capfilt.execution.run import run_command
@@ -139,7 +141,8 @@ def run_stages(
     from capfilt.tables.workspace import Workspace
 
     output = Part(out) if out else None
-    for summary in run_command(command, options, Workspace(workspace), execution, output=output, quiet=quiet):
+    place = Workspace(workspace, allow_incomplete=allow_incomplete)
+    for summary in run_command(command, options, place, execution, output=output, quiet=quiet):
         typer.echo(summary.text())
         if command.shows:
             _show(command.shows, summary.output, options, quiet)
@@ -246,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    warnings.showwarning = _show_warning
     # A shell that completes a command line puts it in the environment, the program's name first.
     app = build_app(arguments or os.environ.get("COMP_WORDS", "").split()[1:])
     try:
@@ -278,6 +282,17 @@ def _run(arguments: Sequence[str]) -> int:
             print(f"capfilt: {_usage(error)}", file=sys.stderr)
             return 2
         raise
+
+
+_python_shows = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **further: Any) -> None:
+    """capfilt's own warnings are one line without a place in its code; those of libraries stay as they are."""
+    if category is RuntimeWarning:
+        print(f"capfilt: {message}", file=sys.stderr)
+    else:
+        _python_shows(message, category, *where, **further)
 
 
 def _interrupted() -> int:

@@ -1,4 +1,4 @@
-"""The commands that are not stages: run, quickstart, query, compare, report, doctor, recipe list, recipe show, export.
+"""The commands that are not stages: run, quickstart, query, compare, report, doctor, convert, recipe list, recipe show, export.
 
 Light: each imports what it needs when it runs.
 """
@@ -40,6 +40,7 @@ EXAMPLES = {
     ),
     "report": ("capfilt report -w quickstart --out report.html",),
     "doctor": ("capfilt doctor", "capfilt doctor -w quickstart --verify"),
+    "convert": ("capfilt convert my-workspace", "capfilt convert my-workspace/images/web"),
     "export": (
         "capfilt export captioner --to transformers --only captioner --out captioner-hf",
         "capfilt export ./model_base.pth --to transformers --out blip-base",
@@ -62,6 +63,9 @@ def run(
         str, typer.Option("--from", help="this step and those after it", show_default=False)
     ] = "",
     settings: SETTINGS = None,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="read parts that are not whole; the outputs say so")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")
     ] = False,
@@ -75,7 +79,7 @@ def run(
 
     name, content = recipes.load_recipe(recipe)
     steps = recipes.chosen_steps(recipes.resolve(content, settings or []), only or [], start)
-    place = Workspace(workspace)
+    place = Workspace(workspace, allow_incomplete=allow_incomplete)
     if dry_run:
         for line in recipes.dry_run(steps, place):
             typer.echo(line)
@@ -153,7 +157,11 @@ def doctor(
     workspace: Annotated[
         str,
         typer.Option(
-            "--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="also check its shards", show_default=False
+            "--workspace",
+            "-w",
+            envvar="CAPFILT_WORKSPACE",
+            help="also check its shards (with --verify: the current directory's)",
+            show_default=False,
         ),
     ] = "",
     verify: Annotated[bool, typer.Option("--verify", help="read and hash every byte of every shard")] = False,
@@ -162,6 +170,7 @@ def doctor(
     from capfilt import doctor as checks
 
     healthy = True
+    workspace = workspace or ("." if verify else "")
     if workspace:
         checks.existing(workspace)
     for line in checks.machine():
@@ -172,6 +181,21 @@ def doctor(
             typer.echo(line)
     if not healthy:
         raise typer.Exit(1)
+
+
+def convert(
+    path: Annotated[str, typer.Argument(help="a workspace, or one part")] = ".",
+) -> None:
+    """Convert a workspace that an earlier capfilt wrote: rows, files and ids stay, records move to .capfilt."""
+    from pathlib import Path
+
+    from capfilt.tables.convert import convert as convert_parts
+
+    found = convert_parts(Path(path))
+    for part in found:
+        typer.echo(f"converted {part}")
+    if not found:
+        typer.echo(f"{path}: nothing to convert")
 
 
 def recipe_list() -> None:

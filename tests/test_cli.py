@@ -172,8 +172,9 @@ def test_doctor_finds_a_damaged_shard_and_exits_1(call, workspace):
 
 def test_doctor_goes_on_past_a_manifest_that_cannot_be_read(call, workspace):
     """Catches a check of many parts that ends at the first damage."""
-    path = workspace.part("images", "web").path
-    (path / "00000.manifest.json").write_text("{")
+    part = workspace.part("images", "web")
+    path = part.path
+    (part.record / "00000.manifest.json").write_text("{")
     data = bytearray((path / "00001.parquet").read_bytes())
     data[200] ^= 1
     (path / "00001.parquet").write_bytes(data)

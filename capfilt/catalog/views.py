@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def open_catalog(
     if not workspace.path.is_dir():
         raise UserError(f"{workspace.path}: no such directory; name the workspace with --workspace")
     found = accounts(workspace) if found is None else found
+    for account in found:
+        if account.part.gap:
+            warnings.warn(f"{account.part.path}: {account.part.gap}", RuntimeWarning, stacklevel=3)
     # DuckDB would spill large sorts into the working directory.
     with tempfile.TemporaryDirectory(prefix="capfilt-query-") as spill, duckdb.connect() as connection:
         for name, value in (_SETTINGS | {"temp_directory": spill}).items():
@@ -165,9 +169,8 @@ def _select(account: Account) -> str:
 
 
 def _files(account: Account) -> list[str]:
-    directory = account.part.path.absolute()
-    # Only what a manifest vouches for: a crashed run may have left further files in the directory.
-    return [str(directory / manifest.file) for manifest in account.manifests]
+    # Only files that a manifest vouches for: a crashed run may have left others.
+    return [str(account.part.file(manifest).absolute()) for manifest in account.manifests]
 
 
 def _lock(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> None:

@@ -52,11 +52,9 @@ class Evaluate(ResultStage):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
         self.checkpoint = workspace.model(options.model)
         checkpoint.read_config(self.checkpoint)
-        self.images = workspace.part("images", options.images).expect("images").check()
-        self.pictures = [workspace.part("images", name).expect("images").check() for name in options.pictures]
-        self.examples = [
-            workspace.part("examples", name).expect("examples").check() for name in options.examples
-        ]
+        self.images = workspace.input("images", options.images).check()
+        self.pictures = [workspace.input("images", name).check() for name in options.pictures]
+        self.examples = [workspace.input("examples", name).check() for name in options.examples]
         self.output = result_path(workspace.path, options.out or self.checkpoint.name)
 
     def identity(self) -> Mapping[str, Any]:

@@ -24,7 +24,8 @@ from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLI
 from capfilt.tables.example_formats import example_rows
 from capfilt.tables.example_row import ExampleRow
 from capfilt.tables.ids import example_id, file_sha256
-from capfilt.tables.shards import Counts, Part, fingerprint
+from capfilt.tables.sealed import fingerprint
+from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
 
 _TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
@@ -41,7 +42,7 @@ class Examples(ShardStage):
         _check(options)
         self.options = options
         self.output = output or workspace.part("examples", options.dataset)
-        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
+        self.images = [workspace.input("images", name).check() for name in options.images]
         self.source = Path(options.source_path).expanduser()
         self.annotations = Path(options.annotations).expanduser() if options.annotations else None
         self._pictures: NamedPictures | None = None

@@ -41,8 +41,8 @@ class Grade(ResultStage):
 
     def __init__(self, options: GradeOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
-        self.images = workspace.part("images", options.images).expect("images").check()
-        self.verdicts = workspace.part("verdicts", options.verdicts).expect("verdicts").check()
+        self.images = workspace.input("images", options.images).check()
+        self.verdicts = workspace.input("verdicts", options.verdicts).check()
         self.filter = workspace.model(options.filter) if options.filter else None
         if options.expert:
             if self.filter is None:

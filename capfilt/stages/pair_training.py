@@ -52,9 +52,9 @@ class PairTraining(Training[Pairs]):
             raise UserError("--shard and --cache-features: features are cached by models that are whole")
         if options.randaugment and options.cache_features:
             raise UserError("--randaugment changes pictures: it needs --augment, and no --cache-features")
-        self.human = [workspace.part("images", name).expect("images").check() for name in options.human]
+        self.human = [workspace.input("images", name).check() for name in options.human]
         web = getattr(options, "web", ())
-        self.web = [workspace.part("images", name).expect("images").check() for name in web]
+        self.web = [workspace.input("images", name).check() for name in web]
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
         """Which losses a BLIP is trained with."""

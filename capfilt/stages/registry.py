@@ -63,9 +63,11 @@ class StageCommand:
                 f"{self.name}: {missing[0]} must be given (see capfilt {' '.join(self.words)} --help)"
             )
         module, _, name = path.partition(":")
+        place = workspace.noting()
         stage: ShardStage | ModelStage = getattr(importlib.import_module(module), name)(
-            options, workspace, output
+            options, place, output
         )
+        stage.gaps = place.gaps
         return stage
 
 

@@ -43,6 +43,7 @@ class ResultStage(ModelStage):
             "fingerprint": self.fingerprint(),
             "identity": dict(self.identity()),
             "origins": dict(self.origins()),
+            **({"incomplete_inputs": dict(self.gaps)} if self.gaps else {}),
             **self.measure(report),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ class Subset(ShardStage):
         if options.role not in ("human", "web"):
             raise UserError(f"--role {options.role!r}: choose human or web")
         self.options = options
-        self.images = workspace.part("images", options.images).expect("images")
+        self.images = workspace.input("images", options.images)
         self.output = output or workspace.part("images", options.dataset)
         if self.output.path == self.images.path:
             raise UserError(f"--dataset {options.dataset}: is the part that is read; name another")

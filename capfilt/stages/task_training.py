@@ -69,10 +69,8 @@ class TaskTraining(Training[TaskCorpus]):
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(options, name):g}: give a number in [0, 1)"
                 )
-        self.parts = {
-            name: workspace.part("examples", name).expect("examples").check() for name in options.examples
-        }
-        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
+        self.parts = {name: workspace.input("examples", name).check() for name in options.examples}
+        self.images = [workspace.input("images", name).check() for name in options.images]
         self.init = workspace.model(options.init)
         self.check_start(self.init, "--init", (*STARTS[self.form], *FINETUNED[self.form]))
 

@@ -155,7 +155,7 @@ class Retrain(Pretrain):
         self.options = options
         self.check_options(self.model)
         super().__init__(options, workspace, output)
-        self.pairs = [workspace.part("pairs", name).expect("pairs").check() for name in options.pairs]
+        self.pairs = [workspace.input("pairs", name).check() for name in options.pairs]
         self.joined: list[tuple[Part, Part]] = []
         for item in options.verdicts:
             images, equals, verdicts = item.partition("=")
@@ -163,8 +163,8 @@ class Retrain(Pretrain):
                 raise UserError(f"--verdicts {item}: write IMAGES=VERDICTS, the names of two parts")
             self.joined.append(
                 (
-                    workspace.part("images", images).expect("images").check(),
-                    workspace.part("verdicts", verdicts).expect("verdicts").check(),
+                    workspace.input("images", images).check(),
+                    workspace.input("verdicts", verdicts).check(),
                 )
             )
         selected = [(part, part.rows) for part in self.pairs]

@@ -261,7 +261,8 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_part_in_another_tables_directory_is_refused(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     commit(workspace, "web", [image("a")])
-    shutil.copytree(tmp_path / "images" / "web", tmp_path / "scores" / "web")
+    for folder in (tmp_path, tmp_path / ".capfilt"):
+        shutil.copytree(folder / "images" / "web", folder / "scores" / "web")
     with pytest.raises(UserError, match="part of table images"), open_catalog(workspace):
         pass
 

@@ -24,7 +24,7 @@ from capfilt.stages.download.presets import Layout
 from capfilt.stages.download.text_lists import CsvList, JsonList, JsonlList, TsvList, TxtList
 from capfilt.stages.download.url_list import EmptyList, Slice, UrlList, url_of
 from capfilt.tables.formats import text_of, texts_in
-from capfilt.tables.shards import fingerprint
+from capfilt.tables.sealed import fingerprint
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
 

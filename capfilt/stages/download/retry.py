@@ -77,6 +77,9 @@ class Retry(Fetching):
     def shards(self) -> list[int]:
         return self.output.shards()
 
+    def plan(self) -> None:
+        return None  # as the download planned it
+
     def renews(self, manifest: Manifest) -> bool:
         return any(rows for failure, rows in manifest.counts.failed.items() if failure in self.failures)
 
