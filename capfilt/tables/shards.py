@@ -255,8 +255,9 @@ class Part:
     def exists(self) -> bool:
         """Whether the part was begun. Raises UserError where an earlier version of capfilt wrote it."""
         if (self.path / "_part.json").is_file():
+            place = self.path.parent.parent if self.path.parent.name in CONTRACTS else self.path
             raise UserError(
-                f"{self.path}: was written by an earlier capfilt; convert it with `capfilt convert {self.path}`"
+                f"{self.path}: was written by an earlier capfilt; convert it with `capfilt convert {place}`"
             )
         # Without its folder a part is gone, whatever its record says.
         return self.path.is_dir() and (self.record / "part.json").is_file()

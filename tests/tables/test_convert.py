@@ -80,6 +80,9 @@ def test_a_converted_workspace_has_the_rows_ids_and_fingerprints_it_had(old):
     assert {file_sha256(path) for path in old.path.rglob("*.parquet")} == sums
     assert all(good for good, _ in doctor(str(old.path), full=True))
     assert old.part("images", "web").manifest(0).generation == 1
+    assert (
+        old.part("captions", "captioner").planned_rows == old.part("captions", "captioner").counts().rows_in
+    )
     assert convert(old.path) == []
     with pytest.raises(UserError, match="no such folder"):
         convert(old.path / "nowhere")
