@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from capfilt.tables.visible import say
+
 WORKSPACE = Annotated[
     str,
     typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
@@ -78,10 +80,10 @@ def run(
     place = Workspace(workspace)
     if dry_run:
         for line in recipes.dry_run(steps, place):
-            typer.echo(line)
+            say(line)
         return
     for _, summary in recipes.run_recipe(name, steps, place, execution, quiet=quiet):
-        typer.echo(summary.text())
+        say(*summary.lines())
 
 
 def quickstart(
@@ -146,7 +148,7 @@ def report(
     place = Workspace(workspace)
     path = Path(out) if out else place.path / "report.html"
     write_report(place, path)
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def doctor(
@@ -165,11 +167,11 @@ def doctor(
     if workspace:
         checks.existing(workspace)
     for line in checks.machine():
-        typer.echo(line)
+        say(line)
     if workspace:
         for good, line in checks.workspace(workspace, full=verify):
             healthy &= good
-            typer.echo(line)
+            say(line)
     if not healthy:
         raise typer.Exit(1)
 
@@ -181,7 +183,7 @@ def recipe_list() -> None:
 
     for each in list_recipes():
         _, content = module.load_recipe(each)
-        typer.echo(f"{each:<24} {' '.join(content.description.split())}")
+        say(f"{each:<24} {' '.join(content.description.split())}")
 
 
 def export(
@@ -203,7 +205,7 @@ def export(
     from capfilt.tables.workspace import Workspace
 
     for line in write(Workspace(workspace).model(model), to, out, only, image_size):
-        typer.echo(line)
+        say(line)
 
 
 def recipe_show(
@@ -222,4 +224,7 @@ def recipe_show(
     if settings and not resolved:
         raise UserError("recipe show: --set changes what --resolved prints; give both")
     text = module.show(content, settings or []) if resolved else find_recipe(name).read_text(encoding="utf-8")
-    typer.echo(text, nl=False)
+    if sys.stdout.isatty():
+        say(*text.removesuffix("\n").split("\n"))
+    else:
+        sys.stdout.write(text)

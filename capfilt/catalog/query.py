@@ -21,10 +21,10 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from capfilt.catalog.text import shortened, visible, visible_json
 from capfilt.catalog.views import View, describe, open_catalog
 from capfilt.errors import UserError
 from capfilt.formats.columns import quoted
+from capfilt.tables.visible import shortened, visible, visible_json
 from capfilt.tables.workspace import Workspace
 
 FORMATS = ("table", "json", "csv")
@@ -60,7 +60,8 @@ def print_query(
         sql: one statement, as in `query`; blank for help.
         format: "table" (for people: long cells are cut, and what is not shown is said below), "json" (an array of
             objects) or "csv" (RFC 4180: CRLF line ends, a null is an empty field, an empty text is ""). In JSON and CSV
-            bytes are base64; JSON has no NaN or infinity and says null.
+            bytes are base64; JSON has no NaN or infinity and says null. A terminal gets control characters as escapes in
+            every format; in a file or a pipe, JSON and CSV read back as they were.
         out: a text stream; for CSV opened with newline="" where it is a file.
         rows: at most so many rows in a table; 0 for all. JSON and CSV always have all.
         width: of a table in columns; 0: the terminal's, or unlimited when `out` is none.
@@ -296,13 +297,15 @@ def _print_json(names: Sequence[str], rows: Iterator[list[Any]], out: TextIO) ->
 
 def _print_csv(names: Sequence[str], rows: Iterator[list[Any]], out: TextIO) -> None:
     first = next(rows, None)
-    out.write(",".join(_csv_field(name) for name in names) + "\r\n")
-    while first is not None:
-        out.write(",".join(_csv_field(value) for value in first) + "\r\n")
-        first = next(rows, None)
+    # A terminal would obey what a file or a program has to get as it is.
+    shown = visible if out.isatty() else str
+    line: Sequence[Any] | None = names
+    while line is not None:
+        out.write(",".join(_csv_field(value, shown) for value in line) + "\r\n")
+        line, first = first, next(rows, None)
 
 
-def _csv_field(value: Any) -> str:
+def _csv_field(value: Any, shown: Callable[[str], str]) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -311,7 +314,7 @@ def _csv_field(value: Any) -> str:
         text = repr(value)
     else:
         plain = _plain(value)
-        text = json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain)
+        text = shown(json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain))
     if not text or any(character in text for character in '",\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, replace
@@ -55,7 +54,7 @@ class Ingest(ShardStage):
     def __init__(self, options: IngestOptions, workspace: Workspace, output: Part | None = None) -> None:
         _check(options)
         self.options = options
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         self.source = open_source(
             options.source_path,
             options.format,
@@ -214,10 +213,6 @@ def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     if options.source_path.strip("\0") == "":
         raise UserError("ingest: SOURCE_PATH must be given")
-    if options.dataset.strip("\0") == "":
-        raise UserError("ingest: --dataset must be given")
-    if os.sep in options.dataset:
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.source not in ("human", "web"):
         raise UserError(f"--source {options.source!r}: choose human or web")
     given = [("--splits", split) for split in options.splits]

@@ -59,7 +59,7 @@ class Subset(ShardStage):
             raise UserError(f"--role {options.role!r}: choose human or web")
         self.options = options
         self.images = workspace.part("images", options.images).expect("images")
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         if self.output.path == self.images.path:
             raise UserError(f"--dataset {options.dataset}: is the part that is read; name another")
 

@@ -224,7 +224,7 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
     [
         ({"source_path": "nowhere"}, "nowhere: "),
         ({"source_path": ""}, "SOURCE_PATH must be given"),
-        ({"dataset": ""}, "--dataset must be given"),
+        ({"dataset": ""}, "--dataset '' is no name"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"format": "zip"}, "--format 'zip'"),
         ({"source": "synthetic"}, "--source 'synthetic'"),
