@@ -299,7 +299,10 @@ class Part:
         written = [contract.name, contract.version, *contract.further]
         mark = fingerprint({"stage": stage, "contract": written, **identity})
         if self.exists and self.info["fingerprint"] != mark:
-            change = _first_difference(self.info.get("identity", {}), identity)
+            change = _first_difference(
+                {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
+                {"contract_version": contract.version, **identity},
+            )
             raise UserError(
                 f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
                 "to make it again"
