@@ -106,7 +106,10 @@ def query(
     sql: Annotated[
         str, typer.Argument(help="a query over the views; without one, the views and their columns")
     ] = "",
-    format: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
+    format: Annotated[
+        str,
+        typer.Option("--format", help="table, json or csv; a terminal gets control characters as escapes"),
+    ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
     """Ask a workspace in SQL. Views: images texts scores verdicts pairs funnel."""

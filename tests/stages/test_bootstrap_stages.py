@@ -484,5 +484,6 @@ def test_pairs_open_without_capfilt(workspace):
     run(Select(options, workspace))
     run(WritePairs(options, workspace))
     table = pq.read_table(workspace.part("pairs", "rule").path / "00000.parquet")
-    assert table.column_names == ["image_id", "image", "texts", "split"]
+    origin = ["dataset", "key", "url", "license", "width", "height", "sha256"]
+    assert table.column_names == ["image_id", "image", "texts", "split", *origin]
     assert b"huggingface" in table.schema.metadata
