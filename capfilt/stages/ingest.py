@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, replace
@@ -19,6 +18,7 @@ from PIL import Image
 
 from capfilt.data.images import BadImage, decode, encode_jpeg, phash, sha256
 from capfilt.errors import UserError
+from capfilt.formats.columns import mixed_types, read_columns, values
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.options import IngestOptions
 from capfilt.stages.pictures import read_header
@@ -54,7 +54,7 @@ class Ingest(ShardStage):
     def __init__(self, options: IngestOptions, workspace: Workspace, output: Part | None = None) -> None:
         _check(options)
         self.options = options
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         self.source = open_source(
             options.source_path,
             options.format,
@@ -72,7 +72,12 @@ class Ingest(ShardStage):
         self._hashes: dict[int, str] = {}
 
     def identity(self) -> Mapping[str, Any]:
-        return {"options": option_values(self.options), "source": self.source.digest()}
+        named = {"options": option_values(self.options), "source": self.source.digest()}
+        names = self.options.save_additional_columns
+        parquet = self.source.parquet(0) if names else None
+        mixed = mixed_types(parquet[1], names) if parquet else {}
+        # Absent where all files agree, as before files could differ.
+        return named | ({"types": mixed} if mixed else {})
 
     def shards(self) -> list[int]:
         return list(range(self.source.shard_count()))
@@ -84,7 +89,7 @@ class Ingest(ShardStage):
         # Of the very bytes the rows were made from, where this process made them.
         if shard not in self._hashes:
             digest = hashlib.sha256()
-            for row in self.source.rows(shard):
+            for row in self._rows(shard)[0]:
                 _note(digest, row, _read(row))
             return [digest.hexdigest()]
         return [self._hashes[shard]]
@@ -92,7 +97,7 @@ class Ingest(ShardStage):
     def process(self, shard: int) -> Produced:
         digest = hashlib.sha256()
         rows, failed = [], Counter[str]()
-        found = self.source.rows(shard)
+        found, further = self._rows(shard)
         for row in found:
             body = _read(row)
             _note(digest, row, body)
@@ -102,13 +107,27 @@ class Ingest(ShardStage):
             rows.append(columns)
         self._hashes[shard] = digest.hexdigest()
         table = IMAGES.table(rows)
-        for name, type_ in self.source.extra_types().items():
-            table = table.append_column(
-                pa.field(name, type_), arrow_column((row.extra.get(name) for row in found), type_)
-            )
+        for field in further.schema:
+            table = table.append_column(field, further.column(field.name))
         return Produced(
             table, Counts(len(rows), len(rows) - failed.total(), {}, dict(sorted(failed.items())))
         )
+
+    def _rows(self, shard: int) -> tuple[list[SourceRow], pa.Table]:
+        """The shard's rows, and their further columns."""
+        found = self.source.rows(shard)
+        names = self.options.save_additional_columns
+        parquet = self.source.parquet(shard) if names else None
+        if parquet is None:
+            types = self.source.extra_types()
+            columns = [arrow_column((row.extra.get(name) for row in found), types[name]) for name in types]
+            return found, pa.table(columns, names=list(types))
+        further = read_columns(*parquet, names).slice(0, len(found))
+        held = zip(*(values(further.column(name)) for name in names), strict=True)
+        return [
+            replace(row, extra=dict(zip(names, each, strict=True)))
+            for row, each in zip(found, held, strict=True)
+        ], further
 
     def _columns(self, row: SourceRow, body: bytes | tuple[str, str] | None) -> dict[str, Any]:
         columns: dict[str, Any] = {
@@ -194,10 +213,6 @@ def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     if options.source_path.strip("\0") == "":
         raise UserError("ingest: SOURCE_PATH must be given")
-    if options.dataset.strip("\0") == "":
-        raise UserError("ingest: --dataset must be given")
-    if os.sep in options.dataset:
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.source not in ("human", "web"):
         raise UserError(f"--source {options.source!r}: choose human or web")
     given = [("--splits", split) for split in options.splits]

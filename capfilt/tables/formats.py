@@ -145,7 +145,11 @@ class Source(ABC):
 
     @abstractmethod
     def extra_types(self) -> dict[str, pa.DataType]:
-        """The Arrow type of each further field, the same for every shard."""
+        """The Arrow type of each further field that `rows` has, the same for every shard."""
+
+    def parquet(self, shard: int) -> tuple[Path, list[Path]] | None:
+        """The Parquet file that has the shard's further fields, and those of all shards; None where `rows` has them."""
+        return None
 
 
 def open_source(path: str, format: str, reading: Reading) -> Source:
@@ -421,8 +425,14 @@ def _sidecar(path: Path) -> tuple[str, ...]:
 # -- img2dataset's output and other Parquet files with pictures in them ---------------------------------------------
 
 
+_FIELDS = (
+    "key", "status", "error_message", "split", "url", "license", "original_width", "original_height", "sha256",
+)  # fmt: skip
+"""The columns of a Parquet shard that a row is made of, beside its picture and its texts."""
+
+
 def parquet_rows(path: Path, reading: Reading) -> list[SourceRow]:
-    """Rows of one Parquet shard of img2dataset: failures too, in the file's order.
+    """Rows of one Parquet shard of img2dataset: failures too, in the file's order, without further fields.
 
     The picture is in a column of the file, in the tar beside it, or in the folder of the file's name (img2dataset's
     formats parquet, webdataset and files). Rows without a `key` get the file's name and their number. Raises UserError
@@ -431,10 +441,15 @@ def parquet_rows(path: Path, reading: Reading) -> list[SourceRow]:
     schema = _parquet_schema(path)
     picture = _picture_column(schema.names)
     columns = _caption_columns(path, schema.names, reading)
+    # Of the others some may be beyond Python: an infinite date, a list that Arrow cannot read.
+    wanted = [name for name in schema.names if name in {*_FIELDS, *columns, picture}]
     tar = path.with_suffix(".tar")
     samples = {} if picture or not tar.is_file() else {sample.key: sample for sample in read_tar(tar)}
     rows = []
-    for number, record in enumerate(pq.read_table(path).to_pylist()):
+    file = pq.ParquetFile(path)
+    # No column of these at all: as many rows as the file has all the same.
+    records = file.read(columns=wanted).to_pylist() if wanted else [{}] * file.metadata.num_rows
+    for number, record in enumerate(records):
         key = text_of(record["key"]) if record.get("key") is not None else f"{path.stem}/{number:06d}"
         status, message = record.get("status") or "success", record.get("error_message")
         if status not in ("success", "failed_to_download", "failed_to_resize"):
@@ -451,7 +466,6 @@ def parquet_rows(path: Path, reading: Reading) -> list[SourceRow]:
             original_width=_integer(record.get("original_width")),
             original_height=_integer(record.get("original_height")),
             sha256=_optional(record.get("sha256")),
-            extra={name: record.get(name) for name in reading.extra},
         )
         if status == "success":
             sample = samples.get(key, samples.get(REST))
@@ -764,7 +778,7 @@ class _ParquetSource(_FileSource):
     def _read(self, file: Path) -> list[SourceRow]:
         return parquet_rows(file, self.reading)
 
-    def extra_types(self) -> dict[str, pa.DataType]:
+    def parquet(self, shard: int) -> tuple[Path, list[Path]] | None:
         schema = _parquet_schema(self.files[0])
         for name in self.reading.extra:
             if name not in schema.names:
@@ -772,7 +786,12 @@ class _ParquetSource(_FileSource):
                     f"{self.files[0]}: has no column {name!r}; its columns are {', '.join(schema.names)}: see "
                     "--save-additional-columns"
                 )
-        return {name: schema.field(name).type for name in self.reading.extra}
+        for file in self.files:
+            _parquet_schema(file)
+        return self.files[shard], self.files
+
+    def extra_types(self) -> dict[str, pa.DataType]:
+        return {}
 
 
 class _TarSource(_FileSource):

@@ -403,7 +403,10 @@ class Part:
         # Parts without further columns keep the fingerprints they had before there were any.
         mark = _mark(stage, [contract.name, contract.version, *contract.further], identity)
         if self.exists and self.info["fingerprint"] != mark:
-            change = _first_difference(self.info.get("identity", {}), identity)
+            change = _first_difference(
+                {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
+                {"contract_version": contract.version, **identity},
+            )
             raise UserError(
                 f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
                 "to make it again"
