@@ -21,6 +21,7 @@ from capfilt.stages import options as o
 from capfilt.stages.registry import stage_command
 from capfilt.stages.select import Select, WritePairs
 from capfilt.stages.train import Retrain
+from capfilt.tables.convert import convert
 from capfilt.tables.workspace import Workspace
 
 OLD = Path(__file__).parents[1] / "fixtures" / "workspace-1"
@@ -32,6 +33,7 @@ RULE = {"images": "web", "captions": ("captioner",), "threshold": 0.01, "duplica
 @pytest.fixture
 def old(tmp_path):
     shutil.copytree(OLD, tmp_path / "ws")
+    convert(tmp_path / "ws")
     return Workspace(tmp_path / "ws")
 
 
