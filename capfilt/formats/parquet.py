@@ -1,0 +1,134 @@
+"""Parquet files with pictures in a column, as Hugging Face's `datasets` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capfilt.data.images import SUFFIXES
+from capfilt.errors import UserError
+from capfilt.formats.keys import shared_key
+from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described, shards_in
+from capfilt.formats.values import caption_columns, require, text_of
+
+ENDINGS = (".parquet", ".pq")
+
+
+def detect(given: Given) -> bool:
+    """Whether the first of the files has a column of pictures."""
+    files = given.shards(*ENDINGS)
+    return bool(files) and picture_column(schema_of(files[0])) is not None
+
+
+def read(given: Given, reading: Reading) -> ParquetSource:
+    """A shard per file, a row per row."""
+    return ParquetSource(given, reading, shards_in(given, *ENDINGS))
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """The columns of a Parquet file. Raises UserError when it is broken."""
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"{path}: is not a whole Parquet file ({reason}); make it again, or take it away"
+        ) from None
+
+
+def picture_column(schema: pa.Schema) -> str | None:
+    """The column of pictures: one called so, else the first of bytes or of `datasets`' structs; None where there is none."""
+    holding = [field.name for field in schema if _holds_bytes(field.type)]
+    usual = (*SUFFIXES, "image", "image_bytes")
+    return next((name for name in usual if name in holding), holding[0] if holding else None)
+
+
+def _holds_bytes(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in type_)
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+
+class ParquetSource(FileSource):
+    """Rows have the file's `key`, where it has one and keys do not begin anew in each file; else the file's name too."""
+
+    def __init__(self, given: Given, reading: Reading, files: Sequence[Path]) -> None:
+        super().__init__(given, reading, files)
+        schema = schema_of(self.files[0])
+        caption_columns(schema.names, reading.caption_cols, self.files[0])
+        require(schema.names, reading.extra, self.files[0], "--save-additional-columns")
+        self._extra_types = {name: schema.field(name).type for name in reading.extra}
+
+    def extra_types(self) -> dict[str, pa.DataType]:
+        return self._extra_types
+
+    def digest(self) -> str:
+        # Found out here, so that it goes to the workers with the source.
+        assert self._shared is None or self._shared
+        return super().digest()
+
+    def remarks(self) -> Sequence[str]:
+        if self._shared is None:
+            return ()
+        key, one, other = self._shared
+        return [
+            f"keys begin anew in each file ({key} is in {one} and {other}), so each has its file's name in front"
+        ]
+
+    def _count(self, file: Path) -> int:
+        schema_of(file)
+        return int(pq.read_metadata(file).num_rows)
+
+    @cached_property
+    def _shared(self) -> tuple[str, str, str] | None:
+        """A key that two files have, with their names; None where the files' own keys are all different."""
+        own = [(name, file) for file, name in self.names.items()]
+        keyed = any("key" in schema_of(file).names for _, file in own)
+        if not keyed or all(self.keys.tells_file(name, key) for name, file in own for key in self._own_keys(file)):
+            return None
+        return shared_key((name, self._own_keys(file)) for name, file in own)
+
+    def _own_keys(self, file: Path) -> Iterator[str]:
+        number = 0
+        with pq.ParquetFile(file) as source:
+            columns = ["key"] if "key" in source.schema_arrow.names else []
+            for batch in source.iter_batches(columns=columns):
+                for key in batch.column(0).to_pylist() if columns else [None] * batch.num_rows:
+                    yield self._key(file, key, number, alone=True)
+                    number += 1
+
+    def _key(self, file: Path, key: Any, number: int, *, alone: bool) -> str:
+        name = self.names[file]
+        if key is None:
+            return self.keys.prefixed(name, f"{number:06d}")
+        return text_of(key) if alone else self.keys.of(name, text_of(key))
+
+    def _read(self, file: Path) -> Found:
+        schema = schema_of(file)
+        columns = caption_columns(schema.names, self.reading.caption_cols, file)
+        onto = self._pictures(file, picture_column(schema))
+        rows = []
+        for number, record in enumerate(pq.read_table(file).to_pylist()):
+            key = self._key(file, record.get("key"), number, alone=self._shared is None)
+            rows.append(onto(described(key, record, columns, self.reading.extra), record))
+        return Found(rows)
+
+    def _pictures(
+        self, file: Path, column: str | None
+    ) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
+        """What puts a record's picture onto its row."""
+        if column is None:
+            raise UserError(f"{file}: has no column of pictures")
+
+        def onto(row: SourceRow, record: dict[str, Any]) -> SourceRow:
+            value = record[column]
+            value = value.get("bytes") if isinstance(value, dict) else value
+            return row.missing("there is no picture in its row") if value is None else replace(row, picture=value)
+
+        return onto
