@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
-from capfilt.stages.download.places import Place, places
+from capfilt.formats.places import Place, places
 from capfilt.stages.download.presets import Layout
 from capfilt.stages.download.text_lists import CsvList, JsonList, JsonlList, TsvList, TxtList
 from capfilt.stages.download.url_list import EmptyList, Slice, UrlList, url_of

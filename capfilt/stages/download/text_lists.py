@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from capfilt.errors import UserError
-from capfilt.stages.download.places import Place
+from capfilt.formats.places import Place
 from capfilt.stages.download.presets import Layout
 from capfilt.stages.download.url_list import EmptyList, Slice, UrlList, url_of
 from capfilt.tables.formats import ColumnTypes, arrow_column, texts_in

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import UserError
-from capfilt.stages.download.places import Place
+from capfilt.formats.places import Place
 from capfilt.stages.download.presets import Layout, fitting
 from capfilt.tables.formats import storable
 

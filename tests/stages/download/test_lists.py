@@ -351,5 +351,5 @@ def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
     local, remote = opened(plain), opened(f"file://{plain}")
     assert remote[1] == local[1]
     assert remote[0].digest == local[0].digest
-    with pytest.raises(UserError, match="no such list of URLs"):
+    with pytest.raises(UserError, match="no such list"):
         opened(f"file://{plain}.gone")
