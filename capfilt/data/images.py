@@ -20,7 +20,7 @@ from PIL import Image, ImageFile, features
 
 from capfilt.tables.contracts import FAILURES
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 if "avif" in features.modules and features.check_module("avif"):  # Pillow's own wheels since 11.3
     FORMATS += ("AVIF",)
 SUFFIXES = (

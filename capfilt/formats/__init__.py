@@ -5,7 +5,7 @@ A format is a module with `detect` and `read`, as `source.Format` and `examples.
 
 from __future__ import annotations
 
-FORMATS = ("karpathy", "coco", "img2dataset", "webdataset", "parquet", "annotations", "folder")
+FORMATS = ("karpathy", "coco", "img2dataset", "webdataset", "parquet", "annotation_list", "folder")
 """Pictures with their texts, in the order in which `--format auto` asks whether a source is theirs."""
 
 EXAMPLE_FORMATS = ("class_folders", "daquar", "vqa_v2", "sugarcrepe", "easy_vqa", "labelled")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.formats import karpathy
@@ -25,7 +24,9 @@ def read(given: Given, reading: Reading) -> ListedSource:
     """
     path, data = given.path, given.object
     if not detect(given):
-        raise UserError(f"{path}: is no object with the lists `images` and `annotations`: no COCO captions")
+        raise UserError(
+            f"{path}: is no COCO captions: no lists `images` and `annotations`, or `sentences` in them; leave out --format"
+        )
     root = reading.images or images_beside(path)
     images = [image if isinstance(image, dict) else {} for image in data["images"]]
     ids = [image.get("id") for image in images]

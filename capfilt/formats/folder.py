@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from capfilt.errors import UserError
-from capfilt.formats import annotations
+from capfilt.formats import annotation_list
 from capfilt.formats.files import kind_in_words, read_file, same_name, walk
 from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow
 from capfilt.formats.values import decoded, folder_split, storable
@@ -22,14 +22,14 @@ def detect(given: Given) -> bool:
 
 
 def read(given: Given, reading: Reading) -> ListedSource:
-    """A row per picture below the folder. A file of records given in its place is read as `annotations` are.
+    """A row per picture below the folder. A file of records given in its place is read as an annotation list.
 
     Each folder may have a `metadata.csv` (or tsv, jsonl, Parquet) that names its pictures; those it does not name are rows
     too. Their texts, and all where there is no metadata, are the lines of `a/b.txt` for `a/b.jpg`. A folder called train, val
     or test (or the like) is the split, unless a column `split` says otherwise.
     """
     if given.is_file:
-        return annotations.read(given, reading)
+        return annotation_list.read(given, reading)
     root = reading.images or given.path
     listing = walk(root)
     files = listing.others if root == given.path else walk(given.path).others
@@ -41,7 +41,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
         other = folders.setdefault(folder, name)
         if other != name:
             raise UserError(f"{given.path / folder}: has {other} and {name}; keep one of them")
-        for row in annotations.table_rows(given.path / table, root / folder, reading):
+        for row in annotation_list.table_rows(given.path / table, root / folder, reading):
             key = f"{folder}/{row.key}" if folder else row.key
             rows.append(replace(row, key=key, split=row.split or folder_split(key)))
     named = {row.file for row in rows}

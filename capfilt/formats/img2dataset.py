@@ -34,9 +34,7 @@ def read(given: Given, reading: Reading) -> Img2datasetSource:
 class Img2datasetSource(ParquetSource):
     """Rows with img2dataset's own account of what went wrong."""
 
-    def _pictures(
-        self, file: Path, column: str | None
-    ) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
+    def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
         tar = file.with_suffix(".tar")
         samples = {} if column or not tar.is_file() else {sample.key: sample for sample in read_tar(tar)[0]}
         inside = None if column is None else super()._pictures(file, column)

@@ -26,7 +26,9 @@ def read(given: Given, reading: Reading) -> ListedSource:
     when the file is in another layout.
     """
     if not detect(given):
-        raise UserError(f"{given.path}: has no list `images` with `sentences`: not Karpathy's layout")
+        raise UserError(
+            f"{given.path}: has no list `images` with `sentences`: not Karpathy's layout; leave out --format"
+        )
     root = reading.images or images_beside(given.path)
     folders: dict[str, bool] = {}
     rows = []

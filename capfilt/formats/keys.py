@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from heapq import merge
-from itertools import groupby, islice
+from itertools import islice, pairwise
 from pathlib import PurePosixPath
-from typing import IO
 
 from capfilt.formats.places import Place
 
@@ -30,7 +29,7 @@ class Keys:
         stems = {name: _without_ending(name) for name in names}
         begins = sorted(f"{stem}/" for stem in stems.values())
         # `a.tar` beside `a/b.tar`, or beside `a.tar.gz`: only their whole names are no path of one another.
-        nested = any(after.startswith(before) for before, after in zip(begins, begins[1:], strict=False))
+        nested = any(after.startswith(before) for before, after in pairwise(begins))
         self._prefixes = {name: name if nested else stem for name, stem in stems.items()}
         self._beginnings = sorted(
             (beginning, name)
@@ -71,19 +70,17 @@ def shared_key(files: Iterable[tuple[str, Iterable[str]]]) -> tuple[str, str, st
     with ExitStack() as stack:
         runs: list[Iterable[str]] = []
         while run := sorted(islice(lines, RUN)):
-            runs.append(run if len(run) < RUN else stack.enter_context(_written(run)))
-        for key, group in groupby(merge(*runs), lambda line: line.partition("\t")[0]):
-            first = next(group)
-            if other := next((line for line in group if line != first), None):
-                return json.loads(key), *(json.loads(line.partition("\t")[2]) for line in (first, other))
+            runs.append(run)
+            if len(run) == RUN:
+                file = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))
+                file.writelines(run)
+                file.seek(0)
+                runs[-1] = file
+        for before, after in pairwise(merge(*runs)):
+            key = after.partition("\t")[0]
+            if before != after and before.startswith(f"{key}\t"):
+                return json.loads(key), *(json.loads(line.partition("\t")[2]) for line in (before, after))
     return None
-
-
-def _written(lines: Iterable[str]) -> IO[str]:
-    file = tempfile.TemporaryFile("w+", encoding="ascii")
-    file.writelines(lines)
-    file.seek(0)
-    return file
 
 
 def _without_ending(name: str) -> str:

@@ -78,7 +78,7 @@ class ParquetSource(FileSource):
             return ()
         key, one, other = self._shared
         return [
-            f"keys begin anew in each file ({key} is in {one} and {other}), so each has its file's name in front"
+            f"files number their pictures anew ({key} is in {one} and in {other}), so keys have their file's name in front"
         ]
 
     def _count(self, file: Path) -> int:
@@ -90,7 +90,9 @@ class ParquetSource(FileSource):
         """A key that two files have, with their names; None where the files' own keys are all different."""
         own = [(name, file) for file, name in self.names.items()]
         keyed = any("key" in schema_of(file).names for _, file in own)
-        if not keyed or all(self.keys.tells_file(name, key) for name, file in own for key in self._own_keys(file)):
+        if not keyed or all(
+            self.keys.tells_file(name, key) for name, file in own for key in self._own_keys(file)
+        ):
             return None
         return shared_key((name, self._own_keys(file)) for name, file in own)
 
@@ -119,9 +121,7 @@ class ParquetSource(FileSource):
             rows.append(onto(described(key, record, columns, self.reading.extra), record))
         return Found(rows)
 
-    def _pictures(
-        self, file: Path, column: str | None
-    ) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
+    def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
         """What puts a record's picture onto its row."""
         if column is None:
             raise UserError(f"{file}: has no column of pictures")
@@ -129,6 +129,10 @@ class ParquetSource(FileSource):
         def onto(row: SourceRow, record: dict[str, Any]) -> SourceRow:
             value = record[column]
             value = value.get("bytes") if isinstance(value, dict) else value
-            return row.missing("there is no picture in its row") if value is None else replace(row, picture=value)
+            return (
+                row.missing("there is no picture in its row")
+                if value is None
+                else replace(row, picture=value)
+            )
 
         return onto

@@ -85,7 +85,7 @@ def described(
     key: str, record: Mapping[str, Any], columns: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> SourceRow:
     """The row that a record's fields tell, its texts in `columns`; the fields' names in capitals or not."""
-    known = {name.lower(): value for name, value in reversed(record.items())}
+    known = {name.lower(): value for name, value in reversed(list(record.items()))}
     return SourceRow(
         key,
         captions_in(record, columns),
@@ -161,18 +161,23 @@ class Given:
         return "".join(head.decode(json.detect_encoding(head), "replace").lstrip("\ufeff").split())[:2]
 
     @cached_property
-    def object(self) -> dict[str, Any]:
-        """The JSON object that the file is; empty where it is a list or JSON Lines. Raises UserError where it is broken."""
-        if not self.opening.startswith("{"):
-            return {}
+    def json(self) -> Any:
+        """The JSON in the file; None where there is none, or JSON Lines. Raises UserError where it is broken."""
+        if self.opening[:1] not in ("{", "["):
+            return None
         with Place(str(self.path)).stream() as file:
             data = file.read()
         try:
-            return cast(dict[str, Any], json.loads(data))
+            return json.loads(data)
         except (ValueError, RecursionError) as error:
             if re.match(rb"[^\n]*}\s*\n\s*\{", data[: 1 << 24]):
-                return {}
+                return None
             raise UserError(f"{self.path}: is not JSON ({error})") from None
+
+    @property
+    def object(self) -> dict[str, Any]:
+        """The JSON object that the file is; empty where it is anything else."""
+        return (self.json or {}) if self.opening.startswith("{") else {}
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -251,7 +256,9 @@ def open_source(path: str, format: str, reading: Reading) -> Source:
         if name == format or module.detect(given):
             return module.read(given, reading)
     fields = f" (a JSON object with {', '.join(list(given.object)[:9])})" if given.object else ""
-    raise UserError(f"{path}: its name and content tell no format{fields}; give --format {', '.join(FORMATS)}")
+    raise UserError(
+        f"{path}: its name and content tell no format{fields}; give --format {', '.join(FORMATS)}"
+    )
 
 
 class ListedSource(Source):
@@ -310,9 +317,7 @@ class FileSource(Source):
         names = {file: file.relative_to(root).as_posix() for file in files}
         self.splits = {file: _shard_split(name) or reading.split for file, name in names.items()}
         if reading.splits and None in self.splits.values():
-            raise UserError(
-                f"--splits: {given.path} does not say which split a picture is in; give --split"
-            )
+            raise UserError(f"--splits: {given.path} does not say which split a picture is in; give --split")
         self.files = [file for file in files if not reading.splits or self.splits[file] in reading.splits]
         if not self.files:
             raise UserError(f"{given.path}: has no files in the splits {', '.join(reading.splits)}")

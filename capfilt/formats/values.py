@@ -85,9 +85,7 @@ def captions_in(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str,
     return tuple(text for text in found if text or len(columns) == 1)
 
 
-def caption_columns(
-    names: Sequence[str], asked: Sequence[str], source: object = None
-) -> tuple[str, ...]:
+def caption_columns(names: Sequence[str], asked: Sequence[str], source: object = None) -> tuple[str, ...]:
     """The columns of texts among `names`: those asked for, none where that is "", else the first of CAPTION_COLUMNS.
 
     Raises UserError where `source`, a table, has none.

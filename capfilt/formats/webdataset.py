@@ -68,7 +68,9 @@ class Sample:
 
     def onto(self, row: SourceRow) -> SourceRow:
         """`row` with the picture of this sample, or with the failure to have one."""
-        fault = next(iter(self.faults.values()), None) if self.picture is None else self.faults.get(self.picture)
+        fault = (
+            next(iter(self.faults.values()), None) if self.picture is None else self.faults.get(self.picture)
+        )
         if fault is not None:
             return row.failed(*fault)
         if self.picture is None:
@@ -123,7 +125,13 @@ def read_tar(path: Path, *, contents: bool = True) -> tuple[list[Sample], Counte
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     if not member.isreg() or name.startswith("."):
-                        kind = "hidden" if member.isreg() else "links" if member.issym() or member.islnk() else "special files"
+                        kind = (
+                            "hidden"
+                            if member.isreg()
+                            else "links"
+                            if member.issym() or member.islnk()
+                            else "special files"
+                        )
                         left_out[kind] += not member.isdir()
                         continue
                     stem, _, ending = name.partition(".")
@@ -166,7 +174,9 @@ class TarSource(FileSource):
 
     def _read(self, file: Path) -> Found:
         samples, left_out = read_tar(file)
-        return Found([self._row(self.keys.of(self.names[file], each.key), each) for each in samples], left_out)
+        return Found(
+            [self._row(self.keys.of(self.names[file], each.key), each) for each in samples], left_out
+        )
 
     def _row(self, key: str, sample: Sample) -> SourceRow:
         record, broken = _fields(sample)

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from capfilt.formats import FORMATS
+
 REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
 
@@ -195,16 +197,16 @@ class IngestOptions:
 
     source_path: str = _option(
         REQUIRED,
-        "COCO or Karpathy captions JSON, a folder of images or its metadata file, img2dataset's output folder, tars",
+        "captions JSON (COCO, Karpathy, BLIP), a folder of images or a list of them, img2dataset's output, tars, Parquet",
         kind="path",
     )
     dataset: str = _option(REQUIRED, "name of the images part to write")
-    format: str = _option("auto", "auto, coco, karpathy, folder, img2dataset or webdataset")
+    format: str = _option("auto", f"auto, {', '.join(FORMATS)}")
     images: str = _option("", "folder of the pictures a file names; default: `images` beside it", kind="path")
-    image_col: str = _option("file_name", "column of the pictures' paths in a folder's metadata")
+    image_col: str = _option("", "column of the pictures' paths in a list; default: file_name, else image")
     caption_col: tuple[str, ...] = _option(
         (),
-        "columns of the texts in a folder's metadata; repeatable; default: caption, captions, text or texts",
+        "columns of the texts; repeatable; default: caption, captions, text or texts; '' for none",
     )
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the metadata to carry through")
     source: str = _option("human", "who wrote the texts: human or web")

@@ -242,9 +242,8 @@ def test_a_flat_picture_is_not_two_folders_pictures(place):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("[]", {}, "no record has question"),
+        ("[]", {}, "has no examples"),
         ('{"images":\n[]}', {}, "no list `questions`"),
-        ('{"question": "a"}\n{"question"', {}, "line 2 is not JSON"),
         ('[{"question": "a"}]', {"task": "vcr"}, "choose auto, vqa, nlvr, entailment"),
         ('[{"question": "a"}]', {"splits": ("test",)}, "no examples in the splits test"),
         ('[{"question": "a"}]', {"images": ()}, "--images"),

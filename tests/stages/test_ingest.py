@@ -172,7 +172,7 @@ def test_columns_come_along_with_one_type(tmp_path, folder):
         {"file_name": name, "n": None if i < 8 else i, "who": "x"} for i, name in enumerate(sorted(FILES))
     ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    stage = make(tmp_path, folder, save_additional_columns=("n", "who"), shard_size=5)
+    stage = make(tmp_path, folder, save_additional_columns=("n", "who"), caption_col=("",), shard_size=5)
     rows = run(stage)
     assert [row["n"] for row in rows] == [*(record["n"] for record in records), None]
     assert {table.schema.field("n").type for table in stage.output.tables()} == {pa.int64()}
@@ -292,7 +292,7 @@ def test_the_web_pairs_come_in_with_both_texts(tmp_path, shared_data):
     assert {row["status"] for row in rows} == {"success"}
     assert {row["source"] for row in rows} == {"web"}
     assert all(row["page"] and row["license"] for row in rows)
-    whole = make(tmp_path, path, source="web")
+    whole = make(tmp_path, path, source="web", caption_col=("alt_text",))
     assert sum(whole.expected_rows(shard) for shard in whole.shards()) == 2421
 
 

@@ -1,13 +1,18 @@
-"""One example as its source describes it: what every reader of another tool's layout makes."""
+"""One example as its source describes it, and how the format of a source is found."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
 
-from capfilt.tables.formats import texts_in
+from capfilt.errors import UserError
+from capfilt.formats import EXAMPLE_FORMATS
+from capfilt.formats.source import Given
+from capfilt.formats.values import texts_in, unique
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class ExampleRow:
         subset: what VQA v2 calls its pictures' subset ("train2014"), which is part of their files' names.
         wrong_texts: texts that are wrong of the picture (SugarCrepe's negative caption).
         category: the source's own name of the kind of example.
+        fault: why its record cannot be read.
     """
 
     key: str
@@ -35,6 +41,44 @@ class ExampleRow:
     subset: str = ""
     wrong_texts: tuple[str, ...] = ()
     category: str | None = None
+    fault: str = ""
+
+
+Examples = tuple[str, list[ExampleRow]]
+"""The task that a source's field names tell, and its rows in order."""
+
+
+class Format(Protocol):
+    """What a module named in EXAMPLE_FORMATS has."""
+
+    def detect(self, given: Given) -> bool:
+        """Whether a source is in this format. Raises UserError where it is broken."""
+
+    def read(self, given: Given, annotations: Path | None) -> Examples:
+        """The source's examples; `annotations` is the answers' file. Raises UserError when it is not what it should be."""
+
+
+def example_rows(path: Path, annotations: Path | None = None) -> Examples:
+    """The examples at `path`, each with a key of its own. Raises UserError naming what is broken, or when there is none."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    given = Given(path)
+    for name in EXAMPLE_FORMATS:
+        module = cast(Format, import_module(f"capfilt.formats.examples.{name}"))
+        if module.detect(given):
+            task, rows = module.read(given, annotations)
+            if not rows:
+                raise UserError(f"{path}: has no examples")
+            return task, unique(rows)
+    raise UserError(f"{path}: has no list `questions` (VQA v2) and is no list of records")
+
+
+def no_annotations(given: Given, annotations: Path | None) -> None:
+    """Raise UserError where answers are given that the format has itself."""
+    if annotations is not None:
+        raise UserError(
+            f"--annotations {annotations}: {given.path} holds its own answers; only VQA v2's does not"
+        )
 
 
 def counted(answers: Iterable[Any]) -> tuple[tuple[str, int], ...]:

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
 from capfilt.formats.places import Place, places
+from capfilt.formats.values import text_of, texts_in
 from capfilt.stages.download.presets import Layout
 from capfilt.stages.download.text_lists import CsvList, JsonList, JsonlList, TsvList, TxtList
 from capfilt.stages.download.url_list import EmptyList, Slice, UrlList, url_of
-from capfilt.tables.formats import text_of, texts_in
 from capfilt.tables.shards import fingerprint
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")

@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.formats.places import Place
+from capfilt.formats.values import ColumnTypes, arrow_column, texts_in
 from capfilt.stages.download.presets import Layout
 from capfilt.stages.download.url_list import EmptyList, Slice, UrlList, url_of
-from capfilt.tables.formats import ColumnTypes, arrow_column, texts_in
 
 _LONGEST_FIELD = 10_000_000
 _HEAD = 100

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.formats.places import Place
+from capfilt.formats.values import storable
 from capfilt.stages.download.presets import Layout, fitting
-from capfilt.tables.formats import storable
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def read(given: Given, reading: Reading) -> ListedSource:
 def table_rows(path: Path, root: Path, reading: Reading) -> list[SourceRow]:
     """The rows of a file of records about the pictures in `root`; a record that cannot be read is a row that says so."""
     found = open_records(Place(str(path)))
-    records = [
-        (record, {name.strip(): value for name, value in record.fields.items()}) for record in found
-    ]
-    names = list(dict.fromkeys([*map(str.strip, found.names), *(name for _, fields in records for name in fields)]))
+    records = [(record, {name.strip(): value for name, value in record.fields.items()}) for record in found]
+    names = list(
+        dict.fromkeys([*map(str.strip, found.names), *(name for _, fields in records for name in fields)])
+    )
     if not names and records:
         raise UserError(f"{path}: {records[0][0].fault}")
     spelled = {name.lower(): name for name in reversed(names)}

@@ -9,8 +9,8 @@ import json
 import pytest
 
 from capfilt.errors import UserError
-from capfilt.tables.answer_formats import in_parts
-from capfilt.tables.example_formats import example_rows
+from capfilt.formats.examples.daquar import in_parts
+from capfilt.formats.examples.row import example_rows
 
 
 def read(tmp_path, content, name="source.json"):
