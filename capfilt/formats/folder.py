@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from capfilt.errors import UserError
 from capfilt.formats import annotation_list
 from capfilt.formats.files import kind_in_words, read_file, same_name, walk
-from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow
-from capfilt.formats.values import decoded, folder_split, storable
+from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow, placed
+from capfilt.formats.values import decoded, folder_split
 
 _METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|parquet)(\.\w+)?")
 _TEXT_BYTES = 10_000_000
@@ -55,7 +55,8 @@ def read(given: Given, reading: Reading) -> ListedSource:
             text = texts.get(same_name(without)) or texts.get(same_name(name))
             used.add(text or "")
             lines = () if text is None else _lines(root / text)
-            rows.append(SourceRow(storable(name), lines, folder_split(name), file=file, extra=nothing))
+            row = SourceRow(name, lines, folder_split(name), extra=nothing)
+            rows.append(placed(row, name, root))
     listing.left_out.update(kind_in_words(name) for name in listing.others if name not in used)
     return ListedSource(given.path, reading, Found(rows, listing.left_out))
 

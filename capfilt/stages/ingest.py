@@ -106,7 +106,7 @@ class Ingest(ShardStage):
                 pa.field(name, type_), arrow_column((row.extra.get(name) for row in found.rows), type_)
             )
         counts = Counts(len(rows), len(rows) - failed.total(), {}, dict(sorted(failed.items())))
-        texts = sum(len(row.captions) for row in found.rows)
+        texts = sum(len(row["captions"]) for row in rows if row["failure"] is None)
         return Produced(table, counts, {"texts": texts, "left_out": dict(found.left_out)})
 
     def remarks(self) -> list[str]:

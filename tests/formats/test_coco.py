@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 
 from capfilt.errors import UserError
@@ -102,3 +105,38 @@ def test_a_broken_annotation_file_is_named(tmp_path, content, format, words):
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value) or "--format" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("listed_id", "meant"),
+    [("7", 7), (7, "7"), (7.0, 7), ("000000000007", 7), (" 7", "7")],
+)
+def test_ids_find_each_other_as_text_and_as_numbers(tmp_path, listed_id, meant):
+    """Catches: texts that are lost, each a row without a picture, because one list has ids as text."""
+    images = [{"id": listed_id, "file_name": "0.jpg", "license": "4"}]
+    annotations = [{"image_id": meant, "caption": "a cat"}]
+    data = {"images": images, "annotations": annotations, "licenses": [{"id": 4, "name": "CC"}]}
+    (row,) = listed(write_json(tmp_path / "captions.json", data))
+    assert (row.captions, row.license) == (("a cat",), "CC")
+
+
+def test_ids_that_differ_by_zeros_alone_stay_apart(tmp_path):
+    images = [{"id": "7", "file_name": "a.jpg"}, {"id": "07", "file_name": "b.jpg"}]
+    annotations = [{"image_id": "07", "caption": "b"}, {"image_id": 7, "caption": "a"}]
+    rows = listed(write_json(tmp_path / "captions.json", {"images": images, "annotations": annotations}))
+    assert [(row.key, row.captions) for row in rows] == [("a.jpg", ("a",)), ("b.jpg", ("b",))]
+
+
+@pytest.mark.parametrize("name", ["captions.json.gz", "captions.json"])
+def test_a_compressed_or_utf16_file_is_told_by_its_content(tmp_path, name):
+    data = json.dumps(
+        {"images": [{"id": 1, "file_name": "ü.jpg"}], "annotations": [{"image_id": 1, "caption": "ü"}]}
+    )
+    content = gzip.compress(data.encode()) if name.endswith(".gz") else data.encode("utf-16")
+    (tmp_path / name).write_bytes(content)
+    assert [(row.key, row.captions) for row in listed(tmp_path / name)] == [("ü.jpg", ("ü",))]
+
+
+def test_captions_may_be_told_to_be_left_out(tmp_path):
+    data = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}
+    assert listed(write_json(tmp_path / "instances.json", data), caption_cols=("",))[0].captions == ()
