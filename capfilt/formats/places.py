@@ -9,20 +9,16 @@ import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
 from capfilt.errors import UserError
 
-_COMPRESSIONS = (
-    (b"\x1f\x8b", "gzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd"),
-    (b"BZh", "bz2"),
-    (b"\x04\x22\x4d\x18", "lz4"),
-    (b"\xfd7zXZ\x00", "xz"),
-    (b"PK\x03\x04", "zip"),
-)
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4",
+    b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip",
+}  # fmt: skip
 """The bytes that a compressed file begins with."""
 
 _ENDINGS = frozenset({".gz", ".zst", ".bz2", ".lz4", ".xz", ".zip"})
@@ -59,14 +55,14 @@ class Place:
         except Exception as error:
             raise _not_readable(self.name, error) from error
 
-    def stream(self) -> BinaryIO:
+    def stream(self) -> io.BufferedReader:
         """The bytes, decompressed where they begin as gzip, zstd, bzip2 or lz4 do; the name does not matter.
 
         Seekable only where nothing is compressed. Raises UserError where they cannot be had; reading on, OSError.
         """
         file = self.open()
         head = file.peek(6)
-        for magic, codec in _COMPRESSIONS:
+        for magic, codec in _COMPRESSIONS.items():
             if head.startswith(magic) and (codec != "bz2" or head[3:4].isdigit()):
                 if codec in ("xz", "zip"):
                     file.close()

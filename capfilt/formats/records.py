@@ -1,7 +1,7 @@
 """Lists of records in other tools' files: txt, csv, tsv, json, jsonl and Parquet, plain or compressed, in UTF-8 or UTF-16.
 
-A record that cannot be read is a record that says why, and takes no other along. What the fields mean is the business of
-the formats beside this file; where the bytes lie is `places.py`.
+A record that cannot be read is a record that says why, and takes no other along. The formats beside this file say what the
+fields mean; `places.py` says where the bytes lie.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import csv
 import io
 import json
 import re
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,20 +38,24 @@ FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
 LONGEST = 10_000_000
 """A line, a field or a JSON value above this many bytes is a fault."""
 
-_LONGEST_SKIPPED = 2_000_000_000
+_MOST_BYTES = 500_000_000
+"""Of a line that is passed over, and of a Parquet file that has to be decompressed in memory."""
+
 _MOST_LINES = 100_000
+"""Of one record of csv."""
+
 _MOST_COLUMNS = 10_000
+_MOST_VALUES = 1000
+"""Of one row of a Parquet column of lists, on average of a row group."""
+
 _HEAD = 100
+_ROWS = 8192
 _WINDOW = 1 << 16
 """Characters of a JSON array that are read at once; twice as many for a value that is longer."""
 
-_PARQUET = (b"PAR1", b"PARE")
-_ROWS = 8192
-_MOST_VALUES = 1000
-"""Values in a list of Parquet, on average of a row group: above it, the file is refused."""
-
-_SPACE = re.compile(r"[ \t\n\r]*")
-_ESCAPED = re.compile("[\udc80-\udcff]")
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
+_FOREIGN = re.compile("[\udc80-\udcff]")
+_TOO_LONG = f"is longer than {LONGEST} bytes"
 
 
 class EmptyFile(UserError):
@@ -64,7 +67,7 @@ class Record(NamedTuple):
 
     Attributes:
         number: from 1; of text, the line it begins at, else its place in the file.
-        offset: where it begins: of text, the byte of the decompressed text as UTF-8; of Parquet, the row from 0.
+        offset: of lines, the byte of the decompressed text, as UTF-8, that it begins at; of Parquet, the row from 0.
         fields: the values by column, as the file has them; empty where it cannot be read.
         fault: why it cannot be read; None where it can.
     """
@@ -80,27 +83,46 @@ class Records(ABC):
 
     Attributes:
         names: the columns; of JSON, those of the first 100 records.
+        key: the column that names a record's picture, and how its values look, where both are known. A record of several
+            lines of csv, one of which is a record with such a value by itself, has left a quote open.
+        seekable: whether a record is found without reading those before it.
     """
 
     form: ClassVar[str]
     """What such a list is like, in words."""
 
-    names: list[str]
-
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.names: list[str] = []
+        self.key: tuple[str, re.Pattern[str]] | None = None
+        self.seekable = True
+        self._foreign = (0, 0)
 
     def __iter__(self) -> Iterator[Record]:
-        return self.iterate()
+        """All records; a warning at their end where some have bytes that are not UTF-8, which become U+FFFD."""
+        self._foreign = (0, 0)
+        yield from self.iterate()
+        count, first = self._foreign
+        if count:
+            words = f"{count} records have bytes that are not UTF-8, which became U+FFFD, the first is record {first}"
+            hint = "convert a list in Latin-1 with: iconv -f latin1 -t utf-8"
+            warnings.warn(f"{self.place}: {words}; {hint}", RuntimeWarning, stacklevel=2)
+
+    def _note_foreign(self, number: int) -> None:
+        count, first = self._foreign
+        self._foreign = (count + 1, first or number)
+
+    @abstractmethod
+    def iterate(self, first: Record | None = None) -> Iterator[Record]:
+        """The records from `first` on, which was once read here. Raises UserError where the file breaks off."""
+
+    def close(self) -> None:  # noqa: B027 - only Parquet holds a file open
+        """Let go of what is open; reading opens it again."""
 
     def _name(self, names: Sequence[str]) -> None:
         if len(names) > _MOST_COLUMNS:
             raise UserError(f"{self.place}: has {len(names)} columns, more than {_MOST_COLUMNS}; {self.form}")
         self.names = list(names)
-
-    @abstractmethod
-    def iterate(self, first: Record | None = None) -> Iterator[Record]:
-        """The records from `first` on, which was once read here. Raises UserError where the file breaks off."""
 
 
 def open_records(place: Place, format: str = "auto", header: Sequence[str] = ()) -> Records:
@@ -115,20 +137,18 @@ def open_records(place: Place, format: str = "auto", header: Sequence[str] = ())
     if format == "auto":
         format = SUFFIXES.get(place.suffix, "")
         if not format:
-            raise UserError(
-                f"{place}: its name does not tell the format; name it like one of: {', '.join(SUFFIXES)}"
-            )
-    if format == "parquet":
-        return ParquetRecords(place)
+            words = f"its name does not tell the format; name it like one of: {', '.join(SUFFIXES)}"
+            raise UserError(f"{place}: {words}")
     if format == "json":
         with _text(place) as file:
             if _Sliding(file).peek() == "{":
                 format = "jsonl"
+    if format == "txt":
+        return _Values(place, header[:1] or ["value"])
     if format in ("csv", "tsv"):
         return _Delimited(place, header, "," if format == "csv" else "\t")
-    if format == "txt":
-        return _Values(place, header)
-    return _Lines(place) if format == "jsonl" else _Array(place)
+    readers: dict[str, type[Records]] = {"json": _Array, "jsonl": _Objects, "parquet": ParquetRecords}
+    return readers[format](place)
 
 
 # -- text -----------------------------------------------------------------------------------------------------------
@@ -137,9 +157,8 @@ def open_records(place: Place, format: str = "auto", header: Sequence[str] = ())
 class _AsUtf8(io.RawIOBase):
     """Text in another encoding as UTF-8; what cannot be decoded is U+FFFD."""
 
-    def __init__(self, file: BinaryIO, encoding: str) -> None:
-        self._text = io.TextIOWrapper(file, encoding, errors="replace", newline="")
-        self._rest = b""
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text, self._rest = text, b""
 
     def readable(self) -> bool:
         return True
@@ -155,19 +174,17 @@ class _AsUtf8(io.RawIOBase):
         super().close()
 
 
-def _text(place: Place, offset: int = 0) -> BinaryIO:
+def _text(place: Place, offset: int = 0) -> io.BufferedReader:
     """A file's text as UTF-8, decompressed, from a byte of it on. Raises UserError when it is no text."""
     file = place.stream()
-    head = cast(io.BufferedReader, file).peek(1024)[:1024]
+    head = file.peek(1024)[:1024]
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-32" if head.startswith(codecs.BOM_UTF32_LE) else "utf-16"
-        file = io.BufferedReader(_AsUtf8(file, encoding), _WINDOW)
+        file = io.BufferedReader(_AsUtf8(io.TextIOWrapper(file, encoding, "replace", newline="")), _WINDOW)
     elif 10 * head.count(0) > len(head):
         file.close()
-        raise UserError(
-            f"{place}: is no text (many of its bytes are zero: a binary file, or UTF-16 without a byte order mark); "
-            "give a list as UTF-8"
-        )
+        words = "many of its bytes are zero: a binary file, or UTF-16 without a byte order mark"
+        raise UserError(f"{place}: is no text ({words}); give a list as UTF-8")
     if offset and file.seekable():
         file.seek(offset)
         return file
@@ -176,73 +193,73 @@ def _text(place: Place, offset: int = 0) -> BinaryIO:
     return file
 
 
-class _Text(Records):
-    """Records of a text file. Bytes that are not UTF-8 become U+FFFD, and a warning."""
+class _Line(NamedTuple):
+    number: int
+    offset: int
+    text: str | None
+    """None of a line that is too long."""
 
-    def __init__(self, place: Place) -> None:
+    def record(self, found: dict[str, Any] | str) -> Record:
+        """The record of its fields, or of what is wrong with it."""
+        if isinstance(found, str):
+            return Record(self.number, self.offset, {}, f"the line at byte {self.offset} {found}")
+        return Record(self.number, self.offset, found)
+
+
+class _Text(Records):
+    """Records of a text file."""
+
+    def __init__(self, place: Place, names: Sequence[str] = ()) -> None:
         super().__init__(place)
-        self._foreign = Counter[str]()
+        self._name(names)
+        head = list(islice(self.iterate(), _HEAD))
+        if not head:
+            raise EmptyFile(f"{place}: is empty; {self.form}")
+        if all(record.fault for record in head):
+            raise UserError(f"{place}: {head[0].fault}; {self.form}")
+        self._name(names or list(dict.fromkeys(name for record in head for name in record.fields)))
 
     def iterate(self, first: Record | None = None) -> Iterator[Record]:
         number, offset = first[:2] if first else (1, 0)
         try:
             with _text(self.place, offset) as file:
-                self._foreign.clear()
+                self.seekable = file.seekable()
                 yield from self._scan(file, offset, number)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"{self.place}: cannot be read to its end ({_first_line(error)}); get the file again"
-            ) from None
-        if self._foreign and not offset:
-            warnings.warn(
-                f"{self.place}: {self._foreign['records']} records have bytes that are not UTF-8, the first at byte "
-                f"{self._foreign['first']}; they became U+FFFD. Convert a list in Latin-1 with: iconv -f latin1 -t utf-8",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            words = f"cannot be read to its end ({_first_line(error)}); get the file again"
+            raise UserError(f"{self.place}: {words}") from None
 
-    @abstractmethod
-    def _scan(self, file: BinaryIO, offset: int, number: int) -> Iterator[Record]:
+    def _scan(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[Record]:
         """Records from where `file` stands."""
+        for line in self._lines(file, offset, number):
+            if found := _TOO_LONG if line.text is None else self._parse(line.text):
+                yield line.record(found)
 
-    def _note(self, offset: int) -> None:
-        self._foreign.setdefault("first", offset)
-        self._foreign["records"] += 1
+    def _parse(self, line: str) -> dict[str, Any] | str:
+        """The fields of a line, or what is wrong with it; nothing of an empty line."""
+        raise NotImplementedError
 
-    def _lines(self, file: BinaryIO, offset: int, number: int) -> Iterator[_Line]:
-        """The lines, ends included; of one that is too long, nothing."""
+    def _lines(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[_Line]:
+        """The lines, ends included."""
         while data := file.readline(LONGEST):
-            size = len(data)
-            if size == LONGEST and not data.endswith(b"\n"):
-                yield _Line(number, offset, None)
-                while data and not data.endswith(b"\n"):
-                    data = file.readline(1 << 20)
-                    size += len(data)
-                    if size > _LONGEST_SKIPPED:
-                        raise UserError(
-                            f"{self.place}: line {number} is longer than {_LONGEST_SKIPPED} bytes; {self.form}"
-                        )
-            else:
-                text = data.removeprefix(codecs.BOM_UTF8) if offset == 0 else data
+            size, text = len(data), None
+            if size < LONGEST or data.endswith(b"\n"):
+                data = data.removeprefix(codecs.BOM_UTF8) if offset == 0 else data
                 try:
-                    yield _Line(number, offset, text.decode())
+                    text = data.decode()
                 except UnicodeDecodeError:
-                    self._note(offset)
-                    yield _Line(number, offset, text.decode("utf-8", "replace"))
+                    self._note_foreign(number)
+                    text = data.decode("utf-8", "replace")
+            yield _Line(number, offset, text)
+            while text is None and data and not data.endswith(b"\n"):
+                data = file.readline(1 << 20)
+                size += len(data)
+                if size > _MOST_BYTES:
+                    raise UserError(
+                        f"{self.place}: line {number} is longer than {_MOST_BYTES} bytes; {self.form}"
+                    )
             offset += size
             number += 1
-
-
-class _Line(NamedTuple):
-    number: int
-    offset: int
-    text: str | None
-
-    def broken(self, words: str) -> Record:
-        return Record(self.number, self.offset, {}, f"the line at byte {self.offset} {words}")
-
-
-_TOO_LONG = f"is longer than {LONGEST} bytes"
 
 
 class _Values(_Text):
@@ -250,76 +267,70 @@ class _Values(_Text):
 
     form = "a txt list has one value per line"
 
-    def __init__(self, place: Place, header: Sequence[str]) -> None:
-        super().__init__(place)
-        self._name(header[:1] or ["value"])
-        first = next(self.iterate(), None)
-        if first is None:
-            raise EmptyFile(f"{place}: is empty; {self.form}")
-        if first.fault:
-            raise UserError(f"{place}: {first.fault}; {self.form}")
+    def _parse(self, line: str) -> dict[str, Any] | str:
+        return {self.names[0]: text} if (text := line.strip()) else ""
 
-    def _scan(self, file: BinaryIO, offset: int, number: int) -> Iterator[Record]:
-        for line in self._lines(file, offset, number):
-            if line.text is None:
-                yield line.broken(_TOO_LONG)
-            elif text := line.text.strip():
-                yield Record(line.number, line.offset, {self.names[0]: text})
+
+class _Objects(_Text):
+    """One JSON object per line."""
+
+    form = "a jsonl list has one JSON object per line"
+
+    def _parse(self, line: str) -> dict[str, Any] | str:
+        try:
+            record = json.loads(line) if line.strip() else ""
+        except (ValueError, RecursionError) as error:
+            return f"is not JSON ({error})"
+        return record if isinstance(record, dict) or record == "" else "is not a JSON object"
 
 
 class _Delimited(_Text):
-    """A line of names, then lines of fields.
-
-    Attributes:
-        key: the column that names a record's picture, and how its values look, where both are known. A record of several
-            lines, one of which is a record with such a value by itself, has left a quote open.
-    """
+    """A line of names, then lines of fields."""
 
     form = "its first line must name the columns"
 
     def __init__(self, place: Place, header: Sequence[str], separator: str) -> None:
-        super().__init__(place)
+        Records.__init__(self, place)
         csv.field_size_limit(LONGEST)
-        self.key: tuple[str, re.Pattern[str]] | None = None
-        self._name(())
+        self._named = not header
         with _text(place) as file:
             first = next(self._lines(file, 0, 1), None)
-            self._separator = _separator(first.text or "" if first else "", separator)
-        self._named = not header
-        if header:
-            self._name(header)
-            return
+        # Another separator than usual is only where the usual one is not.
+        found = Counter(re.sub(r'"[^"]*"', "", first.text or "" if first else ""))
+        usual = found[separator] > 0
+        self._separator = separator if usual else max(separator, *",\t|;", key=lambda each: found[each])
         with _text(place) as file:
-            fields = next(self._rows(file, 0, 1), (None, []))[1]
+            _, fields = next(self._rows(file, 0, 1), (None, []))
         if isinstance(fields, str):
             raise UserError(f"{place}: {self.form}; the line {fields}")
         if not fields:
             raise EmptyFile(f"{place}: is empty; {self.form}")
-        self._name([name.strip() for name in fields])
+        self._name(header or [name.strip() for name in fields])
 
-    def _scan(self, file: BinaryIO, offset: int, number: int) -> Iterator[Record]:
+    def _scan(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[Record]:
         rows = self._rows(file, offset, number)
         if self._named and not offset:
             next(rows, None)
         for line, fields in rows:
             if isinstance(fields, str):
-                yield line.broken(fields)
+                yield line.record(fields)
             elif len(fields) > len(self.names):
                 # Which of them is the text with a stray separator in it cannot be known.
                 words = f"the line has {len(fields)} fields, the header {len(self.names)}"
                 yield Record(line.number, line.offset, {}, words)
             else:
-                yield Record(line.number, line.offset, dict(zip(self.names, fields, strict=False)))
+                yield line.record(dict(zip(self.names, fields, strict=False)))
 
-    def _rows(self, file: BinaryIO, offset: int, number: int) -> Iterator[tuple[_Line, list[str] | str]]:
-        """Lines with their fields, or with what is wrong with them; the first line of a record that has several."""
+    def _rows(
+        self, file: io.BufferedReader, offset: int, number: int
+    ) -> Iterator[tuple[_Line, list[str] | str]]:
+        """The lines that are not empty with their fields, or what is wrong with them; of several, the first."""
         source = self._lines(file, offset, number)
+        fields: list[str] | str | None
         if self._separator == "\t":
             for line in source:
-                if line.text is None:
-                    yield line, _TOO_LONG
-                elif text := line.text.rstrip("\r\n"):
-                    yield line, text.split("\t")
+                if fields := self._alone(line):
+                    yield line, fields
             return
         back: deque[_Line] = deque()
         taken: list[_Line] = []
@@ -335,7 +346,6 @@ class _Delimited(_Text):
         reader = csv.reader(texts(), delimiter=self._separator, strict=True)
         while True:
             taken.clear()
-            fields: list[str] | str | None
             try:
                 fields = next(reader, None)
                 broken = any(self._is_record(line) for line in taken[1:])
@@ -353,16 +363,20 @@ class _Delimited(_Text):
                 yield line, fields
 
     def _is_record(self, line: _Line) -> bool:
+        """Whether a line by itself is a record that names its picture."""
         fields = self._alone(line) if self.key else ""
         if self.key is None or isinstance(fields, str) or len(fields) != len(self.names):
             return False
-        where = self.names.index(self.key[0]) if self.key[0] in self.names else 0
-        return self.key[1].match(fields[where]) is not None
+        name, pattern = self.key
+        return pattern.match(fields[self.names.index(name) if name in self.names else 0]) is not None
 
     def _alone(self, line: _Line) -> list[str] | str:
         """The fields of a line by itself, its quotes taken as they come."""
         if line.text is None:
             return _TOO_LONG
+        if self._separator == "\t":
+            text = line.text.rstrip("\r\n")
+            return text.split("\t") if text else []
         reader = csv.reader([line.text, ""], delimiter=self._separator)
         try:
             fields = next(reader)
@@ -371,138 +385,90 @@ class _Delimited(_Text):
         return fields if reader.line_num == 1 else "opens a quote and does not close it"
 
 
-def _separator(line: str, usual: str) -> str:
-    """What stands between the fields of a first line: another than usual only where the usual is not there."""
-    found = Counter(re.sub(r'"[^"]*"', "", line))
-    return usual if found[usual] else max(usual, ",", "\t", "|", ";", key=lambda each: found[each])
-
-
-class _Objects(_Text):
-    """JSON objects."""
-
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        head = list(islice(self.iterate(), _HEAD))
-        if not head:
-            raise EmptyFile(f"{place}: is empty; {self.form}")
-        if all(record.fault for record in head):
-            raise UserError(f"{place}: {head[0].fault}; {self.form}")
-        self._name(list(dict.fromkeys(name for record in head for name in record.fields)))
-
-
-class _Lines(_Objects):
-    """One JSON object per line."""
-
-    form = "a jsonl list has one JSON object per line"
-
-    def _scan(self, file: BinaryIO, offset: int, number: int) -> Iterator[Record]:
-        for line in self._lines(file, offset, number):
-            if line.text is None:
-                yield line.broken(_TOO_LONG)
-            elif line.text.strip():
-                try:
-                    record = json.loads(line.text)
-                except (ValueError, RecursionError) as error:
-                    yield line.broken(f"is not JSON ({error})")
-                    continue
-                if isinstance(record, dict):
-                    yield Record(line.number, line.offset, record)
-                else:
-                    yield line.broken("is not a JSON object")
-
-
-class _Array(_Objects):
+class _Array(_Text):
     """One JSON array of objects, read a piece at a time."""
 
     form = "a json list is an array of objects, or one object per line"
 
-    def _scan(self, file: BinaryIO, offset: int, number: int) -> Iterator[Record]:
-        text = _Sliding(file, offset)
-        if not offset:
-            text.skip("\ufeff")
-            if not text.peek():
-                return
-            if not text.skip("["):
-                raise self._broken(text, "it does not begin with [")
-        going = offset > 0 or not text.skip("]")
+    def _scan(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[Record]:
+        self.seekable = False
+        text, count = _Sliding(file), 0
+        if not text.peek():
+            return
+        if not text.skip("["):
+            raise self._broken(count, "it does not begin with [")
+        going = not text.skip("]")
         while going:
-            text.peek()
-            start = text.offset
+            count += 1
             try:
                 value = text.value()
             except (ValueError, RecursionError) as error:
-                raise self._broken(text, str(error)) from None
+                raise self._broken(count, str(error)) from None
             if text.foreign:
-                self._note(start)
-            found = isinstance(value, dict)
-            yield Record(number, start, value if found else {}, None if found else "is not a JSON object")
-            number += 1
+                self._note_foreign(count)
+            if count >= number:
+                found = isinstance(value, dict)
+                yield Record(count, 0, value if found else {}, None if found else "is not a JSON object")
             going = text.skip(",")
             if not going and not text.skip("]"):
-                raise self._broken(text, "a value is followed by neither , nor ]")
+                raise self._broken(count, "a value is followed by neither , nor ]")
         if text.peek():
-            raise self._broken(text, "more follows its end")
+            raise self._broken(count, "more follows its end")
 
-    def _broken(self, text: _Sliding, words: str) -> UserError:
-        return UserError(f"{self.place}: is not JSON (at byte {text.offset}: {words}); {self.form}")
+    def _broken(self, count: int, words: str) -> UserError:
+        return UserError(f"{self.place}: is not JSON (at value {count}: {words}); {self.form}")
 
 
 class _Sliding:
-    """The JSON text of a file from where it stands, of which a window is in memory. `offset` is where it is read, in bytes.
+    """The JSON text of a file, of which a window is in memory.
 
     UTF-8, as RFC 8259 asks for; other bytes are U+FFFD as in other lists, and `foreign` says that the last value has some.
     """
 
-    def __init__(self, file: BinaryIO, offset: int = 0) -> None:
-        self.offset = offset
+    def __init__(self, file: io.BufferedReader) -> None:
         self.foreign = False
         self._file = file
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._parse = json.JSONDecoder().raw_decode
         self._text, self._place, self._ended = "", 0, False
+        self.skip("\ufeff")
 
     def _more(self) -> None:
         data = self._file.read(max(_WINDOW, len(self._text) - self._place))
         self._text = self._text[self._place :] + self._decode(data, not data)
         self._place, self._ended = 0, not data
 
-    def _advance(self, place: int) -> str:
-        text = self._text[self._place : place]
-        self.offset += len(text.encode("utf-8", "surrogateescape"))
-        self._place = place
-        return text
-
     def peek(self) -> str:
         """The next character that is no white space, where the text is read from now on; empty at the end."""
         while True:
-            space = _SPACE.match(self._text, self._place)
-            assert space is not None
-            self._advance(space.end())
-            if self._place < len(self._text) or self._ended:
+            found = _NO_SPACE.search(self._text, self._place)
+            self._place = found.start() if found else len(self._text)
+            if found or self._ended:
                 return self._text[self._place : self._place + 1]
             self._more()
 
     def skip(self, character: str) -> bool:
         """Past the character, if it is the next one; whether it was."""
-        if found := self.peek() == character:
-            self._advance(self._place + 1)
+        found = self.peek() == character
+        self._place += found
         return found
 
     def value(self) -> Any:
-        """The value that begins here. Raises ValueError or RecursionError."""
+        """The next value. Raises ValueError or RecursionError."""
+        self.peek()
         while True:
             try:
                 value, end = self._parse(self._text, self._place)
-                # A number may go on beyond the window.
-                if end < len(self._text) or self._ended:
-                    text = self._advance(end)
-                    self.foreign = not text.isascii() and _ESCAPED.search(text) is not None
-                    return json.loads(_ESCAPED.sub("\ufffd", text)) if self.foreign else value
             except ValueError as error:
                 if self._ended or len(self._text) - self._place > LONGEST:
-                    raise ValueError(
-                        error.msg if isinstance(error, json.JSONDecodeError) else error
-                    ) from None
+                    raise ValueError(getattr(error, "msg", error)) from None
+            else:
+                # A number may go on beyond the window.
+                if end < len(self._text) or self._ended:
+                    text = self._text[self._place : end]
+                    self._place = end
+                    self.foreign = not text.isascii() and _FOREIGN.search(text) is not None
+                    return json.loads(_FOREIGN.sub("\ufffd", text)) if self.foreign else value
             self._more()
 
 
@@ -510,48 +476,44 @@ class _Sliding:
 
 
 class ParquetRecords(Records):
-    """The rows of a Parquet file, read some thousand at a time."""
+    """The rows of a Parquet file, read some thousand at a time.
 
-    form = "give a Parquet file, whole and not compressed as a file"
+    Attributes:
+        schema: of its columns.
+        rows: how many there are.
+    """
+
+    form = "get a whole Parquet file, or make it again"
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        self._held: tuple[int, int, pa.RecordBatch] | None = None
+        self.schema: pa.Schema = self._file.schema_arrow
+        self.rows = int(self._file.metadata.num_rows)
         self._name(self.schema.names)
+        self.close()
+
+    def close(self) -> None:
+        self._held: tuple[int, int, pa.RecordBatch] | None = None
+        if "_file" in self.__dict__:
+            self._file.close(force=True)
+            del self._file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place, "names": self.names, "_held": None}
+        open_ = ("_file", "_source")
+        return {name: value for name, value in self.__dict__.items() if name not in open_} | {"_held": None}
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
         try:
-            file: Any = self.place.open()
-            whole = file.peek(4).startswith(_PARQUET)
-            if whole and self.place.remote:
-                return pq.ParquetFile(file)
-            file.close()
-            return pq.ParquetFile(self.place.name if whole else self._decompressed())
+            with self.place.stream() as stream:
+                if not stream.seekable():
+                    data = stream.read(_MOST_BYTES)
+                    return pq.ParquetFile(pa.BufferReader(data))
+            return pq.ParquetFile(self.place.open() if self.place.remote else self.place.name)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{self.place}: is not a Parquet file ({_first_line(error)}); {self.form}"
             ) from None
-
-    def _decompressed(self) -> Any:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the ParquetFile that reads it
-        with self.place.stream() as stream:
-            while (data := stream.read(1 << 20)) and (file.tell() or data.startswith(_PARQUET)):
-                if file.tell() > _LONGEST_SKIPPED:
-                    raise UserError(f"{self.place}: is longer than {_LONGEST_SKIPPED} bytes; {self.form}")
-                file.write(data)
-        return file
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self._file.schema_arrow
-
-    @property
-    def rows(self) -> int:
-        return int(self._file.metadata.num_rows)
 
     def iterate(self, first: Record | None = None) -> Iterator[Record]:
         row = first.offset if first else 0
@@ -595,17 +557,17 @@ class ParquetRecords(Records):
 
     def _rows_at_once(self, group: Any, columns: Sequence[str]) -> int:
         """How many rows fit into memory together, by what the file says of itself. Raises UserError for none."""
-        chunks = [group.column(number) for number in range(group.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
-        for chunk in chunks:
-            if chunk.num_values > max(_MOST_VALUES * group.num_rows, 1_000_000):
-                raise UserError(
-                    f"{self.place}: column {chunk.path_in_schema} has {chunk.num_values} values in {group.num_rows} rows; "
-                    "take it out of the file"
-                )
-        size = sum(chunk.total_uncompressed_size for chunk in chunks)
+        size = 0
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.partition(".")[0] in columns:
+                size += chunk.total_uncompressed_size
+                if chunk.num_values > max(_MOST_VALUES * group.num_rows, 1_000_000):
+                    words = f"{chunk.num_values} values in {group.num_rows} rows"
+                    raise UserError(
+                        f"{self.place}: column {chunk.path_in_schema} has {words}; leave it out of the file"
+                    )
         if size > LONGEST * max(1, group.num_rows):
-            raise UserError(f"{self.place}: {size} bytes in {group.num_rows} rows; make the rows shorter")
+            raise UserError(f"{self.place}: {size} bytes in {group.num_rows} rows; make them shorter")
         return int(max(1, min(_ROWS, 8 * LONGEST * group.num_rows // max(1, size))))
 
 

@@ -363,10 +363,10 @@ def test_an_ingest_says_how_many_texts_there_are_and_what_is_left_out(tmp_path, 
     run(stage)
     assert stage.remarks() == ["9 images, 1 texts", "left out: .md 1"]
     (folder / "good.txt").unlink()
-    stage = make(tmp_path, folder, dataset="none", limit=3)
+    stage = make(tmp_path, folder, dataset="none", limit=5)
     run(stage)
     assert stage.remarks()[1].startswith("no texts: none are beside the pictures")
-    stage = make(tmp_path, folder, dataset="wanted", limit=3, caption_col=("",))
+    stage = make(tmp_path, folder, dataset="wanted", limit=5, caption_col=("",))
     run(stage)
     assert stage.remarks() == ["2 images, 0 texts", "left out: .md 1"]
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.lists import as_text, open_list
+from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
 from capfilt.stages.download.rows import (
     answered,
@@ -26,7 +26,6 @@ from capfilt.stages.download.rows import (
     stats_of,
 )
 from capfilt.stages.download.tally import DownloadTally
-from capfilt.stages.download.url_list import Slice
 from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.contracts import IMAGES
