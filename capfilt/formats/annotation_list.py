@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from capfilt.errors import UserError
 from capfilt.formats.files import images_beside
 from capfilt.formats.places import Place
-from capfilt.formats.records import SUFFIXES, open_records
+from capfilt.formats.records import FILE, SUFFIXES, open_records
 from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow, described, placed
 from capfilt.formats.values import caption_columns, folder_split, require
 
@@ -39,16 +38,13 @@ def read(given: Given, reading: Reading) -> ListedSource:
 def table_rows(path: Path, root: Path, reading: Reading) -> list[SourceRow]:
     """The rows of a file of records about the pictures in `root`; a record that cannot be read is a row that says so."""
     found = open_records(Place(str(path)))
+    spelled = {name.strip().lower(): name.strip() for name in reversed(found.names)}
+    usual = (spelled[name] for name in IMAGE_COLUMNS if name in spelled)
+    image_col = reading.image_col or next(usual, IMAGE_COLUMNS[0])
+    found.key = (image_col, FILE)
     records = [(record, {name.strip(): value for name, value in record.fields.items()}) for record in found]
-    names = list(
-        dict.fromkeys([*map(str.strip, found.names), *(name for _, fields in records for name in fields)])
-    )
-    if not names and records:
-        raise UserError(f"{path}: {records[0][0].fault}")
-    spelled = {name.lower(): name for name in reversed(names)}
-    image_col = reading.image_col or next(
-        (spelled[name] for name in IMAGE_COLUMNS if name in spelled), IMAGE_COLUMNS[0]
-    )
+    further = (name for _, fields in records for name in fields)
+    names = list(dict.fromkeys([*map(str.strip, found.names), *further]))
     require(names, (image_col,), path, "--image-col")
     columns = caption_columns(names, reading.caption_cols, path)
     require(names, reading.extra, path, "--save-additional-columns")

@@ -10,6 +10,7 @@ import stat
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
 
 from capfilt.data.images import HEAD_BYTES, SUFFIXES, kind_of
@@ -82,9 +83,11 @@ def safe_join(root: Path, name: str) -> Path | None:
 
 
 def leads_out(root: Path, file: Path) -> bool:
-    """Whether symbolic links take `file` out of `root`."""
-    place, inside = os.path.realpath(file), os.path.realpath(root)
-    return place != inside and not place.startswith(inside.rstrip("/") + "/")
+    """Whether symbolic links below `root` take `file` out of it."""
+    steps = accumulate(file.parts[len(root.parts) :], os.path.join, initial=os.fspath(root))
+    if not any(map(os.path.islink, islice(steps, 1, None))):
+        return False
+    return not f"{os.path.realpath(file)}/".startswith(f"{os.path.realpath(root).rstrip('/')}/")
 
 
 def same_name(name: str) -> str:

@@ -75,3 +75,12 @@ def test_fields_of_a_record_become_the_rows(tmp_path):
     record = {"file_name": "0.jpg", "text": "a", "URL": "http://a", "License": "CC0", "split": "validation"}
     (row,) = listed(write_json(tmp_path / "list.json", [record]))
     assert (row.url, row.license, row.split) == ("http://a", "CC0", "val")
+
+
+def test_a_quote_left_open_takes_no_picture_along(tmp_path):
+    (tmp_path / "list.csv").write_text('file_name,text\n0.jpg,"a 5\n1.jpg,a cat\n2.jpg,"a\nb"\n')
+    assert {row.key: row.captions for row in listed(tmp_path / "list.csv")} == {
+        "#0": (),
+        "1.jpg": ("a cat",),
+        "2.jpg": ("a\nb",),
+    }
