@@ -85,7 +85,7 @@ def described(
     key: str, record: Mapping[str, Any], columns: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> SourceRow:
     """The row that a record's fields tell, its texts in `columns`; the fields' names in capitals or not."""
-    known = {name.lower(): value for name, value in reversed(list(record.items()))}
+    known = {name.strip().lower(): value for name, value in reversed(list(record.items()))}
     return SourceRow(
         key,
         captions_in(record, columns),
@@ -186,12 +186,21 @@ class Given:
             folders[:] = [name for name in folders if not name.startswith((".", "_"))]
             visible = (name for name in files if not name.startswith((".", "_", "metadata.")))
             found += [Path(directory, name) for name in visible]
-        return sorted(file for file in found if not leads_out(self.path, file))
+        return sorted(found)
 
     def shards(self, *suffixes: str) -> list[Path]:
-        """The file, or those in the folder and below it, if it ends with one of these; `.tar.gz` is a `.tar`."""
+        """The file, or those in the folder and below it, if it ends with one of these; `.tar.gz` is a `.tar`.
+
+        Raises UserError for a link out of the folder.
+        """
         files = [self.path] if self.is_file else self._files
-        return [file for file in files if Place(file.name).suffix in suffixes]
+        found = [file for file in files if Place(file.name).suffix in suffixes]
+        for file in found:
+            if not self.is_file and leads_out(self.path, file):
+                raise UserError(
+                    f"{file}: is a link out of the folder, which is not followed; give {file.resolve().parent}"
+                )
+        return found
 
 
 class Format(Protocol):

@@ -94,7 +94,7 @@ def caption_columns(names: Sequence[str], asked: Sequence[str], source: object =
         return ()
     if source is not None:
         require(names, asked, source, "--caption-col")
-    spelled = {name.lower(): name for name in reversed(names)}
+    spelled = {name.strip().lower(): name for name in reversed(names)}
     found = tuple(asked) or tuple(spelled[name] for name in CAPTION_COLUMNS if name in spelled)[:1]
     if source is not None and not found:
         raise UserError(

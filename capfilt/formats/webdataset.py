@@ -181,9 +181,8 @@ class TarSource(FileSource):
     def _row(self, key: str, sample: Sample) -> SourceRow:
         record, broken = _fields(sample)
         text = None if "txt" in sample.faults else sample.members.get("txt")
-        names = [name.strip() for name in record]
-        columns = caption_columns(names, self.reading.caption_cols)
-        row = described(key, dict(zip(names, record.values(), strict=True)), columns, self.reading.extra)
+        columns = caption_columns(list(record), self.reading.caption_cols)
+        row = described(key, record, columns, self.reading.extra)
         if text is not None and self.reading.caption_cols != ("",):
             row = replace(row, captions=(decoded(text),))
         elif broken:

@@ -111,8 +111,10 @@ class Ingest(ShardStage):
 
     def remarks(self) -> list[str]:
         stats = [self.output.stats(shard) for shard in self.output.shards()]
-        texts = sum(each.get("texts", 0) for each in stats)
-        left_out = sum((Counter(each.get("left_out", {})) for each in stats), Counter[str]())
+        if not all("texts" in each for each in stats):
+            return []
+        texts = sum(each["texts"] for each in stats)
+        left_out = sum((Counter(each["left_out"]) for each in stats), Counter[str]())
         lines = [f"{self.output.counts().kept:,} images, {texts:,} texts", *self.source.remarks()]
         if not texts and self.options.caption_col != ("",):
             lines.append(
