@@ -11,7 +11,7 @@ from typing import Any
 from capfilt.data.images import SUFFIXES
 from capfilt.formats.files import find
 from capfilt.formats.parquet import ENDINGS, ParquetSource, schema_of
-from capfilt.formats.source import Given, Reading, SourceRow, shards_in
+from capfilt.formats.source import Given, Reading, SourceRow
 from capfilt.formats.values import optional_text, text_of
 from capfilt.formats.webdataset import ENDINGS as TARS
 from capfilt.formats.webdataset import REST, read_tar
@@ -28,7 +28,7 @@ def detect(given: Given) -> bool:
 
 def read(given: Given, reading: Reading) -> Img2datasetSource:
     """A shard per Parquet file, in the file's order."""
-    return Img2datasetSource(given, reading, shards_in(given, *ENDINGS))
+    return Img2datasetSource(given, reading)
 
 
 class Img2datasetSource(ParquetSource):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import pyarrow.parquet as pq
 from capfilt.data.images import SUFFIXES
 from capfilt.errors import UserError
 from capfilt.formats.keys import shared_key
-from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described, shards_in
-from capfilt.formats.values import caption_columns, require, text_of
+from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
+from capfilt.formats.values import Keyed, caption_columns, require, text_of, unique
 
 ENDINGS = (".parquet", ".pq")
 
@@ -28,7 +27,7 @@ def detect(given: Given) -> bool:
 
 def read(given: Given, reading: Reading) -> ParquetSource:
     """A shard per file, a row per row."""
-    return ParquetSource(given, reading, shards_in(given, *ENDINGS))
+    return ParquetSource(given, reading)
 
 
 def schema_of(path: Path) -> pa.Schema:
@@ -58,20 +57,18 @@ def _holds_bytes(type_: pa.DataType) -> bool:
 class ParquetSource(FileSource):
     """Rows have the file's `key`, where it has one and keys do not begin anew in each file; else the file's name too."""
 
-    def __init__(self, given: Given, reading: Reading, files: Sequence[Path]) -> None:
-        super().__init__(given, reading, files)
+    endings = ENDINGS
+
+    def __init__(self, given: Given, reading: Reading) -> None:
+        super().__init__(given, reading)
         schema = schema_of(self.files[0])
         caption_columns(schema.names, reading.caption_cols, self.files[0])
         require(schema.names, reading.extra, self.files[0], "--save-additional-columns")
+        self._shared = self._find_shared()
         self._extra_types = {name: schema.field(name).type for name in reading.extra}
 
     def extra_types(self) -> dict[str, pa.DataType]:
         return self._extra_types
-
-    def digest(self) -> str:
-        # Found out here, so that it goes to the workers with the source.
-        assert self._shared is None or self._shared
-        return super().digest()
 
     def remarks(self) -> Sequence[str]:
         if self._shared is None:
@@ -85,41 +82,39 @@ class ParquetSource(FileSource):
         schema_of(file)
         return int(pq.read_metadata(file).num_rows)
 
-    @cached_property
-    def _shared(self) -> tuple[str, str, str] | None:
+    def _find_shared(self) -> tuple[str, str, str] | None:
         """A key that two files have, with their names; None where the files' own keys are all different."""
         own = [(name, file) for file, name in self.names.items()]
-        keyed = any("key" in schema_of(file).names for _, file in own)
-        if not keyed or all(
-            self.keys.tells_file(name, key) for name, file in own for key in self._own_keys(file)
-        ):
+        if all(self.keys.tells_file(name, key) for name, file in own for key in self._own_keys(file)):
             return None
         return shared_key((name, self._own_keys(file)) for name, file in own)
 
-    def _own_keys(self, file: Path) -> Iterator[str]:
-        number = 0
-        with pq.ParquetFile(file) as source:
-            columns = ["key"] if "key" in source.schema_arrow.names else []
-            for batch in source.iter_batches(columns=columns):
-                for key in batch.column(0).to_pylist() if columns else [None] * batch.num_rows:
-                    yield self._key(file, key, number, alone=True)
-                    number += 1
+    def _own_keys(self, file: Path) -> list[str]:
+        names = [name for name in schema_of(file).names if name == "key"]
+        table = pq.read_table(file, columns=names)
+        keys = table.column("key").to_pylist() if names else [None] * table.num_rows
+        return [row.key for row in unique(self._keyed(file, keys, alone=True))]
 
-    def _key(self, file: Path, key: Any, number: int, *, alone: bool) -> str:
+    def _keyed(self, file: Path, keys: Sequence[Any], *, alone: bool) -> Iterator[Keyed]:
         name = self.names[file]
-        if key is None:
-            return self.keys.prefixed(name, f"{number:06d}")
-        return text_of(key) if alone else self.keys.of(name, text_of(key))
+        for number, key in enumerate(keys):
+            if key is None:
+                yield Keyed(self.keys.prefixed(name, f"{number:06d}"))
+            else:
+                yield Keyed(text_of(key) if alone else self.keys.of(name, text_of(key)))
 
     def _read(self, file: Path) -> Found:
         schema = schema_of(file)
         columns = caption_columns(schema.names, self.reading.caption_cols, file)
         onto = self._pictures(file, picture_column(schema))
-        rows = []
-        for number, record in enumerate(pq.read_table(file).to_pylist()):
-            key = self._key(file, record.get("key"), number, alone=self._shared is None)
-            rows.append(onto(described(key, record, columns, self.reading.extra), record))
-        return Found(rows)
+        records = pq.read_table(file).to_pylist()
+        keys = self._keyed(file, [record.get("key") for record in records], alone=self._shared is None)
+        return Found(
+            [
+                onto(described(row.key, record, columns, self.reading.extra), record)
+                for row, record in zip(keys, records, strict=True)
+            ]
+        )
 
     def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
         """What puts a record's picture onto its row."""
@@ -129,10 +124,6 @@ class ParquetSource(FileSource):
         def onto(row: SourceRow, record: dict[str, Any]) -> SourceRow:
             value = record[column]
             value = value.get("bytes") if isinstance(value, dict) else value
-            return (
-                row.missing("there is no picture in its row")
-                if value is None
-                else replace(row, picture=value)
-            )
+            return replace(row, picture=value) if value is not None else row.missing("its row has no picture")
 
         return onto

@@ -13,12 +13,12 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import pyarrow as pa
 
@@ -29,6 +29,7 @@ from capfilt.formats.keys import Keys
 from capfilt.formats.places import Place
 from capfilt.formats.values import (
     ColumnTypes,
+    Keyed,
     captions_in,
     folder_split,
     optional_size,
@@ -40,7 +41,7 @@ from capfilt.formats.values import (
 
 
 @dataclass(frozen=True)
-class SourceRow:
+class SourceRow(Keyed):
     """One picture as its source describes it.
 
     Attributes:
@@ -55,7 +56,6 @@ class SourceRow:
         extra: the further fields asked for.
     """
 
-    key: str
     captions: tuple[str, ...] = ()
     split: str | None = None
     url: str | None = None
@@ -249,12 +249,8 @@ def open_source(path: str, format: str, reading: Reading) -> Source:
     """The source at `path`; `format` is one of FORMATS or "auto". Raises UserError when it is not what it should be."""
     place = Path(path).expanduser()
     if "://" in path or not place.exists():
-        reason = (
-            "sources are read from a local or shared file system"
-            if "://" in path
-            else "no such file or folder"
-        )
-        raise UserError(f"{path}: {reason}")
+        remote = "sources are read from a local or shared file system"
+        raise UserError(f"{path}: {remote if '://' in path else 'no such file or folder'}")
     if reading.images is not None and not reading.images.is_dir():
         raise UserError(f"--images {reading.images}: no such folder")
     if format not in ("auto", *FORMATS):
@@ -275,10 +271,7 @@ class ListedSource(Source):
 
     def __init__(self, path: Path, reading: Reading, found: Found) -> None:
         super().__init__(path, reading)
-        rows: Iterable[SourceRow] = (
-            row if row.split or not reading.split else replace(row, split=reading.split)
-            for row in unique(found.rows)
-        )
+        rows = (replace(row, split=row.split or reading.split) for row in unique(found.rows))
         chosen = [row for row in rows if not reading.splits or row.split in reading.splits]
         self._rows = chosen[: reading.limit] if reading.limit else chosen
         self._left_out = found.left_out
@@ -320,8 +313,13 @@ class ListedSource(Source):
 class FileSource(Source):
     """A source with shards of its own: each file is one. Keys are those of the files where these tell the files apart."""
 
-    def __init__(self, given: Given, reading: Reading, files: Sequence[Path]) -> None:
+    endings: ClassVar[tuple[str, ...]]
+
+    def __init__(self, given: Given, reading: Reading) -> None:
         super().__init__(given.path, reading)
+        files = given.shards(*self.endings)
+        if not files:
+            raise UserError(f"{given.path}: has no {' or '.join(self.endings)} files")
         root = given.path.parent if given.is_file else given.path
         names = {file: file.relative_to(root).as_posix() for file in files}
         self.splits = {file: _shard_split(name) or reading.split for file, name in names.items()}
@@ -334,9 +332,8 @@ class FileSource(Source):
         self.keys = Keys(list(names.values()))
 
     def digest(self) -> str:
-        return hashlib.sha256(
-            json.dumps([[self.names[file], file.stat().st_size] for file in self.files]).encode()
-        ).hexdigest()
+        sizes = [[self.names[file], file.stat().st_size] for file in self.files]
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
     @abstractmethod
     def _count(self, file: Path) -> int: ...
@@ -346,37 +343,24 @@ class FileSource(Source):
         """All rows of a file, with keys of the whole source."""
 
     @cached_property
-    def _counts(self) -> list[int]:
+    def _limited(self) -> list[int]:
         """Rows to take of each file, up to the limit."""
         counts: list[int] = []
-        left = self.reading.limit
-        for file in self.files:
-            counts.append(min(self._count(file), left) if self.reading.limit else self._count(file))
-            left -= counts[-1]
-            if self.reading.limit and left <= 0:
-                break
+        while sum(counts) < self.reading.limit and len(counts) < len(self.files):
+            counts.append(min(self._count(self.files[len(counts)]), self.reading.limit - sum(counts)))
         return counts
 
     def shard_count(self) -> int:
-        return len(self._counts) if self.reading.limit else len(self.files)
+        return len(self._limited) if self.reading.limit else len(self.files)
 
     def count(self, shard: int) -> int:
-        return self._counts[shard] if self.reading.limit else self._count(self.files[shard])
+        return self._limited[shard] if self.reading.limit else self._count(self.files[shard])
 
     def read(self, shard: int) -> Found:
         file = self.files[shard]
         found = self._read(file)
-        rows = found.rows[: self._counts[shard]] if self.reading.limit else found.rows
-        rows = [replace(row, split=row.split or self.splits[file]) for row in unique(rows)]
-        return Found(rows, found.left_out)
-
-
-def shards_in(given: Given, *suffixes: str) -> list[Path]:
-    """As `Given.shards`. Raises UserError where there are none."""
-    found = given.shards(*suffixes)
-    if not found:
-        raise UserError(f"{given.path}: has no {' or '.join(suffixes)} files")
-    return found
+        rows = unique(found.rows)[: self._limited[shard] if self.reading.limit else None]
+        return Found([replace(row, split=row.split or self.splits[file]) for row in rows], found.left_out)
 
 
 def counted(kinds: Mapping[str, int]) -> str:

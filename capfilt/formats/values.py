@@ -6,8 +6,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -24,14 +25,14 @@ _SPLITS = {
 }  # fmt: skip
 
 
-class _HasKey(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+@dataclass(frozen=True)
+class Keyed:
+    """A row with a key."""
 
-    @property
-    def key(self) -> str: ...
+    key: str
 
 
-Keyed = TypeVar("Keyed", bound=_HasKey)
+Row = TypeVar("Row", bound=Keyed)
 
 # The Arrow type of a column of JSON values, by the Python types found in it; whatever else becomes its JSON text.
 _JSON_TYPES = {
@@ -167,21 +168,14 @@ def folder_split(name: str) -> str | None:
     return next(filter(None, map(split_named, name.split("/")[:-1])), None)
 
 
-def unique(rows: Sequence[Keyed]) -> list[Keyed]:
+def unique(rows: Iterable[Row]) -> list[Row]:
     """The rows with unlike keys: of those that share one, all but the first get a number."""
-    counts = Counter(row.key for row in rows)
-    if len(counts) == len(rows):
-        return list(rows)
-    taken, result = set(counts), []
-    seen: Counter[str] = Counter()
-    for row in rows:
-        key = row.key
-        seen[key] += 1
-        if seen[key] > 1:
-            number = seen[key]
-            while f"{key}#{number}" in taken:
-                number += 1
-            row = replace(row, key=f"{key}#{number}")
-            taken.add(row.key)
-        result.append(row)
+    result = list(rows)
+    taken, seen = {row.key for row in result}, Counter[str]()
+    for place, row in enumerate(result):
+        seen[row.key] += 1
+        if seen[row.key] > 1:
+            keys = (f"{row.key}#{number}" for number in count(seen[row.key]))
+            result[place] = replace(row, key=next(key for key in keys if key not in taken))
+            taken.add(result[place].key)
     return result

@@ -15,7 +15,7 @@ import pyarrow as pa
 from capfilt.data.images import HEAD_BYTES, SUFFIXES, kind_of
 from capfilt.formats.files import MAX_FILE_BYTES
 from capfilt.formats.places import Place
-from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described, shards_in
+from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
 from capfilt.formats.values import caption_columns, decoded, storable
 
 ENDINGS = (".tar", ".tgz")
@@ -35,7 +35,7 @@ def detect(given: Given) -> bool:
 
 def read(given: Given, reading: Reading) -> TarSource:
     """A shard per tar, a row per sample: a picture, `.txt` (one text) or `.json` (fields)."""
-    return TarSource(given, reading, shards_in(given, *ENDINGS))
+    return TarSource(given, reading)
 
 
 @dataclass
@@ -168,6 +168,8 @@ def read_tar(path: Path, *, contents: bool = True) -> tuple[list[Sample], Counte
 
 class TarSource(FileSource):
     """Samples have keys of their tar, which begin anew in the next one."""
+
+    endings = ENDINGS
 
     def _count(self, file: Path) -> int:
         return len(read_tar(file, contents=False)[0])

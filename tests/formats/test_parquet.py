@@ -64,6 +64,12 @@ def test_one_key_twice_in_a_file_and_none_are_told_apart(tmp_path):
     assert [row.key for row in listed(tmp_path)] == ["a/x", "a/x#2", "a/000002", "b/a/000002", "b/x"]
 
 
+def test_a_number_put_behind_a_key_is_no_other_files_key(tmp_path):
+    write(tmp_path / "a.parquet", ["x", "x"])
+    write(tmp_path / "b.parquet", ["x#2"])
+    assert [row.key for row in listed(tmp_path)] == ["a/x", "a/x#2", "b/x#2"]
+
+
 def test_keys_do_not_depend_on_the_limit(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.parquet", ["0", "1"])

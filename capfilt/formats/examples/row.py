@@ -12,11 +12,11 @@ from typing import Any, Protocol, cast
 from capfilt.errors import UserError
 from capfilt.formats import EXAMPLE_FORMATS
 from capfilt.formats.source import Given
-from capfilt.formats.values import texts_in, unique
+from capfilt.formats.values import Keyed, texts_in, unique
 
 
 @dataclass(frozen=True)
-class ExampleRow:
+class ExampleRow(Keyed):
     """One example as its source describes it.
 
     Attributes:
@@ -32,7 +32,6 @@ class ExampleRow:
         fault: why its record cannot be read.
     """
 
-    key: str
     images: tuple[str | int, ...] = ()
     text: str | None = None
     answers: tuple[tuple[str, int], ...] | None = None
