@@ -20,10 +20,10 @@ from capfilt.tables.contracts import STATUSES
 
 def detect(given: Given) -> bool:
     """Whether the Parquet files have its columns, and each tar is beside one of them."""
-    tables, tars = given.shards(*ENDINGS), given.shards(*TARS)
-    if not tables or not {tar.with_suffix("") for tar in tars} <= {table.with_suffix("") for table in tables}:
+    tables = given.shards(*ENDINGS)
+    if not tables or not {"key", "status"} <= set(schema_of(tables[0]).names):
         return False
-    return {"key", "status"} <= set(schema_of(tables[0]).names)
+    return {tar.with_suffix("") for tar in given.shards(*TARS)} <= {table.with_suffix("") for table in tables}
 
 
 def read(given: Given, reading: Reading) -> Img2datasetSource:
@@ -33,6 +33,8 @@ def read(given: Given, reading: Reading) -> Img2datasetSource:
 
 class Img2datasetSource(ParquetSource):
     """Rows with img2dataset's own account of what went wrong."""
+
+    beside = (*TARS, ".json", ".txt", *(f".{suffix}" for suffix in SUFFIXES))
 
     def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
         tar = file.with_suffix(".tar")

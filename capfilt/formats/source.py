@@ -13,7 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.formats import FORMATS
-from capfilt.formats.files import find, leads_out
+from capfilt.formats.files import find, kind_in_words, leads_out
 from capfilt.formats.keys import Keys
 from capfilt.formats.places import Place
 from capfilt.formats.values import (
@@ -179,28 +179,34 @@ class Given:
         """The JSON object that the file is; empty where it is anything else."""
         return (self.json or {}) if self.opening.startswith("{") else {}
 
-    @cached_property
-    def _files(self) -> list[Path]:
-        found = []
-        for directory, folders, files in os.walk(self.path):
-            folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-            visible = (name for name in files if not name.startswith((".", "_", "metadata.")))
-            found += [Path(directory, name) for name in visible]
-        return sorted(found)
-
     def shards(self, *suffixes: str) -> list[Path]:
         """The file, or those in the folder and below it, if it ends with one of these; `.tar.gz` is a `.tar`.
 
         Raises UserError for a link out of the folder.
         """
-        files = [self.path] if self.is_file else self._files
-        found = [file for file in files if Place(file.name).suffix in suffixes]
+        if self.is_file:
+            return [self.path] if self.suffix in suffixes else []
+        # Most files of a folder of pictures are none of these: a look at the name is quick.
+        likely = (file for file in self._visible() if any(suffix in file.name.lower() for suffix in suffixes))
+        found = [file for file in likely if Place(file.name).suffix in suffixes]
         for file in found:
-            if not self.is_file and leads_out(self.path, file):
+            if leads_out(self.path, file):
                 raise UserError(
                     f"{file}: is a link out of the folder, which is not followed; give {file.resolve().parent}"
                 )
-        return found
+        return sorted(found)
+
+    def others(self, *suffixes: str) -> Counter[str]:
+        """How many files that end otherwise are in the folder and below it, by kind."""
+        files = () if self.is_file else self._visible()
+        return Counter(kind_in_words(file.name) for file in files if Place(file.name).suffix not in suffixes)
+
+    def _visible(self) -> Iterator[Path]:
+        for directory, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+            yield from (
+                Path(directory, name) for name in files if not name.startswith((".", "_", "metadata."))
+            )
 
 
 class Format(Protocol):
@@ -234,7 +240,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, shard: int) -> Found:
-        """The rows of one shard, and what is left out beside them; of a listed source, all of it with the first shard."""
+        """The rows of one shard, and what is left out beside them; what is left out of no shard, with the first one."""
 
     @abstractmethod
     def extra_types(self) -> dict[str, pa.DataType]:
@@ -314,6 +320,8 @@ class FileSource(Source):
     """A source with shards of its own: each file is one. Keys are those of the files where these tell the files apart."""
 
     endings: ClassVar[tuple[str, ...]]
+    beside: ClassVar[tuple[str, ...]] = ()
+    """How files end that belong to the shards, and are none."""
 
     def __init__(self, given: Given, reading: Reading) -> None:
         super().__init__(given.path, reading)
@@ -329,6 +337,7 @@ class FileSource(Source):
         if not self.files:
             raise UserError(f"{given.path}: has no files in the splits {', '.join(reading.splits)}")
         self.names = names
+        self._left_out = given.others(*self.endings, *self.beside)
         self.keys = Keys(list(names.values()))
 
     def digest(self) -> str:
@@ -360,7 +369,8 @@ class FileSource(Source):
         file = self.files[shard]
         found = self._read(file)
         rows = unique(found.rows)[: self._limited[shard] if self.reading.limit else None]
-        return Found([replace(row, split=row.split or self.splits[file]) for row in rows], found.left_out)
+        rows = [replace(row, split=row.split or self.splits[file]) for row in rows]
+        return Found(rows, found.left_out if shard else found.left_out + self._left_out)
 
 
 def counted(kinds: Mapping[str, int]) -> str:

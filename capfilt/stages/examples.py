@@ -33,7 +33,7 @@ class Examples(ShardStage):
     """Brings other tools' questions and statements in. Every one of the source is one row, in the source's order."""
 
     name = "examples"
-    version = 2
+    version = 3
     contract = EXAMPLES
 
     def __init__(self, options: ExamplesOptions, workspace: Workspace, output: Part | None = None) -> None:
