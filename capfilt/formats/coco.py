@@ -25,7 +25,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
     path, data = given.path, given.object
     if not detect(given):
         raise UserError(
-            f"{path}: is no COCO captions: no lists `images` and `annotations`, or `sentences` in them; leave out --format"
+            f"{path}: is not COCO captions JSON (an object of `images` and `annotations`); leave out --format"
         )
     root = reading.images or images_beside(path)
     images = [image if isinstance(image, dict) else {} for image in data["images"]]

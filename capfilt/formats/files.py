@@ -6,6 +6,7 @@ A symbolic link is followed where it stays within the folder. Names are found wh
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
@@ -18,6 +19,9 @@ from capfilt.errors import UserError
 
 MAX_FILE_BYTES = 256 * 2**20
 """A picture's file above this many bytes is not read: the failure `too_large`."""
+
+MAX_TEXT_BYTES = 10_000_000
+"""A picture's text above this many bytes is not read."""
 
 
 @dataclass
@@ -62,8 +66,9 @@ def walk(root: Path) -> Listing:
 
 
 def kind_in_words(name: str) -> str:
-    """What a file that is left out is counted as: its ending."""
-    return PurePosixPath(name).suffix.lower() or "without an ending"
+    """What a file that is left out is counted as: its ending, where that is like others."""
+    ending = PurePosixPath(name).suffix.lower()
+    return ending if re.fullmatch(r"\.[a-z]\w{0,9}", ending) else "other files"
 
 
 def images_beside(path: Path) -> Path:

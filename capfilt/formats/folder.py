@@ -8,12 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from capfilt.errors import UserError
 from capfilt.formats import annotation_list
-from capfilt.formats.files import kind_in_words, read_file, same_name, walk
+from capfilt.formats.files import MAX_TEXT_BYTES, kind_in_words, read_file, same_name, walk
 from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow, placed
 from capfilt.formats.values import decoded, folder_split
 
 _METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|parquet)(\.\w+)?")
-_TEXT_BYTES = 10_000_000
 
 
 def detect(given: Given) -> bool:
@@ -62,7 +61,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    data = read_file(path, _TEXT_BYTES)
+    data = read_file(path, MAX_TEXT_BYTES)
     if not isinstance(data, bytes):
         return ()
     return tuple(line for line in decoded(data).splitlines() if line.strip())

@@ -37,10 +37,10 @@ class Img2datasetSource(ParquetSource):
     beside = (*TARS, ".json", ".txt", *(f".{suffix}" for suffix in SUFFIXES))
 
     def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
-        tar = file.with_suffix(".tar")
-        samples = {} if column or not tar.is_file() else {sample.key: sample for sample in read_tar(tar)[0]}
+        tar = find(file.parent, file.with_suffix(".tar").name)
+        tarred = column is None and tar is not None and tar.is_file()
+        samples = {sample.key: sample for sample in read_tar(tar)[0]} if tar is not None and tarred else {}
         inside = None if column is None else super()._pictures(file, column)
-        folder = file.with_suffix("")
 
         def onto(row: SourceRow, record: dict[str, Any]) -> SourceRow:
             status, message = record.get("status") or "success", record.get("error_message")
@@ -55,7 +55,7 @@ class Img2datasetSource(ParquetSource):
             sample = samples.get(key, samples.get(REST))
             if sample is not None:
                 return sample.onto(row)
-            files = (find(folder, f"{key}.{suffix}") for suffix in SUFFIXES)
+            files = (find(file.parent, f"{file.stem}/{key}.{suffix}") for suffix in SUFFIXES)
             picture = next((each for each in files if each is not None and each.is_file()), None)
             if picture is None:
                 return row.missing("the row says success, but its picture is not here")

@@ -268,7 +268,7 @@ def open_source(path: str, format: str, reading: Reading) -> Source:
             return module.read(given, reading)
     fields = f" (a JSON object with {', '.join(list(given.object)[:9])})" if given.object else ""
     raise UserError(
-        f"{path}: its name and content tell no format{fields}; give --format {', '.join(FORMATS)}"
+        f"{path}: no format fits its name and content{fields}; give --format {', '.join(FORMATS)}"
     )
 
 
@@ -376,7 +376,7 @@ class FileSource(Source):
 def counted(kinds: Mapping[str, int]) -> str:
     """Counts by kind in words, the most frequent first."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{kind} {count:,}" for kind, count in most[:9]]
+    shown = [f"{count:,} {kind}" for kind, count in most[:9]]
     return ", ".join(shown + ([f"{len(most) - 9} further kinds"] if most[9:] else []))
 
 

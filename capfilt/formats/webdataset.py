@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from capfilt.data.images import HEAD_BYTES, SUFFIXES, kind_of
-from capfilt.formats.files import MAX_FILE_BYTES
+from capfilt.formats.files import MAX_FILE_BYTES, MAX_TEXT_BYTES, kind_in_words
 from capfilt.formats.places import Place
 from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
 from capfilt.formats.values import caption_columns, decoded, storable
@@ -23,7 +23,6 @@ ENDINGS = (".tar", ".tgz")
 REST = "#rest"
 """The key of what is missing of a tar that breaks off."""
 
-_TEXT_BYTES = 10_000_000
 _ROOM = 2**30
 """Contents of a tar above this, and above four times its size, are not read: little compressed may be very much."""
 
@@ -68,13 +67,11 @@ class Sample:
 
     def onto(self, row: SourceRow) -> SourceRow:
         """`row` with the picture of this sample, or with the failure to have one."""
-        fault = (
-            next(iter(self.faults.values()), None) if self.picture is None else self.faults.get(self.picture)
-        )
-        if fault is not None:
-            return row.failed(*fault)
         if self.picture is None:
-            return row.missing("the tar has no picture under this key")
+            nothing = ("file_missing", "the tar has no picture under this key")
+            return row.failed(*next(iter(self.faults.values()), nothing))
+        if self.picture in self.faults:
+            return row.failed(*self.faults[self.picture])
         return replace(row, picture=self.members[self.picture])
 
 
@@ -124,15 +121,12 @@ def read_tar(path: Path, *, contents: bool = True) -> tuple[list[Sample], Counte
             with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
-                    if not member.isreg() or name.startswith("."):
-                        kind = (
-                            "hidden"
-                            if member.isreg()
-                            else "links"
-                            if member.issym() or member.islnk()
-                            else "special files"
-                        )
+                    if not member.isreg():
+                        kind = "links" if member.issym() or member.islnk() else "special files"
                         left_out[kind] += not member.isdir()
+                        continue
+                    if name.startswith("."):
+                        left_out["hidden"] += 1
                         continue
                     stem, _, ending = name.partition(".")
                     key = storable(f"{folder}/{stem}" if folder else stem)
@@ -162,7 +156,7 @@ def read_tar(path: Path, *, contents: bool = True) -> tuple[list[Sample], Counte
     apart = [each for sample in samples.values() for each in sample.apart()]
     for sample in apart:
         used = (sample.picture, "txt", "json")
-        left_out.update(f".{ending}" for ending in sample.members if ending not in used)
+        left_out.update(kind_in_words(f"_.{ending}") for ending in sample.members if ending not in used)
     return apart, +left_out
 
 
@@ -176,9 +170,8 @@ class TarSource(FileSource):
 
     def _read(self, file: Path) -> Found:
         samples, left_out = read_tar(file)
-        return Found(
-            [self._row(self.keys.of(self.names[file], each.key), each) for each in samples], left_out
-        )
+        rows = [self._row(self.keys.of(self.names[file], each.key), each) for each in samples]
+        return Found(rows, left_out)
 
     def _row(self, key: str, sample: Sample) -> SourceRow:
         record, broken = _fields(sample)
@@ -201,7 +194,7 @@ def _fields(sample: Sample) -> tuple[dict[str, Any], str]:
     if data is None or "json" in sample.faults:
         return {}, ""
     try:
-        record = json.loads(data[:_TEXT_BYTES])
+        record = json.loads(data[:MAX_TEXT_BYTES])
     except (ValueError, RecursionError) as error:
         return {}, str(error)
     return (record, "") if isinstance(record, dict) else ({}, "not an object")

@@ -118,10 +118,10 @@ class Ingest(ShardStage):
         lines = [f"{self.output.counts().kept:,} images, {texts:,} texts", *self.source.remarks()]
         if not texts and self.options.caption_col != ("",):
             lines.append(
-                f"no texts: none are beside the pictures, nor in a field {', '.join(CAPTION_COLUMNS)}; see --caption-col"
+                f"no image has a text: no .txt beside it, no field {', '.join(CAPTION_COLUMNS)}; name one by --caption-col"
             )
         if left_out:
-            lines.append(f"left out: {counted(left_out)}")
+            lines.append(f"not read: {counted(left_out)}")
         return lines
 
     def _columns(self, row: SourceRow, body: bytes | tuple[str, str] | None) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_pictures_are_told_by_content_and_the_rest_is_counted(tmp_path):
     rows, left_out = found(tmp_path)
     assert [row.key for row in rows] == [*kinds, "h.heic", "i.photo", "photo.1.jpg", "photo.2.jpg"]
     assert left_out == {
-        ".md": 1, ".csv": 1, "without an ending": 1, ".txt": 1, "hidden": 2, "unreadable files": 1,
+        ".md": 1, ".csv": 1, "other files": 1, ".txt": 1, "hidden": 2, "unreadable files": 1,
     }  # fmt: skip
 
 
@@ -243,3 +243,20 @@ def test_a_line_that_cannot_be_read_takes_no_other_along(tmp_path):
     ]
     assert "metadata.jsonl" in rows[1].message
     assert "is not JSON" in rows[1].message
+
+
+def test_two_metadata_files_of_one_folder_are_named(tmp_path):
+    touch(tmp_path, "sub/a.jpg")
+    for name in ("metadata.csv", "metadata.jsonl.gz"):
+        (tmp_path / "sub" / name).write_text("file_name,text\na.jpg,a\n")
+    with pytest.raises(UserError, match=r"sub: has metadata\.csv and metadata\.jsonl\.gz; keep one of them"):
+        listed(tmp_path)
+
+
+def test_a_name_that_is_no_utf8_is_a_row(tmp_path):
+    for name in (b"\xff.jpg", b"\xfe.jpg"):
+        (tmp_path / os.fsdecode(name)).write_bytes(picture())
+    assert [(row.key, row.failure) for row in listed(tmp_path)] == [
+        ("\ufffd.jpg", None),
+        ("\ufffd.jpg#2", None),
+    ]

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from capfilt.errors import UserError
 from capfilt.formats.img2dataset import failure_in_words
 from tests.formats.sources import listed, touch, write_tar
 
@@ -118,3 +119,23 @@ def test_a_picture_that_is_not_there_is_a_row(tmp_path):
 )
 def test_the_words_of_img2dataset_are_understood(status, message, failure):
     assert failure_in_words(status, message) == failure
+
+
+def test_links_beside_a_shard_lead_nowhere(tmp_path):
+    """Catches: an output from elsewhere whose folder or tar is a link to files of this machine."""
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "out.parquet")
+    touch(tmp_path, *(f"secret/{record['key']}.jpg" for record in RECORDS))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(RECORDS), folder / "00000.parquet")
+    (folder / "00000").symlink_to(tmp_path / "secret")
+    assert [row.failure for row in listed(folder)] == [
+        "file_missing",
+        "not_found",
+        "file_missing",
+        "too_small",
+    ]
+    (folder / "00000.tar").symlink_to(write_tar(tmp_path / "secret.tar", [("000000001.jpg", b"x")]))
+    assert listed(folder, "img2dataset")[0].failure == "file_missing"
+    with pytest.raises(UserError, match="is a link out of the folder"):
+        listed(folder)

@@ -75,5 +75,5 @@ def test_files_beside_shards_are_counted(tmp_path):
     """Catches: pictures, or shards of another kind, that vanish because they lie beside tars."""
     write_tar(tmp_path / "0.tar", [("a.jpg", b"A")])
     touch(tmp_path, "b.jpg", "sub/c.jpg", "captions.csv", ".hidden", "notes")
-    assert found(tmp_path)[1] == {".jpg": 2, ".csv": 1, "without an ending": 1}
+    assert found(tmp_path)[1] == {".jpg": 2, ".csv": 1, "other files": 1}
     assert not found(tmp_path / "0.tar")[1]

@@ -114,7 +114,7 @@ def test_pictures_are_told_by_content(tmp_path):
         ("t/g", png, (), None),
         ("t/h", None, (), "file_missing"),
     ]
-    assert left_out == {".mask.png": 1, ".cls": 2, "hidden": 1}
+    assert left_out == {".png": 1, ".cls": 2, "hidden": 1}
 
 
 def compressed(data: bytes, codec: str) -> bytes:

@@ -361,14 +361,14 @@ def test_an_ingest_says_how_many_texts_there_are_and_what_is_left_out(tmp_path, 
     (folder / "notes.md").write_text("x")
     stage = make(tmp_path, folder, max_pixels=1_000_000, shard_size=4)
     run(stage)
-    assert stage.remarks() == ["9 images, 1 texts", "left out: .md 1"]
+    assert stage.remarks() == ["9 images, 1 texts", "not read: 1 .md"]
     (folder / "good.txt").unlink()
     stage = make(tmp_path, folder, dataset="none", limit=5)
     run(stage)
-    assert stage.remarks()[1].startswith("no texts: none are beside the pictures")
+    assert stage.remarks()[1].startswith("no image has a text: no .txt beside it")
     stage = make(tmp_path, folder, dataset="wanted", limit=5, caption_col=("",))
     run(stage)
-    assert stage.remarks() == ["2 images, 0 texts", "left out: .md 1"]
+    assert stage.remarks() == ["2 images, 0 texts", "not read: 1 .md"]
 
 
 def test_image_ids_are_unique_whatever_a_source_numbers_anew(tmp_path):
