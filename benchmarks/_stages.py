@@ -7,7 +7,6 @@ a GPU the time that it computes, by CUDA's own events around the engines' passes
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -139,7 +138,7 @@ def stages(
             for shard in stage.shards():
                 process_and_commit(stage, begun, shard)
             seconds = time.perf_counter() - start
-            found = [json.loads(path.read_text()) for path in stage.output.path.glob("*_stats.json")]
+            found = [stage.output.stats(shard) for shard in stage.output.shards()]
             computing = busy.seconds if device == "cuda" else sum(each["engine_seconds"] for each in found)
             if stage.name == "caption":
                 assert sum(each["kept"] for each in found) == usable, (

@@ -30,6 +30,8 @@ import pyarrow.parquet as pq
 from _form import ROOT, Record, main
 from PIL import Image
 
+from capfilt.tables.shards import Part
+
 PICTURES = 64
 THREADS = 32
 
@@ -283,7 +285,7 @@ def flat(root: Path, port: int, args: argparse.Namespace, record: Record) -> Non
     shards = -(-args.urls // 1000)
     peaks = [0, 0]
     while process.poll() is None:
-        done = len(list(out.glob("*.manifest.json"))) if out.is_dir() else 0
+        done = len(Part(out).shards())
         half = int(2 * done >= shards)
         peaks[half] = max(peaks[half], resident(process.pid))
         time.sleep(0.2)

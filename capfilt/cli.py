@@ -1,5 +1,5 @@
 """The command line: one command per stage, made from the stage's option dataclass, plus run, quickstart, query, compare,
-report, doctor, recipe and export.
+report, doctor, convert, recipe and export.
 
 Only typer and the standard library are imported here; what a command needs is imported when it runs. Options are
 declared once, in `stages/options.py`.
@@ -12,7 +12,10 @@ import inspect
 import os
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -20,6 +23,7 @@ import typer
 from capfilt.errors import RunError, UserError
 from capfilt.stages import options as stage_options
 from capfilt.stages.registry import STAGES, StageCommand
+from capfilt.tables.visible import say, visible
 from capfilt.training.launched import launched_rank
 
 WORKSPACE_HELP = "directory of everything of a run: images/ captions/ scores/ signals/ verdicts/ pairs/ examples/ models/ runs/"
@@ -31,6 +35,7 @@ OTHERS = {
     "compare": "Show a result of evaluate, or set several side by side.",
     "report": "Write one HTML file about a workspace.",
     "doctor": "Check this machine, and a workspace's shards against their manifests.",
+    "convert": "Convert a workspace that an earlier capfilt wrote to today's layout.",
     "recipe list": "List the recipes that come with capfilt.",
     "recipe show": "Print a recipe as it is written, or with every option resolved.",
     "export": "Write a checkpoint in transformers' layout, the original repository's, or capfilt's.",
@@ -75,32 +80,7 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
                 field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
             )
         )
-    shared: list[tuple[str, Any, Any]] = [
-        (
-            "workspace",
-            Annotated[
-                str, typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
-            ],
-            ".",
-        ),
-        (
-            "execution",
-            Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")],
-            "ray",
-        ),
-        ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
-    ]
-    if command.out:
-        out = Annotated[
-            str,
-            typer.Option(
-                "--out",
-                help="directory to write the part to, in place of the workspace's",
-                show_default=False,
-            ),
-        ]
-        shared.insert(0, ("out", out, ""))
-    for name, annotation, default in shared:
+    for name, (annotation, default) in _shared(command).items():
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )
@@ -108,17 +88,35 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
     return parameters
 
 
+def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of the parameters that are no options of the stage's own."""
+    workspace = typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
+    execution = typer.Option("--execution", help="ray, or inline: this process, without Ray")
+    shared: dict[str, tuple[Any, Any]] = {
+        "workspace": (Annotated[str, workspace], "."),
+        "execution": (Annotated[str, execution], "ray"),
+        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
+    }
+    if any(field.metadata["kind"] in stage_options.PARTS for field in dataclasses.fields(command.options)):
+        text = "read parts that are not whole; the output says so"
+        allow = typer.Option("--allow-incomplete", help=text)
+        shared = {"allow_incomplete": (Annotated[bool, allow], False), **shared}
+    if command.out:
+        text = "directory to write the part to, in place of the workspace's"
+        shared = {"out": (Annotated[str, typer.Option("--out", help=text, show_default=False)], ""), **shared}
+    return shared
+
+
 def _stage_function(command: StageCommand) -> Callable[..., None]:
     def run(context: typer.Context, **values: Any) -> None:
-        workspace, execution, quiet = values.pop("workspace"), values.pop("execution"), values.pop("quiet")
-        out = values.pop("out", "") if command.out else ""
+        shared = {name: values.pop(name) for name in _shared(command)}
         # The others are at their defaults; `download --retry` needs to know which were given.
         chosen = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
             if _given(context, name)
         }
-        run_stages(command, command.options(**chosen), workspace, execution=execution, quiet=quiet, out=out)
+        run_stages(command, command.options(**chosen), **shared)
 
     run.__signature__ = inspect.Signature(_parameters(command))  # type: ignore[attr-defined]
     run.__doc__ = inspect.getdoc(command.options)
@@ -131,16 +129,24 @@ def _given(context: typer.Context, name: str) -> bool:
 
 
 def run_stages(
-    command: StageCommand, options: Any, workspace: str, *, execution: str, quiet: bool = False, out: str = ""
+    command: StageCommand,
+    options: Any,
+    workspace: str,
+    *,
+    execution: str,
+    quiet: bool = False,
+    out: str = "",
+    allow_incomplete: bool = False,
 ) -> None:
     """Run one command's stages and print a line about each."""
     from capfilt.execution.run import run_command
     from capfilt.tables.shards import Part
-    from capfilt.tables.workspace import Workspace
+    from capfilt.tables.workspace import Workspace, as_path
 
-    output = Part(out) if out else None
-    for summary in run_command(command, options, Workspace(workspace), execution, output=output, quiet=quiet):
-        typer.echo(summary.text())
+    output = Part(as_path(out)) if out else None
+    place = Workspace(workspace, allow_incomplete=allow_incomplete)
+    for summary in run_command(command, options, place, execution, output=output, quiet=quiet):
+        say(*summary.lines())
         if command.shows:
             _show(command.shows, summary.output, options, quiet)
 
@@ -199,7 +205,7 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         if version:
             import capfilt
 
-            typer.echo(f"capfilt {capfilt.__version__}")
+            say(f"capfilt {capfilt.__version__}")
             raise typer.Exit
 
     groups = {
@@ -242,7 +248,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if launched_rank():
         # Of the processes that torchrun starts, the first speaks; errors are everyone's.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    _show_all()
     sys.exit(_run(arguments))
+
+
+def _show_all() -> None:
+    """Have Python's own warnings and tracebacks, which may quote a file, made visible too."""
+    warned = warnings.formatwarning
+
+    def as_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        # capfilt's own are one line without a place in its code; those of libraries keep theirs.
+        text = visible(str(message))
+        return f"capfilt: {text}\n" if category is RuntimeWarning else warned(text, category, *where, **more)
+
+    def as_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        say(*text.rstrip().split("\n"), err=True)
+
+    warnings.formatwarning = as_warning
+    sys.excepthook = as_traceback
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -256,10 +280,10 @@ def _run(arguments: Sequence[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except UserError as error:
-        print(f"capfilt: {error}", file=sys.stderr)
+        say(f"capfilt: {error}", err=True)
         return 2
     except RunError as error:
-        print(f"capfilt: {error}", file=sys.stderr)
+        say(f"capfilt: {error}", err=True)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
@@ -275,16 +299,13 @@ def _run(arguments: Sequence[str]) -> int:
             print(error.format_message())  # type: ignore[attr-defined]
             return 2
         if hasattr(error, "format_message"):
-            print(f"capfilt: {_usage(error)}", file=sys.stderr)
+            say(f"capfilt: {_usage(error)}", err=True)
             return 2
         raise
 
 
 def _interrupted() -> int:
-    print(
-        "capfilt: interrupted; what was committed is valid, run the same command again to go on",
-        file=sys.stderr,
-    )
+    say("capfilt: interrupted; what was committed is valid, run the same command again to go on", err=True)
     return 1
 
 

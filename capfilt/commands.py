@@ -1,4 +1,4 @@
-"""The commands that are not stages: run, quickstart, query, compare, report, doctor, recipe list, recipe show, export.
+"""The commands that are not stages: run, quickstart, query, compare, report, doctor, convert, recipe list, recipe show, export.
 
 Light: each imports what it needs when it runs.
 """
@@ -9,6 +9,8 @@ import sys
 from typing import Annotated
 
 import typer
+
+from capfilt.tables.visible import say
 
 WORKSPACE = Annotated[
     str,
@@ -40,6 +42,7 @@ EXAMPLES = {
     ),
     "report": ("capfilt report -w quickstart --out report.html",),
     "doctor": ("capfilt doctor", "capfilt doctor -w quickstart --verify"),
+    "convert": ("capfilt convert my-workspace", "capfilt convert my-workspace/images/web"),
     "export": (
         "capfilt export captioner --to transformers --only captioner --out captioner-hf",
         "capfilt export ./model_base.pth --to transformers --out blip-base",
@@ -62,6 +65,9 @@ def run(
         str, typer.Option("--from", help="this step and those after it", show_default=False)
     ] = "",
     settings: SETTINGS = None,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="read parts that are not whole; the outputs say so")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")
     ] = False,
@@ -75,13 +81,13 @@ def run(
 
     name, content = recipes.load_recipe(recipe)
     steps = recipes.chosen_steps(recipes.resolve(content, settings or []), only or [], start)
-    place = Workspace(workspace)
+    place = Workspace(workspace, allow_incomplete=allow_incomplete)
     if dry_run:
         for line in recipes.dry_run(steps, place):
-            typer.echo(line)
+            say(line)
         return
     for _, summary in recipes.run_recipe(name, steps, place, execution, quiet=quiet):
-        typer.echo(summary.text())
+        say(*summary.lines())
 
 
 def quickstart(
@@ -104,7 +110,10 @@ def query(
     sql: Annotated[
         str, typer.Argument(help="a query over the views; without one, the views and their columns")
     ] = "",
-    format: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
+    format: Annotated[
+        str,
+        typer.Option("--format", help="table, json or csv; a terminal gets control characters as escapes"),
+    ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
     """Ask a workspace in SQL. Views: images texts scores verdicts pairs funnel."""
@@ -146,14 +155,18 @@ def report(
     place = Workspace(workspace)
     path = Path(out) if out else place.path / "report.html"
     write_report(place, path)
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def doctor(
     workspace: Annotated[
         str,
         typer.Option(
-            "--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="also check its shards", show_default=False
+            "--workspace",
+            "-w",
+            envvar="CAPFILT_WORKSPACE",
+            help="also check its shards (with --verify: the current directory's)",
+            show_default=False,
         ),
     ] = "",
     verify: Annotated[bool, typer.Option("--verify", help="read and hash every byte of every shard")] = False,
@@ -162,16 +175,32 @@ def doctor(
     from capfilt import doctor as checks
 
     healthy = True
+    workspace = workspace or ("." if verify else "")
     if workspace:
         checks.existing(workspace)
     for line in checks.machine():
-        typer.echo(line)
+        say(line)
     if workspace:
         for good, line in checks.workspace(workspace, full=verify):
             healthy &= good
-            typer.echo(line)
+            say(line)
     if not healthy:
         raise typer.Exit(1)
+
+
+def convert(
+    path: Annotated[str, typer.Argument(help="a workspace, or one part")] = ".",
+) -> None:
+    """Convert a workspace that an earlier capfilt wrote: rows, files and ids stay, records move to .capfilt."""
+    from pathlib import Path
+
+    from capfilt.tables.convert import convert as convert_parts
+
+    found = convert_parts(Path(path))
+    for part in found:
+        say(f"converted {part}")
+    if not found:
+        say(f"{path}: nothing to convert")
 
 
 def recipe_list() -> None:
@@ -181,7 +210,7 @@ def recipe_list() -> None:
 
     for each in list_recipes():
         _, content = module.load_recipe(each)
-        typer.echo(f"{each:<24} {' '.join(content.description.split())}")
+        say(f"{each:<24} {' '.join(content.description.split())}")
 
 
 def export(
@@ -203,7 +232,7 @@ def export(
     from capfilt.tables.workspace import Workspace
 
     for line in write(Workspace(workspace).model(model), to, out, only, image_size):
-        typer.echo(line)
+        say(line)
 
 
 def recipe_show(
@@ -222,4 +251,7 @@ def recipe_show(
     if settings and not resolved:
         raise UserError("recipe show: --set changes what --resolved prints; give both")
     text = module.show(content, settings or []) if resolved else find_recipe(name).read_text(encoding="utf-8")
-    typer.echo(text, nl=False)
+    if sys.stdout.isatty():
+        say(*text.removesuffix("\n").split("\n"))
+    else:
+        sys.stdout.write(text)

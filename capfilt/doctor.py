@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 
-from capfilt.errors import UserError
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import CONTRACTS
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 PACKAGES = {
@@ -54,24 +60,66 @@ def existing(path: str) -> Workspace:
 
 
 def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
-    """(good, line) for every part; `full` reads and hashes every byte. Raises UserError when there is no workspace."""
+    """(good, line) for every part; `full` reads and hashes every byte, and counts the distinct ids of the rows.
+
+    Raises UserError when there is no workspace, or nothing in it.
+    """
     place = existing(path)
-    for table in CONTRACTS:
-        for part in place.parts(table):
-            bad = 0
-            for shard in part.shards():
-                try:
-                    manifest = part.manifest(shard)
-                    problem = part.problem(manifest, full=full) if manifest else None
-                except UserError as error:
-                    problem = str(error)
-                if problem is not None:
-                    bad += 1
-                    yield False, f"BAD   {problem}"
-            attempts = sum(1 for name in os.listdir(part.path) if name.endswith(".tmp"))
-            note = f", {attempts} files of killed attempts (safe to delete: .*.tmp)" if attempts else ""
-            verb = "hashed" if full else "checked"
-            yield (
-                bad == 0,
-                f"{'ok' if not bad else 'BAD':<5} {part.path}: {len(part.shards())} shards {verb}{note}",
-            )
+    folders = [(table, folder) for table in CONTRACTS for folder in place.folders(table)]
+    if not folders:
+        raise UserError(f"{path}: holds no part; name a workspace with --workspace")
+    for table, folder in folders:
+        try:
+            part = Part(folder).expect(table)
+            problems, shards = _problems(part, full), part.shards()
+            yield from ((False, f"BAD   {problem}") for problem in problems)
+            word = "BAD" if problems else "GAP" if part.gap else "ok"
+            told = part.gap or f"{len(shards)} shards"
+            line = f"{word:<5} {folder}: {told} {'hashed' if full else 'checked'}{_leftovers(part)}"
+            yield word == "ok", line
+        except (UserError, RunError) as error:
+            yield False, f"BAD   {error}"
+
+
+def _problems(part: Part, full: bool) -> list[str]:
+    found: list[str | None] = []
+    ids: list[npt.NDArray[np.bytes_]] = []
+    key = part.contract.key
+    for shard in part.shards():
+        try:
+            manifest = part.manifest(shard)
+            assert manifest is not None
+            problem = part.problem(manifest, full=full)
+            if problem is None and part.behind(manifest):
+                problem = f"{part.path / manifest.file}: is an older generation; run the stage again"
+            if problem is None and full:
+                ids.append(_hashes(part.read(shard, key)))
+            found.append(problem)
+        except (UserError, RunError) as error:
+            found.append(str(error))
+    if not any(found):
+        found.append(part.index_problem())
+    if ids:
+        rows = np.concatenate(ids)
+        distinct = len(np.unique(rows))
+        if distinct < len(rows):
+            found.append(f"{part.path}: {len(rows):,} rows with {distinct:,} distinct {' and '.join(key)}")
+    return [problem for problem in found if problem]
+
+
+def _hashes(table: pa.Table) -> npt.NDArray[np.bytes_]:
+    """16 bytes for each row, of all columns: equal for equal rows."""
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    return np.array([hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in rows], "S16")
+
+
+def _leftovers(part: Part) -> str:
+    attempts = [name for name in os.listdir(part.record) if name.endswith(".tmp")]
+    shards = {f"{shard:05d}.parquet" for shard in part.shards()}
+    strays = sorted(set(os.listdir(part.path)) - shards)
+    note = (
+        f", {len(attempts)} files of killed attempts (safe to delete: {part.record}/.*.tmp)"
+        if attempts
+        else ""
+    )
+    return note + (f", {len(strays)} further files among its shards ({strays[0]})" if strays else "")

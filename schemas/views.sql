@@ -74,9 +74,9 @@ COMMENT ON COLUMN funnel.ordinal IS 'place of the part along the pipeline, from 
 COMMENT ON COLUMN funnel.stage IS 'the stage that wrote the part';
 COMMENT ON COLUMN funnel.table_name IS 'the part''s table';
 COMMENT ON COLUMN funnel.part IS 'the part''s name';
-COMMENT ON COLUMN funnel.outcome IS 'kept, dropped or failed';
-COMMENT ON COLUMN funnel.reason IS 'why they were dropped or failed; null where kept';
-COMMENT ON COLUMN funnel."rows" IS 'input rows of the stage that ended so';
+COMMENT ON COLUMN funnel.outcome IS 'kept, dropped or failed; missing, where the part is not whole';
+COMMENT ON COLUMN funnel.reason IS 'why they were dropped or failed, or which shards there are; null where kept';
+COMMENT ON COLUMN funnel."rows" IS 'input rows of the stage that ended so; null where nobody knows';
 
 CREATE VIEW parts AS SELECT * FROM raw.parts ORDER BY ordinal;
 COMMENT ON VIEW parts IS 'a part of this workspace: what wrote it, from what, and how much it holds';
@@ -85,6 +85,7 @@ COMMENT ON COLUMN parts.table_name IS 'the part''s table';
 COMMENT ON COLUMN parts.part IS 'the part''s name';
 COMMENT ON COLUMN parts.stage IS 'the stage that wrote the part';
 COMMENT ON COLUMN parts.shards IS 'committed shards';
+COMMENT ON COLUMN parts.planned_shards IS 'shards that the part has when it is whole';
 COMMENT ON COLUMN parts.rows_in IS 'input rows of its stage';
 COMMENT ON COLUMN parts.rows_out IS 'rows it holds';
 COMMENT ON COLUMN parts.size IS 'bytes of its Parquet files';

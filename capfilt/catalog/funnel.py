@@ -25,6 +25,7 @@ PARTS_SCHEMA = pa.schema(
         pa.field("part", pa.string()),
         pa.field("stage", pa.string()),
         pa.field("shards", pa.int64()),
+        pa.field("planned_shards", pa.int64()),
         pa.field("rows_in", pa.int64()),
         pa.field("rows_out", pa.int64()),
         pa.field("size", pa.int64()),
@@ -91,12 +92,18 @@ class Account:
     def size(self) -> int:
         return sum(manifest.size for manifest in self.manifests)
 
-    def outcomes(self) -> Iterator[tuple[str, str | None, int]]:
-        """(kept, dropped or failed; the reason; rows), the kept first, then by number of rows."""
+    def outcomes(self) -> Iterator[tuple[str, str | None, int | None]]:
+        """(kept, dropped or failed; the reason; rows), the kept first, then by number of rows.
+
+        Of a part that is not whole the last is "missing": its reason is `Part.gap`, its rows are None where nobody knows them.
+        """
         yield "kept", None, self.counts.kept
         for outcome, reasons in (("dropped", self.counts.dropped), ("failed", self.counts.failed)):
             for reason, rows in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
                 yield outcome, reason, rows
+        if self.part.gap:
+            planned = self.part.planned_rows
+            yield "missing", self.part.gap, None if planned is None else planned - self.counts.rows_in
 
 
 def accounts(workspace: Workspace) -> list[Account]:
@@ -136,6 +143,7 @@ def parts_table(found: Sequence[Account]) -> pa.Table:
             "part": account.part.name,
             "stage": account.stage,
             "shards": len(account.manifests),
+            "planned_shards": len(account.part.planned),
             "rows_in": account.counts.rows_in,
             "rows_out": account.rows_out,
             "size": account.size,

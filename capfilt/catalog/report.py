@@ -41,13 +41,13 @@ from capfilt.catalog.plots import (
     share,
     stacked_bar,
 )
-from capfilt.catalog.text import shortened, visible
 from capfilt.catalog.views import open_catalog
 from capfilt.catalog.yields import yield_section
 from capfilt.data.images import BadImage, decode, encode_jpeg
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import SOURCES
 from capfilt.tables.publish import replace
+from capfilt.tables.visible import shortened, visible
 from capfilt.tables.workspace import Workspace
 
 HISTOGRAM_BINS = 50
@@ -285,13 +285,14 @@ def _funnel_rows(account: Account, most: int) -> Iterator[Html]:
     ]
     yield element("tr", *cells, class_="parthead" if reasons else None)
     for place, (outcome, reason, rows) in enumerate(reasons):
+        known = 0 if outcome == "missing" or rows is None else rows
         cells = [
             element("td", element("i", class_=f"swatch {outcome}"), outcome),
-            element("td", f"{reason}, {share(rows, counts.rows_in)}", colspan="3"),
-            element("td", f"{rows:,}" if outcome == "dropped" else "", class_="n"),
-            element("td", f"{rows:,}" if outcome == "failed" else "", class_="n"),
+            element("td", f"{reason}, {share(known, counts.rows_in)}" if known else reason, colspan="3"),
+            element("td", f"{known:,}" if outcome == "dropped" else "", class_="n"),
+            element("td", f"{known:,}" if outcome == "failed" else "", class_="n"),
             element("td"),
-            element("td", stacked_bar([(outcome, rows)], most or 1), class_="wide"),
+            element("td", stacked_bar([(outcome, known)], most or 1), class_="wide"),
         ]
         yield element("tr", *cells, class_="reason last" if place == len(reasons) - 1 else "reason")
 

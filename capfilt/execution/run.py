@@ -70,9 +70,9 @@ class Summary:
     figures: Mapping[str, Any] = field(default_factory=dict)
     table: Sequence[str] = ()
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """The line, and the table where there is one."""
-        return "\n".join((self.line(), *(f"  {row}" for row in self.table)))
+        return [self.line(), *(f"  {row}" for row in self.table)]
 
     def line(self) -> str:
         """One line for people."""
@@ -126,7 +126,7 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
     """The shards of `stage` that are to do and those that stand. Raises UserError where the output does not agree."""
     shards = stage.shards()
     committed = set(stage.output.shards())
-    foreign = sorted(committed - set(shards))
+    foreign = sorted(committed - set(shards) - set(stage.output.planned if committed else ()))
     if foreign:
         raise UserError(
             f"{stage.output.path}: holds shard {foreign[0]:05d}, which the input has not; name another output, or "
@@ -186,7 +186,7 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
                 if began:
                     stage.output.withdraw()
                 raise
-        stage.finish()
+    stage.finish()
     return Summary(
         stage.name,
         str(stage.output.path),

@@ -12,11 +12,18 @@ import pyarrow.parquet as pq
 
 from capfilt.data.images import SUFFIXES
 from capfilt.errors import UserError
+from capfilt.formats.columns import mixed_types, read_columns, values
 from capfilt.formats.keys import shared_key
 from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
 from capfilt.formats.values import Keyed, caption_columns, require, text_of, unique
 
 ENDINGS = (".parquet", ".pq")
+
+
+_FIELDS = (
+    "key", "status", "error_message", "split", "url", "license", "licence", "original_width", "original_height", "sha256",
+)  # fmt: skip
+"""The columns that a row is made of, beside its picture and its texts."""
 
 
 def detect(given: Given) -> bool:
@@ -65,10 +72,9 @@ class ParquetSource(FileSource):
         caption_columns(schema.names, reading.caption_cols, self.files[0])
         require(schema.names, reading.extra, self.files[0], "--save-additional-columns")
         self._shared = self._find_shared()
-        self._extra_types = {name: schema.field(name).type for name in reading.extra}
 
-    def extra_types(self) -> dict[str, pa.DataType]:
-        return self._extra_types
+    def mixed_types(self) -> dict[str, str]:
+        return mixed_types(self.files, self.reading.extra)
 
     def remarks(self) -> Sequence[str]:
         if self._shared is None:
@@ -90,9 +96,10 @@ class ParquetSource(FileSource):
         return shared_key((name, self._own_keys(file)) for name, file in own)
 
     def _own_keys(self, file: Path) -> list[str]:
-        names = [name for name in schema_of(file).names if name == "key"]
-        table = pq.read_table(file, columns=names)
-        keys = table.column("key").to_pylist() if names else [None] * table.num_rows
+        own = "key" in schema_of(file).names
+        with pq.ParquetFile(file) as source:
+            found = source.read(columns=["key"]).column(0).to_pylist() if own else []
+        keys = found if own else [None] * self._count(file)
         return [row.key for row in unique(self._keyed(file, keys, alone=True))]
 
     def _keyed(self, file: Path, keys: Sequence[Any], *, alone: bool) -> Iterator[Keyed]:
@@ -106,15 +113,20 @@ class ParquetSource(FileSource):
     def _read(self, file: Path) -> Found:
         schema = schema_of(file)
         columns = caption_columns(schema.names, self.reading.caption_cols, file)
-        onto = self._pictures(file, picture_column(schema))
-        records = pq.read_table(file).to_pylist()
+        picture = picture_column(schema)
+        onto = self._pictures(file, picture)
+        # Of the others some may be beyond Python: an infinite date, a list that Arrow cannot read.
+        usual = (name for name in schema.names if name.strip().lower() in _FIELDS)
+        with pq.ParquetFile(file) as source:
+            records = source.read(columns=list({*columns, *usual, picture} - {None})).to_pylist()
+        further = read_columns(file, self.files, self.reading.extra)
+        held = {name: values(further.column(name)) for name in self.reading.extra}
         keys = self._keyed(file, [record.get("key") for record in records], alone=self._shared is None)
-        return Found(
-            [
-                onto(described(row.key, record, columns, self.reading.extra), record)
-                for row, record in zip(keys, records, strict=True)
-            ]
-        )
+        rows = []
+        for number, (row, record) in enumerate(zip(keys, records, strict=True)):
+            extra = {name: each[number] for name, each in held.items()}
+            rows.append(replace(onto(described(row.key, record, columns), record), extra=extra))
+        return Found(rows, further=further)
 
     def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
         """What puts a record's picture onto its row."""

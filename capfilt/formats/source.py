@@ -30,6 +30,7 @@ from capfilt.formats.places import Place
 from capfilt.formats.values import (
     ColumnTypes,
     Keyed,
+    arrow_column,
     captions_in,
     folder_split,
     optional_size,
@@ -137,10 +138,17 @@ class Reading:
 
 @dataclass
 class Found:
-    """Rows, and how many files or members beside them are left out, by kind."""
+    """Rows, and what belongs to them.
 
-    rows: list[SourceRow] = field(default_factory=list)
+    Attributes:
+        rows: the rows.
+        left_out: how many files or members beside them are not read, by kind.
+        further: the further columns asked for, in the types that they have in every shard.
+    """
+
+    rows: list[SourceRow]
     left_out: Counter[str] = field(default_factory=Counter)
+    further: pa.Table = field(default_factory=lambda: pa.table({}))
 
 
 class Given:
@@ -242,9 +250,9 @@ class Source(ABC):
     def read(self, shard: int) -> Found:
         """The rows of one shard, and what is left out beside them; what is left out of no shard, with the first one."""
 
-    @abstractmethod
-    def extra_types(self) -> dict[str, pa.DataType]:
-        """The Arrow type of each further field, the same for every shard."""
+    def mixed_types(self) -> dict[str, str]:
+        """The types of further fields that have several types in the source."""
+        return {}
 
     def remarks(self) -> Sequence[str]:
         """What people should know of how the source is read."""
@@ -303,13 +311,10 @@ class ListedSource(Source):
     def read(self, shard: int) -> Found:
         start = shard * self.reading.shard_size
         rows = self._rows[start : start + self.reading.shard_size]
-        return Found(rows, Counter() if shard else self._left_out)
-
-    def extra_types(self) -> dict[str, pa.DataType]:
-        return self._extra_types
+        return Found(rows, Counter() if shard else self._left_out, further_columns(rows, self._types))
 
     @cached_property
-    def _extra_types(self) -> dict[str, pa.DataType]:
+    def _types(self) -> dict[str, pa.DataType]:
         types = ColumnTypes(self.reading.extra)
         for row in self._rows:
             types.notice(row.extra)
@@ -370,7 +375,14 @@ class FileSource(Source):
         found = self._read(file)
         rows = unique(found.rows)[: self._limited[shard] if self.reading.limit else None]
         rows = [replace(row, split=row.split or self.splits[file]) for row in rows]
-        return Found(rows, found.left_out if shard else found.left_out + self._left_out)
+        left_out = found.left_out if shard else found.left_out + self._left_out
+        return Found(rows, left_out, found.further.slice(0, len(rows)))
+
+
+def further_columns(rows: Sequence[SourceRow], types: Mapping[str, pa.DataType]) -> pa.Table:
+    """The further fields of rows as columns of these types."""
+    columns = [arrow_column((row.extra.get(name) for row in rows), type_) for name, type_ in types.items()]
+    return pa.table(columns, names=list(types))
 
 
 def counted(kinds: Mapping[str, int]) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from capfilt.data.images import HEAD_BYTES, SUFFIXES, kind_of
 from capfilt.formats.files import MAX_FILE_BYTES, MAX_TEXT_BYTES, kind_in_words
 from capfilt.formats.places import Place
-from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
+from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described, further_columns
 from capfilt.formats.values import caption_columns, decoded, storable
 
 ENDINGS = (".tar", ".tgz")
@@ -171,7 +171,9 @@ class TarSource(FileSource):
     def _read(self, file: Path) -> Found:
         samples, left_out = read_tar(file)
         rows = [self._row(self.keys.of(self.names[file], each.key), each) for each in samples]
-        return Found(rows, left_out)
+        # Each sample brings its own JSON: no type but text holds for all of them.
+        types = dict.fromkeys(self.reading.extra, pa.string())
+        return Found(rows, left_out, further_columns(rows, types))
 
     def _row(self, key: str, sample: Sample) -> SourceRow:
         record, broken = _fields(sample)
@@ -183,10 +185,6 @@ class TarSource(FileSource):
         elif broken:
             return row.failed("decode_error", f"its .json is broken ({broken}), so its text is unknown")
         return sample.onto(row)
-
-    def extra_types(self) -> dict[str, pa.DataType]:
-        # Each sample brings its own JSON: no type but text holds for all of them.
-        return dict.fromkeys(self.reading.extra, pa.string())
 
 
 def _fields(sample: Sample) -> tuple[dict[str, Any], str]:

@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
 from capfilt.tables.contracts import Contract
-from capfilt.tables.shards import Counts, Manifest, Part, Successor, fingerprint
+from capfilt.tables.sealed import fingerprint
+from capfilt.tables.shards import Counts, Manifest, Part, Plan, Successor
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class ShardStage(ABC):
         uses_gpu: whether a worker wants a GPU where there is one.
         reads_manifests: whether `inputs` is a look at manifests, which may be looked at before and after the work.
         workers: how many workers share the shards; said by the executor before the stage goes to them.
+        gaps: the incomplete parts that it reads by permission, by path; said by whoever builds the stage.
     """
 
     name: ClassVar[str]
@@ -69,6 +72,7 @@ class ShardStage(ABC):
     uses_gpu: ClassVar[bool] = False
     reads_manifests: ClassVar[bool] = True
     workers: int = 1
+    gaps: Mapping[str, str] = MappingProxyType({})
 
     output: Part
 
@@ -106,8 +110,8 @@ class ShardStage(ABC):
         """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""
 
     def finish(self) -> None:
-        """After a run that did something, once its shards are committed."""
-        self.output.write_index()
+        """At the end of every run, once its shards are committed."""
+        self.output.finish()
 
     def renews(self, manifest: Manifest) -> bool:
         """Whether a shard that stands is to be made again, as its next generation."""
@@ -127,13 +131,23 @@ class ShardStage(ABC):
         manifest = images.manifest(shard)
         return manifest.rows if manifest else 0
 
+    def plan(self) -> Plan | None:
+        """The whole output: its shards are those that the `images` part has when it is whole, or `shards`.
+
+        None where the part's record knows better.
+        """
+        images, shards = getattr(self, "images", None), self.shards()
+        planned = images.planned if isinstance(images, Part) else shards
+        rows = sum(map(self.expected_rows, shards)) if shards == planned else None
+        return Plan(planned, rows, self.gaps)
+
     def full_identity(self) -> Mapping[str, Any]:
         """`identity` and the version of the code."""
         return {"version": self.version, **self.identity()}
 
     def begin(self) -> str:
         """Create or continue the output part. Returns its fingerprint. Raises UserError on another identity."""
-        return self.output.begin(self.contract, self.name, self.full_identity(), self.origins())
+        return self.output.begin(self.contract, self.name, self.full_identity(), self.origins(), self.plan())
 
     def shard_fingerprint(self, part: str, shard: int) -> str:
         """The fingerprint of one shard: the part's, and the bytes it is made from."""
@@ -150,6 +164,7 @@ class ModelStage(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     unit: ClassVar[str] = "steps"
+    gaps: Mapping[str, str] = MappingProxyType({})
 
     output: Path
 

@@ -103,7 +103,7 @@ class CaptionStage(ShardStage):
             options.compile,
         )
         open_captioner(self.captioner)
-        self.images = workspace.part("images", options.images).expect("images")
+        self.images = workspace.input("images", options.images)
         self.output = output or workspace.part("captions", options.out or self.captioner.name)
 
     @cached_property

@@ -103,7 +103,7 @@ class CaptionAndScore(ScoreStage):
         return _Captioned(self.captioning.output)
 
     def finish(self) -> None:
-        self.captioning.output.write_index()
+        self.captioning.finish()
         super().finish()
 
     def setup(self) -> None:

@@ -56,7 +56,7 @@ class Duplicates(ShardStage):
         if not 0 <= options.distance <= MOST_DISTANCE:
             raise UserError(f"--distance {options.distance}: give 0 to {MOST_DISTANCE}")
         self.options = options
-        self.images = workspace.part("images", options.images).expect("images")
+        self.images = workspace.input("images", options.images)
         self.output = output or workspace.part("signals", options.out)
 
     def identity(self) -> Mapping[str, Any]:

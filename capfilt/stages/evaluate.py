@@ -15,7 +15,7 @@ from capfilt.models.precision import check_precision
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.pair_training import IMAGE_COLUMNS
-from capfilt.stages.results import ResultStage, result_path
+from capfilt.stages.results import ResultStage
 from capfilt.tables.contracts import SPLITS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -52,12 +52,10 @@ class Evaluate(ResultStage):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
         self.checkpoint = workspace.model(options.model)
         checkpoint.read_config(self.checkpoint)
-        self.images = workspace.part("images", options.images).expect("images").check()
-        self.pictures = [workspace.part("images", name).expect("images").check() for name in options.pictures]
-        self.examples = [
-            workspace.part("examples", name).expect("examples").check() for name in options.examples
-        ]
-        self.output = result_path(workspace.path, options.out or self.checkpoint.name)
+        self.images = workspace.input("images", options.images).check()
+        self.pictures = [workspace.input("images", name).check() for name in options.pictures]
+        self.examples = [workspace.input("examples", name).check() for name in options.examples]
+        self.output = workspace.result(options.out or self.checkpoint.name)
 
     def identity(self) -> Mapping[str, Any]:
         return {

@@ -7,7 +7,6 @@ answers and label are looked at: what cannot be used is a row that says why.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,8 @@ from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
 from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
 from capfilt.tables.ids import example_id, file_sha256
-from capfilt.tables.shards import Counts, Part, fingerprint
+from capfilt.tables.sealed import fingerprint
+from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
 
 _TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
@@ -39,8 +39,8 @@ class Examples(ShardStage):
     def __init__(self, options: ExamplesOptions, workspace: Workspace, output: Part | None = None) -> None:
         _check(options)
         self.options = options
-        self.output = output or workspace.part("examples", options.dataset)
-        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
+        self.output = workspace.dataset("examples", options.dataset, output)
+        self.images = [workspace.input("images", name).check() for name in options.images]
         self.source = Path(options.source_path).expanduser()
         self.annotations = Path(options.annotations).expanduser() if options.annotations else None
         self._pictures: NamedPictures | None = None
@@ -181,8 +181,6 @@ def _check(options: ExamplesOptions) -> None:
         raise UserError(
             "examples: --images must name at least one images part, whose pictures are asked about"
         )
-    if os.sep in options.dataset or not options.dataset.strip("\0"):
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.task not in ("auto", *TASKS):
         raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")
     given = [("--splits", split) for split in options.splits]

@@ -17,7 +17,7 @@ from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
-from capfilt.stages.results import ResultStage, result_path
+from capfilt.stages.results import ResultStage
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -41,8 +41,8 @@ class Grade(ResultStage):
 
     def __init__(self, options: GradeOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
-        self.images = workspace.part("images", options.images).expect("images").check()
-        self.verdicts = workspace.part("verdicts", options.verdicts).expect("verdicts").check()
+        self.images = workspace.input("images", options.images).check()
+        self.verdicts = workspace.input("verdicts", options.verdicts).check()
         self.filter = workspace.model(options.filter) if options.filter else None
         if options.expert:
             if self.filter is None:
@@ -51,7 +51,7 @@ class Grade(ResultStage):
                 raise UserError(f"--expert {options.expert}: no such file")
         if self.filter is not None:
             checkpoint.read_config(self.filter)
-        self.output = result_path(workspace.path, options.out)
+        self.output = workspace.result(options.out)
 
     def identity(self) -> Mapping[str, Any]:
         return {

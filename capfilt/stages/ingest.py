@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from PIL import Image
 
 from capfilt.data.images import BadImage, decode, encode_jpeg, encode_png, phash, sha256
 from capfilt.errors import UserError
 from capfilt.formats.files import MAX_FILE_BYTES, read_file
 from capfilt.formats.source import Reading, SourceRow, counted, open_source
-from capfilt.formats.values import CAPTION_COLUMNS, arrow_column, storable
+from capfilt.formats.values import CAPTION_COLUMNS, storable
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.options import IngestOptions
 from capfilt.stages.pictures import read_header
@@ -53,7 +51,7 @@ class Ingest(ShardStage):
     def __init__(self, options: IngestOptions, workspace: Workspace, output: Part | None = None) -> None:
         _check(options)
         self.options = options
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         self.source = open_source(
             options.source_path,
             options.format,
@@ -71,7 +69,10 @@ class Ingest(ShardStage):
         self._hashes: dict[int, str] = {}
 
     def identity(self) -> Mapping[str, Any]:
-        return {"options": option_values(self.options), "source": self.source.digest()}
+        named = {"options": option_values(self.options), "source": self.source.digest()}
+        mixed = self.source.mixed_types()
+        # Absent where all files agree, as before files could differ.
+        return named | ({"types": mixed} if mixed else {})
 
     def shards(self) -> list[int]:
         return list(range(self.source.shard_count()))
@@ -101,10 +102,8 @@ class Ingest(ShardStage):
             rows.append(columns)
         self._hashes[shard] = digest.hexdigest()
         table = IMAGES.table(rows)
-        for name, type_ in self.source.extra_types().items():
-            table = table.append_column(
-                pa.field(name, type_), arrow_column((row.extra.get(name) for row in found.rows), type_)
-            )
+        for field in found.further.schema:
+            table = table.append_column(field, found.further.column(field.name))
         counts = Counts(len(rows), len(rows) - failed.total(), {}, dict(sorted(failed.items())))
         texts = sum(len(row["captions"]) for row in rows if row["failure"] is None)
         return Produced(table, counts, {"texts": texts, "left_out": dict(found.left_out)})
@@ -210,10 +209,6 @@ def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     if options.source_path.strip("\0") == "":
         raise UserError("ingest: SOURCE_PATH must be given")
-    if options.dataset.strip("\0") == "":
-        raise UserError("ingest: --dataset must be given")
-    if os.sep in options.dataset:
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.source not in ("human", "web"):
         raise UserError(f"--source {options.source!r}: choose human or web")
     given = [("--splits", split) for split in options.splits]

@@ -12,13 +12,18 @@ from capfilt.tables.shards import Part
 
 
 def shards_of(first: Part, *others: Part) -> list[int]:
-    """The committed shards of `first`. Raises MissingInput when there is none or another part lacks one of them."""
+    """The committed shards of `first` that the other parts have too.
+
+    Raises MissingInput when there is none, or when a part that is whole lacks one of them.
+    """
     shards = first.shards()
     if not shards:
         raise MissingInput(f"{first.path}: has no committed shard; run the stage that writes it first")
     for part in others:
         missing = sorted(set(shards) - set(part.shards()))
-        if missing:
+        if missing and part.gap:
+            shards = [shard for shard in shards if shard not in missing]
+        elif missing:
             raise MissingInput(
                 f"{part.path}: shard {missing[0]:05d} of {first.path} is not in it; run the stage that writes it to the end"
             )

@@ -2,7 +2,7 @@
 
 Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy.
 A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
-"images", "captions", "scores", "signals", "verdicts", "pairs", "examples" (parts), "model" (a checkpoint), "path" (a file
+PARTS, "model" (a checkpoint), "path" (a file
 or directory). `unless` names an option that, when set, makes it needless to give this one.
 `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
 that those still count as done. `told` marks one that changes what a run says or keeps, and no result. `models` names those of
@@ -15,6 +15,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from capfilt.formats import FORMATS
+
+PARTS = ("images", "captions", "scores", "signals", "verdicts", "pairs", "examples")
+"""The values of `kind` that name parts of tables."""
 
 REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""

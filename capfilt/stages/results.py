@@ -43,6 +43,7 @@ class ResultStage(ModelStage):
             "fingerprint": self.fingerprint(),
             "identity": dict(self.identity()),
             "origins": dict(self.origins()),
+            **({"incomplete_inputs": dict(self.gaps)} if self.gaps else {}),
             **self.measure(report),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -53,11 +54,3 @@ class ResultStage(ModelStage):
     def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The few figures that fit in a line."""
         return dict(metrics)
-
-
-def result_path(workspace: Path, name: str) -> Path:
-    """Where the result called `name` goes: `runs/<name>.json`, or the path itself when it has a separator."""
-    if "/" in name:
-        path = Path(name)
-        return path if path.suffix == ".json" else path.with_name(path.name + ".json")
-    return workspace / "runs" / f"{name}.json"

@@ -109,13 +109,13 @@ class ScoreStage(ShardStage):
         )
         self.columns = dict(open_scorer(self.filter).columns)
         self.contract = score_contract(self.columns)
-        self.images = workspace.part("images", options.images).expect("images")
+        self.images = workspace.input("images", options.images)
         self.captions = self.caption_parts(workspace)
         self.output = output or workspace.part("scores", options.out or self.filter.name)
 
     def caption_parts(self, workspace: Workspace) -> list[Part]:
         """The captions parts to score."""
-        return [workspace.part("captions", name).expect("captions") for name in self.options.captions]
+        return [workspace.input("captions", name) for name in self.options.captions]
 
     @cached_property
     def mark(self) -> str:

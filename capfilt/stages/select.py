@@ -44,13 +44,11 @@ class Select(ShardStage):
             )
         self.options = options
         self.workspace = workspace
-        self.images = workspace.part("images", options.images).expect("images")
-        self.captions = [workspace.part("captions", name).expect("captions") for name in options.captions]
-        self.scores = workspace.part("scores", options.scores).expect("scores")
+        self.images = workspace.input("images", options.images)
+        self.captions = [workspace.input("captions", name) for name in options.captions]
+        self.scores = workspace.input("scores", options.scores)
         self.output = output or workspace.part("verdicts", options.out)
-        self.duplicates = (
-            workspace.part("signals", options.duplicates).expect("signals") if options.duplicates else None
-        )
+        self.duplicates = workspace.input("signals", options.duplicates) if options.duplicates else None
         if self.duplicates is not None and self.duplicates.info.get("stage") != "duplicates":
             raise UserError(f"--duplicates {options.duplicates}: {self.duplicates.path} is of another stage")
         contract = self.scores.contract
@@ -99,9 +97,7 @@ class Select(ShardStage):
             "copies": ([self.duplicates] if self.duplicates else [], "image_id, first"),
         }
         for name, (parts, columns) in views.items():
-            files = [
-                str(part.path / manifest.file) for part in parts for manifest in part.check().manifests()
-            ]
+            files = [str(part.file(manifest)) for part in parts for manifest in part.check().manifests()]
             rows = "read_parquet($files, union_by_name=true)"
             if not files:  # no such part: a table of no rows
                 rows = "(SELECT NULL::VARCHAR AS text_id, NULL::VARCHAR AS image_id, NULL::BOOLEAN AS first LIMIT 0)"
@@ -168,7 +164,7 @@ class Select(ShardStage):
             return []
         import duckdb
 
-        files = [str(self.output.path / manifest.file) for manifest in self.output.manifests()]
+        files = [str(self.output.file(manifest)) for manifest in self.output.manifests()]
         with duckdb.connect() as connection:
             row = connection.execute(
                 f'SELECT count("{self.options.by}"), min("{self.options.by}"), max("{self.options.by}") '  # noqa: S608
@@ -232,7 +228,7 @@ class WritePairs(ShardStage):
     contract = PAIRS
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
-        self.images = workspace.part("images", options.images).expect("images")
+        self.images = workspace.input("images", options.images)
         self.verdicts = workspace.part("verdicts", options.out)
         self.output = output or workspace.part("pairs", options.out)
 
@@ -258,7 +254,8 @@ class WritePairs(ShardStage):
         tables = []
         dropped: Counter[str] = Counter()
         rows_in = kept = 0
-        for batch in self.images.batches(shard, ["image_id", "image", "split", "status", "failure"]):
+        taken = [name for name in PAIRS.schema.names if name != "texts"]
+        for batch in self.images.batches(shard, [*taken, "status"]):
             table = pa.Table.from_batches([batch])
             rows_in += table.num_rows
             mask = []
@@ -268,7 +265,7 @@ class WritePairs(ShardStage):
                 kept += keep
                 if not keep:
                     dropped["no_kept_text" if status == "success" else "no_image"] += 1
-            table = table.filter(pa.array(mask, pa.bool_())).select(["image_id", "image", "split"])
+            table = table.filter(pa.array(mask, pa.bool_())).select(taken)
             column = pa.array(
                 [texts[image] for image in table["image_id"].to_pylist()], PAIRS.schema.field("texts").type
             )

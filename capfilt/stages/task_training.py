@@ -69,10 +69,8 @@ class TaskTraining(Training[TaskCorpus]):
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(options, name):g}: give a number in [0, 1)"
                 )
-        self.parts = {
-            name: workspace.part("examples", name).expect("examples").check() for name in options.examples
-        }
-        self.images = [workspace.part("images", name).expect("images").check() for name in options.images]
+        self.parts = {name: workspace.input("examples", name).check() for name in options.examples}
+        self.images = [workspace.input("images", name).check() for name in options.images]
         self.init = workspace.model(options.init)
         self.check_start(self.init, "--init", (*STARTS[self.form], *FINETUNED[self.form]))
 
@@ -121,6 +119,13 @@ class TaskTraining(Training[TaskCorpus]):
                 f"{', '.join(str(part.path) for part in self.parts.values())} "
                 f"(left out: {corpus.skipped | corpus.deselected})"
             )
+        given = set(corpus.example_ids)
+        for part in self.parts.values():
+            ids = (table["example_id"].to_pylist() for table in part.tables(["example_id"]))
+            if all(given.isdisjoint(some) for some in ids):
+                raise UserError(
+                    f"{part.path}: gives no example of the task {self.task} to train on; name another part, or leave it out"
+                )
         return corpus
 
     def _corpus(

@@ -9,7 +9,6 @@ that were not averaged) and `best/` (those of the lowest training loss) are chec
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -155,7 +154,7 @@ class Retrain(Pretrain):
         self.options = options
         self.check_options(self.model)
         super().__init__(options, workspace, output)
-        self.pairs = [workspace.part("pairs", name).expect("pairs").check() for name in options.pairs]
+        self.pairs = [workspace.input("pairs", name).check() for name in options.pairs]
         self.joined: list[tuple[Part, Part]] = []
         for item in options.verdicts:
             images, equals, verdicts = item.partition("=")
@@ -163,19 +162,9 @@ class Retrain(Pretrain):
                 raise UserError(f"--verdicts {item}: write IMAGES=VERDICTS, the names of two parts")
             self.joined.append(
                 (
-                    workspace.part("images", images).expect("images").check(),
-                    workspace.part("verdicts", verdicts).expect("verdicts").check(),
+                    workspace.input("images", images).check(),
+                    workspace.input("verdicts", verdicts).check(),
                 )
-            )
-        selected = [(part, part.rows) for part in self.pairs]
-        selected += [(verdicts, verdicts.counts().kept) for _, verdicts in self.joined]
-        empty = [str(part.path) for part, kept in selected if not kept]
-        if empty:
-            warnings.warn(
-                f"{self.name}: nothing was kept in {', '.join(empty)}, so this trains on what is left; select with a lower "
-                "--threshold, or leave it out",
-                RuntimeWarning,
-                stacklevel=2,
             )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
         if self.start:

@@ -399,6 +399,7 @@ class Training(ModelStage, Generic[D]):
             "fingerprint": self.fingerprint(),
             "identity": dict(self.identity()),
             "origins": dict(self.origins()),
+            **({"incomplete_inputs": dict(self.gaps)} if self.gaps else {}),
             "warnings": list(result.warnings),
         }
         # What everything downstream loads under the checkpoint's name is the average, where there is one.

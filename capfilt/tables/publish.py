@@ -1,6 +1,7 @@
-"""Publishing one file so that it is either wholly there or not there, and never replaces another.
+"""Publishing one file so that it is either wholly there or not there, and never replaces another by accident.
 
 Local and shared POSIX file systems only. A killed process can leave a file whose name starts with `.`; nothing reads it.
+Errors of the system are RunErrors here: one line that names the file.
 """
 
 from __future__ import annotations
@@ -8,74 +9,111 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from capfilt.errors import RunError
 
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system in the body into a RunError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "no space left on the disk; free space"
+        elif error.errno == errno.EXDEV:
+            why = "its folder and the workspace's .capfilt are on different file systems; put both on one"
+        elif error.errno in _NO_LINKS:
+            why = f"this file system has no hard links ({error.strerror}); put the workspace on one that has them"
+        else:
+            why = f"cannot be written ({error.strerror or error})"
+        raise RunError(f"{path}: {why}, then run again; committed shards are valid") from error
+
 
 def sync_directory(directory: Path) -> None:
     """Make the names in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _write_attempt(path: Path, write: Callable[[Path], None]) -> Path:
+def attempt_at(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write a file beside `path` under a name of its own, and sync its bytes. Returns where it is.
+
+    `write` is called with the path to write to. An attempt that fails leaves no file.
+    """
     attempt = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        write(attempt)
-        descriptor = os.open(attempt, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except BaseException as error:
+        with one_line(path):
+            write(attempt)
+            _sync(attempt)
+    except BaseException:
         attempt.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"{path}: no space left on the disk; what was committed is valid, free space and run again"
-            ) from error
         raise
     return attempt
 
 
-def publish_new(path: Path, write: Callable[[Path], None]) -> bool:
-    """Write a file under an attempt's own name, then give it the name `path` unless that name is taken.
+def link_new(attempt: Path, path: Path) -> bool:
+    """Give a written file the further name `path`, durably. Returns False where that name is taken.
 
-    `write` is called with the path to write to. Returns False, leaving the existing file as it is, when another
-    attempt was first. Raises RunError when the disk is full or the file system cannot publish without overwriting.
+    link(2) fails when the name exists; rename(2) would replace it silently.
     """
-    attempt = _write_attempt(path, write)
-    try:
-        # link(2) fails when the name exists; rename(2) would replace it silently.
-        os.link(attempt, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise RunError(
-            f"{path}: this file system has no hard links ({error.strerror}), so a shard cannot be published without "
-            "the risk of overwriting another; put the workspace on a POSIX file system"
-        ) from error
-    finally:
-        attempt.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with one_line(path):
+        try:
+            os.link(attempt, path)
+        except (FileExistsError, FileNotFoundError):
+            # The attempt is gone where another process published it for us.
+            if path.exists():
+                return False
+            raise
+        sync_directory(path.parent)
     return True
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what is there in one step. Only for files that can be derived again."""
-    attempt = _write_attempt(path, lambda temporary: _write_bytes(temporary, data))
-    os.replace(attempt, path)
-    sync_directory(path.parent)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def publish_new(path: Path, write: Callable[[Path], object]) -> bool:
+    """Write the file `path` unless that name is taken. Returns whether it was free; an existing file stays as it is."""
+    attempt = attempt_at(path, write)
+    try:
+        return link_new(attempt, path)
+    finally:
+        attempt.unlink(missing_ok=True)
 
 
 def publish_new_bytes(path: Path, data: bytes) -> bool:
     """`publish_new` for bytes in hand."""
-    return publish_new(path, lambda temporary: _write_bytes(temporary, data))
+    return publish_new(path, lambda place: place.write_bytes(data))
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, replacing what is there in one step. Only for files that can be derived again."""
+    attempt = attempt_at(path, lambda place: place.write_bytes(data))
+    with one_line(path):
+        os.replace(attempt, path)
+        sync_directory(path.parent)
+
+
+def point(path: Path, target: Path, scratch: Path) -> None:
+    """Make `path` a name of the file `target`, in one step, in place of the file that had it.
+
+    The new name is made in the folder `scratch` first, so that `path`'s own folder never holds another file.
+    """
+    attempt = scratch / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+    with one_line(path):
+        os.link(target, attempt)
+        try:
+            os.replace(attempt, path)
+        finally:
+            # rename(2) does nothing where both names are one file already.
+            attempt.unlink(missing_ok=True)
+        sync_directory(path.parent)

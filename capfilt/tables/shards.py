@@ -1,22 +1,26 @@
-"""Parts and shards on disk: commit, verify, fingerprint, read.
+"""Parts and shards on disk: commit, verify, read.
 
-A part is a directory:
+A part is two folders. Its data is a folder of Parquet shards and nothing else, so that any reader opens it:
 
-    _part.json            what wrote it: table, contract version, further columns, stage, options, inputs, fingerprint,
-                          and where checkpoints came from
-    00000.parquet         shard 0
-    00000.manifest.json   written last: the shard is done when this exists and agrees with the file
-    00000_stats.json      counts, seconds, rows per second
-    _index.json           the manifests in one file, written when a run ends
-    _precision.json       of some parts: what all their shards were computed in, written by the first worker
+    <workspace>/<table>/<part>/00000.parquet             shard 0
 
-A shard whose failed rows were tried again has further generations, each a whole shard with a manifest of its own:
+Its record is kept apart, in the workspace's `.capfilt`:
 
-    _00000.g1.parquet     generation 1 of shard 0: its failed rows may have succeeded, all others are as before
-    00000.g1.manifest.json
+    <workspace>/.capfilt/<table>/<part>/part.json        who wrote the part: table, contract version, further columns, stage,
+                                                         options, inputs, fingerprint, planned shards and rows, and
+                                                         where checkpoints came from
+                                        00000.manifest.json  written last: a shard is done when its manifest exists and
+                                                         agrees with the file
+                                        00000.stats.json counts, seconds, rows per second
+                                        index.json       all manifests in one file, written when a run ends
+                                        precision.json   of some parts: the precision of all shards, written by the first worker
 
-Readers see the newest committed generation; the older ones stay as they are and may be deleted. The name begins with `_`
-so that a reader which knows no manifests, and takes every *.parquet, has each row once: the first generation's.
+The record of a part that lies outside of a workspace (`--out DIR`) is beside it, in `.capfilt/DIR/`.
+
+A shard whose failed rows were tried again has further generations, each a whole shard with a manifest of its own. Their
+files are in the record: `00000.g0.parquet`, the first, set aside; `00000.g1.parquet` and `00000.g1.manifest.json`, in
+which failed rows may have succeeded and all others are as before. The name `00000.parquet` follows to the newest
+committed generation in one step. Readers here open the generation's own file, which never changes.
 
 What the columns mean is in `contracts.py`; which process writes which shard is the business of `execution/`.
 """
@@ -27,10 +31,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,19 +46,17 @@ import pyarrow.parquet as pq
 from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS, Contract
 from capfilt.tables.ids import file_sha256
-from capfilt.tables.publish import publish_new, publish_new_bytes, replace
+from capfilt.tables.publish import attempt_at, link_new, point, publish_new_bytes, replace, sync_directory
+from capfilt.tables.sealed import fingerprint, read_sealed, seal, unseal
+
+RECORDS = ".capfilt"
+"""The folder of parts' records in a workspace, or beside a part outside of one."""
 
 _MANIFEST = re.compile(r"^(\d{5,})\.manifest\.json$")
 _FOOTER_KEY = b"capfilt"
 
 IMAGE_ROW_GROUP = 100
-"""Rows per row group where a table holds pictures: what the Hugging Face viewer and `datasets` settled on."""
-
-
-def fingerprint(value: Mapping[str, Any]) -> str:
-    """Return 32 hex digits that change when anything in the JSON-able `value` changes; key order does not matter."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+"""Rows per row group where a table holds pictures: the size that the Hugging Face viewer and `datasets` settled on."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def _add(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed shard is: see the module docstring. `etag` is a hash of the file's last 64 KiB and its size.
+    """The description of a committed shard. `etag` hashes the file's size and its end, the whole footer included.
 
     Of a generation above 0, `previous` is the SHA-256 of the one it was made from, and `changed` the options that it was
     made with otherwise than the part. `batch_size`: images at a time, where a stage's engine chose that itself or memory
@@ -104,7 +107,6 @@ class Manifest:
     """
 
     shard: int
-    file: str
     table: str
     contract_version: int
     fingerprint: str
@@ -118,46 +120,112 @@ class Manifest:
     changed: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 0
 
+    @property
+    def file(self) -> str:
+        """The name that other tools' readers know the shard by."""
+        return f"{self.shard:05d}.parquet"
+
     def to_json(self) -> bytes:
-        values = asdict(self)
-        if not self.generation:
-            # As before there were generations: a part that was never retried has the bytes it always had.
-            for name in ("generation", "previous", "changed"):
-                del values[name]
-        if not self.batch_size:
-            del values["batch_size"]
-        return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+        return seal(asdict(self))
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
         """Raises ValueError, KeyError or TypeError when `data` is not a manifest."""
-        fields = json.loads(data)
-        return Manifest(**{**fields, "counts": Counts(**fields["counts"])})
+        return Manifest.of(unseal(data))
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Manifest:
+        """The manifest with these JSON values. Raises ValueError, KeyError or TypeError where they cannot be."""
+        manifest = Manifest(**{**values, "counts": Counts(**values["counts"])})
+        kinds = {"int": int, "str": str, "dict[str, Any]": dict, "dict[str, int]": dict}
+        for owner in (manifest, manifest.counts):
+            for each in fields(owner):
+                if each.type in kinds and type(getattr(owner, each.name)) is not kinds[str(each.type)]:
+                    raise ValueError(f"{each.name} is not of type {each.type}")
+        counts = manifest.counts
+        numbers = (
+            counts.rows_in,
+            counts.kept,
+            *counts.dropped.values(),
+            *counts.failed.values(),
+            manifest.rows,
+        )
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError("a number of rows is below 0 or no number")
+        return manifest
 
 
 @dataclass(frozen=True)
 class Successor:
-    """What the rows of a further generation come after; see Manifest."""
+    """The place of a further generation's rows after the generation before; see Manifest."""
 
     generation: int = 0
     previous: str = ""
     changed: dict[str, Any] = field(default_factory=dict)
 
 
-def _file_name(shard: int, generation: int) -> str:
-    return f"_{shard:05d}.g{generation}.parquet" if generation else f"{shard:05d}.parquet"
+@dataclass(frozen=True)
+class Plan:
+    """A whole part.
+
+    Attributes:
+        shards: their numbers, ascending.
+        rows: their input rows, all together; None where they are not known yet.
+        gaps: the incomplete parts that it is made from, by path, each with its `Part.gap`.
+    """
+
+    shards: Sequence[int]
+    rows: int | None = None
+    gaps: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"planned": _ranges(self.shards), "planned_rows": self.rows, "gaps": dict(self.gaps)}
 
 
-def _etag(path: Path) -> tuple[int, str]:
+def etag_of(path: Path, most: int | None = None) -> tuple[int, str]:
     """Size and etag: cheap to compute for a file of any size, and different for any two Parquet files of interest.
 
-    The footer at the end holds every column chunk's offset, size and statistics.
+    The etag covers the last 64 KiB and the whole footer, at most the last `most` bytes. The footer holds every column
+    chunk's offset, size and statistics.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(0, size - 65536))
+        file.seek(max(0, size - 8))
+        footer = int.from_bytes(file.read(4), "little") + 8
+        file.seek(max(0, size - (most or max(65536, footer))))
         tail = file.read()
     return size, hashlib.blake2b(tail + size.to_bytes(8, "little"), digest_size=16).hexdigest()
+
+
+def record_of(path: Path) -> Path:
+    """The folder of the record of the part at `path`; see the module docstring.
+
+    A folder named after a table is taken for a workspace's, so that a part has one record under whatever path it is named.
+    """
+    real = Path(os.path.realpath(path))
+    if real.parent.name in CONTRACTS:
+        return real.parent.parent / RECORDS / real.parent.name / real.name
+    return real.parent / RECORDS / real.name
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: [0, 1, 2, 5] is "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def _numbers(ranges: str) -> list[int]:
+    """The inverse of `_ranges`. Raises ValueError."""
+    found: list[int] = []
+    for run in filter(None, ranges.split(",")):
+        low, _, high = run.partition("-")
+        found += range(int(low), int(high or low) + 1)
+    return found
 
 
 class Part:
@@ -169,6 +237,7 @@ class Part:
                 f"{path}: parts live on a local or shared file system; mount the object store or copy it"
             )
         self.path = Path(path)
+        self._hashed: dict[Path, tuple[int, int]] = {}
 
     def __repr__(self) -> str:
         return f"Part({str(self.path)!r})"
@@ -177,39 +246,53 @@ class Part:
     def name(self) -> str:
         return self.path.name
 
+    @cached_property
+    def record(self) -> Path:
+        """The folder of the part's manifests and of all else that is no shard."""
+        return record_of(self.path)
+
     @property
     def exists(self) -> bool:
-        return (self.path / "_part.json").is_file()
+        """Whether the part was begun. Raises UserError where an earlier version of capfilt wrote it."""
+        if (self.path / "_part.json").is_file():
+            place = self.path.parent.parent if self.path.parent.name in CONTRACTS else self.path
+            raise UserError(
+                f"{self.path}: was written by an earlier capfilt; convert it with `capfilt convert {place}`"
+            )
+        # Without its folder a part is gone, whatever its record says.
+        return self.path.is_dir() and (self.record / "part.json").is_file()
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """The part's `_part.json`. Raises UserError when the directory is not a part."""
-        path = self.path / "_part.json"
-        if not path.is_file():
+        """The part's record, `part.json`. Raises UserError when the directory is not a part."""
+        if not self.exists:
             if not self.path.exists():
                 raise MissingInput(
                     f"{self.path}: no such part; run the stage that writes it, or name another"
                 )
             raise UserError(
-                f"{self.path}: not a part (no _part.json); bring other tools' data in with `capfilt ingest`"
+                f"{self.path}: not a part (no {self.record / 'part.json'}); bring other tools' data in with "
+                "`capfilt ingest`, and move a part together with its record"
             )
+        path = self.record / "part.json"
+        cure = "restore it from a copy, or remove the part and make it again"
+        info = read_sealed(path, cure) or {}
         try:
-            info = json.loads(path.read_bytes())
-            contract = CONTRACTS[info["table"]]
-            if info["contract_version"] > contract.version:
-                raise UserError(
-                    f"{path}: contract version {info['contract_version']} of {contract.name} is newer than this "
-                    f"capfilt's {contract.version}; upgrade capfilt"
-                )
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: not readable as a part's description ({error!r}); restore or remove it"
-            ) from error
-        try:
+            contract, version = CONTRACTS[info["table"]], info["contract_version"]
+            newer = version > contract.version
             contract.extended(info.get("columns", {}))
-        except (UserError, AttributeError, TypeError) as error:
-            raise UserError(f"{path}: `columns` cannot be ({error}); restore or remove it") from error
-        return dict(info)
+            _numbers(info.get("planned", ""))
+            mark = _mark(info["stage"], [contract.name, version, *info.get("columns", {})], info["identity"])
+        except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not readable as a part's record ({error}); {cure}") from error
+        if newer:
+            raise UserError(
+                f"{path}: contract version {version} of {contract.name} is newer than this capfilt's {contract.version}; "
+                "upgrade capfilt"
+            )
+        if mark != info["fingerprint"]:
+            raise UserError(f"{path}: its fingerprint is not that of its options and inputs; {cure}")
+        return info
 
     @property
     def contract(self) -> Contract:
@@ -224,6 +307,25 @@ class Part:
             )
         return self
 
+    @property
+    def planned(self) -> list[int]:
+        """The shards that the part has when it is whole; the committed ones where its record does not tell."""
+        planned = self.info.get("planned")
+        return self.shards() if planned is None else _numbers(planned)
+
+    @property
+    def planned_rows(self) -> int | None:
+        """The input rows of all planned shards; None where they are not known."""
+        return self.info.get("planned_rows")
+
+    @property
+    def gap(self) -> str:
+        """Why the part is not whole, as in "1 of 2 shards"; "" where it is. A part made from such a part is not either."""
+        planned, here = set(self.planned), set(self.shards())
+        if not planned <= here:
+            return f"{len(planned & here):,} of {len(planned):,} shards"
+        return ", ".join(f"made from {gap} of {path}" for path, gap in self.info.get("gaps", {}).items())
+
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def begin(
@@ -232,16 +334,17 @@ class Part:
         stage: str,
         identity: Mapping[str, Any],
         origins: Mapping[str, Mapping[str, str]] | None = None,
+        plan: Plan | None = None,
     ) -> str:
         """Create the part, or continue it when it was begun with the same identity. Returns its fingerprint.
 
-        `origins` says of marks in `identity` what they stand for; it is written down and takes part in nothing.
+        `origins` says of marks in `identity` what they stand for. It and `plan` are written down and take part in nothing.
 
         Raises UserError when the part was written with another identity: rows of different options, inputs,
         checkpoints or code are never mixed.
         """
         mark = self.identity_fingerprint(contract, stage, identity)
-        info = {
+        info: dict[str, Any] = {
             "table": contract.name,
             "contract_version": contract.version,
             "stage": stage,
@@ -252,42 +355,44 @@ class Part:
             info["columns"] = contract.further
         if origins:
             info["origins"] = origins
+        whole = plan.to_json() if plan else {}
+        path = self.record / "part.json"
         if not self.exists:
             if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
                 raise UserError(f"{self.path}: is not empty and not a part; name another output")
+            # A record whose part was removed says nothing of the part that begins here.
+            if not self.path.is_dir():
+                shutil.rmtree(self.record, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
-            publish_new_bytes(
-                self.path / "_part.json", (json.dumps(info, indent=1, sort_keys=True) + "\n").encode()
-            )
+            self.record.mkdir(parents=True, exist_ok=True)
+            publish_new_bytes(path, seal(info | whole))
         self.__dict__.pop("info", None)
         # Another process may have begun the part between the two looks.
-        return self.identity_fingerprint(contract, stage, identity)
+        mark = self.identity_fingerprint(contract, stage, identity)
+        if any(self.info.get(name) != value for name, value in whole.items()):
+            replace(path, seal(self.info | whole))
+            self.__dict__.pop("info", None)
+        return mark
 
     def withdraw(self) -> None:
-        """Take the part back where nothing was committed to it: what a refused call began claims no name."""
-        names = os.listdir(self.path) if self.path.is_dir() else []
-        if all(name.startswith(("_", ".")) for name in names):
-            for name in names:
-                if name.endswith(".json"):
-                    (self.path / name).unlink(missing_ok=True)
-            with suppress(OSError):  # files of killed attempts may lie there
-                self.path.rmdir()
-            self.__dict__.pop("info", None)
+        """Take the part back where nothing was committed to it: a refused call claims no name."""
+        if self.shards() or not self.path.is_dir():
+            return
+        with suppress(OSError):  # a shard that no manifest vouches for may lie there
+            self.path.rmdir()
+            shutil.rmtree(self.record, ignore_errors=True)
+        self.__dict__.pop("info", None)
 
     def settle(self, name: str, value: str) -> str:
-        """What all of the part's shards have under `name`: `value` where nobody said anything before, and then for good.
+        """Return the value that all of the part's shards have under `name`: `value` where none stands yet, and then for good.
 
-        For what only a worker knows, and no identity can hold. The first worker's word stands in `_<name>.json`.
+        For a fact that only a worker knows, and no identity can hold. The first worker's word stands in `<name>.json`.
         """
-        path = self.path / f"_{name}.json"
+        path = self.record / f"{name}.json"
         if not path.is_file():
-            publish_new_bytes(path, (json.dumps({name: value}) + "\n").encode())
-        try:
-            return str(json.loads(path.read_bytes())[name])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: not readable ({error!r}); restore it, or make the part again"
-            ) from error
+            publish_new_bytes(path, seal({name: value}))
+        stands = read_sealed(path, "restore it, or make the part again") or {}
+        return str(stands.get(name, value))
 
     def identity_fingerprint(self, contract: Contract, stage: str, identity: Mapping[str, Any]) -> str:
         """The fingerprint the part has, or would have, under this identity. Writes nothing.
@@ -296,10 +401,12 @@ class Part:
         """
         identity = json.loads(json.dumps(identity))
         # Parts without further columns keep the fingerprints they had before there were any.
-        written = [contract.name, contract.version, *contract.further]
-        mark = fingerprint({"stage": stage, "contract": written, **identity})
+        mark = _mark(stage, [contract.name, contract.version, *contract.further], identity)
         if self.exists and self.info["fingerprint"] != mark:
-            change = _first_difference(self.info.get("identity", {}), identity)
+            change = _first_difference(
+                {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
+                {"contract_version": contract.version, **identity},
+            )
             raise UserError(
                 f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
                 "to make it again"
@@ -320,9 +427,9 @@ class Part:
     ) -> Manifest:
         """Publish one shard: file, then manifest, then stats, which say `stats` too. Returns the manifest that stands.
 
-        A late attempt at a shard that is already committed leaves it as it is. A file that an earlier attempt
-        published without its manifest is adopted when its footer carries the same fingerprint: it is whole, because it
-        was synced before it got its name.
+        A late attempt at a shard that is already committed leaves it as it is. The manifest is prepared and synced before the
+        file gets its name. So a file that a killed attempt published without its manifest is adopted when a prepared
+        manifest agrees with all of its bytes, and refused otherwise.
 
         Args:
             shard: its number.
@@ -330,7 +437,7 @@ class Part:
             counts: the account, in the stage's input rows.
             mark: the shard's fingerprint.
             seconds: how long it took.
-            stats: what else its stats say; JSON-able.
+            stats: further figures of its stats; JSON-able.
             successor: where the rows are a further generation of a committed shard.
             batch_size: see Manifest.
         """
@@ -339,62 +446,109 @@ class Part:
         standing = self._read_manifest(shard, after.generation)
         if standing is not None:
             return standing
-        contract = self.contract
-        table = contract.conform(table)
-        path = self.path / _file_name(shard, after.generation)
-        said: dict[str, Any] = {"fingerprint": mark, "shard": shard, "counts": asdict(counts)}
+        table = self.contract.conform(table)
+        said = {
+            "fingerprint": mark,
+            "shard": shard,
+            "contract_version": self.contract.version,
+            "counts": asdict(counts),
+        }
+        footer = json.dumps(said, sort_keys=True).encode()
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FOOTER_KEY: footer})
+        path = self.path / f"{shard:05d}.parquet"
         if after.generation:
-            said |= asdict(after)
-        if batch_size:
-            said["batch_size"] = batch_size
-        footer = json.dumps(said, sort_keys=True)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FOOTER_KEY: footer.encode()})
-
-        if not publish_new(path, lambda attempt: _write_parquet(table, attempt)):
-            standing = self._read_manifest(shard, after.generation)
-            if standing is not None:
-                return standing
-            counts, after, batch_size = self._orphan(path, shard, mark)
-        manifest = self._publish_manifest(path, shard, mark, counts, after, batch_size)
-        self._write_stats(manifest, seconds, stats or {})
-        return manifest
-
-    def _orphan(self, path: Path, shard: int, mark: str) -> tuple[Counts, Successor, int]:
+            self._set_aside(shard)
+            path = self._generation(shard, after.generation)
+        final = self._manifest_path(shard, after.generation)
+        attempt = attempt_at(self.record / path.name, lambda place: _write_parquet(table, place))
+        prepared, keep = None, False
         try:
-            footer = json.loads((pq.read_schema(path).metadata or {})[_FOOTER_KEY])
-            if footer["fingerprint"] == mark and footer["shard"] == shard:
-                known = {name: footer[name] for name in Successor.__dataclass_fields__ if name in footer}
-                return Counts(**footer["counts"]), Successor(**known), footer.get("batch_size", 0)
-        except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
-            pass
-        raise RunError(
-            f"{path}: a file of other origin stands where shard {shard} belongs; remove it and run again"
-        )
-
-    def _publish_manifest(
-        self, path: Path, shard: int, mark: str, counts: Counts, after: Successor, batch_size: int
-    ) -> Manifest:
-        size, etag = _etag(path)
-        contract = self.contract
-        manifest = Manifest(
-            shard=shard,
-            file=path.name,
-            table=contract.name,
-            contract_version=contract.version,
-            fingerprint=mark,
-            rows=pq.read_metadata(path).num_rows,
-            size=size,
-            etag=etag,
-            sha256=file_sha256(path),
-            counts=counts,
-            **asdict(after),
-            batch_size=batch_size,
-        )
-        if not publish_new_bytes(self._manifest_path(shard, after.generation), manifest.to_json()):
-            standing = self._read_manifest(shard, after.generation)
-            assert standing is not None
-            return standing
+            size, etag = etag_of(attempt)
+            manifest = Manifest(
+                shard=shard,
+                table=self.contract.name,
+                contract_version=self.contract.version,
+                fingerprint=mark,
+                rows=table.num_rows,
+                size=size,
+                etag=etag,
+                sha256=file_sha256(attempt),
+                counts=counts,
+                **asdict(after),
+                batch_size=batch_size,
+            )
+            prepared = vouched = attempt_at(final, lambda place: place.write_bytes(manifest.to_json()))
+            sync_directory(self.record)
+            # An error from here on may leave a file that only this manifest vouches for.
+            keep = True
+            if not link_new(attempt, path):
+                keep = False
+                # Looked for first: a run that goes on beside this one removes it once its manifest stands.
+                found = self._vouched(path, final, mark)
+                standing = self._read_manifest(shard, after.generation)
+                if standing is not None:
+                    return standing
+                if found is None:
+                    raise RunError(
+                        f"{path}: no run of this stage vouches for its bytes; delete it and run again"
+                    )
+                vouched, manifest = found
+            if not link_new(vouched, final):
+                manifest = self._read_manifest(shard, after.generation) or manifest
+            vouched.unlink(missing_ok=True)
+            keep = False
+        finally:
+            attempt.unlink(missing_ok=True)
+            if prepared is not None and not keep:
+                prepared.unlink(missing_ok=True)
+        self._write_stats(manifest, seconds, stats or {})
+        self.follow(shard)
         return manifest
+
+    def _vouched(self, path: Path, final: Path, mark: str) -> tuple[Path, Manifest] | None:
+        """The prepared manifest that agrees with every byte of a file without one, and its values."""
+        digest = file_sha256(path)
+        for prepared in sorted(self.record.glob(f".{final.name}.*.tmp")):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                manifest = Manifest.from_json(prepared.read_bytes())
+                if (manifest.sha256, manifest.fingerprint) == (digest, mark):
+                    return prepared, manifest
+        return None
+
+    # -- generations ------------------------------------------------------------------------------------------------
+
+    def _generation(self, shard: int, generation: int) -> Path:
+        return self.record / f"{shard:05d}.g{generation}.parquet"
+
+    def file(self, manifest: Manifest) -> Path:
+        """The file of a committed shard: of a retried one its generation's own, which never changes."""
+        own = self._generation(manifest.shard, manifest.generation)
+        return own if own.exists() else self.path / manifest.file
+
+    def _set_aside(self, shard: int) -> None:
+        """Keep the first generation under a name of its own before there is a second."""
+        first = self.manifest(shard)
+        if first is not None and not first.generation:
+            problem = self.problem(first)
+            if problem is not None:
+                raise UserError(self._refusal(problem, first))
+            if not self._generation(shard, 0).exists():
+                link_new(self.path / first.file, self._generation(shard, 0))
+
+    def behind(self, manifest: Manifest) -> bool:
+        """Whether the name that other tools read is not yet that of this newest generation."""
+        plain = self.path / manifest.file
+        own = self._generation(manifest.shard, manifest.generation)
+        if not own.exists() or (plain.exists() and plain.samefile(own)):
+            return False
+        # A copied part has files of its own under both names.
+        return not plain.exists() or etag_of(plain) != (manifest.size, manifest.etag)
+
+    def follow(self, shard: int) -> None:
+        """Make `00000.parquet` the newest generation's name, in one step, where it is still an older one's."""
+        manifest = self.manifest(shard)
+        if manifest is not None and self.behind(manifest):
+            point(self.path / manifest.file, self.file(manifest), self.record)
 
     def _write_stats(self, manifest: Manifest, seconds: float, further: Mapping[str, Any]) -> None:
         stats = {
@@ -408,32 +562,52 @@ class Part:
             "end_time": time.time(),
             **further,
         }
-        replace(self.path / f"{manifest.shard:05d}_stats.json", (json.dumps(stats, indent=1) + "\n").encode())
+        replace(self._stats_path(manifest.shard), (json.dumps(stats, indent=1) + "\n").encode())
+
+    def _stats_path(self, shard: int) -> Path:
+        return self.record / f"{shard:05d}.stats.json"
 
     def stats(self, shard: int) -> dict[str, Any]:
         """The stats of a shard; empty where a crash came between its manifest and them, for they are a courtesy."""
         try:
-            stats = json.loads((self.path / f"{shard:05d}_stats.json").read_bytes())
+            stats = json.loads(self._stats_path(shard).read_bytes())
         except (OSError, ValueError):
             return {}
         return stats if isinstance(stats, dict) else {}
 
-    def write_index(self) -> None:
-        """Write `_index.json`, all manifests in one file. Derived: it may be deleted at any time."""
-        index = [asdict(manifest) for manifest in self.manifests()]
-        replace(self.path / "_index.json", (json.dumps(index, sort_keys=True) + "\n").encode())
+    def finish(self) -> None:
+        """Put in order whatever a run leaves at its end: every shard's name, and the index.
+
+        The index, `index.json`, has all manifests in one file. It is derived: it may be deleted at any time.
+        """
+        manifests = list(self.manifests())
+        for manifest in manifests:
+            if self.behind(manifest):
+                self.follow(manifest.shard)
+        path = self.record / "index.json"
+        data = seal({"manifests": [asdict(manifest) for manifest in manifests]})
+        if not path.is_file() or path.read_bytes() != data:
+            replace(path, data)
+
+    def index_problem(self) -> str | None:
+        """Why the index does not agree with the manifests, in words, or None. No index is none."""
+        path = self.record / "index.json"
+        data = seal({"manifests": [asdict(manifest) for manifest in self.manifests()]})
+        if path.is_file() and path.read_bytes() != data:
+            return f"{path}: does not agree with the manifests; delete it, then run the part's stage again"
+        return None
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def _manifest_path(self, shard: int, generation: int = 0) -> Path:
         suffix = f".g{generation}" if generation else ""
-        return self.path / f"{shard:05d}{suffix}.manifest.json"
+        return self.record / f"{shard:05d}{suffix}.manifest.json"
 
     def shards(self) -> list[int]:
         """The numbers of the committed shards, ascending."""
-        if not self.path.is_dir():
+        if not self.record.is_dir():
             return []
-        return sorted(int(match[1]) for name in os.listdir(self.path) if (match := _MANIFEST.match(name)))
+        return sorted(int(match[1]) for name in os.listdir(self.record) if (match := _MANIFEST.match(name)))
 
     def manifest(self, shard: int) -> Manifest | None:
         """The manifest of `shard`'s newest generation, or None when it is not committed.
@@ -451,19 +625,16 @@ class Part:
 
     def _read_manifest(self, shard: int, generation: int) -> Manifest | None:
         path = self._manifest_path(shard, generation)
-        try:
-            manifest = Manifest.from_json(path.read_bytes())
-        except FileNotFoundError:
+        cure = "restore it, or delete it and its shard, then run again"
+        values = read_sealed(path, cure)
+        if values is None:
             return None
+        try:
+            manifest = Manifest.of(values)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: not readable as a manifest; remove it and its shard, then run again"
-            ) from error
-        expected = (shard, generation, _file_name(shard, generation))
-        if (manifest.shard, manifest.generation, manifest.file) != expected:
-            raise UserError(
-                f"{path}: names shard {manifest.shard} in {manifest.file!r}; remove it and run again"
-            )
+            raise UserError(f"{path}: not readable as a manifest ({error}); {cure}") from error
+        if (manifest.shard, manifest.generation) != (shard, generation):
+            raise UserError(f"{path}: is of shard {manifest.shard}, generation {manifest.generation}; {cure}")
         return manifest
 
     def manifests(self) -> Iterator[Manifest]:
@@ -485,44 +656,67 @@ class Part:
         return total
 
     def digest(self) -> str:
-        """A fingerprint of what the part holds now: its own, and the hash of every committed shard."""
+        """A fingerprint of the part's present rows: its own, and the hash of every committed shard."""
         return fingerprint(
             {"part": self.info["fingerprint"], "shards": [[m.shard, m.sha256] for m in self.manifests()]}
         )
 
     def problem(self, manifest: Manifest, *, full: bool = False) -> str | None:
         """Why the file does not agree with its manifest, in words, or None. `full` reads and hashes every byte."""
-        path = self.path / manifest.file
-        if manifest.table != self.info["table"]:
-            return f"{path}: the manifest is of table {manifest.table}, the part of {self.info['table']}"
-        if not path.is_file():
+        path = self.file(manifest)
+        info = self.info
+        if (manifest.table, manifest.contract_version) != (info["table"], info["contract_version"]):
+            return (
+                f"{path}: its manifest is of table {manifest.table}, version {manifest.contract_version}, the part of "
+                f"{info['table']}, version {info['contract_version']}"
+            )
+        try:
+            size, etag = etag_of(path)
+            if size != manifest.size:
+                return f"{path}: {size} bytes, the manifest says {manifest.size}"
+            if etag != manifest.etag or (full and not self._hashes(path, manifest)):
+                return f"{path}: the bytes are not those the manifest was written for"
+        except FileNotFoundError:
             return f"{path}: the manifest stands but the file is gone"
-        size, etag = _etag(path)
-        if size != manifest.size:
-            return f"{path}: {size} bytes, the manifest says {manifest.size}"
-        if etag != manifest.etag or (full and file_sha256(path) != manifest.sha256):
-            return f"{path}: the bytes are not those the manifest was written for"
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error.strerror})") from error
         return None
+
+    def _hashes(self, path: Path, manifest: Manifest) -> bool:
+        """Whether all bytes have the manifest's hash; a file that did not change since is not read again."""
+        stat = path.stat()
+        seen = (stat.st_size, stat.st_mtime_ns)
+        if self._hashed.get(path) != seen:
+            if file_sha256(path) != manifest.sha256:
+                return False
+            self._hashed[path] = seen
+        return True
+
+    def _refusal(self, problem: str, manifest: Manifest) -> str:
+        record = self._manifest_path(manifest.shard, manifest.generation)
+        return f"{problem}; restore it, or delete it and {record}, then run its stage again"
 
     def check(self) -> Part:
         """Return self, or raise UserError naming the first shard whose file does not agree with its manifest."""
         for manifest in self.manifests():
             problem = self.problem(manifest)
             if problem is not None:
-                raise UserError(
-                    f"{problem}; restore it, or remove the shard and its manifest and run the stage again"
-                )
+                raise UserError(self._refusal(problem, manifest))
         return self
 
     def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of one committed shard. Raises UserError when it is not committed or does not agree."""
-        return pa.Table.from_batches(*_batches(self.open(shard), columns))
+        file, manifest = self._opened(shard, columns)
+        with self._reading(manifest):
+            return file.read(columns=_known(file, columns))
 
     def batches(self, shard: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of one committed shard, a row group at a time: memory stays flat in the size of the shard."""
-        file = self.open(shard)
+        file, manifest = self._opened(shard, columns)
         for group in range(file.num_row_groups):
-            yield from file.read_row_group(group, columns=_known(file, columns)).to_batches()
+            with self._reading(manifest):
+                batches = file.read_row_group(group, columns=_known(file, columns)).to_batches()
+            yield from batches
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Each committed shard in turn."""
@@ -531,20 +725,57 @@ class Part:
 
     def open(self, shard: int) -> pq.ParquetFile:
         """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""
+        return self._opened(shard, None)[0]
+
+    def _opened(self, shard: int, columns: Sequence[str] | None) -> tuple[pq.ParquetFile, Manifest]:
+        """A committed shard's file, checked as far as is cheap beside reading `columns`, and its manifest."""
         manifest = self.manifest(shard)
         if manifest is None:
             raise MissingInput(
                 f"{self.path}: shard {shard:05d} is not committed; run the stage that writes it to the end"
             )
-        problem = self.problem(manifest)
+        # Pictures are nearly all of a shard that has them: text alone is read under the checksums of its pages.
+        pictures = "image" in CONTRACTS[self.info["table"]].schema.names
+        full = not pictures or columns is None or "image" in columns
+        problem = self.problem(manifest, full=full)
         if problem is not None:
-            raise UserError(
-                f"{problem}; restore it, or remove the shard and its manifest and run the stage again"
-            )
+            raise UserError(self._refusal(problem, manifest))
+        with self._reading(manifest):
+            file = pq.ParquetFile(self.file(manifest), page_checksum_verification=True)
+            self._agrees(file, manifest)
+        return file, manifest
+
+    def _agrees(self, file: pq.ParquetFile, manifest: Manifest) -> None:
+        """Raise ValueError where the footer is not of the shard, the rows and the columns that the records say."""
+        if file.metadata.num_rows != manifest.rows:
+            raise ValueError(f"{file.metadata.num_rows} rows, the manifest says {manifest.rows}")
+        said = json.loads((file.schema_arrow.metadata or {}).get(_FOOTER_KEY, b"{}"))
+        if (said.get("fingerprint"), said.get("shard")) != (manifest.fingerprint, manifest.shard):
+            raise ValueError("its footer is of another shard or run")
+        contract = self.contract
+        if manifest.contract_version == contract.version:
+            for each in contract.schema:
+                found = file.schema_arrow.field(each.name).type
+                if found != each.type:
+                    raise ValueError(f"column {each.name!r} is {found}, the contract says {each.type}")
+
+    @contextmanager
+    def _reading(self, manifest: Manifest) -> Iterator[None]:
+        """Name the shard in any error of reading it."""
+        path = self.file(manifest)
         try:
-            return pq.ParquetFile(self.path / manifest.file)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{self.path / manifest.file}: not a Parquet file ({error})") from error
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise RunError(f"{path}: cannot be read ({error.strerror})") from error
+            raise UserError(
+                self._refusal(f"{path}: cannot be read ({str(error).splitlines()[0]})", manifest)
+            ) from error
+
+
+def _mark(stage: str, written: Sequence[Any], identity: Mapping[str, Any]) -> str:
+    """A part's fingerprint; `written` is its table, contract version and further columns."""
+    return fingerprint({"stage": stage, "contract": list(written), **identity})
 
 
 def _known(file: pq.ParquetFile, columns: Sequence[str] | None) -> list[str] | None:
@@ -552,11 +783,6 @@ def _known(file: pq.ParquetFile, columns: Sequence[str] | None) -> list[str] | N
         return None
     names = set(file.schema_arrow.names)
     return [column for column in columns if column in names]
-
-
-def _batches(file: pq.ParquetFile, columns: Sequence[str] | None) -> tuple[list[pa.RecordBatch], pa.Schema]:
-    table = file.read(columns=_known(file, columns))
-    return table.to_batches(), table.schema
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
@@ -569,6 +795,7 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
         compression={name: "none" if name == "image.bytes" else "zstd" for name in _leaves(table.schema)},
         use_dictionary=plain if pictures else True,
         write_page_index=True,
+        write_page_checksum=True,
     ) as file:
         # A shard that kept nothing has no row group: one without rows is what `datasets` cannot load.
         if table.num_rows:

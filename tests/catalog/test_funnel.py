@@ -60,12 +60,12 @@ def test_shards_are_added_and_reasons_ordered(tmp_path: Path) -> None:
 def test_missing_and_broken_stats_are_only_missing_seconds(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     score(workspace, "f", [Counts(1, 1)] * 3)
-    directory = tmp_path / "scores" / "f"
-    (directory / "00000_stats.json").unlink()
-    (directory / "00001_stats.json").write_text('{"seconds": ')
+    directory = tmp_path / ".capfilt" / "scores" / "f"
+    (directory / "00000.stats.json").unlink()
+    (directory / "00001.stats.json").write_text('{"seconds": ')
     (account,) = accounts(workspace)
     assert (account.counts.rows_in, account.seconds) == (3, 1.25)
-    (directory / "00002_stats.json").unlink()
+    (directory / "00002.stats.json").unlink()
     assert accounts(workspace)[0].finished is None
 
 

@@ -80,8 +80,10 @@ def test_one_pass_writes_what_two_write(workspace, monkeypatch):
     assert len(summary.table) == 1
     assert "12 images in = 10 kept + 1 dropped + 1 failed; 22 captions" in summary.table[0]
     for table, name in (("captions", "captioner"), ("scores", "shared")):
-        index = json.loads((workspace.part(table, name).path / "_index.json").read_text())
-        assert [each["batch_size"] for each in index] == [64, 64], "its own choice, so it is told"
+        index = json.loads((workspace.part(table, name).record / "index.json").read_text())
+        assert [each["batch_size"] for each in index["manifests"]] == [64, 64], (
+            "its own choice, so it is told"
+        )
 
 
 def test_either_goes_on_with_what_the_other_began(workspace, monkeypatch):

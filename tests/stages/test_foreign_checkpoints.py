@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -76,7 +75,7 @@ def test_caption_score_and_export_take_transformers_directories(tmp_path, capsys
     page = (tmp_path / "report.html").read_text()
     rows = {row[: row.index("<")]: row for row in page.split("<h2>Lineage")[1].split("<tr><td>")[1:]}
     itm = f"itm (transformers, {checkpoint.fingerprint(tmp_path / 'itm')[:12]})"
-    first = json.loads((place.path / "captions" / "blip" / "_part.json").read_text())["identity"]["captioner"]
+    first = place.part("captions", "blip").info["identity"]["captioner"]
     assert f"blip (transformers, {first[:12]})" in rows["captions/blip"]
     assert itm in rows["scores/itm"]
     assert itm in rows["runs/itm"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pyarrow as pa
 import pytest
@@ -13,6 +12,7 @@ from capfilt.errors import UserError
 from capfilt.stages.base import option_values
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
 from capfilt.tables.contracts import CAPTIONS, CONTRACTS, FAILURES, IMAGES, PAIRS, SCORES, VERDICTS
+from capfilt.tables.sealed import seal, unseal
 from capfilt.tables.shards import Counts, Part
 
 
@@ -92,9 +92,9 @@ def test_a_further_column_has_a_plain_name_of_its_own(name):
 def test_a_description_with_columns_that_cannot_be_is_refused(tmp_path, columns):
     part = Part(tmp_path / "part")
     part.begin(SCORES, "score", {})
-    path = tmp_path / "part" / "_part.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "columns": columns}))
-    with pytest.raises(UserError, match=r"_part\.json: `columns` cannot be"):
+    path = part.record / "part.json"
+    path.write_bytes(seal({**unseal(path.read_bytes()), "columns": columns}))
+    with pytest.raises(UserError, match=r"part\.json: not readable as a part's record"):
         _ = Part(tmp_path / "part").contract
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from hypothesis import strategies as st
 
 from capfilt.errors import RunError, UserError
 from capfilt.tables import publish
-from capfilt.tables.contracts import CAPTIONS, SIGNALS
-from capfilt.tables.shards import Counts, Part, fingerprint
+from capfilt.tables.contracts import CAPTIONS, IMAGES, SIGNALS
+from capfilt.tables.sealed import fingerprint, seal, unseal
+from capfilt.tables.shards import Counts, Part, Plan, Successor, _numbers, _ranges
+from tests.worlds import image_rows
 
 
 def rows(count, start=0):
@@ -51,12 +54,8 @@ def test_a_committed_shard_reads_back_and_no_attempt_is_left(part):
     assert manifest.rows == part.rows == 5
     assert part.counts() == Counts(7, 5, {"why": 1}, {"truncated": 1})
     assert part.check().problem(manifest, full=True) is None
-    assert sorted(os.listdir(part.path)) == [
-        "00003.manifest.json",
-        "00003.parquet",
-        "00003_stats.json",
-        "_part.json",
-    ]
+    assert os.listdir(part.path) == ["00003.parquet"]
+    assert sorted(os.listdir(part.record)) == ["00003.manifest.json", "00003.stats.json", "part.json"]
 
 
 def test_rows_that_do_not_add_up_are_refused(part):
@@ -136,11 +135,11 @@ def test_unreadable_descriptions_are_named(part):
     with pytest.raises(UserError, match="no such part"):
         part.read(0) if part.exists else part.info
     part.commit(0, rows(1), Counts(1, 1), begin(part), 0.1)
-    (part.path / "00000.manifest.json").write_text("{")
+    (part.record / "00000.manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"00000\.manifest\.json"):
         Part(part.path).check()
-    (part.path / "_part.json").write_text("[]")
-    with pytest.raises(UserError, match=r"_part\.json"):
+    (part.record / "part.json").write_text("[]")
+    with pytest.raises(UserError, match=r"part\.json"):
         _ = Part(part.path).info
 
 
@@ -151,7 +150,23 @@ def test_a_directory_of_other_things_is_not_made_a_part(tmp_path):
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
-CALLS = ("open", "fsync", "link", "unlink", "replace", "stat")
+def die_before_the_manifest(part, count, mark):
+    """Commit shard 0, killed between its file and its manifest."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(attempt, path):
+        if path.name.endswith(".manifest.json"):
+            raise Killed
+        return publish.link_new(attempt, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("capfilt.tables.shards.link_new", killed)
+        with pytest.raises(Killed):
+            part.commit(0, rows(count), Counts(count, count), mark, 0.1)
+    assert part.shards() == []
+    assert (part.path / "00000.parquet").is_file()
 
 
 def test_a_crash_at_every_system_call_leaves_a_part_that_a_rerun_completes(tmp_path, monkeypatch):
@@ -203,8 +218,7 @@ def test_a_crash_at_every_system_call_leaves_a_part_that_a_rerun_completes(tmp_p
         assert again.check().shards() == [0, 1]
         assert again.read(0).equals(rows(3))
         assert again.read(1).equals(rows(4, 3))
-        visible = sorted(name for name in os.listdir(part.path) if name.endswith(".parquet"))
-        assert [name for name in visible if not name.startswith(".")] == ["00000.parquet", "00001.parquet"]
+        assert sorted(os.listdir(part.path)) == ["00000.parquet", "00001.parquet"]
         if finished:
             break
         crash_points += 1
@@ -213,13 +227,28 @@ def test_a_crash_at_every_system_call_leaves_a_part_that_a_rerun_completes(tmp_p
 
 def test_an_orphan_of_another_identity_is_not_adopted(part):
     mark = begin(part)
-    part.commit(0, rows(2), Counts(2, 2), mark, 0.1)
-    (part.path / "00000.manifest.json").unlink()
-    with pytest.raises(RunError, match="other origin"):
+    die_before_the_manifest(part, 2, mark)
+    with pytest.raises(RunError, match="no run of this stage vouches for its bytes"):
         part.commit(0, rows(2), Counts(2, 2), fingerprint({"other": 1}), 0.1)
     adopted = part.commit(0, rows(9), Counts(9, 9), mark, 0.1)
     assert adopted.rows == 2
     assert adopted.counts == Counts(2, 2)
+    assert not list(part.record.glob(".*.manifest.json.*"))
+
+
+@pytest.mark.parametrize("place", [0, 4, 200, -300, -1])
+def test_an_orphan_is_adopted_only_if_all_its_bytes_are_as_they_were_written(part, place):
+    """A byte that changed while the file had no manifest was signed anew: nothing could ever find it after that."""
+    mark = begin(part)
+    die_before_the_manifest(part, 500, mark)
+    path = part.path / "00000.parquet"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RunError, match=r"00000\.parquet: no run of this stage vouches"):
+        part.commit(0, rows(500), Counts(500, 500), mark, 0.1)
+    path.unlink()
+    assert part.commit(0, rows(500), Counts(500, 500), mark, 0.1).rows == 500
 
 
 def test_kill_9_while_committing_and_rerun(tmp_path):
@@ -298,7 +327,7 @@ def test_a_full_disk_says_so_and_what_was_committed_stays_valid(part, monkeypatc
         with pytest.raises(RunError, match="no space left"):
             part.commit(1, rows(2), Counts(2, 2), mark, 0.1)
     assert part.check().shards() == [0]
-    assert not [name for name in os.listdir(part.path) if name.endswith(".tmp")]
+    assert not [name for name in os.listdir(part.record) if name.endswith(".tmp")]
     part.commit(1, rows(2), Counts(2, 2), mark, 0.1)
     assert part.shards() == [0, 1]
 
@@ -307,9 +336,188 @@ def test_the_index_holds_every_manifest(part):
     mark = begin(part)
     for shard in range(3):
         part.commit(shard, rows(1, shard), Counts(1, 1), mark, 0.1)
-    part.write_index()
-    index = json.loads((part.path / "_index.json").read_bytes())
-    assert [entry["shard"] for entry in index] == [0, 1, 2]
+    part.finish()
+    index = json.loads((part.record / "index.json").read_bytes())
+    assert [entry["shard"] for entry in index["manifests"]] == [0, 1, 2]
+    assert part.index_problem() is None
+    (part.record / "index.json").write_bytes(
+        (part.record / "index.json").read_bytes().replace(b"[", b"[ ", 1)
+    )
+    assert "index.json" in part.index_problem()
+
+
+def retried(part, mark, generation, count):
+    """A further generation of shard 0 with `count` rows."""
+    before = part.manifest(0)
+    after = Successor(generation, before.sha256, {"timeout": float(generation)})
+    return part.commit(0, rows(count), Counts(count, count), mark, 0.1, successor=after)
+
+
+def test_other_readers_see_the_newest_generation_and_ours_never_a_file_that_changes(part):
+    """`*.parquet` took both generations of a retried shard, or the older one."""
+    mark = begin(part)
+    part.commit(0, rows(3), Counts(3, 3), mark, 0.1)
+    for generation in (1, 2):
+        manifest = retried(part, mark, generation, 3 + generation)
+        assert os.listdir(part.path) == ["00000.parquet"]
+        assert pq.read_table(part.path).num_rows == part.read(0).num_rows == 3 + generation
+        assert part.file(manifest) == part.record / f"00000.g{generation}.parquet"
+    assert pq.read_metadata(part.record / "00000.g0.parquet").num_rows == 3
+    for path in part.record.glob("*.parquet"):
+        path.unlink()  # older generations may be deleted, and so may the newest's second name
+    assert Part(part.path).check().read(0).num_rows == 5
+    assert retried(Part(part.path), mark, 3, 9).rows == 9
+
+
+def test_a_name_left_behind_by_a_killed_retry_follows_in_the_next_run(part, monkeypatch):
+    mark = begin(part)
+    part.commit(0, rows(3), Counts(3, 3), mark, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "follow", lambda self, shard: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            retried(part, mark, 1, 4)
+    assert part.behind(part.manifest(0))
+    assert (part.read(0).num_rows, pq.read_table(part.path).num_rows) == (4, 3)
+    part.finish()
+    part.finish()
+    assert not part.behind(part.manifest(0))
+    assert pq.read_table(part.path).num_rows == 4
+    assert not [name for name in os.listdir(part.record) if name.startswith(".")]
+
+
+def test_a_copied_part_is_as_good_as_the_part(part, tmp_path):
+    """A copy has two files where there were two names of one."""
+    mark = begin(part)
+    part.commit(0, rows(3), Counts(3, 3), mark, 0.1)
+    retried(part, mark, 1, 4)
+    shutil.copytree(tmp_path, tmp_path.parent / "copied")
+    copied = Part(tmp_path.parent / "copied" / "captions" / "c")
+    assert not copied.behind(copied.manifest(0))
+    assert copied.check().read(0).num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "record"),
+    [
+        ("ws/images/web", "ws/.capfilt/images/web"),
+        ("ws/images/../images/web", "ws/.capfilt/images/web"),
+        ("other/web", "other/.capfilt/web"),
+        ("linked/images/web", "ws/.capfilt/images/web"),
+        ("alias", "ws/.capfilt/images/web"),
+    ],
+)
+def test_a_part_has_one_record_under_every_path_that_leads_to_it(tmp_path, given, record):
+    (tmp_path / "ws" / "images" / "web").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "ws")
+    (tmp_path / "alias").symlink_to(tmp_path / "ws" / "images" / "web")
+    assert Part(tmp_path / given).record == tmp_path.resolve() / record
+
+
+def test_a_part_whose_folder_was_removed_is_made_anew(part):
+    """Its record alone would say that everything is done."""
+    part.commit(0, rows(3), Counts(3, 3), begin(part), 0.1)
+    shutil.rmtree(part.path)
+    again = Part(part.path)
+    assert not again.exists
+    mark = begin(again, other=1)
+    assert again.shards() == []
+    assert again.commit(0, rows(1), Counts(1, 1), mark, 0.1).rows == 1
+
+
+def test_the_record_tells_which_shards_are_not_there(part):
+    mark = part.begin(CAPTIONS, "test", {"a": 1}, plan=Plan([0, 1, 2, 7], 11))
+    assert part.gap == "0 of 4 shards"
+    part.commit(1, rows(3), Counts(3, 3), mark, 0.1)
+    assert (part.gap, part.planned, part.planned_rows) == ("1 of 4 shards", [0, 1, 2, 7], 11)
+    # The plan may grow with its input; it is no part of the identity.
+    assert part.begin(CAPTIONS, "test", {"a": 1}, plan=Plan([1], 3, {"images/web": "1 of 2 shards"})) == mark
+    assert Part(part.path).gap == "made from 1 of 2 shards of images/web"
+    assert part.begin(CAPTIONS, "test", {"a": 1}, plan=Plan([1], 3)) == mark
+    assert Part(part.path).gap == ""
+    begin(part)  # a caller without a plan leaves it
+    assert Part(part.path).planned_rows == 3
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_planned_shards_survive_their_short_form(numbers):
+    assert _numbers(_ranges(sorted(numbers))) == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v | {"rows": v["rows"] + 1},
+        lambda v: v | {"contract_version": 9},
+        lambda v: v | {"shard": "0"},
+        lambda v: v | {"sha256": 5},
+        lambda v: v | {"counts": v["counts"] | {"kept": -1}},
+        lambda v: v | {"counts": v["counts"] | {"dropped": []}},
+        lambda v: v | {"fingerprint": "0" * 32},
+        lambda v: v | {"further": 1},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_was_rewritten_does_not_agree_with_its_file(part, change):
+    """A manifest of other rows, counts, version or types passed, since only size and etag were compared."""
+    part.commit(0, rows(3), Counts(3, 3), begin(part), 0.1)
+    path = part.record / "00000.manifest.json"
+    path.write_bytes(seal(change(unseal(path.read_bytes()))))
+    with pytest.raises(UserError, match=r"00000\.(manifest\.json|parquet)"):
+        Part(part.path).read(0)
+
+
+def test_a_record_whose_options_were_rewritten_is_refused(part):
+    begin(part, options={"seed": 0})
+    path = part.record / "part.json"
+    path.write_bytes(seal(unseal(path.read_bytes()) | {"identity": {"options": {"seed": 1}}}))
+    with pytest.raises(UserError, match=r"part\.json: its fingerprint is not that of its options"):
+        _ = Part(part.path).info
+
+
+@pytest.mark.parametrize("columns", [None, ["text"]])
+def test_no_changed_byte_of_a_shard_reaches_a_reader(part, columns):
+    """One in three of the flips passed a read: neither the pages nor the whole file were compared."""
+    part.commit(0, rows(40), Counts(40, 40), begin(part), 0.1)
+    path = part.path / "00000.parquet"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"00000\.parquet"):
+            Part(part.path).read(0, columns)
+
+
+def test_text_read_beside_pictures_is_read_under_checksums(tmp_path):
+    """Of a shard with pictures, readers of its texts alone do not hash all bytes; a changed page is found all the same."""
+    part = Part(tmp_path / "images" / "web")
+    table = IMAGES.table(image_rows("web", 150))
+    part.commit(0, table, Counts(150, 150), part.begin(IMAGES, "test", {}), 0.1)
+    path = part.path / "00000.parquet"
+    whole = path.read_bytes()
+    for group in range(2):
+        chunk = pq.read_metadata(path).row_group(group).column(table.schema.get_field_index("image_id"))
+        place = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 20
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"00000\.parquet: cannot be read .*CRC"):
+            list(Part(part.path).batches(0, ["image_id"]))
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"digest": 1}', b"[" * 100_000])
+def test_other_bytes_are_no_sealed_file(data):
+    with pytest.raises(ValueError, match="bytes have changed"):
+        unseal(data)
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=4).filter(lambda key: key != "digest"), st.integers() | st.text(max_size=4)
+    )
+)
+def test_every_changed_byte_of_a_sealed_file_is_found(values):
+    data = seal(values)
+    assert unseal(data) == values
+    for place in range(len(data)):
+        for bit in (1, 32, 128):
+            with pytest.raises(ValueError, match="bytes have changed"):
+                unseal(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
 
 
 json_values = st.recursive(

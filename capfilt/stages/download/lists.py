@@ -24,7 +24,7 @@ from capfilt.formats.records import SUFFIXES, URL, EmptyFile, ParquetRecords, Re
 from capfilt.formats.values import CAPTION_COLUMNS, ColumnTypes, arrow_column, storable, text_of, texts_in
 from capfilt.stages.download.presets import Layout, fitting
 from capfilt.stages.download.urls import short
-from capfilt.tables.shards import fingerprint
+from capfilt.tables.sealed import fingerprint
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +76,7 @@ class Download(Fetching):
         if importlib.util.find_spec("img2dataset") is None:
             raise UserError(MISSING)
         self.options = options
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         found = layout(options.preset, options.url_col, options.caption_col)
         asked = [*options.save_additional_columns, options.license_col, options.verify_hash]
         self.list = open_list(
@@ -160,12 +159,10 @@ class Download(Fetching):
 
 def check(options: DownloadOptions) -> None:
     """Raise UserError for the first option that cannot be."""
-    for name in ("dataset", "url_col") if options.retry else ("url_list", "dataset", "url_col"):
+    for name in ("url_col",) if options.retry else ("url_list", "url_col"):
         if getattr(options, name).strip("\0") == "":
             # The list is the one that has no flag.
             raise UserError(f"download: {'URL_LIST' if name == 'url_list' else _flag(name)} must be given")
-    if os.sep in options.dataset:
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     for name, allowed in (("resize_mode", RESIZE_MODES), ("encode_format", ENCODE_FORMATS)):
         if getattr(options, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(options, name)!r}: choose {', '.join(allowed)}")

@@ -4,7 +4,6 @@ options, or that leaves a half one behind; a reader that sees the old generation
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +18,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import process_and_commit, run_stage, todo
 from capfilt.stages.download import Retry
 from capfilt.stages.options import DownloadOptions
+from capfilt.tables.publish import link_new
 from capfilt.tables.workspace import Workspace
 from tests.stages.download.web import BODIES, Handler, make, needs_img2dataset, run
 
@@ -60,7 +60,8 @@ def test_only_failed_rows_are_asked_for_and_the_old_generation_stays(failed, ser
     assert Counter(server.log) == {"/flaky/r": 1, "/404": 1}
     assert summary.counts.failed == {"not_found": 1}
     assert (summary.done_before, summary.done_now) == (1, 1)
-    assert {path.name: path.read_bytes() for path in failed.output.path.glob("0*.parquet")} == before
+    kept = {0: failed.output.record / "00000.g0.parquet", 1: failed.output.path / "00001.parquet"}
+    assert {f"{shard:05d}.parquet": path.read_bytes() for shard, path in kept.items()} == before
 
     new = failed.output.read(0).to_pylist()
     assert new[0] == old[0]
@@ -69,19 +70,20 @@ def test_only_failed_rows_are_asked_for_and_the_old_generation_stays(failed, ser
     assert new[1]["image"]["bytes"]
     assert (new[1]["key"], new[1]["captions"]) == (old[1]["key"], old[1]["captions"])
     manifest = failed.output.manifest(0)
-    assert (manifest.generation, manifest.file) == (1, "_00000.g1.parquet")
+    assert manifest.generation == 1
     assert failed.output.manifest(1).generation == 0
 
-    # Each reader sees each row once: ours the newest, one that takes every *.parquet the first.
+    # Every reader sees each row once, of the newest generation: ours, and those that take every file of the folder.
     place = Workspace(failed.output.path.parents[1])
     assert query(place, "SELECT count(*) n, count(failure) f FROM images").to_pylist() == [{"n": 6, "f": 1}]
-    assert ds.dataset(failed.output.path, format="parquet", exclude_invalid_files=True).count_rows() == 6
+    found = ds.dataset(failed.output.path, format="parquet").to_table(["failure"])["failure"]
+    assert (len(found), len(found) - found.null_count) == (6, 1)
     assert all(good for good, _ in doctor(str(place.path), full=True))
 
     # Nothing changed the second time, so nothing is written.
-    files = sorted(path.name for path in failed.output.path.iterdir())
+    files = sorted(path.name for path in failed.output.record.iterdir())
     go(retry(failed))
-    assert sorted(path.name for path in failed.output.path.iterdir()) == files
+    assert sorted(path.name for path in failed.output.record.iterdir()) == files
     # The download itself is done, whatever its generations.
     assert todo(failed, failed.begin()) == ([], [0, 1])
 
@@ -114,13 +116,17 @@ def test_a_retry_makes_rows_as_the_part_was_made(failed, server):
 def test_a_killed_retry_leaves_the_old_generation_and_is_adopted(failed, server, monkeypatch):
     """Between the file and its manifest: the next attempt finds a whole file that nothing vouches for."""
     stage = retry(failed)
-    monkeypatch.setattr(
-        "capfilt.tables.shards.publish_new_bytes", lambda path, data: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+
+    def dies_at_the_manifest(attempt, path):
+        if path.name.endswith(".manifest.json"):
+            raise KeyboardInterrupt
+        return link_new(attempt, path)
+
+    monkeypatch.setattr("capfilt.tables.shards.link_new", dies_at_the_manifest)
     with pytest.raises(KeyboardInterrupt):
         go(stage)
     monkeypatch.undo()
-    assert (failed.output.path / "_00000.g1.parquet").is_file()
+    assert (failed.output.record / "00000.g1.parquet").is_file()
     assert failed.output.manifest(0).generation == 0
     assert failed.output.read(0)["failure"].to_pylist() == [None, "http_error", "not_found"]
     go(retry(failed))
@@ -137,7 +143,7 @@ def test_of_two_retries_at_once_one_counts(failed, server):
         stage.output.commit(
             0, produced.table, produced.counts, fingerprint, 1.0, successor=produced.successor
         )
-    manifests = sorted(path.name for path in failed.output.path.glob("*.manifest.json"))
+    manifests = sorted(path.name for path in failed.output.record.glob("*.manifest.json"))
     assert manifests == ["00000.g1.manifest.json", "00000.manifest.json", "00001.manifest.json"]
 
 
@@ -153,8 +159,8 @@ def test_what_was_made_from_the_old_generation_does_not_pass_for_made_from_the_n
 
 
 def test_a_first_generation_is_described_as_before_there_were_others(failed):
-    manifest = json.loads((failed.output.path / "00000.manifest.json").read_bytes())
-    assert not {"generation", "previous", "changed"} & set(manifest)
+    manifest = failed.output.manifest(0)
+    assert (manifest.generation, manifest.previous, manifest.changed) == (0, "", {})
 
 
 def test_a_retry_needs_the_hashes_it_has_to_compare(tmp_path, server):
