@@ -38,11 +38,11 @@ FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
 LONGEST = 10_000_000
 """A line, a field or a JSON value above this many bytes is a fault."""
 
-_MOST_BYTES = 500_000_000
+_MOST_BYTES = 200_000_000
 """Of a line that is passed over, and of a Parquet file that has to be decompressed in memory."""
 
 _MOST_LINES = 100_000
-"""Of one record of csv."""
+"""Of one record of csv, and of empty ones in a row."""
 
 _MOST_COLUMNS = 10_000
 _MOST_VALUES = 1000
@@ -241,8 +241,12 @@ class _Text(Records):
 
     def _lines(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[_Line]:
         """The lines, ends included."""
+        blank = 0
         while data := file.readline(LONGEST):
             size, text = len(data), None
+            blank = blank + 1 if data.isspace() else 0
+            if blank > _MOST_LINES:
+                raise UserError(f"{self.place}: has {blank} empty lines at line {number}; {self.form}")
             if size < LONGEST or data.endswith(b"\n"):
                 data = data.removeprefix(codecs.BOM_UTF8) if offset == 0 else data
                 try:
@@ -287,7 +291,7 @@ class _Objects(_Text):
 class _Delimited(_Text):
     """A line of names, then lines of fields."""
 
-    form = "its first line must name the columns"
+    form = "its first line must name the columns, each other line is a record"
 
     def __init__(self, place: Place, header: Sequence[str], separator: str) -> None:
         Records.__init__(self, place)
@@ -302,7 +306,7 @@ class _Delimited(_Text):
         with _text(place) as file:
             _, fields = next(self._rows(file, 0, 1), (None, []))
         if isinstance(fields, str):
-            raise UserError(f"{place}: {self.form}; the line {fields}")
+            raise UserError(f"{place}: its first line {fields}; {self.form}")
         if not fields:
             raise EmptyFile(f"{place}: is empty; {self.form}")
         self._name(header or [name.strip() for name in fields])
@@ -348,7 +352,7 @@ class _Delimited(_Text):
             taken.clear()
             try:
                 fields = next(reader, None)
-                broken = any(self._is_record(line) for line in taken[1:])
+                broken = len(taken) > 1 and any(self._is_record(line) for line in taken[1:])
             except csv.Error:
                 fields, broken = None, True
             if not taken:

@@ -7,6 +7,9 @@ import gzip
 import json
 import lzma
 import pickle
+import re
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -239,3 +242,71 @@ def test_an_empty_file_is_told_from_a_broken_one(tmp_path, name):
     )
     with pytest.raises(EmptyFile, match="is empty"):
         open_records(Place(str(tmp_path / name)))
+
+
+def repeated(byte, size):
+    """Gzip of many bytes in few: members of ten million, one after the other."""
+    return gzip.compress(byte * 10_000_000) * (size // 10_000_000)
+
+
+READ = """
+import resource, sys, time
+from capfilt.errors import UserError
+from capfilt.formats.places import Place
+from capfilt.formats.records import open_records
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    start = time.process_time()
+    try:
+        faults = [record.fault for record in open_records(Place(path))]
+        words = f"{len(faults)} records, {[fault for fault in faults if fault]}"
+    except UserError as error:
+        words = str(error)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    assert time.process_time() - start < 10 and grown < 1000, (path, time.process_time() - start, grown)
+    print(words)
+"""
+
+
+def test_a_file_that_is_endless_is_one_line_of_words(tmp_path):
+    """Would catch: a list from the web that takes all memory, or hours, or ends in a traceback, for it is a bomb."""
+    zeros, letters, ends = (repeated(byte, 1_000_000_000) for byte in (b"\0", b"a", b"\n"))
+    nulls = pa.ListArray.from_arrays(pa.array([0, 2 * 10**7], pa.int32()), pa.nulls(2 * 10**7))
+    good = b"url,caption\nu1,c1\n"
+    files = {
+        **{f"zeros.{kind}.gz": (zeros, "is no text") for kind in ("csv", "tsv", "txt", "jsonl", "json")},
+        **{f"letters.{kind}": (letters, "longer than|does not begin") for kind in ("csv", "txt", "json")},
+        "zeros.parquet.gz": (zeros, "is not a Parquet file"),
+        "ends.txt": (ends, "empty lines"),
+        "late.csv": (gzip.compress(good) + letters, "longer than"),
+        "field.csv": (gzip.compress(good + b'u2,"') + letters + gzip.compress(b'"\nu3,c3\n'), "longer than"),
+        "open.csv": (gzip.compress(good + b'u2,"') + ends, "empty lines"),
+        "wide.csv": (
+            gzip.compress(good) + repeated(b"a", 30_000_000) + gzip.compress(b"\nu3,c3"),
+            r"3 records, \['the line at byte 18 is longer",
+        ),
+        "columns.csv": (",".join(map(str, range(1_000_000))).encode(), "has 1000000 columns"),
+        "columns.tsv": ("\t".join(map(str, range(1_000_000))).encode(), "has 1000000 columns"),
+        "columns.jsonl": (json.dumps(dict.fromkeys(map(str, range(500_000)))).encode(), "has 500000 columns"),
+        "deep.json": (b"[" * 1_000_000, "is not JSON"),
+        "deeper.json": (b'[{"a":' * 1_000_000, "is not JSON"),
+        "deep.jsonl": (b'{"a": 1}\n' + b"[" * 1_000_000 + b'\n{"a": 2}', "3 records, .*is not JSON"),
+        "digits.jsonl": (b'{"a": 1}\n{"a": ' + b"1" * 1_000_000 + b"}", "2 records, .*is not JSON"),
+        "value.json": (gzip.compress(b'["') + letters, "is not JSON"),
+        "nulls.parquet": (pa.table({"url": ["u"], "caption": nulls}), "20000000 values in 1 rows"),
+        "bytes.parquet": (pa.table({"url": ["u" * 20_000_000]}), "20.* bytes in 1 rows"),
+        "columns.parquet": (pa.table({str(n): [n] for n in range(10_001)}), "has 10001 columns"),
+    }
+    for name, (content, _) in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            pq.write_table(content, tmp_path / name, compression="zstd")
+    arguments = [sys.executable, "-c", READ, *(str(tmp_path / name) for name in files)]
+    ran = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    told = ran.stdout.splitlines()
+    assert len(told) == len(files)
+    for (name, (_, words)), line in zip(files.items(), told, strict=True):
+        assert re.search(words, line), (name, line)
+        assert str(tmp_path / name) in line or " records, " in line

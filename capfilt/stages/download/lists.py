@@ -76,17 +76,22 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
             RuntimeWarning,
             stacklevel=2,
         )
-    return UrlList(path, files, len(found) == 1)
+    told = {SUFFIXES.get(place.suffix, "") for place in found}
+    same = len(told) == 1 and input_format in ("auto", *told)
+    return UrlList(path, files, len(found) == 1, frozenset({"auto", *told} if same else {input_format}))
 
 
 class UrlList:
     """Files of URLs, one after the other, cut into slices; no slice has rows of two files. Picklable.
 
-    `extra` are the further columns of all slices: those asked for, then those of the layout that are there.
+    Attributes:
+        formats: the values of --input-format with which this is the same list.
+        extra: the further columns of all slices: those asked for, then those of the layout that are there.
     """
 
-    def __init__(self, path: str, files: Sequence[_File], alone: bool) -> None:
+    def __init__(self, path: str, files: Sequence[_File], alone: bool, formats: frozenset[str]) -> None:
         self.path = path
+        self.formats = formats
         self._files = list(files)
         self._alone = alone
         self._reading = 0
@@ -151,7 +156,11 @@ class _File:
             return
         self.records = open_records(place, format)
         wanted = {"--url-col": layout.url_col, "--caption-col": layout.caption_col}
-        if format in ("csv", "tsv") and layout.header and not all(map(self._column, wanted.values())):
+        if (
+            format in ("csv", "tsv")
+            and layout.header
+            and not all(map(self._column, filter(None, wanted.values())))
+        ):
             self.records = open_records(place, format, layout.header)
         names = self.records.names
         for option, column in (*wanted.items(), *(("--save-additional-columns", name) for name in asked)):

@@ -31,7 +31,8 @@ def read_all(path, extra=(), rows=2, **options):
 def test_txt_is_a_url_per_line(tmp_path):
     path = tmp_path / "u.txt"
     path.write_bytes(b"\xef\xbb\xbfhttp://a/1,2.jpg\r\n\n  http://a/3.jpg \nhttp://a/\xff.jpg")
-    urls, captions, _, _ = read_all(path)
+    with pytest.warns(RuntimeWarning, match=r"u.txt: 1 records have bytes that are not UTF-8, .* record 4"):
+        urls, captions, _, _ = read_all(path)
     assert urls == ["http://a/1,2.jpg", "http://a/3.jpg", "http://a/\ufffd.jpg"]
     assert captions == [[], [], []]
 
@@ -216,6 +217,7 @@ def test_presets_are_the_published_layouts(tmp_path):
     # Many put the missing line in front.
     (tmp_path / "named.tsv").write_text("caption\turl\none\thttp://a\n")
     assert opened(tmp_path / "named.tsv", "cc12m")[1] == [("http://a", ["one"])]
+    assert opened(tmp_path / "named.tsv", "cc12m", caption_col="")[1] == [("http://a", [])]
     # What is given by name wins.
     assert opened(laion, "laion", caption_col="LICENSE")[1] == [("u", ["?"])]
     with pytest.raises(UserError, match="--preset laion"):
