@@ -50,6 +50,17 @@ def test_a_line_that_cannot_be_read_is_a_row(tmp_path):
     assert "is not JSON" in faults[1]
 
 
+def test_a_row_of_parquet_that_is_no_text_is_a_row(tmp_path):
+    """Would catch: a shard that ends in a traceback, and its other rows with it, for one byte that is not UTF-8."""
+    captions = pa.array([b"good", b"caf\xe9", b"x", None]).cast(pa.binary())
+    captions = pa.Array.from_buffers(pa.string(), 4, captions.buffers())
+    pq.write_table(pa.table({"url": ["u1", "u2", "u3", "u4"], "caption": captions}), tmp_path / "u.parquet")
+    for rows in (1, 2, 4):
+        urls, texts, faults, _ = read_all(tmp_path / "u.parquet", rows=rows)
+        assert (urls, texts) == (["u1", None, "u3", "u4"], [["good"], [], ["x"], []])
+        assert [fault is None for fault in faults] == [True, False, True, True]
+
+
 def test_csv_quotes_and_tsv_does_not(tmp_path):
     csv, tsv = tmp_path / "u.csv", tmp_path / "u.tsv"
     csv.write_bytes(b'url,caption,n\r\nu1,"a ""b"",\nc",1\r\n\r\nu2,,\nu3,too,many,commas\nu4\n')
