@@ -116,9 +116,9 @@ class ParquetSource(FileSource):
         picture = picture_column(schema)
         onto = self._pictures(file, picture)
         # Of the others some may be beyond Python: an infinite date, a list that Arrow cannot read.
-        usual = (name for name in schema.names if name.strip().lower() in _FIELDS)
+        wanted = {*columns, picture, *(name for name in schema.names if name.strip().lower() in _FIELDS)}
         with pq.ParquetFile(file) as source:
-            records = source.read(columns=list({*columns, *usual, picture} - {None})).to_pylist()
+            records = source.read(columns=[name for name in schema.names if name in wanted]).to_pylist()
         further = read_columns(file, self.files, self.reading.extra)
         held = {name: values(further.column(name)) for name in self.reading.extra}
         keys = self._keyed(file, [record.get("key") for record in records], alone=self._shared is None)

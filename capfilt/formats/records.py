@@ -15,6 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
@@ -38,11 +39,11 @@ FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)
 LONGEST = 10_000_000
 """A line, a field or a JSON value above this many bytes is a fault."""
 
-_MOST_BYTES = 500_000_000
+_MOST_BYTES = 200_000_000
 """Of a line that is passed over, and of a Parquet file that has to be decompressed in memory."""
 
 _MOST_LINES = 100_000
-"""Of one record of csv."""
+"""Of one record of csv, and of empty ones in a row."""
 
 _MOST_COLUMNS = 10_000
 _MOST_VALUES = 1000
@@ -155,7 +156,7 @@ def open_records(place: Place, format: str = "auto", header: Sequence[str] = ())
 
 
 class _AsUtf8(io.RawIOBase):
-    """Text in another encoding as UTF-8; what cannot be decoded is U+FFFD."""
+    """Text in another encoding as UTF-8. Lone surrogates are what no UTF-8 has, and are found by who reads it."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self._text, self._rest = text, b""
@@ -164,33 +165,36 @@ class _AsUtf8(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._rest or self._text.read(_WINDOW).encode("utf-8", "replace")
+        data = self._rest or self._text.read(_WINDOW).encode("utf-8", "surrogatepass")
         size = min(len(buffer), len(data))
         buffer[:size], self._rest = data[:size], data[size:]
         return size
 
-    def close(self) -> None:
-        self._text.close()
-        super().close()
 
-
-def _text(place: Place, offset: int = 0) -> io.BufferedReader:
-    """A file's text as UTF-8, decompressed, from a byte of it on. Raises UserError when it is no text."""
-    file = place.stream()
-    head = file.peek(1024)[:1024]
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-32" if head.startswith(codecs.BOM_UTF32_LE) else "utf-16"
-        file = io.BufferedReader(_AsUtf8(io.TextIOWrapper(file, encoding, "replace", newline="")), _WINDOW)
-    elif 10 * head.count(0) > len(head):
-        file.close()
-        words = "many of its bytes are zero: a binary file, or UTF-16 without a byte order mark"
-        raise UserError(f"{place}: is no text ({words}); give a list as UTF-8")
-    if offset and file.seekable():
-        file.seek(offset)
-        return file
-    while skipped := file.read(min(offset, 1 << 20)):
-        offset -= len(skipped)
-    return file
+@contextmanager
+def _text(place: Place, offset: int = 0) -> Iterator[io.BufferedReader]:
+    """A file's text as UTF-8, decompressed, from a byte of it on. Raises UserError when it is no text or breaks off."""
+    try:
+        with place.stream() as raw:
+            file, head = raw, raw.peek(1024)[:1024]
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                encoding = "utf-32" if head.startswith(codecs.BOM_UTF32_LE) else "utf-16"
+                text = io.TextIOWrapper(raw, encoding, "surrogatepass", newline="")
+                file = io.BufferedReader(_AsUtf8(text), _WINDOW)
+            elif 10 * head.count(0) > len(head):
+                words = "many of its bytes are zero: a binary file, or UTF-16 without a byte order mark"
+                raise UserError(f"{place}: is no text ({words}); give a list as UTF-8")
+            if offset and file.seekable():
+                # A file on a server that knows no ranges says that it can.
+                with suppress(ValueError):
+                    file.seek(offset)
+                    offset = 0
+            while skipped := file.read(min(offset, 1 << 20)):
+                offset -= len(skipped)
+            yield file
+    except (OSError, UnicodeError, pa.ArrowException) as error:
+        words = f"cannot be read to its end ({_first_line(error)}); get the file again"
+        raise UserError(f"{place}: {words}") from None
 
 
 class _Line(NamedTuple):
@@ -221,28 +225,29 @@ class _Text(Records):
 
     def iterate(self, first: Record | None = None) -> Iterator[Record]:
         number, offset = first[:2] if first else (1, 0)
-        try:
-            with _text(self.place, offset) as file:
-                self.seekable = file.seekable()
-                yield from self._scan(file, offset, number)
-        except (OSError, pa.ArrowException) as error:
-            words = f"cannot be read to its end ({_first_line(error)}); get the file again"
-            raise UserError(f"{self.place}: {words}") from None
+        with _text(self.place, offset) as file:
+            self.seekable = file.seekable()
+            yield from self._scan(file, offset, number)
 
     def _scan(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[Record]:
         """Records from where `file` stands."""
         for line in self._lines(file, offset, number):
-            if found := _TOO_LONG if line.text is None else self._parse(line.text):
+            found = _TOO_LONG if line.text is None else self._parse(line.text)
+            if found is not None:
                 yield line.record(found)
 
-    def _parse(self, line: str) -> dict[str, Any] | str:
-        """The fields of a line, or what is wrong with it; nothing of an empty line."""
+    def _parse(self, line: str) -> dict[str, Any] | str | None:
+        """The fields of a line, or what is wrong with it; None of an empty line."""
         raise NotImplementedError
 
     def _lines(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[_Line]:
         """The lines, ends included."""
+        blank = 0
         while data := file.readline(LONGEST):
             size, text = len(data), None
+            blank = blank + 1 if data.isspace() else 0
+            if blank > _MOST_LINES:
+                raise UserError(f"{self.place}: has {blank} empty lines at line {number}; {self.form}")
             if size < LONGEST or data.endswith(b"\n"):
                 data = data.removeprefix(codecs.BOM_UTF8) if offset == 0 else data
                 try:
@@ -267,8 +272,8 @@ class _Values(_Text):
 
     form = "a txt list has one value per line"
 
-    def _parse(self, line: str) -> dict[str, Any] | str:
-        return {self.names[0]: text} if (text := line.strip()) else ""
+    def _parse(self, line: str) -> dict[str, Any] | str | None:
+        return {self.names[0]: text} if (text := line.strip()) else None
 
 
 class _Objects(_Text):
@@ -276,22 +281,23 @@ class _Objects(_Text):
 
     form = "a jsonl list has one JSON object per line"
 
-    def _parse(self, line: str) -> dict[str, Any] | str:
+    def _parse(self, line: str) -> dict[str, Any] | str | None:
+        if not line.strip():
+            return None
         try:
-            record = json.loads(line) if line.strip() else ""
+            record = json.loads(line)
         except (ValueError, RecursionError) as error:
             return f"is not JSON ({error})"
-        return record if isinstance(record, dict) or record == "" else "is not a JSON object"
+        return record if isinstance(record, dict) else "is not a JSON object"
 
 
 class _Delimited(_Text):
     """A line of names, then lines of fields."""
 
-    form = "its first line must name the columns"
+    form = "its first line must name the columns, each other line is a record"
 
     def __init__(self, place: Place, header: Sequence[str], separator: str) -> None:
         Records.__init__(self, place)
-        csv.field_size_limit(LONGEST)
         self._named = not header
         with _text(place) as file:
             first = next(self._lines(file, 0, 1), None)
@@ -302,7 +308,7 @@ class _Delimited(_Text):
         with _text(place) as file:
             _, fields = next(self._rows(file, 0, 1), (None, []))
         if isinstance(fields, str):
-            raise UserError(f"{place}: {self.form}; the line {fields}")
+            raise UserError(f"{place}: its first line {fields}; {self.form}")
         if not fields:
             raise EmptyFile(f"{place}: is empty; {self.form}")
         self._name(header or [name.strip() for name in fields])
@@ -325,6 +331,8 @@ class _Delimited(_Text):
         self, file: io.BufferedReader, offset: int, number: int
     ) -> Iterator[tuple[_Line, list[str] | str]]:
         """The lines that are not empty with their fields, or what is wrong with them; of several, the first."""
+        # Of each process; whoever reads what was pickled is in another.
+        csv.field_size_limit(LONGEST)
         source = self._lines(file, offset, number)
         fields: list[str] | str | None
         if self._separator == "\t":
@@ -348,7 +356,7 @@ class _Delimited(_Text):
             taken.clear()
             try:
                 fields = next(reader, None)
-                broken = any(self._is_record(line) for line in taken[1:])
+                broken = len(taken) > 1 and any(self._is_record(line) for line in taken[1:])
             except csv.Error:
                 fields, broken = None, True
             if not taken:
@@ -508,6 +516,8 @@ class ParquetRecords(Records):
             with self.place.stream() as stream:
                 if not stream.seekable():
                     data = stream.read(_MOST_BYTES)
+                    if len(data) == _MOST_BYTES:
+                        raise UserError(f"{self.place}: has {_MOST_BYTES} bytes or more; decompress it")
                     return pq.ParquetFile(pa.BufferReader(data))
             return pq.ParquetFile(self.place.open() if self.place.remote else self.place.name)
         except (pa.ArrowException, OSError) as error:
@@ -518,8 +528,8 @@ class ParquetRecords(Records):
     def iterate(self, first: Record | None = None) -> Iterator[Record]:
         row = first.offset if first else 0
         for begin, _, batch in self._batches(row, self.names):
-            for number, fields in enumerate(batch.slice(max(0, row - begin)).to_pylist(), max(begin, row)):
-                yield Record(number + 1, number, fields)
+            for number, found in enumerate(plain(batch.slice(max(0, row - begin))), max(begin, row)):
+                yield Record(number + 1, number, *found)
 
     def table(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         """The rows from `start` to before `stop`. Rows after those of the last call are found the soonest."""
@@ -569,6 +579,16 @@ class ParquetRecords(Records):
         if size > LONGEST * max(1, group.num_rows):
             raise UserError(f"{self.place}: {size} bytes in {group.num_rows} rows; make them shorter")
         return int(max(1, min(_ROWS, 8 * LONGEST * group.num_rows // max(1, size))))
+
+
+def plain(rows: pa.Table | pa.RecordBatch) -> list[tuple[dict[str, Any], str | None]]:
+    """The values of each row as Python has them, or why it has none: text that is no UTF-8, a time before the year 1."""
+    try:
+        return [(values, None) for values in rows.to_pylist()]
+    except (ValueError, OverflowError) as error:
+        if rows.num_rows == 1:
+            return [({}, f"the row has a value that cannot be read ({_first_line(error)})")]
+    return [row for number in range(rows.num_rows) for row in plain(rows.slice(number, 1))]
 
 
 def _first_line(error: Exception) -> str:

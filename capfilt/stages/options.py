@@ -83,7 +83,7 @@ class DownloadOptions(_Remembering):
 
     url_list: str = _option(
         REQUIRED,
-        "URLs: a txt, csv, tsv, json, jsonl or parquet file, a folder of them, or an fsspec URL; not for --retry",
+        "URLs: a txt, csv, tsv, json, jsonl or parquet file (.gz, .zst), a folder, or an fsspec URL; not for --retry",
         kind="path",
         unless="retry",
     )
@@ -97,10 +97,10 @@ class DownloadOptions(_Remembering):
         "the layout of a published list: laion (URL, TEXT), datacomp (url, text), cc3m or cc12m (tsv without a header)",
         later=True,
     )
-    url_col: str = _option("url", "column of the URLs")
+    url_col: str = _option("url", "column of the URLs; capitals do not matter where only one column is meant")
     caption_col: str = _option(
         "caption",
-        "column of the texts; empty for none (img2dataset: none; here texts are what pictures are fetched for)",
+        "column of the texts, else captions, text or texts; empty for none (img2dataset: none; here texts matter)",
     )
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the list to carry through")
     license_col: str = _option(

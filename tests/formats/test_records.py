@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
 import pickle
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -215,6 +222,9 @@ def test_bytes_that_are_not_utf8_are_told(tmp_path):
         ("x.json", b'{\n "images": []\n}', "is not JSON"),
         ("x.json", b'[{"a": 1}', "neither , nor"),
         ("x.csv.gz", gzip.compress(b"a,b\n" + b"c,d\n" * 99_999)[:-9], "cannot be read to its end"),
+        ("x.csv.gz", gzip.compress(b"a,b\nc,d\n")[:-9], "cannot be read to its end"),
+        ("x.json.gz", gzip.compress(b"[{}, {}]")[:-9], "cannot be read to its end"),
+        ("x.txt", "\ufeffa\n".encode("utf-16-le")[:-1], "cannot be read to its end"),
         ("x.txt.zst", zstd(bytes(range(65, 91)) * 999)[:-3], "cannot be read to its end"),
         ("x.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 9)[:-3], "cannot be read to its end"),
         ("x.csv.xz", lzma.compress(b"a,b\n"), "is xz, which is not read"),
@@ -239,3 +249,123 @@ def test_an_empty_file_is_told_from_a_broken_one(tmp_path, name):
     )
     with pytest.raises(EmptyFile, match="is empty"):
         open_records(Place(str(tmp_path / name)))
+
+
+def repeated(byte, size):
+    """Gzip of many bytes in few: members of ten million, one after the other."""
+    return gzip.compress(byte * 10_000_000) * (size // 10_000_000)
+
+
+READ = """
+import resource, sys, time
+from capfilt.errors import UserError
+from capfilt.formats.places import Place
+from capfilt.formats.records import open_records
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    start = time.process_time()
+    try:
+        faults = [record.fault for record in open_records(Place(path))]
+        words = f"{len(faults)} records, {[fault for fault in faults if fault]}"
+    except UserError as error:
+        words = str(error)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    assert time.process_time() - start < 10 and grown < 1000, (path, time.process_time() - start, grown)
+    print(words)
+"""
+
+
+def test_a_file_that_is_endless_is_one_line_of_words(tmp_path):
+    """Would catch: a list from the web that takes all memory, or hours, or ends in a traceback, for it is a bomb."""
+    zeros, letters, ends = (repeated(byte, 1_000_000_000) for byte in (b"\0", b"a", b"\n"))
+    nulls = pa.ListArray.from_arrays(pa.array([0, 2 * 10**7], pa.int32()), pa.nulls(2 * 10**7))
+    good = b"url,caption\nu1,c1\n"
+    files = {
+        **{f"zeros.{kind}.gz": (zeros, "is no text") for kind in ("csv", "tsv", "txt", "jsonl", "json")},
+        **{f"letters.{kind}": (letters, "longer than|does not begin") for kind in ("csv", "txt", "json")},
+        "zeros.parquet.gz": (zeros, "decompress it"),
+        "ends.txt": (ends, "empty lines"),
+        "late.csv": (gzip.compress(good) + letters, "longer than"),
+        "field.csv": (gzip.compress(good + b'u2,"') + letters + gzip.compress(b'"\nu3,c3\n'), "longer than"),
+        "open.csv": (gzip.compress(good + b'u2,"') + ends, "empty lines"),
+        "wide.csv": (
+            gzip.compress(good) + repeated(b"a", 30_000_000) + gzip.compress(b"\nu3,c3"),
+            r"3 records, \['the line at byte 18 is longer",
+        ),
+        "columns.csv": (",".join(map(str, range(1_000_000))).encode(), "has 1000000 columns"),
+        "columns.tsv": ("\t".join(map(str, range(1_000_000))).encode(), "has 1000000 columns"),
+        "columns.jsonl": (json.dumps(dict.fromkeys(map(str, range(500_000)))).encode(), "has 500000 columns"),
+        "deep.json": (b"[" * 1_000_000, "is not JSON"),
+        "deeper.json": (b'[{"a":' * 1_000_000, "is not JSON"),
+        "deep.jsonl": (b'{"a": 1}\n' + b"[" * 1_000_000 + b'\n{"a": 2}', "3 records, .*is not JSON"),
+        "digits.jsonl": (b'{"a": 1}\n{"a": ' + b"1" * 1_000_000 + b"}", "2 records, .*is not JSON"),
+        "value.json": (gzip.compress(b'["') + letters, "is not JSON"),
+        "nulls.parquet": (pa.table({"url": ["u"], "caption": nulls}), "20000000 values in 1 rows"),
+        "bytes.parquet": (pa.table({"url": ["u" * 20_000_000]}), "20.* bytes in 1 rows"),
+        "columns.parquet": (pa.table({str(n): [n] for n in range(10_001)}), "has 10001 columns"),
+    }
+    for name, (content, _) in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            pq.write_table(content, tmp_path / name, compression="zstd")
+    arguments = [sys.executable, "-c", READ, *(str(tmp_path / name) for name in files)]
+    ran = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    told = ran.stdout.splitlines()
+    assert len(told) == len(files)
+    for (name, (_, words)), line in zip(files.items(), told, strict=True):
+        assert re.search(words, line), (name, line)
+        assert str(tmp_path / name) in line or " records, " in line
+
+
+def test_an_object_without_fields_is_a_record(tmp_path):
+    """Would catch: rows lost, and all after them shifted, for `{}` is as false as an empty line."""
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{}\n\n{"a": 3}\n')
+    (tmp_path / "x.json").write_text('[{"a": 1}, {}, {"a": 3}]')
+    for name in ("x.jsonl", "x.json"):
+        assert [record.fields for record in read(tmp_path / name)[1]] == [{"a": 1}, {}, {"a": 3}]
+
+
+def test_a_long_field_is_read_in_any_process(tmp_path):
+    """Would catch: rows that a worker cannot read, for csv's own limit is set where the list was opened alone."""
+    (tmp_path / "x.csv").write_text("a,b\n1," + "x" * 200_000 + "\n")
+    records = open_records(Place(str(tmp_path / "x.csv")))
+    csv.field_size_limit(131_072)
+    assert [len(record.fields["b"]) for record in records] == [200_000]
+
+
+def test_what_no_text_can_hold_is_told_in_utf16_too(tmp_path):
+    """Would catch: half a character of UTF-16, which JavaScript writes, lost without a word, or all rows lost for it."""
+    data = "a,b\n1,x\n2,\ud83d\n3,z\n".encode("utf-16", "surrogatepass")
+    (tmp_path / "x.csv").write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="1 records have bytes that are not UTF-8"):
+        found = list(open_records(Place(str(tmp_path / "x.csv"))))
+    assert [record.fields["b"].strip("\ufffd") for record in found] == ["x", "", "z"]
+    (tmp_path / "x.csv").write_bytes(data[:-1])
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        list(open_records(Place(str(tmp_path / "x.csv"))))
+
+
+def test_a_row_of_parquet_that_python_cannot_hold_says_so(tmp_path):
+    """Would catch: a traceback for one byte that is not UTF-8, or a time of no calendar, among all rows."""
+    texts = pa.array([b"good", b"caf\xe9", b"x", b"y"]).cast(pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 4, texts.buffers())
+    times = pa.array([0, 0, 2**62, 0], pa.int64()).cast(pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": texts, "time": times}), tmp_path / "x.parquet")
+    found = read(tmp_path / "x.parquet")[1]
+    assert [record.fault is None for record in found] == [True, False, False, True]
+    assert [record.fields.get("text") for record in found] == ["good", None, None, "y"]
+    assert [record.number for record in found] == [1, 2, 3, 4]
+
+
+def test_a_server_that_knows_no_ranges_is_read_past(tmp_path):
+    """Would catch: a list that is only read to the end of its first slice."""
+    pytest.importorskip("aiohttp")
+    (tmp_path / "x.csv").write_text("a\n" + "".join(f"{n}\n" for n in range(5000)))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = read(f"http://127.0.0.1:{server.server_port}/x.csv")[1]
+        server.shutdown()
+    assert [record.fields["a"] for record in found] == [str(n) for n in range(5000)]

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.formats.places import Place, places
-from capfilt.formats.records import SUFFIXES, URL, EmptyFile, ParquetRecords, Record, open_records
+from capfilt.formats.records import SUFFIXES, URL, EmptyFile, ParquetRecords, Record, open_records, plain
 from capfilt.formats.values import CAPTION_COLUMNS, ColumnTypes, arrow_column, storable, text_of, texts_in
 from capfilt.stages.download.presets import Layout, fitting
 from capfilt.stages.download.urls import short
@@ -76,17 +76,22 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
             RuntimeWarning,
             stacklevel=2,
         )
-    return UrlList(path, files, len(found) == 1)
+    told = {SUFFIXES.get(place.suffix, "") for place in found}
+    same = len(told) == 1 and input_format in ("auto", *told)
+    return UrlList(path, files, len(found) == 1, frozenset({"auto", *told} if same else {input_format}))
 
 
 class UrlList:
     """Files of URLs, one after the other, cut into slices; no slice has rows of two files. Picklable.
 
-    `extra` are the further columns of all slices: those asked for, then those of the layout that are there.
+    Attributes:
+        formats: the values of --input-format with which this is the same list.
+        extra: the further columns of all slices: those asked for, then those of the layout that are there.
     """
 
-    def __init__(self, path: str, files: Sequence[_File], alone: bool) -> None:
+    def __init__(self, path: str, files: Sequence[_File], alone: bool, formats: frozenset[str]) -> None:
         self.path = path
+        self.formats = formats
         self._files = list(files)
         self._alone = alone
         self._reading = 0
@@ -151,7 +156,11 @@ class _File:
             return
         self.records = open_records(place, format)
         wanted = {"--url-col": layout.url_col, "--caption-col": layout.caption_col}
-        if format in ("csv", "tsv") and layout.header and not all(map(self._column, wanted.values())):
+        if (
+            format in ("csv", "tsv")
+            and layout.header
+            and not all(map(self._column, filter(None, wanted.values())))
+        ):
             self.records = open_records(place, format, layout.header)
         names = self.records.names
         for option, column in (*wanted.items(), *(("--save-additional-columns", name) for name in asked)):
@@ -224,27 +233,22 @@ class _File:
     def read(self, number: int, types: Mapping[str, pa.DataType]) -> Slice:
         """Slice `number` of the file, with further columns of these types."""
         start, stop = self.bounds(number)
-        faults: list[str | None] = [None] * (stop - start)
-        wanted = [name for name in dict.fromkeys((self.url_col, self.caption_col, *types)) if name]
-        columns: dict[str, list[Any]]
+        named = [name for name in dict.fromkeys((self.url_col, self.caption_col)) if name]
         if isinstance(self.records, ParquetRecords):
-            table = self.records.table(start, stop, wanted)
-            columns = {
-                name: table[name].to_pylist() for name in wanted if name in (self.url_col, self.caption_col)
-            }
+            table = self.records.table(start, stop, list(dict.fromkeys((*named, *types))))
+            rows = plain(table.select(named))
             extra = [table[name] for name in types]
         else:
-            columns = {name: [] for name in wanted}
-            for row, record in enumerate(islice(self._from(number), stop - start)):
-                faults[row] = record.fault
-                for name, values in columns.items():
-                    values.append(record.fields.get(name))
-            extra = [pa.chunked_array([arrow_column(columns[name], self.types[name])]) for name in types]
+            wanted = (*named, *types)
+            found = islice(self._from(number), stop - start)
+            rows = [({name: each.fields.get(name) for name in wanted}, each.fault) for each in found]
+            columns = (arrow_column((row[name] for row, _ in rows), self.types[name]) for name in types)
+            extra = [pa.chunked_array([column]) for column in columns]
         further = [_as_type(column, type_) for column, type_ in zip(extra, types.values(), strict=True)]
         return Slice(
-            [url_of(value) for value in columns[self.url_col]],
-            [texts_in(value) for value in columns.get(self.caption_col, [None] * len(faults))],
-            faults,
+            [url_of(row.get(self.url_col)) for row, _ in rows],
+            [texts_in(row.get(self.caption_col)) for row, _ in rows],
+            [fault for _, fault in rows],
             pa.Table.from_arrays(further, names=list(types)),
         )
 

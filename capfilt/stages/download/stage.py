@@ -97,10 +97,13 @@ class Download(Fetching):
         ]
 
     def identity(self) -> Mapping[str, Any]:
-        return {
-            "options": option_values(self.options, without=WITHOUT),
-            "url_list": self.list.digest,
-        }
+        options = option_values(self.options, without=WITHOUT)
+        if self.output.exists:
+            # A format that was named then, and is told by the names now, or the other way round, is the same list.
+            made = self.output.info.get("identity", {}).get("options", {}).get("input_format")
+            if {made, options["input_format"]} <= self.list.formats:
+                options["input_format"] = made
+        return {"options": options, "url_list": self.list.digest}
 
     def shards(self) -> list[int]:
         if not self.list.rows:

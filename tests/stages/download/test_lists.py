@@ -31,7 +31,8 @@ def read_all(path, extra=(), rows=2, **options):
 def test_txt_is_a_url_per_line(tmp_path):
     path = tmp_path / "u.txt"
     path.write_bytes(b"\xef\xbb\xbfhttp://a/1,2.jpg\r\n\n  http://a/3.jpg \nhttp://a/\xff.jpg")
-    urls, captions, _, _ = read_all(path)
+    with pytest.warns(RuntimeWarning, match=r"u.txt: 1 records have bytes that are not UTF-8, .* record 4"):
+        urls, captions, _, _ = read_all(path)
     assert urls == ["http://a/1,2.jpg", "http://a/3.jpg", "http://a/\ufffd.jpg"]
     assert captions == [[], [], []]
 
@@ -47,6 +48,17 @@ def test_a_line_that_cannot_be_read_is_a_row(tmp_path):
     urls, _, faults, _ = read_all(jsonl)
     assert urls == ["u1", None, "u3"]
     assert "is not JSON" in faults[1]
+
+
+def test_a_row_of_parquet_that_is_no_text_is_a_row(tmp_path):
+    """Would catch: a shard that ends in a traceback, and its other rows with it, for one byte that is not UTF-8."""
+    captions = pa.array([b"good", b"caf\xe9", b"x", None]).cast(pa.binary())
+    captions = pa.Array.from_buffers(pa.string(), 4, captions.buffers())
+    pq.write_table(pa.table({"url": ["u1", "u2", "u3", "u4"], "caption": captions}), tmp_path / "u.parquet")
+    for rows in (1, 2, 4):
+        urls, texts, faults, _ = read_all(tmp_path / "u.parquet", rows=rows)
+        assert (urls, texts) == (["u1", None, "u3", "u4"], [["good"], [], ["x"], []])
+        assert [fault is None for fault in faults] == [True, False, True, True]
 
 
 def test_csv_quotes_and_tsv_does_not(tmp_path):
@@ -216,6 +228,7 @@ def test_presets_are_the_published_layouts(tmp_path):
     # Many put the missing line in front.
     (tmp_path / "named.tsv").write_text("caption\turl\none\thttp://a\n")
     assert opened(tmp_path / "named.tsv", "cc12m")[1] == [("http://a", ["one"])]
+    assert opened(tmp_path / "named.tsv", "cc12m", caption_col="")[1] == [("http://a", [])]
     # What is given by name wins.
     assert opened(laion, "laion", caption_col="LICENSE")[1] == [("u", ["?"])]
     with pytest.raises(UserError, match="--preset laion"):
