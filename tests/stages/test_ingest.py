@@ -75,7 +75,8 @@ def committed(stage):
         assert stage.expected_rows(shard) > 0
         if stage.output.manifest(shard) is None:
             out = stage.process(shard)
-            stage.output.commit(shard, out.table, out.counts, stage.shard_fingerprint(mark, shard), 1.0)
+            mark_ = stage.shard_fingerprint(mark, shard)
+            stage.output.commit(shard, out.table, out.counts, mark_, 1.0, stats=out.stats)
     return stage.output
 
 
@@ -181,7 +182,7 @@ def test_columns_come_along_with_one_type(tmp_path, folder):
         {"file_name": name, "n": None if i < 8 else i, "who": "x"} for i, name in enumerate(sorted(FILES))
     ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    stage = make(tmp_path, folder, save_additional_columns=("n", "who"), shard_size=5)
+    stage = make(tmp_path, folder, save_additional_columns=("n", "who"), caption_col=("",), shard_size=5)
     rows = run(stage)
     assert [row["n"] for row in rows] == [*(record["n"] for record in records), None]
     assert {table.schema.field("n").type for table in stage.output.tables()} == {pa.int64()}
@@ -301,7 +302,7 @@ def test_the_web_pairs_come_in_with_both_texts(tmp_path, shared_data):
     assert {row["status"] for row in rows} == {"success"}
     assert {row["source"] for row in rows} == {"web"}
     assert all(row["page"] and row["license"] for row in rows)
-    whole = make(tmp_path, path, source="web")
+    whole = make(tmp_path, path, source="web", caption_col=("alt_text",))
     assert sum(whole.expected_rows(shard) for shard in whole.shards()) == 2421
 
 
@@ -319,6 +320,73 @@ def test_the_part_opens_as_a_dataset_of_pictures(tmp_path, folder, monkeypatch):
     pictures = [row["image"] for row in loaded]
     assert sum(image is not None for image in pictures) == 9
     assert all(image is None or image.size[0] > 0 for image in pictures)
+
+
+def seen_otherwise() -> dict[str, bytes]:
+    """Pictures that other readers show otherwise than capfilt sees them."""
+    rgb = picture()
+    deep = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+    layered = rgb.convert("RGBA")
+    layered.putalpha(Image.linear_gradient("L").resize(rgb.size))
+    return {
+        "16bit.png": encoded(deep, "PNG"),
+        "alpha.png": encoded(layered, "PNG"),
+        "alpha.webp": encoded(layered, "WEBP", lossless=True),
+        "grey-alpha.png": encoded(layered.convert("LA"), "PNG"),
+        "palette.png": encoded(rgb.convert("P"), "PNG"),
+        "clear-palette.png": encoded(rgb.convert("P"), "PNG", transparency=0),
+        "clear.png": encoded(Image.new("RGB", (40, 30), (0, 0, 9)), "PNG", transparency=(0, 0, 9)),
+        "clear-grey.png": encoded(Image.new("L", (40, 30), 7), "PNG", transparency=7),
+        "bit.png": encoded(rgb.convert("1"), "PNG"),
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "float.tif": encoded(rgb.convert("F"), "TIFF"),
+        "alpha.avif": encoded(layered, "AVIF"),
+        "16bit.jp2": encoded(deep, "JPEG2000"),
+        "deep.pgm": encoded(deep, "PPM"),
+    }
+
+
+def test_what_is_stored_shows_what_the_models_see(tmp_path):
+    """Catches: `load_dataset` showing a black 16-bit picture, or a transparent one on black, that the filter saw otherwise."""
+    files = seen_otherwise()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    for row in run(make(tmp_path, folder, caption_col=("",))):
+        name = row["key"]
+        stored = Image.open(io.BytesIO(row["image"]["bytes"]))
+        stored.load()
+        assert (stored.mode, "transparency" in stored.info) == ("RGB", False), name
+        seen = np.asarray(decode(files[name]), int)
+        difference = np.abs(np.asarray(stored, int) - seen)
+        assert difference.max() == 0 if name.endswith(".png") else difference.mean() < 3, name
+        assert row["sha256"] == hashlib.sha256(files[name]).hexdigest()
+        assert row["phash"] == phash(decode(files[name]))
+        assert row["image"]["path"].endswith(".png" if name.endswith(".png") else ".jpg")
+
+
+def test_an_ingest_says_how_many_texts_there_are_and_what_is_left_out(tmp_path, folder):
+    (folder / "notes.md").write_text("x")
+    stage = make(tmp_path, folder, max_pixels=1_000_000, shard_size=4)
+    run(stage)
+    assert stage.remarks() == ["9 images, 1 texts", "not read: 1 .md"]
+    (folder / "good.txt").unlink()
+    stage = make(tmp_path, folder, dataset="none", limit=5)
+    run(stage)
+    assert stage.remarks()[1].startswith("no image has a text: no .txt beside it")
+    stage = make(tmp_path, folder, dataset="wanted", limit=5, caption_col=("",))
+    run(stage)
+    assert stage.remarks() == ["2 images, 0 texts", "not read: 1 .md"]
+
+
+def test_image_ids_are_unique_whatever_a_source_numbers_anew(tmp_path):
+    for name in ("0.parquet", "1.parquet", "10.parquet"):
+        pq.write_table(
+            pa.table({"key": ["1", "10", "11"], "jpg": [GOOD] * 3, "caption": ["a"] * 3}), tmp_path / name
+        )
+    rows = run(make(tmp_path, tmp_path))
+    assert len({row["image_id"] for row in rows}) == 9
 
 
 def described(tmp_path, sql):

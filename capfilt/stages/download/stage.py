@@ -15,7 +15,7 @@ import pyarrow as pa
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.lists import as_text, open_list
+from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
 from capfilt.stages.download.rows import (
     answered,
@@ -25,7 +25,6 @@ from capfilt.stages.download.rows import (
     stats_of,
 )
 from capfilt.stages.download.tally import DownloadTally
-from capfilt.stages.download.url_list import Slice
 from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.contracts import IMAGES
@@ -98,10 +97,13 @@ class Download(Fetching):
         ]
 
     def identity(self) -> Mapping[str, Any]:
-        return {
-            "options": option_values(self.options, without=WITHOUT),
-            "url_list": self.list.digest,
-        }
+        options = option_values(self.options, without=WITHOUT)
+        if self.output.exists:
+            # A format that was named then, and is told by the names now, or the other way round, is the same list.
+            made = self.output.info.get("identity", {}).get("options", {}).get("input_format")
+            if {made, options["input_format"]} <= self.list.formats:
+                options["input_format"] = made
+        return {"options": options, "url_list": self.list.digest}
 
     def shards(self) -> list[int]:
         if not self.list.rows:
