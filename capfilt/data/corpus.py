@@ -213,7 +213,7 @@ def from_images(
         source: only rows of this source (`web`, `human`); all where None.
         splits: only rows of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
-        **options: `memory_limit`, `spill_dir`, `workers`, `max_pixels` of `ImageStore`; `progress`, called with the
+        **options: `memory_limit`, `spill_dir`, `workers`, `max_pixels`, `training` of `ImageStore`; `progress`, called with the
             number of rows looked at.
 
     Raises UserError for a missing or wrong column, RunError for a full disk.

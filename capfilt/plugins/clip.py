@@ -23,7 +23,7 @@ from capfilt.errors import UserError
 from capfilt.models.precision import auto_precision
 from capfilt.tables.ids import file_sha256
 
-VERSION = 1
+VERSION = 2  # large JPEGs are decoded whole; texts are repaired and unescaped
 """Raised when this code changes the scores it gives."""
 
 _CONFIG, _PICTURES = "config.json", "preprocessor_config.json"
@@ -40,6 +40,7 @@ class ClipScorer:
     Args:
         argument: the directory.
         precision: auto (bf16 on GPUs that have it, else fp32), fp32 or bf16; cosines are always taken in fp32.
+        draft: yes lets decoders scale JPEGs of over twice the model's size first: faster, and scores move.
 
     Raises:
         UserError: where the directory holds no CLIP, or one whose pictures are prepared in a way not known here.
@@ -49,11 +50,13 @@ class ClipScorer:
         "clip_score": "cosine of a CLIP's image and text embeddings, in [-1, 1]"
     }
 
-    def __init__(self, argument: str, precision: str = "auto") -> None:
+    def __init__(self, argument: str, precision: str = "auto", draft: str = "") -> None:
         self.directory = Path(argument).expanduser()
         if precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"clip: precision {precision!r} is unknown: use auto, fp32 or bf16")
-        self.precision = precision
+        if draft not in ("", "yes"):
+            raise UserError(f"clip: draft {draft!r} is unknown: give yes, or leave it out")
+        self.precision, self.draft = precision, bool(draft)
         config = _read(self.directory / _CONFIG)
         if config.get("model_type") != "clip":
             raise UserError(
@@ -107,8 +110,8 @@ class ClipScorer:
         return {"precision": auto_precision(self.device) if self.precision == "auto" else self.precision}
 
     def prepare(self, data: bytes) -> Pixels:
-        """uint8 [3, S, S]: the shorter side made S, bicubic, then the middle. Large JPEGs are scaled by their decoder."""
-        image = decode(data, draft_size=2 * self.size)
+        """uint8 [3, S, S]: the shorter side made S by Pillow's bicubic filter, then the middle."""
+        image = decode(data, draft_size=2 * self.size if self.draft else None)
         width, height = image.size
         short, long = min(width, height), max(width, height)
         other = int(self.size * long / short)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from capfilt.errors import UserError
+from capfilt.inference.decoding import BEAM_RULES
 from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captioner, reference
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
@@ -75,7 +77,7 @@ class CaptionStage(ShardStage):
     """Writes `samples` rows per image; an image without pixels has none and is counted as dropped (`no_image`)."""
 
     name = "caption"
-    version = 2
+    version = 3  # Pillow's bicubic pixels, of whole pictures
     contract = CAPTIONS
     uses_gpu = True
 
@@ -84,6 +86,15 @@ class CaptionStage(ShardStage):
             raise UserError(f"--method {options.method!r}: choose one of {', '.join(METHODS)}")
         if not 0 < options.top_p <= 1:
             raise UserError(f"--top-p {options.top_p}: give a share above 0, at most 1")
+        if options.top_k < 0 or not options.temperature > 0 or not math.isfinite(options.temperature):
+            raise UserError(
+                f"--top-k {options.top_k}, --temperature {options.temperature}: give 0 or more, and more than 0"
+            )
+        if options.beam_rule not in BEAM_RULES or not math.isfinite(options.length_penalty):
+            raise UserError(
+                f"--beam-rule {options.beam_rule!r}, --length-penalty {options.length_penalty}: choose "
+                f"{', '.join(BEAM_RULES)}, and give a number"
+            )
         if options.samples < 1 or (options.method == "greedy" and options.samples > 1):
             raise UserError(
                 f"--samples {options.samples}: give 1 or more (greedy decoding has only one text)"
@@ -101,6 +112,7 @@ class CaptionStage(ShardStage):
             workspace.model,
             options.precision,
             options.compile,
+            options.draft,
         )
         open_captioner(self.captioner)
         self.images = workspace.input("images", options.images)
@@ -159,7 +171,11 @@ class CaptionStage(ShardStage):
             seed=o.seed,
             method=o.method,
             top_p=o.top_p,
+            top_k=o.top_k,
+            temperature=o.temperature,
             num_beams=o.num_beams,
+            length_penalty=o.length_penalty,
+            beam_rule=o.beam_rule,
             prompt=o.prompt,
             max_new_tokens=o.max_new_tokens,
             min_new_tokens=o.min_new_tokens,

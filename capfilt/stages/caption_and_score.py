@@ -64,6 +64,7 @@ class CaptionAndScore(ScoreStage):
             batch_size=options.batch_size,
             precision=options.precision,
             compile=options.compile,
+            draft=options.draft,
         )
         scorer = reference(SCORERS, options.filter, (), "--filter", workspace.model)
         for named in (self.captioning.captioner, scorer):

@@ -33,7 +33,7 @@ class Evaluate(ResultStage):
     """Writes `runs/<out>.json`: metrics in percent (CIDEr x 100) with intervals, protocols, counts, and their units."""
 
     name = "evaluate"
-    version = 3
+    version = 4
 
     def __init__(self, options: EvaluateOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options

@@ -663,6 +663,16 @@ _ENGINE_COMPILE = (
 )
 
 
+_ENGINE_DRAFT = (
+    "of a checkpoint: have decoders scale JPEGs of over twice the model's size: faster, but the pixels are no longer those "
+    "that the released code sees, and scores move (docs/performance.md)"
+)
+_BEAM_RULE = (
+    "transformers: count new tokens with [SEP]; or released: count the prompt, not [SEP], as BLIP's released code does, "
+    "and stop as it does"
+)
+
+
 @dataclass(frozen=True)
 class CaptionOptions:
     """Step 2: write synthetic texts for every image of a part."""
@@ -679,7 +689,19 @@ class CaptionOptions:
     out: str = _option("", "name of the captions part to write; default: the captioner's")
     method: str = _option("nucleus", "nucleus, beam or greedy (BLIP, section 4.2: nucleus)")
     top_p: float = _option(0.9, "nucleus: share of the probability to draw from (BLIP, section 4.2)")
+    top_k: int = _option(
+        0, "nucleus: draw from at most so many tokens; 0: no limit (BLIP's released code: 50)", later=True
+    )
+    temperature: float = _option(
+        1.0, "nucleus: above 1 flattens the probabilities, below 1 sharpens them", later=True
+    )
     num_beams: int = _option(3, "beam: width (BLIP's caption configuration: 3)")
+    length_penalty: float = _option(
+        1.0,
+        "beam: a text's score is its log probability over length ** this; higher favours longer",
+        later=True,
+    )
+    beam_rule: str = _option("transformers", f"beam: {_BEAM_RULE}", later=True)
     filter: str = _option(
         "",
         "also score, in the same pass over the pictures: a filter with the captioner's vision tower, as `finetune "
@@ -691,12 +713,13 @@ class CaptionOptions:
         "a picture of ", "put before the text, not part of it (BLIP's caption configuration)"
     )
     # BLIP's 20 and 5 count its 4 prompt slots; these do not.
-    max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded")
-    min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
+    max_new_tokens: int = _option(20, "longest text in tokens, without the prompt, with the closing [SEP]")
+    min_new_tokens: int = _option(1, "shortest text in tokens, without the prompt and the closing [SEP]")
     repetition_penalty: float = _option(1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)")
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     compile: bool = _option(False, _ENGINE_COMPILE, later=True)
+    draft: bool = _option(False, _ENGINE_DRAFT, later=True)
     seed: int = _option(0, "of sampling; each text has its own stream")
 
 
@@ -721,6 +744,7 @@ class ScoreOptions:
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     compile: bool = _option(False, _ENGINE_COMPILE, later=True)
+    draft: bool = _option(False, _ENGINE_DRAFT, later=True)
 
 
 @dataclass(frozen=True)
@@ -824,6 +848,7 @@ class EvaluateOptions:
     )
     method: str = _option("beam", "captioning: beam, greedy or nucleus")
     num_beams: int = _option(3, "captioning, vqa: beams (BLIP's configurations of both: 3)")
+    beam_rule: str = _option("transformers", f"captioning, vqa: {_BEAM_RULE}", later=True)
     prompt: str = _option("", "captioning: prompt; pretrained models learned none")
     max_new_tokens: int = _option(20, "captioning: longest text in tokens")
     answer_list: str = _option(

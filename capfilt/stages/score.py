@@ -93,7 +93,9 @@ class ScoreStage(ShardStage):
     """Writes a row per text of a picture that is there; texts of pictures that are not are dropped as `no_image`."""
 
     name = "score"
-    version = 3  # an image's texts are queries of one copy of its keys: the last digits differ
+    # Since 3, an image's texts are queries of one copy of its keys: the last digits differ; since 4, pictures are Pillow's
+    # bicubic pixels, of whole pictures.
+    version = 4
     uses_gpu = True
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -106,6 +108,7 @@ class ScoreStage(ShardStage):
             workspace.model,
             options.precision,
             options.compile,
+            options.draft,
         )
         self.columns = dict(open_scorer(self.filter).columns)
         self.contract = score_contract(self.columns)

@@ -143,6 +143,7 @@ class TaskTraining(Training[TaskCorpus]):
             splits,
             size=size,
             limit=limit,
+            training=True,
             **options,
         )
 

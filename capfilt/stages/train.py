@@ -193,10 +193,12 @@ class Retrain(Pretrain):
                 for part in self.pairs
                 for shard in part.shards()
             )
-            corpora.append(from_pairs(tables, size=size))
+            corpora.append(from_pairs(tables, size=size, training=True))
         for images, verdicts in self.joined:
             corpora.append(
-                from_verdicts(images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size)
+                from_verdicts(
+                    images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size, training=True
+                )
             )
         return corpora
 
