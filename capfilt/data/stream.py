@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import (
     IMAGES_NEEDED,
     PAIRS_NEEDED,
@@ -42,7 +43,7 @@ from capfilt.data.examples import (
 from capfilt.data.images import MAX_PIXELS, BadImage, decode
 from capfilt.data.loader import Batch, Mix, Transform, ahead
 from capfilt.data.store import cpu_workers
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes, clean
+from capfilt.data.tokenizer import MAX_TOKENS, Encodes
 from capfilt.data.transforms import Crops, mentions_sides, training_uint8
 from capfilt.errors import RunError, UserError
 from capfilt.tables.shards import Part

@@ -23,7 +23,7 @@ from capfilt.models import kinds
 from capfilt.models.blip import Blip
 from capfilt.models.config import Shape
 from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble
+from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble, cleaning_of, remember, remembered
 from capfilt.models.kinds import KINDS, Model
 from capfilt.models.weights import check_tensors, read_safetensors, tensors
 from capfilt.tables.ids import file_sha256
@@ -31,6 +31,9 @@ from capfilt.tables.ids import file_sha256
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+_BEFORE = {"vilt": {"max_words": 30}, "vilt_classifier": {"max_words": 50}}
+"""What kinds had before it was saved, where their default has changed since."""
 
 
 def save(
@@ -57,6 +60,7 @@ def save(
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
+            **remember(model, tokenizer),
             "files": {each: file_sha256(partial / each) for each in (WEIGHTS, TOKENIZER)},
         }
         (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -141,7 +145,7 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
     config_path, weights_path = directory / CONFIG, directory / WEIGHTS
     kind = kinds.named(meta["model_type"])
     try:
-        config = kind.config.from_dict(meta["config"])
+        config = kind.config.from_dict({**_BEFORE.get(kind.name, {}), **meta["config"]})
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
     for name, expected in meta["files"].items():
@@ -161,7 +165,9 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
             f"{directory / TOKENIZER}: {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}"
         )
     rest = read_safetensors(directory / LEFTOVERS) if (directory / LEFTOVERS).is_file() else {}
-    return Contents(model, tokenizer, meta.get("extra", {}), rest), meta
+    extra = meta.get("extra", {})
+    cleaning = cleaning_of(model, extra, remembered(config_path, meta))
+    return Contents(model, tokenizer.cleaned_as(cleaning), extra, rest), meta
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

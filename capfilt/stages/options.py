@@ -391,7 +391,7 @@ class OptimisationOptions(LoopOptions):
 
     max_words: int = _option(
         0,
-        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip: all)",
+        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip, vilt: all)",
         later=True,
     )
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")

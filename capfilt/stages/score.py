@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from capfilt.data.tokenizer import clean
+from capfilt.data.cleaning import clean
 from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, reference, score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
