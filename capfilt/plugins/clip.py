@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from capfilt.data.cleaning import CLIP, cleaned
 from capfilt.data.images import decode
 from capfilt.errors import UserError
 from capfilt.models.precision import auto_precision
@@ -157,8 +158,10 @@ class ClipScorer:
 
     def _embed_texts(self, texts: list[str]) -> Tensor:
         longest = self.model.config.text_config.max_position_embeddings
+        # transformers' tokenizer leaves out what the released code does first.
+        read = [cleaned(text, CLIP) for text in texts]
         tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            read, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(self.device)
         found = self.model.text_model(
             tokens["input_ids"], attention_mask=tokens["attention_mask"]
