@@ -14,7 +14,7 @@ from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captione
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import CaptionOptions
-from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
 from capfilt.tables.shards import Counts, Part
@@ -154,10 +154,19 @@ class CaptionStage(ShardStage):
         table = CAPTIONS.table(rows.made)
         return done(table, rows.counts(), self.writer, engine, self.options.batch_size, self.batch_size())
 
+    @cached_property
+    def asked(self) -> int:
+        """Pictures at a time that all shards are to have; 0 where nobody can know."""
+        return settled_batch_size(self.output, self.writer, self.options.batch_size, self.ways)
+
+    @property
+    def ways(self) -> int:
+        """Texts that are written per picture at the same time."""
+        return self.options.num_beams if self.options.method == "beam" else self.options.samples
+
     def batch_size(self) -> int:
         """Pictures at a time, as far as is known now."""
-        o = self.options
-        return batch_size_for(self.writer, o.batch_size, o.num_beams if o.method == "beam" else o.samples)
+        return batch_size_for(self.writer, self.asked, self.ways)
 
     def captions(self, images: Any, keys: list[str], batch_size: int) -> list[tuple[str, float | None]]:
         """(text, log-probability) of each sample of each image; a text of white space alone is none."""

@@ -81,6 +81,17 @@ def settle(part: Part, plugin: Plugin) -> None:
         )
 
 
+def settled_batch_size(part: Part, plugin: Plugin, asked: int, ways: int = 1) -> int:
+    """Pictures at a time for all shards of `part`: as many as are asked for, or for 0 what its first worker chose.
+
+    Sums are rounded by the shape of a batch, so captions and scores depend on it; what a worker would choose depends on its
+    machine. A worker whose memory does not hold so many takes fewer, and the shard's manifest says so.
+    """
+    if asked or not part.exists:
+        return asked
+    return int(part.settle("batch_size", str(batch_size_for(plugin, 0, ways))))
+
+
 def done(table: pa.Table, counts: Counts, plugin: Plugin, engine: Clock, asked: int, used: int) -> Produced:
     """What a stage made of a shard: its stats say how long the engine took, the batch size and how it computes, the manifest
     the batch size where it is not the one that was asked for.

@@ -19,7 +19,7 @@ from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, refer
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
-from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
@@ -173,9 +173,14 @@ class ScoreStage(ShardStage):
             self.batch_size(),
         )
 
+    @cached_property
+    def asked(self) -> int:
+        """Pictures at a time that all shards are to have; 0 where nobody can know."""
+        return settled_batch_size(self.output, self.scorer, self.options.batch_size)
+
     def batch_size(self) -> int:
         """Pictures at a time, as far as is known now."""
-        return batch_size_for(self.scorer, self.options.batch_size)
+        return batch_size_for(self.scorer, self.asked)
 
     def scores(self, images: Any, asked: Asked, batch_size: int) -> list[list[float]]:
         """A row per text, a number per column."""

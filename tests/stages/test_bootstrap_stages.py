@@ -11,6 +11,7 @@ import torch
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
+from capfilt.inference import engine
 from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter, run_again
 from capfilt.models.blip import Blip
@@ -244,6 +245,29 @@ def test_a_batch_size_that_no_option_says_is_in_the_manifest(workspace, monkeypa
         path.unlink()
     run(ScoreStage(ScoreOptions(filter="filter", images="web", batch_size=4, out="forced"), workspace))
     assert part.manifest(0).batch_size == 2
+
+
+def test_all_shards_have_the_batch_size_that_the_first_worker_chose(workspace, monkeypatch):
+    # Catches: captions and scores rounded by the memory of whichever card a shard was worked on with, after a resume too.
+    def chosen(size):
+        monkeypatch.setattr(engine, "batch_that_fits", lambda *_: size)
+
+    captioning = CaptionOptions(images="web", prompt="", max_new_tokens=4)
+    scoring = ScoreOptions(filter="filter", images="web")
+    for stage, options in ((CaptionStage, captioning), (ScoreStage, scoring)):
+        chosen(4)
+        part = stage(options, workspace).output
+        run(stage(options, workspace))
+        for path in (part.record / "00001.manifest.json", part.path / "00001.parquet"):
+            path.unlink()
+        chosen(64)
+        assert run(stage(options, workspace)).done_now == 1
+        assert [part.stats(shard)["batch_size"] for shard in part.shards()] == [4, 4]
+        # What was asked for is no worker's choice.
+        other = dataclasses.replace(options, batch_size=3, out=f"{part.name}-asked")
+        run(stage(other, workspace))
+        asked = stage(other, workspace).output
+        assert [asked.stats(shard)["batch_size"] for shard in asked.shards()] == [3, 3]
 
 
 def test_a_precision_is_part_of_what_a_part_is_and_the_default_is_not(workspace):
