@@ -41,7 +41,7 @@ class ClipScorer:
     Args:
         argument: the directory.
         precision: auto (bf16 on GPUs that have it, else fp32), fp32 or bf16; cosines are always taken in fp32.
-        draft: yes lets decoders scale JPEGs of over twice the model's size first: faster, and scores move.
+        draft: yes lets decoders scale JPEGs of 4 times the model's size or more: faster, and scores move.
 
     Raises:
         UserError: where the directory holds no CLIP, or one whose pictures are prepared in a way not known here.

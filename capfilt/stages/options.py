@@ -664,8 +664,8 @@ _ENGINE_COMPILE = (
 
 
 _ENGINE_DRAFT = (
-    "of a checkpoint: have decoders scale JPEGs of over twice the model's size: faster, but the pixels are no longer those "
-    "that the released code sees, and scores move (docs/performance.md)"
+    "of a checkpoint: let decoders scale JPEGs of 4 times the model's size or more: faster, but pixels are not quite the "
+    "released code's, and scores move (docs/performance.md)"
 )
 _BEAM_RULE = (
     "transformers: count new tokens with [SEP]; or released: count the prompt, not [SEP], as BLIP's released code does, "
