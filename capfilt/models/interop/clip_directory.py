@@ -30,7 +30,7 @@ from capfilt.models.interop.contents import (
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.transformers_layout import read_weights, weights_file
+from capfilt.models.interop.transformers_layout import read_weights, weights_files
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -40,7 +40,7 @@ NO_HOME = ("max_text_tokens", "max_words")
 
 def files(directory: Path) -> list[Path]:
     """Every file that `read` reads."""
-    found = [directory / CONFIG, weights_file(directory), *tokenizer_files(directory)]
+    found = [directory / CONFIG, *weights_files(directory), *tokenizer_files(directory)]
     return [*found, directory / SETTINGS] if (directory / SETTINGS).is_file() else found
 
 
@@ -55,8 +55,8 @@ def read_config(directory: Path) -> tuple[ClipConfig, dict[str, Any]]:
 def read(directory: Path, image_size: int = 0) -> Contents:
     """The checkpoint; `image_size` other than 0 resizes the position embedding."""
     config, extra = read_config(directory)
-    path = weights_file(directory)
-    model = filled(path, config, TRANSFORMERS, read_weights(path))
+    path = weights_files(directory)[0]
+    model = filled(path, config, TRANSFORMERS, read_weights(directory))
     tokenizer = tokenizer_of(directory, config)
     if image_size and image_size != config.image_size:
         model.resize_image(image_size)

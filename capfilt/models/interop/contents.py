@@ -5,7 +5,9 @@ what travels beside a layout that has no home for it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,43 @@ def blip_of(contents: Contents) -> BlipModel:
     if not isinstance(contents.model, BlipModel):
         raise UserError(f"{kinds.of(contents.model).one} has no home in a layout of BLIPs")
     return contents.model
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+"""Keys under which trainers save a model's tensors: BLIP's, ALBEF's and LAVIS's code, Lightning and open_clip, plain PyTorch,
+DeepSpeed."""
+
+
+def unwrapped(path: Path, content: Any) -> dict[str, Tensor]:
+    """The tensors in what a file holds: itself, or what lies under one of WRAPPERS, without a prefix that all names share.
+
+    A prefix is what DistributedDataParallel and torch.compile put before every name. A warning says what was not read.
+    UserError where there is no dictionary of tensors.
+    """
+    key = next(
+        (key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), ""
+    )
+    state = content[key] if key else content
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(each, Tensor) for name, each in state.items())
+    ):
+        raise UserError(
+            f"{path}: no dictionary of tensors, nor one under {' or '.join(WRAPPERS)}; give a checkpoint that holds a model"
+        )
+    beside = sorted(str(each) for each in content if each != key) if key else []
+    ignored = [f"the keys {listed(beside)}"] if beside else []
+    first, last = (name.split(".")[:-1] for name in (min(state), max(state)))
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    prefix = "".join(f"{part}." for part, _ in shared)
+    if prefix:
+        state = {name.removeprefix(prefix): each for name, each in state.items()}
+        ignored.append(f"the prefix {prefix} of every name")
+    if ignored:
+        # From this line, whoever reads the file: a warning of one text and place is shown once.
+        warnings.warn(f"{path}: ignored {' and '.join(ignored)}", RuntimeWarning, stacklevel=1)
+    return state
 
 
 def take(

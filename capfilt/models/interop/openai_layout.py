@@ -25,6 +25,7 @@ from capfilt.models.interop.contents import (
     read_json,
     read_settings,
     settings_of,
+    unwrapped,
     with_settings,
     write_beside,
 )
@@ -113,24 +114,13 @@ def _config(path: Path, state: dict[str, Tensor]) -> tuple[ClipConfig, dict[str,
 
 def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return unwrapped(path, read_safetensors(path))
     if _is_archive(path):
         raise UserError(
             f"{path}: a TorchScript archive, as OpenAI's downloads are: it holds a program, which is not run. Where you "
             f"trust it, save its tensors alone: torch.save(torch.jit.load(path).state_dict(), 'clip.pt')"
         )
-    found = read_pickled(path, mapped)
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if (
-        not isinstance(found, dict)
-        or not found
-        or not all(isinstance(each, Tensor) for each in found.values())
-    ):
-        raise UserError(f"{path}: no dictionary of tensors, nor one under the key 'state_dict'")
-    if all(name.startswith("module.") for name in found):
-        # What DistributedDataParallel puts before every name.
-        found = {name.removeprefix("module."): each for name, each in found.items()}
+    found = unwrapped(path, read_pickled(path, mapped))
     if _MARK not in found:
         raise UserError(f"{path}: no CLIP in OpenAI's layout: it holds {listed(sorted(found))}")
     return found
