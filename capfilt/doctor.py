@@ -1,4 +1,4 @@
-"""`capfilt doctor`: what this machine has, and whether a workspace's shards agree with their manifests."""
+"""`capfilt doctor`: what this machine has, and whether a workspace's shards and checkpoints are as they were written."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput, UserError
 from capfilt.tables.contracts import CONTRACTS
 from capfilt.tables.workspace import Workspace
 
@@ -54,7 +55,10 @@ def existing(path: str) -> Workspace:
 
 
 def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
-    """(good, line) for every part; `full` reads and hashes every byte. Raises UserError when there is no workspace."""
+    """(good, line) for every part and every directory in `models/`; `full` reads and hashes every byte.
+
+    Raises UserError when there is no workspace.
+    """
     place = existing(path)
     for table in CONTRACTS:
         for part in place.parts(table):
@@ -75,3 +79,27 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
                 bad == 0,
                 f"{'ok' if not bad else 'BAD':<5} {part.path}: {len(part.shards())} shards {verb}{note}",
             )
+    models = place.path / "models"
+    for path in sorted(models.iterdir()) if models.is_dir() else ():
+        if path.name.startswith(".partial-"):
+            yield True, f"ok    {path}: left by a killed export (safe to delete)"
+        elif path.is_dir():
+            yield _checkpoint(path, full)
+
+
+def _checkpoint(path: Path, full: bool) -> tuple[bool, str]:
+    """(good, line) for what is in `models/`: a checkpoint, or a training that has not ended."""
+    from capfilt.models import checkpoint
+
+    torn = [str(each.relative_to(path)) for each in checkpoint.torn(path)]
+    note = f", {len(torn)} leftovers of a killed training (safe to delete: {', '.join(torn)})" if torn else ""
+    try:
+        checkpoint.check(path, full)
+    except MissingInput:
+        return (
+            True,
+            f"ok    {path}: no checkpoint yet; a training that was interrupted goes on when it is run again{note}",
+        )
+    except UserError as error:
+        return False, f"BAD   {error}{note}"
+    return True, f"ok    {path}: checkpoint {'hashed' if full else 'checked'}{note}"

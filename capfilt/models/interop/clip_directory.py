@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models.clip import Clip, ClipConfig
@@ -32,6 +30,7 @@ from capfilt.models.interop.contents import (
 )
 from capfilt.models.interop.transformers_layout import read_weights, weights_files
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
+from capfilt.models.weights import write_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, MERGES = "tokenizer.json", ("merges.txt", "bpe_simple_vocab_16e6.txt")
@@ -69,7 +68,7 @@ def write(directory: Path, contents: Contents) -> None:
     assert isinstance(model, Clip)
     config = transformers_config(model.config)
     weights = {name: each.cpu().clone() for name, each in exported(model, TRANSFORMERS).items()}
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, weights)
     tokenizer.save(directory)
     size = model.config.image_size
     # CLIP, released code: the shorter side made n, then the middle; capfilt itself shows a model whole pictures.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import capfilt
@@ -25,7 +24,7 @@ from capfilt.models.config import Shape
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, reason
 from capfilt.models.kinds import BlipModel, Model, empty
 from capfilt.models.vision import resize_position_embedding
-from capfilt.models.weights import fill, listed, read_safetensors
+from capfilt.models.weights import fill, listed, read_safetensors, write_safetensors
 
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
 S = TypeVar("S", bound=Shape)
@@ -204,10 +203,12 @@ def write_beside(
     content = {"capfilt_version": capfilt.__version__, "settings": dict(settings), "extra": dict(extra)}
     (directory / SETTINGS).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if rest:
-        save_file(
-            {name: each.detach().cpu().contiguous().clone() for name, each in rest.items()},
-            directory / LEFTOVERS,
-        )
+        write_leftovers(directory, rest)
+
+
+def write_leftovers(directory: Path, rest: Mapping[str, Tensor]) -> None:
+    """Writes leftovers.safetensors. Tensors that share memory, which such a file cannot have, are copied."""
+    write_safetensors(directory / LEFTOVERS, {name: each.clone() for name, each in rest.items()})
 
 
 def read_beside(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.errors import UserError
@@ -30,7 +29,7 @@ from capfilt.models.interop.contents import (
     write_beside,
 )
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.weights import listed, read_pickled, read_safetensors
+from capfilt.models.weights import listed, read_pickled, read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NAMES = (WEIGHTS, "open_clip_pytorch_model.bin")
@@ -85,7 +84,7 @@ def write(directory: Path, contents: Contents) -> None:
     if not isinstance(model, Clip):
         raise UserError(f"{kinds.of(model).one} has no home in OpenAI's layout, which is CLIP's")
     weights = {name: each.detach().cpu().clone() for name, each in exported(model, OPENAI).items()}
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, weights)
     contents.tokenizer.save(directory)
     said = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
     content = {"model_cfg": openai_cfg(model.config), "preprocess_cfg": said}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.data.tokenizer import Tokenizer
@@ -43,7 +42,7 @@ from capfilt.models.kinds import BlipModel
 from capfilt.models.presets import LARGE
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
 from capfilt.models.vqa import VqaConfig
-from capfilt.models.weights import listed, read_pickled, read_safetensors
+from capfilt.models.weights import listed, read_pickled, read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 CLASSES = {
@@ -228,7 +227,7 @@ def _write_class(directory: Path, model: BlipModel, tokenizer: Tokenizer) -> Non
         theirs: state[ours].detach().cpu().contiguous().clone()
         for ours, theirs in transformers_names(model.config).items()
     }
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, weights)
     vocabulary.write_transformers(directory, tokenizer)
     size = model.config.image_size
     processor = {

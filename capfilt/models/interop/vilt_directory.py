@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.data.tokenizer import ADDED, CLS, MASK, PAD, SEP, UNK
@@ -33,7 +32,7 @@ from capfilt.models.interop.contents import (
 from capfilt.models.interop.transformers_layout import read_weights, weights_files
 from capfilt.models.vilt import EPS, Vilt, ViltConfig
 from capfilt.models.vilt_classifier import ViltClassifier, ViltClassifierConfig
-from capfilt.models.weights import listed
+from capfilt.models.weights import listed, write_safetensors
 from capfilt.tables.contracts import LABELS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -129,7 +128,7 @@ def write(directory: Path, contents: Contents) -> None:
     assert isinstance(model, Vilt | ViltClassifier)
     refuse_trunk(model.config, "transformers")
     config = config_json(model.config)
-    save_file(_given(model), directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, _given(model))
     vocabulary.write_vocabulary(directory, tokenizer)
     said = {
         "tokenizer_class": "BertTokenizer", "do_lower_case": True, "pad_token": PAD, "unk_token": UNK, "cls_token": CLS,

@@ -288,7 +288,7 @@ def prefixed(prefix, state):
         (lambda s: {"model": prefixed("module._orig_mod.", s)}, r"prefix module\._orig_mod\. of"),
         (lambda s: {"state_dict": prefixed("model.", s), "loops": {}}, r"keys loops and the prefix model\. of"),
     ],
-    ids="bare blip lavis state_dict model_state_dict deepspeed ddp compiled ddp-compiled lightning".split(),
+    ids=["bare", "blip", "lavis", "state_dict", "model_state_dict", "deepspeed", "ddp", "compiled", "both", "lightning"],
 )  # fmt: skip
 def test_wrappers_alone_make_no_other_checkpoint(tmp_path, wrap, ignored):
     """Catches weights refused for what a trainer saved around them, and something left out without a word."""
