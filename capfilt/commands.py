@@ -90,7 +90,9 @@ def quickstart(
         str,
         typer.Option("--size", help="full (about a quarter of an hour on 2 cores) or small (a few minutes)"),
     ] = "full",
-    seed: Annotated[int, typer.Option("--seed", help="of the generated world and of the training")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="of the generated world and of the training")
+    ] = 0,
     execution: EXECUTION = "ray",
     quiet: QUIET = False,
 ) -> None:
@@ -194,7 +196,8 @@ def export(
         str, typer.Option("--only", help="captioner or filter: that half of the model", show_default=False)
     ] = "",
     image_size: Annotated[
-        int, typer.Option("--image-size", help="resize the position embedding to this side; 0: as it is")
+        int,
+        typer.Option("--image-size", min=0, help="resize the position embedding to this side; 0: as it is"),
     ] = 0,
     workspace: WORKSPACE = ".",
 ) -> None:

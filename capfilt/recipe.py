@@ -157,6 +157,8 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
     }
     try:
         options: Any = TypeAdapter(kind).validate_python(chosen)
+    except UserError as error:
+        raise UserError(f"step {step.label!r}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(piece) for piece in first["loc"])

@@ -159,11 +159,11 @@ def test_a_wrong_value_of_a_later_step_is_found_before_anything_is_done(tmp_path
     write_images(place.part("images", "web"), [image_rows("web", 4)])
     tiny_checkpoint(place.model("captioner"), seed=1)
     tiny_checkpoint(place.model("filter"), seed=2)
-    steps = resolved(write(tmp_path / "r.yaml"), "part=web", setting)
+    path = write(tmp_path / "r.yaml")
     with pytest.raises(UserError, match=message):
-        list(recipes.dry_run(steps, place))
+        list(recipes.dry_run(resolved(path, "part=web", setting), place))
     with pytest.raises(UserError, match=message):
-        next(iter(recipes.run_recipe("r", steps, place, "inline", quiet=True)))
+        next(iter(recipes.run_recipe("r", resolved(path, "part=web", setting), place, "inline", quiet=True)))
     assert not place.part("captions", "captioner").exists
 
 

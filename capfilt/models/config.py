@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -84,6 +85,8 @@ def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
     for name, value in values.items():
         # A whole number is a fine float; a boolean is no number.
         right = type(value) is known[name] or (known[name] is float and type(value) is int)
+        # JSON as Python reads it has NaN and Infinity.
+        right = right and (type(value) is not float or math.isfinite(value))
         if not right or (type(value) is int and value < (0 if name in _FROM_ZERO else 1)):
             raise UserError(f"model config: {prefix}{name} is {value!r}, not a usable {known[name].__name__}")
     return dict(values)

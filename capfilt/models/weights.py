@@ -85,7 +85,7 @@ def listed(names: list[str]) -> str:
 
 
 def check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """UserError naming `path` and listing what is missing, unexpected or of another shape; else nothing."""
+    """UserError naming `path` and listing what is missing, unexpected, of another shape or not finite; else nothing."""
     faults = []
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
@@ -97,8 +97,20 @@ def check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
         if names:
             faults.append(f"{len(names)} tensors {kind}: {listed(names)}")
+    broken = [name for name in sorted(set(expected) & set(found)) if not _finite(found[name])]
+    if broken:
+        faults.append(
+            f"{len(broken)} tensors with values that are no finite numbers: {listed(broken)}; train it anew"
+        )
     if faults:
         raise UserError(f"{path}: {'; '.join(faults)}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers: one pass, and no copy, over weights of gigabytes."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def fill(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:

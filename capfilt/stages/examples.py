@@ -20,7 +20,7 @@ from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
 from capfilt.tables.answer_formats import in_parts
-from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
+from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, TASKS
 from capfilt.tables.example_formats import example_rows
 from capfilt.tables.example_row import ExampleRow
 from capfilt.tables.ids import example_id, file_sha256
@@ -186,10 +186,3 @@ def _check(options: ExamplesOptions) -> None:
         raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.task not in ("auto", *TASKS):
         raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")
-    given = [("--splits", split) for split in options.splits]
-    for name, split in (*given, *([("--split", options.split)] if options.split else ())):
-        if split not in SPLITS:
-            raise UserError(f"{name} {split!r}: choose {', '.join(SPLITS)}")
-    for name, least in (("limit", 0), ("shard_size", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,8 @@ class Grade(ResultStage):
         result: dict[str, Any] = {"metrics": metrics, "kinds": self._planted(metrics)}
         if self.options.expert:
             result["expert"] = self._experts(metrics, report)
+        # A correlation with what never varies is no number.
+        result["metrics"] = {name: value for name, value in metrics.items() if math.isfinite(value)}
         return result
 
     def _planted(self, metrics: dict[str, float]) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -247,3 +248,30 @@ def test_leftovers_of_killed_saves_are_found_and_swept(saved):
     assert {path.name for path in directory.iterdir()} == kept
     assert checkpoint.torn(directory) == []
     checkpoint.load(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["visual_encoder.norm.weight", "temperature"])
+def test_weights_that_are_no_numbers_are_refused_by_name(saved, value, name):
+    """Catches a model that answers every question with NaN, which is kept or counted right somewhere."""
+    directory, model = saved
+    with torch.no_grad():
+        dict(model.named_parameters())[name].view(-1)[-1] = value
+    checkpoint.save(directory, model, checkpoint.load(directory)[1])
+    with pytest.raises(
+        UserError, match=f"1 tensors with values that are no finite numbers: {name}"
+    ) as caught:
+        checkpoint.load(directory)
+    assert "model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_config_has_finite_numbers(saved, value):
+    directory, _ = saved
+    redigest(directory)
+    path = directory / "config.json"
+    text = re.sub(r'"dropout": [\d.]+', f'"dropout": {value}', path.read_text())
+    assert value in text
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"dropout is (nan|-?inf)"):
+        checkpoint.load(directory)

@@ -234,7 +234,7 @@ def test_other_prompts_and_other_examples_are_other_results(made, tmp_path):
         ({"tasks": ()}, "choose among"),
         ({"tasks": ("few-shot",)}, r"--tasks few-shot: name examples to evaluate on \(--examples\)"),
         ({"split": "dev"}, "--split 'dev': choose train, val, test"),
-        ({"batch_size": 0}, "--batch-size 0: give at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: give 1 or more"),
         ({"precision": "fp8"}, "--precision 'fp8': choose auto, fp32 or bf16"),
         ({"examples": ("human",), "tasks": ("match",)}, "no such part"),
         ({"tasks": ("zero-shot",), "examples": ("all",), "templates": "none.txt"}, "is none of single, cifar, imagenet"),

@@ -228,9 +228,9 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_written(tmp_path, folder, change, words):
-    options = replace(IngestOptions(source_path=str(folder), dataset="set"), **change)
+    options = IngestOptions(source_path=str(folder), dataset="set")
     with pytest.raises(UserError) as caught:
-        Ingest(options, Workspace(tmp_path / "ws"))
+        Ingest(replace(options, **change), Workspace(tmp_path / "ws"))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ws").exists()
