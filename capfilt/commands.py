@@ -224,5 +224,5 @@ def recipe_show(
     _, content = module.load_recipe(name)
     if settings and not resolved:
         raise UserError("recipe show: --set changes what --resolved prints; give both")
-    text = module.show(content, settings or []) if resolved else find_recipe(name).read_text(encoding="utf-8")
+    text = module.show(content, settings or []) if resolved else module.text_of(find_recipe(name))
     typer.echo(text, nl=False)

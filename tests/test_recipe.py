@@ -16,6 +16,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.resources import list_recipes
 from capfilt.stages.registry import stage_command
 from capfilt.tables.workspace import Workspace
+from tests.limits import refused
 from tests.worlds import image_rows, tiny_checkpoint, write_images
 
 
@@ -454,3 +455,67 @@ def test_every_part_a_published_recipe_reads_is_made_by_it_or_named_in_it(name):
                 names = {value} if isinstance(value, str) else set(value)
                 assert names <= made[kind], (step.label, field.name)
         made[writes.get(step.stage, "model")].add(options.out)
+
+
+def bombs():
+    """name -> the text of a recipe that is small, and would keep a parser busy or fill the memory."""
+    step = "version: 1\nstages:\n- stage: caption\n  options:\n    images: web\n"
+    layers = [f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(9)]
+    merged = [
+        f"- stage: caption\n  name: s{n}\n  options: &o{n} {{<<: [{','.join([f'*o{n - 1}'] * 9)}]}}\n"
+        for n in range(1, 9)
+    ]
+    return {
+        "aliases": f"version: 1\nstages: []\na: &a [x, x, x]\n{''.join(layers)}",
+        "merges": f"version: 1\nstages:\n- stage: caption\n  options: &o0 {{images: x}}\n{''.join(merged)}",
+        "itself": "version: 1\nstages: &a\n- *a\n",
+        "nested list": "[" * 20_000,
+        "nested map": step + "    prompt: " + "{a: " * 10_000,
+        "large": "a: b\n" * 100_000,
+        "digits": step + f"    seed: {'9' * 50_000}\n",
+        "hexadecimal": step + f"    seed: 0x{'f' * 50_000}\n",
+        "sexagesimal": step + f"    seed: 1{':1' * 40_000}\n",
+        "float": step + f"    top_p: 0.{'9' * 50_000}\n",
+        "version": f"version: {'9' * 5_000}\nstages: []\n",
+        "65 bits": step + f"    seed: {2**65}\n",
+        "no date": step + "    prompt: 2001-99-99\n",
+        "NUL": step + '    prompt: "a\\0b"\n',
+        "inputs": "version: 1\ninputs:\n  a: {help: x, default: " + "y" * 40_000 + "}\n"
+        + "stages:\n- stage: caption\n  options: {images: '" + "${a}" * 10_000 + "'}\n",
+        "utf-16": step.encode("utf-16"),
+        "utf-32": step.encode("utf-32"),
+        "latin-1": (step + "    prompt: caf\u00e9\n").encode("latin-1"),
+        "control": step + "    prompt: \x01\n",
+    }  # fmt: skip
+
+
+def test_a_recipe_that_explodes_is_refused_in_one_line(tmp_path):
+    """Catches aliases of aliases, nesting, numbers of many digits and other encodings: minutes, gigabytes or a traceback."""
+    paths = {name: tmp_path / f"{name.replace(' ', '-')}.yaml" for name in bombs()}
+    for name, text in bombs().items():
+        paths[name].write_bytes(text if isinstance(text, bytes) else text.encode())
+    code = "from capfilt import recipe\ndef read(path): recipe.show(recipe.load_recipe(path)[1], [])"
+    told = dict(zip(paths, refused(code, [*map(str, paths.values())]), strict=True))
+    for name in ("aliases", "merges"):
+        assert "aliases stand for more than 10,000 values" in told[name]
+    for name in ("utf-16", "utf-32", "latin-1"):
+        assert "save it as UTF-8" in told[name]
+    assert all(
+        ".yaml" in words or "step 'caption'" in words or "inputs" in words for words in told.values()
+    ), told
+
+
+@pytest.mark.parametrize("value", ["[", "9" * 5000, "2001-99-99", "[" * 5000, "&a [*a]", "*a"])
+def test_a_setting_is_read_as_warily_as_a_recipe(tmp_path, value):
+    with pytest.raises(UserError) as caught:
+        resolved(write(tmp_path / "r.yaml"), f"part={value}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_date_among_the_options_is_no_traceback(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "version: 1\ninputs: {a: {help: x}}\nstages:\n- {stage: caption, options: {images: 2001-01-01}}\n"
+    )
+    with pytest.raises(UserError, match="option images: "):
+        recipes.resolve(recipes.load_recipe(str(path))[1], [])

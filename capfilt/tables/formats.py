@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
 from capfilt.tables.ids import file_sha256
+from capfilt.tables.parquet import open_parquet
 
 FORMATS = ("coco", "karpathy", "folder", "img2dataset", "webdataset")
 
@@ -961,10 +962,6 @@ def _caption_columns(path: Path, names: Sequence[str], reading: Reading) -> tupl
 
 
 def _parquet_schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"{path}: is not a whole Parquet file ({reason}); make it again, or take it away"
-        ) from None
+    with open_parquet(path, path) as file:
+        schema: pa.Schema = file.schema_arrow
+        return schema

@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import re
+import shutil
+import zipfile
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
+from tests.limits import refused
 
 CONFIG = BlipConfig(
     vision=VisionConfig(16, 8, 16, 1, 2, 32), text=TextConfig(40, 16, 2, 2, 32, max_positions=8), embed_dim=8
@@ -275,3 +278,83 @@ def test_a_config_has_finite_numbers(saved, value):
     path.write_text(text)
     with pytest.raises(UserError, match=r"dropout is (nan|-?inf)"):
         checkpoint.load(directory)
+
+
+def bombs(root, saved, tokenizer_of):
+    """Directories of checkpoints that are small, and would keep a reader busy or fill the memory."""
+
+    def made(name, config=None, tokenizer=None):
+        directory = root / name
+        shutil.copytree(saved, directory)
+        content = json.loads((directory / "config.json").read_text())
+        del content["sealed"]
+        if tokenizer:
+            (directory / "tokenizer.json").write_text(tokenizer)
+            content["files"]["tokenizer.json"] = file_sha256(directory / "tokenizer.json")
+        if config:
+            config(content)
+        (directory / "config.json").write_text(json.dumps(content))
+        return directory
+
+    def sized(side, name, value):
+        return lambda content: content["config"][side].update({name: value})
+
+    for side, name, value in (
+        ("text", "depth", 10**9), ("vision", "depth", 10**9), ("text", "width", 2**24),
+        ("text", "vocab_size", 2**24), ("vision", "image_size", 2**24), ("text", "hidden", 10**400), ("text", "heads", 10**12),
+    ):  # fmt: skip
+        yield made(f"{side}-{name}-{len(str(value))}", sized(side, name, value))
+    for name, text in (
+        ("nested", "[" * 100_000),
+        ("long", json.dumps({"x": [[]] * 1_300_000})),
+        ("binary", "\0" * 1000),
+    ):
+        directory = made(name)
+        (directory / "config.json").write_text(text)
+        yield directory
+    vocabulary = json.loads(tokenizer_of(40).to_json())
+    vocabulary["model"]["vocab"] = {}
+    words = ",".join([f'"{index:x}":{index}' for index in range(1_030_000)])
+    yield made("words", tokenizer=json.dumps(vocabulary).replace('"vocab": {}', f'"vocab": {{{words}}}'))
+    directory = made("tensors", lambda content: content["files"].pop("model.safetensors"))
+    head = b"{" + b" " * 17_000_000 + b"}"
+    (directory / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    redigested = json.loads((directory / "config.json").read_text())
+    redigested["files"]["model.safetensors"] = file_sha256(directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(redigested))
+    yield directory
+    for name, kind, values in (
+        ("clip", "CLIPModel", {"vision_config": {"num_hidden_layers": 10**9}}),
+        ("clip-heads", "CLIPModel", {"vision_config": {"num_attention_heads": 0}}),
+        ("blip", "BlipForConditionalGeneration", {"text_config": {"num_hidden_layers": 10**9}}),
+        ("vilt", "ViltForMaskedLM", {"num_hidden_layers": 10**9}),
+    ):
+        (root / name).mkdir()
+        content = {"model_type": name.partition("-")[0], "architectures": [kind], **values}
+        (root / name / "config.json").write_text(json.dumps(content))
+        (root / name / "vocab.txt").write_text("a\n")
+        save_file({"a": torch.zeros(1)}, root / name / "model.safetensors")
+        yield root / name
+    (root / "packed").mkdir()
+    torch.save({"model": {"a": torch.zeros(5_000_000)}}, root / "plain.pth")
+    with (
+        zipfile.ZipFile(root / "plain.pth") as plain,
+        zipfile.ZipFile(root / "packed" / "m.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+    ):
+        for each in plain.namelist():
+            packed.writestr(each, plain.read(each))
+    (root / "plain.pth").unlink()
+    yield root / "packed"
+    (root / "expanded").mkdir()
+    torch.save(
+        {"model": {"visual_encoder.x": torch.zeros(1).expand(10**5, 10**5)}}, root / "expanded" / "m.pth"
+    )
+    yield root / "expanded"
+
+
+def test_a_checkpoint_that_explodes_is_refused_in_one_line(saved, tmp_path, tokenizer_of):
+    """Catches layers without end, vocabularies of millions, nested or packed files: minutes, gigabytes or a traceback."""
+    found = [str(each) for each in bombs(tmp_path, saved[0], tokenizer_of)]
+    code = "from capfilt.models import checkpoint\ndef read(path): checkpoint.open_any(path)"
+    for path, told in zip(found, refused(code, found), strict=True):
+        assert path in told

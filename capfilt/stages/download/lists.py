@@ -18,12 +18,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capfilt.errors import UserError
+from capfilt.errors import UserError, naming
 from capfilt.stages.download.places import Place, places
 from capfilt.stages.download.presets import Layout
 from capfilt.stages.download.text_lists import CsvList, JsonList, JsonlList, TsvList, TxtList
 from capfilt.stages.download.url_list import EmptyList, Slice, UrlList, url_of
 from capfilt.tables.formats import text_of, texts_in
+from capfilt.tables.parquet import open_parquet
 from capfilt.tables.shards import fingerprint
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
@@ -55,7 +56,8 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
         if not format:
             raise UserError(f"{path}: its name does not tell the format; give --input-format")
         try:
-            files.append(_READERS[format](place, layout, extra, slice_rows))
+            with naming(place.name):
+                files.append(_READERS[format](place, layout, extra, slice_rows))
         except EmptyList:
             if len(found) == 1:
                 raise
@@ -136,10 +138,14 @@ class _ParquetList(UrlList):
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.path.open() if self.path.remote else self.path.name)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{self.path}: is not a Parquet file ({_first_line(error)})") from None
+        wanted = [
+            self.url_col,
+            self.caption_col,
+            *self.extra,
+            *self.layout.carried,
+            *self.layout.license_cols,
+        ]
+        return open_parquet(self.path.open() if self.path.remote else self.path.name, str(self.path), wanted)
 
     @cached_property
     def _group(self) -> dict[int, pa.Table]:

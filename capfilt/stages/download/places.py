@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from capfilt.errors import UserError
+from capfilt.errors import UserError, naming
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Place:
     def sha256(self) -> str:
         """SHA-256 of the bytes, hex; they are read once, in pieces."""
         digest = hashlib.sha256()
-        with self.open() as file:
+        with naming(self.name), self.open() as file:
             while data := file.read(1 << 20):
                 digest.update(data)
         return digest.hexdigest()
