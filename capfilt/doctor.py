@@ -80,11 +80,11 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
                 f"{'ok' if not bad else 'BAD':<5} {part.path}: {len(part.shards())} shards {verb}{note}",
             )
     models = place.path / "models"
-    for path in sorted(models.iterdir()) if models.is_dir() else ():
-        if path.name.startswith(".partial-"):
-            yield True, f"ok    {path}: left by a killed export (safe to delete)"
-        elif path.is_dir():
-            yield _checkpoint(path, full)
+    for each in sorted(models.iterdir()) if models.is_dir() else ():
+        if each.name.startswith(".partial-"):
+            yield True, f"ok    {each}: left by a killed export (safe to delete)"
+        elif each.is_dir():
+            yield _checkpoint(each, full)
 
 
 def _checkpoint(path: Path, full: bool) -> tuple[bool, str]:

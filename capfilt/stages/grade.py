@@ -19,6 +19,7 @@ from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
 from capfilt.stages.results import ResultStage, result_path
+from capfilt.tables.formats import read_file
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -135,10 +136,12 @@ class Grade(ResultStage):
         kept: list[tuple[str, list[tuple[str, float]]]] = []
         pictures = []
         for name, rows in sorted(by_image.items()):
+            data = read_file(root / name)
+            if not isinstance(data, bytes):
+                failed[data[0]] += len(rows)
+                continue
             try:
-                pictures.append(decode_uint8((root / name).read_bytes(), model.image_size))
-            except FileNotFoundError:
-                failed["file_missing"] += len(rows)
+                pictures.append(decode_uint8(data, model.image_size))
             except BadImage as error:
                 failed[error.failure] += len(rows)
             else:

@@ -66,7 +66,7 @@ def check(each: Field[Any], value: Any) -> None:
         return
     whole = type(value) is int
     least, most, above, below = (marks[bound] for bound in ("least", "most", "above", "below"))
-    good = abs(value) <= _MOST_WHOLE if whole else math.isfinite(value) or math.isinf(each.default)
+    good = abs(value) <= _MOST_WHOLE if whole else math.isfinite(value) or each.default == math.inf
     # What is no number is in no range.
     if good and least <= value <= most and above < value and (value < below or math.isinf(below)):
         return

@@ -280,7 +280,7 @@ def karpathy_rows(data: Any, path: Path, images: Path, extra: Sequence[str] = ()
         if isinstance(name, str) and isinstance(folder, str) and folder:
             full = _placed(f"{folder}/{name}", images, f"#{number}")
             if folder not in folders:
-                folders[folder] = safe_join(images, folder) is not None and (images / folder).is_dir()
+                folders[folder] = safe_join(images, folder) is not None and os.path.isdir(images / folder)  # noqa: PTH112
             row = full if folders[folder] or full.file is None else replace(row, key=full.key)
         sentences = [each for each in entry.get("sentences") or [] if isinstance(each, dict)]
         rows.append(
@@ -470,7 +470,7 @@ def _with_picture(row: SourceRow, value: Any, sample: TarSample | None, path: Pa
         return sample.onto(row)
     for suffix in PICTURE_SUFFIXES:
         file = safe_join(path.with_suffix(""), f"{row.key}.{suffix}")
-        if file is not None and file.is_file():
+        if file is not None and is_file(file):
             return replace(row, file=file)
     return _missing(row, "the row says success, but its picture is not here")
 
@@ -694,7 +694,7 @@ class _FolderSource(_ListedSource):
         digest = hashlib.sha256()
         # Names and sizes: the bytes of the pictures are in the fingerprint of each shard.
         for row in self._rows:
-            size = row.file.stat().st_size if row.file is not None and row.file.is_file() else -1
+            size = row.file.stat().st_size if row.file is not None and is_file(row.file) else -1
             digest.update(json.dumps([row.key, size]).encode())
         return digest.hexdigest()
 
@@ -855,6 +855,11 @@ def safe_join(root: Path, name: str) -> Path | None:
     if not parts or "\0" in name or parts[0] == "/" or ".." in parts:
         return None
     return root.joinpath(*parts)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. Unlike Path's own, False also of a name that no system takes."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def read_file(path: Path, most: int = MAX_FILE_BYTES) -> bytes | tuple[str, str]:

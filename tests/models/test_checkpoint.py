@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from capfilt.data import bpe, tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import BlipConfig, build
@@ -312,10 +313,7 @@ def bombs(root, saved, tokenizer_of):
         directory = made(name)
         (directory / "config.json").write_text(text)
         yield directory
-    vocabulary = json.loads(tokenizer_of(40).to_json())
-    vocabulary["model"]["vocab"] = {}
-    words = ",".join([f'"{index:x}":{index}' for index in range(1_030_000)])
-    yield made("words", tokenizer=json.dumps(vocabulary).replace('"vocab": {}', f'"vocab": {{{words}}}'))
+    yield made("words", tokenizer=tokenizer_of(40).to_json() + " " * 2**24)
     directory = made("tensors", lambda content: content["files"].pop("model.safetensors"))
     head = b"{" + b" " * 17_000_000 + b"}"
     (directory / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
@@ -358,3 +356,13 @@ def test_a_checkpoint_that_explodes_is_refused_in_one_line(saved, tmp_path, toke
     code = "from capfilt.models import checkpoint\ndef read(path): checkpoint.open_any(path)"
     for path, told in zip(found, refused(code, found), strict=True):
         assert path in told
+
+
+def test_a_vocabulary_of_millions_is_refused_before_it_is_built(saved, monkeypatch):
+    """Catches a tokenizer.json of some megabytes that becomes gigabytes of tables."""
+    monkeypatch.setattr(tokenizer, "MAX_VOCABULARY", 39)
+    with pytest.raises(UserError, match=r"tokenizer\.json .*40 tokens are more than 39"):
+        checkpoint.load(saved[0])
+    monkeypatch.setattr(bpe, "MAX_VOCABULARY", 3)
+    with pytest.raises(ValueError, match="4 tokens are more than 3"):
+        bpe.BpeTokenizer(["a", "b", bpe.START, bpe.END], [])

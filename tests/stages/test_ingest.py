@@ -310,3 +310,30 @@ def test_the_part_opens_as_a_dataset_of_pictures(tmp_path, folder, monkeypatch):
     pictures = [row["image"] for row in loaded]
     assert sum(image is not None for image in pictures) == 9
     assert all(image is None or image.size[0] > 0 for image in pictures)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".jpg", "a\0b.jpg", "a/" * 3000 + "x.jpg", "loop/x.jpg", "file/x.jpg"]
+)
+@pytest.mark.parametrize("form", ["coco", "karpathy", "folder"])
+def test_a_name_that_no_system_takes_is_a_missing_picture(tmp_path, name, form):
+    """Catches a whole ingest that ends at one record's name."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "loop").symlink_to("loop")
+    (tmp_path / "images" / "file").write_text("")
+    folder, _, leaf = name.rpartition("/")
+    contents = {
+        "coco": {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]},
+        "karpathy": {
+            "images": [{"filename": leaf, "filepath": folder, "split": "train", "sentences": [{"raw": "a"}]}]
+        },
+    }
+    path = tmp_path / "captions.json"
+    if form == "folder":
+        path = tmp_path / "images"
+        (path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "caption": "a"}) + "\n")
+        (path / "file").unlink()
+    else:
+        path.write_text(json.dumps(contents[form]))
+    rows = run(make(tmp_path, path, format=form, images=str(tmp_path / "images")))
+    assert {row["failure"] for row in rows if row["captions"]} == {"file_missing"}
