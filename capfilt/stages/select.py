@@ -5,6 +5,7 @@ Two shard stages: `Select` writes verdicts (no pixels), `WritePairs` the kept im
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,6 +22,9 @@ from capfilt.tables.shards import Counts, Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
 
+_RANGES = {"itm_score": (0, 1), "itm_probability": (0, 1), "itc_score": (-1, 1)}
+"""From where to where the table's own scores are; a plug-in's are anywhere."""
+
 
 class Select(ShardStage):
     """Writes a verdict for every text: keep or drop, with the reason.
@@ -30,14 +34,11 @@ class Select(ShardStage):
     """
 
     name = "select"
-    version = 1
+    version = 2  # a score that is not finite is a failure, and none of those that --keep-fraction counts
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if not 0 <= options.keep_fraction <= 1:
-            raise UserError(f"--keep-fraction {options.keep_fraction}: give a share between 0 and 1")
-        unknown = [source for source in options.sources if source not in SOURCES]
-        if unknown or not options.sources:
-            raise UserError(f"--sources {unknown[0] if unknown else ''!r}: choose among {', '.join(SOURCES)}")
+        if not options.sources:
+            raise UserError(f"--sources: choose among {', '.join(SOURCES)}")
         if options.keep_fraction and options.threshold != SelectOptions.threshold:
             raise UserError(
                 f"--keep-fraction {options.keep_fraction:g} finds the threshold; give it or --threshold, not both"
@@ -56,6 +57,11 @@ class Select(ShardStage):
         choices = self.scores.info.get("identity", {}).get("columns") or SCORES.score_names
         if options.by not in contract.score_names or options.by not in choices:
             raise UserError(f"--by {options.by!r}: {self.scores.path} has {', '.join(choices)}; choose one")
+        least, most = _RANGES.get(options.by, (-math.inf, math.inf))
+        if not least <= options.threshold <= most:
+            raise UserError(
+                f"--threshold {options.threshold:g}: {options.by} is from {least} to {most}; give such a number"
+            )
         used = {} if options.by in VERDICTS.score_names else {options.by: contract.doc_of(options.by)}
         self.contract = VERDICTS.extended(used)
 
@@ -108,7 +114,7 @@ class Select(ShardStage):
             """
             CREATE TABLE candidates AS
             SELECT value FROM scored JOIN pictures USING (image_id)
-            WHERE value IS NOT NULL
+            WHERE isfinite(value)
               AND image_id NOT IN (SELECT image_id FROM copies WHERE NOT first)
               AND CASE
                     WHEN text_id IN (SELECT text_id FROM chosen) THEN 'synthetic'
@@ -198,6 +204,8 @@ class Select(ShardStage):
             row |= {name: score.get(name) for name in self.contract.score_names}
             row["keep"], row["reason"] = False, ""
             value = score.get(self.options.by)
+            if not failure and value is not None and not math.isfinite(value):
+                failure = "not_finite"
             if failure:
                 row["reason"] = failure
                 failed[failure] += 1
