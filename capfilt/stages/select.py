@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
@@ -95,20 +96,25 @@ class Select(ShardStage):
 
     def _put_candidates(self, connection: Any) -> None:
         """Makes the table `candidates`: the scores (`value`) of all texts that may be kept."""
-        views = {
-            "scored": ([self.scores], f'text_id, image_id, "{self.options.by}" AS value'),
-            "pictures": ([self.images], "image_id, source"),
-            "chosen": (self.captions, "text_id"),
-            "others": (self._scored_captions(), "text_id"),
-            "copies": ([self.duplicates] if self.duplicates else [], "image_id, first"),
+        by = self.options.by
+        kinds = {"first": pa.bool_(), "value": pa.float32()}
+        wanted: dict[str, tuple[list[Part], tuple[str, ...]]] = {
+            "scored": ([self.scores], ("text_id", "image_id", by)),
+            "pictures": ([self.images], ("image_id", "source")),
+            "chosen": (self.captions, ("text_id",)),
+            "others": (self._scored_captions(), ("text_id",)),
+            "copies": ([self.duplicates] if self.duplicates else [], ("image_id", "first")),
         }
-        for name, (parts, columns) in views.items():
-            files = [str(part.file(manifest)) for part in parts for manifest in part.check().manifests()]
-            rows = "read_parquet($files, union_by_name=true)"
-            if not files:  # no such part: a table of no rows
-                rows = "(SELECT NULL::VARCHAR AS text_id, NULL::VARCHAR AS image_id, NULL::BOOLEAN AS first LIMIT 0)"
-            statement = f"CREATE TABLE {name} AS SELECT {columns} FROM {rows}"  # noqa: S608 - names of columns
-            connection.execute(statement, {"files": files} if files else {})
+        for name, (parts, columns) in wanted.items():
+            names = ["value" if column == by else column for column in columns]
+            schema = pa.schema([(each, kinds.get(each, pa.string())) for each in names])
+            connection.register("incoming", schema.empty_table())
+            connection.execute(f"CREATE TABLE {name} AS FROM incoming")
+            # Not by DuckDB from the files: it checks no page of theirs.
+            for table in (table for part in parts for table in part.tables(columns)):
+                connection.register("incoming", table.select(columns).rename_columns(names).cast(schema))
+                connection.execute(f"INSERT INTO {name} FROM incoming")
+            connection.unregister("incoming")
         # What was found with the pictures is whatever no captioner wrote.
         connection.execute(
             """
@@ -168,22 +174,17 @@ class Select(ShardStage):
     def remarks(self) -> list[str]:
         if self.output.counts().kept:
             return []
-        import duckdb
-
-        files = [str(self.output.file(manifest)) for manifest in self.output.manifests()]
-        with duckdb.connect() as connection:
-            row = connection.execute(
-                f'SELECT count("{self.options.by}"), min("{self.options.by}"), max("{self.options.by}") '  # noqa: S608
-                "FROM read_parquet(?, union_by_name=true)",
-                [files],
-            ).fetchone()
-        assert row is not None
-        count, least, most = row
+        by = self.options.by
+        column = pa.chunked_array(
+            [chunk for table in self.output.tables([by]) for chunk in table[by].chunks], pa.float32()
+        )
+        count = len(column) - column.null_count
         if not count:
-            return [f"nothing is kept: no text has an {self.options.by}; were these texts scored?"]
+            return [f"nothing is kept: no text has an {by}; were these texts scored?"]
+        least, most = pc.min_max(column).as_py().values()
         return [
             (
-                f"nothing is kept: {self.options.by} of {count:,} texts is between {least:.4g} and {most:.4g}, the threshold "
+                f"nothing is kept: {by} of {count:,} texts is between {least:.4g} and {most:.4g}, the threshold "
                 f"{self.threshold:.4g}; --keep-fraction 0.3 keeps the best three in ten"
             )
         ]
