@@ -1,4 +1,4 @@
-"""`capfilt doctor`: what this machine has, and whether a workspace's shards agree with their manifests."""
+"""`capfilt doctor`: what this machine has, and whether a workspace's shards and checkpoints are as they were written."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from capfilt.errors import RunError, UserError
+from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -60,9 +61,9 @@ def existing(path: str) -> Workspace:
 
 
 def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
-    """(good, line) for every part; `full` reads and hashes every byte, and counts the distinct ids of the rows.
+    """(good, line) for every part and every directory in `models/`; `full` reads and hashes every byte.
 
-    Raises UserError when there is no workspace, or nothing in it.
+    Of a part it then counts the distinct ids of the rows too. Raises UserError when there is no workspace, or nothing in it.
     """
     place = existing(path)
     folders = [(table, folder) for table in CONTRACTS for folder in place.folders(table)]
@@ -79,6 +80,12 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
             yield word == "ok", line
         except (UserError, RunError) as error:
             yield False, f"BAD   {error}"
+    models = place.path / "models"
+    for path in sorted(models.iterdir()) if models.is_dir() else ():
+        if path.name.startswith(".partial-"):
+            yield True, f"ok    {path}: left by a killed export (safe to delete)"
+        elif path.is_dir():
+            yield _checkpoint(path, full)
 
 
 def _problems(part: Part, full: bool) -> list[str]:
@@ -123,3 +130,21 @@ def _leftovers(part: Part) -> str:
         else ""
     )
     return note + (f", {len(strays)} further files among its shards ({strays[0]})" if strays else "")
+
+
+def _checkpoint(path: Path, full: bool) -> tuple[bool, str]:
+    """(good, line) for what is in `models/`: a checkpoint, or a training that has not ended."""
+    from capfilt.models import checkpoint
+
+    torn = [str(each.relative_to(path)) for each in checkpoint.torn(path)]
+    note = f", {len(torn)} leftovers of a killed training (safe to delete: {', '.join(torn)})" if torn else ""
+    try:
+        checkpoint.check(path, full)
+    except MissingInput:
+        return (
+            True,
+            f"ok    {path}: no checkpoint yet; a training that was interrupted goes on when it is run again{note}",
+        )
+    except UserError as error:
+        return False, f"BAD   {error}{note}"
+    return True, f"ok    {path}: checkpoint {'hashed' if full else 'checked'}{note}"

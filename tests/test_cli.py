@@ -184,6 +184,36 @@ def test_doctor_goes_on_past_a_manifest_that_cannot_be_read(call, workspace):
     assert "00001.parquet" in printed
 
 
+def test_doctor_finds_damaged_checkpoints_and_lists_what_killed_trainings_left(call, workspace):
+    """Catches a doctor that looks at shards alone; and leftovers that stay after the training was run again."""
+    models = workspace.path / "models"
+    for name in (
+        "pretrained/.partial-a/model.safetensors",
+        "pretrained/best/.tmpAbc",
+        ".partial-b/made/config.json",
+    ):
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).write_bytes(b"half")
+    code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+    assert code == 0
+    assert "pretrained: no checkpoint yet" in printed
+    assert "2 leftovers of a killed training (safe to delete: .partial-a, best/.tmpAbc)" in printed
+    assert f"{models}/.partial-b: left by a killed export" in printed
+    tiny = ["--preset", "tiny", "--steps", "1", "--batch-size", "2", "--image-size", "32"]
+    assert (
+        call("pretrain", "--web", "web", *tiny, "-w", str(workspace.path), "--execution", "inline", "-q")[0]
+        == 0
+    )
+    _, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+    assert "killed training" not in printed
+    for name in ("model.safetensors", "config.json"):
+        path = models / "captioner" / name
+        path.write_bytes(path.read_bytes()[:-2] + b"??")
+        code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+        assert code == 1
+        assert f"BAD   {path}" in printed
+
+
 def test_a_shell_completes_the_options_of_a_command(tmp_path):
     """Catches completion that knows commands and none of their options, because those are only made when asked for."""
     for line, wanted in (

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from capfilt.errors import UserError
+from capfilt.errors import RunError, UserError
 
 SHOWN = 5
 
@@ -37,6 +37,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})".splitlines()[0]) from error
+
+
+def write_safetensors(
+    path: Path, found: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, from whatever device, readable to whom the umask says. RunError where the disk refuses."""
+    # The library's own file would be its owner's alone.
+    path.touch()
+    mode = path.stat().st_mode
+    tensors = {name: each.detach().cpu().contiguous() for name, each in found.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise RunError(f"{path}: cannot be written ({error}); free space and run again") from error
+    path.chmod(mode)
 
 
 def read_pickled(path: Path, mapped: bool = False) -> Any:

@@ -355,6 +355,8 @@ class Training(ModelStage, Generic[D]):
             collapse_steps=getattr(o, "collapse_steps", 0),
         )
         self.output.mkdir(parents=True, exist_ok=True)
+        if ranks.rank == 0:
+            checkpoint.sweep(self.output)
         state_path = self.output / STATE
         module = self.module(model, tokenizer, ranks).to(where)
         result = train(

@@ -3,7 +3,9 @@ that hides which tensors do not fit."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 
 import pytest
@@ -13,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import BlipConfig, build
+from capfilt.models.interop.export import export
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.tables.ids import file_sha256
+from capfilt.training import state
 
 CONFIG = BlipConfig(
     vision=VisionConfig(16, 8, 16, 1, 2, 32), text=TextConfig(40, 16, 2, 2, 32, max_positions=8), embed_dim=8
@@ -33,6 +37,7 @@ def redigest(directory):
     """Makes the digests in config.json fit again, so that the check behind them is reached."""
     content = json.loads((directory / "config.json").read_text())
     content["files"] = {name: file_sha256(directory / name) for name in content["files"]}
+    del content["sealed"]  # as before there was a seal
     (directory / "config.json").write_text(json.dumps(content))
 
 
@@ -145,6 +150,7 @@ def test_tensors_that_do_not_fit_are_listed(saved):
 def test_config_of_another_kind_is_refused(saved):
     directory, _ = saved
     content = json.loads((directory / "config.json").read_text())
+    del content["sealed"]
     for change in (
         {"model_type": "clip"},
         {"config": None},
@@ -164,3 +170,80 @@ def test_a_tokenizer_of_another_size_is_refused(saved, tokenizer_of):
     redigest(directory)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         checkpoint.load(directory)
+
+
+def test_every_byte_of_every_file_counts(saved):
+    """Catches a file that is read though it changed: config.json itself, and what lies beside the weights.
+
+    A bit of every byte of the small files is flipped, which makes white space of white space too.
+    """
+    directory, model = saved
+    (directory / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    (directory / "answers.json").write_text('["yes"]')
+    checkpoint.save(directory, model, checkpoint.load(directory)[1], {"note": "a  b"})
+    assert set(checkpoint.read_config(directory)["files"]) == {
+        "model.safetensors", "tokenizer.json", "log.jsonl", "answers.json",
+    }  # fmt: skip
+
+    def refused(path, place, flip):
+        data = bytearray(path.read_bytes())
+        data[place] ^= flip
+        path.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            checkpoint.open_any(directory)
+        data[place] ^= flip
+        path.write_bytes(data)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    for name in ("config.json", "log.jsonl", "answers.json"):
+        path = directory / name
+        for place, byte in enumerate(path.read_bytes()):
+            refused(path, place, ord(" ") ^ ord("\t") if byte == ord(" ") else 1)
+    for name in ("model.safetensors", "tokenizer.json"):
+        for place in (0, 8, 100, -1):
+            refused(directory / name, place, 1)
+    checkpoint.load(directory)
+    # Nobody needs the log to caption: it may go.
+    (directory / "log.jsonl").unlink()
+    checkpoint.load(directory)
+
+
+def test_a_checkpoint_from_before_there_was_a_seal_is_read(saved):
+    directory, _ = saved
+    redigest(directory)
+    checkpoint.load(directory)
+
+
+def test_files_are_for_whom_the_umask_says(saved, tmp_path, tokenizer_of):
+    """Catches weights that their owner alone can read, in a group's workspace."""
+    _, model = saved
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "shared", model, tokenizer_of(40))
+        state.write(tmp_path / "shared" / "state.safetensors", {"x": torch.zeros(1)}, {})
+        for layout in ("original", "transformers"):
+            with contextlib.suppress(UserError):
+                export(tmp_path / "shared", layout, tmp_path / layout, only="filter")
+    finally:
+        os.umask(before)
+    found = [path for path in tmp_path.rglob("*") if not path.is_relative_to(saved[0])]
+    assert len(found) > 10
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in found} == {
+        path.name: "0o750" if path.is_dir() else "0o640" for path in found
+    }
+
+
+def test_leftovers_of_killed_saves_are_found_and_swept(saved):
+    """Catches gigabytes that a killed training leaves for good: a half-written checkpoint, best weights, state, table."""
+    directory, _ = saved
+    for name in (".partial-1/model.safetensors", "best/.partial-2/config.json", "live/.tmpAbc123", "state.safetensors.part",
+                 ".exposures.parquet.0123.tmp", ".tmpXyz"):  # fmt: skip
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(b"half")
+    kept = {"config.json", "model.safetensors", "tokenizer.json", "best", "live"}
+    assert len(checkpoint.torn(directory)) == 6
+    checkpoint.sweep(directory)
+    assert {path.name for path in directory.iterdir()} == kept
+    assert checkpoint.torn(directory) == []
+    checkpoint.load(directory)
