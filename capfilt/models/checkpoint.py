@@ -27,6 +27,7 @@ from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble, read_
 from capfilt.models.kinds import KINDS, Model
 from capfilt.models.weights import check_tensors, read_safetensors, tensors, write_safetensors
 from capfilt.tables.ids import SEAL, UNSEALED, file_sha256, intact, seal
+from capfilt.tables.publish import sync_directory
 
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
@@ -71,6 +72,7 @@ def save(
             with (partial / each).open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial / each, directory / each)
+        sync_directory(directory)
 
 
 def load(

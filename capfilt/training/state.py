@@ -79,8 +79,8 @@ def kept(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes the newest state, the numbered ones and a torn one, where there are any: the finished model is safe."""
-    for each in (path, *kept(path), path.with_name(path.name + ".part")):
+    """Deletes the numbered states, a torn one and, last, the newest, where there are any: the finished model is safe."""
+    for each in (*kept(path), path.with_name(path.name + ".part"), path):
         each.unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
+from tests.sweeps.disk import durable_steps
 
 CONFIG = BlipConfig(
     vision=VisionConfig(16, 8, 16, 1, 2, 32), text=TextConfig(40, 16, 2, 2, 32, max_positions=8), embed_dim=8
@@ -247,3 +248,16 @@ def test_leftovers_of_killed_saves_are_found_and_swept(saved):
     assert {path.name for path in directory.iterdir()} == kept
     assert checkpoint.torn(directory) == []
     checkpoint.load(directory)
+
+
+def test_files_are_on_the_disk_before_their_names_and_the_config_is_named_last(saved, monkeypatch):
+    """A power cut after a save left a checkpoint of empty files, or one of which the training's state was gone already."""
+    directory, model = saved
+    tokenizer = checkpoint.load(directory)[1]
+    steps = durable_steps(monkeypatch, directory)
+    checkpoint.save(directory, model, tokenizer)
+    assert steps[-7:] == [
+        step
+        for name in ("model.safetensors", "tokenizer.json", "config.json")
+        for step in (f"sync partial/{name}", f"name {name}")
+    ] + ["sync ."]
