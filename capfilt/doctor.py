@@ -90,11 +90,11 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
         except (UserError, RunError) as error:
             yield False, f"BAD   {error}"
     models = place.path / "models"
-    for path in sorted(models.iterdir()) if models.is_dir() else ():
-        if path.name.startswith(".partial-"):
-            yield True, f"ok    {path}: left by a killed export (safe to delete)"
-        elif path.is_dir():
-            yield _checkpoint(path, full)
+    for found in sorted(models.iterdir()) if models.is_dir() else ():
+        if found.name.startswith(".partial-"):
+            yield True, f"ok    {found}: left by a killed export (safe to delete)"
+        elif found.is_dir():
+            yield _checkpoint(found, full)
 
 
 def _problems(part: Part, full: bool) -> list[str]:
