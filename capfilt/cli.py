@@ -12,8 +12,10 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -21,6 +23,7 @@ import typer
 from capfilt.errors import RunError, UserError
 from capfilt.stages import options as stage_options
 from capfilt.stages.registry import STAGES, StageCommand
+from capfilt.tables.visible import say, visible
 from capfilt.training.launched import launched_rank
 
 WORKSPACE_HELP = "directory of everything of a run: images/ captions/ scores/ signals/ verdicts/ pairs/ examples/ models/ runs/"
@@ -138,12 +141,12 @@ def run_stages(
     """Run one command's stages and print a line about each."""
     from capfilt.execution.run import run_command
     from capfilt.tables.shards import Part
-    from capfilt.tables.workspace import Workspace
+    from capfilt.tables.workspace import Workspace, as_path
 
-    output = Part(out) if out else None
+    output = Part(as_path(out)) if out else None
     place = Workspace(workspace, allow_incomplete=allow_incomplete)
     for summary in run_command(command, options, place, execution, output=output, quiet=quiet):
-        typer.echo(summary.text())
+        say(*summary.lines())
         if command.shows:
             _show(command.shows, summary.output, options, quiet)
 
@@ -202,7 +205,7 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         if version:
             import capfilt
 
-            typer.echo(f"capfilt {capfilt.__version__}")
+            say(f"capfilt {capfilt.__version__}")
             raise typer.Exit
 
     groups = {
@@ -245,11 +248,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if launched_rank():
         # Of the processes that torchrun starts, the first speaks; errors are everyone's.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    _show_all()
     sys.exit(_run(arguments))
 
 
+def _show_all() -> None:
+    """Have Python's own warnings and tracebacks, which may quote a file, made visible too."""
+    warned = warnings.formatwarning
+
+    def as_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        # capfilt's own are one line without a place in its code; those of libraries keep theirs.
+        text = visible(str(message))
+        return f"capfilt: {text}\n" if category is RuntimeWarning else warned(text, category, *where, **more)
+
+    def as_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        say(*text.rstrip().split("\n"), err=True)
+
+    warnings.formatwarning = as_warning
+    sys.excepthook = as_traceback
+
+
 def _run(arguments: Sequence[str]) -> int:
-    warnings.showwarning = _show_warning
     # A shell that completes a command line puts it in the environment, the program's name first.
     app = build_app(arguments or os.environ.get("COMP_WORDS", "").split()[1:])
     try:
@@ -260,10 +280,10 @@ def _run(arguments: Sequence[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except UserError as error:
-        print(f"capfilt: {error}", file=sys.stderr)
+        say(f"capfilt: {error}", err=True)
         return 2
     except RunError as error:
-        print(f"capfilt: {error}", file=sys.stderr)
+        say(f"capfilt: {error}", err=True)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
@@ -279,27 +299,13 @@ def _run(arguments: Sequence[str]) -> int:
             print(error.format_message())  # type: ignore[attr-defined]
             return 2
         if hasattr(error, "format_message"):
-            print(f"capfilt: {_usage(error)}", file=sys.stderr)
+            say(f"capfilt: {_usage(error)}", err=True)
             return 2
         raise
 
 
-_python_shows = warnings.showwarning
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **further: Any) -> None:
-    """capfilt's own warnings are one line without a place in its code; those of libraries stay as they are."""
-    if category is RuntimeWarning:
-        print(f"capfilt: {message}", file=sys.stderr)
-    else:
-        _python_shows(message, category, *where, **further)
-
-
 def _interrupted() -> int:
-    print(
-        "capfilt: interrupted; what was committed is valid, run the same command again to go on",
-        file=sys.stderr,
-    )
+    say("capfilt: interrupted; what was committed is valid, run the same command again to go on", err=True)
     return 1
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from capfilt.tables.visible import say
+
 WORKSPACE = Annotated[
     str,
     typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
@@ -82,10 +84,10 @@ def run(
     place = Workspace(workspace, allow_incomplete=allow_incomplete)
     if dry_run:
         for line in recipes.dry_run(steps, place):
-            typer.echo(line)
+            say(line)
         return
     for _, summary in recipes.run_recipe(name, steps, place, execution, quiet=quiet):
-        typer.echo(summary.text())
+        say(*summary.lines())
 
 
 def quickstart(
@@ -108,7 +110,10 @@ def query(
     sql: Annotated[
         str, typer.Argument(help="a query over the views; without one, the views and their columns")
     ] = "",
-    format: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
+    format: Annotated[
+        str,
+        typer.Option("--format", help="table, json or csv; a terminal gets control characters as escapes"),
+    ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
     """Ask a workspace in SQL. Views: images texts scores verdicts pairs funnel."""
@@ -150,7 +155,7 @@ def report(
     place = Workspace(workspace)
     path = Path(out) if out else place.path / "report.html"
     write_report(place, path)
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def doctor(
@@ -174,11 +179,11 @@ def doctor(
     if workspace:
         checks.existing(workspace)
     for line in checks.machine():
-        typer.echo(line)
+        say(line)
     if workspace:
         for good, line in checks.workspace(workspace, full=verify):
             healthy &= good
-            typer.echo(line)
+            say(line)
     if not healthy:
         raise typer.Exit(1)
 
@@ -193,9 +198,9 @@ def convert(
 
     found = convert_parts(Path(path))
     for part in found:
-        typer.echo(f"converted {part}")
+        say(f"converted {part}")
     if not found:
-        typer.echo(f"{path}: nothing to convert")
+        say(f"{path}: nothing to convert")
 
 
 def recipe_list() -> None:
@@ -205,7 +210,7 @@ def recipe_list() -> None:
 
     for each in list_recipes():
         _, content = module.load_recipe(each)
-        typer.echo(f"{each:<24} {' '.join(content.description.split())}")
+        say(f"{each:<24} {' '.join(content.description.split())}")
 
 
 def export(
@@ -227,7 +232,7 @@ def export(
     from capfilt.tables.workspace import Workspace
 
     for line in write(Workspace(workspace).model(model), to, out, only, image_size):
-        typer.echo(line)
+        say(line)
 
 
 def recipe_show(
@@ -246,4 +251,7 @@ def recipe_show(
     if settings and not resolved:
         raise UserError("recipe show: --set changes what --resolved prints; give both")
     text = module.show(content, settings or []) if resolved else find_recipe(name).read_text(encoding="utf-8")
-    typer.echo(text, nl=False)
+    if sys.stdout.isatty():
+        say(*text.removesuffix("\n").split("\n"))
+    else:
+        sys.stdout.write(text)

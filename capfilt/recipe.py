@@ -151,6 +151,11 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
             raise UserError(
                 f"step {step.label!r}: the stage {step.stage} has no option {name!r}{_near(name, fields)}"
             )
+    for name, value in chosen.items():
+        if any(
+            "\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+        ):
+            raise UserError(f"step {step.label!r}: option {name!r} has a NUL, which no option may have")
     chosen = {
         name: (value,) if str(fields[name].type).startswith("tuple") and isinstance(value, str) else value
         for name, value in chosen.items()

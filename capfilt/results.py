@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from capfilt.errors import UserError
-from capfilt.stages.results import result_path
+from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.comparison import (
     Result,
@@ -42,7 +42,7 @@ def show(workspace: Workspace, names: Sequence[str], form: str, out: TextIO) -> 
     """Print one result, or several side by side. Raises UserError for a name or a form that is none."""
     if form not in FORMATS:
         raise UserError(f"--format {form!r}: choose {', '.join(FORMATS)}")
-    results = _named_apart([read_result(result_path(workspace.path, name)) for name in names], names)
+    results = _named_apart([read_result(workspace.result(name)) for name in names], names)
     told = one_run(results[0]) if len(results) == 1 else side_by_side(results)
     if form == "json":
         out.write(json.dumps(told.plain, indent=1) + "\n")
@@ -165,10 +165,11 @@ def markdown(told: Shown) -> str:
     """The table as Markdown."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(visible(cell).replace("|", "\\|") for cell in cells) + " |"
 
     table = [line(told.header), "|" + "---|" * len(told.header), *(line(row) for row in told.rows)]
-    return "\n\n".join(["\n\n".join(told.before), "\n".join(table), *told.after]) + "\n"
+    around = [map(visible, lines) for lines in (told.before, told.after)]
+    return "\n\n".join([*around[0], "\n".join(table), *around[1]]) + "\n"
 
 
 def _print(told: Shown, out: TextIO) -> None:
@@ -176,6 +177,13 @@ def _print(told: Shown, out: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    told = Shown(
+        tuple(map(visible, told.before)),
+        tuple(map(visible, told.header)),
+        tuple(tuple(map(visible, row)) for row in told.rows),
+        tuple(map(visible, told.after)),
+        told.plain,
+    )
     # Figures are for reading and copying: not cut where the terminal is narrow or there is none.
     widths = [max(map(len, column)) for column in zip(told.header, *told.rows, strict=True)]
     terminal = Console(file=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from capfilt.execution.run import Summary
 from capfilt.resources import list_recipes
 from capfilt.stages.registry import STAGES
+from capfilt.tables.shards import Part
+from capfilt.tables.visible import say
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, tiny_checkpoint, write_images
 
@@ -266,3 +270,117 @@ def test_ctrl_c_is_one_line_and_the_state_is_saved(tmp_path, ranks):
     assert said.strip().splitlines()[-1].startswith("capfilt: interrupted")
     assert "Traceback" not in said
     assert (place.model("pretrained") / "state.safetensors").is_file()
+
+
+ESC = "\x1b]0;owned\x07\x1b[31m"
+
+
+def hostile(out: str) -> list[str]:
+    """The characters that a terminal obeys."""
+    return [
+        character
+        for character in out
+        if (character < " " and character != "\n") or character in "\x7f\x9b\u202e"
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("subset", "--images", "web", "--dataset", "../x"),
+        ("ingest", "web", "--dataset", ESC),
+        ("download", "x.csv", "--dataset", "a\nb"),
+        ("examples", "x.json", "--images", "web", "--dataset", "-x"),
+        ("duplicates", "--images", "web", "--out", "_x"),
+        ("caption", "--images", f"./{ESC}"),
+        ("evaluate", "--images", "web", "--out", ".x"),
+        ("ingest", "web", "--dataset", "web", "--out", f"./{ESC}"),
+        ("query", f"SELECT '{ESC}", "--format", "csv"),
+        ("run", f"./{ESC}.yaml"),
+        ("run", "recipe.yaml"),
+        ("recipe", "show", f"{ESC}"),
+        ("compare", f"./{ESC}"),
+        ("compare", f"runs/{ESC}"),
+        (f"{ESC}",),
+        ("report", f"--{ESC}"),
+        ("ingest", f"{ESC}.json", "--dataset", "web"),
+        ("download", f"https://x/{ESC}", "--dataset", "web"),
+        ("export", "captioner", "--to", ESC, "--out", "x"),
+        ("caption", "--images", "web", "--method", ESC),
+        ("query", "", "--format", ESC),
+    ],
+    ids=str,
+)
+def test_what_a_line_quotes_is_shown_and_not_sent(call, workspace, monkeypatch, arguments):
+    """Would catch: an error that sends a terminal the escapes of a file, a URL or an option that it quotes; a name that
+    leads out of the workspace."""
+    monkeypatch.chdir(workspace.path)
+    (workspace.path / "recipe.yaml").write_text('version: 1\nstages: [{stage: "a\\u202e\\e[31m"}]\n')
+    before = sorted(workspace.path.parent.rglob("*"))
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert hostile(err) == []
+    assert len(err.splitlines()) == 1
+    assert sorted(workspace.path.parent.rglob("*")) == before
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_csv_and_a_recipe_are_shown_to_a_terminal_and_raw_in_a_pipe(call, workspace, monkeypatch, tmp_path):
+    """Would catch: escapes of the web obeyed by a terminal, or a file in which a text is not the text any more."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("# a\u202eb\nversion: 1\nstages: []\n")
+    sql = "SELECT 'a' || chr(27) || '[31m' || chr(10) AS t, '\u202e' AS \"\u202en\""
+    queried = ("query", sql, "--format", "csv", "-w", str(workspace.path))
+    shown = ("recipe", "show", str(recipe))
+    assert call(*queried)[1] == 't,\u202en\r\n"a\x1b[31m\n",\u202e\r\n'
+    assert call(*shown)[1] == recipe.read_text()
+    for arguments, words in ((queried, "a\\u001b[31m\\n"), (shown, "# a\\u202eb\nversion: 1\n")):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        call(*arguments)
+        monkeypatch.undo()
+        assert hostile(terminal.getvalue().replace("\r\n", "\n")) == []
+        assert words in terminal.getvalue()
+
+
+def test_remarks_doctor_and_tables_show_what_they_quote(call, tmp_path, capsys):
+    """Would catch: a host, a folder or a run that colours the terminal from a summary, a check or a comparison."""
+    place = Workspace(tmp_path / "w")
+    write_images(Part(place.path / "images" / f"a{ESC}"), [image_rows("web", 1)])
+    (place.path / "runs").mkdir()
+    result = {"name": ESC, "metrics": {ESC: 1.0}, "tasks": {ESC: {"protocol": ESC, "metrics": [ESC]}}}
+    (place.path / "runs" / "r.json").write_text(json.dumps(result))
+    for arguments in (
+        ("doctor",),
+        ("compare", "r"),
+        ("compare", "r", "r", "--format", "markdown"),
+        ("compare", "r", "--format", "json"),
+        ("query",),
+        ("query", "FROM parts"),
+    ):
+        code, out, err = call(*arguments, "-w", str(place.path))
+        assert (code, hostile(out + err)) == (0, []), arguments
+    summary = Summary("download", ESC, 1.0, done_now=1, figures={ESC: 1}, table=[ESC])
+    say(*summary.lines())
+    assert hostile(capsys.readouterr().out) == []
+
+
+def test_warnings_and_tracebacks_are_shown_too(tmp_path):
+    """Would catch: what Python itself prints, for which no line of ours is asked."""
+    code = f"""
+import warnings
+from capfilt import cli
+def run(arguments):
+    warnings.warn({ESC!r})
+    raise ValueError({ESC!r})
+cli._run = run
+cli.main([])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.count("\\u001b[31m") == 2
+    assert hostile(done.stderr) == []
+    assert done.returncode == 1

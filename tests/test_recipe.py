@@ -454,3 +454,29 @@ def test_every_part_a_published_recipe_reads_is_made_by_it_or_named_in_it(name):
                 names = {value} if isinstance(value, str) else set(value)
                 assert names <= made[kind], (step.label, field.name)
         made[writes.get(step.stage, "model")].add(options.out)
+
+
+@pytest.mark.parametrize("name", ["../x", "_x", "a\x1bb", "x" * 201])
+def test_a_step_whose_output_has_no_name_ends_a_recipe_before_its_first(tmp_path, name):
+    """Would catch: hours of work before the last step finds that its output cannot be called so."""
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "web"), [image_rows("web", 4)])
+    stages = [
+        {"stage": "duplicates", "options": {"images": "web"}},
+        {"stage": "subset", "options": {"images": "not-yet", "dataset": name}},
+    ]
+    steps = resolved(write(tmp_path / "r.yaml", stages=stages))
+    for run in (recipes.run_recipe("r", steps, place, InlineExecutor()), recipes.dry_run(steps, place)):
+        with pytest.raises(UserError, match="is no name"):
+            list(run)
+    assert place.parts("signals") == []
+
+
+@pytest.mark.parametrize("value", ["a\0b", ["web", "a\0"]])
+def test_an_option_with_a_nul_is_refused(tmp_path, value):
+    """Would catch: `ValueError: embedded null byte` from the middle of a run."""
+    path = write(
+        tmp_path / "r.yaml", stages=[{"stage": "score", "options": {"images": "w", "captions": value}}]
+    )
+    with pytest.raises(UserError, match="option 'captions' has a NUL"):
+        resolved(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from capfilt.catalog.text import visible
+from capfilt.tables.visible import visible
 
 _VOID = frozenset({"img", "meta", "br", "hr", "col"})
 

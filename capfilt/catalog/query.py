@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date, datetime, time
 from decimal import Decimal
 from itertools import islice
 from typing import Any, TextIO
@@ -21,9 +21,10 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from capfilt.catalog.text import shortened, visible, visible_json
 from capfilt.catalog.views import View, describe, open_catalog
 from capfilt.errors import UserError
+from capfilt.formats.columns import quoted
+from capfilt.tables.visible import shortened, visible, visible_json
 from capfilt.tables.workspace import Workspace
 
 FORMATS = ("table", "json", "csv")
@@ -41,7 +42,8 @@ def query(workspace: Workspace, sql: str) -> pa.Table:
     Raises UserError, in one line, for SQL that DuckDB refuses and for every statement but SELECT (WITH, FROM, VALUES,
     DESCRIBE, SUMMARIZE, PIVOT) and EXPLAIN.
     """
-    with _reader(workspace, sql) as reader:
+    with _answer(workspace, sql) as relation:
+        reader = _reader(relation)
         batches = list(_batches(reader))
         return pa.Table.from_batches(batches, schema=reader.schema)
 
@@ -58,7 +60,8 @@ def print_query(
         sql: one statement, as in `query`; blank for help.
         format: "table" (for people: long cells are cut, and what is not shown is said below), "json" (an array of
             objects) or "csv" (RFC 4180: CRLF line ends, a null is an empty field, an empty text is ""). In JSON and CSV
-            bytes are base64; JSON has no NaN or infinity and says null.
+            bytes are base64; JSON has no NaN or infinity and says null. A terminal gets control characters as escapes in
+            every format; in a file or a pipe, JSON and CSV read back as they were.
         out: a text stream; for CSV opened with newline="" where it is a file.
         rows: at most so many rows in a table; 0 for all. JSON and CSV always have all.
         width: of a table in columns; 0: the terminal's, or unlimited when `out` is none.
@@ -73,9 +76,9 @@ def print_query(
     if not sql.strip():
         _print_help(workspace, out, format)
         return
-    with _reader(workspace, sql) as reader:
-        names = _distinct(reader.schema.names)
-        found = _rows(reader)
+    with _answer(workspace, sql) as relation:
+        names = _distinct(relation.columns)
+        reader, found = _plain_rows(relation)
         if format == "json":
             _print_json(names, found, out)
         elif format == "csv":
@@ -90,17 +93,23 @@ def print_query(
 
 
 @contextmanager
-def _reader(workspace: Workspace, sql: str) -> Iterator[pa.RecordBatchReader]:
+def _answer(workspace: Workspace, sql: str) -> Iterator[duckdb.DuckDBPyRelation]:
     with open_catalog(workspace) as connection:
         try:
             _refuse_all_but_reading(connection, sql)
             relation = connection.sql(sql)
-            # DuckDB 1.4 renamed the method.
-            method = "to_arrow_reader" if hasattr(relation, "to_arrow_reader") else "fetch_arrow_reader"
-            reader = getattr(relation, method)(_BATCH_ROWS)
         except duckdb.Error as error:
             raise UserError(_explain(str(error), connection)) from error
-        yield reader
+        yield relation
+
+
+def _reader(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
+    # DuckDB 1.4 renamed the method.
+    method = "to_arrow_reader" if hasattr(relation, "to_arrow_reader") else "fetch_arrow_reader"
+    try:
+        return getattr(relation, method)(_BATCH_ROWS)
+    except duckdb.Error as error:
+        raise UserError(_explain(str(error))) from error
 
 
 def _refuse_all_but_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -160,44 +169,87 @@ def _explain(message: str, connection: duckdb.DuckDBPyConnection | None = None) 
 # -- values --------------------------------------------------------------------------------------------------
 
 
-def _rows(reader: pa.RecordBatchReader) -> Iterator[list[Any]]:
-    converters = [_converter(field.type) for field in reader.schema]
+_KEPT = (
+    "boolean", "tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger", "ubigint", "hugeint",
+    "float", "double", "decimal", "varchar", "blob", "null",
+)  # fmt: skip
+"""The types whose every value Arrow and Python hold. Of dates and times they know no infinity, nor the year 10000."""
+
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d+)?)(\+00)?")
+
+
+def _plain_rows(relation: duckdb.DuckDBPyRelation) -> tuple[pa.RecordBatchReader, Iterator[list[Any]]]:
+    """The answer in types that `_KEPT` has, with its rows as the plain types of JSON; all other values are text."""
+    types = relation.types
+    plain = [_plain_type(type_) for type_ in types]
+    if any(wanted != str(type_) for wanted, type_ in zip(plain, types, strict=True)):
+        # By place, because names may be there twice.
+        casts = (f"CAST(#{place} AS {wanted})" for place, wanted in enumerate(plain, start=1))
+        relation = relation.project(", ".join(casts))
+    reader = _reader(relation)
+    return reader, _rows(reader, [_converter(type_) for type_ in types])
+
+
+def _plain_type(type_: Any) -> str:
+    if type_.id in _KEPT:
+        return str(type_)
+    if type_.id in ("list", "array"):
+        return f"{_plain_type(type_.children[0][1])}[]"
+    if type_.id == "map":
+        key, value = (_plain_type(child) for _, child in type_.children)
+        return f"MAP({key}, {value})"
+    if type_.id == "struct" and type_.children:
+        fields = (f"{quoted(name)} {_plain_type(child)}" for name, child in type_.children)
+        return f"STRUCT({', '.join(fields)})"
+    return "VARCHAR"
+
+
+def _rows(
+    reader: pa.RecordBatchReader, converters: Sequence[Callable[[Any], Any] | None]
+) -> Iterator[list[Any]]:
     for batch in _batches(reader):
         columns = [
-            [convert(value) for value in column.to_pylist()] if convert else column.to_pylist()
+            [None if value is None else convert(value) for value in column.to_pylist()]
+            if convert
+            else column.to_pylist()
             for convert, column in zip(converters, batch.columns, strict=True)
         ]
         yield from (list(row) for row in zip(*columns, strict=True))
 
 
-def _converter(type_: pa.DataType) -> Callable[[Any], Any] | None:
-    """What brings a value of `to_pylist` to the plain types of JSON, or None where nothing needs doing."""
-    if pa.types.is_float32(type_):
+def _converter(type_: Any) -> Callable[[Any], Any] | None:
+    """What brings a value, no null, of a DuckDB type to the plain types of JSON, or None where nothing needs doing."""
+    if type_.id == "float":
         # As few digits as tell the 32-bit number from its neighbours: 0.3, not 0.30000001192092896.
-        return lambda value: None if value is None else float(str(np.float32(value)))
-    if pa.types.is_decimal(type_):
+        return lambda value: float(str(np.float32(value)))
+    if type_.id in ("decimal", "hugeint"):
         return _decimal
-    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
-        inner = _converter(type_.value_type)
-        return inner and (lambda value: None if value is None else [inner(item) for item in value])
-    if pa.types.is_struct(type_):
-        inners = {field.name: _converter(field.type) for field in type_}
-        if not any(inners.values()):
+    if type_.id.startswith("timestamp"):
+        return _iso
+    if type_.id in ("list", "array"):
+        inner = _converter(type_.children[0][1])
+        return inner and (lambda values: [None if value is None else inner(value) for value in values])
+    if type_.id == "struct":
+        inners = {name: inner for name, child in type_.children if (inner := _converter(child))}
+        if not inners:
             return None
-        return lambda value: (
-            None
-            if value is None
-            else {name: inner(value[name]) if inner else value[name] for name, inner in inners.items()}
-        )
-    if pa.types.is_map(type_):
-        return lambda value: None if value is None else {str(key): item for key, item in value}
+        return lambda value: {
+            name: inners[name](each) if name in inners and each is not None else each
+            for name, each in value.items()
+        }
+    if type_.id == "map":
+        return lambda value: {str(key): item for key, item in value}
     return None
 
 
-def _decimal(value: Decimal | None) -> int | float | None:
+def _iso(text: str) -> str:
+    """DuckDB's text of a moment as ISO 8601 has it; infinity, and years beyond four digits, as they are."""
+    found = _MOMENT.fullmatch(text)
+    return f"{found[1]}T{found[2]}{'+00:00' if found[3] else ''}" if found else text
+
+
+def _decimal(value: Decimal) -> int | float:
     # DuckDB sums integers to DECIMAL(38, 0), and reads 0.5 as a DECIMAL.
-    if value is None:
-        return None
     return (
         int(value) if value == value.to_integral_value() and value.as_tuple().exponent == 0 else float(value)
     )
@@ -213,9 +265,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    return value if value is None or isinstance(value, str | int) else str(value)
+    return value
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -247,13 +297,15 @@ def _print_json(names: Sequence[str], rows: Iterator[list[Any]], out: TextIO) ->
 
 def _print_csv(names: Sequence[str], rows: Iterator[list[Any]], out: TextIO) -> None:
     first = next(rows, None)
-    out.write(",".join(_csv_field(name) for name in names) + "\r\n")
-    while first is not None:
-        out.write(",".join(_csv_field(value) for value in first) + "\r\n")
-        first = next(rows, None)
+    # A terminal would obey what a file or a program has to get as it is.
+    shown = visible if out.isatty() else str
+    line: Sequence[Any] | None = names
+    while line is not None:
+        out.write(",".join(_csv_field(value, shown) for value in line) + "\r\n")
+        line, first = first, next(rows, None)
 
 
-def _csv_field(value: Any) -> str:
+def _csv_field(value: Any, shown: Callable[[str], str]) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -262,7 +314,7 @@ def _csv_field(value: Any) -> str:
         text = repr(value)
     else:
         plain = _plain(value)
-        text = json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain)
+        text = shown(json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain))
     if not text or any(character in text for character in '",\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text

@@ -41,13 +41,13 @@ from capfilt.catalog.plots import (
     share,
     stacked_bar,
 )
-from capfilt.catalog.text import shortened, visible
 from capfilt.catalog.views import open_catalog
 from capfilt.catalog.yields import yield_section
 from capfilt.data.images import BadImage, decode, encode_jpeg
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import SOURCES
 from capfilt.tables.publish import replace
+from capfilt.tables.visible import shortened, visible
 from capfilt.tables.workspace import Workspace
 
 HISTOGRAM_BINS = 50

@@ -9,32 +9,29 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from capfilt.catalog.funnel import Account, accounts, funnel_table, parts_table
 from capfilt.errors import RunError, UserError
+from capfilt.formats.columns import SETTINGS, TEXT, common_type, in_type, literal, pattern, quoted, rows_of
 from capfilt.resources import schema_dir
 from capfilt.tables import ids
-from capfilt.tables.contracts import CONTRACTS
+from capfilt.tables.contracts import CONTRACTS, Contract
 from capfilt.tables.ddl import BY_HAND, sql_type
 from capfilt.tables.workspace import Workspace
 
 _SETTINGS = {
-    # A query never fetches code.
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    # A name that is no view must be an error, not a variable of the calling Python.
-    "python_enable_replacements": "false",
+    **SETTINGS,
     # Prefetching reads about 1 MB per row group beside a list column, half of the pixels; measured on 500 MB of
     # pictures, `SELECT count(*) FROM texts` read 251 MB with it and 0.8 MB without (DuckDB 2.0.0).
     "disable_parquet_prefetching": "true",
-    "TimeZone": "UTC",
 }
 
 
@@ -82,8 +79,8 @@ def open_catalog(
     # DuckDB would spill large sorts into the working directory.
     with tempfile.TemporaryDirectory(prefix="capfilt-query-") as spill, duckdb.connect() as connection:
         for name, value in (_SETTINGS | {"temp_directory": spill}).items():
-            connection.execute(f"SET {name} = {_literal(value)}")
-        _make_raw(connection, found)
+            connection.execute(f"SET {name} = {literal(value)}")
+        comments = _make_raw(connection, found)
         # The enumeration of kinds lives elsewhere in each release of DuckDB; its names work in all of them.
         kind: Any = "arrow"
         parameters: Any = ["VARCHAR", "VARCHAR", "VARCHAR", "INTEGER"]
@@ -92,7 +89,9 @@ def open_catalog(
         for account in found:
             further = account.part.contract.further if account.manifests else {}
             for name, meaning in further.items():
-                connection.execute(f'COMMENT ON COLUMN {account.table}."{name}" IS {_literal(meaning)}')
+                comments[account.table, name] = meaning
+        for (table, name), comment in comments.items():
+            connection.execute(f"COMMENT ON COLUMN {table}.{quoted(name)} IS {literal(comment)}")
         _lock(connection, found)
         yield connection
 
@@ -140,32 +139,84 @@ def _found_text_ids(images: pa.Array, sources: pa.Array, texts: pa.Array, places
     )
 
 
-def _make_raw(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> None:
+@dataclass(frozen=True)
+class _Files:
+    """Files of one part that have the same columns, each with its type."""
+
+    part: str
+    files: tuple[str, ...]
+    types: Mapping[str, Any]
+
+
+def _make_raw(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> dict[tuple[str, str], str]:
+    """Make the schema `raw`. Returns comments on the columns, by (table, column), whose type differs between files."""
     connection.execute("CREATE SCHEMA raw")
+    comments: dict[tuple[str, str], str] = {}
     for name, contract in CONTRACTS.items():
         # No rows, but every contract column with its type, whatever the parts hold or lack.
         nulls = (f'NULL::{sql_type(field.type)} AS "{field.name}"' for field in contract.schema)
         selects = [f"SELECT NULL::VARCHAR AS part, {', '.join(nulls)} WHERE false"]
-        selects += [_select(account) for account in found if account.table == name and account.manifests]
+        groups = [
+            group
+            for account in found
+            if account.table == name
+            for group in _groups(connection, account, contract)
+        ]
+        further = _further_types(groups, contract)
+        selects += [_select(group, further) for group in groups]
         connection.execute(f"CREATE VIEW raw.{name} AS {' UNION ALL BY NAME '.join(selects)}")
+        for column, type_ in further.items():
+            comments[name, column] = _on_types(column, type_, groups)
     for name, table in (("parts", parts_table(found)), ("funnel", funnel_table(found))):
         connection.register("incoming", table)
         connection.execute(f"CREATE TABLE raw.{name} AS SELECT * FROM incoming")  # noqa: S608 - our own two names
         connection.unregister("incoming")
+    return comments
 
 
-def _select(account: Account) -> str:
-    contract = account.part.contract
-    files = [_literal(_pattern(path)) for path in _files(account)]
-    # Shards of one closed contract version have the same columns; comparing all footers would cost a second per 4,000.
-    same = not contract.open and {manifest.contract_version for manifest in account.manifests} == {
-        contract.version
-    }
-    return (
+def _groups(connection: duckdb.DuckDBPyConnection, account: Account, contract: Contract) -> Iterator[_Files]:
+    """The part's files by their columns: DuckDB itself would read each footer, and take one type for all of them."""
+    groups: dict[Any, list[str]] = {}
+    for manifest, path in zip(account.manifests, _files(account), strict=True):
+        # Shards of one version of a closed contract have the same columns.
+        key = pq.read_schema(path).remove_metadata() if contract.open else manifest.contract_version
+        groups.setdefault(key, []).append(path)
+    for files in groups.values():
+        relation = connection.sql(f"FROM {rows_of(files[:1])}")
+        yield _Files(
+            account.part.name, tuple(files), dict(zip(relation.columns, relation.types, strict=True))
+        )
+
+
+def _further_types(groups: Sequence[_Files], contract: Contract) -> dict[str, str]:
+    """The type of each further column whose type differs between files, by its lower-case name, as SQL sees it."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        for name, type_ in group.types.items():
+            if name not in contract.schema.names:
+                found.setdefault(name.lower(), {}).setdefault(str(type_), type_)
+    return {name: common_type(list(types.values())) for name, types in found.items() if len(types) > 1}
+
+
+def _on_types(column: str, type_: str, groups: Sequence[_Files]) -> str:
+    parts: dict[str, list[str]] = {}
+    for group in groups:
+        for name, found in group.types.items():
+            if name.lower() == column and group.part not in parts.setdefault(str(found), []):
+                parts[str(found)].append(group.part)
+    listed = "; ".join(f"{found} in {', '.join(names)}" for found, names in parts.items())
+    how = ": bytes as base64, lists and structs as JSON" if type_ == TEXT else ""
+    return f"carried along, of several types ({listed}), here as {type_}{how}"
+
+
+def _select(group: _Files, further: Mapping[str, str]) -> str:
+    columns = [
         # A carried column called `part` gives way to the part's name.
-        f"SELECT {_literal(account.part.name)} AS part, COLUMNS(lambda name: lower(name) <> 'part') "  # noqa: S608
-        f"FROM read_parquet([{', '.join(files)}], union_by_name = {not same}, hive_partitioning = false)"
-    )
+        f"{in_type(quoted(name), type_, further.get(name.lower()))} AS {quoted(name)}"
+        for name, type_ in group.types.items()
+        if name.lower() != "part"
+    ]
+    return f"SELECT {literal(group.part)} AS part, {', '.join(columns)} FROM {rows_of(group.files)}"  # noqa: S608
 
 
 def _files(account: Account) -> list[str]:
@@ -176,16 +227,7 @@ def _files(account: Account) -> list[str]:
 def _lock(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> None:
     files = [path for account in found for path in _files(account)]
     # DuckDB asks for permission under the pattern as well as under the file's name.
-    allowed = sorted({name for path in files for name in (path, _pattern(path))})
-    connection.execute(f"SET allowed_paths = [{', '.join(map(_literal, allowed))}]")
+    allowed = sorted({name for path in files for name in (path, pattern(path))})
+    connection.execute(f"SET allowed_paths = [{', '.join(map(literal, allowed))}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
-
-
-def _pattern(path: str) -> str:
-    # read_parquet takes patterns, and a directory may be called `a[1]`.
-    return re.sub(r"([*?\[])", r"[\1]", path)
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

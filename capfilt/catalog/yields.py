@@ -9,7 +9,7 @@ import duckdb
 from capfilt.catalog.funnel import Account
 from capfilt.catalog.html import Html, element, section, table
 from capfilt.catalog.plots import share, stacked_bar
-from capfilt.catalog.text import shortened
+from capfilt.tables.visible import shortened
 
 HOSTS = 15
 """Hosts shown by rows lost, of all that lost any."""

@@ -16,11 +16,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from capfilt.tables.contracts import FAILURES
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+if "avif" in features.modules and features.check_module("avif"):  # Pillow's own wheels since 11.3
+    FORMATS += ("AVIF",)
+SUFFIXES = (
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "avif", "jp2", "j2k", "ppm", "pgm", "pbm",
+    "pnm", "dib", "apng", "heic", "heif", "jxl",
+)  # fmt: skip
+"""What names of pictures end with, the usual ones first."""
 MAX_PIXELS = (
     64_000_000  # 192 MB as RGB, above any consumer camera; Pillow's own hard limit is about 179 million
 )
@@ -79,7 +86,7 @@ def decode(
     Size limits are checked on the header, before a pixel is decoded. Colour profiles are ignored, broken or not.
 
     Args:
-        data: an encoded JPEG, PNG, WebP, GIF, BMP or TIFF.
+        data: an encoded JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM (PGM, PBM) or, where Pillow has it, AVIF.
         max_pixels: width times height allowed; `too_many_pixels` above it.
         max_bytes: encoded bytes allowed; `too_large` above it.
         min_size: shorter side required, in pixels; `too_small` below it.
@@ -101,15 +108,18 @@ def decode(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from None
     except Exception as error:  # noqa: BLE001 - decoders raise anything on hostile bytes; a bad image is a row
-        kind = _kind(data)
+        kind = kind_of(data)
         if kind is None:
             raise BadImage("not_an_image", f"{_describe(data)} is none of {', '.join(FORMATS)}") from None
+        if kind not in FORMATS:
+            cure = "install Pillow 11.3 or later" if kind == "AVIF" else "convert it to JPEG or PNG"
+            raise BadImage("decode_error", f"{kind} cannot be decoded here; {cure}") from None
         raise BadImage(*_fault(data, kind, f"the {kind} header cannot be read ({error})")) from None
     _check_size(image.size, max_pixels, min_size)
     check_scans(data)
-    kind = image.format or _kind(data)
-    if ImageFile.LOAD_TRUNCATED_IMAGES and _is_cut(data, kind):
-        # Another library of this process told Pillow to invent what is missing.
+    kind = image.format or kind_of(data)
+    if (ImageFile.LOAD_TRUNCATED_IMAGES or kind == "JPEG2000") and _is_cut(data, kind):
+        # Pillow invents the missing pixels where another library of this process told it to; OpenJPEG always does.
         raise BadImage("truncated", f"{len(data)} bytes end before the {kind} does")
     try:
         if draft_size is not None:
@@ -149,6 +159,13 @@ def encode_jpeg(image: Image.Image, quality: int = JPEG_QUALITY) -> bytes:
     """The picture as a JPEG: RGB, no metadata, the same bytes each time for the same Pillow."""
     buffer = io.BytesIO()
     _to_rgb(image).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """As `encode_jpeg`, as a PNG: no pixel changes."""
+    buffer = io.BytesIO()
+    _to_rgb(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -273,21 +290,31 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _kind(data: bytes) -> str | None:
-    if data.startswith(_JPEG):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
+# Kind, width and height, and where there is one the largest value, perhaps with comments between.
+_PPM = re.compile(rb"P([1-6f])\s+" + rb"(?:#[^\n]*\n\s*)*(\d+)\s+" * 2 + rb"(?:(?:#[^\n]*\n\s*)*(\d+)\s)?")
+_KINDS = (
+    ("JPEG", re.compile(rb"\xff\xd8\xff")),
+    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n")),
+    ("GIF", re.compile(rb"GIF8[79]a")),
+    ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL)),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
     # "BM" alone begins many a text; a bitmap also has four reserved zero bytes.
-    if data.startswith(b"BM") and data[6:10] == b"\0\0\0\0":
-        return "BMP"
-    return None
+    ("BMP", re.compile(rb"BM....\0\0\0\0", re.DOTALL)),
+    # ISO base media files name their brand; `mif1` and `msf1` may be either, and HEIC is the common one.
+    ("AVIF", re.compile(rb"....ftyp(?:avi[fs]|mi[af]f|mif1....(?:....)*?avif)", re.DOTALL)),
+    ("HEIC", re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)),
+    ("JPEG2000", re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51")),
+    ("JXL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n")),
+    ("PPM", _PPM),
+)
+HEAD_BYTES = 256
+"""As many of a file's first bytes `kind_of` looks at."""
+
+
+def kind_of(data: bytes) -> str | None:
+    """The kind of picture that bytes begin like, HEIC and JPEG XL too, which `decode` refuses; None for anything else."""
+    head = data[:HEAD_BYTES]
+    return next((kind for kind, pattern in _KINDS if pattern.match(head)), None)
 
 
 def _is_cut(data: bytes, kind: str | None) -> bool:
@@ -302,6 +329,16 @@ def _is_cut(data: bytes, kind: str | None) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if kind == "BMP":
         return int.from_bytes(data[2:6], "little") > len(data)
+    if kind == "PPM" and (header := _PPM.match(data)) and header[1] in b"56":
+        samples = int(header[2]) * int(header[3]) * (3 if header[1] == b"6" else 1)
+        return header.end() + samples * (2 if int(header[4] or 0) > 255 else 1) > len(data)
+    if kind == "JPEG2000":
+        return b"\xff\xd9" not in data[-1024:]
+    if kind == "AVIF":
+        place = 0
+        while (size := int.from_bytes(data[place : place + 4], "big")) > 0 and place < len(data):
+            place += size
+        return place > len(data) or b"mdat" not in data
     return False
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -95,6 +95,94 @@ class _Made:
     reason: str = ""
 
 
+class _Reader:
+    """Reads the row groups of inputs; some files and verdicts are kept for the next look."""
+
+    def __init__(self, inputs: Sequence[StreamInput], splits: Sequence[str | None] | None) -> None:
+        self._inputs = list(inputs)
+        self._splits = splits
+        self._files: OrderedDict[tuple[int, int], pq.ParquetFile] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], dict[str, list[Text]]] = OrderedDict()
+
+    def units(self, number: int) -> Iterator[_Unit]:
+        """The row groups of one input."""
+        for shard in self._inputs[number].part.shards():
+            for group in range(self.file(number, shard).num_row_groups):
+                yield _Unit(number, shard, group)
+
+    def file(self, number: int, shard: int) -> pq.ParquetFile:
+        return _cached(
+            self._files, (number, shard), lambda: self._inputs[number].part.open(shard), _OPEN_FILES
+        )
+
+    def entries(
+        self, unit: _Unit, pictures: bool, skipped: Counter[str], deselected: Counter[str]
+    ) -> list[Entry]:
+        """The usable rows of a row group with their texts; pixels only where asked for."""
+        given = self._inputs[unit.source]
+        file = self.file(unit.source, unit.shard)
+        name = given.part.info["table"]
+        needed = {"images": IMAGES_NEEDED, "pairs": PAIRS_NEEDED}[name]
+        if given.verdicts is not None:
+            needed = ("image_id", "image")
+        wanted = [column for column in needed if pictures or column != "image"]
+        names = set(file.schema_arrow.names)
+        optional = [column for column in ("split", "status", "failure") if column not in wanted]
+        table = pa.table(
+            file.read_row_group(unit.group, columns=[c for c in (*wanted, *optional) if c in names])
+        )
+        if name == "pairs" and not pictures:
+            unweighted(table, f"{given.part.path}, shard {unit.shard:05d}")
+        rows = [row for some in slices([table], name, wanted, optional) for row in some]
+        if given.verdicts is not None:
+            kept = self._verdicts(unit, given.verdicts)
+            entries = [Entry(row, kept.get(row["image_id"], [])) for row in rows]
+        elif name == "images":
+            entries = image_entries(rows, None, deselected)
+        else:
+            entries = pair_entries(rows, None, deselected)
+        return list(usable(entries, self._splits, skipped, deselected))
+
+    def _verdicts(self, unit: _Unit, verdicts: Part) -> dict[str, list[Text]]:
+        def read() -> dict[str, list[Text]]:
+            kept: dict[str, list[Text]] = {}
+            if unit.shard not in verdicts.shards():
+                return kept
+            table = verdicts.read(unit.shard, ("text_id", "image_id", "source", "text", "keep"))
+            for row in table.filter(pc.field("keep")).to_pylist():
+                text = Text(row["text"], row["source"], row["text_id"])
+                kept.setdefault(row["image_id"], []).append(text)
+            return kept
+
+        return _cached(self._kept, (unit.source, unit.shard), read, 16)
+
+
+def refuse_barren(inputs: Sequence[StreamInput], images: Container[str]) -> None:
+    """Raise UserError naming the first input that has no pair of a text to train on and a picture in `images`.
+
+    Each input is read up to its first pair, without pictures.
+    """
+    reader = _Reader(inputs, TRAINING_SPLITS)
+    for number, given in enumerate(inputs):
+        left_out = Counter[str]()
+        for unit in reader.units(number):
+            entries = reader.entries(unit, False, left_out, left_out)
+            if any(entry.row["image_id"] in images for entry in entries):
+                break
+            left_out["no_picture"] += len(entries)
+        else:
+            raise _barren(given, left_out)
+
+
+def _barren(given: StreamInput, left_out: Mapping[str, int]) -> UserError:
+    joined = f" with {given.verdicts.path}" if given.verdicts is not None else ""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(left_out.items()) if count)
+    return UserError(
+        f"{given.part.path}{joined}: gives no training pair (left out: {reasons or 'nothing, it is empty'}); name another "
+        "part, or leave it out"
+    )
+
+
 class PairStream:
     """The training pairs of some parts, in batches, read from their shards.
 
@@ -103,7 +191,7 @@ class PairStream:
         skipped, deselected: what is left out, by reason, as a held corpus counts it. Pictures that turn out not to
             decode join `skipped` when they are met.
 
-    `len()` is the number of texts. Raises UserError for a part without such a column, or with no usable text in it.
+    `len()` is the number of texts. Raises UserError for a part without such a column, or that gives no pair.
     """
 
     def __init__(
@@ -113,39 +201,35 @@ class PairStream:
         splits: Sequence[str | None] | None = TRAINING_SPLITS,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        self._inputs = list(inputs)
-        self._splits = splits
-        self._files: OrderedDict[tuple[int, int], pq.ParquetFile] = OrderedDict()
-        self._kept: OrderedDict[tuple[int, int], dict[str, list[Text]]] = OrderedDict()
+        self._reader = _Reader(inputs, splits)
         self.skipped: Counter[str] = Counter()
         self.deselected: Counter[str] = Counter()
         self._units: list[_Unit] = []
         texts: list[dict[str, int]] = []
         pictures: list[dict[str, int]] = []
-        for number, each in enumerate(self._inputs):
-            for shard in each.part.shards():
-                for group in range(self._file(number, shard).num_row_groups):
-                    unit = _Unit(number, shard, group)
-                    entries = self._entries(unit, False, self.skipped, self.deselected)
-                    self._units.append(unit)
-                    texts.append(Counter(text.source for entry in entries for text in entry.texts))
-                    pictures.append(
-                        Counter(source for entry in entries for source in {t.source for t in entry.texts})
-                        | {"": len(entries)}
-                    )
-                    if progress is not None:
-                        progress(len(entries))
+        for number, given in enumerate(inputs):
+            skipped, deselected, found = Counter[str](), Counter[str](), 0
+            for unit in self._reader.units(number):
+                entries = self._reader.entries(unit, False, skipped, deselected)
+                self._units.append(unit)
+                texts.append(Counter(text.source for entry in entries for text in entry.texts))
+                pictures.append(
+                    Counter(source for entry in entries for source in {t.source for t in entry.texts})
+                    | {"": len(entries)}
+                )
+                found += len(entries)
+                if progress is not None:
+                    progress(len(entries))
+            if not found:
+                raise _barren(given, skipped + deselected)
+            self.skipped += skipped
+            self.deselected += deselected
         self._sources = sorted({source for found in texts for source in found})
         self._texts = _columns(texts, self._sources)
         self._pictures = _columns(pictures, ["", *self._sources])
         self._texts[""] = sum(self._texts.values(), np.zeros(len(self._units), np.int64))
         self._first = np.concatenate([[0], np.cumsum(self._texts[""])])
         self.images = int(self._pictures[""].sum())
-        if not len(self):
-            raise UserError(
-                f"no training pairs in {', '.join(str(each.part.path) for each in self._inputs)} "
-                f"(left out: {dict(self.skipped) | dict(self.deselected)})"
-            )
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -157,7 +241,7 @@ class PairStream:
     def rows(self) -> Iterator[tuple[str, Text]]:
         """(image_id, text) of every example, in the order of `Batch.example`; reads the texts once more, no pictures."""
         for unit in self._units:
-            for entry in self._entries(unit, False, Counter(), Counter()):
+            for entry in self._reader.entries(unit, False, Counter(), Counter()):
                 for text in entry.texts:
                     yield entry.row["image_id"], text
 
@@ -220,57 +304,11 @@ class PairStream:
 
     # ------------------------------------------------------------------ reading
 
-    def _file(self, number: int, shard: int) -> pq.ParquetFile:
-        return _cached(
-            self._files, (number, shard), lambda: self._inputs[number].part.open(shard), _OPEN_FILES
-        )
-
-    def _entries(
-        self, unit: _Unit, pictures: bool, skipped: Counter[str], deselected: Counter[str]
-    ) -> list[Entry]:
-        """The usable rows of a row group with their texts; pixels only where asked for."""
-        given = self._inputs[unit.source]
-        file = self._file(unit.source, unit.shard)
-        name = given.part.info["table"]
-        needed = {"images": IMAGES_NEEDED, "pairs": PAIRS_NEEDED}[name]
-        if given.verdicts is not None:
-            needed = ("image_id", "image")
-        wanted = [column for column in needed if pictures or column != "image"]
-        names = set(file.schema_arrow.names)
-        optional = [column for column in ("split", "status", "failure") if column not in wanted]
-        table = pa.table(
-            file.read_row_group(unit.group, columns=[c for c in (*wanted, *optional) if c in names])
-        )
-        if name == "pairs" and not pictures:
-            unweighted(table, f"{given.part.path}, shard {unit.shard:05d}")
-        rows = [row for some in slices([table], name, wanted, optional) for row in some]
-        if given.verdicts is not None:
-            kept = self._verdicts(unit, given.verdicts)
-            entries = [Entry(row, kept.get(row["image_id"], [])) for row in rows]
-        elif name == "images":
-            entries = image_entries(rows, None, deselected)
-        else:
-            entries = pair_entries(rows, None, deselected)
-        return list(usable(entries, self._splits, skipped, deselected))
-
-    def _verdicts(self, unit: _Unit, verdicts: Part) -> dict[str, list[Text]]:
-        def read() -> dict[str, list[Text]]:
-            kept: dict[str, list[Text]] = {}
-            if unit.shard not in verdicts.shards():
-                return kept
-            table = verdicts.read(unit.shard, ("text_id", "image_id", "source", "text", "keep"))
-            for row in table.filter(pc.field("keep")).to_pylist():
-                text = Text(row["text"], row["source"], row["text_id"])
-                kept.setdefault(row["image_id"], []).append(text)
-            return kept
-
-        return _cached(self._kept, (unit.source, unit.shard), read, 16)
-
     def _read(self, number: int, source: str, epoch: int, one_text: bool) -> list[_Example]:
         """The examples of a unit that a stream of `source` (all sources where "") takes in this epoch."""
         found = []
         place = int(self._first[number])
-        for entry in self._entries(self._units[number], True, Counter(), Counter()):
+        for entry in self._reader.entries(self._units[number], True, Counter(), Counter()):
             image_id, data = entry.row["image_id"], (entry.row["image"] or {}).get("bytes") or b""
             mine = []
             for text in entry.texts:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -19,6 +20,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from capfilt.tables.visible import say, visible
 
 LINE_EVERY = 15.0
 """Seconds between lines where standard error is not a terminal."""
@@ -40,7 +43,7 @@ class _Bars:
                     TextColumn("[bold]{task.description:<22}"),
                     BarColumn(bar_width=24),
                     TaskProgressColumn(),
-                    TextColumn("{task.fields[text]}"),
+                    TextColumn("{task.fields[text]}", markup=False),
                     TimeRemainingColumn(),
                     console=Console(stderr=True),
                     transient=True,
@@ -77,7 +80,9 @@ class StageProgress:
     def __enter__(self) -> Self:
         if self._shown:
             self._bar = _BARS.join()
-            self._task = self._bar.add_task(self.name, total=self.total or None, text="starting")
+            self._task = self._bar.add_task(
+                escape(visible(self.name)), total=self.total or None, text="starting"
+            )
         return self
 
     def __exit__(
@@ -104,10 +109,10 @@ class StageProgress:
         if figures:
             text += "  " + "  ".join(f"{key} {_number(value)}" for key, value in list(figures.items())[:4])
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=self.total or None, text=text)
+            self._bar.update(self._task, completed=done, total=self.total or None, text=visible(text))
         elif not self._quiet and now - self._last_line > LINE_EVERY:
             self._last_line = now
-            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+            say(f"{self.name}: {text}", err=True)
 
 
 def _number(value: Any) -> str:

@@ -70,9 +70,9 @@ class Summary:
     figures: Mapping[str, Any] = field(default_factory=dict)
     table: Sequence[str] = ()
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """The line, and the table where there is one."""
-        return "\n".join((self.line(), *(f"  {row}" for row in self.table)))
+        return [self.line(), *(f"  {row}" for row in self.table)]
 
     def line(self) -> str:
         """One line for people."""

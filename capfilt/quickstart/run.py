@@ -26,6 +26,7 @@ from capfilt.quickstart.memory import PeakMemory
 from capfilt.quickstart.server import WebProcess
 from capfilt.quickstart.web import build_human, build_web, write_human, write_truth, write_url_list
 from capfilt.tables.publish import replace
+from capfilt.tables.visible import say
 from capfilt.tables.workspace import Workspace
 
 
@@ -98,14 +99,14 @@ def run_quickstart(
     world = workspace.path / "world"
     chosen = SIZES[size]
 
-    def say(line: str) -> None:
+    def tell(line: str) -> None:
         if not quiet:
-            console.print(line, highlight=False, soft_wrap=True)
+            say(line)
 
-    say(f"[bold]capfilt quickstart[/] ({size}) into {workspace.path}")
+    tell(f"capfilt quickstart ({size}) into {workspace.path}")
     ended: list[tuple[int, str, dict[str, Any]]] = []
     with PeakMemory() as peak, open_world(workspace, chosen, size, seed) as settings:
-        say(
+        tell(
             f"a web of {chosen.web:,} pages at http://{settings['host']}, {sum(chosen.human.values()):,} human images"
         )
         _, content = recipes.load_recipe("quickstart")
@@ -114,7 +115,7 @@ def run_quickstart(
         places = {step.label: place for place, (step, _) in enumerate(steps)}
         for step, done in recipes.run_recipe("quickstart", steps, workspace, execution, quiet=quiet):
             ended.append((places[step.label], recipes.title(step, done), recipes.account(done)))
-            say(done.line())
+            tell(done.line())
     # Steps that run together end in any order; people read them in the recipe's.
     accounts = {name: account for _, name, account in sorted(ended, key=itemgetter(0))}
     captions = world / "human" / "captions.json"
@@ -128,9 +129,9 @@ def run_quickstart(
     write_report(workspace, workspace.path / "report.html")
     if not quiet:
         _show(console, summary)
-        say(f"{summary['seconds']['total']:,.0f} s in all, {summary['peak_memory_gb']} GB of memory at most")
-        say(f"wrote {workspace.path / 'summary.json'} and {workspace.path / 'report.html'}")
-        say(f"next: capfilt query -w {workspace.path}, or open the report")
+        tell(f"{summary['seconds']['total']:,.0f} s in all, {summary['peak_memory_gb']} GB of memory at most")
+        tell(f"wrote {workspace.path / 'summary.json'} and {workspace.path / 'report.html'}")
+        tell(f"next: capfilt query -w {workspace.path}, or open the report")
     return summary
 
 

@@ -15,7 +15,7 @@ from capfilt.models.precision import check_precision
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.pair_training import IMAGE_COLUMNS
-from capfilt.stages.results import ResultStage, result_path
+from capfilt.stages.results import ResultStage
 from capfilt.tables.contracts import SPLITS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -55,7 +55,7 @@ class Evaluate(ResultStage):
         self.images = workspace.input("images", options.images).check()
         self.pictures = [workspace.input("images", name).check() for name in options.pictures]
         self.examples = [workspace.input("examples", name).check() for name in options.examples]
-        self.output = result_path(workspace.path, options.out or self.checkpoint.name)
+        self.output = workspace.result(options.out or self.checkpoint.name)
 
     def identity(self) -> Mapping[str, Any]:
         return {

@@ -1,13 +1,12 @@
 """The `examples` stage: questions, statements and labels of pictures that were ingested become an examples part.
 
-Which layouts there are is `tables/example_formats.py`, which picture a name means `named_pictures.py`. Here each row's
+Which formats there are is `formats/examples`, which picture a name means `named_pictures.py`. Here each row's
 answers and label are looked at: what cannot be used is a row that says why.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
+from capfilt.formats.examples.daquar import in_parts
+from capfilt.formats.examples.row import ExampleRow, example_rows
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
-from capfilt.tables.answer_formats import in_parts
 from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
-from capfilt.tables.example_formats import example_rows
-from capfilt.tables.example_row import ExampleRow
 from capfilt.tables.ids import example_id, file_sha256
 from capfilt.tables.sealed import fingerprint
 from capfilt.tables.shards import Counts, Part
@@ -35,13 +33,13 @@ class Examples(ShardStage):
     """Brings other tools' questions and statements in. Every one of the source is one row, in the source's order."""
 
     name = "examples"
-    version = 2
+    version = 3
     contract = EXAMPLES
 
     def __init__(self, options: ExamplesOptions, workspace: Workspace, output: Part | None = None) -> None:
         _check(options)
         self.options = options
-        self.output = output or workspace.part("examples", options.dataset)
+        self.output = workspace.dataset("examples", options.dataset, output)
         self.images = [workspace.input("images", name).check() for name in options.images]
         self.source = Path(options.source_path).expanduser()
         self.annotations = Path(options.annotations).expanduser() if options.annotations else None
@@ -114,7 +112,7 @@ class Examples(ShardStage):
         label = None if row.label is None else _label(task, row.label)
         failure, message = None, None
         if lost:
-            failure, message = "no_image", lost
+            failure, message = "no_image", row.fault or lost
         elif task != "classification" and (row.text is None or not row.text.strip()):
             failure, message = "empty_text", f"the {task} example has no text"
         elif row.text is not None and len(row.text) > MAX_TEXT_CHARACTERS:
@@ -183,8 +181,6 @@ def _check(options: ExamplesOptions) -> None:
         raise UserError(
             "examples: --images must name at least one images part, whose pictures are asked about"
         )
-    if os.sep in options.dataset or not options.dataset.strip("\0"):
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.task not in ("auto", *TASKS):
         raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")
     given = [("--splits", split) for split in options.splits]

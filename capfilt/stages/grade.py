@@ -17,7 +17,7 @@ from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
-from capfilt.stages.results import ResultStage, result_path
+from capfilt.stages.results import ResultStage
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -51,7 +51,7 @@ class Grade(ResultStage):
                 raise UserError(f"--expert {options.expert}: no such file")
         if self.filter is not None:
             checkpoint.read_config(self.filter)
-        self.output = result_path(workspace.path, options.out)
+        self.output = workspace.result(options.out)
 
     def identity(self) -> Mapping[str, Any]:
         return {

@@ -1,60 +1,57 @@
 """The `ingest` stage: pictures and texts made by other tools become an images part.
 
-Which layouts there are is `tables/formats.py`. Here each picture is looked at: it decodes, or its row says why not.
+Which formats there are is `capfilt/formats`. Here each picture is looked at: it decodes, or its row says why not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from PIL import Image
 
-from capfilt.data.images import BadImage, decode, encode_jpeg, phash, sha256
+from capfilt.data.images import BadImage, decode, encode_jpeg, encode_png, phash, sha256
 from capfilt.errors import UserError
+from capfilt.formats.files import MAX_FILE_BYTES, read_file
+from capfilt.formats.source import Reading, SourceRow, counted, open_source
+from capfilt.formats.values import CAPTION_COLUMNS, storable
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.options import IngestOptions
 from capfilt.stages.pictures import read_header
 from capfilt.tables.contracts import IMAGES, SPLITS
-from capfilt.tables.formats import (
-    MAX_FILE_BYTES,
-    Reading,
-    SourceRow,
-    arrow_column,
-    open_source,
-    read_file,
-    storable,
-)
 from capfilt.tables.ids import image_id
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
-"""What is stored byte for byte as it was found, when it is upright and not to be shrunk."""
+"""What is stored byte for byte as it was found, when it is upright, of KEPT_MODES, opaque and not to be shrunk."""
+
+KEPT_MODES = ("RGB", "L")
+"""Pillow's names for pixels that every reader sees as capfilt does."""
 
 
 class Ingest(ShardStage):
     """Brings other tools' pictures and texts in. Every picture of the source is one row, in the source's order.
 
-    A picture that has to be encoded again (turned by EXIF, too large, in another format) becomes a JPEG.
+    A picture that has to be encoded again (turned by EXIF, too large, in another format, transparent, of 16 bits, ...) is
+    stored as the models see it: a PNG as a PNG, unless it is shrunk, anything else as a JPEG. Its `sha256` stays that of the
+    bytes as found.
     """
 
     name = "ingest"
-    version = 2
+    version = 3
     contract = IMAGES
     reads_manifests = False
 
     def __init__(self, options: IngestOptions, workspace: Workspace, output: Part | None = None) -> None:
         _check(options)
         self.options = options
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         self.source = open_source(
             options.source_path,
             options.format,
@@ -72,7 +69,10 @@ class Ingest(ShardStage):
         self._hashes: dict[int, str] = {}
 
     def identity(self) -> Mapping[str, Any]:
-        return {"options": option_values(self.options), "source": self.source.digest()}
+        named = {"options": option_values(self.options), "source": self.source.digest()}
+        mixed = self.source.mixed_types()
+        # Absent where all files agree, as before files could differ.
+        return named | ({"types": mixed} if mixed else {})
 
     def shards(self) -> list[int]:
         return list(range(self.source.shard_count()))
@@ -84,7 +84,7 @@ class Ingest(ShardStage):
         # Of the very bytes the rows were made from, where this process made them.
         if shard not in self._hashes:
             digest = hashlib.sha256()
-            for row in self.source.rows(shard):
+            for row in self.source.read(shard).rows:
                 _note(digest, row, _read(row))
             return [digest.hexdigest()]
         return [self._hashes[shard]]
@@ -92,8 +92,8 @@ class Ingest(ShardStage):
     def process(self, shard: int) -> Produced:
         digest = hashlib.sha256()
         rows, failed = [], Counter[str]()
-        found = self.source.rows(shard)
-        for row in found:
+        found = self.source.read(shard)
+        for row in found.rows:
             body = _read(row)
             _note(digest, row, body)
             columns = self._columns(row, body)
@@ -102,13 +102,26 @@ class Ingest(ShardStage):
             rows.append(columns)
         self._hashes[shard] = digest.hexdigest()
         table = IMAGES.table(rows)
-        for name, type_ in self.source.extra_types().items():
-            table = table.append_column(
-                pa.field(name, type_), arrow_column((row.extra.get(name) for row in found), type_)
+        for field in found.further.schema:
+            table = table.append_column(field, found.further.column(field.name))
+        counts = Counts(len(rows), len(rows) - failed.total(), {}, dict(sorted(failed.items())))
+        texts = sum(len(row["captions"]) for row in rows if row["failure"] is None)
+        return Produced(table, counts, {"texts": texts, "left_out": dict(found.left_out)})
+
+    def remarks(self) -> list[str]:
+        stats = [self.output.stats(shard) for shard in self.output.shards()]
+        if not all("texts" in each for each in stats):
+            return []
+        texts = sum(each["texts"] for each in stats)
+        left_out = sum((Counter(each["left_out"]) for each in stats), Counter[str]())
+        lines = [f"{self.output.counts().kept:,} images, {texts:,} texts", *self.source.remarks()]
+        if not texts and self.options.caption_col != ("",):
+            lines.append(
+                f"no image has a text: no .txt beside it, no field {', '.join(CAPTION_COLUMNS)}; name one by --caption-col"
             )
-        return Produced(
-            table, Counts(len(rows), len(rows) - failed.total(), {}, dict(sorted(failed.items())))
-        )
+        if left_out:
+            lines.append(f"not read: {counted(left_out)}")
+        return lines
 
     def _columns(self, row: SourceRow, body: bytes | tuple[str, str] | None) -> dict[str, Any]:
         columns: dict[str, Any] = {
@@ -151,18 +164,20 @@ class Ingest(ShardStage):
         header = read_header(body)
         perceptual = phash(picture)
         fits = not most or max(header.width, header.height) <= most
-        if fits and header.upright and header.format in KEPT_FORMATS:
-            stored, width, height = body, header.width, header.height
-            suffix = header.format.lower().replace("jpeg", "jpg")
+        plain = header.upright and header.mode in KEPT_MODES and not header.transparent
+        if not fits:
+            picture.thumbnail((most, most), Image.Resampling.LANCZOS)
+        if fits and plain and header.format in KEPT_FORMATS:
+            stored, suffix = body, header.format.lower().replace("jpeg", "jpg")
+        elif fits and header.format == "PNG":
+            stored, suffix = encode_png(picture), "png"
         else:
-            if not fits:
-                picture.thumbnail((most, most), Image.Resampling.LANCZOS)
-            stored, (width, height), suffix = encode_jpeg(picture), picture.size, "jpg"
+            stored, suffix = encode_jpeg(picture), "jpg"
         known = row.original_width is not None and row.original_height is not None
         return {
             "image": {"bytes": stored, "path": f"{Path(row.key).stem}.{suffix}"},
-            "width": width,
-            "height": height,
+            "width": picture.width,
+            "height": picture.height,
             "original_width": row.original_width if known else header.width,
             "original_height": row.original_height if known else header.height,
             "phash": perceptual,
@@ -194,10 +209,6 @@ def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     if options.source_path.strip("\0") == "":
         raise UserError("ingest: SOURCE_PATH must be given")
-    if options.dataset.strip("\0") == "":
-        raise UserError("ingest: --dataset must be given")
-    if os.sep in options.dataset:
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     if options.source not in ("human", "web"):
         raise UserError(f"--source {options.source!r}: choose human or web")
     given = [("--splits", split) for split in options.splits]

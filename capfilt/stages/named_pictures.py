@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from capfilt.tables.example_row import ExampleRow
+from capfilt.formats.examples.row import ExampleRow
+from capfilt.formats.files import same_name
 from capfilt.tables.shards import Part
 
 _COCO = re.compile(r"COCO_\w+_(\d{12})")
@@ -38,7 +39,7 @@ class NamedPictures:
         for row in (row for part in parts for table in part.tables(columns) for row in table.to_pylist()):
             if row["status"] != "success":
                 self._failed[row["image_id"]] = row["failure"] or row["status"]
-            path = PurePosixPath(row["key"])
+            path = _path(row["key"])
             entry = (path, row["image_id"])
             self._keys.setdefault(path.as_posix(), set()).add(row["image_id"])
             self._files.setdefault(path.name, []).append(entry)
@@ -46,7 +47,7 @@ class NamedPictures:
             coco = _COCO.fullmatch(path.stem)
             if coco:
                 self._stems.setdefault(f"COCO_*_{coco[1]}", []).append(entry)
-        for path in map(PurePosixPath, named):
+        for path in map(_path, named):
             self._wanted.setdefault(path.stem, set()).add(path.parts[:-1])
 
     def find(self, row: ExampleRow) -> tuple[list[str], str]:
@@ -73,7 +74,7 @@ class NamedPictures:
 
     def _name(self, image: str) -> str | None:
         """By the key; else by what it may stand for with its suffix; else without (".png" for ".jpg", or none)."""
-        path = PurePosixPath(image)
+        path = _path(image)
         exact = self._keys.get(path.as_posix(), set())
         if len(exact) == 1:
             return next(iter(exact))
@@ -93,6 +94,10 @@ class NamedPictures:
         # Where the source has such a name in several folders, a key with less folders could be either.
         rivals = (other for other in self._wanted.get(path.stem, ()) if _tail(other, theirs))
         return len(theirs) >= len(mine) or all(_tail(mine, other) for other in rivals)
+
+
+def _path(name: str) -> PurePosixPath:
+    return PurePosixPath(same_name(name))
 
 
 def _tail(one: Folders, other: Folders) -> bool:

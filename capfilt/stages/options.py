@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from capfilt.formats import FORMATS
+
 PARTS = ("images", "captions", "scores", "signals", "verdicts", "pairs", "examples")
 """The values of `kind` that name parts of tables."""
 
@@ -81,7 +83,7 @@ class DownloadOptions(_Remembering):
 
     url_list: str = _option(
         REQUIRED,
-        "URLs: a txt, csv, tsv, json, jsonl or parquet file, a folder of them, or an fsspec URL; not for --retry",
+        "URLs: a txt, csv, tsv, json, jsonl or parquet file (.gz, .zst), a folder, or an fsspec URL; not for --retry",
         kind="path",
         unless="retry",
     )
@@ -95,10 +97,10 @@ class DownloadOptions(_Remembering):
         "the layout of a published list: laion (URL, TEXT), datacomp (url, text), cc3m or cc12m (tsv without a header)",
         later=True,
     )
-    url_col: str = _option("url", "column of the URLs")
+    url_col: str = _option("url", "column of the URLs; capitals do not matter where only one column is meant")
     caption_col: str = _option(
         "caption",
-        "column of the texts; empty for none (img2dataset: none; here texts are what pictures are fetched for)",
+        "column of the texts, else captions, text or texts; empty for none (img2dataset: none; here texts matter)",
     )
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the list to carry through")
     license_col: str = _option(
@@ -198,16 +200,16 @@ class IngestOptions:
 
     source_path: str = _option(
         REQUIRED,
-        "COCO or Karpathy captions JSON, a folder of images or its metadata file, img2dataset's output folder, tars",
+        "captions JSON (COCO, Karpathy, BLIP), a folder of images or a list of them, img2dataset's output, tars, Parquet",
         kind="path",
     )
     dataset: str = _option(REQUIRED, "name of the images part to write")
-    format: str = _option("auto", "auto, coco, karpathy, folder, img2dataset or webdataset")
+    format: str = _option("auto", f"auto, {', '.join(FORMATS)}")
     images: str = _option("", "folder of the pictures a file names; default: `images` beside it", kind="path")
-    image_col: str = _option("file_name", "column of the pictures' paths in a folder's metadata")
+    image_col: str = _option("", "column of the pictures' paths in a list; default: file_name, else image")
     caption_col: tuple[str, ...] = _option(
         (),
-        "columns of the texts in a folder's metadata; repeatable; default: caption, captions, text or texts",
+        "columns of the texts; repeatable; default: caption, captions, text or texts; '' for none",
     )
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the metadata to carry through")
     source: str = _option("human", "who wrote the texts: human or web")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from capfilt.data.corpus import Corpus, concat, from_images
-from capfilt.data.stream import PairStream, StreamInput
+from capfilt.data.stream import PairStream, StreamInput, refuse_barren
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
@@ -86,11 +86,7 @@ class PairTraining(Training[Pairs]):
         if self.options.stream:
             return Streamed(PairStream(self.streamed()), size, self.options.loader_workers)
         corpus = concat(self.corpora(size))
-        if not len(corpus):
-            raise UserError(
-                f"{self.name}: no training pairs in {', '.join(str(part.path) for part in self.inputs())} "
-                f"(left out: {dict(corpus.skipped) | dict(corpus.deselected)})"
-            )
+        refuse_barren(self.streamed(), set(corpus.image_ids))
         return Held(corpus)
 
     def module(self, model: Blip, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:

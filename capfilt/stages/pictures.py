@@ -26,6 +26,7 @@ class Header:
         width: pixels, before any EXIF rotation.
         height: pixels, before any EXIF rotation.
         upright: whether EXIF leaves the picture as it lies.
+        transparent: whether one of its colours is clear, which `mode` does not say.
     """
 
     format: str
@@ -33,13 +34,14 @@ class Header:
     width: int
     height: int
     upright: bool
+    transparent: bool
 
 
 def read_header(body: bytes, formats: tuple[str, ...] = FORMATS) -> Header:
     """The header of a picture. Raises whatever Pillow raises: ask about bytes that decode, or be ready for anything."""
     with Image.open(io.BytesIO(body), formats=formats) as image:
         kind = "JPEG" if image.format == "MPO" else str(image.format)
-        return Header(kind, image.mode, *image.size, upright=_is_upright(image))
+        return Header(kind, image.mode, *image.size, _is_upright(image), "transparency" in image.info)
 
 
 def _is_upright(image: Image.Image) -> bool:

@@ -62,6 +62,11 @@ class StageCommand:
             raise UserError(
                 f"{self.name}: {missing[0]} must be given (see capfilt {' '.join(self.words)} --help)"
             )
+        # Before the inputs are looked at: they may not be there yet when a recipe's steps are checked.
+        if hasattr(options, "dataset"):
+            workspace.dataset("images", options.dataset)
+        if getattr(options, "out", ""):
+            workspace.model(options.out)
         module, _, name = path.partition(":")
         place = workspace.noting()
         stage: ShardStage | ModelStage = getattr(importlib.import_module(module), name)(

@@ -54,11 +54,3 @@ class ResultStage(ModelStage):
     def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The few figures that fit in a line."""
         return dict(metrics)
-
-
-def result_path(workspace: Path, name: str) -> Path:
-    """Where the result called `name` goes: `runs/<name>.json`, or the path itself when it has a separator."""
-    if "/" in name:
-        path = Path(name)
-        return path if path.suffix == ".json" else path.with_name(path.name + ".json")
-    return workspace / "runs" / f"{name}.json"

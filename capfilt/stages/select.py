@@ -254,7 +254,8 @@ class WritePairs(ShardStage):
         tables = []
         dropped: Counter[str] = Counter()
         rows_in = kept = 0
-        for batch in self.images.batches(shard, ["image_id", "image", "split", "status", "failure"]):
+        taken = [name for name in PAIRS.schema.names if name != "texts"]
+        for batch in self.images.batches(shard, [*taken, "status"]):
             table = pa.Table.from_batches([batch])
             rows_in += table.num_rows
             mask = []
@@ -264,7 +265,7 @@ class WritePairs(ShardStage):
                 kept += keep
                 if not keep:
                     dropped["no_kept_text" if status == "success" else "no_image"] += 1
-            table = table.filter(pa.array(mask, pa.bool_())).select(["image_id", "image", "split"])
+            table = table.filter(pa.array(mask, pa.bool_())).select(taken)
             column = pa.array(
                 [texts[image] for image in table["image_id"].to_pylist()], PAIRS.schema.field("texts").type
             )

@@ -28,6 +28,8 @@ from capfilt.tables.ids import image_id
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
 
+_READ = ["image_id", "key", "captions", "split", "status", "failure"]
+
 KINDS = ("true", "other_image", "truncated", "file_name")
 
 
@@ -40,7 +42,7 @@ class Subset(ShardStage):
     """Rows in are images; those of other splits or outside the share are dropped, the rest kept."""
 
     name = "subset"
-    version = 1
+    version = 2  # further columns keep their types
     contract = IMAGES
 
     def __init__(self, options: SubsetOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -57,7 +59,7 @@ class Subset(ShardStage):
             raise UserError(f"--role {options.role!r}: choose human or web")
         self.options = options
         self.images = workspace.input("images", options.images)
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         if self.output.path == self.images.path:
             raise UserError(f"--dataset {options.dataset}: is the part that is read; name another")
 
@@ -83,8 +85,8 @@ class Subset(ShardStage):
         failed: Counter[str] = Counter()
         rows_in = kept = 0
         for batch in self.images.batches(shard):
-            made = []
-            for row in batch.to_pylist():
+            made, taken = [], []
+            for number, row in enumerate(batch.select(_READ).to_pylist()):
                 rows_in += 1
                 if o.splits and row["split"] not in o.splits:
                     dropped["other_split"] += 1
@@ -93,12 +95,13 @@ class Subset(ShardStage):
                     dropped["outside_share"] += 1
                     continue
                 made.append(self._planted(row, donors, rng))
+                taken.append(number)
                 if row["status"] == "success":
                     kept += 1
                 else:
                     failed[row["failure"] or "decode_error"] += 1
             if made:
-                tables.append(IMAGES.table(made))
+                tables.append(_changed(pa.Table.from_batches([batch]).take(taken), made))
         table = pa.concat_tables(tables) if tables else IMAGES.table([])
         return Produced(table, Counts(rows_in, kept, dict(dropped), dict(failed)))
 
@@ -126,7 +129,6 @@ class Subset(ShardStage):
             kind = "file_name"
         texts = [self._text(kind, text, row["image_id"], donors, rng) for text in captions]
         return {
-            **row,
             "image_id": image_id(o.dataset, row["key"]),
             "dataset": o.dataset,
             "source": o.role,
@@ -150,3 +152,14 @@ class Subset(ShardStage):
         if kind == "file_name":
             return f"DSC_{int(rng.integers(10_000)):04d}.JPG", kind
         return text, kind
+
+
+def _changed(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
+    """`table` with the columns that `rows` has in the place of its own; all others as they are, whatever their types."""
+    types = {field.name: field.type for field in IMAGES.schema} | {"planted": pa.list_(pa.string())}
+    for name in rows[0]:
+        field = pa.field(name, types[name])
+        values = pa.array([row[name] for row in rows], field.type)
+        place = table.schema.get_field_index(name)
+        table = table.append_column(field, values) if place < 0 else table.set_column(place, field, values)
+    return IMAGES.conform(table)

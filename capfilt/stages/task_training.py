@@ -119,6 +119,13 @@ class TaskTraining(Training[TaskCorpus]):
                 f"{', '.join(str(part.path) for part in self.parts.values())} "
                 f"(left out: {corpus.skipped | corpus.deselected})"
             )
+        given = set(corpus.example_ids)
+        for part in self.parts.values():
+            ids = (table["example_id"].to_pylist() for table in part.tables(["example_id"]))
+            if all(given.isdisjoint(some) for some in ids):
+                raise UserError(
+                    f"{part.path}: gives no example of the task {self.task} to train on; name another part, or leave it out"
+                )
         return corpus
 
     def _corpus(

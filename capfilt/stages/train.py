@@ -9,7 +9,6 @@ that were not averaged) and `best/` (those of the lowest training loss) are chec
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,16 +165,6 @@ class Retrain(Pretrain):
                     workspace.input("images", images).check(),
                     workspace.input("verdicts", verdicts).check(),
                 )
-            )
-        selected = [(part, part.rows) for part in self.pairs]
-        selected += [(verdicts, verdicts.counts().kept) for _, verdicts in self.joined]
-        empty = [str(part.path) for part, kept in selected if not kept]
-        if empty:
-            warnings.warn(
-                f"{self.name}: nothing was kept in {', '.join(empty)}, so this trains on what is left; select with a lower "
-                "--threshold, or leave it out",
-                RuntimeWarning,
-                stacklevel=2,
             )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
         if self.start:

@@ -308,7 +308,7 @@ VERDICTS = Contract(
 
 PAIRS = Contract(
     "pairs",
-    1,
+    2,
     pa.schema(
         [
             _IMAGE_ID,
@@ -317,6 +317,30 @@ PAIRS = Contract(
             _field("texts", pa.list_(TEXT_TYPE), "the kept texts with source, itm_score and sampling weight"),
             _field(
                 "split", pa.string(), "train, val or test; null where the source has no splits", null=True
+            ),
+            _field("dataset", pa.string(), "named source of the image; null before version 2", null=True),
+            _field(
+                "key", pa.string(), "the image's key within its dataset; null before version 2", null=True
+            ),
+            _field(
+                "url",
+                pa.string(),
+                "where the image was asked for; null for local files, and before version 2",
+                null=True,
+            ),
+            _field(
+                "license",
+                pa.string(),
+                "licence as stated by the source; null where it states none, and before version 2",
+                null=True,
+            ),
+            _field("width", pa.int32(), "pixels of `image`; null before version 2", null=True),
+            _field("height", pa.int32(), "pixels of `image`; null before version 2", null=True),
+            _field(
+                "sha256",
+                pa.string(),
+                "SHA-256 of the body as received, hex; null before version 2",
+                null=True,
             ),
         ],
         metadata=_DECODES_IMAGE,

@@ -15,13 +15,13 @@ from capfilt.errors import UserError
 from capfilt.tables.contracts import CONTRACTS
 from capfilt.tables.publish import one_line, replace, sync_directory
 from capfilt.tables.sealed import seal
-from capfilt.tables.shards import Part, etag_of, record_of
+from capfilt.tables.shards import Part, Plan, etag_of, record_of
 
 _OLD = "_part.json"
 _MANIFEST = re.compile(r"\d{5,}(\.g\d+)?\.manifest\.json")
 _GENERATION = re.compile(r"_(\d{5,}\.g\d+\.parquet)")
 _STATS = re.compile(r"(\d{5,})_stats\.json")
-_LEFTOVER = re.compile(r"\..*\.tmp|_index\.json")
+_INDEX = "_index.json"
 
 
 def convert(place: Path) -> list[Path]:
@@ -64,14 +64,16 @@ def _convert(path: Path) -> None:
                 if not aside.exists():
                     os.link(path / f"{first}.parquet", aside)
                 os.replace(source, record / generation[1])
-            elif _LEFTOVER.fullmatch(name):
+            elif name.startswith(".") and name.endswith(".tmp"):
                 source.unlink()
-            elif name.startswith("_") and name.endswith(".json") and name != _OLD:
+            elif name.startswith("_") and name.endswith(".json") and name not in (_OLD, _INDEX):
                 replace(record / name[1:], seal(_read(source)))
                 source.unlink()
         sync_directory(record)
-        # Last: while it stands among the shards, the part is of the earlier layout and is converted again.
-        replace(record / "part.json", seal(_read(path / _OLD)))
+        # Last: while `_part.json` stands among the shards, the part is of the earlier layout and is converted again.
+        if not (record / "part.json").is_file():
+            replace(record / "part.json", seal(_read(path / _OLD) | _plan(path / _INDEX)))
+        (path / _INDEX).unlink(missing_ok=True)
         (path / _OLD).unlink()
         sync_directory(path)
 
@@ -79,6 +81,17 @@ def _convert(path: Path) -> None:
 def _old_file(values: dict[str, Any]) -> str:
     shard, generation = values.get("shard"), values.get("generation", 0)
     return f"_{shard:05d}.g{generation}.parquet" if generation else f"{shard:05d}.parquet"
+
+
+def _plan(index: Path) -> dict[str, Any]:
+    """The plan of a part whose run ended: an index was written then, of all its shards."""
+    try:
+        listed = {
+            int(each["shard"]): int(each["counts"]["rows_in"]) for each in json.loads(index.read_bytes())
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return Plan(sorted(listed), sum(listed.values())).to_json()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from capfilt.errors import UserError
 from capfilt.tables.contracts import CONTRACTS, FAILURES, SOURCES, SPLITS, STATUSES, TASKS, Contract
 from capfilt.tables.publish import replace
+from capfilt.tables.visible import say
 
 BY_HAND = "views.sql"
 """The one file of `schemas/` that is not written from the contracts."""
@@ -165,16 +166,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.write is not None:
             changed = write(chosen.write)
-            print(f"{chosen.write}: {', '.join(changed) if changed else 'nothing'} changed")
+            say(f"{chosen.write}: {', '.join(changed) if changed else 'nothing'} changed")
             return 0
         if not chosen.check.is_dir():
             raise UserError(f"{chosen.check}: no such directory; --write it first")
     except (UserError, OSError) as error:
-        print(f"capfilt.tables.ddl: {error}", file=sys.stderr)
+        say(f"capfilt.tables.ddl: {error}", err=True)
         return 2
     problems = check(chosen.check)
     for problem in problems:
-        print(f"{problem}; run `just schemas`", file=sys.stderr)
+        say(f"{problem}; run `just schemas`", err=True)
     return 1 if problems else 0
 
 

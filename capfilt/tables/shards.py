@@ -255,8 +255,9 @@ class Part:
     def exists(self) -> bool:
         """Whether the part was begun. Raises UserError where an earlier version of capfilt wrote it."""
         if (self.path / "_part.json").is_file():
+            place = self.path.parent.parent if self.path.parent.name in CONTRACTS else self.path
             raise UserError(
-                f"{self.path}: was written by an earlier capfilt; convert it with `capfilt convert {self.path}`"
+                f"{self.path}: was written by an earlier capfilt; convert it with `capfilt convert {place}`"
             )
         # Without its folder a part is gone, whatever its record says.
         return self.path.is_dir() and (self.record / "part.json").is_file()
@@ -402,7 +403,10 @@ class Part:
         # Parts without further columns keep the fingerprints they had before there were any.
         mark = _mark(stage, [contract.name, contract.version, *contract.further], identity)
         if self.exists and self.info["fingerprint"] != mark:
-            change = _first_difference(self.info.get("identity", {}), identity)
+            change = _first_difference(
+                {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
+                {"contract_version": contract.version, **identity},
+            )
             raise UserError(
                 f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
                 "to make it again"

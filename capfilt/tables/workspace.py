@@ -8,6 +8,10 @@ from pathlib import Path
 from capfilt.errors import MissingInput, UserError
 from capfilt.tables.contracts import CONTRACTS
 from capfilt.tables.shards import Part
+from capfilt.tables.visible import visible
+
+LONGEST_NAME = 200
+"""Bytes of a name, at most: file systems take 255, of which temporary files need some for themselves."""
 
 
 class Workspace:
@@ -48,16 +52,25 @@ class Workspace:
             self.gaps[str(part.path)] = gap
         return part
 
+    def dataset(self, table: str, name: str, output: Part | None = None) -> Part:
+        """The part that the dataset `name` is written to: the table's of that name, or `output` where it is given.
+
+        Raises UserError where `name`, which every row has, cannot be a name; a path is none.
+        """
+        check_name(name, "--dataset")
+        return output or self.part(table, name)
+
     def model(self, name: str) -> Path:
         """The directory of the checkpoint called `name`; with a separator it is a path instead."""
         return self._place("models", name)
 
+    def result(self, name: str) -> Path:
+        """The file of the result called `name`, `runs/<name>.json`; with a separator it is a path instead."""
+        path = self._place("runs", name)
+        return path if os.sep in name and path.suffix == ".json" else path.with_name(f"{path.name}.json")
+
     def _place(self, kind: str, name: str) -> Path:
-        if not name or name in (".", ".."):
-            raise UserError(
-                f"{name!r} is no name for a part of {kind}; for a folder write ./NAME or an absolute path"
-            )
-        return Path(name).expanduser() if os.sep in name else self.path / kind / name
+        return as_path(name) if os.sep in name else self.path / kind / check_name(name, kind)
 
     def parts(self, table: str) -> list[Part]:
         """Every part of `table` in this workspace, by name. Raises UserError where an earlier capfilt wrote one."""
@@ -67,3 +80,40 @@ class Workspace:
         """The folders in which parts of `table` lie, by name, also those that are no parts."""
         directory = self.path / table
         return sorted(child for child in directory.iterdir() if child.is_dir()) if directory.is_dir() else []
+
+
+def check_name(name: str, what: str) -> str:
+    """`name`, which becomes a folder's or a file's; `what` says of what. Raises UserError where it is no name."""
+    if not name:
+        fault = "it is empty"
+    elif os.sep in name:
+        fault = f"it has a {os.sep}"
+    elif not name.isprintable():
+        fault = "it has characters that nobody sees"
+    elif name[0] in ".-_~ ":
+        fault = f"it begins with {name[0]!r}"
+    elif name[-1] == " ":
+        fault = "it ends with a space"
+    elif len(name.encode()) > LONGEST_NAME:
+        fault = f"it is longer than {LONGEST_NAME} bytes"
+    else:
+        return name
+    raise UserError(
+        f"{what} {_short(name)} is no name: {fault}; give a name such as web, or, where a path will do, ./web"
+    )
+
+
+def as_path(text: str) -> Path:
+    """The path that somebody wrote. Raises UserError for a path that no file system has, or that nobody can read."""
+    if visible(text) != text:
+        raise UserError(f"{_short(text)} is no path, because it has characters that nobody sees; rename it")
+    path = Path(text).expanduser()
+    if any(len(part.encode()) > LONGEST_NAME for part in path.parts):
+        raise UserError(
+            f"{_short(text)} is no path, because a name in it is longer than {LONGEST_NAME} bytes"
+        )
+    return path
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capfilt.catalog.html import Html, element, escape, join, table
-from capfilt.catalog.text import visible
+from capfilt.tables.visible import visible
 
 
 class Reader(HTMLParser):

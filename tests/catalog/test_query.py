@@ -214,3 +214,21 @@ def test_results_stream(tmp_path: Path) -> None:
     text = printed(workspace, "SELECT a.text_id FROM scores a, scores b", rows=5)
     assert "the first 5 rows" in text
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("format", ["table", "json", "csv"])
+def test_every_type_of_duckdb_is_printed(tmp_path: Path, format: str) -> None:
+    """Would catch: `OverflowError: date value out of range` for an infinite date, or a number that lost its digits."""
+    text = printed(Workspace(tmp_path), "FROM test_all_types()", format, rows=0)
+    for said in ("infinity", "5881580-07-10", "2262-04-11T23:47:16.854775806", "24:00:00-15:59:59", "10101"):
+        assert said in text
+    assert "340282366920938463463374607431768211455" in text
+    if format == "json":
+        rows = json.loads(text)
+        assert rows[1]["struct"] == {"a": 42, "b": "🦆" * 6}
+        assert rows[1]["timestamptz_array"][4] == "2022-05-12T23:23:45+00:00"
+        assert (rows[1]["map"]["key2"], rows[1]["union"], rows[1]["fixed_int_array"]) == (
+            "goose",
+            "5",
+            [4, 5, 6],
+        )

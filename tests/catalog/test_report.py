@@ -20,11 +20,11 @@ from PIL import Image
 
 from capfilt.catalog.artefacts import number
 from capfilt.catalog.report import SAMPLES_PER_GROUP, write_report
-from capfilt.catalog.text import visible
 from capfilt.catalog.views import open_catalog
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import IMAGES, VERDICTS
 from capfilt.tables.shards import Counts
+from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace
 
 VOID = {"meta", "img"}

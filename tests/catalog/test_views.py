@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import duckdb
@@ -285,3 +287,119 @@ def test_large_sorts_spill_outside_the_working_directory(
         assert tmp_path not in spill.parents
     assert not spill.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+MOMENT = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
+VALUES = {
+    "int": pa.array([7]),
+    "float": pa.array([1.5]),
+    "bool": pa.array([True]),
+    "string": pa.array(["none found"]),
+    "binary": pa.array([b"\xff\x00"]),
+    "timestamp": pa.array([MOMENT], pa.timestamp("us")),
+    "zoned": pa.array([MOMENT], pa.timestamp("us", "UTC")),
+    "date": pa.array([date(2020, 1, 2)]),
+    "decimal": pa.array([Decimal("1.50")]),
+    "list": pa.array([["a", None]]),
+    "nested": pa.array([[[0.5, 2.0]]]),
+    "struct": pa.array([{"a": 1}]),
+    "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int32())),
+    "null": pa.nulls(1),
+    "dictionary": pa.array(["x"]).dictionary_encode(),
+}
+TEXTS = {
+    "int": "7",
+    "float": "1.5",
+    "bool": "true",
+    "string": "none found",
+    "binary": "/wA=",
+    "timestamp": "2020-01-02 03:04:05",
+    "zoned": "2020-01-02 03:04:05+00",
+    "date": "2020-01-02",
+    "decimal": "1.50",
+    "list": '["a",null]',
+    "nested": "[[0.5,2.0]]",
+    "struct": '{"a":1}',
+    "map": '{"k":1}',
+    "null": None,
+    "dictionary": "x",
+}
+NUMBERS = {"int", "float", "decimal"}
+
+
+def carrying(workspace: Workspace, name: str, columns: dict[str, pa.Array], shard: int = 0) -> None:
+    """A shard of one row that carries these columns."""
+    part = workspace.part("images", name)
+    mark = part.begin(IMAGES, "ingest", {"version": 1})
+    table = IMAGES.table([image(f"{name}{shard}")])
+    for column, values in columns.items():
+        table = table.append_column(column, values)
+    part.commit(shard, table, Counts(1, 1), mark, 0.1)
+
+
+def test_one_column_of_any_two_types_has_one_type(tmp_path: Path) -> None:
+    """Would catch: `Conversion Error: ... can't be cast to DOUBLE[][]`, of `SELECT *` too, because two datasets carry one
+    name in two types."""
+    workspace = Workspace(tmp_path)
+    pairs = {f"{a}_{b}": (a, b) for a in VALUES for b in VALUES if a != b}
+    carrying(workspace, "one", {name: VALUES[a] for name, (a, _) in pairs.items()})
+    carrying(workspace, "two", {name: VALUES[b] for name, (_, b) in pairs.items()})
+    with open_catalog(workspace) as connection:
+        relation = connection.sql("SELECT * FROM images ORDER BY part")
+        types = dict(zip(relation.columns, map(str, relation.types), strict=True))
+        rows = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
+        comments = {
+            column.name: column.comment for column in describe(connection)[0].columns if column.name in pairs
+        }
+    assert [row["part"] for row in rows] == ["one", "two"]
+    for name, kinds in pairs.items():
+        found = [row[name] for row in rows]
+        if NUMBERS.issuperset(kinds):
+            assert types[name] == "DOUBLE", name
+            assert found == [float(TEXTS[kind]) for kind in kinds], name
+        elif "null" in kinds:
+            (other,) = {*kinds} - {"null"}
+            assert types[name] != "VARCHAR" or other in ("string", "dictionary"), name
+            assert [value is None for value in found] == [kind == "null" for kind in kinds], name
+        else:
+            assert types[name] == "VARCHAR", name
+            assert found == [TEXTS[kind] for kind in kinds], name
+    assert comments["nested_string"] == (
+        "carried along, of several types (DOUBLE[][] in one; VARCHAR in two), here as VARCHAR: bytes as base64, lists and "
+        "structs as JSON"
+    )
+
+
+def test_types_that_merely_widen_widen_between_shards_of_a_part_too(tmp_path: Path) -> None:
+    """Would catch: numbers that become text, integers that become floats, and -1 that does not fit."""
+    workspace = Workspace(tmp_path)
+    unlike = {
+        "narrow": (pa.array([-1], pa.int32()), pa.array([2**40]), "BIGINT"),
+        "unsigned": (pa.array([2**32 - 1], pa.uint32()), pa.array([-1], pa.int8()), "BIGINT"),
+        "huge": (pa.array([2**64 - 1], pa.uint64()), pa.array([-1]), "HUGEINT"),
+        "real": (pa.array([0.5], pa.float32()), pa.array([0.25]), "DOUBLE"),
+        "lists": (pa.array([[1]], pa.list_(pa.int32())), pa.array([[2**40]]), "BIGINT[]"),
+        "empty": (pa.array([[]], pa.list_(pa.null())), pa.array([["a"]]), "VARCHAR[]"),
+    }
+    carrying(workspace, "one", {name: first for name, (first, _, _) in unlike.items()})
+    carrying(workspace, "one", {name.upper(): second for name, (_, second, _) in unlike.items()}, shard=1)
+    with open_catalog(workspace) as connection:
+        relation = connection.sql(f"SELECT {', '.join(unlike)} FROM images ORDER BY image_id")
+        assert [*map(str, relation.types)] == [type_ for _, _, type_ in unlike.values()]
+        assert relation.fetchall() == [
+            tuple(each[place][0].as_py() for each in unlike.values()) for place in (0, 1)
+        ]
+
+
+@pytest.mark.parametrize("name", ['a"b', "we, ird; --", "ünï ☃", "FLOAT", "Part", "URL"])
+def test_a_carried_column_may_be_called_anything(tmp_path: Path, name: str) -> None:
+    """Would catch: a column's name that ends the SQL it stands in, or that hides a column of the table's own."""
+    workspace = Workspace(tmp_path)
+    carrying(workspace, "one", {name: pa.array([1])})
+    carrying(workspace, "two", {name: pa.array(["x"])})
+    with open_catalog(workspace) as connection:
+        assert connection.execute("SELECT part, url FROM images ORDER BY 1").fetchall() == [
+            ("one", None),
+            ("two", None),
+        ]
+        connection.execute("SELECT * FROM images").fetchall()

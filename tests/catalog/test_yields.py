@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from capfilt.catalog.funnel import accounts
-from capfilt.catalog.text import visible
 from capfilt.catalog.views import open_catalog
 from capfilt.catalog.yields import yield_section
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.shards import Counts
+from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace
 from tests.catalog.conftest import picture
 

@@ -236,7 +236,7 @@ def test_pictures_that_are_all_bad_end_the_run_by_name(tmp_path, tokenizer, work
 
 def test_a_corpus_without_a_text_is_refused_with_the_reasons(tmp_path):
     part = write_images(Part(tmp_path / "p"), [[failed_row("web", "lost")]])
-    with pytest.raises(UserError, match=r"no training pairs in .*not_found"):
+    with pytest.raises(UserError, match=r"p: gives no training pair \(left out: not_found 1\)"):
         stream(part)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import unicodedata
 from collections import Counter
 
 import pyarrow as pa
@@ -242,9 +243,8 @@ def test_a_flat_picture_is_not_two_folders_pictures(place):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("[]", {}, "no record has question"),
+        ("[]", {}, "has no examples"),
         ('{"images":\n[]}', {}, "no list `questions`"),
-        ('{"question": "a"}\n{"question"', {}, "line 2 is not JSON"),
         ('[{"question": "a"}]', {"task": "vcr"}, "choose auto, vqa, nlvr, entailment"),
         ('[{"question": "a"}]', {"splits": ("test",)}, "no examples in the splits test"),
         ('[{"question": "a"}]', {"images": ()}, "--images"),
@@ -367,3 +367,17 @@ def test_folders_of_classes_are_classes(place, tmp_path):
         Examples(
             ExamplesOptions(source_path=str(tmp_path / "ws"), images=("pictures",), dataset="x"), place
         ).identity()
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_a_picture_is_found_however_its_accents_are_spelled(place, stored, asked):
+    key = unicodedata.normalize(stored, "für/Küche.jpg")
+    record = {"question": "what?", "image": unicodedata.normalize(asked, "Küche.png")}
+    (row,) = run(make(place, [record], [key]))
+    assert row["image_ids"] == [image_id("pictures", key)]
+
+
+def test_a_record_that_cannot_be_read_is_a_row_that_says_so(place):
+    rows = run(make(place, '{"question": "a", "image": "1.jpg"}\n{"question"\n', ["1.jpg"]))
+    assert [row["failure"] for row in rows] == [None, "no_image"]
+    assert "is not JSON" in rows[1]["error_message"]

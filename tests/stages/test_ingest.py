@@ -12,18 +12,22 @@ import pickle
 from collections import Counter
 from dataclasses import replace
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from capfilt.catalog.query import print_query
+from capfilt.catalog.views import open_catalog
 from capfilt.data.images import decode, phash
 from capfilt.errors import UserError
 from capfilt.stages.ingest import Ingest
 from capfilt.stages.options import IngestOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
+from capfilt.tables.shards import Counts
 from capfilt.tables.workspace import Workspace
 
 
@@ -62,8 +66,8 @@ FILES = {
 }
 
 
-def run(stage):
-    """What an executor does, in this process; returns the rows, in order."""
+def committed(stage):
+    """What an executor does, in this process; returns the part."""
     stage = pickle.loads(pickle.dumps(stage))
     mark = stage.begin()
     stage.setup()
@@ -71,8 +75,14 @@ def run(stage):
         assert stage.expected_rows(shard) > 0
         if stage.output.manifest(shard) is None:
             out = stage.process(shard)
-            stage.output.commit(shard, out.table, out.counts, stage.shard_fingerprint(mark, shard), 1.0)
-    return pa.concat_tables(stage.output.tables()).to_pylist()
+            mark_ = stage.shard_fingerprint(mark, shard)
+            stage.output.commit(shard, out.table, out.counts, mark_, 1.0, stats=out.stats)
+    return stage.output
+
+
+def run(stage):
+    """What an executor does, in this process; returns the rows, in order."""
+    return pa.concat_tables(committed(stage).tables()).to_pylist()
 
 
 def make(tmp_path, path, **options):
@@ -172,7 +182,7 @@ def test_columns_come_along_with_one_type(tmp_path, folder):
         {"file_name": name, "n": None if i < 8 else i, "who": "x"} for i, name in enumerate(sorted(FILES))
     ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    stage = make(tmp_path, folder, save_additional_columns=("n", "who"), shard_size=5)
+    stage = make(tmp_path, folder, save_additional_columns=("n", "who"), caption_col=("",), shard_size=5)
     rows = run(stage)
     assert [row["n"] for row in rows] == [*(record["n"] for record in records), None]
     assert {table.schema.field("n").type for table in stage.output.tables()} == {pa.int64()}
@@ -215,7 +225,7 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
     [
         ({"source_path": "nowhere"}, "nowhere: "),
         ({"source_path": ""}, "SOURCE_PATH must be given"),
-        ({"dataset": ""}, "--dataset must be given"),
+        ({"dataset": ""}, "--dataset '' is no name"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"format": "zip"}, "--format 'zip'"),
         ({"source": "synthetic"}, "--source 'synthetic'"),
@@ -292,7 +302,7 @@ def test_the_web_pairs_come_in_with_both_texts(tmp_path, shared_data):
     assert {row["status"] for row in rows} == {"success"}
     assert {row["source"] for row in rows} == {"web"}
     assert all(row["page"] and row["license"] for row in rows)
-    whole = make(tmp_path, path, source="web")
+    whole = make(tmp_path, path, source="web", caption_col=("alt_text",))
     assert sum(whole.expected_rows(shard) for shard in whole.shards()) == 2421
 
 
@@ -310,3 +320,129 @@ def test_the_part_opens_as_a_dataset_of_pictures(tmp_path, folder, monkeypatch):
     pictures = [row["image"] for row in loaded]
     assert sum(image is not None for image in pictures) == 9
     assert all(image is None or image.size[0] > 0 for image in pictures)
+
+
+def seen_otherwise() -> dict[str, bytes]:
+    """Pictures that other readers show otherwise than capfilt sees them."""
+    rgb = picture()
+    deep = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+    layered = rgb.convert("RGBA")
+    layered.putalpha(Image.linear_gradient("L").resize(rgb.size))
+    return {
+        "16bit.png": encoded(deep, "PNG"),
+        "alpha.png": encoded(layered, "PNG"),
+        "alpha.webp": encoded(layered, "WEBP", lossless=True),
+        "grey-alpha.png": encoded(layered.convert("LA"), "PNG"),
+        "palette.png": encoded(rgb.convert("P"), "PNG"),
+        "clear-palette.png": encoded(rgb.convert("P"), "PNG", transparency=0),
+        "clear.png": encoded(Image.new("RGB", (40, 30), (0, 0, 9)), "PNG", transparency=(0, 0, 9)),
+        "clear-grey.png": encoded(Image.new("L", (40, 30), 7), "PNG", transparency=7),
+        "bit.png": encoded(rgb.convert("1"), "PNG"),
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "float.tif": encoded(rgb.convert("F"), "TIFF"),
+        "alpha.avif": encoded(layered, "AVIF"),
+        "16bit.jp2": encoded(deep, "JPEG2000"),
+        "deep.pgm": encoded(deep, "PPM"),
+    }
+
+
+def test_what_is_stored_shows_what_the_models_see(tmp_path):
+    """Catches: `load_dataset` showing a black 16-bit picture, or a transparent one on black, that the filter saw otherwise."""
+    files = seen_otherwise()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    for row in run(make(tmp_path, folder, caption_col=("",))):
+        name = row["key"]
+        stored = Image.open(io.BytesIO(row["image"]["bytes"]))
+        stored.load()
+        assert (stored.mode, "transparency" in stored.info) == ("RGB", False), name
+        seen = np.asarray(decode(files[name]), int)
+        difference = np.abs(np.asarray(stored, int) - seen)
+        assert difference.max() == 0 if name.endswith(".png") else difference.mean() < 3, name
+        assert row["sha256"] == hashlib.sha256(files[name]).hexdigest()
+        assert row["phash"] == phash(decode(files[name]))
+        assert row["image"]["path"].endswith(".png" if name.endswith(".png") else ".jpg")
+
+
+def test_an_ingest_says_how_many_texts_there_are_and_what_is_left_out(tmp_path, folder):
+    (folder / "notes.md").write_text("x")
+    stage = make(tmp_path, folder, max_pixels=1_000_000, shard_size=4)
+    run(stage)
+    assert stage.remarks() == ["9 images, 1 texts", "not read: 1 .md"]
+    (folder / "good.txt").unlink()
+    stage = make(tmp_path, folder, dataset="none", limit=5)
+    run(stage)
+    assert stage.remarks()[1].startswith("no image has a text: no .txt beside it")
+    stage = make(tmp_path, folder, dataset="wanted", limit=5, caption_col=("",))
+    run(stage)
+    assert stage.remarks() == ["2 images, 0 texts", "not read: 1 .md"]
+
+
+def test_image_ids_are_unique_whatever_a_source_numbers_anew(tmp_path):
+    for name in ("0.parquet", "1.parquet", "10.parquet"):
+        pq.write_table(
+            pa.table({"key": ["1", "10", "11"], "jpg": [GOOD] * 3, "caption": ["a"] * 3}), tmp_path / name
+        )
+    rows = run(make(tmp_path, tmp_path))
+    assert len({row["image_id"] for row in rows}) == 9
+
+
+def described(tmp_path, sql):
+    """Types and text of the rows of a query over the workspace."""
+    with open_catalog(Workspace(tmp_path / "ws")) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def test_every_column_that_duckdb_writes_is_carried(tmp_path):
+    """Would catch: a file of DuckDB's that ends the run, because a date in it is infinite or Arrow cannot read a list."""
+    file = tmp_path / "all.parquet"
+    with duckdb.connect() as connection:
+        connection.execute("CREATE TABLE pictures AS SELECT ?::BLOB AS jpg, 'a' AS caption", [GOOD])
+        # Parquet has no struct without fields.
+        connection.execute(
+            "CREATE VIEW every AS SELECT * FROM pictures, (SELECT * EXCLUDE (empty_struct) FROM test_all_types())"
+        )
+        names = [row[0] for row in connection.execute("DESCRIBE every").fetchall()[2:]]
+        connection.execute(f"COPY every TO '{file}' (FORMAT parquet)")
+    stage = make(tmp_path, file, save_additional_columns=tuple(names))
+    assert committed(stage).counts() == Counts(3, 3)
+    # Their text, for a time of day loses its zone and an array its length, an interval is 12 bytes.
+    same = [name for name in names if name not in ("time_tz", "interval", "geometry")]
+    listed = ", ".join(f'CAST("{name}" AS VARCHAR)' for name in same)
+    with duckdb.connect() as connection:
+        wanted = connection.execute(f"SELECT {listed} FROM '{file}'").fetchall()
+    assert described(tmp_path, f"SELECT {listed} FROM images ORDER BY key") == wanted
+    other = make(tmp_path, file, dataset="other")
+    assert len(run(other)) == 3
+    assert run(other)[0].keys() == {*IMAGES.schema.names}
+    out = io.StringIO()
+    for format in ("json", "csv", "table"):
+        print_query(Workspace(tmp_path / "ws"), "SELECT * FROM images", format, out)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        (pa.array([7], pa.int32()), pa.array([2**40]), (pa.int64(), [7, 2**40])),
+        (pa.array([7]), pa.array(["x"]), (pa.string(), ["7", "x"])),
+        (pa.array([[1.5]]), pa.array([b"\xff"]), (pa.string(), ["[1.5]", "/w=="])),
+        (pa.array([True]), pa.nulls(1), (pa.bool_(), [True, None])),
+        (pa.array(["a"]).dictionary_encode(), pa.array(["b"]), (pa.string(), ["a", "b"])),
+        (pa.array(["a"]), None, (pa.string(), ["a", None])),
+    ],
+    ids=["wider", "text", "json", "null", "dictionary", "absent"],
+)
+def test_files_that_differ_in_a_columns_type_are_of_one_in_the_part(tmp_path, first, second, wanted):
+    """Would catch: a second file whose values do not fit the first one's type, which ended the run."""
+    (tmp_path / "files").mkdir()
+    for number, column in enumerate((first, second)):
+        columns = {"jpg": [GOOD], "caption": ["a"], **({"x": column} if column is not None else {})}
+        pq.write_table(pa.table(columns), tmp_path / "files" / f"{number}.parquet")
+    stage = make(tmp_path, tmp_path / "files", save_additional_columns=("x",))
+    rows = run(stage)
+    assert [row["x"] for row in rows] == wanted[1]
+    assert {table.schema.field("x").type for table in stage.output.tables()} == {wanted[0]}
+    # A part whose files agree has the fingerprint it always had.
+    assert ("types" in stage.identity()) == (second is not None)

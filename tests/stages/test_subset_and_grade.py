@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.stats import kendalltau
 
@@ -16,7 +18,7 @@ from capfilt.stages.grade import Grade
 from capfilt.stages.options import GradeOptions, SelectOptions, SubsetOptions
 from capfilt.stages.select import Select
 from capfilt.stages.subset import Subset
-from capfilt.tables.contracts import SCORES
+from capfilt.tables.contracts import IMAGES, SCORES
 from capfilt.tables.shards import Counts
 from capfilt.tables.texts import found_texts
 from capfilt.tables.workspace import Workspace
@@ -149,3 +151,30 @@ def test_experts_are_graded_as_evaluate_grades_them(place, tmp_path):
             means, [getattr(score, f"{name}_score") for score in found], variant="c"
         ).statistic
         assert result["metrics"][f"tau_c_mean_{name}"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**61], pa.timestamp("us")),
+        pa.array([5], pa.int8()),
+        pa.array([Decimal("1.50")]),
+        pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int32())),
+        pa.array(["x"]).dictionary_encode(),
+    ],
+    ids=["far", "narrow", "decimal", "map", "dictionary"],
+)
+def test_further_columns_keep_their_types_and_values(tmp_path, column):
+    """Would catch: a shard whose first 100 rows are null in a column, or an infinite date, ending the run; an int8 that
+    comes out as int64."""
+    workspace = Workspace(tmp_path)
+    part = workspace.part("images", "clean")
+    mark = part.begin(IMAGES, "test", {})
+    table = IMAGES.table(image_rows("clean", 120, source="human"))
+    values = pa.chunked_array([pa.nulls(119, column.type), column])
+    part.commit(0, table.append_column("x", values), Counts(120, 120), mark, 0.1)
+    run(Subset(SubsetOptions(images="clean", dataset="noisy", wrong=0.5), workspace))
+    made = workspace.part("images", "noisy").read(0)
+    assert made.schema.field("x").type == column.type
+    assert made["x"].combine_chunks() == values.combine_chunks()
+    assert {*made["planted"].to_pylist()[0]} <= {"true", "other_image"}

@@ -237,6 +237,7 @@ def test_two_ranks_take_the_steps_of_one(place, kind, shard):
         ({"splits": ("dev",)}, "--splits 'dev'"),
         ({"drop_path": 1.0}, "--drop-path"),
         ({"examples": ("asked",)}, "no examples of the task nlvr"),
+        ({"examples": ("pairs", "asked")}, "examples/asked: gives no example of the task nlvr"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"accumulate": 8}, "--accumulate 8"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import warnings
 from types import SimpleNamespace
@@ -21,11 +22,14 @@ from capfilt.stages import options as o
 from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.pairs import Streamed
+from capfilt.stages.registry import STAGES, stage_command
+from capfilt.stages.retrain_clip import RetrainClip
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
-from capfilt.tables.contracts import PAIRS
+from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.shards import Counts
-from tests.worlds import image_rows, write_images
+from capfilt.tables.texts import found_texts
+from tests.worlds import failed_row, image_rows, write_images
 
 FAST = {
     "steps": 2, "batch_size": 4, "preset": "tiny", "vocab_size": 60, "queue_size": 8, "augment": False, "save_every": 1
@@ -436,3 +440,97 @@ def test_tensorboard_is_refused_before_the_run_where_it_is_missing_and_written_w
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"capfilt\[tensorboard\]"):
         Pretrain(options, place)
+
+
+def barren(place, kind):
+    """An images part `bad` that gives no training pair."""
+    rows = image_rows("bad", 3, split="train")
+    for row in rows:
+        if kind == "no text":
+            row["captions"] = []
+        elif kind == "empty texts":
+            row["captions"] = ["", "...", "x" * 20_000]
+        elif kind == "broken":
+            row["image"]["bytes"] = row["image"]["bytes"][:60]
+        elif kind == "test":
+            row["split"] = "test"
+    if kind == "lost":
+        rows = [failed_row("bad", "lost")]
+    return write_images(place.part("images", "bad"), [[] if kind == "no rows" else rows])
+
+
+BARREN = {
+    "no text": "no_text 3",
+    "empty texts": "empty_text 6, too_long 3",
+    "lost": "not_found 1",
+    "test": "split 3",
+    "no rows": "nothing, it is empty",
+    "broken": "no_picture 3",
+}
+
+
+@pytest.mark.parametrize("kind", BARREN)
+@pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
+def test_a_part_that_gives_no_pair_is_refused_by_name(place, kind, stream):
+    """Would catch: a training that is silent about a part of which it sees nothing, and of which people believe it did."""
+    barren(place, kind)
+    given = {"human": ("human",), "stream": stream}
+    stages = [
+        Pretrain(o.PretrainOptions(web=("bad",), **given), place),
+        Pretrain(o.PretrainOptions(**{**given, "human": ("human", "bad")}), place),
+        FinetuneCaptioner(
+            o.FinetuneCaptionerOptions(init="captioner", **{**given, "human": ("bad", "human")}), place
+        ),
+        FinetuneFilter(
+            o.FinetuneFilterOptions(init="captioner", **{**given, "human": ("human", "bad")}), place
+        ),
+        RetrainClip(o.RetrainOptions(model="clip", web=("bad",), **given), place),
+    ]
+    for stage in stages:
+        if kind == "broken" and stream:
+            stage.data(32)  # found out when its pictures are read
+            continue
+        with pytest.raises(UserError, match=r"images/bad: gives no training pair") as caught:
+            stage.data(32)
+        assert BARREN[kind] in str(caught.value)
+    for kept in (False, True):
+        stage = Pretrain(o.PretrainOptions(**{**given, "web": ("web",) if kept else ()}), place)
+        # Of the web one picture is broken, which a stream finds out later.
+        assert len(stage.data(32)) == 12 + (9 + stream) * kept
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
+@pytest.mark.parametrize("model", ["blip", "clip", "vilt", "albef"])
+def test_a_selection_that_kept_nothing_is_refused_by_name(place, model, stream):
+    """Would catch: a retraining on human pairs alone that is taken for one on a corpus."""
+    part = place.part("pairs", "none")
+    part.commit(0, PAIRS.table([]), Counts(0, 0), part.begin(PAIRS, "test", {}), 0.1)
+    images, verdicts = place.part("images", "human"), place.part("verdicts", "none")
+    mark = verdicts.begin(VERDICTS, "test", {})
+    rows = [
+        {
+            **{name: row[name] for name in ("text_id", "image_id", "source", "text")},
+            "keep": False,
+            "reason": "no",
+        }
+        for row in found_texts(images.read(0)).to_pylist()
+    ]
+    verdicts.commit(0, VERDICTS.table(rows), Counts(len(rows), 0, {"no": len(rows)}), mark, 0.1)
+    command = stage_command("retrain")
+    for chosen, named in (
+        ({"pairs": ("none",)}, "pairs/none"),
+        ({"verdicts": ("human=none",)}, "images/human with .*verdicts/none"),
+    ):
+        options = o.RetrainOptions(model=model, human=("human",), stream=stream, **chosen)
+        (path,) = command.classes(options)
+        with pytest.raises(UserError, match=rf"{named}: gives no training pair"):
+            command.build(path, options, place).data(32)
+
+
+def test_no_training_on_pairs_reads_its_parts_another_way():
+    for command in STAGES:
+        for path in (*command.stages, *command.kinds[1].values()):
+            module, _, name = path.partition(":")
+            kind = getattr(importlib.import_module(module), name)
+            if issubclass(kind, pair_training.PairTraining):
+                assert kind.data is pair_training.PairTraining.data

@@ -52,7 +52,7 @@ def test_an_old_part_is_refused_with_the_command_that_converts_it(old):
         lambda: old.part("images", "web").begin(CONTRACTS["images"], "download", {}),
     ):
         with pytest.raises(
-            UserError, match=r"written by an earlier capfilt; convert it with `capfilt convert .*web|human`"
+            UserError, match=r"written by an earlier capfilt; convert it with `capfilt convert .*ws`"
         ):
             read()
     assert not any(good for good, _ in doctor(str(old.path), full=True))
@@ -80,6 +80,9 @@ def test_a_converted_workspace_has_the_rows_ids_and_fingerprints_it_had(old):
     assert {file_sha256(path) for path in old.path.rglob("*.parquet")} == sums
     assert all(good for good, _ in doctor(str(old.path), full=True))
     assert old.part("images", "web").manifest(0).generation == 1
+    assert (
+        old.part("captions", "captioner").planned_rows == old.part("captions", "captioner").counts().rows_in
+    )
     assert convert(old.path) == []
     with pytest.raises(UserError, match="no such folder"):
         convert(old.path / "nowhere")

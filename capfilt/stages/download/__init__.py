@@ -5,8 +5,7 @@ img2dataset is the engine: its `download_image` fetches and its `Resizer` resize
     retry.py      the same for failed rows of a part that stands: a new generation of their shards
     rows.py       answers as rows, accounts and figures
     tally.py      what is told while it runs, and at the end
-    lists.py      a list of URLs, a file or a folder; url_list.py what all formats share, text_lists.py those that are text,
-                  places.py where it lies, presets.py what published ones look like
+    lists.py      a list of URLs, a file or a folder, cut into slices; presets.py what published ones look like
     worker.py     the child process as its parent sees it: started, spoken to, replaced when it dies
     child.py      the child process from the inside; wire.py is what the two say to each other
     engine.py     what the child does with a slice: fetch, decode within limits, hand on to img2dataset

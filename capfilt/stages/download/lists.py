@@ -1,42 +1,49 @@
-"""Lists of URLs: one file or a folder of them, text or Parquet, read a slice at a time.
+"""Lists of URLs: one file or a folder of them, cut into slices.
 
-What a list says comes through as it is; whether a URL makes sense is found out when it is fetched (`opener.py`). What all
-lists have in common is `url_list.py`'s, the text formats are `text_lists.py`'s; where the files lie is `places.py`, what
-columns well-known lists have is `presets.py`.
+What a list says comes through as it is; whether a URL makes sense is found out when it is fetched (`opener.py`). How files
+are read is `capfilt/formats/records.py`, what columns well-known lists have is `presets.py`.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
-from capfilt.stages.download.places import Place, places
-from capfilt.stages.download.presets import Layout
-from capfilt.stages.download.text_lists import CsvList, JsonList, JsonlList, TsvList, TxtList
-from capfilt.stages.download.url_list import EmptyList, Slice, UrlList, url_of
-from capfilt.tables.formats import text_of, texts_in
+from capfilt.formats.places import Place, places
+from capfilt.formats.records import SUFFIXES, URL, EmptyFile, ParquetRecords, Record, open_records, plain
+from capfilt.formats.values import CAPTION_COLUMNS, ColumnTypes, arrow_column, storable, text_of, texts_in
+from capfilt.stages.download.presets import Layout, fitting
+from capfilt.stages.download.urls import short
 from capfilt.tables.sealed import fingerprint
 
 INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
 
-_SUFFIXES = {
-    ".txt": "txt",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-}
-_SUFFIXES |= {".parquet": "parquet", ".pq": "parquet"}
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive rows of a list.
+
+    Attributes:
+        urls: as the list has them; None where it has none.
+        captions: the texts of each row, untouched; a null is no text, an empty string is one.
+        faults: why a row cannot be read, in words; None where it can.
+        extra: the further columns asked for.
+    """
+
+    urls: list[str | None]
+    captions: list[list[str]]
+    faults: list[str | None]
+    extra: pa.Table
 
 
 def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str], slice_rows: int) -> UrlList:
@@ -44,24 +51,24 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
 
     Raises UserError where there is none, or it is not what the options say.
     """
-    if input_format not in ("auto", *_READERS):
+    if input_format not in ("auto", *INPUT_FORMATS):
         raise UserError(f"--input-format {input_format!r}: choose auto, {', '.join(INPUT_FORMATS)}")
     suffixes = frozenset(
-        suffix for suffix, format in _SUFFIXES.items() if input_format in ("auto", format)
+        suffix for suffix, format in SUFFIXES.items() if input_format in ("auto", format)
     )  # of a folder; a file that is named may be called anything
     found, files, empty = places(path, suffixes), [], []
     for place in found:
-        format = _SUFFIXES.get(place.suffix, "") if input_format == "auto" else input_format
-        if not format:
+        if input_format == "auto" and place.suffix not in SUFFIXES:
             raise UserError(f"{path}: its name does not tell the format; give --input-format")
         try:
-            files.append(_READERS[format](place, layout, extra, slice_rows))
-        except EmptyList:
+            format = SUFFIXES[place.suffix] if input_format == "auto" else input_format
+            files.append(_File(place, format, layout, extra, slice_rows))
+        except EmptyFile:
             if len(found) == 1:
                 raise
             empty.append(place)
     if not files:
-        raise EmptyList(f"{path}: none of its {len(found)} lists has URLs")
+        raise EmptyFile(f"{path}: none of its {len(found)} lists has URLs")
     if empty:
         names = ", ".join(str(place) for place in empty[:5]) + (", ..." if len(empty) > 5 else "")
         warnings.warn(
@@ -69,139 +76,198 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
             RuntimeWarning,
             stacklevel=2,
         )
-    return files[0] if len(found) == 1 else _Folder(Place(path), files)
+    told = {SUFFIXES.get(place.suffix, "") for place in found}
+    same = len(told) == 1 and input_format in ("auto", *told)
+    return UrlList(path, files, len(found) == 1, frozenset({"auto", *told} if same else {input_format}))
 
 
-class _Folder(UrlList):
-    """The lists of a folder, one after the other; no slice has rows of two."""
+class UrlList:
+    """Files of URLs, one after the other, cut into slices; no slice has rows of two files. Picklable.
 
-    def __init__(self, path: Place, files: Sequence[UrlList]) -> None:
-        self.files = list(files)
+    Attributes:
+        formats: the values of --input-format with which this is the same list.
+        extra: the further columns of all slices: those asked for, then those of the layout that are there.
+    """
+
+    def __init__(self, path: str, files: Sequence[_File], alone: bool, formats: frozenset[str]) -> None:
+        self.path = path
+        self.formats = formats
+        self._files = list(files)
+        self._alone = alone
+        self._reading = 0
         # A column that only some of the files have cannot be carried: shards of one part have the same columns.
-        common = [name for name in files[0].extra if all(name in each.extra for each in files)]
-        for each in files:
-            each.extra = tuple(common)
-        super().__init__(path, files[0].layout, common, files[0].slice_rows)
-
-    def check(self) -> None:
-        """Each file was, when it was opened."""
+        self.extra = tuple(name for name in files[0].extra if all(name in each.extra for each in files))
 
     @cached_property
     def digest(self) -> str:
-        return fingerprint({"files": [each.digest for each in self.files]})
+        """SHA-256 of the file, or of the files' together; hex."""
+        digests = [file.records.place.sha256() for file in self._files]
+        return digests[0] if self._alone else fingerprint({"files": digests})
 
     @property
     def rows(self) -> int:
-        return sum(each.rows for each in self.files)
+        """How many rows the list has."""
+        return sum(file.rows for file in self._files)
 
     @property
     def slices(self) -> int:
+        """How many slices there are."""
         return self._firsts[-1]
 
     @cached_property
     def _firsts(self) -> list[int]:
         """The number of each file's first slice, and how many there are."""
-        return [0, *accumulate(each.slices for each in self.files)]
-
-    def _where(self, number: int) -> tuple[UrlList, int]:
-        place = bisect_right(self._firsts, number) - 1
-        return self.files[place], number - self._firsts[place]
+        return [0, *accumulate(math.ceil(file.rows / file.slice_rows) for file in self._files)]
 
     def bounds(self, number: int) -> tuple[int, int]:
-        file, inner = self._where(number)
-        before = sum(each.rows for each in self.files[: self.files.index(file)])
-        start, stop = file.bounds(inner)
+        """First row of slice `number`, from 0, and the row after its last."""
+        place = bisect_right(self._firsts, number) - 1
+        before = sum(file.rows for file in self._files[:place])
+        start, stop = self._files[place].bounds(number - self._firsts[place])
         return before + start, before + stop
 
     @cached_property
     def _types(self) -> dict[str, pa.DataType]:
-        found = [file.extra_types() for file in self.files]
+        found = [file.types for file in self._files]
         return {name: _common_type([types[name] for types in found]) for name in self.extra}
 
-    def extra_types(self) -> Mapping[str, pa.DataType]:
-        return self._types
-
     def read(self, number: int) -> Slice:
-        file, inner = self._where(number)
-        found = file.read(inner)
-        columns = [_as_type(found.extra[name], type_) for name, type_ in self._types.items()]
-        return replace(found, extra=pa.Table.from_arrays(columns, names=list(self._types)))
+        """Slice `number`, from 0; the last one of a file may be shorter."""
+        place = bisect_right(self._firsts, number) - 1
+        if place != self._reading:
+            self._files[self._reading].close()
+        self._reading = place
+        return self._files[place].read(number - self._firsts[place], self._types)
 
 
-class _ParquetList(UrlList):
-    """A Parquet file; its row groups are read one at a time, and the last one is kept for the next slice."""
+class _File:
+    """One file of URLs. Reading goes on from slice to slice, until `close`."""
+
+    def __init__(
+        self, place: Place, format: str, layout: Layout, asked: Sequence[str], slice_rows: int
+    ) -> None:
+        self.slice_rows = slice_rows
+        self._going: tuple[int, Iterator[Record]] | None = None
+        if format == "txt":
+            if asked:
+                raise UserError(f"{place}: a txt list has no columns; leave out --save-additional-columns")
+            self.records = open_records(place, format, (layout.url_col,))
+            self.url_col, self.caption_col, self.extra = layout.url_col, "", tuple[str, ...]()
+            return
+        self.records = open_records(place, format)
+        wanted = {"--url-col": layout.url_col, "--caption-col": layout.caption_col}
+        if (
+            format in ("csv", "tsv")
+            and layout.header
+            and not all(map(self._column, filter(None, wanted.values())))
+        ):
+            self.records = open_records(place, format, layout.header)
+        names = self.records.names
+        for option, column in (*wanted.items(), *(("--save-additional-columns", name) for name in asked)):
+            if column and not (self._column(column) if option in wanted else column in names):
+                raise UserError(self._missing(option, column))
+        self.url_col, self.caption_col = map(self._column, wanted.values())
+        further = (*layout.carried, *layout.license_cols)
+        self.extra = tuple(dict.fromkeys((*asked, *(name for name in further if name in names))))
+        self.records.key = (self.url_col, URL)
+        if isinstance(self.records, ParquetRecords):
+            type_ = self.records.schema.field(self.url_col).type
+            if not _is_text(type_):
+                raise UserError(
+                    f"{place}: column {self.url_col!r} is {type_}, not text; name another with --url-col"
+                )
+
+    def _column(self, wanted: str) -> str:
+        """The column that is meant: by its very name, or the only one that differs in case alone; "" for none.
+
+        What the texts are called where nothing else is said is any of CAPTION_COLUMNS.
+        """
+        for name in CAPTION_COLUMNS if wanted == Layout.caption_col else (wanted,):
+            alike = [each for each in self.records.names if each.casefold() == name.strip().casefold()]
+            if name in alike or len(alike) == 1:
+                return name if name in alike else alike[0]
+        return ""
+
+    def _missing(self, option: str, column: str) -> str:
+        names = self.records.names
+        known = ", ".join(short(name) for name in names[:20]) + (", ..." if len(names) > 20 else "")
+        hint = ", or --caption-col '' for none" if option == "--caption-col" else ""
+        if preset := fitting(names):
+            hint += f", or give --preset {preset}"
+        words = f"has no column {column!r}; its columns are {known or 'none'}: name one with {option}{hint}"
+        return f"{self.records.place}: {words}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_file", "_group")}
+        return self.__dict__ | {"_going": None}
+
+    def close(self) -> None:
+        """Let go of what is open; reading opens it again."""
+        self._going = None
+        self.records.close()
 
     @cached_property
-    def _file(self) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.path.open() if self.path.remote else self.path.name)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{self.path}: is not a Parquet file ({_first_line(error)})") from None
-
-    @cached_property
-    def _group(self) -> dict[int, pa.Table]:
-        return {}
-
-    def check(self) -> None:
-        schema = self._file.schema_arrow
-        self.check_columns(schema.names)
-        type_ = schema.field(self.url_col).type
-        if not _is_text(type_):
-            raise UserError(
-                f"{self.path}: column {self.url_col!r} is {type_}, not text; name another with --url-col"
-            )
+    def _index(self) -> tuple[int, list[Record], Mapping[str, pa.DataType]]:
+        """How many records there are, the first of each slice, and the types of the further columns."""
+        rows, firsts, types = 0, [], ColumnTypes(self.extra)
+        for record in self.records:
+            if rows % self.slice_rows == 0:
+                firsts.append(record._replace(fields={}))
+            rows += 1
+            types.notice(record.fields)
+        return rows, firsts, types.types()
 
     @property
     def rows(self) -> int:
-        return int(self._file.metadata.num_rows)
+        return self.records.rows if isinstance(self.records, ParquetRecords) else self._index[0]
 
-    def extra_types(self) -> Mapping[str, pa.DataType]:
-        schema = self._file.schema_arrow
-        return {name: schema.field(name).type for name in self.extra}
+    @property
+    def types(self) -> Mapping[str, pa.DataType]:
+        if isinstance(self.records, ParquetRecords):
+            return {name: self.records.schema.field(name).type for name in self.extra}
+        return self._index[2]
 
-    def _read_group(self, number: int) -> pa.Table:
-        if number not in self._group:
-            self._group.clear()
-            wanted = [self.url_col, self.caption_col, *self.extra]
-            columns = [name for name in dict.fromkeys(wanted) if name]
-            try:
-                self._group[number] = self._file.read_row_group(number, columns=columns)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise UserError(
-                    f"{self.path}: row group {number} cannot be read ({_first_line(error)})"
-                ) from None
-        return self._group[number]
+    def bounds(self, number: int) -> tuple[int, int]:
+        start = number * self.slice_rows
+        return start, min(self.rows, start + self.slice_rows)
 
-    def read(self, number: int) -> Slice:
+    def read(self, number: int, types: Mapping[str, pa.DataType]) -> Slice:
+        """Slice `number` of the file, with further columns of these types."""
         start, stop = self.bounds(number)
-        tables, begin = [], 0
-        for group in range(self._file.num_row_groups):
-            end = begin + self._file.metadata.row_group(group).num_rows
-            if begin < stop and end > start:
-                low, high = max(start, begin), min(stop, end)
-                tables.append(self._read_group(group).slice(low - begin, high - low))
-            begin = end
-        table = pa.concat_tables(tables)
-        captions = table[self.caption_col].to_pylist() if self.caption_col else [None] * table.num_rows
+        named = [name for name in dict.fromkeys((self.url_col, self.caption_col)) if name]
+        if isinstance(self.records, ParquetRecords):
+            table = self.records.table(start, stop, list(dict.fromkeys((*named, *types))))
+            rows = plain(table.select(named))
+            extra = [table[name] for name in types]
+        else:
+            wanted = (*named, *types)
+            found = islice(self._from(number), stop - start)
+            rows = [({name: each.fields.get(name) for name in wanted}, each.fault) for each in found]
+            columns = (arrow_column((row[name] for row, _ in rows), self.types[name]) for name in types)
+            extra = [pa.chunked_array([column]) for column in columns]
+        further = [_as_type(column, type_) for column, type_ in zip(extra, types.values(), strict=True)]
         return Slice(
-            [url_of(value) for value in table[self.url_col].to_pylist()],
-            [texts_in(value) for value in captions],
-            [None] * table.num_rows,
-            table.select(list(self.extra)),
+            [url_of(row.get(self.url_col)) for row, _ in rows],
+            [texts_in(row.get(self.caption_col)) for row, _ in rows],
+            [fault for _, fault in rows],
+            pa.Table.from_arrays(further, names=list(types)),
         )
 
+    def _from(self, number: int) -> Iterator[Record]:
+        """The records from slice `number` on."""
+        at, records = self._going or (number + 1, iter(()))
+        skipped = number - at
+        # A compressed file is read from its beginning, unless what is left out now is far less than that.
+        if skipped < 0 or (skipped and (self.records.seekable or 8 * skipped > number)):
+            records = self.records.iterate(self._index[1][number])
+        else:
+            deque(islice(records, skipped * self.slice_rows), maxlen=0)
+        self._going = (number + 1, records)
+        return records
 
-_READERS: dict[str, Callable[..., UrlList]] = {
-    "txt": TxtList,
-    "csv": CsvList,
-    "tsv": TsvList,
-    "json": JsonList,
-    "jsonl": JsonlList,
-    "parquet": _ParquetList,
-}
+
+def url_of(value: Any) -> str | None:
+    """A URL as it is stored, whatever the list has in its place; None for none."""
+    return storable(value) if isinstance(value, str) else None if value is None else str(value)
 
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -214,6 +280,8 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _as_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    if column.type == type_:
+        return column
     return as_text(column) if type_ == pa.string() else column.cast(type_)
 
 
@@ -235,8 +303,3 @@ def _is_text(type_: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -45,7 +45,7 @@ class Retry(Fetching):
             if failure not in known:
                 raise UserError(f"--failure {failure!r}: choose {', '.join(known)}")
         check(options)
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         self.output.expect("images")
         identity = self.output.info.get("identity", {})
         if self.output.info.get("stage") != self.name or identity.get("version") != self.version:

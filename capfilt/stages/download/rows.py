@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 import capfilt
+from capfilt.formats.values import storable
 from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Row
 from capfilt.stages.options import DownloadOptions
-from capfilt.tables.formats import storable
 from capfilt.tables.shards import Counts
 
 HOSTS_TOLD = 50

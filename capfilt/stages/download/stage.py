@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download.addresses import AddressPolicy
-from capfilt.stages.download.lists import as_text, open_list
+from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
 from capfilt.stages.download.rows import (
     answered,
@@ -26,7 +25,6 @@ from capfilt.stages.download.rows import (
     stats_of,
 )
 from capfilt.stages.download.tally import DownloadTally
-from capfilt.stages.download.url_list import Slice
 from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
 from capfilt.stages.options import DownloadOptions
 from capfilt.tables.contracts import IMAGES
@@ -78,7 +76,7 @@ class Download(Fetching):
         if importlib.util.find_spec("img2dataset") is None:
             raise UserError(MISSING)
         self.options = options
-        self.output = output or workspace.part("images", options.dataset)
+        self.output = workspace.dataset("images", options.dataset, output)
         found = layout(options.preset, options.url_col, options.caption_col)
         asked = [*options.save_additional_columns, options.license_col, options.verify_hash]
         self.list = open_list(
@@ -99,10 +97,13 @@ class Download(Fetching):
         ]
 
     def identity(self) -> Mapping[str, Any]:
-        return {
-            "options": option_values(self.options, without=WITHOUT),
-            "url_list": self.list.digest,
-        }
+        options = option_values(self.options, without=WITHOUT)
+        if self.output.exists:
+            # A format that was named then, and is told by the names now, or the other way round, is the same list.
+            made = self.output.info.get("identity", {}).get("options", {}).get("input_format")
+            if {made, options["input_format"]} <= self.list.formats:
+                options["input_format"] = made
+        return {"options": options, "url_list": self.list.digest}
 
     def shards(self) -> list[int]:
         if not self.list.rows:
@@ -161,12 +162,10 @@ class Download(Fetching):
 
 def check(options: DownloadOptions) -> None:
     """Raise UserError for the first option that cannot be."""
-    for name in ("dataset", "url_col") if options.retry else ("url_list", "dataset", "url_col"):
+    for name in ("url_col",) if options.retry else ("url_list", "url_col"):
         if getattr(options, name).strip("\0") == "":
             # The list is the one that has no flag.
             raise UserError(f"download: {'URL_LIST' if name == 'url_list' else _flag(name)} must be given")
-    if os.sep in options.dataset:
-        raise UserError(f"--dataset {options.dataset!r}: give a name; --out names a directory")
     for name, allowed in (("resize_mode", RESIZE_MODES), ("encode_format", ENCODE_FORMATS)):
         if getattr(options, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(options, name)!r}: choose {', '.join(allowed)}")

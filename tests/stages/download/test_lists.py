@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import tracemalloc
@@ -30,7 +31,8 @@ def read_all(path, extra=(), rows=2, **options):
 def test_txt_is_a_url_per_line(tmp_path):
     path = tmp_path / "u.txt"
     path.write_bytes(b"\xef\xbb\xbfhttp://a/1,2.jpg\r\n\n  http://a/3.jpg \nhttp://a/\xff.jpg")
-    urls, captions, _, _ = read_all(path)
+    with pytest.warns(RuntimeWarning, match=r"u.txt: 1 records have bytes that are not UTF-8, .* record 4"):
+        urls, captions, _, _ = read_all(path)
     assert urls == ["http://a/1,2.jpg", "http://a/3.jpg", "http://a/\ufffd.jpg"]
     assert captions == [[], [], []]
 
@@ -46,6 +48,17 @@ def test_a_line_that_cannot_be_read_is_a_row(tmp_path):
     urls, _, faults, _ = read_all(jsonl)
     assert urls == ["u1", None, "u3"]
     assert "is not JSON" in faults[1]
+
+
+def test_a_row_of_parquet_that_is_no_text_is_a_row(tmp_path):
+    """Would catch: a shard that ends in a traceback, and its other rows with it, for one byte that is not UTF-8."""
+    captions = pa.array([b"good", b"caf\xe9", b"x", None]).cast(pa.binary())
+    captions = pa.Array.from_buffers(pa.string(), 4, captions.buffers())
+    pq.write_table(pa.table({"url": ["u1", "u2", "u3", "u4"], "caption": captions}), tmp_path / "u.parquet")
+    for rows in (1, 2, 4):
+        urls, texts, faults, _ = read_all(tmp_path / "u.parquet", rows=rows)
+        assert (urls, texts) == (["u1", None, "u3", "u4"], [["good"], [], ["x"], []])
+        assert [fault is None for fault in faults] == [True, False, True, True]
 
 
 def test_csv_quotes_and_tsv_does_not(tmp_path):
@@ -87,13 +100,14 @@ def test_jsonl_and_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("u.json", b'{"url": 1}', "not an array"),
+        ("u.json", b'{"url": 1}', "no column 'caption'"),
+        ("u.json", b'"url"', "does not begin with"),
         ("u.json", b"[", "is not JSON"),
         ("u.json", b"[]", "is empty"),
         ("u.json", b'[{"url": "u", "caption": "c"}', "is not JSON"),
         ("u.json", b'[{"url": "u", "caption": "c"}] 3', "more follows its end"),
         ("u.json", b'[{"url": "u", "caption": "c"} {}]', "neither , nor ]"),
-        ("u.json", b"\xff\xfe[\0", "does not begin with"),
+        ("u.json", b"\xff\xfe[\0", "is not JSON"),
         ("u.txt", b"\n", "is empty"),
         ("u.jsonl", b"", "is empty"),
         ("u.jsonl", b"<html>\n", "is not JSON"),
@@ -214,19 +228,96 @@ def test_presets_are_the_published_layouts(tmp_path):
     # Many put the missing line in front.
     (tmp_path / "named.tsv").write_text("caption\turl\none\thttp://a\n")
     assert opened(tmp_path / "named.tsv", "cc12m")[1] == [("http://a", ["one"])]
+    assert opened(tmp_path / "named.tsv", "cc12m", caption_col="")[1] == [("http://a", [])]
     # What is given by name wins.
     assert opened(laion, "laion", caption_col="LICENSE")[1] == [("u", ["?"])]
     with pytest.raises(UserError, match="--preset laion"):
-        opened(laion)
+        opened(laion, url_col="link")
     with pytest.raises(UserError, match="choose laion, datacomp"):
         opened(laion, "coyo")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("URL", "TEXT"), ("URL", "TEXT")),
+        (("Url", "Caption"), ("Url", "Caption")),
+        (("url", "text", "TEXT"), ("url", "text")),
+        (("URL", "text", "caption"), ("URL", "caption")),
+        (("url", "Texts"), ("url", "Texts")),
+        (("URL", "Url", "caption"), None),
+        (("url", "TEXT", "Text"), None),
+        (("link", "caption"), None),
+    ],
+)
+def test_columns_are_found_in_any_case_where_one_is_meant(tmp_path, names, found):
+    """Would catch: LAION's own lists refused for their capitals; of two columns that could be meant, the wrong one."""
+    row = {name: f"http://{name}" for name in names}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "u.parquet")
+    (tmp_path / "u.jsonl").write_text(json.dumps(row))
+    (tmp_path / "u.csv").write_text(", ".join(names) + "\n" + ",".join(row.values()))
+    for name in ("u.parquet", "u.jsonl", "u.csv"):
+        if found is None:
+            with pytest.raises(UserError, match="has no column"):
+                opened(tmp_path / name)
+        else:
+            assert opened(tmp_path / name)[1] == [(f"http://{found[0]}", [f"http://{found[1]}"])]
+
+
+def test_ids_and_captions_may_be_numbers(tmp_path):
+    """Would catch: a caption of 7, or an id that is a number in one list and a text in another, lost or refused."""
+    (tmp_path / "a.csv").write_text("id,url,caption\n1,u1,7\n")
+    (tmp_path / "b.jsonl").write_text(
+        '{"id": 2, "url": "u2", "caption": 7.5}\n{"id": "c", "url": 3, "caption": [8]}\n'
+    )
+    pq.write_table(pa.table({"id": [4], "url": ["u4"], "caption": [7]}), tmp_path / "c.parquet")
+    listing = open_list(str(tmp_path), "auto", Layout(), ("id",), 10)
+    slices = [listing.read(number) for number in range(listing.slices)]
+    assert [url for each in slices for url in each.urls] == ["u1", "u2", "3", "u4"]
+    assert [texts for each in slices for texts in each.captions] == [["7"], ["7.5"], ["8"], ["7"]]
+    assert pa.concat_tables(each.extra for each in slices)["id"].to_pylist() == ["1", "2", "c", "4"]
+
+
+@pytest.mark.parametrize(
+    "compress", [bytes, gzip.compress, lambda data: pa.Codec("zstd").compress(data, asbytes=True)]
+)
+@pytest.mark.parametrize("name", ["u.csv", "u.tsv", "u.txt", "u.json", "u.jsonl", "u.parquet"])
+def test_slices_of_any_list_are_read_in_any_order(tmp_path, name, compress):
+    """Would catch: rows of another slice where a file that cannot go back is asked for an earlier one."""
+    rows = [{"url": f"http://a/{n}", "caption": f"t{n}"} for n in range(1000)]
+    path = tmp_path / f"{name}.gz"
+    if name == "u.parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=300)
+        data = sink.getvalue().to_pybytes()
+    else:
+        data = {
+            "u.csv": "url,caption\n" + "".join(f"{row['url']},{row['caption']}\n" for row in rows),
+            "u.tsv": "url\tcaption\n" + "".join(f"{row['url']}\t{row['caption']}\n" for row in rows),
+            "u.txt": "".join(f"{row['url']}\n" for row in rows),
+            "u.json": json.dumps(rows),
+            "u.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        }[name].encode()
+    path.write_bytes(compress(data))
+    listing = open_list(str(path), "auto", Layout(), (), 7)
+    assert (listing.rows, listing.slices) == (1000, 143)
+    numbers = [0, 1, 2, 40, 41, 43, 44, 142, 3, 3, 139, 0, *range(140, 143)]
+    for number in numbers:
+        found = listing.read(number)
+        expected = rows[number * 7 : number * 7 + 7]
+        assert found.urls == [row["url"] for row in expected]
+        assert found.captions == [[row["caption"]] if name != "u.txt" else [] for row in expected]
+    # By --input-format too, whatever the name.
+    path = path.rename(tmp_path / "list")
+    assert open_list(str(path), name.partition(".")[2], Layout(), (), 7).read(5).urls[0] == "http://a/35"
 
 
 def test_a_folder_is_its_lists_one_after_the_other(tmp_path):
     folder = tmp_path / "lists"
     folder.mkdir()
-    for name, count in (("b.csv", 3), ("a.csv", 5)):
-        (folder / name).write_text("url,caption\n" + "".join(f"{name}{n},t\n" for n in range(count)))
+    (folder / "b.csv").write_text("url,caption\n" + "".join(f"b.csv{n},t\n" for n in range(3)))
+    with gzip.open(folder / "a.csv.gz", "wt") as file:
+        file.write("url,caption\n" + "".join(f"a.csv{n},t\n" for n in range(5)))
     for name in ("_SUCCESS.csv", ".hidden.csv", "README.md"):
         (folder / name).write_text("no list")
     listing, pairs, slices = opened(folder)
@@ -327,7 +418,7 @@ def test_a_json_array_of_anything_is_its_values(tmp_path_factory, values, window
     ]
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("capfilt.stages.download.text_lists._WINDOW", window)
+        patch.setattr("capfilt.formats.records._WINDOW", window)
         urls, _, faults, _ = read_all(path, rows=2)
     assert urls == [row["url"] if isinstance(row, dict) else None for row in rows]
     assert [fault is None for fault in faults] == [isinstance(row, dict) for row in rows]
@@ -351,5 +442,5 @@ def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
     local, remote = opened(plain), opened(f"file://{plain}")
     assert remote[1] == local[1]
     assert remote[0].digest == local[0].digest
-    with pytest.raises(UserError, match="no such list of URLs"):
+    with pytest.raises(UserError, match="no such list"):
         opened(f"file://{plain}.gone")

@@ -5,6 +5,7 @@ miscoloured, a second run that asks again, a wrong option that is found out late
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import io
 import pickle
@@ -323,11 +324,11 @@ def test_a_stage_travels_to_a_worker(tmp_path, server):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"url_list": "nowhere.csv"}, "nowhere.csv: no such list of URLs"),
+        ({"url_list": "nowhere.csv"}, "nowhere.csv: no such list"),
         ({"url_list": ""}, "URL_LIST must be given"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"url_list": "nosuch://bucket/urls.csv"}, "cannot be read"),
-        ({"url_col": "URL"}, "--url-col"),
+        ({"url_col": "link"}, "--url-col"),
         ({"caption_col": "TEXT"}, "--caption-col ''"),
         ({"save_additional_columns": ("nope",)}, "--save-additional-columns"),
         ({"save_additional_columns": ("width",)}, "rename it"),
@@ -359,6 +360,24 @@ def test_a_missing_engine_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'capfilt\[img2dataset\]'"):
         Download(DownloadOptions(url_list=str(tmp_path / "urls.txt")), Workspace(tmp_path / "ws"))
+
+
+@needs_img2dataset
+def test_a_format_that_the_name_tells_may_be_named(tmp_path):
+    """Would catch: a part refused, or fetched again, for --input-format csv with a file that is called .csv.gz."""
+    (tmp_path / "urls.csv.gz").write_bytes(gzip.compress(b"url,caption\nhttp://example.com/x.jpg,a text\n"))
+    (tmp_path / "urls").write_bytes(b"url,caption\nhttp://example.com/x.jpg,a text\n")
+    made = DownloadOptions(url_list=str(tmp_path / "urls.csv.gz"))
+    for name, then, now in (("a", "auto", "csv"), ("b", "csv", "auto"), ("c", "csv", "csv")):
+        first = Download(replace(made, dataset=name, input_format=then), Workspace(tmp_path)).begin()
+        assert Download(replace(made, dataset=name, input_format=now), Workspace(tmp_path)).begin() == first
+        with pytest.raises(UserError, match="input_format"):
+            Download(replace(made, dataset=name, input_format="txt"), Workspace(tmp_path)).begin()
+    # Of a file whose name does not tell, it is what was named.
+    other = replace(made, url_list=str(tmp_path / "urls"), dataset="d", input_format="csv")
+    Download(other, Workspace(tmp_path)).begin()
+    with pytest.raises(UserError, match="was written with another identity"):
+        Download(replace(other, input_format="txt"), Workspace(tmp_path)).begin()
 
 
 @needs_img2dataset

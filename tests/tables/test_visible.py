@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capfilt.catalog.text import shortened, visible, visible_json
+from capfilt.tables.visible import shortened, visible, visible_json
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,32 @@
-"""Where a list of URLs lies: a file, a folder of files, or an fsspec URL of either (s3://, gs://, hf://, https://, ...).
+"""Where a file lies, on a disk or behind an fsspec URL (s3://, gs://, hf://, https://, ...), and its bytes, decompressed.
 
-What the files hold is `lists.py`.
+`records.py` says what the bytes mean.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any
+
+import pyarrow as pa
 
 from capfilt.errors import UserError
+
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4",
+    b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip",
+}  # fmt: skip
+"""The bytes that a compressed file begins with."""
+
+_ENDINGS = frozenset({".gz", ".zst", ".bz2", ".lz4", ".xz", ".zip"})
 
 
 @dataclass(frozen=True)
 class Place:
-    """One file of a list: opened, read and hashed the same way wherever it lies. Picklable."""
+    """One file: opened, read and hashed the same way wherever it lies. Picklable."""
 
     name: str
 
@@ -25,31 +36,46 @@ class Place:
 
     @property
     def suffix(self) -> str:
-        """`.tsv` of `s3://bucket/urls.tsv`, in lower case."""
-        return PurePosixPath(self.name.partition("?")[0] if self.remote else self.name).suffix.lower()
+        """`.tsv` of `s3://bucket/urls.tsv` and of `urls.TSV.gz`, in lower case."""
+        path = PurePosixPath((self.name.partition("?")[0] if self.remote else self.name).lower())
+        return (path.with_suffix("") if path.suffix in _ENDINGS else path).suffix
 
     def __str__(self) -> str:
         return self.name
 
-    def open(self) -> BinaryIO:
-        """The bytes, seekable. Raises UserError where they cannot be had."""
+    def open(self) -> io.BufferedReader:
+        """The bytes as they lie there, seekable. Raises UserError where they cannot be had."""
         try:
             if not self.remote:
                 return Path(self.name).open("rb")
             system, path = _file_system(self.name)
-            return cast(BinaryIO, system.open(path, "rb"))
+            return io.BufferedReader(system.open(path, "rb"))
         except UserError:
             raise
         except Exception as error:
             raise _not_readable(self.name, error) from error
 
+    def stream(self) -> io.BufferedReader:
+        """The bytes, decompressed where they begin as gzip, zstd, bzip2 or lz4 do; the name does not matter.
+
+        Seekable only where nothing is compressed. Raises UserError where they cannot be had; reading on, OSError.
+        """
+        file = self.open()
+        head = file.peek(6)
+        for magic, codec in _COMPRESSIONS.items():
+            if head.startswith(magic) and (codec != "bz2" or head[3:4].isdigit()):
+                if codec in ("xz", "zip"):
+                    file.close()
+                    raise UserError(
+                        f"{self.name}: is {codec}, which is not read; decompress it, or use gzip or zstd"
+                    )
+                return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec), 1 << 16)
+        return file
+
     def sha256(self) -> str:
-        """SHA-256 of the bytes, hex; they are read once, in pieces."""
-        digest = hashlib.sha256()
+        """SHA-256 of the bytes as they lie there, hex; they are read once, in pieces."""
         with self.open() as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def places(path: str, suffixes: frozenset[str]) -> list[Place]:
@@ -62,7 +88,7 @@ def places(path: str, suffixes: frozenset[str]) -> list[Place]:
         if file.is_dir():
             return _chosen(path, [str(child) for child in file.iterdir() if child.is_file()], suffixes)
         if not file.is_file():
-            raise UserError(f"{path}: no such list of URLs")
+            raise UserError(f"{path}: no such list")
         return [Place(str(file))]
     system, inside = _file_system(path)
     try:
@@ -70,7 +96,7 @@ def places(path: str, suffixes: frozenset[str]) -> list[Place]:
             names = [system.unstrip_protocol(name) for name in system.ls(inside, detail=False)]
             return _chosen(path, names, suffixes)
         if not system.exists(inside):
-            raise UserError(f"{path}: no such list of URLs")
+            raise UserError(f"{path}: no such list")
     except UserError:
         raise
     except Exception as error:

@@ -1,8 +1,12 @@
-"""Texts from the web made safe to show: what a terminal or a browser would obey becomes something to read."""
+"""Texts from the web made safe to show: what a terminal or a browser would obey becomes something to read.
+
+Lines for people leave through `say`; tables and pages, which lay out their own lines, use `visible` for each cell.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 
 _UNPRINTABLE = re.compile(
     "["
@@ -20,6 +24,11 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 def visible(text: str) -> str:
     r"""`text` with every control, direction and invisible character written as an escape (`\n`, `\u202e`)."""
     return _UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines for people, each made visible, to standard output or standard error."""
+    print(*map(visible, lines), sep="\n", file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def _escape(character: str) -> str:

@@ -1,0 +1,35 @@
+"""SugarCrepe's files (github.com/RAIVNLab/sugar-crepe): records by their numbers, a caption and a wrong one each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from capfilt.formats.examples.row import ExampleRow, Examples, no_annotations
+from capfilt.formats.source import Given
+from capfilt.formats.values import optional_text, texts_in
+
+
+def detect(given: Given) -> bool:
+    """Whether the first entry of an object has a wrong caption."""
+    first = next(iter(given.object.values()), None)
+    return isinstance(first, dict) and "negative_caption" in first
+
+
+def read(given: Given, annotations: Path | None) -> Examples:
+    """A choice per record; the file's name is the category of all of them."""
+    no_annotations(given, annotations)
+    name = given.path.name.partition(".")[0]
+    rows = []
+    for number, record in given.object.items():
+        fields = record if isinstance(record, dict) else {}
+        image = fields.get("filename")
+        rows.append(
+            ExampleRow(
+                f"{name}:{number}",
+                (image,) if isinstance(image, str) else (),
+                optional_text(fields.get("caption")),
+                wrong_texts=tuple(texts_in(fields.get("negative_caption"))),
+                category=name,
+            )
+        )
+    return "choice", rows

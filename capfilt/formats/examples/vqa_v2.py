@@ -1,0 +1,59 @@
+"""VQA v2: a JSON object of `questions`; the answers are a file of their own, where they are public."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from capfilt.errors import UserError
+from capfilt.formats.examples.row import ExampleRow, Examples, counted
+from capfilt.formats.source import Given
+from capfilt.formats.values import identity, optional_text, split_named, text_of
+
+
+def detect(given: Given) -> bool:
+    """Whether there is a list of questions."""
+    return isinstance(given.object.get("questions"), list)
+
+
+def read(given: Given, annotations: Path | None) -> Examples:
+    """An example per question. Raises UserError where the answers are of no question."""
+    found = None if annotations is None else _answers(annotations)
+    subset = text_of(given.object.get("data_subtype") or "")
+    rows = []
+    for number, question in enumerate(given.object["questions"]):
+        fields: dict[str, Any] = question if isinstance(question, dict) else {}
+        key, image = fields.get("question_id"), fields.get("image_id")
+        if isinstance(image, str) and image.isdecimal() and identity(image) == image:
+            image = int(image)
+        answer = (found or {}).get(identity(key), {})
+        rows.append(
+            ExampleRow(
+                f"#{number}" if key is None else text_of(key),
+                (image,) if isinstance(image, int | str) else (),
+                optional_text(fields.get("question")),
+                None
+                if found is None
+                else counted(
+                    each.get("answer") for each in answer.get("answers") or () if isinstance(each, dict)
+                ),
+                split=split_named(subset),
+                subset=subset,
+                category=optional_text(answer.get("answer_type")),
+            )
+        )
+    if found is not None and not any(row.answers for row in rows):
+        raise UserError(f"--annotations {annotations}: answers none of the questions in {given.path}")
+    return "vqa", rows
+
+
+def _answers(path: Path) -> dict[str, dict[str, Any]]:
+    """The annotations by their questions."""
+    listed = Given(path).object.get("annotations")
+    if not isinstance(listed, list):
+        raise UserError(f"--annotations {path}: is no JSON file with a list `annotations` (VQA v2)")
+    return {
+        identity(each["question_id"]): each
+        for each in listed
+        if isinstance(each, dict) and isinstance(each.get("question_id"), int | str)
+    }

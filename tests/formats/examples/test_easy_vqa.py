@@ -1,0 +1,22 @@
+"""Catches: an entry that is no question taken for one."""
+
+from __future__ import annotations
+
+import pytest
+
+from capfilt.errors import UserError
+from tests.formats.examples.written import read
+
+
+def test_easy_vqa(tmp_path):
+    task, rows = read(
+        tmp_path, [["what shape is in the image?", "circle", 3], ["is there a red shape?", "no", 3]]
+    )
+    assert task == "vqa"
+    assert [(row.text, row.answers, row.images) for row in rows] == [
+        ("what shape is in the image?", (("circle", 1),), (3,)),
+        ("is there a red shape?", (("no", 1),), (3,)),
+    ]
+    assert len({row.key for row in rows}) == 2
+    with pytest.raises(UserError, match="entry 1 is not"):
+        read(tmp_path, [["what?", "circle", 3], ["what?", "circle"]])
