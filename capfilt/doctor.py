@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS
-from capfilt.tables.shards import Part
+from capfilt.tables.shards import Part, record_of
 from capfilt.tables.workspace import Workspace
 
 PACKAGES = {
@@ -74,13 +74,22 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
     if not folders and not trained:
         raise UserError(f"{path}: holds no part and no model; name a workspace with --workspace")
     for table, folder in folders:
+        record = record_of(folder)
+        if not (any(folder.iterdir()) or (record / "part.json").exists()):
+            yield (
+                True,
+                f"ok    {folder}: empty, a run was killed before its first row (safe to delete, with {record})",
+            )
+            continue
         try:
             part = Part(folder).expect(table)
             problems, shards = _problems(part, full), part.shards()
             yield from ((False, f"BAD   {problem}") for problem in problems)
-            word = "BAD" if problems else "GAP" if part.gap else "ok"
-            told = part.gap or f"{len(shards)} shards"
-            line = f"{word:<5} {folder}: {told} {'hashed' if full else 'checked'}{_leftovers(part)}"
+            unfinished = "" if problems else part.unfinished()
+            word = "BAD" if problems else "GAP" if part.gap or unfinished else "ok"
+            told = f"{part.gap or f'{len(shards)} shards'} {'hashed' if full else 'checked'}"
+            hint = f", {unfinished}: run its stage again" if unfinished else ""
+            line = f"{word:<5} {folder}: {told}{hint}{_leftovers(part)}"
             yield word == "ok", line
         except (UserError, RunError) as error:
             yield False, f"BAD   {error}"
@@ -100,8 +109,6 @@ def _problems(part: Part, full: bool) -> list[str]:
             manifest = part.manifest(shard)
             assert manifest is not None
             problem = part.problem(manifest, full=full)
-            if problem is None and part.behind(manifest):
-                problem = f"{part.path / manifest.file}: is an older generation; run the stage again"
             if problem is None and full:
                 ids.append(_hashes(part.read(shard, key)))
             found.append(problem)

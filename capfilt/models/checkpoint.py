@@ -26,7 +26,9 @@ from capfilt.models.interop import layouts
 from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble, read_json
 from capfilt.models.kinds import KINDS, Model
 from capfilt.models.weights import check_tensors, read_safetensors, tensors, write_safetensors
-from capfilt.tables.ids import SEAL, UNSEALED, file_sha256, intact, seal
+from capfilt.tables.ids import file_sha256
+from capfilt.tables.publish import sync_directory
+from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
 
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
@@ -66,11 +68,12 @@ def save(
             SEAL: UNSEALED,
         }
         (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        seal(partial / CONFIG)
+        seal_file(partial / CONFIG)
         for each in (WEIGHTS, TOKENIZER, CONFIG):
             with (partial / each).open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial / each, directory / each)
+        sync_directory(directory)
 
 
 def load(

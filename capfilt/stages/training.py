@@ -189,8 +189,8 @@ class Training(ModelStage, Generic[D]):
             raise UserError(
                 f"{self.output}: holds a checkpoint made {other}; name another --out, or remove it"
             )
-        # Killed between the two, a run has its last step's state still, and says what it trained on when it is run again.
-        return (self.output / EXPOSURES).is_file() or not (self.output / STATE).is_file()
+        # The state goes last: a run that was killed after its weights were saved has more to do, if only to remove states.
+        return not (self.output / STATE).is_file()
 
     def outlook(self) -> str:
         o: LoopOptions = self.options

@@ -590,12 +590,27 @@ class Part:
             replace(path, data)
 
     def index_problem(self) -> str | None:
-        """Why the index does not agree with the manifests, in words, or None. No index is none."""
-        path = self.record / "index.json"
-        data = seal({"manifests": [asdict(manifest) for manifest in self.manifests()]})
-        if path.is_file() and path.read_bytes() != data:
-            return f"{path}: does not agree with the manifests; delete it, then run the part's stage again"
+        """Why the index is no index of this part, in words, or None. No index is none, nor is an older one."""
+        path, cure = self.record / "index.json", "delete it, then run the part's stage again"
+        try:
+            stands = read_sealed(path, cure)
+            for entry in stands["manifests"] if stands is not None else []:
+                manifest = self._read_manifest(entry["shard"], entry["generation"])
+                if manifest is None or asdict(manifest) != entry:
+                    return f"{path}: does not agree with the manifests; {cure}"
+        except (UserError, KeyError, TypeError) as error:
+            return str(error) if isinstance(error, UserError) else f"{path}: not readable as an index; {cure}"
         return None
+
+    def unfinished(self) -> str:
+        """What a killed run left for the next one to put in order, in words; "" where it left nothing."""
+        manifests = list(self.manifests())
+        if any(self.behind(manifest) for manifest in manifests):
+            return "a shard's name is still that of an older generation"
+        stands = read_sealed(self.record / "index.json", "delete it")
+        if stands is not None and stands["manifests"] != [asdict(manifest) for manifest in manifests]:
+            return "the index is older than the shards"
+        return ""
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

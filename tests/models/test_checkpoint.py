@@ -25,6 +25,7 @@ from capfilt.models.vision import VisionConfig
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
 from tests.limits import refused
+from tests.sweeps.disk import durable_steps
 
 CONFIG = BlipConfig(
     vision=VisionConfig(16, 8, 16, 1, 2, 32), text=TextConfig(40, 16, 2, 2, 32, max_positions=8), embed_dim=8
@@ -366,3 +367,16 @@ def test_a_vocabulary_of_millions_is_refused_before_it_is_built(saved, monkeypat
     monkeypatch.setattr(bpe, "MAX_VOCABULARY", 3)
     with pytest.raises(ValueError, match="4 tokens are more than 3"):
         bpe.BpeTokenizer(["a", "b", bpe.START, bpe.END], [])
+
+
+def test_files_are_on_the_disk_before_their_names_and_the_config_is_named_last(saved, monkeypatch):
+    """A power cut after a save left a checkpoint of empty files, or one of which the training's state was gone already."""
+    directory, model = saved
+    tokenizer = checkpoint.load(directory)[1]
+    steps = durable_steps(monkeypatch, directory)
+    checkpoint.save(directory, model, tokenizer)
+    assert steps[-7:] == [
+        step
+        for name in ("model.safetensors", "tokenizer.json", "config.json")
+        for step in (f"sync partial/{name}", f"name {name}")
+    ] + ["sync ."]

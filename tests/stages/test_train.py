@@ -121,11 +121,13 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
     )
 
 
-def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypatch):
-    """A run of weeks that is lost, or never says what it saw, because memory or disk ends while that is written."""
+@pytest.mark.parametrize("ends", ["_publish", "remove"])
+def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypatch, ends):
+    """A run of weeks that is lost, never says what it saw, or keeps its states for good, because it ends in between."""
     options = o.PretrainOptions(human=("human",), web=("web",), out="written", **FAST)
     with monkeypatch.context() as broken:
-        broken.setattr(training, "_publish", lambda *_: (_ for _ in ()).throw(MemoryError))
+        owner = training if ends == "_publish" else training.state
+        broken.setattr(owner, ends, lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             run(Pretrain(options, place))
     directory = place.model("written")

@@ -10,6 +10,7 @@ from torch import nn
 
 from capfilt.errors import RunError, UserError
 from capfilt.training import optim, state
+from tests.sweeps.disk import durable_steps
 
 
 class Shared(nn.Module):
@@ -113,3 +114,24 @@ def test_a_failed_write_leaves_the_old_state(tmp_path):
     with pytest.raises((RunError, OSError)):
         state.write(path, {"x": torch.zeros(1)}, {"step": 2})
     assert state.read(path)[1] == {"step": 1}
+
+
+def test_a_state_is_on_the_disk_before_its_name_and_the_newest_goes_last(tmp_path, monkeypatch):
+    """A power cut left an empty file as the newest state; a kill while states were removed left the numbered for good."""
+    steps = durable_steps(monkeypatch, tmp_path)
+    path = tmp_path / "state.safetensors"
+    for step in (1, 2):
+        del steps[:]
+        state.write_newest(path, step, {"x": torch.ones(1)}, {"step": step}, keep=2)
+        numbered = f"state-0000000{step}.safetensors"
+        assert steps[:3] == [f"sync {numbered} attempt", f"name {numbered}", "sync ."]
+        assert steps[3:5] == ["name state.safetensors attempt", "name state.safetensors"]
+
+    def unlink(place, missing_ok=False):
+        removed.append(place.name)
+
+    removed: list[str] = []
+    monkeypatch.setattr(type(path), "unlink", unlink)
+    state.remove(path)
+    assert removed[-1] == "state.safetensors"
+    assert len(removed) == 4
