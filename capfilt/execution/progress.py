@@ -110,5 +110,10 @@ class StageProgress:
             print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
 
+def say(text: str) -> None:
+    """A line on standard error about what a run waits for or tries again, above the bars where there are some."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
