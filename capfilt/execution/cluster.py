@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -84,17 +85,14 @@ class Connection:
         if address == "local":
             _keep_to_this_machine()
             options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        _call(address)
         try:
             # Always an address: asked for none, Ray would join whatever cluster it finds running on this machine.
             ray.init(address=address, **options)
-        except AuthenticationError as error:
+        except (ConnectionError, AuthenticationError) as error:
             raise UserError(
-                f"RAY_ADDRESS={address}: the cluster refuses this run's token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or "
-                f"RAY_AUTH_TOKEN_PATH, to the cluster's ({_first_line(error)})"
-            ) from error
-        except ConnectionError as error:
-            raise UserError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there ({_first_line(error)})"
+                f"RAY_ADDRESS={address}: the cluster does not let this run in ({_first_line(error)}); if it has a token, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
         self._started = True
         if address == "local":
@@ -108,6 +106,17 @@ class Connection:
             ray.shutdown()
         if self._guard is not None:
             self._guard.communicate()
+
+
+def _call(address: str) -> None:
+    """Raises UserError where nothing listens at HOST:PORT: Ray itself tries for minutes without a word."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "//" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from error
 
 
 def _keep_to_this_machine() -> None:
