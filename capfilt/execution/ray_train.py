@@ -7,7 +7,9 @@ workspace is what they go on from. Not here: stages in one process (`ray.py`), r
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,8 +23,11 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.cluster import NoRoom, Wait, here, ray
 from capfilt.execution.placement import Size
 from capfilt.execution.ray import attend, new_board, run_and_post
+from capfilt.execution.together import keep_to_loopback, meeting_point
 from capfilt.stages.base import ModelStage, Report
 from capfilt.training.launched import launched_rank
+
+_store: Any = None
 
 RESTARTS = 2
 """So often all ranks are started again after one was lost."""
@@ -44,18 +49,57 @@ def _rank(settings: dict[str, Any]) -> None:
         ray.get(board.finish.remote(dict(figures)))
 
 
+def _meet() -> tuple[str, int]:
+    """On rank 0: where the ranks find each other, on its node's own address."""
+    global _store  # noqa: PLW0603 - the process of a rank keeps it for as long as it lives
+    host = ray.util.get_node_ip_address()
+    _store = meeting_point(host)
+    return host, _store.port
+
+
+def _prepare(host: str, port: int) -> None:
+    """On each rank: the environment that torchrun would give it."""
+    from ray.train import get_context
+
+    context = get_context()
+    os.environ |= {
+        "RANK": str(context.get_world_rank()), "LOCAL_RANK": str(context.get_local_rank()),
+        "WORLD_SIZE": str(context.get_world_size()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "MASTER_ADDR": host, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    if ipaddress.ip_address(host).is_loopback:
+        keep_to_loopback()
+
+
 def _fit(size: Size, name: str, scratch: Path, settings: dict[str, Any]) -> None:
     """What starts and watches the ranks, in a process of its own: no signal reaches Ray Train there, whose answer would be to
     end the ranks in the middle of a step, and to give up all that it has begun is to end that process.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class Meeting(Backend):
+        """In place of Ray Train's own, whose store listens on every address: ranks join by themselves, as under torchrun."""
+
+        share_cuda_visible_devices = True
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            host, port = worker_group.execute_single(0, _meet)
+            worker_group.execute(_prepare, host, port)
+
+    class Config(TorchConfig):
+        """Ray Train's, with that backend."""
+
+        backend_cls = Meeting
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         TorchTrainer(
             _rank,
             train_loop_config=settings,
+            torch_config=Config(),
             scaling_config=ScalingConfig(
                 num_workers=size.workers,
                 use_gpu=size.gpu,
