@@ -85,7 +85,13 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
         ),
         (
             "execution",
-            Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")],
+            Annotated[
+                str,
+                typer.Option(
+                    "--execution",
+                    help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray",
+                ),
+            ],
             "ray",
         ),
         ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),

@@ -28,6 +28,7 @@ from capfilt.stages.base import ModelStage, Produced, ShardStage
 from capfilt.tables.contracts import SIGNALS
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
+from capfilt.training.launched import launched_rank
 from tests.worlds import image_rows, write_images
 
 
@@ -69,15 +70,18 @@ class Rows(ShardStage):
 
 
 class Piece(ModelStage):
-    """One piece of work; the first time, it waits for the word to go on."""
+    """One piece of work, or several ranks; the first time, it waits for the word to go on."""
 
     name = "piece"
     version = 1
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, ranks: int = 1) -> None:
         self.root = root / name
         self.root.mkdir()
-        self.output = self.root / "done"
+        self.output, self.count = self.root / "done", ranks
+
+    def ranks(self, gpus):
+        return self.count
 
     def identity(self):
         return {}
@@ -89,7 +93,7 @@ class Piece(ModelStage):
         return False
 
     def run(self, report):
-        touch_and_wait(self.root, "piece", held=True)
+        touch_and_wait(self.root, f"piece{launched_rank()}", held=True)
         return {"threads": int(os.environ["OMP_NUM_THREADS"])}
 
 
@@ -160,6 +164,15 @@ if __name__ == "__main__":
     connection.SAID_AFTER, connection._LOOK = 1.0, 0.5
 
     other = cluster.add_node(num_cpus=2)
+    if sys.argv[2:] == ["ranks"]:
+        ranks = Piece(root, "ranks", 2)
+
+        def kill_a_rank():
+            until(lambda: len(list(ranks.root.glob("*.begun"))) == 2)
+            kill(other)
+
+        say(ranks_killed=attempt(ranks, kill_a_rank))
+        sys.exit()
     say(one_left=attempt(Rows(root, "one-left", 1)))
     say(worker_killed=attempt(Rows(root, "worker-killed", 3, dies=(1,))))
 
@@ -176,7 +189,7 @@ if __name__ == "__main__":
     piece = Piece(root, "piece")
 
     def kill_larger():
-        until((piece.root / "piece.begun").exists)
+        until((piece.root / "piece0.begun").exists)
         kill(larger)
 
     say(piece_killed=attempt(piece, kill_larger))

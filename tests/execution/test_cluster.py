@@ -18,9 +18,8 @@ from tests.loopback import UNAVAILABLE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Of one cluster: two nodes with two processors each, each a raylet of its own, on the loopback."""
+def of_a_cluster(root, *arguments):
+    """What came of runs on two nodes with two processors each, each a raylet of its own, on the loopback."""
     # Ray's own defaults suit long runs: workers of low priority, a look at nodes every three seconds.
     quick = {
         "RAY_worker_niceness": "0",
@@ -28,7 +27,7 @@ def found(tmp_path_factory):
         "RAY_health_check_initial_delay_ms": "0",
     }
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-the-cluster"}
-    script = [str(ROOT / "tests" / "execution" / "cluster_run.py"), str(tmp_path_factory.mktemp("cluster"))]
+    script = [str(ROOT / "tests" / "execution" / "cluster_run.py"), str(root), *arguments]
     process = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "loopback.py"), sys.executable, *script],
         capture_output=True, text=True, timeout=900, cwd=ROOT,
@@ -42,6 +41,11 @@ def found(tmp_path_factory):
         if line.startswith("{"):
             results |= json.loads(line)
     return results
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return of_a_cluster(tmp_path_factory.mktemp("cluster"))
 
 
 def tried_again(run):
@@ -100,3 +104,13 @@ def test_capfilt_runs_as_a_ray_job(found):
     assert code == 0
     assert "duplicates" in out
     assert "7 in = " in out
+
+
+@pytest.mark.slow  # Ray Train starts, and starts again
+def test_ranks_that_lost_their_node_end_where_the_others_have_no_room(tmp_path):
+    run = of_a_cluster(tmp_path, "ranks")["ranks_killed"]
+    assert run["error"] == "RunError"
+    assert run["message"] == (
+        "piece: the nodes that are left have no room for 2 workers with 2 processors each; nodes (processors, GPUs): (2, 0); "
+        "run again with fewer --ranks to go on from the last state"
+    )

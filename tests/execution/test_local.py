@@ -114,7 +114,7 @@ def test_who_has_not_the_token_is_refused(run):
 
 def test_no_process_outlives_a_killed_driver(run):
     assert {"gcs_server", "raylet"} <= set(run.names)
-    assert sum(name.startswith("ray::") for name in run.names) >= 3  # agents and workers
+    assert sum(name.startswith("ray::") for name in run.names) >= 2  # workers; newer agents too
     assert not run.left
 
 
