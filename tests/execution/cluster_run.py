@@ -217,7 +217,11 @@ if __name__ == "__main__":
         "--address",
         f"http://{cluster.webui_url}",
     ]
-    capfilt = [sys.executable, "-m", "capfilt", "duplicates", "--images", "web", "-w", str(place.path)]
+    recipe = root / "recipe.yaml"
+    recipe.write_text(
+        "{version: 1, description: copies, stages: [{stage: duplicates, options: {images: web}}]}"
+    )
+    capfilt = [sys.executable, "-m", "capfilt", "run", str(recipe), "-w", str(place.path)]
     done = subprocess.run([*submit, "--", *capfilt], capture_output=True, text=True, timeout=300)
     say(submitted=[done.returncode, done.stdout, done.stderr])
     cluster.shutdown()

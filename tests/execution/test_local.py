@@ -75,6 +75,10 @@ def run(tmp_path_factory):
         time.sleep(0.1)
     processes = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
     names = [process.name() for process in processes]
+    tokens = {process.environ().get("RAY_AUTH_TOKEN", "") for process in processes} - {""}
+    shown = [
+        process.name() for process in processes if any(token in str(process.cmdline()) for token in tokens)
+    ]
     sockets = [
         (process.name(), each.laddr.ip)
         for process in processes
@@ -92,7 +96,12 @@ def run(tmp_path_factory):
     while (left := living(processes)) and time.monotonic() - killed < 20:
         time.sleep(0.1)
     return SimpleNamespace(
-        names=names, sockets=sockets, stranger=stranger, left=[each.name() for each in left]
+        tokens=tokens,
+        shown=shown,
+        names=names,
+        sockets=sockets,
+        stranger=stranger,
+        left=[each.name() for each in left],
     )
 
 
@@ -110,6 +119,8 @@ def test_everything_listens_on_the_loopback_only(run):
 
 def test_who_has_not_the_token_is_refused(run):
     assert "the cluster does not let this run in" in run.stranger.stdout, run.stranger.stderr
+    assert len(run.tokens) == 1
+    assert not run.shown  # command lines are for everyone to read
 
 
 def test_no_process_outlives_a_killed_driver(run):
