@@ -91,7 +91,9 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
 def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
     """Annotation and default of the parameters that are no options of the stage's own."""
     workspace = typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
-    execution = typer.Option("--execution", help="ray, or inline: this process, without Ray")
+    execution = typer.Option(
+        "--execution", help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray"
+    )
     shared: dict[str, tuple[Any, Any]] = {
         "workspace": (Annotated[str, workspace], "."),
         "execution": (Annotated[str, execution], "ray"),

@@ -16,7 +16,12 @@ WORKSPACE = Annotated[
     str,
     typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
 ]
-EXECUTION = Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")]
+EXECUTION = Annotated[
+    str,
+    typer.Option(
+        "--execution", help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray"
+    ),
+]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 SETTINGS = Annotated[
     list[str] | None,

@@ -103,7 +103,7 @@ def _reasons(counts: Mapping[str, int]) -> str:
     return " (" + ", ".join(f"{name} {count:,}" for name, count in parts[:6]) + ")"
 
 
-def executor(execution: str, *, address: str | None = None) -> AbstractContextManager[Executor]:
+def executor(execution: str) -> AbstractContextManager[Executor]:
     """The executor called `execution`, started on entering and stopped on leaving the context."""
     if execution != "inline" and started_together():
         raise UserError(
@@ -118,7 +118,7 @@ def executor(execution: str, *, address: str | None = None) -> AbstractContextMa
             raise UserError("Ray is not installed: pip install ray, or use --execution inline")
         from capfilt.execution.ray import RayExecutor
 
-        return RayExecutor(address)
+        return RayExecutor()
     raise UserError(f"--execution {execution!r}: choose {' or '.join(EXECUTIONS)}")
 
 

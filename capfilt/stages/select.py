@@ -71,7 +71,8 @@ class Select(ShardStage):
         """The score from which a text is kept: given, or the quantile that keeps `keep_fraction`.
 
         The share is of the texts that have a score and that nothing but their score can drop. With ties at the quantile
-        every tied text is kept, so a little more than the fraction may be.
+        every tied text is kept, so a little more than the fraction may be. It is part of the identity, so it is found before
+        the stage travels to workers, and travels along.
         """
         if not self.options.keep_fraction:
             return self.options.threshold

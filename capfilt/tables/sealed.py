@@ -31,10 +31,11 @@ def fingerprint(value: Mapping[str, Any]) -> str:
 
 def seal(values: Mapping[str, Any]) -> bytes:
     """Return `values`, which are JSON-able and have no key `sealed`, as sealed JSON text."""
-    data = json.dumps({**values, SEAL: UNSEALED}, indent=1, sort_keys=True).encode() + b"\n"
+    data: bytes = json.dumps({**values, SEAL: UNSEALED}, indent=1, sort_keys=True).encode() + b"\n"
     place = _SEALED.search(data)
     assert place is not None
-    return data[: place.start(1)] + _digest(data, place).hexdigest().encode() + data[place.end(1) :]
+    digest: str = _digest(data, place).hexdigest()
+    return data[: place.start(1)] + digest.encode() + data[place.end(1) :]
 
 
 def unseal(data: bytes) -> dict[str, Any]:

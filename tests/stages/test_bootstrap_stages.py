@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
-from capfilt.execution.run import run_stage
+from capfilt.execution.run import process_and_commit, run_stage
 from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter, run_again
 from capfilt.models.blip import Blip
@@ -342,6 +343,27 @@ def test_a_kept_fraction_is_a_global_quantile(workspace, fraction):
     rows = rows_of(workspace.part("verdicts", "rule"))
     lost = {row["text_id"] for row in rows if row["reason"] == "no_image"}
     assert {row["text_id"] for row in rows if row["keep"]} == wanted - lost
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.75, 1.0])
+def test_the_threshold_of_a_kept_fraction_is_found_once_for_all_workers(workspace, monkeypatch, fraction):
+    """Catches a threshold that every worker finds for itself, with a query over all scores each."""
+    import duckdb
+
+    order = {}
+    put_scores(workspace, lambda row: order.setdefault(row["text_id"], len(order) / 14))
+    connect, queries = duckdb.connect, []
+    monkeypatch.setattr(duckdb, "connect", lambda *given: (queries.append(given), connect(*given))[1])
+    stage = Select(
+        SelectOptions(images="web", scores="chosen", out="rule", keep_fraction=fraction), workspace
+    )
+    mark = stage.begin()
+    travelling = pickle.dumps(stage)
+    for shard in stage.shards():
+        process_and_commit(pickle.loads(travelling), mark, shard)
+    assert len(queries) == 1
+    assert len(stage.output.shards()) > 1
+    assert any(row["keep"] for row in rows_of(stage.output))
 
 
 def test_a_kept_fraction_is_of_the_texts_that_may_be_kept(workspace):
