@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS
+from capfilt.tables.sealed import read_sealed
 from capfilt.tables.shards import Part, record_of
 from capfilt.tables.workspace import Workspace
 
@@ -112,6 +113,11 @@ def _problems(part: Part, full: bool) -> list[str]:
             if problem is None and full:
                 ids.append(_hashes(part.read(shard, key)))
             found.append(problem)
+        except (UserError, RunError) as error:
+            found.append(str(error))
+    for path in sorted(part.record.glob("[a-z]*.json")):
+        try:
+            read_sealed(path, "restore it, or make the part again")
         except (UserError, RunError) as error:
             found.append(str(error))
     if not any(found):
