@@ -52,7 +52,8 @@ class DecodeAttention:
     """In place of `F.scaled_dot_product_attention` in cross-attention, without gradients.
 
     The kernel's first answer of each kind (queries, keys, their width and dtype, heads up to a power of two) is held against
-    PyTorch's, element by element; a kind that it cannot do, or does otherwise, is PyTorch's from then on, which is warned of once.
+    PyTorch's, element by element; a kind that it cannot do, or does otherwise, is PyTorch's from then on. That is warned of
+    once.
 
     Attributes:
         sound: per kind that came, whether the kernel does it.

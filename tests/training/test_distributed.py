@@ -36,6 +36,10 @@ OTHER = {
     "own negatives": {"objective": {"global_negatives": False}},
     "uneven": {"uneven": True},
     "dropout": {"dropout": 0.3},
+    "a skipped step": {"spoilt": [1], "config": {"ema": 0.9}},
+    "a skipped step, split": {"spoilt": [1], "config": {"ema": 0.9, "accumulate": 2}, "shard": True},
+    "a resnet's first step": {"kind": "resnet", "config": {**STILL, "steps": 1}},
+    "a resnet's skipped steps": {"kind": "resnet", "config": {**STILL, "steps": 3}, "spoilt": [1, 2]},
     "a resnet": {"kind": "resnet", "config": STILL},
     "a resnet, split and recomputed": {
         "kind": "resnet",
@@ -108,6 +112,25 @@ def test_running_statistics_are_those_of_all_ranks_rows(runs):
     torch.testing.assert_close(two[mean], one[mean], rtol=1e-4, atol=1e-6)
     mean = f"average.model.{mean}"
     torch.testing.assert_close(two[mean], one[mean], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["a skipped step", "a skipped step, split"])
+def test_ranks_skip_a_step_together(runs, case):
+    """One rank's gradient is not finite, where its loss is: the other one goes on with other weights, or waits for ever."""
+    one, two = runs[1] / case, runs[2] / case
+    assert [line["skipped_steps"] for line in curve(two)] == [0, 1, 1, 1]
+    for mine, theirs in zip(curve(one), curve(two), strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-5, abs=2e-5)
+    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-4)
+    assert weights(two)["exposures"].sum() == 3 * 12
+
+
+def test_a_step_that_ranks_skip_leaves_their_statistics_where_they_were(runs):
+    once, more = (weights(runs[2] / case) for case in ("a resnet's first step", "a resnet's skipped steps"))
+    names = [name for name in once if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert {name for name in names if name.startswith("average.")}
+    for name in names:
+        assert torch.equal(more[name], once[name]), name
 
 
 def test_a_rank_with_fewer_texts_hangs_nobody(runs):
