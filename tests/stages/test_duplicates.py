@@ -63,6 +63,21 @@ def test_exact_and_near_join_into_components():
     assert clusters([]) == []
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
+@pytest.mark.parametrize("sides", [(10, 10), (9, 10), (None, None)])
+def test_of_pictures_alike_in_size_the_smallest_id_is_kept(sides, order):
+    """A tie that goes to the last one: `select` keeps another copy than the one that its cluster is named by."""
+    given = [
+        row("c", "x", "00000000000000ff", sides[0]),
+        row("b", "x", "00000000000000ff", sides[1]),
+        row("d", "x", "00000000000000ff", sides[1]),
+        row("e", "y", "00000000000000fe", sides[1]),
+    ]
+    found = clusters([given[each] for each in order])
+    assert [each["image_id"] for each in found if each["first"]] == ["b"]
+    assert {each["cluster"] for each in found} == {"b"}
+
+
 HASHES = st.integers(0, 2**64 - 1)
 # Few bits set, so that near ones are common.
 NEAR = st.lists(st.integers(0, 63), max_size=4).map(lambda bits: sum(1 << bit for bit in set(bits)))
