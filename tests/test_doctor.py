@@ -11,7 +11,8 @@ from capfilt.execution.run import run_stage
 from capfilt.stages.duplicates import Duplicates
 from capfilt.stages.options import DuplicatesOptions
 from capfilt.tables.contracts import CAPTIONS, IMAGES, SIGNALS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, write_images
 

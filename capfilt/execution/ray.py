@@ -33,7 +33,7 @@ from capfilt.execution.cluster import (
 from capfilt.execution.placement import Node, Size, crew, room
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
-from capfilt.tables.shards import Manifest
+from capfilt.tables.manifest import Manifest
 from capfilt.tables.visible import say
 from capfilt.training.interrupt import PATIENCE, Interrupt, Interrupted
 

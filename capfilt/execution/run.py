@@ -16,7 +16,8 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.progress import StageProgress
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.stages.registry import StageCommand
-from capfilt.tables.shards import Counts, Manifest, Part
+from capfilt.tables.manifest import Counts, Manifest
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank, started_together
 

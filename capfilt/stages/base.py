@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 
 from capfilt.tables.contracts import Contract
+from capfilt.tables.manifest import Counts, Manifest, Plan, Successor
 from capfilt.tables.sealed import fingerprint
-from capfilt.tables.shards import Counts, Manifest, Part, Plan, Successor
+from capfilt.tables.shards import Part
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from capfilt.stages.options import CaptionOptions
 from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 

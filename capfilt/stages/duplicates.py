@@ -21,7 +21,8 @@ from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import shards_of
 from capfilt.stages.options import DuplicatesOptions
 from capfilt.tables.contracts import SIGNALS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 Array = npt.NDArray[Any]

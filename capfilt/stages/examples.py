@@ -22,8 +22,9 @@ from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
 from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, TASKS
 from capfilt.tables.ids import example_id, file_sha256
+from capfilt.tables.manifest import Counts
 from capfilt.tables.sealed import fingerprint
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 _TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}

@@ -25,7 +25,8 @@ from capfilt.stages.options import IngestOptions
 from capfilt.stages.pictures import read_header
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")

@@ -19,7 +19,8 @@ from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import SelectOptions
 from capfilt.tables.contracts import PAIRS, SCORES, SOURCES, VERDICTS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
 

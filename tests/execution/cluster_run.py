@@ -26,7 +26,8 @@ from capfilt.execution.ray import RayExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.base import ModelStage, Produced, ShardStage
 from capfilt.tables.contracts import SIGNALS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank
 from tests.worlds import image_rows, write_images

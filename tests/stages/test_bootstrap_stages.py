@@ -20,7 +20,7 @@ from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
 from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import SCORES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from tests.worlds import image_rows, write_images
 
 

@@ -18,7 +18,7 @@ from capfilt.models.vqa import vqa_from_blip
 from capfilt.stages.evaluate import Evaluate, _Result
 from capfilt.stages.options import EvaluateOptions
 from capfilt.tables.contracts import EXAMPLES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tasks.adapters import opened
 from capfilt.tasks.comparison import read_result
 from capfilt.tasks.outcome import Outcome, units

@@ -15,7 +15,8 @@ from capfilt.execution.run import run_command
 from capfilt.stages import options as o
 from capfilt.stages.registry import stage_command
 from capfilt.tables.contracts import IMAGES
-from capfilt.tables.shards import Counts, Part, Plan
+from capfilt.tables.manifest import Counts, Plan
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, tiny_checkpoint
 

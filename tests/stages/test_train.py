@@ -27,7 +27,7 @@ from capfilt.stages.retrain_clip import RetrainClip
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
 from tests.worlds import failed_row, image_rows, write_images
 

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from capfilt.errors import RunError, UserError
 from capfilt.tables import publish
 from capfilt.tables.contracts import CAPTIONS, IMAGES, SIGNALS
+from capfilt.tables.manifest import Counts, Plan, Successor, numbers_of, ranges_of
 from capfilt.tables.sealed import fingerprint, seal, unseal
-from capfilt.tables.shards import Counts, Part, Plan, Successor, _numbers, _ranges
+from capfilt.tables.shards import Part
 from tests.sweeps.disk import durable_steps
 from tests.worlds import image_rows
 
@@ -290,7 +291,8 @@ def test_kill_9_while_committing_and_rerun(tmp_path):
         """
         import sys
         from capfilt.tables.contracts import SIGNALS
-        from capfilt.tables.shards import Counts, Part
+        from capfilt.tables.manifest import Counts
+        from capfilt.tables.shards import Part
         part = Part(sys.argv[1])
         mark = part.begin(SIGNALS, "test", {})
         print("begun", flush=True)
@@ -327,7 +329,8 @@ def test_two_processes_racing_for_one_shard_leave_one_whole_shard(tmp_path):
         """
         import sys, time
         from capfilt.tables.contracts import SIGNALS
-        from capfilt.tables.shards import Counts, Part
+        from capfilt.tables.manifest import Counts
+        from capfilt.tables.shards import Part
         part = Part(sys.argv[1])
         mark = part.begin(SIGNALS, "test", {})
         table = SIGNALS.table([{"image_id": f"{sys.argv[2]}-{i}"} for i in range(500)])
@@ -486,7 +489,7 @@ def test_the_record_tells_which_shards_are_not_there(part):
 
 @given(st.sets(st.integers(0, 40)))
 def test_planned_shards_survive_their_short_form(numbers):
-    assert _numbers(_ranges(sorted(numbers))) == sorted(numbers)
+    assert numbers_of(ranges_of(sorted(numbers))) == sorted(numbers)
 
 
 @pytest.mark.parametrize(
