@@ -31,7 +31,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -220,7 +219,7 @@ class Part:
                 raise UserError(f"{self.path}: is not empty and not a part; name another output")
             # A record whose part was removed says nothing of the part that begins here.
             if not self.path.is_dir():
-                shutil.rmtree(self.record, ignore_errors=True)
+                self._forget()
             self.path.mkdir(parents=True, exist_ok=True)
             self.record.mkdir(parents=True, exist_ok=True)
             publish_new_bytes(path, seal(info | whole))
@@ -238,8 +237,17 @@ class Part:
             return
         with suppress(OSError):  # a shard that no manifest vouches for may lie there
             self.path.rmdir()
-            shutil.rmtree(self.record, ignore_errors=True)
+            self._forget()
         self.__dict__.pop("info", None)
+
+    def _forget(self) -> None:
+        """Remove the record's own files, and its folder where that held nothing else: records may lie in records."""
+        if self.record.is_dir():
+            for child in self.record.iterdir():
+                if child.is_file():
+                    child.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.record.rmdir()
 
     def settle(self, name: str, value: str) -> str:
         """Return the value that all of the part's shards have under `name`: `value` where none stands yet, and then for good.

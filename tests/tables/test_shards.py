@@ -473,6 +473,18 @@ def test_a_part_whose_folder_was_removed_is_made_anew(part):
     assert again.commit(0, rows(1), Counts(1, 1), mark, 0.1).rows == 1
 
 
+def test_a_part_called_like_a_table_forgets_no_other_record(tmp_path):
+    """`--out ./images` has its record where the records of a workspace's images are."""
+    other = Part(tmp_path / "images" / "web")
+    other.commit(0, IMAGES.table(image_rows("web", 1)), Counts(1, 1), other.begin(IMAGES, "test", {}), 0.1)
+    (tmp_path / "images").rename(tmp_path / "away")
+    part = Part(tmp_path / "images")
+    begin(part)
+    part.withdraw()
+    (tmp_path / "away").rename(tmp_path / "images")
+    assert other.check().shards() == [0]
+
+
 def test_the_record_tells_which_shards_are_not_there(part):
     mark = part.begin(CAPTIONS, "test", {"a": 1}, plan=Plan([0, 1, 2, 7], 11))
     assert part.gap == "0 of 4 shards"
