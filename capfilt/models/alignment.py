@@ -138,6 +138,7 @@ class Alignment(nn.Module):
         self.queue = FeatureQueue(
             config.queue_size if "itc" in config.objectives else 0, model.config.embed_dim
         )
+        self._bound()
 
     @property
     def leaves_unused(self) -> bool:
@@ -151,13 +152,16 @@ class Alignment(nn.Module):
             towers.append(self.momentum.visual_encoder)
         return [block for tower in towers for block in tower.blocks]
 
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """What moves once per step, before its first loss: clamps the temperature, lets the momentum towers follow."""
-        if {"itc", "itm"} & set(self.config.objectives):
-            self.model.temperature.clamp_(*self.config.temperature_range)
+    def after_step(self) -> None:
+        """What follows the weights when a step has moved them: clamps the temperature, moves the momentum towers."""
+        self._bound()
         if self.momentum is not None and self.config.momentum is not None:
             ema_update(*followed(self.momentum, self.model), self.config.momentum)
+
+    @torch.no_grad()
+    def _bound(self) -> None:
+        if {"itc", "itm"} & set(self.config.objectives):
+            self.model.temperature.clamp_(*self.config.temperature_range)
 
     @property
     def settled(self) -> bool:

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.inference.decoding import BEAM_RULES
 from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captioner, reference
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
@@ -17,10 +16,9 @@ from capfilt.stages.options import CaptionOptions
 from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-
-METHODS = ("nucleus", "beam", "greedy")
 
 
 class CaptionRows:
@@ -50,6 +48,9 @@ class CaptionRows:
             reasons = set()
             for index, (text, logprob) in enumerate(texts):
                 reason = failure or (None if text else "empty_text")
+                if logprob is not None and not math.isfinite(logprob):
+                    # Drawn from no distribution: whatever the text, nothing stands behind it.
+                    reason, text, logprob = "not_finite", "", None
                 reasons.add(reason)
                 self.made.append(
                     {
@@ -77,32 +78,17 @@ class CaptionStage(ShardStage):
     """Writes `samples` rows per image; an image without pixels has none and is counted as dropped (`no_image`)."""
 
     name = "caption"
-    version = 3  # Pillow's bicubic pixels, of whole pictures
+    # Since 3, a text whose probability is not finite is a failure; since 4, pictures are Pillow's bicubic pixels, of whole
+    # pictures.
+    version = 4
     contract = CAPTIONS
     uses_gpu = True
 
     def __init__(self, options: CaptionOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if options.method not in METHODS:
-            raise UserError(f"--method {options.method!r}: choose one of {', '.join(METHODS)}")
-        if not 0 < options.top_p <= 1:
-            raise UserError(f"--top-p {options.top_p}: give a share above 0, at most 1")
-        if options.top_k < 0 or not options.temperature > 0 or not math.isfinite(options.temperature):
-            raise UserError(
-                f"--top-k {options.top_k}, --temperature {options.temperature}: give 0 or more, and more than 0"
-            )
-        if options.beam_rule not in BEAM_RULES or not math.isfinite(options.length_penalty):
-            raise UserError(
-                f"--beam-rule {options.beam_rule!r}, --length-penalty {options.length_penalty}: choose "
-                f"{', '.join(BEAM_RULES)}, and give a number"
-            )
-        if options.samples < 1 or (options.method == "greedy" and options.samples > 1):
-            raise UserError(
-                f"--samples {options.samples}: give 1 or more (greedy decoding has only one text)"
-            )
-        if options.max_new_tokens < max(1, options.min_new_tokens):
-            raise UserError(
-                f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens, and 1"
-            )
+        if options.method == "greedy" and options.samples > 1:
+            raise UserError(f"--samples {options.samples}: greedy decoding has only one text")
+        if options.max_new_tokens < options.min_new_tokens:
+            raise UserError(f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens")
         self.options = options
         self.captioner = reference(
             CAPTIONERS,

@@ -24,7 +24,8 @@ from capfilt.stages.options import CaptionOptions, ScoreOptions
 from capfilt.stages.pixels import Clock, done, pictures
 from capfilt.stages.score import ScoreRows, ScoreStage, texts_by_image
 from capfilt.tables.contracts import CAPTIONS
-from capfilt.tables.shards import Manifest, Part
+from capfilt.tables.manifest import Manifest
+from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS
 from capfilt.tables.workspace import Workspace
 

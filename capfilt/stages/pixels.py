@@ -17,7 +17,8 @@ from capfilt.data.store import cpu_workers
 from capfilt.errors import UserError
 from capfilt.plugins.interface import FindsBatchSize, Gathers, Plugin, TellsHow
 from capfilt.stages.base import Produced
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 
 
 @dataclass(frozen=True)

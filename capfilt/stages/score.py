@@ -21,7 +21,8 @@ from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
 from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.tables.contracts import CONTRACTS
+from capfilt.tables.manifest import Plan
 from capfilt.tables.publish import one_line, replace, sync_directory
 from capfilt.tables.sealed import seal
-from capfilt.tables.shards import Part, Plan, etag_of, record_of
+from capfilt.tables.shards import Part, etag_of, record_of
 
 _OLD = "_part.json"
 _MANIFEST = re.compile(r"\d{5,}(\.g\d+)?\.manifest\.json")

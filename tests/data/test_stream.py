@@ -22,7 +22,8 @@ from capfilt.data.transforms import Augmentation, Crops, training_uint8
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from tests.worlds import failed_row, image_rows, jpeg, write_images
 
 SIZE = 16

@@ -63,7 +63,7 @@ def test_to_uint8_is_pillows_bicubic_without_a_crop() -> None:
         # Training sees nearly that: two roundings of fixed-point weights show in noise of full contrast.
         away = np.abs(quick_uint8(image, 24).transpose(1, 2, 0).astype(int) - expected)
         assert away.max() <= 11
-        assert away.mean() < 0.1
+        assert away.mean() < 0.2
     assert np.array_equal(to_uint8(noise(24, 24), 24).transpose(1, 2, 0), np.asarray(noise(24, 24)))
     assert to_uint8(Image.new("L", (3, 3), 9), 4).tolist() == [[[9] * 4] * 4] * 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,49 @@ def test_a_text_has_at_least_min_new_tokens_tokens(scene, rule, shortest):
     lengths = [row.index(tokenizer.sep_id) if tokenizer.sep_id in row else 8 for row in rows]
     assert min(lengths) >= shortest
     assert shortest > 1 or min(lengths) == 1
+
+
+class Table:
+    """A model whose next token depends on the last one alone, by probabilities."""
+
+    def __init__(self, following):
+        self.logits = torch.tensor(following).log()
+
+    def new_cache(self, ways, max_length, cross):
+        return SimpleNamespace(reorder=lambda ways: None, keep=lambda images: None)
+
+    def decode(self, ids, cache, cross):
+        return self.logits[ids[:, -1]]
+
+
+SEP, A, B, C = range(4)
+
+
+@pytest.mark.parametrize(
+    ("first", "beams", "best"),
+    [
+        # [SEP] is third: with two beams it may not finish, though no longer text comes near it; with three it may.
+        ([0.20, 0.40, 0.30, 0.10], 2, [A, SEP]),
+        ([0.20, 0.40, 0.30, 0.10], 3, [SEP]),
+        # Second of two, and second where there is one beam.
+        ([0.30, 0.40, 0.20, 0.10], 2, [SEP]),
+        ([0.30, 0.40, 0.20, 0.10], 1, [A, SEP]),
+        # Last of all that two beams look at.
+        ([0.18, 0.40, 0.22, 0.20], 2, [A, SEP]),
+    ],
+)
+def test_only_the_best_continuations_of_a_step_may_finish(first, beams, best):
+    """A text that ends in the second half of what a step looks at: by transformers' rule it is not one of the results, and
+    taking it prefers short texts.
+    """
+    model = Table([first, [0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.3]])
+    rules = Limits(SEP, SEP, 6, 0, 1.0)
+    cross = [(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))]
+    # Length counts for nothing, so that shorter is better.
+    found = beam_search(model, cross, torch.tensor([SEP]), 1, rules, beams, length_penalty=0.0)
+    assert found.tokens[0, : len(best)].tolist() == best
+    expected = sum(float(model.logits[a, b]) for a, b in itertools.pairwise([SEP, *best]))
+    assert float(found.logprob[0]) == pytest.approx(expected, abs=1e-5)
 
 
 EAGER = {"greedy": 0.4, "nucleus": 2.0, "beam": 1.0}  # to end a text: so that half of them do, and not all

@@ -18,13 +18,14 @@ import torch
 from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.decoding import Limits, beam_search, sample
-from capfilt.inference.graphs import RECORDING, CudaGraphs, RecordedWriter, run_again
+from capfilt.inference.graphs import RECORDING, CudaGraphs, RecordedWriter
 from capfilt.inference.sampling import uniforms
 from capfilt.plugins.blip import BlipCaptioner
+from tests.inference.tape import taped
 
 
 class Counting:
-    """Makes recorders that run again, as a graph does: the same computation over the same buffers."""
+    """Makes recorders that replay as a graph does: the same operations over the same buffers, and no Python."""
 
     def __init__(self):
         self.shapes = self.made = self.replayed = 0
@@ -35,13 +36,12 @@ class Counting:
 
     def record(self, compute):
         self.made += 1
-        compute()  # recording runs it, and must leave no trace
-        compute()
+        repeat = taped(compute)  # recording runs it, and must leave no trace
         addresses = set()
 
         def replay():
             self.replayed += 1
-            out = run_again(compute)()
+            out = repeat()
             addresses.add(out.data_ptr())
             assert len(addresses) == 1, "a graph always writes to the same place"
             return out
@@ -98,6 +98,40 @@ def test_several_captions_and_beams_are_recorded_too(scene):
     assert recorder.shapes == 2
 
 
+PROMPTS = {"a": 7, "a picture": 6, "a picture of": 5, "a picture of two red": 3}
+"""Prompts, and new tokens with which prompt and text together are of one length for all."""
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("method", ["sample", "beam"])
+@pytest.mark.parametrize("order", [[0, 1], [3, 0], [2, 0, 3, 1, 2]])
+@torch.no_grad()
+def test_a_prompt_of_another_length_is_not_replayed_at_this_ones_places(pair, scene, method, ways, order):
+    """Prompt and text of two calls are together as long, so the calls share buffers: recordings that were told apart by the
+    length so far alone wrote wrong texts for the second prompt, without an error. A recorder that runs Python again cannot
+    see it.
+    """
+    (_, tokenizer), (model, _, limits, crosses) = pair, scene
+    writer = RecordedWriter(model, lambda: taped)
+    for turn, (said, longest) in enumerate([*PROMPTS.items()][each] for each in order):
+        prompt = tokenizer.encode([said])[0][0, :-1]
+        assert len(prompt) + longest == 9
+        own = dataclasses.replace(limits, max_new_tokens=longest, min_new_tokens=longest)
+        draws = uniforms(turn, ["a", "b", "c"], ways, longest)
+        cross = crosses[turn % 2]
+        plain, made = (
+            sample(each, cross, prompt, 3 * ways, own, draws)
+            if method == "sample"
+            else beam_search(each, cross, prompt, 3, own, ways, ways)
+            for each in (model, writer)
+        )
+        assert torch.equal(made.tokens, plain.tokens)
+        torch.testing.assert_close(made.logprob, plain.logprob)
+    assert not writer.failed
+    # One shape, and in it a recording for each place of each prompt, made once.
+    assert len(writer.shape.steps) == sum([*PROMPTS.values()][each] - 1 for each in set(order))
+
+
 @torch.no_grad()
 def test_a_smaller_batch_runs_in_the_full_ones_recording(scene):
     """Pictures that cannot be used make nearly every batch of a shard another size."""
@@ -125,7 +159,7 @@ def test_another_shape_lets_go_of_the_last_before_it_asks_for_memory(scene):
 
     def recorder():
         standing.append(last())
-        return run_again
+        return taped
 
     writer.recorder = recorder
     cross = [(keys[:2], values[:2]) for keys, values in crosses[0]]

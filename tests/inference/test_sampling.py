@@ -69,7 +69,23 @@ def test_long_and_short_nuclei_side_by_side_are_drawn_as_alone(seed, top_p):
         size = int(((cumulative - full.values) < top_p).sum())
         mass = cumulative[size - 1]
         at = min(int((cumulative <= u[row] * mass).sum()), size - 1)
-        assert full.indices[at] == tokens[row]
+        # Equal probabilities have no order.
+        assert torch.softmax(logits[row], -1).double()[tokens[row]] == full.values[at]
+
+
+@pytest.mark.parametrize("further", [0, 100, 600])
+@pytest.mark.parametrize("top_k", [0, 8])
+@pytest.mark.parametrize(
+    ("top_p", "size"),
+    [(0.125, 1), (0.1250001, 2), (0.25, 2), (0.5, 4), (0.75, 6), (0.7500001, 7), (0.875, 7), (1.0, 8)],
+)
+def test_a_nucleus_that_has_its_mass_exactly_takes_no_further_token(top_p, size, top_k, further):
+    """Eight tokens of an eighth each, in sums without rounding: the smallest set with mass >= top_p, and not > top_p."""
+    logits = torch.cat([torch.zeros(1, 8), torch.full((1, further), float("-inf"))], dim=1)
+    u = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    drawn = draw(logits.expand(64, -1), u, top_p, top_k, 1.0)
+    assert len(drawn.unique()) == size
+    assert (drawn < 8).all()
 
 
 def test_extreme_uniforms_stay_inside():

@@ -141,7 +141,7 @@ def test_without_momentum_gradients_reach_both_sides_of_the_similarity():
     assert torch.allclose(got, model.text_proj.weight.grad, atol=1e-5)
 
 
-def test_momentum_towers_move_before_they_are_used():
+def test_momentum_towers_follow_and_are_used():
     trainer = p.BlipPretraining(
         build(MICRO), p.PretrainingConfig(objectives=("itc",), momentum=0.5, queue_size=8)
     )
@@ -152,7 +152,7 @@ def test_momentum_towers_move_before_they_are_used():
     frozen = copy.deepcopy(trainer.momentum)
     live = dict(trainer.model.named_parameters(remove_duplicate=False))
     batch = rows(4)
-    trainer.before_step()
+    trainer.after_step()
     trainer.losses(batch)
     with torch.no_grad():
         for name, parameter in frozen.named_parameters():
@@ -237,7 +237,7 @@ def test_temperature_is_clamped_in_place(value, clamped):
     trainer = p.BlipPretraining(build(MICRO), p.PretrainingConfig(queue_size=0)).train()
     with torch.no_grad():
         trainer.model.temperature.fill_(value)
-    trainer.before_step()
+    trainer.after_step()
     assert trainer.losses(rows())["temperature"].item() == pytest.approx(clamped)
     assert trainer.model.temperature.item() == pytest.approx(clamped)
 

@@ -22,7 +22,7 @@ from capfilt.stages.options import DuplicatesOptions, SelectOptions
 from capfilt.stages.select import Select
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 from tests.worlds import failed_row, image_rows, write_images
 
@@ -61,6 +61,21 @@ def test_exact_and_near_join_into_components():
     assert [found[name]["first"] for name in "abcdefg"] == [False, True, False, False, True, None, None]
     assert [each["image_id"] for each in clusters(rows)] == [each["image_id"] for each in rows]
     assert clusters([]) == []
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
+@pytest.mark.parametrize("sides", [(10, 10), (9, 10), (None, None)])
+def test_of_pictures_alike_in_size_the_smallest_id_is_kept(sides, order):
+    """A tie that goes to the last one: `select` keeps another copy than the one that its cluster is named by."""
+    given = [
+        row("c", "x", "00000000000000ff", sides[0]),
+        row("b", "x", "00000000000000ff", sides[1]),
+        row("d", "x", "00000000000000ff", sides[1]),
+        row("e", "y", "00000000000000fe", sides[1]),
+    ]
+    found = clusters([given[each] for each in order])
+    assert [each["image_id"] for each in found if each["first"]] == ["b"]
+    assert {each["cluster"] for each in found} == {"b"}
 
 
 HASHES = st.integers(0, 2**64 - 1)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.data.tokenizer import ADDED, CLS, MASK, PAD, SEP, UNK
@@ -31,10 +30,10 @@ from capfilt.models.interop.contents import (
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.transformers_layout import read_weights, weights_file
+from capfilt.models.interop.transformers_layout import read_weights, weights_files
 from capfilt.models.vilt import EPS, Vilt, ViltConfig
 from capfilt.models.vilt_classifier import ViltClassifier, ViltClassifierConfig
-from capfilt.models.weights import listed
+from capfilt.models.weights import listed, write_safetensors
 from capfilt.tables.contracts import LABELS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -92,7 +91,7 @@ _NEVER = -100.0
 
 def files(directory: Path) -> list[Path]:
     """Every file that `read` reads."""
-    found = [directory / CONFIG, weights_file(directory), vocabulary.find(directory)]
+    found = [directory / CONFIG, *weights_files(directory), vocabulary.find(directory)]
     return [*found, directory / SETTINGS] if (directory / SETTINGS).is_file() else found
 
 
@@ -111,8 +110,8 @@ def read(directory: Path, image_size: int = 0) -> Contents:
     """The checkpoint; `image_size` other than 0 interpolates the positions once and for all. UserError names file or key."""
     config, extra = read_config(directory)
     assert isinstance(config, ViltConfig)
-    path = weights_file(directory)
-    config, state = _taken(path, config, read_weights(path))
+    path = weights_files(directory)[0]
+    config, state = _taken(path, config, read_weights(directory))
     model = assemble(path, config, state)
     assert isinstance(model, Vilt | ViltClassifier)
     if image_size and image_size != config.image_size:
@@ -130,7 +129,7 @@ def write(directory: Path, contents: Contents) -> None:
     assert isinstance(model, Vilt | ViltClassifier)
     refuse_trunk(model.config, "transformers")
     config = config_json(model.config)
-    save_file(_given(model), directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, _given(model))
     vocabulary.write_vocabulary(directory, tokenizer)
     said = {
         "tokenizer_class": "BertTokenizer", "do_lower_case": True, "pad_token": PAD, "unk_token": UNK, "cls_token": CLS,
