@@ -62,14 +62,18 @@ def existing(path: str) -> Workspace:
 
 
 def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
-    """(good, line) for every part and every directory in `models/`; `full` reads and hashes every byte.
+    """(good, line) for every part and every directory in `models/`.
 
-    Of a part it then counts the distinct ids of the rows too. Raises UserError when there is no workspace, or nothing in it.
+    `full` reads and hashes every byte, and counts the distinct ids of the rows.
+
+    Raises UserError when there is no workspace, or nothing in it.
     """
     place = existing(path)
     folders = [(table, folder) for table in CONTRACTS for folder in place.folders(table)]
-    if not folders:
-        raise UserError(f"{path}: holds no part; name a workspace with --workspace")
+    models = place.path / "models"
+    trained = sorted(models.iterdir()) if models.is_dir() else []
+    if not folders and not trained:
+        raise UserError(f"{path}: holds no part and no model; name a workspace with --workspace")
     for table, folder in folders:
         record = record_of(folder)
         if not (any(folder.iterdir()) or (record / "part.json").exists()):
@@ -90,12 +94,11 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
             yield word == "ok", line
         except (UserError, RunError) as error:
             yield False, f"BAD   {error}"
-    models = place.path / "models"
-    for found in sorted(models.iterdir()) if models.is_dir() else ():
-        if found.name.startswith(".partial-"):
-            yield True, f"ok    {found}: left by a killed export (safe to delete)"
-        elif found.is_dir():
-            yield _checkpoint(found, full)
+    for each in trained:
+        if each.name.startswith(".partial-"):
+            yield True, f"ok    {each}: left by a killed export (safe to delete)"
+        elif each.is_dir():
+            yield _checkpoint(each, full)
 
 
 def _problems(part: Part, full: bool) -> list[str]:

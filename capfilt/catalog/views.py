@@ -141,7 +141,7 @@ def _found_text_ids(images: pa.Array, sources: pa.Array, texts: pa.Array, places
 
 @dataclass(frozen=True)
 class _Files:
-    """Files of one part that have the same columns, each with its type."""
+    """Files of one part that have the same columns, each with its DuckDB type."""
 
     part: str
     files: tuple[str, ...]
@@ -183,9 +183,12 @@ def _groups(connection: duckdb.DuckDBPyConnection, account: Account, contract: C
         groups.setdefault(key, []).append(path)
     for files in groups.values():
         relation = connection.sql(f"FROM {rows_of(files[:1])}")
-        yield _Files(
-            account.part.name, tuple(files), dict(zip(relation.columns, relation.types, strict=True))
-        )
+        types = {
+            name: type_
+            for name, type_ in zip(relation.columns, relation.types, strict=True)
+            if name.lower() != "part"  # a carried column called so gives way to the part's name
+        }
+        yield _Files(account.part.name, tuple(files), types)
 
 
 def _further_types(groups: Sequence[_Files], contract: Contract) -> dict[str, str]:
@@ -211,10 +214,8 @@ def _on_types(column: str, type_: str, groups: Sequence[_Files]) -> str:
 
 def _select(group: _Files, further: Mapping[str, str]) -> str:
     columns = [
-        # A carried column called `part` gives way to the part's name.
         f"{in_type(quoted(name), type_, further.get(name.lower()))} AS {quoted(name)}"
         for name, type_ in group.types.items()
-        if name.lower() != "part"
     ]
     return f"SELECT {literal(group.part)} AS part, {', '.join(columns)} FROM {rows_of(group.files)}"  # noqa: S608
 

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from capfilt.data.tokenizer import FILE_NAME, pad_rows, read_text, write_tokenizer
+from capfilt.data.tokenizer import FILE_NAME, MAX_VOCABULARY, pad_rows, read_text, write_tokenizer
 from capfilt.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -46,6 +46,8 @@ class BpeTokenizer:
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
         """`tokens[i]` has id i, the last two are START and END; `merges` in order of rank. ValueError where that cannot be."""
+        if len(tokens) > MAX_VOCABULARY:
+            raise ValueError(f"{len(tokens):,} tokens are more than {MAX_VOCABULARY:,}")
         vocab = {token: index for index, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             raise ValueError("a token is listed twice")

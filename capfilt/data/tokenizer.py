@@ -32,7 +32,8 @@ FILE_NAME = "tokenizer.json"
 MAX_WORDS = 30  # BLIP (arXiv 2201.12086), official code: captions are cut to 30 words before tokenising
 MAX_TOKENS = 30  # BLIP, official code: pretraining texts hold 30 tokens, [CLS] and [SEP] included
 MAX_ALPHABET = 1000  # the `tokenizers` WordPiece trainer's own default
-MAX_FILE_BYTES = 64 * 1024 * 1024  # a vocabulary of a million words is about 30 MB
+MAX_FILE_BYTES = 16 * 2**20  # published WordPiece and CLIP vocabularies have a tenth of that
+MAX_VOCABULARY = 1_000_000  # tokens; the largest published ones have half of that
 
 _TO_SPACE = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))  # BLIP, official code: `pre_caption`
 
@@ -90,6 +91,8 @@ class Tokenizer:
 
     def __init__(self, tokens: Sequence[str]) -> None:
         """`tokens[i]` has id i; [PAD] [UNK] [CLS] [SEP] [MASK] anywhere, [DEC] [ENC] last; else ValueError."""
+        if len(tokens) > MAX_VOCABULARY:
+            raise ValueError(f"{len(tokens):,} tokens are more than {MAX_VOCABULARY:,}")
         vocab = {token: index for index, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             twice = next(token for token, count in Counter(tokens).items() if count > 1)
@@ -319,19 +322,19 @@ def write_tokenizer(directory: str | Path, text: str) -> Path:
     return target
 
 
-def read_text(path: Path) -> str:
-    """A vocabulary's file. UserError where it cannot be read, is no UTF-8, or is too large for one."""
+def read_text(path: Path, most: int = MAX_FILE_BYTES) -> str:
+    """A vocabulary's or config's file. UserError where it cannot be read, is no UTF-8, or is too large for one."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(most + 1)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a tokenizer that exists") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes: that is no vocabulary")
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a file that can") from None
+    if len(data) > most:
+        raise UserError(f"{path} is larger than {most:,} bytes: that is no vocabulary, and no config")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: name a vocab.txt or tokenizer.json") from None
+        raise UserError(f"{path} is not UTF-8 text: name a vocabulary or config that is") from None
 
 
 def _tokens_of(content: Any) -> list[str]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
+from capfilt.formats.parquet_file import open_parquet
 
 if TYPE_CHECKING:
     import duckdb
@@ -105,9 +106,9 @@ def read_columns(file: Path, files: Sequence[Path], names: Sequence[str]) -> pa.
     A column has the type it has in the files, or where they differ what `common_type` says. It is null where the file
     lacks it. Raises UserError for a column that cannot be read.
     """
-    parquet = pq.ParquetFile(file)
+    parquet = open_parquet(file, file, names)
     columns = []
-    for name, type_ in zip(names, _types(tuple(files), tuple(names)), strict=True):
+    for name, type_ in zip(names, _types(*_key(files, names)), strict=True):
         if name not in parquet.schema_arrow.names:
             columns.append(pa.nulls(parquet.metadata.num_rows, type_))
         elif parquet.schema_arrow.field(name).type == type_:
@@ -127,18 +128,25 @@ def _read_column(parquet: pq.ParquetFile, file: Path, name: str, type_: pa.DataT
 
 def mixed_types(files: Sequence[Path], names: Sequence[str]) -> dict[str, str]:
     """The type that each column has in the end whose type is not the same in all of the files."""
-    found = _found(tuple(files), tuple(names))
-    types = _types(tuple(files), tuple(names))
+    found, types = _found(*_key(files, names)), _types(*_key(files, names))
     return {
         name: str(type_) for name, by_type, type_ in zip(names, found, types, strict=True) if len(by_type) > 1
     }
 
 
+Files = tuple[tuple[Path, int], ...]
+"""Files, each with the time of its last change: what was found out of them holds until then."""
+
+
+def _key(files: Sequence[Path], names: Sequence[str]) -> tuple[Files, tuple[str, ...]]:
+    return tuple((file, file.stat().st_mtime_ns) for file in files), tuple(names)
+
+
 @lru_cache(maxsize=4)
-def _found(files: tuple[Path, ...], names: tuple[str, ...]) -> list[dict[pa.DataType, Path]]:
+def _found(files: Files, names: tuple[str, ...]) -> list[dict[pa.DataType, Path]]:
     """Of each column the Arrow types it has, each with the first file where it has it."""
     found: dict[str, dict[pa.DataType, Path]] = {name: {} for name in names}
-    for file in files:
+    for file, _ in files:
         schema = pq.read_schema(file)
         for name in {*names} & {*schema.names}:
             found[name].setdefault(schema.field(name).type, file)
@@ -146,7 +154,7 @@ def _found(files: tuple[Path, ...], names: tuple[str, ...]) -> list[dict[pa.Data
 
 
 @lru_cache(maxsize=4)
-def _types(files: tuple[Path, ...], names: tuple[str, ...]) -> list[pa.DataType]:
+def _types(files: Files, names: tuple[str, ...]) -> list[pa.DataType]:
     """The Arrow type of each column, over all files."""
     return [
         next(iter(by_type), pa.string()) if len(by_type) < 2 else _shared(name, [*by_type.values()])

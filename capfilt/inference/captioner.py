@@ -5,6 +5,7 @@ Rows, shards and failures are the caption stage's; it decodes pictures itself an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ METHODS = ("nucleus", "beam", "greedy")
 class Caption:
     """A synthetic text without the prompt, and the sum of log p of its tokens ([SEP] included) given the prompt.
 
-    The probability is the model's own: no temperature, no nucleus, no penalty.
+    The probability is the model's own: no temperature, no nucleus, no penalty. Where it is not finite there is no text.
     """
 
     text: str
@@ -74,9 +75,12 @@ class Captioner(Engine):
         Raises:
             UserError: an option out of range, or an image that cannot be read, named by its index.
         """
-        _check(method, top_p, num_beams, max_new_tokens, min_new_tokens, samples, temperature, top_k)
-        if repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty is {repetition_penalty}: it must be above 0 (1.0 is off)")
+        _check(method, top_p, num_beams, max_new_tokens, min_new_tokens, samples, top_k)
+        for name, number in (("repetition_penalty", repetition_penalty), ("temperature", temperature)):
+            if not 0 < number < math.inf:
+                raise UserError(f"{name} is {number}: it must be above 0 and finite (1.0 is off)")
+        if not math.isfinite(length_penalty):
+            raise UserError(f"length_penalty is {length_penalty}: it must be finite (1.0 is off)")
         if keys is not None and len(keys) != len(images):
             raise UserError(f"{len(keys)} keys for {len(images)} images: give one per image")
         limits = Limits(
@@ -138,8 +142,8 @@ class Captioner(Engine):
         captions = []
         for row, logprob in zip(tokens, logprobs, strict=True):
             # Decoded with the prompt: a piece that continues the prompt's last word is not a word of its own.
-            text = self.tokenizer.decode(torch.cat([prompt.cpu(), row]))
-            captions.append(Caption(text.removeprefix(lead).strip(), logprob))
+            text = self.tokenizer.decode(torch.cat([prompt.cpu(), row])).removeprefix(lead).strip()
+            captions.append(Caption(text if math.isfinite(logprob) else "", logprob))
         return captions
 
 
@@ -150,15 +154,12 @@ def _check(
     max_new_tokens: int,
     min_new_tokens: int,
     samples: int,
-    temperature: float,
     top_k: int,
 ) -> None:
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1")
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}: it must be above 0 (method 'greedy' for none)")
     if top_k < 0:
         raise UserError(f"top_k is {top_k}: it must be 0 (off) or more")
     counts = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +52,7 @@ class ClipVisionConfig:
 
     def __post_init__(self) -> None:
         if self.stages:
-            if not all(each.isdecimal() and int(each) > 0 for each in self.stages.split("-")):
+            if not re.fullmatch(r"[1-9][0-9]{0,2}(-[1-9][0-9]{0,2}){0,7}", self.stages):
                 raise UserError(f"vision.stages is {self.stages!r}: write blocks per stage, as 3-4-6-3")
             if self.image_size % 32:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,8 +18,6 @@ from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
 from capfilt.tables.shards import Counts, Part
 from capfilt.tables.workspace import Workspace
-
-METHODS = ("nucleus", "beam", "greedy")
 
 
 class CaptionRows:
@@ -48,6 +47,9 @@ class CaptionRows:
             reasons = set()
             for index, (text, logprob) in enumerate(texts):
                 reason = failure or (None if text else "empty_text")
+                if logprob is not None and not math.isfinite(logprob):
+                    # Drawn from no distribution: whatever the text, nothing stands behind it.
+                    reason, text, logprob = "not_finite", "", None
                 reasons.add(reason)
                 self.made.append(
                     {
@@ -75,23 +77,15 @@ class CaptionStage(ShardStage):
     """Writes `samples` rows per image; an image without pixels has none and is counted as dropped (`no_image`)."""
 
     name = "caption"
-    version = 2
+    version = 3  # a text whose probability is not finite is a failure
     contract = CAPTIONS
     uses_gpu = True
 
     def __init__(self, options: CaptionOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if options.method not in METHODS:
-            raise UserError(f"--method {options.method!r}: choose one of {', '.join(METHODS)}")
-        if not 0 < options.top_p <= 1:
-            raise UserError(f"--top-p {options.top_p}: give a share above 0, at most 1")
-        if options.samples < 1 or (options.method == "greedy" and options.samples > 1):
-            raise UserError(
-                f"--samples {options.samples}: give 1 or more (greedy decoding has only one text)"
-            )
-        if options.max_new_tokens < max(1, options.min_new_tokens):
-            raise UserError(
-                f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens, and 1"
-            )
+        if options.method == "greedy" and options.samples > 1:
+            raise UserError(f"--samples {options.samples}: greedy decoding has only one text")
+        if options.max_new_tokens < options.min_new_tokens:
+            raise UserError(f"--max-new-tokens {options.max_new_tokens}: give at least --min-new-tokens")
         self.options = options
         self.captioner = reference(
             CAPTIONERS,

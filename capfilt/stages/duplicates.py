@@ -26,8 +26,6 @@ from capfilt.tables.workspace import Workspace
 
 Array = npt.NDArray[Any]
 
-MOST_DISTANCE = 10
-
 _BLOCK = 2048
 """Hashes compared with so many others at once: 32 MB of differences."""
 
@@ -53,8 +51,6 @@ class Duplicates(ShardStage):
     contract = SIGNALS
 
     def __init__(self, options: DuplicatesOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if not 0 <= options.distance <= MOST_DISTANCE:
-            raise UserError(f"--distance {options.distance}: give 0 to {MOST_DISTANCE}")
         self.options = options
         self.images = workspace.input("images", options.images)
         self.output = output or workspace.part("signals", options.out)

@@ -20,7 +20,7 @@ from capfilt.formats.examples.row import ExampleRow, example_rows
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
-from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
+from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, TASKS
 from capfilt.tables.ids import example_id, file_sha256
 from capfilt.tables.sealed import fingerprint
 from capfilt.tables.shards import Counts, Part
@@ -183,10 +183,3 @@ def _check(options: ExamplesOptions) -> None:
         )
     if options.task not in ("auto", *TASKS):
         raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")
-    given = [("--splits", split) for split in options.splits]
-    for name, split in (*given, *([("--split", options.split)] if options.split else ())):
-        if split not in SPLITS:
-            raise UserError(f"{name} {split!r}: choose {', '.join(SPLITS)}")
-    for name, least in (("limit", 0), ("shard_size", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")

@@ -37,7 +37,7 @@ from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.training import Training
-from capfilt.tables.contracts import LABELS, SPLITS
+from capfilt.tables.contracts import LABELS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
@@ -57,18 +57,6 @@ class TaskTraining(Training[TaskCorpus]):
             if not getattr(options, name):
                 raise UserError(f"{self.name}: give at least one part of {name} (--{name})")
         super().__init__(options, workspace, output)
-        for split in options.splits:
-            if split not in SPLITS:
-                raise UserError(f"--splits {split!r}: choose {', '.join(SPLITS)}")
-        if options.validate < 0 or options.max_words < 1:
-            raise UserError(
-                f"--validate {options.validate}, --max-words {options.max_words}: 0 or more, and 1 or more"
-            )
-        for name in ("drop_path", "momentum"):
-            if not 0 <= getattr(options, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(options, name):g}: give a number in [0, 1)"
-                )
         self.parts = {name: workspace.input("examples", name).check() for name in options.examples}
         self.images = [workspace.input("images", name).check() for name in options.images]
         self.init = workspace.model(options.init)
@@ -245,8 +233,6 @@ class FinetuneNlvr(TaskTraining):
         self, options: FinetuneNlvrOptions, workspace: Workspace, output: Part | None = None
     ) -> None:
         super().__init__(options, workspace, output)
-        if not 0 <= options.swap <= 1:
-            raise UserError(f"--swap {options.swap:g}: give a probability")
 
     def feed(self) -> dict[str, Any]:
         return {"swap": self.options.swap}

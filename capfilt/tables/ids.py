@@ -10,6 +10,8 @@ import hashlib
 import re
 from pathlib import Path
 
+from capfilt.errors import naming
+
 
 def _hash(*fields: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
@@ -42,7 +44,7 @@ def text_id(image: str, source: str, text: str, generator: str, sample_index: in
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hex."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -58,7 +60,7 @@ def seal(path: Path) -> None:
     place, digest = _sealing(path)
     if place is None:
         raise ValueError(f"{path}: no field {SEAL!r} to hold the digest")
-    with path.open("r+b") as file:
+    with naming(path), path.open("r+b") as file:
         file.seek(place.start(1))
         file.write(digest.encode())
 
@@ -71,7 +73,7 @@ def intact(path: Path) -> bool | None:
 
 def _sealing(path: Path) -> tuple[re.Match[bytes] | None, str]:
     """Where the digest stands, and the one that should: of the file with UNSEALED in its place."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         head = file.read(_HEAD)
         place = _SEALED.search(head)
         total = hashlib.sha256()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from capfilt.data.answers import closed_up
 from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import RunError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import Limits, beam_search
@@ -255,6 +256,11 @@ class Classifying(_OnDevice):
         with self._evaluating():
             ids, mask = self._encode(texts)
             out: Tensor = self._model.judge(ids, mask, self._sent(images)).float()
+        # The largest of what are no numbers would be an answer.
+        if not bool(torch.isfinite(out).all()):
+            raise RunError(
+                f"the logits of the {type(self._model).__name__} are not finite; try --precision fp32"
+            )
         return out
 
 

@@ -391,6 +391,20 @@ def test_types_that_merely_widen_widen_between_shards_of_a_part_too(tmp_path: Pa
         ]
 
 
+def test_a_test_may_have_a_column_called_part(tmp_path: Path) -> None:
+    """Would catch: every query failing, because a column that the view does not show has two types."""
+    workspace = Workspace(tmp_path)
+    for name, value in (("one", 1), ("two", "x")):
+        part = workspace.part("signals", name)
+        mark = part.begin(SIGNALS, name, {"version": 1})
+        part.commit(0, SIGNALS.table([{"image_id": "a", "Part": value}]), Counts(1, 1), mark, 0.1)
+    with open_catalog(workspace) as connection:
+        assert connection.execute("SELECT * FROM signals ORDER BY 1").fetchall() == [
+            ("one", "a", None),
+            ("two", "a", None),
+        ]
+
+
 @pytest.mark.parametrize("name", ['a"b', "we, ird; --", "ünï ☃", "FLOAT", "Part", "URL"])
 def test_a_carried_column_may_be_called_anything(tmp_path: Path, name: str) -> None:
     """Would catch: a column's name that ends the SQL it stands in, or that hides a column of the table's own."""

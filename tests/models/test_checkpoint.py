@@ -7,11 +7,15 @@ import contextlib
 import json
 import os
 import pickle
+import re
+import shutil
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from capfilt.data import bpe, tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.blip import BlipConfig, build
@@ -20,6 +24,7 @@ from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
+from tests.limits import refused
 from tests.sweeps.disk import durable_steps
 
 CONFIG = BlipConfig(
@@ -261,3 +266,117 @@ def test_files_are_on_the_disk_before_their_names_and_the_config_is_named_last(s
         for name in ("model.safetensors", "tokenizer.json", "config.json")
         for step in (f"sync partial/{name}", f"name {name}")
     ] + ["sync ."]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["visual_encoder.norm.weight", "temperature"])
+def test_weights_that_are_no_numbers_are_refused_by_name(saved, value, name):
+    """Catches a model that answers every question with NaN, which is kept or counted right somewhere."""
+    directory, model = saved
+    with torch.no_grad():
+        dict(model.named_parameters())[name].view(-1)[-1] = value
+    checkpoint.save(directory, model, checkpoint.load(directory)[1])
+    with pytest.raises(
+        UserError, match=f"1 tensors with values that are no finite numbers: {name}"
+    ) as caught:
+        checkpoint.load(directory)
+    assert "model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_config_has_finite_numbers(saved, value):
+    directory, _ = saved
+    redigest(directory)
+    path = directory / "config.json"
+    text = re.sub(r'"dropout": [\d.]+', f'"dropout": {value}', path.read_text())
+    assert value in text
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"dropout is (nan|-?inf)"):
+        checkpoint.load(directory)
+
+
+def bombs(root, saved, tokenizer_of):
+    """Directories of checkpoints that are small, and would keep a reader busy or fill the memory."""
+
+    def made(name, config=None, tokenizer=None):
+        directory = root / name
+        shutil.copytree(saved, directory)
+        content = json.loads((directory / "config.json").read_text())
+        del content["sealed"]
+        if tokenizer:
+            (directory / "tokenizer.json").write_text(tokenizer)
+            content["files"]["tokenizer.json"] = file_sha256(directory / "tokenizer.json")
+        if config:
+            config(content)
+        (directory / "config.json").write_text(json.dumps(content))
+        return directory
+
+    def sized(side, name, value):
+        return lambda content: content["config"][side].update({name: value})
+
+    for side, name, value in (
+        ("text", "depth", 10**9), ("vision", "depth", 10**9), ("text", "width", 2**24),
+        ("text", "vocab_size", 2**24), ("vision", "image_size", 2**24), ("text", "hidden", 10**400), ("text", "heads", 10**12),
+    ):  # fmt: skip
+        yield made(f"{side}-{name}-{len(str(value))}", sized(side, name, value))
+    for name, text in (
+        ("nested", "[" * 100_000),
+        ("long", json.dumps({"x": [[]] * 1_300_000})),
+        ("binary", "\0" * 1000),
+    ):
+        directory = made(name)
+        (directory / "config.json").write_text(text)
+        yield directory
+    yield made("words", tokenizer=tokenizer_of(40).to_json() + " " * 2**24)
+    directory = made("tensors", lambda content: content["files"].pop("model.safetensors"))
+    head = b"{" + b" " * 17_000_000 + b"}"
+    (directory / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    redigested = json.loads((directory / "config.json").read_text())
+    redigested["files"]["model.safetensors"] = file_sha256(directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(redigested))
+    yield directory
+    for name, kind, values in (
+        ("clip", "CLIPModel", {"vision_config": {"num_hidden_layers": 10**9}}),
+        ("clip-heads", "CLIPModel", {"vision_config": {"num_attention_heads": 0}}),
+        ("blip", "BlipForConditionalGeneration", {"text_config": {"num_hidden_layers": 10**9}}),
+        ("vilt", "ViltForMaskedLM", {"num_hidden_layers": 10**9}),
+    ):
+        (root / name).mkdir()
+        content = {"model_type": name.partition("-")[0], "architectures": [kind], **values}
+        (root / name / "config.json").write_text(json.dumps(content))
+        (root / name / "vocab.txt").write_text("a\n")
+        save_file({"a": torch.zeros(1)}, root / name / "model.safetensors")
+        yield root / name
+    (root / "packed").mkdir()
+    torch.save({"model": {"a": torch.zeros(5_000_000)}}, root / "plain.pth")
+    with (
+        zipfile.ZipFile(root / "plain.pth") as plain,
+        zipfile.ZipFile(root / "packed" / "m.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+    ):
+        for each in plain.namelist():
+            packed.writestr(each, plain.read(each))
+    (root / "plain.pth").unlink()
+    yield root / "packed"
+    (root / "expanded").mkdir()
+    torch.save(
+        {"model": {"visual_encoder.x": torch.zeros(1).expand(10**5, 10**5)}}, root / "expanded" / "m.pth"
+    )
+    yield root / "expanded"
+
+
+def test_a_checkpoint_that_explodes_is_refused_in_one_line(saved, tmp_path, tokenizer_of):
+    """Catches layers without end, vocabularies of millions, nested or packed files: minutes, gigabytes or a traceback."""
+    found = [str(each) for each in bombs(tmp_path, saved[0], tokenizer_of)]
+    code = "from capfilt.models import checkpoint\ndef read(path): checkpoint.open_any(path)"
+    for path, told in zip(found, refused(code, found), strict=True):
+        assert path in told
+
+
+def test_a_vocabulary_of_millions_is_refused_before_it_is_built(saved, monkeypatch):
+    """Catches a tokenizer.json of some megabytes that becomes gigabytes of tables."""
+    monkeypatch.setattr(tokenizer, "MAX_VOCABULARY", 39)
+    with pytest.raises(UserError, match=r"tokenizer\.json .*40 tokens are more than 39"):
+        checkpoint.load(saved[0])
+    monkeypatch.setattr(bpe, "MAX_VOCABULARY", 3)
+    with pytest.raises(ValueError, match="4 tokens are more than 3"):
+        bpe.BpeTokenizer(["a", "b", bpe.START, bpe.END], [])

@@ -482,3 +482,36 @@ def test_pairs_open_without_capfilt(workspace):
     origin = ["dataset", "key", "url", "license", "width", "height", "sha256"]
     assert table.column_names == ["image_id", "image", "texts", "split", *origin]
     assert b"huggingface" in table.schema.metadata
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rule", [{}, {"keep_fraction": 1.0}, {"threshold": 0.0}])
+def test_a_score_that_is_no_number_is_kept_by_no_rule(workspace, value, rule):
+    """Catches `not value < threshold`, which keeps NaN; and a quantile that counts what nothing can be above."""
+    scored = iter([0.6, 0.7])
+    put_scores(workspace, lambda row: next(scored, value))
+    summary = run(Select(SelectOptions(images="web", scores="chosen", **rule), workspace))
+    assert summary.counts.kept == 2
+    rows = rows_of(workspace.part("verdicts", "capfilt"))
+    lost = {
+        row["reason"]
+        for row in rows
+        if row["itm_score"] not in (None, pytest.approx(0.6), pytest.approx(0.7))
+    }
+    assert lost <= {"not_finite", "no_image", "truncated"}
+    assert "not_finite" in lost
+
+
+@pytest.mark.parametrize(
+    ("by", "threshold", "good"),
+    [("itm_score", 1.5, False), ("itm_score", -0.1, False), ("itc_score", 1.01, False), ("itc_score", -0.5, True),
+     ("itm_score", 1.0, True), ("itm_score", 0.0, True)],
+)  # fmt: skip
+def test_a_threshold_is_where_its_scores_are(workspace, by, threshold, good):
+    put_scores(workspace, lambda row: 0.5)
+    options = SelectOptions(images="web", scores="chosen", by=by, threshold=threshold)
+    if good:
+        Select(options, workspace)
+        return
+    with pytest.raises(UserError, match=f"--threshold {threshold:g}: {by} is from"):
+        Select(options, workspace)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import capfilt
+from capfilt.data.tokenizer import read_text
 from capfilt.errors import UserError
 from capfilt.models import kinds
 from capfilt.models.blip import Blip
@@ -27,6 +28,8 @@ from capfilt.models.vision import resize_position_embedding
 from capfilt.models.weights import fill, listed, read_safetensors, write_safetensors
 
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
+MOST_CONFIG = 2**22
+"""Bytes of a config, with the names of a hundred thousand classes."""
 S = TypeVar("S", bound=Shape)
 
 
@@ -74,6 +77,11 @@ def unwrapped(path: Path, content: Any) -> dict[str, Tensor]:
             f"{path}: no dictionary of tensors, nor one under {' or '.join(WRAPPERS)}; give a checkpoint that holds a model"
         )
     beside = sorted(str(each) for each in content if each != key) if key else []
+    expanded = sorted(name for name, each in state.items() if each.nbytes > each.untyped_storage().nbytes())
+    if expanded:
+        raise UserError(
+            f"{path}: {listed(expanded)} are larger than what the file holds of them; it is no trainer's"
+        )
     ignored = [f"the keys {listed(beside)}"] if beside else []
     first, last = (name.split(".")[:-1] for name in (min(state), max(state)))
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
@@ -233,13 +241,13 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, extra
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError naming it where it is missing or none."""
+def read_json(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes; UserError naming it where it is missing or none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path, most))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})".splitlines()[0]) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
