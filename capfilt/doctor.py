@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS
-from capfilt.tables.sealed import read_sealed
 from capfilt.tables.shards import Part, record_of
 from capfilt.tables.workspace import Workspace
 
@@ -117,7 +116,7 @@ def _problems(part: Part, full: bool) -> list[str]:
             found.append(str(error))
     for path in part.record.glob("[a-z]*.json"):
         try:
-            read_sealed(path, "restore it, or remove the part and make it again")
+            part.settled(path)
         except (UserError, RunError) as error:
             found.append(str(error))
     if not any(found):
