@@ -17,6 +17,7 @@ from typing import Any
 from capfilt.errors import UserError
 from capfilt.formats.examples.daquar import in_parts
 from capfilt.formats.examples.row import ExampleRow, example_rows
+from capfilt.formats.values import storable
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
@@ -142,7 +143,7 @@ class Examples(ShardStage):
             "label": label,
             "split": row.split,
             "failure": failure,
-            "error_message": message,
+            "error_message": message and storable(message),
             "wrong_texts": list(row.wrong_texts) if task == "choice" else None,
             "category": row.category,
         }

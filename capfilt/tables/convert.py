@@ -51,7 +51,7 @@ def _convert(path: Path) -> None:
             if _MANIFEST.fullmatch(name):
                 values = _read(source)
                 values.pop("file", None)
-                standard = {"generation": 0, "previous": "", "changed": {}, "batch_size": 0}
+                standard = {"generation": 0, "previous": "", "changed": {}, "batch_size": 0, "part": ""}
                 shard = path / _old_file(values)
                 if shard.is_file() and etag_of(shard, 65536)[1] == values.get("etag"):
                     values["etag"] = etag_of(shard)[1]  # of a footer above 64 KiB it covers all now

@@ -256,9 +256,16 @@ class Part:
         """
         path = self.record / f"{name}.json"
         if not path.is_file():
-            publish_new_bytes(path, seal({name: value}))
-        stands = read_sealed(path, "restore it, or make the part again") or {}
-        return str(stands.get(name, value))
+            publish_new_bytes(path, seal({name: value, "part": self.info["fingerprint"]}))
+        return str(self.settled(path).get(name, value))
+
+    def settled(self, path: Path) -> dict[str, Any]:
+        """The values of a file of the record that `settle` wrote. Raises UserError where it changed, or is another part's."""
+        cure = "restore it, or make the part again"
+        values = read_sealed(path, cure) or {}
+        if values.get("part", self.info["fingerprint"]) != self.info["fingerprint"]:
+            raise UserError(f"{path}: is of another part or run; {cure}")
+        return values
 
     def identity_fingerprint(self, contract: Contract, stage: str, identity: Mapping[str, Any]) -> str:
         """The fingerprint the part has, or would have, under this identity. Writes nothing.
@@ -342,6 +349,7 @@ class Part:
                 counts=counts,
                 **asdict(after),
                 batch_size=batch_size,
+                part=self.info["fingerprint"],
             )
             prepared = vouched = attempt_at(final, lambda place: place.write_bytes(manifest.to_json()))
             sync_directory(self.record)
@@ -551,6 +559,8 @@ class Part:
                 f"{path}: its manifest is of table {manifest.table}, version {manifest.contract_version}, the part of "
                 f"{info['table']}, version {info['contract_version']}"
             )
+        if manifest.part not in ("", info["fingerprint"]):
+            return f"{path}: its manifest is of another run than {self.record / 'part.json'}"
         try:
             size, etag = etag_of(path)
             if size != manifest.size:
