@@ -292,10 +292,10 @@ def _run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"capfilt: {_system(error)}", file=sys.stderr)
+        say(f"capfilt: {_system(error)}", err=True)
         return 1
     except MemoryError:
-        print(f"capfilt: {_MENDED.format('not enough memory')}", file=sys.stderr)
+        say(f"capfilt: {_MENDED.format('not enough memory')}", err=True)
         return 1
     except Exception as error:
         # typer's usage errors (its own click or the installed one, by version) share this method.

@@ -395,6 +395,34 @@ def test_what_a_line_quotes_is_shown_and_not_sent(call, workspace, monkeypatch, 
     assert sorted(workspace.path.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ingest", "~nosuchuser/x", "--dataset", "a"),
+        ("download", "~nosuchuser/x.txt", "--dataset", "a"),
+        ("duplicates", "--images", "~nosuchuser/x"),
+        ("examples", "~nosuchuser/x.json", "--dataset", "a", "--images", "web"),
+        ("ingest", "x", "--dataset", "a", "--out", "~nosuchuser/x"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_home_of_nobody_is_no_traceback(call, workspace, monkeypatch, arguments):
+    monkeypatch.chdir(workspace.path)
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "~nosuchuser" in err
+    assert "names no user of this machine" in err
+
+
+def test_what_the_system_refuses_is_shown_and_not_sent(call, workspace):
+    place = workspace.path / ESC.replace("/", "")
+    place.mkdir()
+    (place / "images").write_text("a file")
+    code, _, err = call("ingest", str(workspace.path / "models"), "--dataset", "q", "-w", str(place))
+    assert code in (1, 2)
+    assert hostile(err) == []
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -63,6 +63,7 @@ class ShardStage(ABC):
         contract: the table it writes.
         uses_gpu: whether a worker wants a GPU where there is one.
         reads_manifests: whether `inputs` is a look at manifests, which may be looked at before and after the work.
+        accounts: the input rows that its counts are of: images (or what the source lists), or texts.
         workers: how many workers share the shards; said by the executor before the stage goes to them.
         gaps: the incomplete parts that it reads by permission, by path; said by whoever builds the stage.
     """
@@ -72,6 +73,7 @@ class ShardStage(ABC):
     contract: Contract
     uses_gpu: ClassVar[bool] = False
     reads_manifests: ClassVar[bool] = True
+    accounts: ClassVar[str] = "images"
     workers: int = 1
     gaps: Mapping[str, str] = MappingProxyType({})
 
@@ -142,8 +144,8 @@ class ShardStage(ABC):
         """
         images, shards = getattr(self, "images", None), self.shards()
         planned = images.planned if isinstance(images, Part) else shards
-        rows = sum(map(self.expected_rows, shards)) if shards == planned else 0
-        return Plan(planned, rows or None, self.gaps)
+        known = self.reads_manifests and self.accounts == "images" and shards == planned
+        return Plan(planned, sum(map(self.expected_rows, shards)) or None if known else None, self.gaps)
 
     def full_identity(self) -> Mapping[str, Any]:
         """`identity` and the version of the code."""

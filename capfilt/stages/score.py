@@ -94,6 +94,7 @@ class ScoreStage(ShardStage):
     """Writes a row per text of a picture that is there; texts of pictures that are not are dropped as `no_image`."""
 
     name = "score"
+    accounts = "texts"
     # Since 3, an image's texts are queries of one copy of its keys: the last digits differ; since 4, pictures are Pillow's
     # bicubic pixels, of whole pictures.
     version = 4

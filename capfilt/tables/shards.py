@@ -46,7 +46,15 @@ from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS, Contract
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.manifest import Counts, Manifest, Plan, Successor, numbers_of
-from capfilt.tables.publish import attempt_at, link_new, point, publish_new_bytes, replace, sync_directory
+from capfilt.tables.publish import (
+    alone,
+    attempt_at,
+    link_new,
+    point,
+    publish_new_bytes,
+    replace,
+    sync_directory,
+)
 from capfilt.tables.sealed import fingerprint, read_sealed, seal
 
 RECORDS = ".capfilt"
@@ -215,14 +223,7 @@ class Part:
         whole = plan.to_json() if plan else {}
         path = self.record / "part.json"
         if not self.exists:
-            if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
-                raise UserError(f"{self.path}: is not empty and not a part; name another output")
-            # A record whose part was removed says nothing of the part that begins here.
-            if not self.path.is_dir():
-                self._forget()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.record.mkdir(parents=True, exist_ok=True)
-            publish_new_bytes(path, seal(info | whole))
+            self._create(path, seal(info | whole))
         self.__dict__.pop("info", None)
         # Another process may have begun the part between the two looks.
         mark = self.identity_fingerprint(contract, stage, identity)
@@ -231,13 +232,26 @@ class Part:
             self.__dict__.pop("info", None)
         return mark
 
+    def _create(self, path: Path, data: bytes) -> None:
+        with alone(self.record.parent):
+            if self.exists:
+                return
+            if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
+                raise UserError(f"{self.path}: is not empty and not a part; name another output")
+            # A record whose part was removed says nothing of the part that begins here.
+            if not self.path.is_dir():
+                self._forget()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.record.mkdir(parents=True, exist_ok=True)
+            publish_new_bytes(path, data)
+
     def withdraw(self) -> None:
         """Take the part back where nothing was committed to it: a refused call claims no name."""
-        if self.shards() or not self.path.is_dir():
-            return
-        with suppress(OSError):  # a shard that no manifest vouches for may lie there
-            self.path.rmdir()
-            self._forget()
+        with alone(self.record.parent):
+            if not self.shards() and self.path.is_dir():
+                with suppress(OSError):  # a shard that no manifest vouches for may lie there
+                    self.path.rmdir()
+                    self._forget()
         self.__dict__.pop("info", None)
 
     def _forget(self) -> None:

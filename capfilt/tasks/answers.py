@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from capfilt.data.answers import (
 from capfilt.errors import UserError
 from capfilt.inference.decoding import RELEASED
 from capfilt.tables.contracts import LABELS
+from capfilt.tables.workspace import expanded
 from capfilt.tasks.capabilities import AnswersQuestions
 from capfilt.tasks.outcome import Outcome, units
 
@@ -158,7 +158,7 @@ def answer_list(path: str) -> list[str]:
     """The answers in a file, a JSON list or lines, each once; none where no file is named. UserError naming it."""
     if not path:
         return []
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
