@@ -21,6 +21,14 @@ test *args:
 test-slow *args:
     {{ python }} -m pytest -m slow {{ args }}
 
+# every stage killed at every operation on its files, and run again; takes minutes, prints a table, fails where bytes differ
+crash-sweep *args:
+    {{ python }} tests/sweeps/crash.py {{ args }}
+
+# hundreds of damages to every kind of file that capfilt reads; takes minutes, prints a table, fails where one gets through
+fuzz *args:
+    {{ python }} tests/sweeps/fuzz.py {{ args }}
+
 # CLIP's layout against open_clip, which brings a torchvision of its own, so it is kept apart from what is installed
 test-open-clip:
     #!/usr/bin/env bash

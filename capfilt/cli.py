@@ -91,7 +91,9 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
 def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
     """Annotation and default of the parameters that are no options of the stage's own."""
     workspace = typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
-    execution = typer.Option("--execution", help="ray, or inline: this process, without Ray")
+    execution = typer.Option(
+        "--execution", help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray"
+    )
     shared: dict[str, tuple[Any, Any]] = {
         "workspace": (Annotated[str, workspace], "."),
         "execution": (Annotated[str, execution], "ray"),
@@ -279,18 +281,22 @@ def _run(arguments: Sequence[str]) -> int:
         return _interrupted() if code == 128 + signal.SIGINT else code
     except typer.Exit as error:
         return error.exit_code
-    except UserError as error:
-        say(f"capfilt: {error}", err=True)
-        return 2
-    except RunError as error:
-        say(f"capfilt: {error}", err=True)
-        return 1
+    except (UserError, RunError) as error:
+        # A name in it, of a file or in one, may be of several lines.
+        say(f"capfilt: {' '.join(str(error).splitlines())}", err=True)
+        return 2 if isinstance(error, UserError) else 1
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except BrokenPipeError:
         # The reader of a pipe (head, less) went away; not a failure, and Python must not try to flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"capfilt: {_system(error)}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"capfilt: {_MENDED.format('not enough memory')}", file=sys.stderr)
+        return 1
     except Exception as error:
         # typer's usage errors (its own click or the installed one, by version) share this method.
         if (
@@ -302,6 +308,17 @@ def _run(arguments: Sequence[str]) -> int:
             say(f"capfilt: {_usage(error)}", err=True)
             return 2
         raise
+
+
+_MENDED = "{}; what was committed is valid: mend that, and run the same command again"
+
+
+def _system(error: OSError) -> str:
+    """What the operating system refused, to which file, and what to do."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    # A library's own words may be several lines, and hold no number of the system's.
+    words = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return _MENDED.format(f"{' -> '.join(names)}: {words}" if names else words)
 
 
 def _interrupted() -> int:

@@ -16,7 +16,12 @@ WORKSPACE = Annotated[
     str,
     typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
 ]
-EXECUTION = Annotated[str, typer.Option("--execution", help="ray, or inline: this process, without Ray")]
+EXECUTION = Annotated[
+    str,
+    typer.Option(
+        "--execution", help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray"
+    ),
+]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 SETTINGS = Annotated[
     list[str] | None,
@@ -96,7 +101,9 @@ def quickstart(
         str,
         typer.Option("--size", help="full (about a quarter of an hour on 2 cores) or small (a few minutes)"),
     ] = "full",
-    seed: Annotated[int, typer.Option("--seed", help="of the generated world and of the training")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="of the generated world and of the training")
+    ] = 0,
     execution: EXECUTION = "ray",
     quiet: QUIET = False,
 ) -> None:
@@ -223,7 +230,8 @@ def export(
         str, typer.Option("--only", help="captioner or filter: that half of the model", show_default=False)
     ] = "",
     image_size: Annotated[
-        int, typer.Option("--image-size", help="resize the position embedding to this side; 0: as it is")
+        int,
+        typer.Option("--image-size", min=0, help="resize the position embedding to this side; 0: as it is"),
     ] = 0,
     workspace: WORKSPACE = ".",
 ) -> None:
@@ -250,7 +258,7 @@ def recipe_show(
     _, content = module.load_recipe(name)
     if settings and not resolved:
         raise UserError("recipe show: --set changes what --resolved prints; give both")
-    text = module.show(content, settings or []) if resolved else find_recipe(name).read_text(encoding="utf-8")
+    text = module.show(content, settings or []) if resolved else module.text_of(find_recipe(name))
     if sys.stdout.isatty():
         say(*text.removesuffix("\n").split("\n"))
     else:

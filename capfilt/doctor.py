@@ -1,4 +1,4 @@
-"""`capfilt doctor`: what this machine has, and whether a workspace's shards agree with their manifests."""
+"""`capfilt doctor`: what this machine has, and whether a workspace's shards and checkpoints are as they were written."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from capfilt.errors import RunError, UserError
+from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS
-from capfilt.tables.shards import Part
+from capfilt.tables.shards import Part, record_of
 from capfilt.tables.workspace import Workspace
 
 PACKAGES = {
@@ -60,25 +61,43 @@ def existing(path: str) -> Workspace:
 
 
 def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
-    """(good, line) for every part; `full` reads and hashes every byte, and counts the distinct ids of the rows.
+    """(good, line) for every part and every directory in `models/`.
+
+    `full` reads and hashes every byte, and counts the distinct ids of the rows.
 
     Raises UserError when there is no workspace, or nothing in it.
     """
     place = existing(path)
     folders = [(table, folder) for table in CONTRACTS for folder in place.folders(table)]
-    if not folders:
-        raise UserError(f"{path}: holds no part; name a workspace with --workspace")
+    models = place.path / "models"
+    trained = sorted(models.iterdir()) if models.is_dir() else []
+    if not folders and not trained:
+        raise UserError(f"{path}: holds no part and no model; name a workspace with --workspace")
     for table, folder in folders:
+        record = record_of(folder)
+        if not (any(folder.iterdir()) or (record / "part.json").exists()):
+            yield (
+                True,
+                f"ok    {folder}: empty, a run was killed before its first row (safe to delete, with {record})",
+            )
+            continue
         try:
             part = Part(folder).expect(table)
             problems, shards = _problems(part, full), part.shards()
             yield from ((False, f"BAD   {problem}") for problem in problems)
-            word = "BAD" if problems else "GAP" if part.gap else "ok"
-            told = part.gap or f"{len(shards)} shards"
-            line = f"{word:<5} {folder}: {told} {'hashed' if full else 'checked'}{_leftovers(part)}"
+            unfinished = "" if problems else part.unfinished()
+            word = "BAD" if problems else "GAP" if part.gap or unfinished else "ok"
+            told = f"{part.gap or f'{len(shards)} shards'} {'hashed' if full else 'checked'}"
+            hint = f", {unfinished}: run its stage again" if unfinished else ""
+            line = f"{word:<5} {folder}: {told}{hint}{_leftovers(part)}"
             yield word == "ok", line
         except (UserError, RunError) as error:
             yield False, f"BAD   {error}"
+    for each in trained:
+        if each.name.startswith(".partial-"):
+            yield True, f"ok    {each}: left by a killed export (safe to delete)"
+        elif each.is_dir():
+            yield _checkpoint(each, full)
 
 
 def _problems(part: Part, full: bool) -> list[str]:
@@ -90,11 +109,14 @@ def _problems(part: Part, full: bool) -> list[str]:
             manifest = part.manifest(shard)
             assert manifest is not None
             problem = part.problem(manifest, full=full)
-            if problem is None and part.behind(manifest):
-                problem = f"{part.path / manifest.file}: is an older generation; run the stage again"
             if problem is None and full:
                 ids.append(_hashes(part.read(shard, key)))
             found.append(problem)
+        except (UserError, RunError) as error:
+            found.append(str(error))
+    for path in sorted(part.record.glob("[a-z]*.json")):
+        try:
+            part.settled(path)
         except (UserError, RunError) as error:
             found.append(str(error))
     if not any(found):
@@ -123,3 +145,25 @@ def _leftovers(part: Part) -> str:
         else ""
     )
     return note + (f", {len(strays)} further files among its shards ({strays[0]})" if strays else "")
+
+
+def _checkpoint(path: Path, full: bool) -> tuple[bool, str]:
+    """(good, line) for what is in `models/`: a checkpoint, or a training that has not ended."""
+    from capfilt.models import checkpoint
+    from capfilt.training import state
+
+    torn = [str(each.relative_to(path)) for each in checkpoint.torn(path)]
+    note = f", {len(torn)} leftovers of a killed training (safe to delete: {', '.join(torn)})" if torn else ""
+    told = f"checkpoint {'hashed' if full else 'checked'}"
+    try:
+        for kept in ("best", "live"):
+            if (path / kept / checkpoint.CONFIG).exists():
+                checkpoint.check(path / kept, full)
+        for each in sorted(path.glob("state*.safetensors")) if full else ():
+            state.check(each)
+        checkpoint.check(path, full)
+    except MissingInput:
+        told = "no checkpoint yet; a training that was interrupted goes on when it is run again"
+    except UserError as error:
+        return False, f"BAD   {error}{note}"
+    return True, f"ok    {path}: {told}{note}"

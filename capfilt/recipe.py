@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from capfilt.errors import MissingInput, UserError
+from capfilt.errors import MissingInput, UserError, naming
 from capfilt.execution.run import Executor, SharedExecutor, Summary, executor, outlook, run_command
 from capfilt.resources import find_recipe
 from capfilt.stages.options import missing
@@ -68,14 +68,63 @@ class Recipe(BaseModel):
     stages: list[Step]
 
 
+MOST_BYTES, MOST_VALUES, MOST_DIGITS = 100_000, 10_000, 100
+"""Of a recipe: of its text, of the values that its aliases stand for, of a number. Those that come with capfilt have a tenth
+of each; a small file with more could keep the parser busy for years.
+"""
+
+
+def text_of(path: Path) -> str:
+    """A recipe's text. UserError where it is no UTF-8, or larger than MOST_BYTES."""
+    with naming(path), path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{path}: larger than {MOST_BYTES:,} bytes, which no recipe is")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The value that a YAML text stands for. UserError in one line with `where` for a text that is none, or says too much."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MOST_VALUES:
+            raise UserError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values; write less")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not readable as YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: too deeply nested, or part of itself; write it flat") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{where}: holds a value that is none ({error})") from error
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for once each alias has a copy. ValueError for a number of many digits."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag.endswith((":int", ":float")) and len(node.value) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(node.value):,} characters")
+        return 1
+    if id(node) not in known:
+        children = (
+            [each for pair in node.value for each in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
+        known[id(node)] = 1 + sum(_values(each, known) for each in children)
+    return known[id(node)]
+
+
 def load_recipe(name_or_path: str) -> tuple[str, Recipe]:
     """The recipe's name and content. Raises UserError with one line that names the file and the key."""
     path = find_recipe(name_or_path)
     try:
-        content = yaml.safe_load(path.read_text())
-        recipe = Recipe.model_validate(content)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+        recipe = Recipe.model_validate(read_yaml(text_of(path), str(path)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(piece) for piece in first["loc"]) or "the file"
@@ -96,7 +145,7 @@ def resolve(recipe: Recipe, settings: Sequence[str]) -> list[tuple[Step, Any]]:
         key, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: write NAME=VALUE or STAGE.OPTION=VALUE")
-        value = yaml.safe_load(text) if text else ""
+        value = read_yaml(text, f"--set {key}") if text else ""
         label, dot, option = key.rpartition(".")
         if not dot:
             if key not in values:
@@ -117,7 +166,7 @@ def resolve(recipe: Recipe, settings: Sequence[str]) -> list[tuple[Step, Any]]:
 
 
 def _is_used(recipe: Recipe, name: str) -> bool:
-    return f"${{{name}}}" in json.dumps([step.options for step in recipe.stages])
+    return f"${{{name}}}" in json.dumps([step.options for step in recipe.stages], default=str)
 
 
 def _near(name: str, names: Any) -> str:
@@ -139,6 +188,10 @@ def _fill(value: Any, values: dict[str, Any]) -> Any:
                 raise UserError(
                     f"the recipe uses ${{{name}}}, which is not among its inputs{_near(name, values)}"
                 )
+        if sum(len(str(values[name])) for name in _REFERENCE.findall(value)) > MOST_BYTES:
+            raise UserError(
+                f"the recipe's inputs make a text of more than {MOST_BYTES:,} characters; write less"
+            )
         return _REFERENCE.sub(lambda match: str(values[match[1]]), value)
     return value
 
@@ -162,11 +215,13 @@ def _options(step: Step, chosen: dict[str, Any]) -> Any:
     }
     try:
         options: Any = TypeAdapter(kind).validate_python(chosen)
+    except UserError as error:
+        raise UserError(f"step {step.label!r}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(piece) for piece in first["loc"])
         raise UserError(
-            f"step {step.label!r}: option {where}: {first['msg']}, got {first['input']!r}"
+            f"step {step.label!r}: option {where}: {first['msg']}, got {first['input']!r:.80}"
         ) from error
     # Made anew of what was given, so that they can tell.
     options = kind(**{name: getattr(options, name) for name in chosen})

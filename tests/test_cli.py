@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -188,6 +189,36 @@ def test_doctor_goes_on_past_a_manifest_that_cannot_be_read(call, workspace):
     assert "00001.parquet" in printed
 
 
+def test_doctor_finds_damaged_checkpoints_and_lists_what_killed_trainings_left(call, workspace):
+    """Catches a doctor that looks at shards alone; and leftovers that stay after the training was run again."""
+    models = workspace.path / "models"
+    for name in (
+        "pretrained/.partial-a/model.safetensors",
+        "pretrained/best/.tmpAbc",
+        ".partial-b/made/config.json",
+    ):
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).write_bytes(b"half")
+    code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+    assert code == 0
+    assert "pretrained: no checkpoint yet" in printed
+    assert "2 leftovers of a killed training (safe to delete: .partial-a, best/.tmpAbc)" in printed
+    assert f"{models}/.partial-b: left by a killed export" in printed
+    tiny = ["--preset", "tiny", "--steps", "1", "--batch-size", "2", "--image-size", "32"]
+    assert (
+        call("pretrain", "--web", "web", *tiny, "-w", str(workspace.path), "--execution", "inline", "-q")[0]
+        == 0
+    )
+    _, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+    assert "killed training" not in printed
+    for name in ("model.safetensors", "config.json"):
+        path = models / "captioner" / name
+        path.write_bytes(path.read_bytes()[:-2] + b"??")
+        code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+        assert code == 1
+        assert f"BAD   {path}" in printed
+
+
 def test_a_shell_completes_the_options_of_a_command(tmp_path):
     """Catches completion that knows commands and none of their options, because those are only made when asked for."""
     for line, wanted in (
@@ -252,6 +283,76 @@ def hostile(out: str) -> list[str]:
         for character in out
         if (character < " " and character != "\n") or character in "\x7f\x9b\u202e"
     ]
+
+
+@pytest.fixture
+def one_line(capsys, workspace):
+    """Run a command on the workspace in this process: the one line that it ends with, its code being 1."""
+    from capfilt.cli import main
+
+    def run(*arguments, code=1):
+        with pytest.raises(SystemExit) as stopped:
+            main([*map(str, arguments)])
+        err = capsys.readouterr().err.strip()
+        assert stopped.value.code == code, err
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("capfilt: ")
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "words"),
+    [
+        (["caption", "--images", "web", "--out", "x" * 300], None, None),
+        (["caption", "--images", "x" * 300], None, None),
+        (["caption", "--images", "web", "--captioner", "x" * 300], None, None),
+        (["compare", "x" * 300], None, None),
+        (["caption", "--images", "web", "--out", "a/../" * 1000 + "x"], "a/../a", "File name too long"),
+        (["recipe", "show", "/proc/self/mem"], "/mem", "Input/output error"),
+        (["download", "/proc/self/mem", "--input-format", "txt"], "/proc/self/mem", "Input/output error"),
+        (["report", "--out", "file/x/report.html"], "file/x", "Not a directory"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_one_line_and_code_1(
+    one_line, workspace, monkeypatch, arguments, named, words
+):
+    """Catches a traceback for a name too long, a file where a folder should be, a device that cannot be read."""
+    monkeypatch.chdir(workspace.path)
+    (workspace.path / "file").write_text("")
+    if named is None:  # a name that is too long is a user's mistake
+        one_line(*arguments, code=2)
+        return
+    stage = ["--execution", "inline", "-q"] if arguments[0] in ("caption", "download") else []
+    told = one_line(*arguments, *stage)
+    assert named in told
+    assert words in told
+
+
+def test_a_folder_that_must_not_be_read_or_written_is_one_line_and_code_1(one_line, call, workspace):
+    """Catches a traceback of EACCES, from a part, from a checkpoint and from the folder of a report."""
+    stage = ["--execution", "inline", "-q", "-w", str(workspace.path)]
+    # What is imported on the way is imported by one who may.
+    assert call("caption", "--images", "web", *stage)[0] == 0
+    assert call("report", "-w", str(workspace.path))[0] == 0
+    root = os.geteuid() == 0
+    (workspace.path / "images").chmod(0)
+    (workspace.path / "models" / "filter").chmod(0)
+    workspace.path.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        for arguments in (["caption", "--images", "web", "--out", "b", *stage], ["doctor", "-w", str(workspace.path)],
+                          ["score", "--images", "web", *stage], ["report", "-w", str(workspace.path)]):  # fmt: skip
+            told = one_line(*arguments)
+            assert "Permission denied" in told
+            assert str(workspace.path) in told or "pytest-of" in told
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in (workspace.path, workspace.path / "images", workspace.path / "models" / "filter"):
+            path.chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -354,3 +455,31 @@ cli.main([])
     assert done.stderr.count("\\u001b[31m") == 2
     assert hostile(done.stderr) == []
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["caption", "--images", "web"],
+        ["pretrain", "--web", "web", "--preset", "tiny", "--steps", "1", "--batch-size", "2"],
+        ["pretrain", "--web", "web", "--preset", "tiny", "--steps", "2", "--batch-size", "2", "--save-every", "1"],
+        ["report"],
+    ],
+    ids=["part", "checkpoint", "state", "report"],
+)  # fmt: skip
+def test_a_file_that_may_not_grow_is_one_line_and_code_1(one_line, workspace, arguments):
+    """Catches a traceback of EFBIG, from the writers of Parquet, of safetensors and of text."""
+    stage = ["--execution", "inline", "-q"] if arguments[0] != "report" else []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        told = one_line(*arguments, *stage, "-w", workspace.path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in told
+    assert not [path for path in workspace.path.rglob("*") if path.name.startswith((".partial-", ".tmp"))]
+
+
+def test_a_machine_without_memory_is_one_line_and_code_1(one_line, monkeypatch, workspace):
+    monkeypatch.setattr("capfilt.doctor.machine", lambda: [" " * 2**62])
+    assert "not enough memory" in one_line("doctor")

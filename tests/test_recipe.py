@@ -16,6 +16,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.resources import list_recipes
 from capfilt.stages.registry import stage_command
 from capfilt.tables.workspace import Workspace
+from tests.limits import refused
 from tests.worlds import image_rows, tiny_checkpoint, write_images
 
 
@@ -159,11 +160,11 @@ def test_a_wrong_value_of_a_later_step_is_found_before_anything_is_done(tmp_path
     write_images(place.part("images", "web"), [image_rows("web", 4)])
     tiny_checkpoint(place.model("captioner"), seed=1)
     tiny_checkpoint(place.model("filter"), seed=2)
-    steps = resolved(write(tmp_path / "r.yaml"), "part=web", setting)
+    path = write(tmp_path / "r.yaml")
     with pytest.raises(UserError, match=message):
-        list(recipes.dry_run(steps, place))
+        list(recipes.dry_run(resolved(path, "part=web", setting), place))
     with pytest.raises(UserError, match=message):
-        next(iter(recipes.run_recipe("r", steps, place, "inline", quiet=True)))
+        next(iter(recipes.run_recipe("r", resolved(path, "part=web", setting), place, "inline", quiet=True)))
     assert not place.part("captions", "captioner").exists
 
 
@@ -480,3 +481,67 @@ def test_an_option_with_a_nul_is_refused(tmp_path, value):
     )
     with pytest.raises(UserError, match="option 'captions' has a NUL"):
         resolved(path)
+
+
+def bombs():
+    """name -> the text of a recipe that is small, and would keep a parser busy or fill the memory."""
+    step = "version: 1\nstages:\n- stage: caption\n  options:\n    images: web\n"
+    layers = [f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(9)]
+    merged = [
+        f"- stage: caption\n  name: s{n}\n  options: &o{n} {{<<: [{','.join([f'*o{n - 1}'] * 9)}]}}\n"
+        for n in range(1, 9)
+    ]
+    return {
+        "aliases": f"version: 1\nstages: []\na: &a [x, x, x]\n{''.join(layers)}",
+        "merges": f"version: 1\nstages:\n- stage: caption\n  options: &o0 {{images: x}}\n{''.join(merged)}",
+        "itself": "version: 1\nstages: &a\n- *a\n",
+        "nested list": "[" * 20_000,
+        "nested map": step + "    prompt: " + "{a: " * 10_000,
+        "large": "a: b\n" * 100_000,
+        "digits": step + f"    seed: {'9' * 50_000}\n",
+        "hexadecimal": step + f"    seed: 0x{'f' * 50_000}\n",
+        "sexagesimal": step + f"    seed: 1{':1' * 40_000}\n",
+        "float": step + f"    top_p: 0.{'9' * 50_000}\n",
+        "version": f"version: {'9' * 5_000}\nstages: []\n",
+        "65 bits": step + f"    seed: {2**65}\n",
+        "no date": step + "    prompt: 2001-99-99\n",
+        "NUL": step + '    prompt: "a\\0b"\n',
+        "inputs": "version: 1\ninputs:\n  a: {help: x, default: " + "y" * 40_000 + "}\n"
+        + "stages:\n- stage: caption\n  options: {images: '" + "${a}" * 10_000 + "'}\n",
+        "utf-16": step.encode("utf-16"),
+        "utf-32": step.encode("utf-32"),
+        "latin-1": (step + "    prompt: caf\u00e9\n").encode("latin-1"),
+        "control": step + "    prompt: \x01\n",
+    }  # fmt: skip
+
+
+def test_a_recipe_that_explodes_is_refused_in_one_line(tmp_path):
+    """Catches aliases of aliases, nesting, numbers of many digits and other encodings: minutes, gigabytes or a traceback."""
+    paths = {name: tmp_path / f"{name.replace(' ', '-')}.yaml" for name in bombs()}
+    for name, text in bombs().items():
+        paths[name].write_bytes(text if isinstance(text, bytes) else text.encode())
+    code = "from capfilt import recipe\ndef read(path): recipe.show(recipe.load_recipe(path)[1], [])"
+    told = dict(zip(paths, refused(code, [*map(str, paths.values())]), strict=True))
+    for name in ("aliases", "merges"):
+        assert "aliases stand for more than 10,000 values" in told[name]
+    for name in ("utf-16", "utf-32", "latin-1"):
+        assert "save it as UTF-8" in told[name]
+    assert all(
+        ".yaml" in words or "step 'caption'" in words or "inputs" in words for words in told.values()
+    ), told
+
+
+@pytest.mark.parametrize("value", ["[", "9" * 5000, "2001-99-99", "[" * 5000, "&a [*a]", "*a"])
+def test_a_setting_is_read_as_warily_as_a_recipe(tmp_path, value):
+    with pytest.raises(UserError) as caught:
+        resolved(write(tmp_path / "r.yaml"), f"part={value}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_date_among_the_options_is_no_traceback(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "version: 1\ninputs: {a: {help: x}}\nstages:\n- {stage: caption, options: {images: 2001-01-01}}\n"
+    )
+    with pytest.raises(UserError, match="option images: "):
+        recipes.resolve(recipes.load_recipe(str(path))[1], [])

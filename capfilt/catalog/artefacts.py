@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from capfilt.tables.ids import file_sha256
+
 Points = tuple[tuple[float, float], ...]
 
 # Not figures of learning: the axis itself, clocks, counters and schedules that the options tell.
@@ -55,9 +57,14 @@ def read_models(directory: Path) -> Iterator[Model]:
         return
     for child in sorted(directory.iterdir()):
         config = read_json(child / "config.json")
-        series = read_log(child / "log.jsonl")
+        log, extra = child / "log.jsonl", mapping(config.get("extra"))
+        series = read_log(log)
+        digest = mapping(config.get("files")).get(log.name)
+        if series and digest and file_sha256(log) != digest:
+            told = f"{log.name} changed since the checkpoint was written; its curves are left out"
+            series, extra = {}, {**extra, "warnings": [*(extra.get("warnings") or ()), told]}
         if config or series:
-            yield Model(child.name, series, mapping(config.get("extra")), checkpoint_fingerprint(child))
+            yield Model(child.name, series, extra, checkpoint_fingerprint(child))
 
 
 def read_log(path: Path) -> dict[str, Points]:

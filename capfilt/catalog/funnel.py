@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.tables.contracts import CONTRACTS
-from capfilt.tables.shards import Counts, Manifest, Part
+from capfilt.tables.manifest import Counts, Manifest
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 PARTS_SCHEMA = pa.schema(

@@ -23,6 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import (
     IMAGES_NEEDED,
     PAIRS_NEEDED,
@@ -37,7 +38,7 @@ from capfilt.data.examples import (
 from capfilt.data.loader import Batch, Plan, TokenTable, batches
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, ImageStore, Index, JoinedRows, NoRows, Rows
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes, clean
+from capfilt.data.tokenizer import MAX_TOKENS, Encodes
 from capfilt.errors import UserError
 
 __all__ = [
@@ -123,7 +124,7 @@ class Corpus:
         max_words: int | None = MAX_WORDS,
     ) -> TokenTable:
         """Every text as ids, in order; kept for the last two combinations of arguments."""
-        key = (tokenizer.fingerprint, max_length, prompt, max_words)
+        key = (tokenizer.fingerprint, tokenizer.cleaning, max_length, prompt, max_words)
         if key not in self._tokens:
             while len(self._tokens) > 1:
                 del self._tokens[next(iter(self._tokens))]
@@ -213,7 +214,7 @@ def from_images(
         source: only rows of this source (`web`, `human`); all where None.
         splits: only rows of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
-        **options: `memory_limit`, `spill_dir`, `workers`, `max_pixels` of `ImageStore`; `progress`, called with the
+        **options: `memory_limit`, `spill_dir`, `workers`, `max_pixels`, `training` of `ImageStore`; `progress`, called with the
             number of rows looked at.
 
     Raises UserError for a missing or wrong column, RunError for a full disk.

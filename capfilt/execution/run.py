@@ -16,7 +16,8 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.progress import StageProgress
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.stages.registry import StageCommand
-from capfilt.tables.shards import Counts, Manifest, Part
+from capfilt.tables.manifest import Counts, Manifest
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank, started_together
 
@@ -103,7 +104,7 @@ def _reasons(counts: Mapping[str, int]) -> str:
     return " (" + ", ".join(f"{name} {count:,}" for name, count in parts[:6]) + ")"
 
 
-def executor(execution: str, *, address: str | None = None) -> AbstractContextManager[Executor]:
+def executor(execution: str) -> AbstractContextManager[Executor]:
     """The executor called `execution`, started on entering and stopped on leaving the context."""
     if execution != "inline" and started_together():
         raise UserError(
@@ -118,7 +119,7 @@ def executor(execution: str, *, address: str | None = None) -> AbstractContextMa
             raise UserError("Ray is not installed: pip install ray, or use --execution inline")
         from capfilt.execution.ray import RayExecutor
 
-        return RayExecutor(address)
+        return RayExecutor()
     raise UserError(f"--execution {execution!r}: choose {' or '.join(EXECUTIONS)}")
 
 

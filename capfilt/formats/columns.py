@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
+from capfilt.formats.parquet_file import open_parquet
 
 if TYPE_CHECKING:
     import duckdb
@@ -105,7 +106,7 @@ def read_columns(file: Path, files: Sequence[Path], names: Sequence[str]) -> pa.
     A column has the type it has in the files, or where they differ what `common_type` says. It is null where the file
     lacks it. Raises UserError for a column that cannot be read.
     """
-    parquet = pq.ParquetFile(file)
+    parquet = open_parquet(file, file, names)
     columns = []
     for name, type_ in zip(names, _types(*_key(files, names)), strict=True):
         if name not in parquet.schema_arrow.names:

@@ -100,13 +100,18 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. Unlike Path's own, False also of a name that no system takes."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def find(root: Path, name: str) -> Path | None:
     """The file called `name` in `root`, or where it would be; None where the name or a link leads out of it."""
     file = safe_join(root, name)
-    if file is not None and not file.exists():
+    if file is not None and not is_file(file):
         spellings = (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name), name.strip())
         others = (safe_join(root, each) for each in spellings if each != name)
-        file = next((other for other in others if other is not None and other.exists()), file)
+        file = next((other for other in others if other is not None and is_file(other)), file)
     return None if file is None or leads_out(root, file) else file
 
 

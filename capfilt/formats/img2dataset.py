@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.data.images import SUFFIXES
-from capfilt.formats.files import find
+from capfilt.formats.files import find, is_file
 from capfilt.formats.parquet import ENDINGS, ParquetSource, schema_of
 from capfilt.formats.source import Given, Reading, SourceRow
 from capfilt.formats.values import optional_text, text_of
@@ -56,7 +56,7 @@ class Img2datasetSource(ParquetSource):
             if sample is not None:
                 return sample.onto(row)
             files = (find(file.parent, f"{file.stem}/{key}.{suffix}") for suffix in SUFFIXES)
-            picture = next((each for each in files if each is not None and each.is_file()), None)
+            picture = next((each for each in files if each is not None and is_file(each)), None)
             if picture is None:
                 return row.missing("the row says success, but its picture is not here")
             return replace(row, file=picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
         if isinstance(name, str) and isinstance(folder, str) and folder:
             full = placed(described_, f"{folder}/{name}", root)
             if folder not in folders:
-                folders[folder] = safe_join(root, folder) is not None and (root / folder).is_dir()
+                folders[folder] = safe_join(root, folder) is not None and os.path.isdir(root / folder)  # noqa: PTH112
             row = full if folders[folder] or full.file is None else replace(row, key=full.key)
         sentences = [each for each in entry.get("sentences") or [] if isinstance(each, dict)]
         texts = tuple(text_of(each["raw"]) for each in sentences if each.get("raw") is not None)

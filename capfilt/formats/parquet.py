@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from capfilt.data.images import SUFFIXES
 from capfilt.errors import UserError
 from capfilt.formats.columns import mixed_types, read_columns, values
 from capfilt.formats.keys import shared_key
+from capfilt.formats.parquet_file import open_parquet
 from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
 from capfilt.formats.values import Keyed, caption_columns, require, text_of, unique
 
@@ -39,13 +39,9 @@ def read(given: Given, reading: Reading) -> ParquetSource:
 
 def schema_of(path: Path) -> pa.Schema:
     """The columns of a Parquet file. Raises UserError when it is broken."""
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"{path}: is not a whole Parquet file ({reason}); make it again, or take it away"
-        ) from None
+    with open_parquet(path, path, ()) as file:
+        schema: pa.Schema = file.schema_arrow
+        return schema
 
 
 def picture_column(schema: pa.Schema) -> str | None:
@@ -85,8 +81,8 @@ class ParquetSource(FileSource):
         ]
 
     def _count(self, file: Path) -> int:
-        schema_of(file)
-        return int(pq.read_metadata(file).num_rows)
+        with open_parquet(file, file, ()) as source:
+            return int(source.metadata.num_rows)
 
     def _find_shared(self) -> tuple[str, str, str] | None:
         """A key that two files have, with their names; None where the files' own keys are all different."""
@@ -97,7 +93,7 @@ class ParquetSource(FileSource):
 
     def _own_keys(self, file: Path) -> list[str]:
         own = "key" in schema_of(file).names
-        with pq.ParquetFile(file) as source:
+        with open_parquet(file, file, ["key"]) as source:
             found = source.read(columns=["key"]).column(0).to_pylist() if own else []
         keys = found if own else [None] * self._count(file)
         return [row.key for row in unique(self._keyed(file, keys, alone=True))]
@@ -116,9 +112,10 @@ class ParquetSource(FileSource):
         picture = picture_column(schema)
         onto = self._pictures(file, picture)
         # Of the others some may be beyond Python: an infinite date, a list that Arrow cannot read.
-        wanted = {*columns, picture, *(name for name in schema.names if name.strip().lower() in _FIELDS)}
-        with pq.ParquetFile(file) as source:
-            records = source.read(columns=[name for name in schema.names if name in wanted]).to_pylist()
+        known = {*columns, picture, *(name for name in schema.names if name.strip().lower() in _FIELDS)}
+        wanted = [name for name in schema.names if name in known]
+        with open_parquet(file, file, wanted) as source:
+            records = source.read(columns=wanted).to_pylist()
         further = read_columns(file, self.files, self.reading.extra)
         held = {name: values(further.column(name)) for name in self.reading.extra}
         keys = self._keyed(file, [record.get("key") for record in records], alone=self._shared is None)

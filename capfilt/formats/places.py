@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from capfilt.errors import UserError
+from capfilt.errors import UserError, naming
 
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4",
@@ -74,7 +74,7 @@ class Place:
 
     def sha256(self) -> str:
         """SHA-256 of the bytes as they lie there, hex; they are read once, in pieces."""
-        with self.open() as file:
+        with naming(self.name), self.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 

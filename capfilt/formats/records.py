@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
+from capfilt.formats.parquet_file import open_parquet
 from capfilt.formats.places import Place
 
 SUFFIXES = {
@@ -46,8 +47,6 @@ _MOST_LINES = 100_000
 """Of one record of csv, and of empty ones in a row."""
 
 _MOST_COLUMNS = 10_000
-_MOST_VALUES = 1000
-"""Of one row of a Parquet column of lists, on average of a row group."""
 
 _HEAD = 100
 _ROWS = 8192
@@ -193,6 +192,9 @@ def _text(place: Place, offset: int = 0) -> Iterator[io.BufferedReader]:
                 offset -= len(skipped)
             yield file
     except (OSError, UnicodeError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(place)
+            raise
         words = f"cannot be read to its end ({_first_line(error)}); get the file again"
         raise UserError(f"{place}: {words}") from None
 
@@ -495,9 +497,15 @@ class ParquetRecords(Records):
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
+        self._measured: set[str] = set()
         self.schema: pa.Schema = self._file.schema_arrow
         self.rows = int(self._file.metadata.num_rows)
         self._name(self.schema.names)
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{self.place}: has {len(twice)} columns twice, as {twice[0]!r}; rename one of them"
+            )
         self.close()
 
     def close(self) -> None:
@@ -512,18 +520,23 @@ class ParquetRecords(Records):
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
-        try:
-            with self.place.stream() as stream:
-                if not stream.seekable():
+        return self._opened(())
+
+    def _opened(self, columns: Sequence[str]) -> pq.ParquetFile:
+        """The file, these columns of which are small enough to be read. Raises UserError."""
+        source: Any = self.place.open() if self.place.remote else self.place.name
+        with self.place.stream() as stream:
+            if not stream.seekable():
+                try:
                     data = stream.read(_MOST_BYTES)
-                    if len(data) == _MOST_BYTES:
-                        raise UserError(f"{self.place}: has {_MOST_BYTES} bytes or more; decompress it")
-                    return pq.ParquetFile(pa.BufferReader(data))
-            return pq.ParquetFile(self.place.open() if self.place.remote else self.place.name)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{self.place}: is not a Parquet file ({_first_line(error)}); {self.form}"
-            ) from None
+                except OSError as error:
+                    raise UserError(
+                        f"{self.place}: cannot be read ({_first_line(error)}); {self.form}"
+                    ) from None
+                if len(data) == _MOST_BYTES:
+                    raise UserError(f"{self.place}: has {_MOST_BYTES} bytes or more; decompress it")
+                source = pa.BufferReader(data)
+        return open_parquet(source, str(self.place), columns)
 
     def iterate(self, first: Record | None = None) -> Iterator[Record]:
         row = first.offset if first else 0
@@ -551,6 +564,9 @@ class ParquetRecords(Records):
     def _batches(self, row: int, columns: Sequence[str]) -> Iterator[tuple[int, int, pa.RecordBatch]]:
         """(first row, end of its row group, rows), from the row group of `row` on."""
         begin = 0
+        if not self._measured >= {*columns}:
+            self._opened(columns).close(force=True)
+            self._measured |= {*columns}
         for number in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(number)
             end = begin + group.num_rows
@@ -571,11 +587,6 @@ class ParquetRecords(Records):
         for chunk in map(group.column, range(group.num_columns)):
             if chunk.path_in_schema.partition(".")[0] in columns:
                 size += chunk.total_uncompressed_size
-                if chunk.num_values > max(_MOST_VALUES * group.num_rows, 1_000_000):
-                    words = f"{chunk.num_values} values in {group.num_rows} rows"
-                    raise UserError(
-                        f"{self.place}: column {chunk.path_in_schema} has {words}; leave it out of the file"
-                    )
         if size > LONGEST * max(1, group.num_rows):
             raise UserError(f"{self.place}: {size} bytes in {group.num_rows} rows; make them shorter")
         return int(max(1, min(_ROWS, 8 * LONGEST * group.num_rows // max(1, size))))

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.formats import FORMATS
-from capfilt.formats.files import find, kind_in_words, leads_out
+from capfilt.formats.files import find, is_file, kind_in_words, leads_out
 from capfilt.formats.keys import Keys
 from capfilt.formats.places import Place
 from capfilt.formats.values import (
@@ -298,7 +298,7 @@ class ListedSource(Source):
         digest = hashlib.sha256()
         # Names and sizes: the bytes of the pictures are in the fingerprint of each shard.
         for row in self._rows:
-            size = row.file.stat().st_size if row.file is not None and row.file.is_file() else -1
+            size = row.file.stat().st_size if row.file is not None and is_file(row.file) else -1
             digest.update(json.dumps([row.key, size]).encode())
         return digest.hexdigest()
 

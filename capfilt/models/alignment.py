@@ -68,7 +68,10 @@ class AlignmentConfig:
     multi_positive: bool = True
     """Candidates of the same image or with the identical text are positives; False is the papers' pretraining."""
     negative_floor: float = 1e-4
-    """What is added to every candidate's probability to be ITM's negative (BLIP, released code)."""
+    """What is added to every candidate's probability to be ITM's negative (BLIP, released pretraining)."""
+    own_negatives: bool = False
+    """Whether ITM's negatives are drawn by the similarities of the model's own embeddings (BLIP, released retrieval), and not
+    of its embeddings with the momentum towers' (the released pretrainings, and ALBEF's retrieval)."""
     global_negatives: bool = True
     """Where several ranks train together: whether ITC and ITM draw on the whole batch, as one process would, or on each
     rank's own rows (and the queue, which is everyone's), as the released pretrainings do."""
@@ -276,9 +279,13 @@ class Alignment(nn.Module):
             rows.total / self.ranks.world,
         )
         with torch.no_grad():
+            own = self.config.own_negatives and momentum_embeds is not None
+            drawn = (
+                (near.gather(image.detach()), near.gather(text.detach())) if own else (image_all, text_all)
+            )
             scores = (
-                similarities(image, text_all, temperature),
-                similarities(text, image_all, temperature),
+                similarities(image, drawn[1], temperature),
+                similarities(text, drawn[0], temperature),
             )
         if self.training and self.queue.size:
             if near is not rows:

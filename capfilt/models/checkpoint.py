@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 import capfilt
 from capfilt.data.tokenizer import Encodes, Tokenizer
@@ -23,14 +23,32 @@ from capfilt.models import kinds
 from capfilt.models.blip import Blip
 from capfilt.models.config import Shape
 from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble
+from capfilt.models.interop.contents import (
+    LEFTOVERS,
+    Contents,
+    assemble,
+    cleaning_of,
+    read_json,
+    remember,
+    remembered,
+)
 from capfilt.models.kinds import KINDS, Model
-from capfilt.models.weights import check_tensors, read_safetensors, tensors
+from capfilt.models.weights import check_tensors, read_safetensors, tensors, write_safetensors
 from capfilt.tables.ids import file_sha256
+from capfilt.tables.publish import sync_directory
+from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
 
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+BESIDE = ("log.jsonl", "answers.json", LEFTOVERS)
+"""Files that a checkpoint may have too, and whose digests its config then holds."""
+_FIELDS = {"model_type", "capfilt_version", "config", "extra", "cleaning", "files", SEAL}
+_TORN = (".partial-*", ".tmp*", "*.part", ".*.tmp")
+"""What a process that is killed while it writes leaves in a checkpoint's directory; nothing reads them."""
+
+_BEFORE = {"vilt": {"max_words": 30}, "vilt_classifier": {"max_words": 50}}
+"""What kinds had before it was saved, where their default has changed since."""
 
 
 def save(
@@ -38,8 +56,8 @@ def save(
 ) -> None:
     """Writes the three files, config.json last; `extra` must be JSON-able and comes back from `load` as meta["extra"].
 
-    The config carries the digests of the other two, so a save killed half-way over an older checkpoint is refused by
-    `load` rather than read as a mixture.
+    The config carries the digests of the other two, of those of BESIDE that are there, and its own, so that `load` refuses a
+    file that changed since, and a save killed half-way over an older checkpoint rather than reading a mixture.
     """
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -49,21 +67,25 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as name:
         partial = Path(name)
-        weights = {key: tensor.cpu().contiguous() for key, tensor in tensors(model).items()}
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        write_safetensors(partial / WEIGHTS, tensors(model))
         tokenizer.save(partial)
+        files = [partial / WEIGHTS, partial / TOKENIZER, *(directory / name for name in BESIDE)]
         content = {
             "model_type": kinds.of(model).name,
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
-            "files": {each: file_sha256(partial / each) for each in (WEIGHTS, TOKENIZER)},
+            **remember(model, tokenizer),
+            "files": {each.name: file_sha256(each) for each in files if each.is_file()},
+            SEAL: UNSEALED,
         }
         (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        seal_file(partial / CONFIG)
         for each in (WEIGHTS, TOKENIZER, CONFIG):
             with (partial / each).open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial / each, directory / each)
+        sync_directory(directory)
 
 
 def load(
@@ -120,6 +142,28 @@ def fingerprint(path: str | Path) -> str:
     return total.hexdigest()
 
 
+def check(path: str | Path, full: bool = False) -> None:
+    """UserError naming the file of a checkpoint that is not as it was written; `full` reads every byte of it."""
+    meta = read_config(path)
+    if full and meta["files"]:
+        _verify(Path(path), meta)
+
+
+def torn(directory: Path) -> list[Path]:
+    """What killed processes left in a checkpoint's directory, and in those of its live and best weights."""
+    places = (directory, directory / "best", directory / "live")
+    return sorted({each for place in places for pattern in _TORN for each in place.glob(pattern)})
+
+
+def sweep(directory: Path) -> None:
+    """Deletes what `torn` finds: for who writes the checkpoint anew, and is alone in doing so."""
+    for each in torn(directory):
+        if each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
+        else:
+            each.unlink(missing_ok=True)
+
+
 def layout_of(path: str | Path) -> str:
     """The layout of a checkpoint: capfilt, transformers or original. UserError where there is none."""
     return layouts.locate(path)[0]
@@ -141,14 +185,10 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
     config_path, weights_path = directory / CONFIG, directory / WEIGHTS
     kind = kinds.named(meta["model_type"])
     try:
-        config = kind.config.from_dict(meta["config"])
+        config = kind.config.from_dict({**_BEFORE.get(kind.name, {}), **meta["config"]})
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
-    for name, expected in meta["files"].items():
-        if file_sha256(_existing(directory / name)) != expected:
-            raise UserError(
-                f"{directory / name}: changed since {CONFIG} was written; take the whole checkpoint from its source"
-            )
+    _verify(directory, meta)
     model = assemble(weights_path, config, read_safetensors(weights_path))
     try:
         tokenizer = kind.tokenizer.load(directory)
@@ -161,21 +201,34 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
             f"{directory / TOKENIZER}: {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}"
         )
     rest = read_safetensors(directory / LEFTOVERS) if (directory / LEFTOVERS).is_file() else {}
-    return Contents(model, tokenizer, meta.get("extra", {}), rest), meta
+    extra = meta.get("extra", {})
+    cleaning = cleaning_of(model, extra, remembered(config_path, meta))
+    return Contents(model, tokenizer.cleaned_as(cleaning), extra, rest), meta
+
+
+def _verify(directory: Path, meta: dict[str, Any]) -> None:
+    for name, expected in meta["files"].items():
+        # No model needs what lies beside it: it may be gone, but not another.
+        if name in BESIDE and not (directory / name).exists():
+            continue
+        if file_sha256(_existing(directory / name)) != expected:
+            raise UserError(
+                f"{directory / name}: changed since {CONFIG} was written; take the whole checkpoint from its source"
+            )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = _existing(directory / CONFIG)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict) or content.get("model_type") not in [kind.name for kind in KINDS]:
+    content = read_json(path)
+    if content.get("model_type") not in [kind.name for kind in KINDS]:
         names = ", ".join(kind.name for kind in KINDS)
         raise UserError(f"{path}: no BLIP checkpoint (model_type is none of {names})")
+    # Files from before there was a seal have none; with one, a changed byte in its name would make such a file.
+    if (SEAL in content and not intact(path)) or not set(content) <= _FIELDS:
+        raise UserError(f"{path}: changed since it was written; take the whole checkpoint from its source")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("files"), dict):
         raise UserError(f"{path}: no capfilt checkpoint (fields 'config' and 'files' are missing)")
-    if set(content["files"]) != {WEIGHTS, TOKENIZER}:
+    if not {WEIGHTS, TOKENIZER} <= set(content["files"]) <= {WEIGHTS, TOKENIZER, *BESIDE}:
         raise UserError(f"{path}: 'files' must name {WEIGHTS} and {TOKENIZER}")
     return content
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +52,7 @@ class ClipVisionConfig:
 
     def __post_init__(self) -> None:
         if self.stages:
-            if not all(each.isdecimal() and int(each) > 0 for each in self.stages.split("-")):
+            if not re.fullmatch(r"[1-9][0-9]{0,2}(-[1-9][0-9]{0,2}){0,7}", self.stages):
                 raise UserError(f"vision.stages is {self.stages!r}: write blocks per stage, as 3-4-6-3")
             if self.image_size % 32:
                 raise UserError(
@@ -344,12 +345,16 @@ def _blocks(
         PreNormBlock(width, heads, hidden, eps=1e-5, activation=activation, causal=causal)
         for _ in range(depth)
     ]
-    # CLIP, released code: residual branches end smaller the more of them there are.
     for block in blocks:
-        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
-        nn.init.normal_(block.attn.proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        if causal:
+            # CLIP, released code, of its text encoder: residual branches end smaller the more of them there are.
+            nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        else:
+            # And of its ViT, torch's defaults: of `nn.MultiheadAttention`, and of linears, which the rest keeps.
+            nn.init.xavier_uniform_(block.attn.qkv.weight)
         nn.init.zeros_(block.attn.qkv.bias)
         nn.init.zeros_(block.attn.proj.bias)
     return nn.ModuleList(blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -71,19 +72,34 @@ class Classified(Shape):
 
 
 _FROM_ZERO = ("pad_id", "max_words")
+_MOST, _DEEPEST = 2**24, 1000
+"""Of every whole number, and of `depth`: before a model is made whose layers alone take hours, its tensors unread."""
 
 
 def checked_fields(defaults: Any, values: Any, prefix: str) -> dict[str, Any]:
     """`values` as keyword arguments for the dataclass that `defaults` is one of; UserError names what does not fit."""
     known = {each.name: type(getattr(defaults, each.name)) for each in dataclasses.fields(defaults)}
     if not isinstance(values, Mapping):
-        raise UserError(f"model config: {prefix.rstrip('.')} is {values!r}, not a table of fields")
+        raise UserError(f"model config: {prefix.rstrip('.')} is {_short(values)}, not a table of fields")
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(f"model config: unknown fields {', '.join(prefix + name for name in unknown)}")
     for name, value in values.items():
         # A whole number is a fine float; a boolean is no number.
         right = type(value) is known[name] or (known[name] is float and type(value) is int)
-        if not right or (type(value) is int and value < (0 if name in _FROM_ZERO else 1)):
-            raise UserError(f"model config: {prefix}{name} is {value!r}, not a usable {known[name].__name__}")
+        # JSON as Python reads it has NaN and Infinity.
+        right = right and (type(value) is not float or math.isfinite(value))
+        least, most = 0 if name in _FROM_ZERO else 1, _DEEPEST if name == "depth" else _MOST
+        if not right or (type(value) is int and not least <= value <= most):
+            raise UserError(
+                f"model config: {prefix}{name} is {_short(value)}, not a usable {known[name].__name__}"
+            )
     return dict(values)
+
+
+def _short(value: Any) -> str:
+    """A value for a message: of a number that does not fit in 64 bits only that."""
+    if type(value) is int and abs(value) >= 2**63:
+        return "a number of more than 64 bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,7 +5,6 @@ Read by a map of tensor names; transformers itself is not needed. Whole BLIP che
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
 from capfilt.models.albef import Albef
 from capfilt.models.blip import Blip
+from capfilt.models.interop.contents import read_json
 from capfilt.models.vilt import Vilt
 from capfilt.models.vision import VisionTower, resize_position_embedding
 from capfilt.models.weights import check_tensors, read_safetensors
@@ -162,11 +162,8 @@ def _read(directory: Path, model_types: tuple[str, ...]) -> tuple[dict[str, Any]
     for path in (config_path, weights_path):
         if not path.is_file():
             raise UserError(f"{path}: no such file; save the model with transformers' save_pretrained")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config_path}: not a JSON file ({error})") from error
-    if not isinstance(config, dict) or config.get("model_type") not in model_types:
+    config = read_json(config_path)
+    if config.get("model_type") not in model_types:
         raise UserError(f"{config_path}: model_type is not {' or '.join(model_types)}")
     return config, read_safetensors(weights_path)
 

@@ -6,18 +6,21 @@ Which name means what in another project's layout is `capfilt.models.interop`'s.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from capfilt.errors import UserError
+from capfilt.errors import RunError, UserError
 
 SHOWN = 5
+_MOST_HEADER = 16 * 2**20
+"""Bytes of a safetensors file that name its tensors: a thousand take 100,000."""
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -34,9 +37,30 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; UserError naming it where it cannot be read."""
     try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MOST_HEADER:
+            raise UserError(
+                f"{path}: a header of {header:,} bytes, as no model has; was it downloaded whole?"
+            )
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})".splitlines()[0]) from error
+
+
+def write_safetensors(
+    path: Path, found: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, from whatever device, readable to whom the umask says. RunError where the disk refuses."""
+    # The library's own file would be its owner's alone.
+    path.touch()
+    mode = path.stat().st_mode
+    tensors = {name: each.detach().cpu().contiguous() for name, each in found.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise RunError(f"{path}: cannot be written ({error}); free space and run again") from error
+    path.chmod(mode)
 
 
 def read_pickled(path: Path, mapped: bool = False) -> Any:
@@ -45,6 +69,7 @@ def read_pickled(path: Path, mapped: bool = False) -> Any:
     `mapped` leaves the tensors in the file until they are touched. UserError for anything else a pickle may hold.
     """
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except RuntimeError as error:
         # Files from before torch 1.6 are no archives, and cannot be mapped.
@@ -57,10 +82,30 @@ def read_pickled(path: Path, mapped: bool = False) -> Any:
         raise UserError(
             f"{path}: holds objects besides tensors, which are not loaded; where you trust it, save its tensors alone"
         ) from error
-    except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         # Of a file that is no pickle some of these say no more than the byte they met.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: not a readable torch file ({reason}); was it downloaded whole?") from error
+
+
+def _check_archive(path: Path) -> None:
+    """UserError for an archive that unpacks to more than it is: torch stores its tensors as they are."""
+    held = archive_members(path)
+    if any(each.compress_type for each in held) or sum(each.file_size for each in held) > path.stat().st_size:
+        raise UserError(
+            f"{path}: a packed archive, as torch writes none; save its tensors again with torch.save"
+        )
+
+
+def archive_members(path: Path) -> list[zipfile.ZipInfo]:
+    """What is in a torch archive; nothing where the file is none. UserError for one that is broken."""
+    if not zipfile.is_zipfile(path):
+        return []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a readable torch file ({error}); was it downloaded whole?") from error
 
 
 def listed(names: list[str]) -> str:
@@ -70,7 +115,7 @@ def listed(names: list[str]) -> str:
 
 
 def check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """UserError naming `path` and listing what is missing, unexpected or of another shape; else nothing."""
+    """UserError naming `path` and listing what is missing, unexpected, of another shape or not finite; else nothing."""
     faults = []
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
@@ -82,8 +127,20 @@ def check_tensors(path: Path, expected: Mapping[str, Tensor], found: Mapping[str
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
         if names:
             faults.append(f"{len(names)} tensors {kind}: {listed(names)}")
+    broken = [name for name in sorted(set(expected) & set(found)) if not _finite(found[name])]
+    if broken:
+        faults.append(
+            f"{len(broken)} tensors with values that are no finite numbers: {listed(broken)}; train it anew"
+        )
     if faults:
         raise UserError(f"{path}: {'; '.join(faults)}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers: one pass, and no copy, over weights of gigabytes."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def fill(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 
 from capfilt.tables.contracts import Contract
+from capfilt.tables.manifest import Counts, Manifest, Plan, Successor
 from capfilt.tables.sealed import fingerprint
-from capfilt.tables.shards import Counts, Manifest, Part, Plan, Successor
+from capfilt.tables.shards import Part
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,12 @@ class ShardStage(ABC):
         return ()
 
     def expected_rows(self, shard: int) -> int:
-        """How many input rows `shard` is made from: those of the stage's `images` part, unless it says otherwise."""
-        images: Part = self.images  # type: ignore[attr-defined]
-        manifest = images.manifest(shard)
+        """How many input rows `shard` is made from: those of the stage's `images` part, unless it says otherwise.
+
+        0 where nobody knows.
+        """
+        images = getattr(self, "images", None)
+        manifest = images.manifest(shard) if isinstance(images, Part) else None
         return manifest.rows if manifest else 0
 
     def plan(self) -> Plan | None:
@@ -138,8 +142,8 @@ class ShardStage(ABC):
         """
         images, shards = getattr(self, "images", None), self.shards()
         planned = images.planned if isinstance(images, Part) else shards
-        rows = sum(map(self.expected_rows, shards)) if shards == planned else None
-        return Plan(planned, rows, self.gaps)
+        rows = sum(map(self.expected_rows, shards)) if shards == planned else 0
+        return Plan(planned, rows or None, self.gaps)
 
     def full_identity(self) -> Mapping[str, Any]:
         """`identity` and the version of the code."""

@@ -75,8 +75,6 @@ class FinetuneClosedVqa(ClassifierTask):
             raise UserError("--answer-weight weighs written answers; with --closed leave it out")
         if options.momentum:
             raise UserError("--momentum teaches answers that are written; with --closed leave it out")
-        if options.min_answers < 1:
-            raise UserError(f"--min-answers {options.min_answers}: give 1 or more")
 
     def classes(self, data: TaskCorpus) -> tuple[str, ...]:
         return data.classes

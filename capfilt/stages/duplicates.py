@@ -21,12 +21,11 @@ from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import shards_of
 from capfilt.stages.options import DuplicatesOptions
 from capfilt.tables.contracts import SIGNALS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 Array = npt.NDArray[Any]
-
-MOST_DISTANCE = 10
 
 _BLOCK = 2048
 """Hashes compared with so many others at once: 32 MB of differences."""
@@ -53,8 +52,6 @@ class Duplicates(ShardStage):
     contract = SIGNALS
 
     def __init__(self, options: DuplicatesOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if not 0 <= options.distance <= MOST_DISTANCE:
-            raise UserError(f"--distance {options.distance}: give 0 to {MOST_DISTANCE}")
         self.options = options
         self.images = workspace.input("images", options.images)
         self.output = output or workspace.part("signals", options.out)

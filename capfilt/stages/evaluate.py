@@ -16,7 +16,6 @@ from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.pair_training import IMAGE_COLUMNS
 from capfilt.stages.results import ResultStage
-from capfilt.tables.contracts import SPLITS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks import registry
@@ -33,7 +32,7 @@ class Evaluate(ResultStage):
     """Writes `runs/<out>.json`: metrics in percent (CIDEr x 100) with intervals, protocols, counts, and their units."""
 
     name = "evaluate"
-    version = 3
+    version = 4
 
     def __init__(self, options: EvaluateOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -41,15 +40,7 @@ class Evaluate(ResultStage):
         asking = [task.name for task in self.tasks if task.reads != CAPTIONS]
         if asking and not options.examples:
             raise UserError(f"--tasks {asking[0]}: name examples to evaluate on (--examples)")
-        for name in ("split", "support_split"):
-            if getattr(options, name) not in ("", *SPLITS):
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(options, name)!r}: choose {', '.join(SPLITS)}"
-                )
         check_precision(options.precision)
-        for name, least in (("batch_size", 1), ("limit", 0), ("rerank", 0), ("resamples", 0), ("draws", 1)):
-            if getattr(options, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
         self.checkpoint = workspace.model(options.model)
         checkpoint.read_config(self.checkpoint)
         self.images = workspace.input("images", options.images).check()
@@ -188,11 +179,13 @@ class _Result:
             raise ValueError(f"{task.name}: {', '.join(twice)} is another task's metric too")
         o = self._options
         # An AUC of one class, or a correlation with what never varies, is no number: JSON has none for it either.
-        none = [name for name, value in outcome.metrics.items() if math.isnan(value)]
+        none = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
         known = {name: value for name, value in outcome.metrics.items() if name not in none}
         self._metrics |= {name: round(value, 3) for name, value in known.items()}
         self._baselines |= {
-            name: round(value, 3) for name, value in outcome.baselines.items() if name not in none
+            name: round(value, 3)
+            for name, value in outcome.baselines.items()
+            if name not in none and math.isfinite(value)
         }
         for name, units in outcome.units.items():
             if name in none:

@@ -17,13 +17,15 @@ from typing import Any
 from capfilt.errors import UserError
 from capfilt.formats.examples.daquar import in_parts
 from capfilt.formats.examples.row import ExampleRow, example_rows
+from capfilt.formats.values import storable
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.named_pictures import NamedPictures
 from capfilt.stages.options import ExamplesOptions
-from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, SPLITS, TASKS
+from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, TASKS
 from capfilt.tables.ids import example_id, file_sha256
+from capfilt.tables.manifest import Counts
 from capfilt.tables.sealed import fingerprint
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 _TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
@@ -141,7 +143,7 @@ class Examples(ShardStage):
             "label": label,
             "split": row.split,
             "failure": failure,
-            "error_message": message,
+            "error_message": message and storable(message),
             "wrong_texts": list(row.wrong_texts) if task == "choice" else None,
             "category": row.category,
         }
@@ -183,10 +185,3 @@ def _check(options: ExamplesOptions) -> None:
         )
     if options.task not in ("auto", *TASKS):
         raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")
-    given = [("--splits", split) for split in options.splits]
-    for name, split in (*given, *([("--split", options.split)] if options.split else ())):
-        if split not in SPLITS:
-            raise UserError(f"{name} {split!r}: choose {', '.join(SPLITS)}")
-    for name, least in (("limit", 0), ("shard_size", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")

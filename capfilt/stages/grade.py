@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from capfilt.data.images import BadImage
 from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
+from capfilt.formats.files import read_file
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
@@ -37,7 +39,7 @@ class Grade(ResultStage):
     """
 
     name = "grade"
-    version = 2
+    version = 3
 
     def __init__(self, options: GradeOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -75,6 +77,8 @@ class Grade(ResultStage):
         result: dict[str, Any] = {"metrics": metrics, "kinds": self._planted(metrics)}
         if self.options.expert:
             result["expert"] = self._experts(metrics, report)
+        # A correlation with what never varies is no number.
+        result["metrics"] = {name: value for name, value in metrics.items() if math.isfinite(value)}
         return result
 
     def _planted(self, metrics: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -132,10 +136,12 @@ class Grade(ResultStage):
         kept: list[tuple[str, list[tuple[str, float]]]] = []
         pictures = []
         for name, rows in sorted(by_image.items()):
+            data = read_file(root / name)
+            if not isinstance(data, bytes):
+                failed[data[0]] += len(rows)
+                continue
             try:
-                pictures.append(decode_uint8((root / name).read_bytes(), model.image_size))
-            except FileNotFoundError:
-                failed["file_missing"] += len(rows)
+                pictures.append(decode_uint8(data, model.image_size))
             except BadImage as error:
                 failed[error.failure] += len(rows)
             else:

@@ -23,9 +23,10 @@ from capfilt.formats.values import CAPTION_COLUMNS, storable
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.options import IngestOptions
 from capfilt.stages.pictures import read_header
-from capfilt.tables.contracts import IMAGES, SPLITS
+from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -209,15 +210,6 @@ def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     if options.source_path.strip("\0") == "":
         raise UserError("ingest: SOURCE_PATH must be given")
-    if options.source not in ("human", "web"):
-        raise UserError(f"--source {options.source!r}: choose human or web")
-    given = [("--splits", split) for split in options.splits]
-    for name, split in (*given, *([("--split", options.split)] if options.split else ())):
-        if split not in SPLITS:
-            raise UserError(f"{name} {split!r}: choose {', '.join(SPLITS)}")
-    for name, least in (("limit", 0), ("shard_size", 1), ("max_side", 0), ("max_pixels", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
     for name in options.save_additional_columns:
         if name in IMAGES.schema.names:
             raise UserError(

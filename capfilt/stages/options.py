@@ -7,13 +7,17 @@ or directory). `unless` names an option that, when set, makes it needless to giv
 `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
 that those still count as done. `told` marks one that changes what a run says or keeps, and no result. `models` names those of
 RETRAINED that it means something to, where not all of them: see `foreign`.
+`choices`, and of numbers `least` (0, where nobody says), `most`, `above` and `below`, say which values there are: options
+that are made with others raise UserError, so that no stage sees them. A number is finite, unless its default is not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Self
 
+from capfilt.errors import UserError
 from capfilt.formats import FORMATS
 
 PARTS = ("images", "captions", "scores", "signals", "verdicts", "pairs", "examples")
@@ -26,6 +30,9 @@ REQUIRED = "\0"
 RETRAINED = ("blip", "clip", "vilt", "albef")
 """What `retrain` trains."""
 
+SOURCES, SPLITS = ("web", "human", "synthetic"), ("train", "val", "test")
+"""Those of `capfilt.tables.contracts`, which would load pyarrow."""
+
 
 def _option(
     default: Any,
@@ -36,9 +43,43 @@ def _option(
     told: bool = False,
     unless: str = "",
     models: tuple[str, ...] = RETRAINED,
+    choices: tuple[str, ...] = (),
+    least: float = 0,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
 ) -> Any:
     known = {"help": help, "kind": kind, "later": later, "told": told, "unless": unless, "models": models}
-    return field(default=default, metadata=known)
+    bounds = {"choices": choices, "least": least, "most": most, "above": above, "below": below}
+    return field(default=default, metadata={**known, **bounds})
+
+
+_MOST_WHOLE = 2**63 - 1
+"""What 64 bits hold, as every library wants of a whole number."""
+
+
+def check(each: Field[Any], value: Any) -> None:
+    """UserError naming the option where `value` is none that its metadata allows."""
+    marks, name = each.metadata, f"--{each.name.replace('_', '-')}"
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and "\0" in text and not (text == each.default == REQUIRED):
+            raise UserError(f"{name} {text!r}: give a text without NUL characters")
+        if marks["choices"] and text not in marks["choices"]:
+            raise UserError(f"{name} {text!r}: choose {', '.join(filter(None, marks['choices']))}")
+    if type(value) not in (int, float):
+        return
+    whole = type(value) is int
+    least, most, above, below = (marks[bound] for bound in ("least", "most", "above", "below"))
+    good = abs(value) <= _MOST_WHOLE if whole else math.isfinite(value) or each.default == math.inf
+    # What is no number is in no range.
+    if good and least <= value <= most and above < value and (value < below or math.isinf(below)):
+        return
+    least = -math.inf if above >= least else least
+    ends = {"{:g} or more": least, "more than {:g}": above, "at most {:g}": most, "below {:g}": below}
+    said = [] if good else ["at most 64 bits" if whole else "a finite number"]
+    said += [words.format(bound) for words, bound in ends.items() if math.isfinite(bound)]
+    shown = f"{value:g}" if not whole else value if good else "of more than 64 bits"
+    raise UserError(f"{name} {shown}: give {', '.join(said)}")
 
 
 _TOWERS = ("blip", "albef")
@@ -61,7 +102,15 @@ def foreign(options: Any, model: str) -> list[str]:
     ]
 
 
-class _Remembering:
+class Checked:
+    """Options that are what their metadata allows: making others raises UserError."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            check(each, getattr(self, each.name))
+
+
+class _Remembering(Checked):
     """Options that know which of them were given to the constructor, be it what they are by default."""
 
     given: frozenset[str]
@@ -109,36 +158,40 @@ class DownloadOptions(_Remembering):
     verify_hash: str = _option(
         "", "column of SHA-256 that bodies must have, else the failure hash_mismatch", later=True
     )
-    image_size: int = _option(256, "target size in pixels")
+    image_size: int = _option(256, "target size in pixels", least=1)
     resize_mode: str = _option(
         "keep_ratio",
         "border, keep_ratio, keep_ratio_largest, center_crop or no (img2dataset: border, whose padding a model learns)",
+        choices=("border", "keep_ratio", "keep_ratio_largest", "center_crop", "no"),
     )
     resize_only_if_bigger: bool = _option(
         True,
         "leave smaller pictures as they are (img2dataset: off; enlarging costs bytes and shows nothing more)",
     )
-    encode_format: str = _option("jpg", "jpg, png or webp")
-    encode_quality: int = _option(95, "quality of the stored picture, 0 to 100")
+    encode_format: str = _option("jpg", "jpg, png or webp", choices=("jpg", "png", "webp"))
+    encode_quality: int = _option(95, "quality of the stored picture, 0 to 100", most=100)
     min_image_size: int = _option(0, "shorter sides below this many pixels are the failure too_small")
     max_aspect_ratio: float = _option(
-        float("inf"), "longer to shorter side above this is the failure bad_aspect_ratio"
+        float("inf"), "longer to shorter side above this is the failure bad_aspect_ratio", least=1
     )
     number_sample_per_shard: int = _option(
         1000,
         "rows per shard: the unit of resume (img2dataset: 10000, of which a killed run loses more and a worker holds "
         "all pictures in memory)",
+        least=1,
     )
     thread_count: int = _option(
         32,
         "fetches in flight per worker (img2dataset: 256, for which its README asks for a DNS resolver of one's own; "
         "where hosts are slow, more fetch more)",
+        least=1,
     )
-    timeout: float = _option(10.0, "seconds a connection may be silent")
+    timeout: float = _option(10.0, "seconds a connection may be silent", above=0)
     total_timeout: float = _option(
         30.0,
         "seconds one download may take, redirects included (img2dataset: no limit; a byte now and then holds a thread "
         "for ever)",
+        above=0,
     )
     retries: int = _option(
         0,
@@ -164,11 +217,13 @@ class DownloadOptions(_Remembering):
     max_bytes: int = _option(
         50_000_000,
         "a body above this many bytes is the failure too_large (img2dataset: no limit; an endless one fills the memory)",
+        least=1,
     )
     max_pixels: int = _option(
         64_000_000,
         "a picture above this many pixels is the failure too_many_pixels (img2dataset: no limit; some megabytes decode "
         "to gigabytes)",
+        least=1,
     )
     user_agent_token: str = _option(
         "capfilt",
@@ -195,7 +250,7 @@ class DownloadOptions(_Remembering):
 
 
 @dataclass(frozen=True)
-class IngestOptions:
+class IngestOptions(Checked):
     """Bring images and captions made by other tools into an images part."""
 
     source_path: str = _option(
@@ -212,31 +267,37 @@ class IngestOptions:
         "columns of the texts; repeatable; default: caption, captions, text or texts; '' for none",
     )
     save_additional_columns: tuple[str, ...] = _option((), "further columns of the metadata to carry through")
-    source: str = _option("human", "who wrote the texts: human or web")
-    splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
-    split: str = _option("", "put every row into this split, where the source names none")
+    source: str = _option("human", "who wrote the texts: human or web", choices=("human", "web"))
+    splits: tuple[str, ...] = _option(
+        (), "keep only these splits (train, val, test); default: all", choices=SPLITS
+    )
+    split: str = _option(
+        "", "put every row into this split, where the source names none", choices=("", *SPLITS)
+    )
     limit: int = _option(0, "only the first so many images; 0 for all")
-    shard_size: int = _option(1000, "rows per shard: the unit of resume")
+    shard_size: int = _option(1000, "rows per shard: the unit of resume", least=1)
     max_side: int = _option(
         0, "shrink pictures whose longer side is above this many pixels; 0 keeps the bytes as found"
     )
-    max_pixels: int = _option(64_000_000, "a picture above this many pixels is the failure too_many_pixels")
+    max_pixels: int = _option(
+        64_000_000, "a picture above this many pixels is the failure too_many_pixels", least=1
+    )
 
 
 @dataclass(frozen=True)
-class DuplicatesOptions:
+class DuplicatesOptions(Checked):
     """Find exact and near duplicates among the pictures of an images part; no pixels are read, no model is needed."""
 
     images: str = _option(REQUIRED, "images part", kind="images")
     out: str = _option("duplicates", "name of the signals part to write")
     # Equal pictures saved at other sizes and qualities differ in 0 to 4 bits; unrelated ones in 32 on average.
     distance: int = _option(
-        4, "perceptual hashes that differ in at most so many of 64 bits are near, 0 to 10"
+        4, "perceptual hashes that differ in at most so many of 64 bits are near, 0 to 10", most=10
     )
 
 
 @dataclass(frozen=True)
-class ExamplesOptions:
+class ExamplesOptions(Checked):
     """Bring questions, statements or labels of ingested pictures into an examples part."""
 
     source_path: str = _option(
@@ -259,14 +320,18 @@ class ExamplesOptions:
     task: str = _option(
         "auto", "auto (by the fields), vqa, nlvr, entailment, classification, match, rating or choice"
     )
-    splits: tuple[str, ...] = _option((), "keep only these splits (train, val, test); default: all")
-    split: str = _option("", "put every row into this split, where the source names none")
+    splits: tuple[str, ...] = _option(
+        (), "keep only these splits (train, val, test); default: all", choices=SPLITS
+    )
+    split: str = _option(
+        "", "put every row into this split, where the source names none", choices=("", *SPLITS)
+    )
     limit: int = _option(0, "only the first so many examples; 0 for all")
-    shard_size: int = _option(10_000, "rows per shard: the unit of resume")
+    shard_size: int = _option(10_000, "rows per shard: the unit of resume", least=1)
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Checked):
     """The architecture, where a model is made from scratch."""
 
     preset: str = _option("small", "tiny, small, trunk (a frozen ImageNet trunk), base or large")
@@ -275,7 +340,7 @@ class ModelOptions:
     vocab: str = _option(
         "corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path"
     )
-    vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus")
+    vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus", least=1)
     vision_init: str = _option(
         "",
         "directory of a transformers ViT or DeiT to start the vision tower from",
@@ -294,16 +359,17 @@ _PRECISION = "auto (bf16 on GPUs that have it, else fp32), fp32 or bf16"
 
 
 @dataclass(frozen=True)
-class LoopOptions:
+class LoopOptions(Checked):
     """How long and how to train, whatever is learned."""
 
     steps: int = _option(0, "optimiser steps; 0: use `epochs`")
     epochs: float = _option(20.0, "passes over the texts, where `steps` is 0 (BLIP, section 4.1: 20)")
-    batch_size: int = _option(64, "texts per step")
+    batch_size: int = _option(64, "texts per step", least=1)
     accumulate: int = _option(
         1,
         "micro-batches per step, for batches that do not fit; ITC and ITM see each by itself, and the queue",
         later=True,
+        least=1,
     )
     micro_batch: int = _option(
         0,
@@ -311,7 +377,7 @@ class LoopOptions:
         "ranks as divide them; 0 for none",
         later=True,
     )
-    learning_rate: float = _option(3e-4, "peak (BLIP, section 4.1: 3e-4 for ViT-B)")
+    learning_rate: float = _option(3e-4, "peak (BLIP, section 4.1: 3e-4 for ViT-B)", above=0)
     min_lr: float = _option(1e-6, "the schedule's end (BLIP's released pretraining configuration)")
     warmup_steps: int = _option(100, "linear warm-up")
     schedule: str = _option(
@@ -319,32 +385,40 @@ class LoopOptions:
         "cosine or linear (by step, warmed up), epoch-cosine (BLIP's finetuning, no warm-up) or epoch-decay (BLIP's "
         "pretraining)",
         later=True,
+        choices=("cosine", "linear", "epoch-cosine", "epoch-decay"),
     )
     decay_rate: float = _option(
-        0.9, "epoch-decay: factor per epoch (BLIP's released code; its section 4.1 says 0.85)", later=True
+        0.9,
+        "epoch-decay: factor per epoch (BLIP's released code; its section 4.1 says 0.85)",
+        later=True,
+        most=1,
     )
     weight_decay: float = _option(0.05, "AdamW's (BLIP, section 4.1)")
     decay: str = _option(
         "matrices",
         "what decays: matrices, or all (biases, LayerNorms, temperature: BLIP's released code)",
         later=True,
+        choices=("matrices", "all"),
     )
-    beta2: float = _option(0.999, "AdamW's second beta (BLIP: 0.999; ViLT, CLIP: 0.98)", later=True)
+    beta2: float = _option(0.999, "AdamW's second beta (BLIP: 0.999; ViLT, CLIP: 0.98)", later=True, below=1)
     clip_norm: float = _option(1.0, "largest gradient norm; 0 for none")
     ema: float = _option(
         0.0,
         "decay of averaged weights, which then are the checkpoint; live/ beside it has the others",
         later=True,
+        below=1,
     )
     recompute: bool = _option(
         False, "recompute activations in the backward pass: less memory, about a third slower", told=True
     )
-    max_text_tokens: int = _option(30, "texts are cut to this many tokens (BLIP's released code: 30)")
+    max_text_tokens: int = _option(
+        30, "texts are cut to this many tokens (BLIP's released code: 30)", least=2
+    )
     augment: bool = _option(
         True, "random resized crops: bicubic, of whole pictures, with --stream; else of squares that are held"
     )
     crop_scale: float = _option(
-        0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)"
+        0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)", least=0.001, most=1
     )
     flip: bool = _option(False, "random horizontal flips, where the text names no side")
     randaugment: int = _option(
@@ -353,7 +427,7 @@ class LoopOptions:
         later=True,
     )
     randaugment_level: float = _option(
-        5.0, "RandAugment: strength, 0 to 10 (BLIP's released code: 5)", later=True
+        5.0, "RandAugment: strength, 0 to 10 (BLIP's released code: 5)", later=True, most=10
     )
     ranks: int = _option(
         0,
@@ -371,7 +445,7 @@ class LoopOptions:
         500, "steps between the states that an interrupted run continues from; 0 for none"
     )
     keep_states: int = _option(
-        1, "so many of the newest states are kept until the checkpoint is made", told=True
+        1, "so many of the newest states are kept until the checkpoint is made", told=True, least=1
     )
     keep_best: bool = _option(
         False,
@@ -391,7 +465,7 @@ class OptimisationOptions(LoopOptions):
 
     max_words: int = _option(
         0,
-        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip: all)",
+        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip, vilt: all)",
         later=True,
     )
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
@@ -421,14 +495,14 @@ class OptimisationOptions(LoopOptions):
 
 
 @dataclass(frozen=True)
-class PretrainingObjectiveOptions:
+class PretrainingObjectiveOptions(Checked):
     """ITC, ITM and LM (BLIP, section 3.2)."""
 
     queue_size: int = _option(
         57600, "momentum features kept as candidates (BLIP's released code: 57600)", models=_TOWERS
     )
     momentum: float = _option(
-        0.995, "of the momentum towers (BLIP's released code); 0 for none", models=_TOWERS
+        0.995, "of the momentum towers (BLIP's released code); 0 for none", models=_TOWERS, below=1
     )
     momentum_batch_size: int = _option(
         0,
@@ -437,7 +511,7 @@ class PretrainingObjectiveOptions:
         models=_TOWERS,
     )
     alpha: float = _option(
-        0.4, "weight of the momentum towers' soft targets (BLIP's released code)", models=_TOWERS
+        0.4, "weight of the momentum towers' soft targets (BLIP's released code)", models=_TOWERS, most=1
     )
     alpha_ramp_epochs: float = _option(
         2.0, "alpha grows over this many epochs (BLIP's released code: 2)", models=_TOWERS
@@ -461,7 +535,7 @@ class PretrainingObjectiveOptions:
         models=_TOWERS,
     )
     label_smoothing: float = _option(
-        0.1, "of the language model's targets (BLIP's released code)", models=("blip",)
+        0.1, "of the language model's targets (BLIP's released code)", models=("blip",), most=0.99
     )
 
 
@@ -483,13 +557,15 @@ class FinetuneCaptionerOptions(OptimisationOptions):
     prompt: str = _option(
         "a picture of ", "put before every text, not learned (BLIP's caption configuration)"
     )
-    label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)")
-    learning_rate: float = _option(1e-5, "peak (BLIP's caption configuration: 1e-5 for ViT-B)")
+    label_smoothing: float = _option(0.1, "of the language model's targets (BLIP's released code)", most=0.99)
+    learning_rate: float = _option(1e-5, "peak (BLIP's caption configuration: 1e-5 for ViT-B)", above=0)
     min_lr: float = _option(0.0, "the schedule's end (BLIP's caption configuration: 0)")
     epochs: float = _option(
         5.0, "passes over the texts, where `steps` is 0 (BLIP's caption configuration: 5)"
     )
-    max_text_tokens: int = _option(40, "texts are cut to this many tokens (BLIP's released code: 40)")
+    max_text_tokens: int = _option(
+        40, "texts are cut to this many tokens (BLIP's released code: 40)", least=2
+    )
     image_size: int = _option(0, "pixels; 0 for the checkpoint's (BLIP's released code: 384)", later=True)
     out: str = _option("captioner", "name of the checkpoint to write")
 
@@ -500,12 +576,14 @@ class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
 
     init: str = _option("pretrained", "checkpoint to start from", kind="model")
     human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
-    learning_rate: float = _option(1e-5, "peak (BLIP's retrieval configuration: 1e-5 for ViT-B)")
+    learning_rate: float = _option(1e-5, "peak (BLIP's retrieval configuration: 1e-5 for ViT-B)", above=0)
     min_lr: float = _option(0.0, "the schedule's end (BLIP's retrieval configuration: 0)")
     epochs: float = _option(
         6.0, "passes over the texts, where `steps` is 0 (BLIP's retrieval configuration: 6)"
     )
-    max_text_tokens: int = _option(35, "texts are cut to this many tokens (BLIP's released code: 35)")
+    max_text_tokens: int = _option(
+        35, "texts are cut to this many tokens (BLIP's released code: 35)", least=2
+    )
     alpha_ramp_epochs: float = _option(
         1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)", models=_TOWERS
     )
@@ -520,13 +598,13 @@ class FinetuneTextAssignmentOptions(OptimisationOptions):
     init: str = _option("albef", "pretrained ALBEF to start from", kind="model")
     human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
     web: tuple[str, ...] = _option((), "images parts with web texts; repeatable", kind="images")
-    drop_path: float = _option(0.0, "of the vision tower (ALBEF's released code: none)")
-    learning_rate: float = _option(2e-5, "peak (ALBEF's configuration)")
+    drop_path: float = _option(0.0, "of the vision tower (ALBEF's released code: none)", below=1)
+    learning_rate: float = _option(2e-5, "peak (ALBEF's configuration)", above=0)
     min_lr: float = _option(1e-5, "the schedule's end (ALBEF's configuration)")
     epochs: float = _option(1.0, "passes over the texts, where `steps` is 0 (ALBEF's configuration: 1)")
     weight_decay: float = _option(0.02, "AdamW's (ALBEF's configuration)")
     # ALBEF's 25, and the [SEP] that it does not read.
-    max_text_tokens: int = _option(26, "texts are cut to this many tokens")
+    max_text_tokens: int = _option(26, "texts are cut to this many tokens", least=2)
     image_size: int = _option(0, "pixels; 0 for the checkpoint's (ALBEF's configuration: 256)")
     out: str = _option("text-assignment", "name of the checkpoint to write")
 
@@ -542,7 +620,9 @@ class TaskOptions(LoopOptions):
         "checkpoint to start from: a pretrained BLIP, ViLT or ALBEF, or a model of the task",
         kind="model",
     )
-    splits: tuple[str, ...] = _option(("train",), "splits to train on; rows without one always are")
+    splits: tuple[str, ...] = _option(
+        ("train",), "splits to train on; rows without one always are", choices=SPLITS
+    )
     validate: int = _option(
         2000,
         "so many examples of the split val are judged at the end, where it is not trained on; 0 for none",
@@ -550,16 +630,19 @@ class TaskOptions(LoopOptions):
     )
     image_size: int = _option(0, "pixels; 0 for the checkpoint's")
     head_rate: float = _option(
-        1.0, "factor on the head's learning rate (ViLT's released code for VQA: 10)", later=True
+        1.0, "factor on the head's learning rate (ViLT's released code for VQA: 10)", later=True, above=0
     )
-    drop_path: float = _option(0.1, "of the vision tower (BLIP's released code for both tasks; ALBEF's: 0)")
+    drop_path: float = _option(
+        0.1, "of the vision tower (BLIP's released code for both tasks; ALBEF's: 0)", below=1
+    )
     momentum: float = _option(
         0.0,
         "of a copy that follows the model and teaches it (ALBEF's configurations: 0.995); 0 for none",
         later=True,
+        below=1,
     )
     alpha: float = _option(
-        0.4, "with `momentum`: weight of the copy's word (ALBEF's configurations)", later=True
+        0.4, "with `momentum`: weight of the copy's word (ALBEF's configurations)", later=True, most=1
     )
     alpha_ramp_epochs: float = _option(
         1.0, "alpha grows over this many epochs (ALBEF's configurations: 1, for SNLI-VE 0)", later=True
@@ -576,7 +659,9 @@ class FinetuneVqaOptions(TaskOptions):
         (),
         "PART=WEIGHT, what all answers of a part weigh (BLIP's released code: Visual Genome's 0.2); repeatable",
     )
-    label_smoothing: float = _option(0.1, "of the answers' tokens (BLIP's released code); not with --closed")
+    label_smoothing: float = _option(
+        0.1, "of the answers' tokens (BLIP's released code); not with --closed", most=0.99
+    )
     closed: bool = _option(
         False,
         "choose among the frequent answers, a classifier on soft targets (ViLT), in place of writing",
@@ -592,13 +677,16 @@ class FinetuneVqaOptions(TaskOptions):
         9,
         "answers that are the most frequent of so many questions make the closed list, and the one to rank (ViLT's code: 9)",
         later=True,
+        least=1,
     )
-    learning_rate: float = _option(2e-5, "peak (BLIP's VQA configuration)")
+    learning_rate: float = _option(2e-5, "peak (BLIP's VQA configuration)", above=0)
     epochs: float = _option(
         10.0, "passes over the questions, where `steps` is 0 (BLIP's VQA configuration: 10)"
     )
-    max_text_tokens: int = _option(35, "questions are cut to this many tokens (BLIP's released code: 35)")
-    max_words: int = _option(50, "and before that to this many words (BLIP's released code: 50)")
+    max_text_tokens: int = _option(
+        35, "questions are cut to this many tokens (BLIP's released code: 35)", least=2
+    )
+    max_words: int = _option(50, "and before that to this many words (BLIP's released code: 50)", least=1)
     out: str = _option("vqa", "name of the checkpoint to write")
 
 
@@ -610,16 +698,18 @@ class FinetuneNlvrOptions(TaskOptions):
         False, "statements are about one picture: a classifier of it and the text, seen once", later=True
     )
     swap: float = _option(
-        0.5, "chance of showing a pair in the other order, left and right exchanged (BLIP's released code)"
+        0.5,
+        "chance of showing a pair in the other order, left and right exchanged (BLIP's released code)",
+        most=1,
     )
-    learning_rate: float = _option(3e-5, "peak (BLIP's NLVR2 configuration)")
+    learning_rate: float = _option(3e-5, "peak (BLIP's NLVR2 configuration)", above=0)
     epochs: float = _option(
         15.0, "passes over the statements, where `steps` is 0 (BLIP's NLVR2 configuration: 15)"
     )
     max_text_tokens: int = _option(
-        128, "statements are cut to this many tokens (BLIP's released code has no limit)"
+        128, "statements are cut to this many tokens (BLIP's released code has no limit)", least=2
     )
-    max_words: int = _option(40, "and before that to this many words (BLIP's released code: 40)")
+    max_words: int = _option(40, "and before that to this many words (BLIP's released code: 40)", least=1)
     out: str = _option("nlvr", "name of the checkpoint to write")
 
 
@@ -627,15 +717,15 @@ class FinetuneNlvrOptions(TaskOptions):
 class FinetuneEntailmentOptions(TaskOptions):
     """Finetune a BLIP to tell whether a picture entails a text, contradicts it, or neither (SNLI-VE; as ALBEF does)."""
 
-    learning_rate: float = _option(2e-5, "peak (ALBEF's SNLI-VE configuration)")
+    learning_rate: float = _option(2e-5, "peak (ALBEF's SNLI-VE configuration)", above=0)
     epochs: float = _option(
         5.0, "passes over the hypotheses, where `steps` is 0 (ALBEF's SNLI-VE configuration: 5)"
     )
     min_lr: float = _option(1e-6, "the schedule's end (ALBEF's SNLI-VE configuration)")
     max_text_tokens: int = _option(
-        64, "hypotheses are cut to this many tokens (ALBEF's released code has no limit)"
+        64, "hypotheses are cut to this many tokens (ALBEF's released code has no limit)", least=2
     )
-    max_words: int = _option(30, "and before that to this many words (ALBEF's released code: 30)")
+    max_words: int = _option(30, "and before that to this many words (ALBEF's released code: 30)", least=1)
     out: str = _option("entailment", "name of the checkpoint to write")
 
 
@@ -644,11 +734,11 @@ class FinetuneClassificationOptions(TaskOptions):
     """Finetune a vision tower to tell the classes of pictures apart: a linear head on [CLS], every weight trained."""
 
     learning_rate: float = _option(
-        3e-5, "peak (as BLIP's NLVR2 configuration; none is published for classes)"
+        3e-5, "peak (as BLIP's NLVR2 configuration; none is published for classes)", above=0
     )
     epochs: float = _option(10.0, "passes over the pictures, where `steps` is 0")
-    max_text_tokens: int = _option(2, "no text is read", told=True)
-    max_words: int = _option(1, "no text is read", told=True)
+    max_text_tokens: int = _option(2, "no text is read", told=True, least=2)
+    max_words: int = _option(1, "no text is read", told=True, least=1)
     out: str = _option("classification", "name of the checkpoint to write")
 
 
@@ -663,8 +753,19 @@ _ENGINE_COMPILE = (
 )
 
 
+_ENGINE_DRAFT = (
+    "of a checkpoint: let decoders scale JPEGs of 4 times the model's size or more: faster, but pixels are not quite the "
+    "released code's, and scores move (docs/performance.md)"
+)
+_BEAM_RULES = ("transformers", "released")
+_BEAM_RULE = (
+    "transformers: count new tokens with [SEP]; or released: count the prompt, not [SEP], as BLIP's released code does, "
+    "and stop as it does"
+)
+
+
 @dataclass(frozen=True)
-class CaptionOptions:
+class CaptionOptions(Checked):
     """Step 2: write synthetic texts for every image of a part."""
 
     captioner: str = _option(
@@ -677,31 +778,58 @@ class CaptionOptions:
     )
     images: str = _option(REQUIRED, "images part to caption", kind="images")
     out: str = _option("", "name of the captions part to write; default: the captioner's")
-    method: str = _option("nucleus", "nucleus, beam or greedy (BLIP, section 4.2: nucleus)")
-    top_p: float = _option(0.9, "nucleus: share of the probability to draw from (BLIP, section 4.2)")
-    num_beams: int = _option(3, "beam: width (BLIP's caption configuration: 3)")
+    method: str = _option(
+        "nucleus",
+        "nucleus, beam or greedy (BLIP, section 4.2: nucleus)",
+        choices=("nucleus", "beam", "greedy"),
+    )
+    top_p: float = _option(
+        0.9, "nucleus: share of the probability to draw from (BLIP, section 4.2)", above=0, most=1
+    )
+    top_k: int = _option(
+        0, "nucleus: draw from at most so many tokens; 0: no limit (BLIP's released code: 50)", later=True
+    )
+    temperature: float = _option(
+        1.0,
+        "nucleus: above 1 flattens the probabilities, below 1 sharpens them",
+        later=True,
+        above=0,
+    )
+    num_beams: int = _option(3, "beam: width (BLIP's caption configuration: 3)", least=1)
+    length_penalty: float = _option(
+        1.0,
+        "beam: a text's score is its log probability over length ** this; higher favours longer",
+        later=True,
+        least=-math.inf,
+    )
+    beam_rule: str = _option("transformers", f"beam: {_BEAM_RULE}", later=True, choices=_BEAM_RULES)
     filter: str = _option(
         "",
         "also score, in the same pass over the pictures: a filter with the captioner's vision tower, as `finetune "
         "--freeze-vision` makes them",
         kind="model",
     )
-    samples: int = _option(1, "texts per image (BLIP: 1)")
+    samples: int = _option(1, "texts per image (BLIP: 1)", least=1)
     prompt: str = _option(
         "a picture of ", "put before the text, not part of it (BLIP's caption configuration)"
     )
     # BLIP's 20 and 5 count its 4 prompt slots; these do not.
-    max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded")
-    min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
-    repetition_penalty: float = _option(1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)")
+    max_new_tokens: int = _option(
+        20, "longest text in tokens, without the prompt, with the closing [SEP]", least=1
+    )
+    min_new_tokens: int = _option(1, "shortest text in tokens, without the prompt and the closing [SEP]")
+    repetition_penalty: float = _option(
+        1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)", above=0
+    )
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     compile: bool = _option(False, _ENGINE_COMPILE, later=True)
+    draft: bool = _option(False, _ENGINE_DRAFT, later=True)
     seed: int = _option(0, "of sampling; each text has its own stream")
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
+class ScoreOptions(Checked):
     """Step 2: judge web and synthetic texts alike with the filter."""
 
     filter: str = _option(
@@ -716,15 +844,18 @@ class ScoreOptions:
     captions: tuple[str, ...] = _option((), "captions parts of the same images; repeatable", kind="captions")
     out: str = _option("", "name of the scores part to write; default: the filter's")
     max_text_tokens: int = _option(
-        35, "texts are cut to this many tokens (BLIP's released code: 35); a plug-in may have its own limit"
+        35,
+        "texts are cut to this many tokens (BLIP's released code: 35); a plug-in may have its own limit",
+        least=2,
     )
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     compile: bool = _option(False, _ENGINE_COMPILE, later=True)
+    draft: bool = _option(False, _ENGINE_DRAFT, later=True)
 
 
 @dataclass(frozen=True)
-class SelectOptions:
+class SelectOptions(Checked):
     """Step 2: turn scores into verdicts and into the corpus. No model, no GPU."""
 
     images: str = _option(REQUIRED, "images part", kind="images")
@@ -734,11 +865,15 @@ class SelectOptions:
     by: str = _option(
         "itm_score", "itm_score, itc_score or itm_probability; of a plug-in's part, a column of its own"
     )
-    threshold: float = _option(0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)")
-    keep_fraction: float = _option(
-        0.0, "instead: keep this share of the scored texts of --sources (a global quantile); 0 for none"
+    threshold: float = _option(
+        0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)", least=-math.inf
     )
-    sources: tuple[str, ...] = _option(("web", "synthetic"), "which texts may be kept")
+    keep_fraction: float = _option(
+        0.0,
+        "instead: keep this share of the scored texts of --sources (a global quantile); 0 for none",
+        most=1,
+    )
+    sources: tuple[str, ...] = _option(("web", "synthetic"), "which texts may be kept", choices=SOURCES)
     duplicates: str = _option(
         "",
         "signals part of `capfilt duplicates`: texts are kept of one image per cluster only",
@@ -755,7 +890,7 @@ class RetrainOptions(PretrainOptions):
     verdicts: tuple[str, ...] = _option(
         (), "IMAGES=VERDICTS: images part joined with a verdicts part, in place of pairs; repeatable"
     )
-    model: str = _option("blip", f"which model to train: {', '.join(RETRAINED)}")
+    model: str = _option("blip", f"which model to train: {', '.join(RETRAINED)}", choices=RETRAINED)
     contrast: str = _option(
         "softmax",
         "clip's loss: softmax over the batch, or sigmoid of each pair (SigLIP)",
@@ -773,6 +908,8 @@ class RetrainOptions(PretrainOptions):
         "vilt, albef: share of a text's words, or tokens, that are hidden (0.15 in both papers)",
         later=True,
         models=("vilt", "albef"),
+        above=0,
+        below=1,
     )
     alignment: float = _option(
         0.1,
@@ -794,7 +931,7 @@ class RetrainOptions(PretrainOptions):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Checked):
     """Measure what a checkpoint can do, task by task, on one split: see docs/evaluation.md."""
 
     model: str = _option("retrained", "checkpoint", kind="model")
@@ -811,9 +948,11 @@ class EvaluateOptions:
     pictures: tuple[str, ...] = _option(
         (), "further images parts that hold pictures of the examples; repeatable", kind="images"
     )
-    split: str = _option("test", "split to evaluate on; empty for every row")
+    split: str = _option("test", "split to evaluate on; empty for every row", choices=("", *SPLITS))
     support_split: str = _option(
-        "", "split to learn from (few-shot: train) or to choose a threshold on (match: val)"
+        "",
+        "split to learn from (few-shot: train) or to choose a threshold on (match: val)",
+        choices=("", *SPLITS),
     )
     tasks: tuple[str, ...] = _option(
         ("retrieval", "captioning"),
@@ -822,17 +961,22 @@ class EvaluateOptions:
     rerank: int = _option(
         128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"
     )
-    method: str = _option("beam", "captioning: beam, greedy or nucleus")
-    num_beams: int = _option(3, "captioning, vqa: beams (BLIP's configurations of both: 3)")
+    method: str = _option(
+        "beam", "captioning: beam, greedy or nucleus", choices=("nucleus", "beam", "greedy")
+    )
+    num_beams: int = _option(3, "captioning, vqa: beams (BLIP's configurations of both: 3)", least=1)
+    beam_rule: str = _option(
+        "transformers", f"captioning, vqa: {_BEAM_RULE}", later=True, choices=_BEAM_RULES
+    )
     prompt: str = _option("", "captioning: prompt; pretrained models learned none")
-    max_new_tokens: int = _option(20, "captioning: longest text in tokens")
+    max_new_tokens: int = _option(20, "captioning: longest text in tokens", least=1)
     answer_list: str = _option(
         "",
         "vqa: answers to rank, a JSON list or lines, such as the answers.json of a finetuned checkpoint; default: none",
         kind="path",
     )
     answer_k: int = _option(
-        128, "vqa: so many answers are compared whole when ranking (BLIP's released code: 128)"
+        128, "vqa: so many answers are compared whole when ranking (BLIP's released code: 128)", least=1
     )
     caption_scorer: str = _option(
         "capfilt", "captioning: capfilt (no Java), or pycocoevalcap (METEOR and SPICE too, where Java is)"
@@ -841,9 +985,9 @@ class EvaluateOptions:
         "cifar", "zero-shot: prompts, single, cifar or imagenet (CLIP's), or a file with one {} per line", kind="path"
     )  # fmt: skip
     shots: str = _option("1,2,4,8,16", "few-shot: numbers of examples per class, with commas")
-    draws: int = _option(3, "few-shot: how often the examples are drawn")
+    draws: int = _option(3, "few-shot: how often the examples are drawn", least=1)
     limit: int = _option(0, "only so many images, or examples; 0 for all")
-    batch_size: int = _option(64, "images per batch")
+    batch_size: int = _option(64, "images per batch", least=1)
     precision: str = _option("auto", _PRECISION, later=True)
     out: str = _option("", "name of the result in runs/; default: the model's")
     seed: int = _option(0, "of the bootstrap intervals, and of few-shot draws")
@@ -852,7 +996,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class SubsetOptions:
+class SubsetOptions(Checked):
     """Take a share of an images part, and plant known noise in its texts: for measuring a filter where truth is known.
 
     The column `planted` of the new part says of each text what was done to it: true, other_image, truncated or
@@ -861,19 +1005,19 @@ class SubsetOptions:
 
     images: str = _option(REQUIRED, "images part to take from", kind="images")
     dataset: str = _option(REQUIRED, "name of the images part to write")
-    role: str = _option("human", "human or web: what the new part's texts count as")
-    splits: tuple[str, ...] = _option((), "keep only these splits; default: all")
-    share_from: float = _option(0.0, "keep images whose place in [0, 1), by a hash, is at least this")
-    share_to: float = _option(1.0, "keep images whose place in [0, 1), by a hash, is below this")
+    role: str = _option("human", "human or web: what the new part's texts count as", choices=("human", "web"))
+    splits: tuple[str, ...] = _option((), "keep only these splits; default: all", choices=SPLITS)
+    share_from: float = _option(0.0, "keep images whose place in [0, 1), by a hash, is at least this", most=1)
+    share_to: float = _option(1.0, "keep images whose place in [0, 1), by a hash, is below this", most=1)
     texts: int = _option(0, "keep at most so many texts per image; 0 for all")
-    wrong: float = _option(0.0, "share of images whose texts are replaced by another image's")
-    truncated: float = _option(0.0, "share of images whose texts are cut short")
-    file_name: float = _option(0.0, "share of images whose texts become a camera's file name")
+    wrong: float = _option(0.0, "share of images whose texts are replaced by another image's", most=1)
+    truncated: float = _option(0.0, "share of images whose texts are cut short", most=1)
+    file_name: float = _option(0.0, "share of images whose texts become a camera's file name", most=1)
     seed: int = _option(0, "of the planted noise")
 
 
 @dataclass(frozen=True)
-class GradeOptions:
+class GradeOptions(Checked):
     """Grade scores and verdicts against known truth: planted noise, expert ratings."""
 
     images: str = _option(REQUIRED, "images part with a `planted` column", kind="images")

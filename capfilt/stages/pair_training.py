@@ -42,12 +42,10 @@ class PairTraining(Training[Pairs]):
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
         shares(options.mix)
-        if options.max_words < 0:
-            raise UserError(f"--max-words {options.max_words}: give 1 or more, or 0 for the model's own")
         if options.stream and options.cache_features:
             raise UserError("--stream and --cache-features: features are cached for pictures that are held")
-        if options.loader_workers < 0 or (options.loader_workers and not options.stream):
-            raise UserError(f"--loader-workers {options.loader_workers}: 0 or more, and with --stream")
+        if options.loader_workers and not options.stream:
+            raise UserError(f"--loader-workers {options.loader_workers}: only with --stream")
         if options.shard and options.cache_features:
             raise UserError("--shard and --cache-features: features are cached by models that are whole")
         if options.randaugment and options.cache_features:
@@ -71,7 +69,7 @@ class PairTraining(Training[Pairs]):
     def corpora(self, size: int) -> list[Corpus]:
         """The pairs, a corpus per kind of input."""
         return [
-            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size)
+            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size, training=True)
             for parts in (self.human, self.web)
             if parts
         ]

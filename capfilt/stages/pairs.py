@@ -5,6 +5,7 @@ Both give the same texts; which rows those are is decided in `capfilt/data/`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -146,6 +147,8 @@ def shares(mix: Sequence[str]) -> dict[str, float] | None:
             found[source] = float(weight)
         except ValueError:
             equals = ""
-        if not equals or not source:
-            raise UserError(f"--mix {item}: write SOURCE=WEIGHT, as in human=1")
+        if not equals or not source or not 0 <= found[source] < math.inf:
+            raise UserError(
+                f"--mix {item}: write SOURCE=WEIGHT, as in human=1, the weight a finite number of 0 or more"
+            )
     return found or None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capfilt.errors import UserError
+from capfilt.errors import RunError, UserError
 from capfilt.stages.base import ModelStage, Report
 from capfilt.tables.publish import publish_new_bytes
 
@@ -46,8 +46,12 @@ class ResultStage(ModelStage):
             **({"incomplete_inputs": dict(self.gaps)} if self.gaps else {}),
             **self.measure(report),
         }
+        try:
+            text = json.dumps(result, indent=1, allow_nan=False)
+        except ValueError as error:
+            raise RunError(f"{self.output}: a figure is not finite, so nothing was written") from error
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        publish_new_bytes(self.output, (json.dumps(result, indent=1) + "\n").encode())
+        publish_new_bytes(self.output, (text + "\n").encode())
         counted = {"texts": result["texts"]} if "texts" in result else {}
         return {**self.headline(result["metrics"]), **counted}
 

@@ -5,21 +5,27 @@ Two shard stages: `Select` writes verdicts (no pixels), `WritePairs` the kept im
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import SelectOptions
 from capfilt.tables.contracts import PAIRS, SCORES, SOURCES, VERDICTS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
+
+_RANGES = {"itm_score": (0, 1), "itm_probability": (0, 1), "itc_score": (-1, 1)}
+"""From where to where the table's own scores are; a plug-in's are anywhere."""
 
 
 class Select(ShardStage):
@@ -30,14 +36,11 @@ class Select(ShardStage):
     """
 
     name = "select"
-    version = 1
+    version = 2  # a score that is not finite is a failure, and none of those that --keep-fraction counts
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if not 0 <= options.keep_fraction <= 1:
-            raise UserError(f"--keep-fraction {options.keep_fraction}: give a share between 0 and 1")
-        unknown = [source for source in options.sources if source not in SOURCES]
-        if unknown or not options.sources:
-            raise UserError(f"--sources {unknown[0] if unknown else ''!r}: choose among {', '.join(SOURCES)}")
+        if not options.sources:
+            raise UserError(f"--sources: choose among {', '.join(SOURCES)}")
         if options.keep_fraction and options.threshold != SelectOptions.threshold:
             raise UserError(
                 f"--keep-fraction {options.keep_fraction:g} finds the threshold; give it or --threshold, not both"
@@ -56,6 +59,11 @@ class Select(ShardStage):
         choices = self.scores.info.get("identity", {}).get("columns") or SCORES.score_names
         if options.by not in contract.score_names or options.by not in choices:
             raise UserError(f"--by {options.by!r}: {self.scores.path} has {', '.join(choices)}; choose one")
+        least, most = _RANGES.get(options.by, (-math.inf, math.inf))
+        if not least <= options.threshold <= most:
+            raise UserError(
+                f"--threshold {options.threshold:g}: {options.by} is from {least} to {most}; give such a number"
+            )
         used = {} if options.by in VERDICTS.score_names else {options.by: contract.doc_of(options.by)}
         self.contract = VERDICTS.extended(used)
 
@@ -64,7 +72,8 @@ class Select(ShardStage):
         """The score from which a text is kept: given, or the quantile that keeps `keep_fraction`.
 
         The share is of the texts that have a score and that nothing but their score can drop. With ties at the quantile
-        every tied text is kept, so a little more than the fraction may be.
+        every tied text is kept, so a little more than the fraction may be. It is part of the identity, so it is found before
+        the stage travels to workers, and travels along.
         """
         if not self.options.keep_fraction:
             return self.options.threshold
@@ -89,26 +98,31 @@ class Select(ShardStage):
 
     def _put_candidates(self, connection: Any) -> None:
         """Makes the table `candidates`: the scores (`value`) of all texts that may be kept."""
-        views = {
-            "scored": ([self.scores], f'text_id, image_id, "{self.options.by}" AS value'),
-            "pictures": ([self.images], "image_id, source"),
-            "chosen": (self.captions, "text_id"),
-            "others": (self._scored_captions(), "text_id"),
-            "copies": ([self.duplicates] if self.duplicates else [], "image_id, first"),
+        by = self.options.by
+        kinds = {"first": pa.bool_(), "value": pa.float32()}
+        wanted: dict[str, tuple[list[Part], tuple[str, ...]]] = {
+            "scored": ([self.scores], ("text_id", "image_id", by)),
+            "pictures": ([self.images], ("image_id", "source")),
+            "chosen": (self.captions, ("text_id",)),
+            "others": (self._scored_captions(), ("text_id",)),
+            "copies": ([self.duplicates] if self.duplicates else [], ("image_id", "first")),
         }
-        for name, (parts, columns) in views.items():
-            files = [str(part.file(manifest)) for part in parts for manifest in part.check().manifests()]
-            rows = "read_parquet($files, union_by_name=true)"
-            if not files:  # no such part: a table of no rows
-                rows = "(SELECT NULL::VARCHAR AS text_id, NULL::VARCHAR AS image_id, NULL::BOOLEAN AS first LIMIT 0)"
-            statement = f"CREATE TABLE {name} AS SELECT {columns} FROM {rows}"  # noqa: S608 - names of columns
-            connection.execute(statement, {"files": files} if files else {})
+        for name, (parts, columns) in wanted.items():
+            names = ["value" if column == by else column for column in columns]
+            schema = pa.schema([(each, kinds.get(each, pa.string())) for each in names])
+            connection.register("incoming", schema.empty_table())
+            connection.execute(f"CREATE TABLE {name} AS FROM incoming")
+            # Not by DuckDB from the files: it checks no page of theirs.
+            for table in (table for part in parts for table in part.tables(columns)):
+                connection.register("incoming", table.select(columns).rename_columns(names).cast(schema))
+                connection.execute(f"INSERT INTO {name} FROM incoming")
+            connection.unregister("incoming")
         # What was found with the pictures is whatever no captioner wrote.
         connection.execute(
             """
             CREATE TABLE candidates AS
             SELECT value FROM scored JOIN pictures USING (image_id)
-            WHERE value IS NOT NULL
+            WHERE isfinite(value)
               AND image_id NOT IN (SELECT image_id FROM copies WHERE NOT first)
               AND CASE
                     WHEN text_id IN (SELECT text_id FROM chosen) THEN 'synthetic'
@@ -162,22 +176,17 @@ class Select(ShardStage):
     def remarks(self) -> list[str]:
         if self.output.counts().kept:
             return []
-        import duckdb
-
-        files = [str(self.output.file(manifest)) for manifest in self.output.manifests()]
-        with duckdb.connect() as connection:
-            row = connection.execute(
-                f'SELECT count("{self.options.by}"), min("{self.options.by}"), max("{self.options.by}") '  # noqa: S608
-                "FROM read_parquet(?, union_by_name=true)",
-                [files],
-            ).fetchone()
-        assert row is not None
-        count, least, most = row
+        by = self.options.by
+        column = pa.chunked_array(
+            [chunk for table in self.output.tables([by]) for chunk in table[by].chunks], pa.float32()
+        )
+        count = len(column) - column.null_count
         if not count:
-            return [f"nothing is kept: no text has an {self.options.by}; were these texts scored?"]
+            return [f"nothing is kept: no text has an {by}; were these texts scored?"]
+        least, most = pc.min_max(column).as_py().values()
         return [
             (
-                f"nothing is kept: {self.options.by} of {count:,} texts is between {least:.4g} and {most:.4g}, the threshold "
+                f"nothing is kept: {by} of {count:,} texts is between {least:.4g} and {most:.4g}, the threshold "
                 f"{self.threshold:.4g}; --keep-fraction 0.3 keeps the best three in ten"
             )
         ]
@@ -198,6 +207,8 @@ class Select(ShardStage):
             row |= {name: score.get(name) for name in self.contract.score_names}
             row["keep"], row["reason"] = False, ""
             value = score.get(self.options.by)
+            if not failure and value is not None and not math.isfinite(value):
+                failure = "not_finite"
             if failure:
                 row["reason"] = failure
                 failed[failure] += 1

@@ -25,7 +25,8 @@ from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import SubsetOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 _READ = ["image_id", "key", "captions", "split", "status", "failure"]
@@ -46,17 +47,12 @@ class Subset(ShardStage):
     contract = IMAGES
 
     def __init__(self, options: SubsetOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if not 0 <= options.share_from < options.share_to <= 1:
+        if options.share_from >= options.share_to:
             raise UserError(
-                f"--share-from {options.share_from}, --share-to {options.share_to}: give 0 <= from < to <= 1"
+                f"--share-from {options.share_from:g}: give less than --share-to {options.share_to:g}"
             )
-        planted = (options.wrong, options.truncated, options.file_name)
-        if min(planted) < 0 or sum(planted) > 1:
-            raise UserError(
-                "--wrong, --truncated and --file-name are shares: at least 0 each, at most 1 together"
-            )
-        if options.role not in ("human", "web"):
-            raise UserError(f"--role {options.role!r}: choose human or web")
+        if options.wrong + options.truncated + options.file_name > 1:
+            raise UserError("--wrong, --truncated and --file-name are shares: at most 1 together")
         self.options = options
         self.images = workspace.input("images", options.images)
         self.output = workspace.dataset("images", options.dataset, output)

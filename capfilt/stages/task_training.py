@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from capfilt.data.answers import closed_list
+from capfilt.data.cleaning import OF_QUESTIONS
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
@@ -37,7 +38,7 @@ from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.training import Training
-from capfilt.tables.contracts import LABELS, SPLITS
+from capfilt.tables.contracts import LABELS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
@@ -57,18 +58,6 @@ class TaskTraining(Training[TaskCorpus]):
             if not getattr(options, name):
                 raise UserError(f"{self.name}: give at least one part of {name} (--{name})")
         super().__init__(options, workspace, output)
-        for split in options.splits:
-            if split not in SPLITS:
-                raise UserError(f"--splits {split!r}: choose {', '.join(SPLITS)}")
-        if options.validate < 0 or options.max_words < 1:
-            raise UserError(
-                f"--validate {options.validate}, --max-words {options.max_words}: 0 or more, and 1 or more"
-            )
-        for name in ("drop_path", "momentum"):
-            if not 0 <= getattr(options, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(options, name):g}: give a number in [0, 1)"
-                )
         self.parts = {name: workspace.input("examples", name).check() for name in options.examples}
         self.images = [workspace.input("images", name).check() for name in options.images]
         self.init = workspace.model(options.init)
@@ -143,6 +132,7 @@ class TaskTraining(Training[TaskCorpus]):
             splits,
             size=size,
             limit=limit,
+            training=True,
             **options,
         )
 
@@ -198,7 +188,7 @@ class FinetuneVqa(TaskTraining):
     name = "finetune-vqa"
     task = "vqa"
     form = ANSWERS
-    version = 3
+    version = 4  # questions are cleaned by the family's rule of questions
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -220,6 +210,14 @@ class FinetuneVqa(TaskTraining):
                     f"--answer-weight {item}: write PART=WEIGHT, one of --examples and a number above 0"
                 )
         return found
+
+    def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
+        model, tokenizer = super().initial(data)
+        cleaning = tokenizer.cleaning
+        # One that goes on from answering questions has read them so, or never has.
+        if checkpoint.read_config(self.init)["model_type"] != kinds.of(model).name:
+            cleaning = OF_QUESTIONS.get(cleaning, cleaning)
+        return model, tokenizer.cleaned_as(cleaning)
 
     def prepare(self, data: TaskCorpus, model: Any, where: torch.device) -> None:
         # BLIP ranks the answers that are frequent in training (released code: answer_list.json).
@@ -245,8 +243,6 @@ class FinetuneNlvr(TaskTraining):
         self, options: FinetuneNlvrOptions, workspace: Workspace, output: Part | None = None
     ) -> None:
         super().__init__(options, workspace, output)
-        if not 0 <= options.swap <= 1:
-            raise UserError(f"--swap {options.swap:g}: give a probability")
 
     def feed(self) -> dict[str, Any]:
         return {"swap": self.options.swap}

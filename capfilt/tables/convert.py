@@ -13,9 +13,10 @@ from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.tables.contracts import CONTRACTS
+from capfilt.tables.manifest import Plan
 from capfilt.tables.publish import one_line, replace, sync_directory
 from capfilt.tables.sealed import seal
-from capfilt.tables.shards import Part, Plan, etag_of, record_of
+from capfilt.tables.shards import Part, etag_of, record_of
 
 _OLD = "_part.json"
 _MANIFEST = re.compile(r"\d{5,}(\.g\d+)?\.manifest\.json")
@@ -50,7 +51,7 @@ def _convert(path: Path) -> None:
             if _MANIFEST.fullmatch(name):
                 values = _read(source)
                 values.pop("file", None)
-                standard = {"generation": 0, "previous": "", "changed": {}, "batch_size": 0}
+                standard = {"generation": 0, "previous": "", "changed": {}, "batch_size": 0, "part": ""}
                 shard = path / _old_file(values)
                 if shard.is_file() and etag_of(shard, 65536)[1] == values.get("etag"):
                     values["etag"] = etag_of(shard)[1]  # of a footer above 64 KiB it covers all now

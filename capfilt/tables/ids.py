@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from capfilt.errors import naming
+
 
 def _hash(*fields: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
@@ -40,5 +42,5 @@ def text_id(image: str, source: str, text: str, generator: str, sample_index: in
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hex."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,14 +25,14 @@ def one_line(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "no space left on the disk; free space"
+            why = "no space left on the disk"
         elif error.errno == errno.EXDEV:
-            why = "its folder and the workspace's .capfilt are on different file systems; put both on one"
+            why = "its folder and the workspace's .capfilt are on different file systems"
         elif error.errno in _NO_LINKS:
-            why = f"this file system has no hard links ({error.strerror}); put the workspace on one that has them"
+            why = f"this file system has no hard links ({error.strerror}), which the workspace needs"
         else:
             why = f"cannot be written ({error.strerror or error})"
-        raise RunError(f"{path}: {why}, then run again; committed shards are valid") from error
+        raise RunError(f"{path}: {why}; mend that and run again, committed shards are valid") from error
 
 
 def sync_directory(directory: Path) -> None:
@@ -48,12 +48,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _attempt_name(path: Path) -> str:
+    # As much of the name as leaves room: the file's own may be as long as the system takes.
+    return f".{path.name[:48]}.{uuid.uuid4().hex[:12]}.tmp"
+
+
 def attempt_at(path: Path, write: Callable[[Path], object]) -> Path:
     """Write a file beside `path` under a name of its own, and sync its bytes. Returns where it is.
 
     `write` is called with the path to write to. An attempt that fails leaves no file.
     """
-    attempt = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    attempt = path.with_name(_attempt_name(path))
     try:
         with one_line(path):
             write(attempt)
@@ -96,11 +101,22 @@ def publish_new_bytes(path: Path, data: bytes) -> bool:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what is there in one step. Only for files that can be derived again."""
+    """Write `data` to `path`, replacing the file there in one step. Only for files that can be derived again.
+
+    A link stays, and its target is replaced; a device or a pipe is written to.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with one_line(path):
+            path.write_bytes(data)
+        return
     attempt = attempt_at(path, lambda place: place.write_bytes(data))
-    with one_line(path):
-        os.replace(attempt, path)
-        sync_directory(path.parent)
+    try:
+        with one_line(path):
+            os.replace(attempt, path)
+            sync_directory(path.parent)
+    finally:
+        attempt.unlink(missing_ok=True)
 
 
 def point(path: Path, target: Path, scratch: Path) -> None:
@@ -108,7 +124,7 @@ def point(path: Path, target: Path, scratch: Path) -> None:
 
     The new name is made in the folder `scratch` first, so that `path`'s own folder never holds another file.
     """
-    attempt = scratch / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+    attempt = scratch / _attempt_name(path)
     with one_line(path):
         os.link(target, attempt)
         try:

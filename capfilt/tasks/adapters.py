@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from capfilt.data.answers import closed_up
 from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import RunError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
-from capfilt.inference.decoding import Limits, beam_search
+from capfilt.inference.decoding import TRANSFORMERS, Limits, beam_search
 from capfilt.models import kinds
 from capfilt.models.albef import Albef, without_end
 from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
@@ -206,7 +207,13 @@ class Answering(_SeesImages):
     """A model that answers in words, as what answers questions."""
 
     def answer(
-        self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        *,
+        num_beams: int = 3,
+        max_new_tokens: int = 10,
+        beam_rule: str = TRANSFORMERS,
     ) -> list[str]:
         """Answers by beam search (BLIP, released code: 3 beams, at most 10 tokens), their signs closed up."""
         tokenizer: Tokenizer = self._tokenizer
@@ -217,7 +224,7 @@ class Answering(_SeesImages):
             model = self._model
             states = model.encode_question(ids, mask, model.encode_image(self._sent(images)))
             cross = model.prefill_cross(states)
-            found = beam_search(model.writer(mask), cross, start, len(ids), limits, num_beams)
+            found = beam_search(model.writer(mask), cross, start, len(ids), limits, num_beams, rule=beam_rule)
         return [closed_up(answer) for answer in tokenizer.decode_batch(found.tokens.cpu())]
 
     def rank_answers(
@@ -255,6 +262,11 @@ class Classifying(_OnDevice):
         with self._evaluating():
             ids, mask = self._encode(texts)
             out: Tensor = self._model.judge(ids, mask, self._sent(images)).float()
+        # The largest of what are no numbers would be an answer.
+        if not bool(torch.isfinite(out).all()):
+            raise RunError(
+                f"the logits of the {type(self._model).__name__} are not finite; try --precision fp32"
+            )
         return out
 
 

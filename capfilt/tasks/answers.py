@@ -31,6 +31,7 @@ from capfilt.data.answers import (
     stripped,
 )
 from capfilt.errors import UserError
+from capfilt.inference.decoding import RELEASED
 from capfilt.tables.contracts import LABELS
 from capfilt.tasks.capabilities import AnswersQuestions
 from capfilt.tasks.outcome import Outcome, units
@@ -75,7 +76,7 @@ def worth(predicted: Sequence[str], questions: Sequence[Answers]) -> NDArray[np.
 def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress) -> Outcome:
     """VQA with whatever the model has: `vqa_written` and `vqa_ranked` (open set), `vqa_closed` (closed set), in percent.
 
-    options: `batch_size`, `num_beams`, `answer_list` (without one nothing is ranked) and `answer_k`.
+    options: `batch_size`, `num_beams`, `beam_rule`, `answer_list` (without one nothing is ranked) and `answer_k`.
     Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
     """
     if not len(data):
@@ -92,7 +93,8 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     if isinstance(model, AnswersQuestions):
         listed = answer_list(options.answer_list)
         written[f"vqa_written{suffix}"] = []
-        protocol.append(f"open set: written with {options.num_beams} beams")
+        rule = ", the released rule" if options.beam_rule == RELEASED else ""
+        protocol.append(f"open set: written with {options.num_beams} beams{rule}")
         if listed:
             written[f"vqa_ranked{suffix}"] = []
             protocol.append(f"open set: ranked, {len(listed)} answers, k = {options.answer_k}")
@@ -111,7 +113,9 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
         images, texts = pixels(data, rows), [data.texts[row] or "" for row in rows]
         for name, made in written.items():
             if name.startswith("vqa_written"):
-                made += model.answer(images[:, 0], texts, num_beams=options.num_beams)
+                made += model.answer(
+                    images[:, 0], texts, num_beams=options.num_beams, beam_rule=options.beam_rule
+                )
             elif name.startswith("vqa_ranked"):
                 best = model.rank_answers(images[:, 0], texts, listed, k=options.answer_k)
                 made += [listed[place] for place in best.tolist()]

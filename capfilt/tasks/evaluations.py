@@ -18,6 +18,7 @@ from torch import Tensor
 from capfilt.data.corpus import Corpus
 from capfilt.data.example_set import ExampleSet, PixelBatches
 from capfilt.errors import UserError
+from capfilt.inference.decoding import RELEASED
 from capfilt.tasks import classification, pair_judging
 from capfilt.tasks.capabilities import EmbedsImagesAndTexts, MatchesPairs
 from capfilt.tasks.captioning import bleu_parts, caption_metrics, evaluate_captioning
@@ -162,6 +163,7 @@ def captioning(model: Any, corpus: Corpus, options: EvaluateOptions, progress: P
         progress=lambda done, of: progress("captions", done, of),
         method=options.method,
         num_beams=options.num_beams,
+        beam_rule=options.beam_rule,
         prompt=options.prompt,
         max_new_tokens=options.max_new_tokens,
     )
@@ -174,7 +176,10 @@ def captioning(model: Any, corpus: Corpus, options: EvaluateOptions, progress: P
         parts, scorer = bleu_parts(*theirs.tokens), f"pycocoevalcap's scorers, {theirs.tokenizer}"
     made = {name: units("mean", each / 100.0, corpus.image_ids) for name, each in columns.items()}
     made["bleu@4"] = units("bleu4", list(parts.T), corpus.image_ids)
-    decoding = f"{options.method}, {options.num_beams} beams" if options.method == "beam" else options.method
+    decoding = options.method
+    if options.method == "beam":
+        rule = ", the released rule" if options.beam_rule == RELEASED else ""
+        decoding = f"beam, {options.num_beams} beams{rule}"
     constant = _constant_caption(references)
     return Outcome(
         f"{decoding}, at most {options.max_new_tokens} tokens, prompt {options.prompt!r}; {scorer}",

@@ -88,6 +88,9 @@ def score_pairs(
     for name in sorted(found, reverse=True):
         scores[name] = np.empty(len(order))
         scores[name][order] = np.concatenate(found[name])
+        if not np.isfinite(scores[name]).all():
+            lost = int((~np.isfinite(scores[name])).sum())
+            raise RunError(f"{lost} of {len(order)} {name} scores are not finite; try --precision fp32")
     return scores
 
 

@@ -78,8 +78,12 @@ class TrainConfig:
                 raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise UserError(f"learning_rate {self.learning_rate}: give a number above 0")
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not 0.0 <= value < math.inf:
+                raise UserError(f"{each.name} {value}: give a finite number, 0 or more")
+        if not self.learning_rate:
+            raise UserError("learning_rate 0: give a number above 0")
         if not 0.0 <= self.ema < 1.0:
             raise UserError(f"ema {self.ema}: give a number in [0, 1), 0 for no average")
         if self.schedule not in schedule.SCHEDULES:

@@ -1,4 +1,5 @@
-"""The state of an interrupted training run: one safetensors file, published atomically, that never holds a pickle.
+"""The state of an interrupted training run: one safetensors file, published atomically, that never holds a pickle and
+carries the digest of its bytes.
 
 Weights, buffers, optimiser moments and random states are the file's tensors, everything else is JSON in its header.
 What a finished model is saved as is `capfilt.models.checkpoint`'s.
@@ -14,14 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capfilt.errors import RunError, UserError
 from capfilt.models.ranks import ALONE, Ranks
+from capfilt.models.weights import write_safetensors
+from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
 from capfilt.training.optim import AdamW
 
-_HEADER = "capfilt_training_state"
+_HEADER, _OLDER = "capfilt_sealed_training_state", "capfilt_training_state"
+"""Where the JSON stands in a file that carries its digest, and in files from before they did."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -29,8 +32,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) 
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, part, metadata={_HEADER: json.dumps(values)})
+        write_safetensors(part, tensors, {_HEADER: json.dumps(values), SEAL: UNSEALED})
+        seal_file(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -39,7 +42,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) 
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RunError) as error:
         part.unlink(missing_ok=True)
         raise RunError(f"the training state could not be written to {path}: {error}") from error
 
@@ -76,23 +79,40 @@ def kept(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes the newest state and the numbered ones, where there are any: the finished model is safe."""
-    for each in (path, *kept(path)):
+    """Deletes the numbered states, a torn one and, last, the newest, where there are any: the finished model is safe."""
+    for each in (*kept(path), path.with_name(path.name + ".part"), path):
         each.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` wrote, tensors on the CPU. UserError when the file is something else."""
+    """What `write` wrote, tensors on the CPU. UserError when the file is something else, or any byte of it has changed."""
     try:
+        header = check(path)
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            if header is None:
-                raise UserError(f"{path} is no training state: name another file, or delete it to start over")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as a training state ({error}): delete it to start over"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def check(path: Path) -> str:
+    """The JSON of a state, none of whose bytes has changed. UserError otherwise, as `read`; tensors are not held."""
+    try:
+        whole = intact(path)
+        if whole is False:
+            raise UserError(
+                f"{path}: damaged since it was written (its digest differs): restore it, or delete it to start over"
+            )
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER if whole else _OLDER)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if header is None:
+        raise UserError(f"{path} is no training state: name another file, or delete it to start over")
+    return str(header)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read as a training state ({error}): delete it to start over")
 
 
 def capture(module: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:

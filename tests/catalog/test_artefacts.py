@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -59,6 +60,21 @@ def test_checkpoint_fingerprint_is_the_models_rooms_own(tmp_path: Path) -> None:
     files = {name: file_sha256(tmp_path / name) for name in ("model.safetensors", "tokenizer.json")}
     (tmp_path / "config.json").write_text(json.dumps({"files": files}))
     assert artefacts.checkpoint_fingerprint(tmp_path) == checkpoint.fingerprint(tmp_path)
+
+
+def test_a_log_that_changed_is_told_and_not_drawn(tmp_path: Path) -> None:
+    """Catches curves of a damaged log beside figures of the run that wrote another."""
+    (tmp_path / "a").mkdir()
+    log = tmp_path / "a" / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 2.5}\n')
+    files = {"log.jsonl": hashlib.sha256(log.read_bytes()).hexdigest()}
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"files": files, "extra": {"warnings": ["x"]}}))
+    (found,) = artefacts.read_models(tmp_path)
+    assert found.series == {"loss": ((1.0, 2.5),)}
+    log.write_text('{"step": 1, "loss": 7.5}\n')
+    (found,) = artefacts.read_models(tmp_path)
+    assert not found.series
+    assert [each.partition(" changed")[0] for each in found.extra["warnings"]] == ["x", "log.jsonl"]
 
 
 def test_origins_of_any_shape() -> None:

@@ -9,7 +9,8 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import Summary, executor, outlook, run_stage
 from capfilt.stages.base import Produced, ShardStage
 from capfilt.tables.contracts import SIGNALS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 
 
 class Count(ShardStage):

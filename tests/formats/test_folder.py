@@ -82,7 +82,7 @@ def test_a_folder_with_metadata(tmp_path, suffix):
         ("metadata.csv", "file_name,b\n1,2\n", {"caption_cols": ("c",)}, "--caption-col"),
         ("metadata.csv", "file_name,text\n1,2\n", {"extra": ("c",)}, "--save-additional-columns"),
         ("metadata.jsonl", "[]\n", {}, "is not a JSON object"),
-        ("metadata.parquet", "PAR1", {}, "is not a Parquet file"),
+        ("metadata.parquet", "PAR1", {}, "is not a whole Parquet file"),
     ],
 )
 def test_broken_metadata_is_named(tmp_path, name, content, reading, words):

@@ -106,6 +106,8 @@ def test_an_unreadable_picture_is_named_by_its_index(captioner, tmp_path):
         {"method": "best"}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}, {"top_k": -1}, {"samples": 0},
         {"num_beams": 0}, {"max_new_tokens": 0}, {"min_new_tokens": 30}, {"batch_size": -1}, {"repetition_penalty": 0},
         {"samples": 2, "method": "greedy"}, {"samples": 4, "method": "beam"}, {"keys": ["a"]}, {"max_new_tokens": 99},
+        *({name: value} for name in ("temperature", "top_p", "repetition_penalty", "length_penalty")
+          for value in (float("nan"), float("inf"), float("-inf"))),
     ],
     ids=str,
 )  # fmt: skip

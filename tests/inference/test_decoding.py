@@ -166,6 +166,65 @@ def test_same_texts_as_transformers(pair, images, transformers_twins, method, pe
     assert len({tuple(row) for row in ours.tokens.tolist()}) > 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("penalty", "shortest", "width", "prompt"),
+    [(1.0, 1, 8, "a picture of"), (2.0, 0, 5, "a picture of"), (-1.0, 2, 6, ""), (0.5, 1, 8, "red dog")],
+)
+def test_the_released_rule_is_blips(
+    scene, tiny_model, released_beam_search, penalty, shortest, width, prompt
+):
+    # Catches: lengths that count [SEP], or leave out the prompt; a search that stops by its best open beam; open beams
+    # of the last step left out, or taken where the image was done before.
+    agree = differ = 0
+    for model, tokenizer in (scene[:2], tiny_model(["x", "y", "z", "w"], 2.0, 1)):
+        generator = torch.Generator().manual_seed(5)
+        images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        encoded = model.encode_image(images)
+        ids = start(tokenizer, prompt)
+        cross = model.prefill_cross(encoded)
+        here = limits(tokenizer, width, shortest)
+        ours = beam_search(model, cross, ids, 6, here, 3, 3, penalty, rule="released")
+        theirs = beam_search(model, cross, ids, 6, here, 3, 3, penalty)
+        differ += int((ours.tokens != theirs.tokens).any(1).sum())
+        for image in range(6):
+
+            def logits_of(row, seen=encoded[image : image + 1], writer=model):
+                return writer.lm_logits(torch.tensor([row]), None, seen)[0, -1]
+
+            expected = released_beam_search(
+                logits_of, ids.tolist(), tokenizer.sep_id, width, shortest, 3, penalty
+            )
+            for rank, (score, text) in enumerate(expected):
+                row = ours.tokens[3 * image + rank].tolist()
+                assert row == text + [tokenizer.pad_id] * (width - len(text))
+                length = len(ids) + len(text) - (text[-1] == tokenizer.sep_id)
+                assert float(ours.logprob[3 * image + rank]) / length**penalty == pytest.approx(
+                    score, abs=1e-4
+                )
+                agree += 1
+    assert agree == 36
+    assert differ, "the two rules should differ somewhere for this test to mean anything"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["transformers", "released"])
+@pytest.mark.parametrize("shortest", [1, 3, 8])
+def test_a_text_has_at_least_min_new_tokens_tokens(scene, rule, shortest):
+    # Catches: a least length that counts the closing [SEP], or the prompt.
+    model, tokenizer, _, cross = scene
+    prompt, here = start(tokenizer), limits(tokenizer, 8, shortest)
+    draws = uniforms(1, [str(i) for i in range(7)], 1, 8)
+    rows = [
+        *beam_search(model, cross, prompt, 7, here, 3, rule=rule).tokens.tolist(),
+        *sample(model, cross, prompt, 7, here, draws).tokens.tolist(),
+        *sample(model, cross, prompt, 7, here).tokens.tolist(),
+    ]
+    lengths = [row.index(tokenizer.sep_id) if tokenizer.sep_id in row else 8 for row in rows]
+    assert min(lengths) >= shortest
+    assert shortest > 1 or min(lengths) == 1
+
+
 class Table:
     """A model whose next token depends on the last one alone, by probabilities."""
 

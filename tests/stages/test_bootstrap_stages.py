@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
-from capfilt.execution.run import run_stage
+from capfilt.execution.run import process_and_commit, run_stage
+from capfilt.inference import engine
 from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter
 from capfilt.models.blip import Blip
@@ -19,7 +21,7 @@ from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
 from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import SCORES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from tests.worlds import image_rows, write_images
 
 
@@ -246,6 +248,29 @@ def test_a_batch_size_that_no_option_says_is_in_the_manifest(workspace, monkeypa
     assert part.manifest(0).batch_size == 2
 
 
+def test_all_shards_have_the_batch_size_that_the_first_worker_chose(workspace, monkeypatch):
+    # Catches: captions and scores rounded by the memory of whichever card a shard was worked on with, after a resume too.
+    def chosen(size):
+        monkeypatch.setattr(engine, "batch_that_fits", lambda *_: size)
+
+    captioning = CaptionOptions(images="web", prompt="", max_new_tokens=4)
+    scoring = ScoreOptions(filter="filter", images="web")
+    for stage, options in ((CaptionStage, captioning), (ScoreStage, scoring)):
+        chosen(4)
+        part = stage(options, workspace).output
+        run(stage(options, workspace))
+        for path in (part.record / "00001.manifest.json", part.path / "00001.parquet"):
+            path.unlink()
+        chosen(64)
+        assert run(stage(options, workspace)).done_now == 1
+        assert [part.stats(shard)["batch_size"] for shard in part.shards()] == [4, 4]
+        # What was asked for is no worker's choice.
+        other = dataclasses.replace(options, batch_size=3, out=f"{part.name}-asked")
+        run(stage(other, workspace))
+        asked = stage(other, workspace).output
+        assert [asked.stats(shard)["batch_size"] for shard in asked.shards()] == [3, 3]
+
+
 def test_a_precision_is_part_of_what_a_part_is_and_the_default_is_not(workspace):
     caption(workspace)
     plain = CaptionStage(CaptionOptions(images="web"), workspace)
@@ -342,6 +367,27 @@ def test_a_kept_fraction_is_a_global_quantile(workspace, fraction):
     rows = rows_of(workspace.part("verdicts", "rule"))
     lost = {row["text_id"] for row in rows if row["reason"] == "no_image"}
     assert {row["text_id"] for row in rows if row["keep"]} == wanted - lost
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.75, 1.0])
+def test_the_threshold_of_a_kept_fraction_is_found_once_for_all_workers(workspace, monkeypatch, fraction):
+    """Catches a threshold that every worker finds for itself, with a query over all scores each."""
+    import duckdb
+
+    order = {}
+    put_scores(workspace, lambda row: order.setdefault(row["text_id"], len(order) / 14))
+    connect, queries = duckdb.connect, []
+    monkeypatch.setattr(duckdb, "connect", lambda *given: (queries.append(given), connect(*given))[1])
+    stage = Select(
+        SelectOptions(images="web", scores="chosen", out="rule", keep_fraction=fraction), workspace
+    )
+    mark = stage.begin()
+    travelling = pickle.dumps(stage)
+    for shard in stage.shards():
+        process_and_commit(pickle.loads(travelling), mark, shard)
+    assert len(queries) == 1
+    assert len(stage.output.shards()) > 1
+    assert any(row["keep"] for row in rows_of(stage.output))
 
 
 def test_a_kept_fraction_is_of_the_texts_that_may_be_kept(workspace):
@@ -482,3 +528,36 @@ def test_pairs_open_without_capfilt(workspace):
     origin = ["dataset", "key", "url", "license", "width", "height", "sha256"]
     assert table.column_names == ["image_id", "image", "texts", "split", *origin]
     assert b"huggingface" in table.schema.metadata
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rule", [{}, {"keep_fraction": 1.0}, {"threshold": 0.0}])
+def test_a_score_that_is_no_number_is_kept_by_no_rule(workspace, value, rule):
+    """Catches `not value < threshold`, which keeps NaN; and a quantile that counts what nothing can be above."""
+    scored = iter([0.6, 0.7])
+    put_scores(workspace, lambda row: next(scored, value))
+    summary = run(Select(SelectOptions(images="web", scores="chosen", **rule), workspace))
+    assert summary.counts.kept == 2
+    rows = rows_of(workspace.part("verdicts", "capfilt"))
+    lost = {
+        row["reason"]
+        for row in rows
+        if row["itm_score"] not in (None, pytest.approx(0.6), pytest.approx(0.7))
+    }
+    assert lost <= {"not_finite", "no_image", "truncated"}
+    assert "not_finite" in lost
+
+
+@pytest.mark.parametrize(
+    ("by", "threshold", "good"),
+    [("itm_score", 1.5, False), ("itm_score", -0.1, False), ("itc_score", 1.01, False), ("itc_score", -0.5, True),
+     ("itm_score", 1.0, True), ("itm_score", 0.0, True)],
+)  # fmt: skip
+def test_a_threshold_is_where_its_scores_are(workspace, by, threshold, good):
+    put_scores(workspace, lambda row: 0.5)
+    options = SelectOptions(images="web", scores="chosen", by=by, threshold=threshold)
+    if good:
+        Select(options, workspace)
+        return
+    with pytest.raises(UserError, match=f"--threshold {threshold:g}: {by} is from"):
+        Select(options, workspace)

@@ -22,7 +22,7 @@ from capfilt.stages.options import DuplicatesOptions, SelectOptions
 from capfilt.stages.select import Select
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 from tests.worlds import failed_row, image_rows, write_images
 

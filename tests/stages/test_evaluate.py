@@ -6,19 +6,23 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from capfilt.errors import UserError
+from capfilt.errors import RunError, UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
 from capfilt.models.interop.contents import halved
 from capfilt.models.nlvr import nlvr_from_blip
 from capfilt.models.vqa import vqa_from_blip
-from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.evaluate import Evaluate, _Result
 from capfilt.stages.options import EvaluateOptions
 from capfilt.tables.contracts import EXAMPLES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
+from capfilt.tasks.adapters import opened
 from capfilt.tasks.comparison import read_result
+from capfilt.tasks.outcome import Outcome, units
+from capfilt.tasks.registry import TASKS
 from tests.worlds import image_rows, write_images
 
 
@@ -215,6 +219,32 @@ def test_what_has_no_value_is_left_out_with_a_reason(made):
     assert "all of one class" in skipped["match_auc_itm"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_figure_that_is_no_number_is_in_no_result(value):
+    """Catches NaN and Infinity in a result file, which JSON has not and readers trip over."""
+    units_ = units("mean", [1.0, 0.0], ["a", "b"])
+    outcome = Outcome(
+        "p", {"a": value, "b": 50.0}, {"a": units_, "b": units_}, {"images": 2}, {"a": 1.0, "b": value}
+    )
+    result = _Result(EvaluateOptions(images="x", resamples=10))
+    result.add(TASKS[0], outcome, {})
+    content = json.loads(json.dumps(result.content(), allow_nan=False))
+    assert content["metrics"] == {"b": 50.0}
+    assert content["baselines"] == {}
+    assert "a" in content["tasks"][TASKS[0].name]["details"]["skipped"]
+
+
+def test_classes_are_not_told_apart_by_logits_that_are_no_numbers(made):
+    """Catches the largest of NaN, which is the first class."""
+    contents, _ = checkpoint.open_any(made.model("both"))
+    contents.model = nlvr_from_blip(contents.model, seed=0, drop_path=0.0)
+    with torch.no_grad():
+        contents.model.cls_head[0].weight.fill_(float("nan"))
+    model = opened(contents).model
+    with pytest.raises(RunError, match="not finite"):
+        model.classify(torch.zeros(1, model.pictures, 3, 48, 48, dtype=torch.uint8), ["a"])
+
+
 def test_other_prompts_and_other_examples_are_other_results(made, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {}.\n")
@@ -234,7 +264,7 @@ def test_other_prompts_and_other_examples_are_other_results(made, tmp_path):
         ({"tasks": ()}, "choose among"),
         ({"tasks": ("few-shot",)}, r"--tasks few-shot: name examples to evaluate on \(--examples\)"),
         ({"split": "dev"}, "--split 'dev': choose train, val, test"),
-        ({"batch_size": 0}, "--batch-size 0: give at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: give 1 or more"),
         ({"precision": "fp8"}, "--precision 'fp8': choose auto, fp32 or bf16"),
         ({"examples": ("human",), "tasks": ("match",)}, "no such part"),
         ({"tasks": ("zero-shot",), "examples": ("all",), "templates": "none.txt"}, "is none of single, cifar, imagenet"),

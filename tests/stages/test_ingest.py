@@ -27,7 +27,7 @@ from capfilt.stages.ingest import Ingest
 from capfilt.stages.options import IngestOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 
 
@@ -238,9 +238,9 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_written(tmp_path, folder, change, words):
-    options = replace(IngestOptions(source_path=str(folder), dataset="set"), **change)
+    options = IngestOptions(source_path=str(folder), dataset="set")
     with pytest.raises(UserError) as caught:
-        Ingest(options, Workspace(tmp_path / "ws"))
+        Ingest(replace(options, **change), Workspace(tmp_path / "ws"))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ws").exists()
@@ -446,3 +446,30 @@ def test_files_that_differ_in_a_columns_type_are_of_one_in_the_part(tmp_path, fi
     assert {table.schema.field("x").type for table in stage.output.tables()} == {wanted[0]}
     # A part whose files agree has the fingerprint it always had.
     assert ("types" in stage.identity()) == (second is not None)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".jpg", "a\0b.jpg", "a/" * 3000 + "x.jpg", "loop/x.jpg", "file/x.jpg"]
+)
+@pytest.mark.parametrize("form", ["coco", "karpathy", "folder"])
+def test_a_name_that_no_system_takes_is_a_missing_picture(tmp_path, name, form):
+    """Catches a whole ingest that ends at one record's name."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "loop").symlink_to("loop")
+    (tmp_path / "images" / "file").write_text("")
+    folder, _, leaf = name.rpartition("/")
+    contents = {
+        "coco": {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]},
+        "karpathy": {
+            "images": [{"filename": leaf, "filepath": folder, "split": "train", "sentences": [{"raw": "a"}]}]
+        },
+    }
+    path = tmp_path / "captions.json"
+    if form == "folder":
+        path = tmp_path / "images"
+        (path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "caption": "a"}) + "\n")
+        (path / "file").unlink()
+    else:
+        path.write_text(json.dumps(contents[form]))
+    rows = run(make(tmp_path, path, format=form, images=str(tmp_path / "images")))
+    assert {row["failure"] for row in rows if row["captions"]} == {"file_missing"}

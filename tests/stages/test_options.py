@@ -3,10 +3,91 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import pytest
+
+from capfilt.errors import UserError
 from capfilt.stages.base import option_values
-from capfilt.stages.options import REQUIRED, CaptionOptions, PretrainOptions, missing
+from capfilt.stages.options import (
+    REQUIRED,
+    SOURCES,
+    SPLITS,
+    CaptionOptions,
+    PretrainOptions,
+    SelectOptions,
+    missing,
+)
+from capfilt.stages.pairs import shares
 from capfilt.stages.registry import STAGES
+from capfilt.tables import contracts
+
+NUMBERS = [
+    (command.options, each)
+    for command in STAGES
+    for each in dataclasses.fields(command.options)
+    if each.type in ("int", "float")
+]
+"""Every option of every stage that is a number."""
+
+
+def refused(options, **values):
+    with pytest.raises(UserError) as caught:
+        options(**values)
+    (name,) = values
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')} ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("options", "each"), NUMBERS, ids=[f"{o.__name__}.{e.name}" for o, e in NUMBERS])
+def test_no_number_passes_that_is_none_or_out_of_its_range(options, each):
+    """Catches NaN, which is in every range that is checked by comparing; an infinity; and what the help calls impossible."""
+    options(**{each.name: each.default})
+    for value in (math.nan, -math.inf, -1, *([] if each.default == math.inf else [math.inf])):
+        if value != -1 or each.name != "threshold":  # a plug-in's scores may be below 0
+            refused(options, **{each.name: value})
+    marks = each.metadata
+    for bound, out in (("most", 1.5), ("below", 0.0), ("least", -0.5), ("above", 0.0)):
+        if math.isfinite(marks[bound]):
+            refused(options, **{each.name: marks[bound] + out})
+            if bound == "most" or (bound == "least" and marks["above"] < marks["least"]):
+                options(**{each.name: type(each.default)(marks[bound])})
+    if each.type == "int":
+        for value in (2**63, 10**30, 10**6000):
+            refused(options, **{each.name: value})
+
+
+def test_shares_and_probabilities_end_at_one():
+    """Catches 1.5 for a chance: every option that is named as one, whatever its stage."""
+    shares_of = {
+        "top_p", "keep_fraction", "mask_share", "label_smoothing", "share_from", "share_to", "wrong", "truncated", "file_name",
+        "swap", "drop_path", "alpha", "momentum", "ema", "beta2", "decay_rate", "crop_scale",
+    }  # fmt: skip
+    found = {each.name for _, each in NUMBERS if min(each.metadata["most"], each.metadata["below"]) <= 1}
+    assert found == shares_of
+
+
+def test_choices_are_checked_one_by_one():
+    for command in STAGES:
+        for each in dataclasses.fields(command.options):
+            if each.metadata["choices"]:
+                value = ("dev",) if each.type.startswith("tuple") else "dev"
+                refused(command.options, **{each.name: value})
+    assert (SOURCES, SPLITS) == (contracts.SOURCES, contracts.SPLITS)
+
+
+def test_a_nul_is_in_no_text():
+    """Catches a path that no operating system takes, from a recipe."""
+    refused(SelectOptions, images="a\0b")
+    refused(SelectOptions, out="\0")
+    refused(SelectOptions, captions=("a", "b\0"))
+    assert SelectOptions(images=REQUIRED).images == REQUIRED
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-1", "much", ""])
+def test_a_weight_in_the_mix_is_a_number_of_0_or_more(weight):
+    with pytest.raises(UserError, match="--mix web="):
+        shares([f"web={weight}"])
 
 
 def test_every_option_has_help_and_a_plain_type():

@@ -36,6 +36,8 @@ class Probe:
             return [("x", None)]
         if self.mode == "blank":
             return [(" ", None)] * len(images)
+        if self.mode in ("nan", "inf", "-inf"):
+            return [("x", float(self.mode) if k else -1.0) for k in range(len(images))]
         said = [(f"{key} {type(image).__name__} {k} {json.dumps(options, sort_keys=True)}", -1.0 - k)
                 for key, image in zip(keys, images) for k in range(options["samples"])]
         return said
@@ -43,8 +45,8 @@ class Probe:
         assert self.ready and set(image_index) <= set(range(len(images)))
         if self.mode == "short":
             return [[0.0, 0.0]]
-        if self.mode == "nan":
-            return [[0.5, float("nan")] for _ in texts]
+        if self.mode in ("nan", "inf", "-inf"):
+            return [[0.5, float(self.mode)] for _ in texts]
         return np.array([[len(text), i] for text, i in zip(texts, image_index)])
 """
 
@@ -284,3 +286,19 @@ def test_a_clip_from_scoring_to_the_corpus(workspace, call, tmp_path, capsys):
     code, err = call(*score)
     assert code == 2
     assert "filter was" in err
+
+
+@pytest.mark.parametrize("mode", ["nan", "inf", "-inf"])
+def test_what_is_no_number_is_a_failure_whoever_says_it(call, probe, workspace, mode):
+    """Catches texts and scores that are kept though nothing stands behind them: NaN is not below any threshold."""
+    assert call("caption", "--images", "web", "--captioner", f"probe:{mode}", "--batch-size", "64")[0] == 0
+    rows = [row for row in rows_of(workspace.part("captions", "probe")) if row["failure"] != "truncated"]
+    assert {(row["text"], row["logprob"], row["failure"]) for row in rows} == {
+        ("x", -1.0, None),
+        (None, None, "not_finite"),
+    }
+    assert workspace.part("captions", "probe").counts().failed["not_finite"] == len(rows) - 2
+    assert call("score", "--images", "web", "--filter", f"probe:{mode}")[0] == 0
+    counts = workspace.part("scores", "probe").counts()
+    assert counts.kept == 0
+    assert counts.failed["not_finite"] > 0

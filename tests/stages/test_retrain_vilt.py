@@ -134,7 +134,7 @@ def test_it_starts_from_a_vit(place, tmp_path):
     [
         ({"text_init": "somewhere"}, "--text-init somewhere: means nothing to retrain of a vilt"),
         ({"alignment": -1.0}, "alignment"),
-        ({"max_patches": -1}, "max_patches"),
+        ({"max_patches": -1}, "--max-patches -1: give 0 or more"),
         ({"preset": "huge"}, "tiny, trunk, small, base"),
     ],
 )

@@ -5,6 +5,7 @@ gradient, or words that training never cut.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -135,8 +136,8 @@ def test_a_clip_reads_all_words_and_others_thirty(place):
 def test_a_checkpoint_of_before_opens_with_the_published_lengths(tmp_path):
     tiny_vilt(tmp_path / "old")
     path = tmp_path / "old" / "config.json"
-    text = path.read_text()
-    for line in ('    "max_text_tokens": 40,\n', '    "max_words": 30,\n'):
+    text = re.sub(r',\s*"sealed": "\w+"', "", path.read_text())
+    for line in ('    "max_text_tokens": 40,\n', '    "max_words": 0,\n'):
         assert line in text
         text = text.replace(line, "")
     path.write_text(text)
@@ -147,6 +148,5 @@ def test_a_checkpoint_of_before_opens_with_the_published_lengths(tmp_path):
 
 
 def test_fewer_words_than_none_are_refused(place):
-    stage, options = CASES["pretrain"](max_words=-1)
     with pytest.raises(UserError, match="--max-words -1"):
-        stage(options, place)
+        CASES["pretrain"](max_words=-1)

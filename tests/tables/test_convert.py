@@ -55,7 +55,7 @@ def test_an_old_part_is_refused_with_the_command_that_converts_it(old):
             UserError, match=r"written by an earlier capfilt; convert it with `capfilt convert .*ws`"
         ):
             read()
-    assert not any(good for good, _ in doctor(str(old.path), full=True))
+    assert not any(good for good, line in doctor(str(old.path), full=True) if "/models/" not in line)
 
 
 def test_a_converted_workspace_has_the_rows_ids_and_fingerprints_it_had(old):

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from capfilt.errors import RunError, UserError
 from capfilt.tables import publish
 from capfilt.tables.contracts import CAPTIONS, IMAGES, SIGNALS
+from capfilt.tables.manifest import Counts, Plan, Successor, numbers_of, ranges_of
 from capfilt.tables.sealed import fingerprint, seal, unseal
-from capfilt.tables.shards import Counts, Part, Plan, Successor, _numbers, _ranges
+from capfilt.tables.shards import Part
+from tests.sweeps.disk import durable_steps
 from tests.worlds import image_rows
 
 
@@ -225,6 +227,38 @@ def test_a_crash_at_every_system_call_leaves_a_part_that_a_rerun_completes(tmp_p
     assert crash_points >= 10  # else the sweep swept nothing
 
 
+def test_bytes_are_durable_before_their_name_and_names_before_what_vouches_for_them(part, monkeypatch):
+    """A power cut after a commit left a manifest whose file was empty, or a file that nothing vouched for."""
+    steps = durable_steps(monkeypatch, part.path.parents[1])
+    mark = begin(part)
+    record, shard = ".capfilt/captions/c", "captions/c/00000"
+    assert steps == [f"sync {record}/.part.json attempt", f"name {record}/part.json", f"sync {record}"]
+    steps.clear()
+    part.commit(0, rows(3), Counts(3, 3), mark, 0.1)
+    assert steps[:7] == [
+        f"sync {record}/.00000.parquet attempt",
+        f"sync {record}/.00000.manifest.json attempt",
+        f"sync {record}",
+        f"name {shard}.parquet",
+        "sync captions/c",
+        f"name {record}/00000.manifest.json",
+        f"sync {record}",
+    ]
+    del steps[:]
+    retried(part, mark, 1, 4)
+    assert steps[:2] == [f"name {record}/00000.g0.parquet", f"sync {record}"]
+    assert steps[2:9] == [
+        f"sync {record}/.00000.g1.parquet attempt",
+        f"sync {record}/.00000.g1.manifest.json attempt",
+        f"sync {record}",
+        f"name {record}/00000.g1.parquet",
+        f"sync {record}",
+        f"name {record}/00000.g1.manifest.json",
+        f"sync {record}",
+    ]
+    assert steps[-3:] == [f"name {record}/.00000.parquet attempt", f"name {shard}.parquet", "sync captions/c"]
+
+
 def test_an_orphan_of_another_identity_is_not_adopted(part):
     mark = begin(part)
     die_before_the_manifest(part, 2, mark)
@@ -257,7 +291,8 @@ def test_kill_9_while_committing_and_rerun(tmp_path):
         """
         import sys
         from capfilt.tables.contracts import SIGNALS
-        from capfilt.tables.shards import Counts, Part
+        from capfilt.tables.manifest import Counts
+        from capfilt.tables.shards import Part
         part = Part(sys.argv[1])
         mark = part.begin(SIGNALS, "test", {})
         print("begun", flush=True)
@@ -294,7 +329,8 @@ def test_two_processes_racing_for_one_shard_leave_one_whole_shard(tmp_path):
         """
         import sys, time
         from capfilt.tables.contracts import SIGNALS
-        from capfilt.tables.shards import Counts, Part
+        from capfilt.tables.manifest import Counts
+        from capfilt.tables.shards import Part
         part = Part(sys.argv[1])
         mark = part.begin(SIGNALS, "test", {})
         table = SIGNALS.table([{"image_id": f"{sys.argv[2]}-{i}"} for i in range(500)])
@@ -340,10 +376,23 @@ def test_the_index_holds_every_manifest(part):
     index = json.loads((part.record / "index.json").read_bytes())
     assert [entry["shard"] for entry in index["manifests"]] == [0, 1, 2]
     assert part.index_problem() is None
-    (part.record / "index.json").write_bytes(
-        (part.record / "index.json").read_bytes().replace(b"[", b"[ ", 1)
-    )
+    part.commit(3, rows(1, 3), Counts(1, 1), mark, 0.1)
+    assert part.index_problem() is None
+    assert "older" in part.unfinished()  # as a run leaves it that is killed before its end
+    path = part.record / "index.json"
+    whole = path.read_bytes()
+    entries = unseal(whole)["manifests"]
+    foreign = [{**entries[0], "fingerprint": "0" * 32}]
+    for other in (foreign, [{**entries[0], "shard": 9}], [{}], 5, [5], None, {"a": 1}):
+        path.write_bytes(seal({"manifests": other}))
+        assert "index.json" in part.index_problem()
+    path.write_bytes(seal({"other": []}))
     assert "index.json" in part.index_problem()
+    for damaged in (whole.replace(b"[", b"[ ", 1), b"", whole[:-3]):
+        path.write_bytes(damaged)
+        assert "index.json" in part.index_problem()
+    part.finish()
+    assert (part.index_problem(), part.unfinished()) == (None, "")
 
 
 def retried(part, mark, generation, count):
@@ -424,6 +473,18 @@ def test_a_part_whose_folder_was_removed_is_made_anew(part):
     assert again.commit(0, rows(1), Counts(1, 1), mark, 0.1).rows == 1
 
 
+def test_a_part_called_like_a_table_forgets_no_other_record(tmp_path):
+    """`--out ./images` has its record where the records of a workspace's images are."""
+    other = Part(tmp_path / "images" / "web")
+    other.commit(0, IMAGES.table(image_rows("web", 1)), Counts(1, 1), other.begin(IMAGES, "test", {}), 0.1)
+    (tmp_path / "images").rename(tmp_path / "away")
+    part = Part(tmp_path / "images")
+    begin(part)
+    part.withdraw()
+    (tmp_path / "away").rename(tmp_path / "images")
+    assert other.check().shards() == [0]
+
+
 def test_the_record_tells_which_shards_are_not_there(part):
     mark = part.begin(CAPTIONS, "test", {"a": 1}, plan=Plan([0, 1, 2, 7], 11))
     assert part.gap == "0 of 4 shards"
@@ -440,7 +501,7 @@ def test_the_record_tells_which_shards_are_not_there(part):
 
 @given(st.sets(st.integers(0, 40)))
 def test_planned_shards_survive_their_short_form(numbers):
-    assert _numbers(_ranges(sorted(numbers))) == sorted(numbers)
+    assert numbers_of(ranges_of(sorted(numbers))) == sorted(numbers)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +561,7 @@ def test_text_read_beside_pictures_is_read_under_checksums(tmp_path):
             list(Part(part.path).batches(0, ["image_id"]))
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"digest": 1}', b"[" * 100_000])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"sealed": 1}', b"[" * 100_000])
 def test_other_bytes_are_no_sealed_file(data):
     with pytest.raises(ValueError, match="bytes have changed"):
         unseal(data)
@@ -508,7 +569,7 @@ def test_other_bytes_are_no_sealed_file(data):
 
 @given(
     st.dictionaries(
-        st.text(max_size=4).filter(lambda key: key != "digest"), st.integers() | st.text(max_size=4)
+        st.text(max_size=4).filter(lambda key: key != "sealed"), st.integers() | st.text(max_size=4)
     )
 )
 def test_every_changed_byte_of_a_sealed_file_is_found(values):

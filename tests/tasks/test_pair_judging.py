@@ -62,6 +62,14 @@ def test_every_pair_has_its_own_scores():
         score_pairs(Both(), values.split(2), [7], ["1"])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_no_numbers_end_the_evaluation(value):
+    """Catches an accuracy over comparisons with NaN, all of which are false."""
+    values = torch.tensor([3.0, value])
+    with pytest.raises(RunError, match=r"2 of 3 it[cm] scores are not finite"):
+        score_pairs(Both(), values.split(2), [0, 1, 1], ["1", "2", "3"])
+
+
 def test_matches_against_scikit_learn():
     rng = np.random.default_rng(1)
     labels = rng.random(200) < 0.4

@@ -927,3 +927,13 @@ def test_micro_batches_of_one_size_are_one_run_on_any_number_of_ranks():
     """A state of 8 GPUs that 32 refuse, though each forward pass sees as much."""
     few, many = (TrainConfig(steps=1, micro_batch=90, accumulate=each).identity() for each in (4, 1))
     assert few == many != TrainConfig(steps=1, micro_batch=75).identity()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_every_rate_and_decay_is_a_number(value):
+    """Catches a run that trains to NaN because one of its figures is: all of them, whatever they are called."""
+    floats = [each.name for each in dataclasses.fields(TrainConfig) if isinstance(each.default, float)]
+    assert len(floats) >= 9
+    for name in floats:
+        with pytest.raises(UserError, match=name):
+            TrainConfig(steps=1, **{name: value})

@@ -10,6 +10,7 @@ from torch import nn
 
 from capfilt.errors import RunError, UserError
 from capfilt.training import optim, state
+from tests.sweeps.disk import durable_steps
 
 
 class Shared(nn.Module):
@@ -74,6 +75,38 @@ def test_other_models_and_other_files_are_refused_by_name(tmp_path):
         state.read(path)
 
 
+def test_every_byte_of_a_state_counts(tmp_path):
+    """Catches a run that continues from moments or weights which a disk has changed: length, header, tensors, digest."""
+    path = tmp_path / "state.safetensors"
+    state.write(
+        path,
+        {"module.x": torch.arange(5.0), "random.cpu": torch.zeros(3, dtype=torch.uint8)},
+        {"step": 1, "a": " "},
+    )
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        # White space becomes other white space, which JSON would not mind.
+        flip = ord(" ") ^ ord("\t") if whole[place] == ord(" ") else 1 << place % 8
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="start over") as caught:
+            state.read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for cut in (whole[:-1], whole + b"\0", b"", whole[:8]):
+        path.write_bytes(cut)
+        with pytest.raises(UserError, match="start over"):
+            state.read(path)
+    path.write_bytes(whole)
+    assert state.read(path)[1] == {"step": 1, "a": " "}
+
+
+def test_a_state_from_before_states_had_a_digest_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(2)}, tmp_path / "s.safetensors", {"capfilt_training_state": '{"step": 4}'})
+    assert state.read(tmp_path / "s.safetensors")[1] == {"step": 4}
+
+
 def test_a_failed_write_leaves_the_old_state(tmp_path):
     path = tmp_path / "state.safetensors"
     state.write(path, {"x": torch.ones(1)}, {"step": 1})
@@ -81,3 +114,24 @@ def test_a_failed_write_leaves_the_old_state(tmp_path):
     with pytest.raises((RunError, OSError)):
         state.write(path, {"x": torch.zeros(1)}, {"step": 2})
     assert state.read(path)[1] == {"step": 1}
+
+
+def test_a_state_is_on_the_disk_before_its_name_and_the_newest_goes_last(tmp_path, monkeypatch):
+    """A power cut left an empty file as the newest state; a kill while states were removed left the numbered for good."""
+    steps = durable_steps(monkeypatch, tmp_path)
+    path = tmp_path / "state.safetensors"
+    for step in (1, 2):
+        del steps[:]
+        state.write_newest(path, step, {"x": torch.ones(1)}, {"step": step}, keep=2)
+        numbered = f"state-0000000{step}.safetensors"
+        assert steps[:3] == [f"sync {numbered} attempt", f"name {numbered}", "sync ."]
+        assert steps[3:5] == ["name state.safetensors attempt", "name state.safetensors"]
+
+    def unlink(place, missing_ok=False):
+        removed.append(place.name)
+
+    removed: list[str] = []
+    monkeypatch.setattr(type(path), "unlink", unlink)
+    state.remove(path)
+    assert removed[-1] == "state.safetensors"
+    assert len(removed) == 4

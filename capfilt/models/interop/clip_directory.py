@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models.clip import Clip, ClipConfig
@@ -26,12 +24,14 @@ from capfilt.models.interop.contents import (
     Contents,
     read_json,
     read_settings,
+    remember,
     settings_of,
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.transformers_layout import read_weights, weights_file
+from capfilt.models.interop.transformers_layout import read_weights, weights_files
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
+from capfilt.models.weights import write_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, MERGES = "tokenizer.json", ("merges.txt", "bpe_simple_vocab_16e6.txt")
@@ -40,7 +40,7 @@ NO_HOME = ("max_text_tokens", "max_words")
 
 def files(directory: Path) -> list[Path]:
     """Every file that `read` reads."""
-    found = [directory / CONFIG, weights_file(directory), *tokenizer_files(directory)]
+    found = [directory / CONFIG, *weights_files(directory), *tokenizer_files(directory)]
     return [*found, directory / SETTINGS] if (directory / SETTINGS).is_file() else found
 
 
@@ -55,8 +55,8 @@ def read_config(directory: Path) -> tuple[ClipConfig, dict[str, Any]]:
 def read(directory: Path, image_size: int = 0) -> Contents:
     """The checkpoint; `image_size` other than 0 resizes the position embedding."""
     config, extra = read_config(directory)
-    path = weights_file(directory)
-    model = filled(path, config, TRANSFORMERS, read_weights(path))
+    path = weights_files(directory)[0]
+    model = filled(path, config, TRANSFORMERS, read_weights(directory))
     tokenizer = tokenizer_of(directory, config)
     if image_size and image_size != config.image_size:
         model.resize_image(image_size)
@@ -69,7 +69,7 @@ def write(directory: Path, contents: Contents) -> None:
     assert isinstance(model, Clip)
     config = transformers_config(model.config)
     weights = {name: each.cpu().clone() for name, each in exported(model, TRANSFORMERS).items()}
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, weights)
     tokenizer.save(directory)
     size = model.config.image_size
     # CLIP, released code: the shorter side made n, then the middle; capfilt itself shows a model whole pictures.
@@ -90,7 +90,10 @@ def write(directory: Path, contents: Contents) -> None:
         (CONFIG, config),
     ):
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_beside(directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers)
+    said_of_texts = remember(model, contents.tokenizer)
+    write_beside(
+        directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers, said_of_texts
+    )
 
 
 def tokenizer_of(directory: Path, config: ClipConfig) -> BpeTokenizer:

@@ -91,20 +91,28 @@ def from_transformers_config(path: Path, content: Mapping[str, Any]) -> ClipConf
                 f"{path}: its two towers have different activations ({v['hidden_act']}, {t['hidden_act']}), which no "
                 "Clip has"
             )
-        return ClipConfig(
-            vision=ClipVisionConfig(
-                v["image_size"], v["patch_size"], v["hidden_size"], v["num_hidden_layers"], v["num_attention_heads"],
-                v["intermediate_size"],
-            ),
-            text=ClipTextConfig(
-                t["vocab_size"], t["max_position_embeddings"], t["hidden_size"], t["num_hidden_layers"],
-                t["num_attention_heads"], t["intermediate_size"],
-            ),
-            embed_dim=content.get("projection_dim", 512),
-            activation=v["hidden_act"],
-        )  # fmt: skip
+        values = {
+            "vision": {"image_size": v["image_size"], "patch_size": v["patch_size"], **_sizes(v)},
+            "text": {"vocab_size": t["vocab_size"], "context": t["max_position_embeddings"], **_sizes(t)},
+            "embed_dim": content.get("projection_dim", 512),
+            "activation": v["hidden_act"],
+        }
     except (TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the config of a CLIPModel ({error})") from error
+    try:
+        return ClipConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _sizes(said: Mapping[str, Any]) -> dict[str, Any]:
+    names = {
+        "width": "hidden_size",
+        "depth": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "hidden": "intermediate_size",
+    }
+    return {ours: said[theirs] for ours, theirs in names.items()}
 
 
 # open_clip, code: what its `model_cfg` says, and what other options of its towers are where a Clip can be them.

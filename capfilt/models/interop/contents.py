@@ -5,17 +5,20 @@ what travels beside a layout that has no home for it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import capfilt
+from capfilt.data.cleaning import BLIP, CLEANINGS, CLIP, CLIP_UNREPAIRED
+from capfilt.data.tokenizer import Encodes, read_text
 from capfilt.errors import UserError
 from capfilt.models import kinds
 from capfilt.models.blip import Blip
@@ -23,9 +26,11 @@ from capfilt.models.config import Shape
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, reason
 from capfilt.models.kinds import BlipModel, Model, empty
 from capfilt.models.vision import resize_position_embedding
-from capfilt.models.weights import fill, listed, read_safetensors
+from capfilt.models.weights import fill, listed, read_safetensors, write_safetensors
 
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
+MOST_CONFIG = 2**22
+"""Bytes of a config, with the names of a hundred thousand classes."""
 S = TypeVar("S", bound=Shape)
 
 
@@ -47,6 +52,48 @@ def blip_of(contents: Contents) -> BlipModel:
     if not isinstance(contents.model, BlipModel):
         raise UserError(f"{kinds.of(contents.model).one} has no home in a layout of BLIPs")
     return contents.model
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+"""Keys under which trainers save a model's tensors: BLIP's, ALBEF's and LAVIS's code, Lightning and open_clip, plain PyTorch,
+DeepSpeed."""
+
+
+def unwrapped(path: Path, content: Any) -> dict[str, Tensor]:
+    """The tensors in what a file holds: itself, or what lies under one of WRAPPERS, without a prefix that all names share.
+
+    A prefix is what DistributedDataParallel and torch.compile put before every name. A warning says what was not read.
+    UserError where there is no dictionary of tensors.
+    """
+    key = next(
+        (key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), ""
+    )
+    state = content[key] if key else content
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(each, Tensor) for name, each in state.items())
+    ):
+        raise UserError(
+            f"{path}: no dictionary of tensors, nor one under {' or '.join(WRAPPERS)}; give a checkpoint that holds a model"
+        )
+    beside = sorted(str(each) for each in content if each != key) if key else []
+    expanded = sorted(name for name, each in state.items() if each.nbytes > each.untyped_storage().nbytes())
+    if expanded:
+        raise UserError(
+            f"{path}: {listed(expanded)} are larger than what the file holds of them; it is no trainer's"
+        )
+    ignored = [f"the keys {listed(beside)}"] if beside else []
+    first, last = (name.split(".")[:-1] for name in (min(state), max(state)))
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    prefix = "".join(f"{part}." for part, _ in shared)
+    if prefix:
+        state = {name.removeprefix(prefix): each for name, each in state.items()}
+        ignored.append(f"the prefix {prefix} of every name")
+    if ignored:
+        # From this line, whoever reads the file: a warning of one text and place is shown once.
+        warnings.warn(f"{path}: ignored {' and '.join(ignored)}", RuntimeWarning, stacklevel=1)
+    return state
 
 
 def take(
@@ -159,16 +206,27 @@ def flatten(config: Shape) -> dict[str, Any]:
 
 
 def write_beside(
-    directory: Path, settings: Mapping[str, Any], extra: Mapping[str, Any], rest: Mapping[str, Tensor]
+    directory: Path,
+    settings: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    rest: Mapping[str, Tensor],
+    cleaning: Mapping[str, str],
 ) -> None:
-    """Writes capfilt.json, and leftovers.safetensors where there are any."""
-    content = {"capfilt_version": capfilt.__version__, "settings": dict(settings), "extra": dict(extra)}
+    """Writes capfilt.json, and leftovers.safetensors where there are any. cleaning: what `remember` gives."""
+    content = {
+        "capfilt_version": capfilt.__version__,
+        "settings": dict(settings),
+        "extra": dict(extra),
+        **cleaning,
+    }
     (directory / SETTINGS).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if rest:
-        save_file(
-            {name: each.detach().cpu().contiguous().clone() for name, each in rest.items()},
-            directory / LEFTOVERS,
-        )
+        write_leftovers(directory, rest)
+
+
+def write_leftovers(directory: Path, rest: Mapping[str, Tensor]) -> None:
+    """Writes leftovers.safetensors. Tensors that share memory, which such a file cannot have, are copied."""
+    write_safetensors(directory / LEFTOVERS, {name: each.clone() for name, each in rest.items()})
 
 
 def read_beside(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -182,6 +240,37 @@ def read_beside(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
     return settings, extra, rest
 
 
+def remember(model: Model, tokenizer: Encodes) -> dict[str, str]:
+    """What a checkpoint says of how its texts are cleaned: nothing where there has been but one way."""
+    return {} if kinds.of(model).cleaning == BLIP else {"cleaning": tokenizer.cleaning}
+
+
+def read_cleaning(directory: Path) -> str | None:
+    """How texts are to be cleaned, as capfilt.json says; None where it does not, or is not there."""
+    path = directory / SETTINGS
+    return remembered(path, read_json(path)) if path.is_file() else None
+
+
+def remembered(path: Path, content: Mapping[str, Any]) -> str | None:
+    """The `cleaning` that a file's content names, None where it names none; UserError for one that is unknown here."""
+    name = content.get("cleaning")
+    if name is not None and name not in CLEANINGS:
+        raise UserError(f"{path}: cleaning {name!r} is unknown: {', '.join(CLEANINGS)} are known")
+    return name
+
+
+def cleaning_of(model: Model, extra: Mapping[str, Any], name: str | None) -> str:
+    """How texts are cleaned for a checkpoint that remembers `name`.
+
+    One from before it was remembered is cleaned as its family's released code does, or if capfilt trained it (`extra` has the
+    stage), as capfilt did then: all families' texts by BLIP's rule, CLIP's unrepaired.
+    """
+    kind = kinds.of(model)
+    if name is not None or "stage" not in extra:
+        return name or kind.cleaning
+    return CLIP_UNREPAIRED if kind.cleaning == CLIP else BLIP
+
+
 def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(settings, extra) of capfilt.json; both empty where there is none."""
     if not (directory / SETTINGS).is_file():
@@ -193,17 +282,31 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, extra
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError naming it where it is missing or none."""
+def read_json(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes; UserError naming it where it is missing or none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path, most))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})".splitlines()[0]) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
+
+
+def architecture(path: Path, content: Mapping[str, Any], classes: Collection[str]) -> str:
+    """The first of a config's `architectures` that is one of `classes`. UserError naming the file where none is."""
+    named = content.get("architectures")
+    found = (
+        (each for each in named if isinstance(each, str) and each in classes)
+        if isinstance(named, list)
+        else ()
+    )
+    kind = next(iter(found), None)
+    if kind is None:
+        raise UserError(f"{path}: architectures {named!r} is none of {', '.join(classes)}")
+    return kind
 
 
 def refuse_trunk(config: Shape, layout: str) -> None:

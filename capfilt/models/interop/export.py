@@ -10,13 +10,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, kinds
 from capfilt.models.blip import Blip
 from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, halved
+from capfilt.models.interop.contents import LEFTOVERS, Contents, halved, write_leftovers
 from capfilt.models.interop.keymaps import kind_of, reason
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, ORIGINAL
 
@@ -63,11 +61,8 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
 
 def _write(directory: Path, to: str, contents: Contents) -> None:
     if to == CAPFILT:
-        checkpoint.save(directory, contents.model, contents.tokenizer, contents.extra)
         if contents.leftovers:
-            save_file(
-                {k: each.contiguous().clone() for k, each in contents.leftovers.items()},
-                directory / LEFTOVERS,
-            )
+            write_leftovers(directory, contents.leftovers)
+        checkpoint.save(directory, contents.model, contents.tokenizer, contents.extra)
     else:
         layouts.writer(to, contents.model).write(directory, contents)

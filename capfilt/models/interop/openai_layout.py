@@ -7,11 +7,9 @@ The file is a dictionary of tensors (`.pt`, `.bin`, `.safetensors`), or what ope
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.errors import UserError
@@ -24,12 +22,14 @@ from capfilt.models.interop.contents import (
     Contents,
     read_json,
     read_settings,
+    remember,
     settings_of,
+    unwrapped,
     with_settings,
     write_beside,
 )
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.weights import listed, read_pickled, read_safetensors
+from capfilt.models.weights import archive_members, listed, read_pickled, read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NAMES = (WEIGHTS, "open_clip_pytorch_model.bin")
@@ -84,12 +84,15 @@ def write(directory: Path, contents: Contents) -> None:
     if not isinstance(model, Clip):
         raise UserError(f"{kinds.of(model).one} has no home in OpenAI's layout, which is CLIP's")
     weights = {name: each.detach().cpu().clone() for name, each in exported(model, OPENAI).items()}
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, weights)
     contents.tokenizer.save(directory)
     said = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
     content = {"model_cfg": openai_cfg(model.config), "preprocess_cfg": said}
     (directory / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_beside(directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers)
+    said_of_texts = remember(model, contents.tokenizer)
+    write_beside(
+        directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers, said_of_texts
+    )
 
 
 def _config(path: Path, state: dict[str, Tensor]) -> tuple[ClipConfig, dict[str, Any]]:
@@ -113,24 +116,13 @@ def _config(path: Path, state: dict[str, Tensor]) -> tuple[ClipConfig, dict[str,
 
 def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return unwrapped(path, read_safetensors(path))
     if _is_archive(path):
         raise UserError(
             f"{path}: a TorchScript archive, as OpenAI's downloads are: it holds a program, which is not run. Where you "
             f"trust it, save its tensors alone: torch.save(torch.jit.load(path).state_dict(), 'clip.pt')"
         )
-    found = read_pickled(path, mapped)
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if (
-        not isinstance(found, dict)
-        or not found
-        or not all(isinstance(each, Tensor) for each in found.values())
-    ):
-        raise UserError(f"{path}: no dictionary of tensors, nor one under the key 'state_dict'")
-    if all(name.startswith("module.") for name in found):
-        # What DistributedDataParallel puts before every name.
-        found = {name.removeprefix("module."): each for name, each in found.items()}
+    found = unwrapped(path, read_pickled(path, mapped))
     if _MARK not in found:
         raise UserError(f"{path}: no CLIP in OpenAI's layout: it holds {listed(sorted(found))}")
     return found
@@ -138,7 +130,4 @@ def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
 
 def _is_archive(path: Path) -> bool:
     """Whether it is TorchScript: torch's own archives have no constants."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return any(each.filename.endswith("/constants.pkl") for each in archive_members(path))

@@ -1,4 +1,4 @@
-"""The original repositories' `.pth` files: a dictionary whose `model` holds the tensors of one of their model classes.
+"""The original repositories' `.pth` files: the tensors of one of their model classes, as a rule under the key `model`.
 
 BLIP's pretraining (BLIP_Pretrain), captioning (BLIP_Decoder), retrieval (BLIP_Retrieval), VQA (BLIP_VQA) and NLVR2
 (BLIP_NLVR); ALBEF's pretraining, which is told by its text encoder's being a BERT with a language head, and its retrieval, VQA,
@@ -26,9 +26,11 @@ from capfilt.models.interop.contents import (
     blip_of,
     read_settings,
     refuse_convolutions,
+    remember,
     resized,
     settings_of,
     take,
+    unwrapped,
     with_settings,
     write_beside,
 )
@@ -37,13 +39,12 @@ from capfilt.models.kinds import AlbefModel
 from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.presets import LARGE
 from capfilt.models.vqa import VqaConfig
-from capfilt.models.weights import listed, read_pickled
+from capfilt.models.weights import read_pickled
 from capfilt.tables.contracts import LABELS
 
 WEIGHTS = "model.pth"
 SUFFIXES = (".pth", ".pt")
 HEAD_CHANNELS = 64  # BLIP, code: ViT-B 768/12, ViT-L 1024/16, BERT 768/12
-CONTAINER = ("model", "optimizer", "lr_scheduler", "scaler", "config", "epoch")
 NO_HOME = (
     "vision.drop_path",
     "vision.trunk_frozen",
@@ -119,7 +120,9 @@ def write(directory: Path, contents: Contents) -> None:
             weights[prefix + "embeddings.position_ids"] = counted
     torch.save({"model": {**weights, **contents.leftovers}}, directory / WEIGHTS)
     vocabulary.write_vocabulary(directory, contents.tokenizer)
-    write_beside(directory, settings_of(config, NO_HOME), contents.extra, {})
+    write_beside(
+        directory, settings_of(config, NO_HOME), contents.extra, {}, remember(model, contents.tokenizer)
+    )
 
 
 def refuse(config: Config | AlbefShape) -> None:
@@ -149,25 +152,7 @@ def refuse(config: Config | AlbefShape) -> None:
 
 
 def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
-    content = read_pickled(path, mapped)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary with the key 'model'")
-    if "model" in content:
-        unknown = sorted(str(key) for key in content if key not in CONTAINER)
-        if unknown:
-            raise UserError(
-                f"{path}: keys {listed(unknown)} beside 'model' are none of {', '.join(CONTAINER)}"
-            )
-        content = content["model"]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(each, Tensor) for each in content.values())
-    ):
-        raise UserError(
-            f"{path}: 'model' is no dictionary of tensors; give a checkpoint of the original repository"
-        )
-    return content
+    return unwrapped(path, read_pickled(path, mapped))
 
 
 def _without_types(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.data.tokenizer import Tokenizer
@@ -24,6 +23,7 @@ from capfilt.models.interop.contents import (
     LEFTOVERS,
     SETTINGS,
     Contents,
+    architecture,
     assemble,
     blip_of,
     halved,
@@ -31,9 +31,11 @@ from capfilt.models.interop.contents import (
     read_json,
     read_settings,
     refuse_convolutions,
+    remember,
     resized,
     settings_of,
     take,
+    unwrapped,
     with_settings,
     write_beside,
 )
@@ -42,7 +44,7 @@ from capfilt.models.kinds import BlipModel
 from capfilt.models.presets import LARGE
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
 from capfilt.models.vqa import VqaConfig
-from capfilt.models.weights import listed, read_pickled, read_safetensors
+from capfilt.models.weights import listed, read_pickled, read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 CLASSES = {
@@ -95,7 +97,7 @@ def files(directory: Path) -> list[Path]:
     if is_pair(directory):
         inner = [each for name in PAIR.values() for each in files(directory / name)]
         return [*inner, *_beside(directory)]
-    return [directory / CONFIG, weights_file(directory), vocabulary.find(directory), *_beside(directory)]
+    return [directory / CONFIG, *weights_files(directory), vocabulary.find(directory), *_beside(directory)]
 
 
 def read_config(directory: Path, image_size: int = 0) -> tuple[Config, dict[str, Any]]:
@@ -130,8 +132,8 @@ def read(directory: Path, image_size: int = 0) -> Contents:
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{directory}: {' and '.join(PAIR.values())} have different vocabularies")
     else:
-        path = weights_file(directory)
-        state, _ = take(path, read_weights(path), transformers_names(config))
+        path = weights_files(directory)[0]
+        state, _ = take(path, read_weights(directory), transformers_names(config))
         tokenizer = _vocabulary(directory, config.vocab_size)
     if kind_of(config) in ("both", "filter"):
         # transformers has no home for it; without a sidecar it is where training starts (BLIP, sec. 3.2, code).
@@ -149,13 +151,19 @@ def write(directory: Path, contents: Contents) -> None:
         for half, name in PAIR.items():
             (directory / name).mkdir(parents=True)
             _write_class(directory / name, halved(model, half), contents.tokenizer)
-            write_beside(directory / name, settings_of(config, NO_HOME), {}, {})
+            write_beside(directory / name, settings_of(config, NO_HOME), {}, {}, {})
     else:
         _write_class(directory, model, contents.tokenizer)
     if isinstance(model, Blip) and model.config.half != "captioner":
         rest["temp"] = model.temperature
     whole = isinstance(model, Blip) and model.config.half == "both"
-    write_beside(directory, {} if whole else settings_of(config, NO_HOME), contents.extra, rest)
+    write_beside(
+        directory,
+        {} if whole else settings_of(config, NO_HOME),
+        contents.extra,
+        rest,
+        remember(model, contents.tokenizer),
+    )
 
 
 def refuse(config: Config) -> None:
@@ -227,7 +235,7 @@ def _write_class(directory: Path, model: BlipModel, tokenizer: Tokenizer) -> Non
         theirs: state[ours].detach().cpu().contiguous().clone()
         for ours, theirs in transformers_names(model.config).items()
     }
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, weights)
     vocabulary.write_transformers(directory, tokenizer)
     size = model.config.image_size
     processor = {
@@ -251,10 +259,7 @@ def _write_class(directory: Path, model: BlipModel, tokenizer: Tokenizer) -> Non
 
 
 def _config(path: Path, content: Mapping[str, Any], image_size: int) -> Config:
-    named = content.get("architectures") or []
-    kind = next((CLASSES[each] for each in named if each in CLASSES), None)
-    if kind is None:
-        raise UserError(f"{path}: architectures {named} is none of {', '.join(CLASSES)}")
+    kind = CLASSES[architecture(path, content, CLASSES)]
     text = {**_TEXT_DEFAULTS, **_table(path, content, "text_config")}
     vision = {**_VISION_DEFAULTS, **_table(path, content, "vision_config")}
     fixed = {
@@ -337,9 +342,9 @@ def _pair_state(directory: Path) -> dict[str, Tensor]:
     """Both halves' tensors under our names; the vision tower, which both have, must be one."""
     joined: dict[str, Tensor] = {}
     for name in PAIR.values():
-        path = weights_file(directory / name)
+        path = weights_files(directory / name)[0]
         half, _ = read_config(directory / name)
-        state, _ = take(path, read_weights(path), transformers_names(half))
+        state, _ = take(path, read_weights(directory / name), transformers_names(half))
         differing = sorted(
             key for key in state.keys() & joined.keys() if not torch.equal(state[key], joined[key])
         )
@@ -351,22 +356,60 @@ def _pair_state(directory: Path) -> dict[str, Tensor]:
     return joined
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file of either kind. UserError where it holds anything else."""
-    found = read_safetensors(path) if path.name == WEIGHTS else read_pickled(path)
-    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
-        raise UserError(f"{path}: not a dictionary of tensors")
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a directory, of one file or of shards with their index. UserError where a file holds anything else.
+
+    An index is somebody else's: it names files of its own directory, by their bare names, and nothing outside.
+    """
+    index, *files = weights_files(directory)
+    if not files:
+        return unwrapped(index, _tensors(index))
+    found: dict[str, Tensor] = {}
+    for path in files:
+        shard = _tensors(path)
+        twice = sorted(found.keys() & shard.keys())
+        if twice:
+            raise UserError(
+                f"{path}: {listed(twice)} stand in another shard too; take the checkpoint from its source"
+            )
+        found |= shard
+    lost = sorted(_map(index).keys() - found.keys())
+    if lost:
+        raise UserError(
+            f"{index}: names {len(lost)} tensors that no shard has: {listed(lost)}; the shards are not whole"
+        )
+    return unwrapped(index, found)
+
+
+def weights_files(directory: Path) -> list[Path]:
+    """The file of a directory's weights; or an index, and the shards that it names. UserError where there is none."""
+    for name in (WEIGHTS, PICKLED):
+        if (directory / name).is_file():
+            return [directory / name]
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(_map(index).values()))
+            outside = [
+                each for each in names if Path(each).name != each or Path(each).suffix != Path(name).suffix
+            ]
+            if outside:
+                raise UserError(f"{index}: {outside[0]!r} is no name of a {Path(name).suffix} file beside it")
+            return [index, *(directory / each for each in names)]
+    raise UserError(
+        f"{directory / WEIGHTS}: no such file, nor {WEIGHTS}.index.json; save with transformers' save_pretrained"
+    )
+
+
+def _map(index: Path) -> dict[str, str]:
+    """Which file of shards each tensor is in."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(each, str) for each in found.values()):
+        raise UserError(f"{index}: 'weight_map' is no table of files; take the checkpoint from its source")
     return found
 
 
-def weights_file(directory: Path) -> Path:
-    """The file of a directory's weights. UserError where there is none in one piece."""
-    for name in (WEIGHTS, PICKLED):
-        if (directory / name).is_file():
-            return directory / name
-    raise UserError(
-        f"{directory / WEIGHTS}: no such file; save the model with transformers' save_pretrained, unsharded"
-    )
+def _tensors(path: Path) -> Any:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
 
 
 def _beside(directory: Path) -> list[Path]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.data.tokenizer import ADDED, CLS, MASK, PAD, SEP, UNK
@@ -22,18 +21,20 @@ from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
+    architecture,
     assemble,
     read_json,
     read_settings,
     refuse_trunk,
+    remember,
     settings_of,
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.transformers_layout import read_weights, weights_file
+from capfilt.models.interop.transformers_layout import read_weights, weights_files
 from capfilt.models.vilt import EPS, Vilt, ViltConfig
 from capfilt.models.vilt_classifier import ViltClassifier, ViltClassifierConfig
-from capfilt.models.weights import listed
+from capfilt.models.weights import listed, write_safetensors
 from capfilt.tables.contracts import LABELS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -91,7 +92,7 @@ _NEVER = -100.0
 
 def files(directory: Path) -> list[Path]:
     """Every file that `read` reads."""
-    found = [directory / CONFIG, weights_file(directory), vocabulary.find(directory)]
+    found = [directory / CONFIG, *weights_files(directory), vocabulary.find(directory)]
     return [*found, directory / SETTINGS] if (directory / SETTINGS).is_file() else found
 
 
@@ -110,8 +111,8 @@ def read(directory: Path, image_size: int = 0) -> Contents:
     """The checkpoint; `image_size` other than 0 interpolates the positions once and for all. UserError names file or key."""
     config, extra = read_config(directory)
     assert isinstance(config, ViltConfig)
-    path = weights_file(directory)
-    config, state = _taken(path, config, read_weights(path))
+    path = weights_files(directory)[0]
+    config, state = _taken(path, config, read_weights(directory))
     model = assemble(path, config, state)
     assert isinstance(model, Vilt | ViltClassifier)
     if image_size and image_size != config.image_size:
@@ -129,7 +130,7 @@ def write(directory: Path, contents: Contents) -> None:
     assert isinstance(model, Vilt | ViltClassifier)
     refuse_trunk(model.config, "transformers")
     config = config_json(model.config)
-    save_file(_given(model), directory / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(directory / WEIGHTS, _given(model))
     vocabulary.write_vocabulary(directory, tokenizer)
     said = {
         "tokenizer_class": "BertTokenizer", "do_lower_case": True, "pad_token": PAD, "unk_token": UNK, "cls_token": CLS,
@@ -147,7 +148,10 @@ def write(directory: Path, contents: Contents) -> None:
         (CONFIG, config),
     ):
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_beside(directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers)
+    said_of_texts = remember(model, contents.tokenizer)
+    write_beside(
+        directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers, said_of_texts
+    )
 
 
 def config_json(config: ViltConfig) -> dict[str, Any]:
@@ -174,10 +178,7 @@ def _class_of(config: ViltConfig) -> str:
 
 
 def _config(path: Path, content: Mapping[str, Any]) -> ViltConfig:
-    named = content.get("architectures") or []
-    kind = next((each for each in named if each in CLASSES), None)
-    if kind is None:
-        raise UserError(f"{path}: architectures {named} is none of {', '.join(CLASSES)}")
+    kind = architecture(path, content, CLASSES)
     said = {**_DEFAULTS, **{name: value for name, value in content.items() if value is not None}}
     wrong = [f"{name} {said[name]!r} (only {only!r})" for name, only in _FIXED.items() if said[name] != only]
     pictures = said["num_images"] if kind == PAIRS else 1

@@ -10,7 +10,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from capfilt.data.tokenizer import ADDED, CLS, DEC, ENC, FILE_NAME, MASK, PAD, SEP, UNK, Tokenizer
+from capfilt.data.tokenizer import (
+    ADDED,
+    CLS,
+    DEC,
+    ENC,
+    FILE_NAME,
+    MASK,
+    MAX_FILE_BYTES,
+    PAD,
+    SEP,
+    UNK,
+    Tokenizer,
+)
 from capfilt.errors import UserError
 from capfilt.models.interop.contents import read_json
 
@@ -48,7 +60,7 @@ def read(directory: Path, vocab_size: int) -> Tokenizer:
 
 
 def _from_json(path: Path) -> Tokenizer:
-    content = read_json(path)
+    content = read_json(path, MAX_FILE_BYTES)
     model = content.get("model")
     vocab = dict(model["vocab"]) if isinstance(model, dict) and isinstance(model.get("vocab"), dict) else None
     added = content.get("added_tokens") or []

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from capfilt.errors import UserError
+from capfilt.errors import UserError, naming
 from capfilt.formats.places import Place, places
 from capfilt.formats.records import SUFFIXES, URL, EmptyFile, ParquetRecords, Record, open_records, plain
 from capfilt.formats.values import CAPTION_COLUMNS, ColumnTypes, arrow_column, storable, text_of, texts_in
@@ -62,7 +62,8 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
             raise UserError(f"{path}: its name does not tell the format; give --input-format")
         try:
             format = SUFFIXES[place.suffix] if input_format == "auto" else input_format
-            files.append(_File(place, format, layout, extra, slice_rows))
+            with naming(place.name):
+                files.append(_File(place, format, layout, extra, slice_rows))
         except EmptyFile:
             if len(found) == 1:
                 raise

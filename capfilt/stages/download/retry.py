@@ -18,7 +18,8 @@ from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
 from capfilt.stages.download.worker import shared_worker
 from capfilt.stages.options import REQUIRED, DownloadOptions
 from capfilt.tables.contracts import DOWNLOAD_FAILURES, IMAGE_FAILURES
-from capfilt.tables.shards import Manifest, Part, Successor
+from capfilt.tables.manifest import Manifest, Successor
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 FETCHING = (

@@ -5,6 +5,9 @@ opened, positions left at another size, a fingerprint that misses a change, an e
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -255,15 +258,115 @@ def test_a_file_that_would_run_code_is_refused(retrieval):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1], "a list"), ({"model": {}}, "no dictionary of tensors"), ({"model": {"a": 1}}, "no dictionary of tensors"),
+    [([1], "no dictionary of tensors"), ({"model": {}}, "no dictionary of tensors"),
+     ({"model": {"a": 1}}, "no dictionary of tensors"),
      ({"model": {"a": torch.zeros(1)}}, r"neither text_encoder\.\*"),
-     ({"model": {"a": torch.zeros(1)}, "ema": 1}, "keys ema beside 'model'")],
+     ({"model": {"a": torch.zeros(1), 3: torch.zeros(1)}}, "no dictionary of tensors")],
 )  # fmt: skip
 def test_a_file_of_another_kind_is_refused(retrieval, content, message):
     _, path, _ = retrieval
     torch.save(content, path)
     with pytest.raises(UserError, match=message):
         checkpoint.load(path)
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "ignored"),
+    [
+        (lambda s: s, None),
+        (lambda s: {"model": s}, None),
+        (lambda s: {"model": s, "optimizer": {}, "config": {}, "scaler": None, "iters": 9}, "config, iters, optimizer, scaler"),
+        (lambda s: {"state_dict": s, "epoch": 1, "ema": {"a": torch.zeros(1)}}, "ema, epoch"),
+        (lambda s: {"model_state_dict": s}, None),
+        (lambda s: {"module": s}, None),
+        (lambda s: {"model": prefixed("module.", s)}, r"prefix module\. of"),
+        (lambda s: prefixed("_orig_mod.", s), r"prefix _orig_mod\. of"),
+        (lambda s: {"model": prefixed("module._orig_mod.", s)}, r"prefix module\._orig_mod\. of"),
+        (lambda s: {"state_dict": prefixed("model.", s), "loops": {}}, r"keys loops and the prefix model\. of"),
+    ],
+    ids=["bare", "blip", "lavis", "state_dict", "model_state_dict", "deepspeed", "ddp", "compiled", "both", "lightning"],
+)  # fmt: skip
+def test_wrappers_alone_make_no_other_checkpoint(tmp_path, wrap, ignored):
+    """Catches weights refused for what a trainer saved around them, and something left out without a word."""
+    state, path = original(tmp_path / "original", saved(tmp_path / "captioner", "captioner"))
+    torch.save(wrap(state), path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        found = checkpoint.load(path)[0]
+    expected = checkpoint.load(tmp_path / "captioner")[0]
+    assert all(torch.equal(each, found.state_dict()[name]) for name, each in expected.state_dict().items())
+    # Once, however often the file is looked into.
+    messages = [str(each.message) for each in told if "ignored" in str(each.message)]
+    assert len(messages) == (ignored is not None)
+    assert ignored is None or re.search(ignored, messages[0])
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A captioner as transformers saves it in shards, and the same in one file."""
+    theirs = saved(tmp_path / "whole", "captioner")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    write_vocabulary(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    return tmp_path / "shards"
+
+
+def test_shards_and_their_index_are_one_checkpoint(shards, tmp_path):
+    """Catches shards that are refused, read in part, or left out of the fingerprint; pickled shards too."""
+    whole = checkpoint.load(tmp_path / "whole")[0].state_dict()
+    found = checkpoint.load(shards)[0].state_dict()
+    assert all(torch.equal(each, found[name]) for name, each in whole.items())
+    before = checkpoint.fingerprint(shards)
+    part = sorted(shards.glob("*.safetensors"))[1]
+    tensors = load_file(part)
+    change(tensors, min(tensors), lambda tensor: tensor + 1)
+    save_file(tensors, part)
+    assert checkpoint.fingerprint(shards) != before
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tmp_path / "whole", pickled)
+    (pickled / "model.safetensors").unlink()
+    places = {name: file.replace(".safetensors", ".bin") for name, file in index["weight_map"].items()}
+    for file in set(index["weight_map"].values()):
+        torch.save(load_file(shards / file), pickled / file.replace(".safetensors", ".bin"))
+    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert checkpoint.load(pickled)[0].config == checkpoint.load(shards)[0].config
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda places, name: places.update({name: "../whole/model.safetensors"}), "no name of a"),
+        (lambda places, name: places.update({name: "/etc/model.safetensors"}), "no name of a"),
+        (lambda places, name: places.update({name: "sub/a.safetensors"}), "no name of a"),
+        (lambda places, name: places.update({name: ".."}), "no name of a"),
+        (lambda places, name: places.update({name: "config.json"}), "no name of a"),
+        (lambda places, name: places.update({name: 7}), "no table of files"),
+        (lambda places, name: places.clear(), "no table of files"),
+        (lambda places, name: places.update({name: "gone.safetensors"}), "gone.safetensors"),
+        (lambda places, name: places.update({"other.weight": places[name]}), "no shard has: other.weight"),
+    ],
+)
+def test_an_index_names_whole_files_beside_it_and_nothing_else(shards, edit, message):
+    """Catches an index that leads out of its directory, or whose shards are not whole."""
+    path = shards / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    edit(content["weight_map"], min(content["weight_map"]))
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.load(shards)
+    assert str(shards) in str(caught.value)
+
+
+def test_a_tensor_that_two_shards_have_is_refused(shards):
+    first, second, *_ = sorted(shards.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(second), second)
+    with pytest.raises(UserError, match="stand in another shard too"):
+        checkpoint.load(shards)
 
 
 @torch.no_grad()

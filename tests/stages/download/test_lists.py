@@ -112,7 +112,7 @@ def test_jsonl_and_json(tmp_path):
         ("u.jsonl", b"", "is empty"),
         ("u.jsonl", b"<html>\n", "is not JSON"),
         ("u.csv", b"", "is empty"),
-        ("u.parquet", b"PAR1 no", "not a Parquet file"),
+        ("u.parquet", b"PAR1 no", "not a whole Parquet file"),
         ("u.list", b"http://a\n", "--input-format"),
     ],
 )

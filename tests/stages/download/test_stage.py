@@ -347,9 +347,9 @@ def test_a_stage_travels_to_a_worker(tmp_path, server):
 )
 def test_a_wrong_option_is_named_and_nothing_is_written(tmp_path, change, words):
     (tmp_path / "urls.csv").write_text("url,caption\nhttp://example.com/x.jpg,a text\n")
-    options = replace(DownloadOptions(url_list=str(tmp_path / "urls.csv")), **change)
+    options = DownloadOptions(url_list=str(tmp_path / "urls.csv"))
     with pytest.raises(UserError) as caught:
-        Download(options, Workspace(tmp_path / "ws"))
+        Download(replace(options, **change), Workspace(tmp_path / "ws"))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ws").exists()

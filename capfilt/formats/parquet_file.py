@@ -1,0 +1,79 @@
+"""Parquet files of others, measured before they are read: some kilobytes can say that they hold gigabytes.
+
+Not here: parts, which are capfilt's own (`tables/shards.py`), and what a file's columns mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from capfilt.errors import UserError
+
+FEW, PER_BYTE = 1_000_000, 8
+"""Values of a column that every file may have, and further ones per byte of the file: nulls alone take less than a bit."""
+SMALL, GROWTH = 2**29, 1000
+"""Bytes that a column may come to, in files of any size, and how much larger than the file in others: text does not shrink to
+a thousandth."""
+
+
+def open_parquet(source: Any, name: str | Path, columns: Sequence[str] | None = None) -> pq.ParquetFile:
+    """The file at a path or in an open file, its `columns` (None: all) small enough to be read.
+
+    Raises UserError with `name` where it is no whole Parquet file, or where reading a column would take memory out of
+    proportion to the file: a list of a hundred million nulls, one long text that a million rows share.
+    """
+    try:
+        file = pq.ParquetFile(source)
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        leaves = [[group.column(number) for number in range(group.num_columns)] for group in groups]
+        size = file.metadata.serialized_size + sum(
+            leaf.total_compressed_size for row in leaves for leaf in row
+        )
+        for number, row in enumerate(leaves):
+            for leaf in row:
+                column = leaf.path_in_schema.partition(".")[0]
+                if columns is not None and column not in columns:
+                    continue
+                what = f"{name}: row group {number} of column {column!r} has"
+                if leaf.num_values > max(FEW, PER_BYTE * size):
+                    raise UserError(
+                        f"{what} {leaf.num_values:,} values in {size:,} bytes; write the file without them"
+                    )
+                most = max(SMALL, GROWTH * size)
+                if max(leaf.total_uncompressed_size, _expanded(source, number, leaf, most)) > most:
+                    raise UserError(
+                        f"{what} more than {most:,} bytes, of a file of {size:,}; write it in parts"
+                    )
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{name}: is not a whole Parquet file ({reason}); make it again, or take it away"
+        ) from None
+    return file
+
+
+def _expanded(source: Any, group: int, leaf: Any, most: int) -> int:
+    """Bytes of a column of texts that stand in a dictionary, once each value has its own; 0 where `most` is enough anyway."""
+    if leaf.physical_type != "BYTE_ARRAY" or leaf.dictionary_page_offset is None:
+        return 0
+    file = pq.ParquetFile(source, read_dictionary=[leaf.path_in_schema])
+
+    def lengths(rows: int) -> Any:
+        for batch in file.iter_batches(rows, row_groups=[group], columns=[leaf.path_in_schema]):
+            values = batch.column(0)
+            while not pa.types.is_dictionary(values.type) and values.type.num_fields:
+                values = values.field(0) if pa.types.is_struct(values.type) else values.flatten()
+            if pa.types.is_dictionary(values.type):
+                yield values.indices, pc.binary_length(values.dictionary)
+
+    # All of a dictionary comes with its first row.
+    _, first = next(lengths(1), (None, pa.array([0])))
+    if leaf.num_values * (pc.max(first).as_py() or 0) <= most:
+        return 0
+    return sum(pc.sum(table.take(indices)).as_py() or 0 for indices, table in lengths(65536))
