@@ -206,14 +206,22 @@ def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summ
     """Run `stage` unless its output stands."""
     start = time.monotonic()
     if stage.done():
-        return Summary(stage.name, str(stage.output), time.monotonic() - start, done_before=1)
+        return _account(stage, start, done_before=1)
     # Stages of one name may run together: what they write tells them apart.
     name = f"{stage.name} {stage.output.stem}"
     with StageProgress(name, 0, stage.unit, quiet=quiet or launched_rank() > 0) as progress:
         figures = work.model(
             stage, lambda step, total, latest: progress.update(step, total=total, figures=latest)
         )
-    return Summary(stage.name, str(stage.output), time.monotonic() - start, done_now=1, figures=figures)
+    return _account(stage, start, done_now=1, figures=figures)
+
+
+def _account(stage: ModelStage, start: float, **done: Any) -> Summary:
+    seconds = time.monotonic() - start
+    # Under torchrun another process may still have to publish the output.
+    return Summary(
+        stage.name, str(stage.output), seconds, table=[] if launched_rank() else stage.remarks(), **done
+    )
 
 
 def run_stage(stage: ShardStage | ModelStage, work: Executor, *, quiet: bool = False) -> Summary:

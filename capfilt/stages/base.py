@@ -201,6 +201,10 @@ class ModelStage(ABC):
         """Whether `run`, asked by its `report` to stop, saves what it has done and raises `Interrupted`."""
         return False
 
+    def remarks(self) -> Sequence[str]:
+        """As `ShardStage.remarks`, on the output that stands."""
+        return ()
+
     @abstractmethod
     def run(self, report: Report) -> Mapping[str, Any]:
         """Do the work and publish the result. Returns figures for the summary."""

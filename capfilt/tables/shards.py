@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.errors import MissingInput, RunError, UserError
@@ -737,6 +738,13 @@ class Part:
         """Each committed shard in turn."""
         for shard in self.shards():
             yield self.read(shard, columns)
+
+    def holding(self, images: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Each committed shard in turn that has a row of one of these images; of the others only the ids are read."""
+        for shard in self.shards():
+            ids = self.read(shard, ["image_id"])["image_id"]
+            if pc.any(pc.is_in(ids, value_set=images)).as_py():
+                yield self.read(shard, columns)
 
     def open(self, shard: int) -> pq.ParquetFile:
         """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""
