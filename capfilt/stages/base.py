@@ -109,6 +109,14 @@ class ShardStage(ABC):
     def process(self, shard: int) -> Produced:
         """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""
 
+    def outputs(self) -> list[Part]:
+        """The parts that it makes; none where it adds to a part that must stand."""
+        return [self.output]
+
+    def standing(self) -> list[Path]:
+        """The folders of `outputs` that stand, whatever they were made from."""
+        return [path for part in self.outputs() if part.exists for path in (part.path, part.record)]
+
     def finish(self) -> None:
         """At the end of every run, once its shards are committed."""
         self.output.finish()
@@ -189,6 +197,10 @@ class ModelStage(ABC):
     @abstractmethod
     def done(self) -> bool:
         """Whether the output stands. Raises UserError when it was made with another identity."""
+
+    def standing(self) -> list[Path]:
+        """The files and folders of the output that stand, whatever they were made from; only such as capfilt wrote."""
+        return []
 
     def ranks(self, gpus: int) -> int:
         """In how many processes `run` is called, all at once, with torchrun's environment, where there are `gpus` for it.

@@ -296,6 +296,11 @@ class Part:
         return info
 
     @property
+    def ways_out(self) -> str:
+        """What somebody can do about a part that stands in the way, for the end of a message."""
+        return f"name another output (--out NAME), or remove {self.path} and {self.record} to make it again (--overwrite does)"
+
+    @property
     def contract(self) -> Contract:
         """The table's, with the further columns this part was begun with."""
         return CONTRACTS[self.info["table"]].extended(self.info.get("columns", {}))
@@ -408,10 +413,7 @@ class Part:
                 {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
                 {"contract_version": contract.version, **identity},
             )
-            raise UserError(
-                f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
-                "to make it again"
-            )
+            raise UserError(f"{self.path}: was written with another identity ({change}); {self.ways_out}")
         return mark
 
     def commit(
