@@ -20,6 +20,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from capfilt import commands
 from capfilt.errors import RunError, UserError
 from capfilt.stages import options as stage_options
 from capfilt.stages.registry import STAGES, StageCommand
@@ -91,12 +92,10 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
 def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
     """Annotation and default of the parameters that are no options of the stage's own."""
     workspace = typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
-    execution = typer.Option(
-        "--execution", help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray"
-    )
+    execution = typer.Option("--execution", help=commands.EXECUTION_HELP)
     shared: dict[str, tuple[Any, Any]] = {
         "workspace": (Annotated[str, workspace], "."),
-        "execution": (Annotated[str, execution], "ray"),
+        "execution": (Annotated[str, execution], "auto"),
         "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
     }
     if any(field.metadata["kind"] in stage_options.PARTS for field in dataclasses.fields(command.options)):
@@ -203,8 +202,6 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     Only the command that `arguments` begin with gets its options: building all of them costs more time than help may
     take, and the overview shows none.
     """
-    from capfilt import commands
-
     app = _app(
         "Noisy web image-text pairs in, a bootstrapped corpus and retrained models out (BLIP's CapFilt)."
     )

@@ -1,6 +1,6 @@
 """Running a stage: what is done already, what is to do, and the account at the end.
 
-`inline.py` and `ray.py` do the work; this module says which, and never imports Ray itself.
+`inline.py` and `ray.py` do the work, `auto.py` chooses; this module says which, and never imports Ray itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from capfilt.tables.shards import Counts, Manifest, Part
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank, started_together
 
-EXECUTIONS = ("ray", "inline")
+EXECUTIONS = ("auto", "ray", "inline")
 
 INPUT_CHANGES = 3
 """How often a shard is made anew because a retry of its input committed a generation meanwhile."""
@@ -107,10 +107,14 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 def executor(execution: str) -> AbstractContextManager[Executor]:
     """The executor called `execution`, started on entering and stopped on leaving the context."""
-    if execution != "inline" and started_together():
+    if execution == "ray" and started_together():
         raise UserError(
             "under torchrun, give --execution inline; on a Ray cluster, start capfilt once and give --ranks"
         )
+    if execution == "auto":
+        from capfilt.execution.auto import AutoExecutor
+
+        return AutoExecutor()
     if execution == "inline":
         from capfilt.execution.inline import InlineExecutor
 
@@ -121,7 +125,7 @@ def executor(execution: str) -> AbstractContextManager[Executor]:
         from capfilt.execution.ray import RayExecutor
 
         return RayExecutor()
-    raise UserError(f"--execution {execution!r}: choose {' or '.join(EXECUTIONS)}")
+    raise UserError(f"--execution {execution!r}: choose {', '.join(EXECUTIONS)}")
 
 
 def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:

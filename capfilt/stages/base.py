@@ -61,6 +61,7 @@ class ShardStage(ABC):
         version: raised when the code changes the rows it makes; part of the fingerprint.
         contract: the table it writes.
         uses_gpu: whether a worker wants a GPU where there is one.
+        rows_per_second: about how many a worker does on a processor; `--execution auto` judges by it.
         reads_manifests: whether `inputs` is a look at manifests, which may be looked at before and after the work.
         workers: how many workers share the shards; said by the executor before the stage goes to them.
         gaps: the incomplete parts that it reads by permission, by path; said by whoever builds the stage.
@@ -70,6 +71,7 @@ class ShardStage(ABC):
     version: ClassVar[int]
     contract: Contract
     uses_gpu: ClassVar[bool] = False
+    rows_per_second: ClassVar[float] = 2000.0
     reads_manifests: ClassVar[bool] = True
     workers: int = 1
     gaps: Mapping[str, str] = MappingProxyType({})

@@ -80,6 +80,7 @@ class CaptionStage(ShardStage):
     version = 3  # a text whose probability is not finite is a failure
     contract = CAPTIONS
     uses_gpu = True
+    rows_per_second = 10.0
 
     def __init__(self, options: CaptionOptions, workspace: Workspace, output: Part | None = None) -> None:
         if options.method == "greedy" and options.samples > 1:

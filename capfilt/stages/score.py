@@ -95,6 +95,7 @@ class ScoreStage(ShardStage):
     name = "score"
     version = 3  # an image's texts are queries of one copy of its keys: the last digits differ
     uses_gpu = True
+    rows_per_second = 10.0
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
