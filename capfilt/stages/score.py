@@ -99,6 +99,7 @@ class ScoreStage(ShardStage):
     # bicubic pixels, of whole pictures.
     version = 4
     uses_gpu = True
+    rows_per_second = 10.0
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.errors import MissingInput, RunError, UserError
@@ -158,6 +159,11 @@ class Part:
         if mark != info["fingerprint"]:
             raise UserError(f"{path}: its fingerprint is not that of its options and inputs; {cure}")
         return info
+
+    @property
+    def ways_out(self) -> str:
+        """What somebody can do about a part that stands in the way, for the end of a message."""
+        return f"name another output (--out NAME), or remove {self.path} and {self.record} to make it again (--overwrite does)"
 
     @property
     def contract(self) -> Contract:
@@ -294,10 +300,7 @@ class Part:
                 {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
                 {"contract_version": contract.version, **identity},
             )
-            raise UserError(
-                f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
-                "to make it again"
-            )
+            raise UserError(f"{self.path}: was written with another identity ({change}); {self.ways_out}")
         return mark
 
     def commit(
@@ -627,6 +630,13 @@ class Part:
         """Each committed shard in turn."""
         for shard in self.shards():
             yield self.read(shard, columns)
+
+    def holding(self, images: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Each committed shard in turn that has a row of one of these images; of the others only the ids are read."""
+        for shard in self.shards():
+            ids = self.read(shard, ["image_id"])["image_id"]
+            if pc.any(pc.is_in(ids, value_set=images)).as_py():
+                yield self.read(shard, columns)
 
     def open(self, shard: int) -> pq.ParquetFile:
         """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""

@@ -35,6 +35,7 @@ from capfilt.tables.contracts import LABELS
 from capfilt.tables.workspace import expanded
 from capfilt.tasks.capabilities import AnswersQuestions
 from capfilt.tasks.outcome import Outcome, units
+from capfilt.tasks.registry import Unsuited
 
 if TYPE_CHECKING:
     from capfilt.data.example_set import ExampleSet
@@ -80,10 +81,10 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
     """
     if not len(data):
-        raise UserError("--tasks vqa: there is no question in this split")
+        raise Unsuited("--tasks vqa: there is no question in this split")
     questions = list(data.answers)
     if not all(questions):
-        raise UserError(
+        raise Unsuited(
             f"--tasks vqa: {sum(not each for each in questions)} questions have no answers to compare with; "
             "choose another --split, or bring the answers in with `capfilt examples --annotations`"
         )
@@ -103,7 +104,7 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
         written[f"vqa_closed{suffix}"] = []
         protocol.append(f"closed set: {len(model.labels)} answers")
         if model.pictures != 1 or model.labels in LABELS.values():
-            raise UserError(
+            raise Unsuited(
                 f"--tasks vqa: the model tells {', '.join(model.labels[:3])} apart, which are no answers; finetune one "
                 "with `capfilt finetune vqa`"
             )
