@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS
-from capfilt.tables.sealed import read_sealed
 from capfilt.tables.shards import Part, record_of
 from capfilt.tables.workspace import Workspace
 
@@ -88,7 +87,8 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
             yield from ((False, f"BAD   {problem}") for problem in problems)
             unfinished = "" if problems else part.unfinished()
             word = "BAD" if problems else "GAP" if part.gap or unfinished else "ok"
-            told = f"{part.gap or f'{len(shards)} shards'} {'hashed' if full else 'checked'}"
+            count = "1 shard" if len(shards) == 1 else f"{len(shards):,} shards"
+            told = f"{part.gap or count} {'hashed' if full else 'checked'}"
             hint = f", {unfinished}: run its stage again" if unfinished else ""
             line = f"{word:<5} {folder}: {told}{hint}{_leftovers(part)}"
             yield word == "ok", line
@@ -117,7 +117,7 @@ def _problems(part: Part, full: bool) -> list[str]:
             found.append(str(error))
     for path in sorted(part.record.glob("[a-z]*.json")):
         try:
-            read_sealed(path, "restore it, or make the part again")
+            part.settled(path)
         except (UserError, RunError) as error:
             found.append(str(error))
     if not any(found):
@@ -151,16 +151,20 @@ def _leftovers(part: Part) -> str:
 def _checkpoint(path: Path, full: bool) -> tuple[bool, str]:
     """(good, line) for what is in `models/`: a checkpoint, or a training that has not ended."""
     from capfilt.models import checkpoint
+    from capfilt.training import state
 
     torn = [str(each.relative_to(path)) for each in checkpoint.torn(path)]
     note = f", {len(torn)} leftovers of a killed training (safe to delete: {', '.join(torn)})" if torn else ""
+    told = f"checkpoint {'hashed' if full else 'checked'}"
     try:
+        for kept in ("best", "live"):
+            if (path / kept / checkpoint.CONFIG).exists():
+                checkpoint.check(path / kept, full)
+        for each in sorted(path.glob("state*.safetensors")) if full else ():
+            state.check(each)
         checkpoint.check(path, full)
     except MissingInput:
-        return (
-            True,
-            f"ok    {path}: no checkpoint yet; a training that was interrupted goes on when it is run again{note}",
-        )
+        told = "no checkpoint yet; a training that was interrupted goes on when it is run again"
     except UserError as error:
         return False, f"BAD   {error}{note}"
-    return True, f"ok    {path}: checkpoint {'hashed' if full else 'checked'}{note}"
+    return True, f"ok    {path}: {told}{note}"

@@ -42,7 +42,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
             "--caption-col '' for pictures without texts"
         )
     licenses = {
-        identity(entry.get("id")): str(entry.get("name") or entry.get("url"))
+        identity(entry.get("id")): text_of(entry.get("name") or entry.get("url"))
         for entry in data.get("licenses") or []
         if isinstance(entry, dict)
     }

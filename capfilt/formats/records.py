@@ -501,6 +501,11 @@ class ParquetRecords(Records):
         self.schema: pa.Schema = self._file.schema_arrow
         self.rows = int(self._file.metadata.num_rows)
         self._name(self.schema.names)
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{self.place}: has {len(twice)} columns twice, as {twice[0]!r}; rename one of them"
+            )
         self.close()
 
     def close(self) -> None:

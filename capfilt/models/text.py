@@ -100,7 +100,6 @@ class SelfCache:
             slots = self.keys[0].shape[2]
             self._seen = torch.zeros(images, self.ways, slots, dtype=torch.bool, device=device)
         if self._used == self._prompt:
-            self._seen.zero_()
             self._seen[:, :, : self._used] = True
         self._seen[:, :, self._used : end] = torch.eye(self.ways, dtype=torch.bool, device=device)
         return self._seen[:, None, :, :end]

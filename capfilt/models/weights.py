@@ -90,14 +90,22 @@ def read_pickled(path: Path, mapped: bool = False) -> Any:
 
 def _check_archive(path: Path) -> None:
     """UserError for an archive that unpacks to more than it is: torch stores its tensors as they are."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        held = archive.infolist()
+    held = archive_members(path)
     if any(each.compress_type for each in held) or sum(each.file_size for each in held) > path.stat().st_size:
         raise UserError(
             f"{path}: a packed archive, as torch writes none; save its tensors again with torch.save"
         )
+
+
+def archive_members(path: Path) -> list[zipfile.ZipInfo]:
+    """What is in a torch archive; nothing where the file is none. UserError for one that is broken."""
+    if not zipfile.is_zipfile(path):
+        return []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a readable torch file ({error}); was it downloaded whole?") from error
 
 
 def listed(names: list[str]) -> str:

@@ -955,8 +955,9 @@ class EvaluateOptions(Checked):
         choices=("", *SPLITS),
     )
     tasks: tuple[str, ...] = _option(
-        ("retrieval", "captioning"),
-        "retrieval, captioning, zero-shot, few-shot, classification, match, rating, choice, vqa, nlvr, entailment; repeatable",
+        (),
+        "retrieval, captioning, zero-shot, few-shot, classification, match, rating, choice, vqa, nlvr, entailment; repeatable; "
+        "default: every task that model, images and examples allow",
     )
     rerank: int = _option(
         128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"

@@ -57,7 +57,8 @@ class Manifest:
 
     Of a generation above 0, `previous` is the SHA-256 of the one it was made from, and `changed` the options that it was
     made with otherwise than the part. `batch_size`: images at a time, where a stage's engine chose that itself or memory
-    forced fewer than the options say; 0 where it was as they say.
+    forced fewer than the options say; 0 where it was as they say. `part`: the fingerprint of the part; empty in manifests
+    from before they had it.
     """
 
     shard: int
@@ -73,6 +74,7 @@ class Manifest:
     previous: str = ""
     changed: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 0
+    part: str = ""
 
     @property
     def file(self) -> str:

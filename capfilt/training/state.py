@@ -87,6 +87,16 @@ def remove(path: Path) -> None:
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write` wrote, tensors on the CPU. UserError when the file is something else, or any byte of it has changed."""
     try:
+        header = check(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def check(path: Path) -> str:
+    """The JSON of a state, none of whose bytes has changed. UserError otherwise, as `read`; tensors are not held."""
+    try:
         whole = intact(path)
         if whole is False:
             raise UserError(
@@ -94,13 +104,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             )
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER if whole else _OLDER)
-            if header is None:
-                raise UserError(f"{path} is no training state: name another file, or delete it to start over")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as a training state ({error}): delete it to start over"
-        ) from error
+        raise _unreadable(path, error) from error
+    if header is None:
+        raise UserError(f"{path} is no training state: name another file, or delete it to start over")
+    return str(header)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read as a training state ({error}): delete it to start over")
 
 
 def capture(module: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ caller's model, or is written where another process writes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -62,9 +63,10 @@ def test_a_second_start_compiles_nothing(tmp_path):
 
 
 class Child:
-    """A process that compiles a tower, says where its work is kept, and lives until it is killed."""
+    """A process that compiles a tower, says where its work is kept, and lives until it is killed, for a minute at most."""
 
-    def __init__(self):
+    def __init__(self, ends):
+        ends.callback(self.kill)
         reading, writing = os.pipe()
         self.process = os.fork()
         if not self.process:
@@ -73,14 +75,17 @@ class Child:
             except BaseException as error:  # noqa: BLE001
                 said = repr(error)
             os.write(writing, said.encode())
+            signal.alarm(60)
             signal.pause()
         os.close(writing)
         self.place = os.read(reading, 4096).decode()
         os.close(reading)
 
     def kill(self):
-        os.kill(self.process, signal.SIGKILL)
-        os.waitpid(self.process, 0)
+        if self.process:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        self.process = 0
 
 
 def where():
@@ -102,16 +107,12 @@ def test_each_running_process_has_a_directory_of_its_own_and_the_next_finds_it(h
     mine = where()
     assert where() == mine, "one for all towers of a process"
     assert Path(mine).parent == home
-    first, second = Child(), Child()
-    try:
+    with contextlib.ExitStack() as ends:
+        first, second = Child(ends), Child(ends)
         assert len({mine, first.place, second.place}) == 3
         assert {Path(each).parent for each in (first.place, second.place)} == {home}
         first.kill()
-        third = Child()
-        third.kill()
-        assert third.place == first.place, "what it compiled is there, however it ended"
-    finally:
-        second.kill()
+        assert Child(ends).place == first.place, "what it compiled is there, however it ended"
 
 
 def test_a_directory_that_the_environment_names_is_kept(home, monkeypatch, tmp_path):

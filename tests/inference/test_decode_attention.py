@@ -57,17 +57,20 @@ def inputs(queries=1, dtype=torch.bfloat16, seed=0, rows=2, keys=80):
 
 
 class Kernel:
-    """A stand-in: PyTorch's own, `off` by so much, or `broken` for so many queries."""
+    """A stand-in: PyTorch's own, `off` by so much, with scores so many times as large, or `broken` for so many queries."""
 
-    def __init__(self, off=0.0, broken=()):
-        self.off, self.broken = off, broken
+    def __init__(self, off=0.0, broken=(), scores=1.0):
+        self.off, self.broken, self.scores = off, broken, scores
         self.calls = 0
 
     def __call__(self, query, keys, values):
         if query.shape[2] in self.broken:
             raise ValueError("no compiler\nsecond line")
         self.calls += 1
-        return F.scaled_dot_product_attention(query, keys, values) + self.off
+        return (
+            F.scaled_dot_product_attention(query, keys, values, scale=self.scores * query.shape[-1] ** -0.5)
+            + self.off
+        )
 
 
 def test_shapes_alone_decide_and_the_first_of_a_kind_is_checked(monkeypatch):
@@ -86,6 +89,9 @@ def test_shapes_alone_decide_and_the_first_of_a_kind_is_checked(monkeypatch):
     attend(*inputs(rows=40))
     assert len(attend.sound) == 4
     assert kernel.calls == 5 + 3 + 3 + 1 + 3
+    attend(*inputs(dtype=torch.float16))
+    attend(*inputs(keys=64))
+    assert len(attend.sound) == 6, "another dtype is another kind, and 64 keys are enough"
     assert attend.name == "triton"
 
 
@@ -98,7 +104,13 @@ def counted(function, calls):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "why"), [(Kernel(off=0.5), "answers otherwise"), (Kernel(broken=(1, 3)), "no compiler")]
+    ("kernel", "why"),
+    [
+        (Kernel(off=0.5), "answers otherwise"),
+        (Kernel(off=float("nan")), "answers otherwise"),
+        (Kernel(scores=1.1), "answers otherwise"),
+        (Kernel(broken=(1, 3)), "no compiler"),
+    ],
 )
 def test_a_kernel_that_fails_or_errs_is_left_with_one_warning(kernel, why):
     attend = DecodeAttention(kernel)

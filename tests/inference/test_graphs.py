@@ -133,6 +133,46 @@ def test_a_prompt_of_another_length_is_not_replayed_at_this_ones_places(pair, sc
 
 
 @torch.no_grad()
+def test_a_longer_text_and_another_dtype_have_buffers_of_their_own(scene):
+    """Written past the end of a shorter text's cache, or rounded to the dtype of an earlier batch."""
+    model, prompt, limits, crosses = scene
+    writer = RecordedWriter(model, lambda: taped)
+    for longest in (4, 8, 3):
+        own = dataclasses.replace(limits, max_new_tokens=longest, min_new_tokens=longest)
+        plain, made = (sample(each, crosses[0], prompt, 3, own) for each in (model, writer))
+        assert torch.equal(made.tokens, plain.tokens)
+    half = [(keys.bfloat16(), values.bfloat16()) for keys, values in crosses[0]]
+    plain, made = (sample(each, half, prompt, 3, own) for each in (model, writer))
+    assert torch.equal(made.tokens, plain.tokens)
+    assert {each.dtype for pair_of in writer.shape.cross for each in pair_of} == {torch.bfloat16}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert writer.room(torch.zeros(4, 3, 2, 5, 8, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("method", ["sample", "beam"])
+@torch.no_grad()
+def test_a_cache_that_ended_texts_were_cut_from_is_not_used_again(pair, scene, method):
+    """On a processor images whose texts have ended leave the cache: what is left fits no recording, and no next batch."""
+    (_, tokenizer), (model, prompt, limits, crosses) = pair, scene
+    model = copy.deepcopy(model)
+    model.text_decoder.cls.predictions.bias[tokenizer.sep_id] += 2.0 if method == "sample" else 1.0
+    free = dataclasses.replace(limits, min_new_tokens=0)
+    draws = uniforms(2, ["a", "b", "c"], 1, 8)
+    writer, cut = RecordedWriter(model, lambda: taped), []
+    for cross in (*crosses, crosses[0]):
+        plain, made = (
+            sample(each, cross, prompt, 3, free, draws)
+            if method == "sample"
+            else beam_search(each, cross, prompt, 3, free, 2)
+            for each in (model, writer)
+        )
+        assert torch.equal(made.tokens, plain.tokens)
+        torch.testing.assert_close(made.logprob, plain.logprob)
+        cut.append(writer.shape.cache.kept is not None)
+    assert any(cut), "some texts should end early for this test to mean anything"
+
+
+@torch.no_grad()
 def test_a_smaller_batch_runs_in_the_full_ones_recording(scene):
     """Pictures that cannot be used make nearly every batch of a shard another size."""
     model, prompt, limits, crosses = scene
@@ -152,7 +192,8 @@ def test_a_smaller_batch_runs_in_the_full_ones_recording(scene):
 @torch.no_grad()
 def test_another_shape_lets_go_of_the_last_before_it_asks_for_memory(scene):
     model, prompt, limits, crosses = scene
-    writer = RecordedWriter(model, Counting())
+    # Its recordings hold what they are recordings of, and so the shape.
+    writer = RecordedWriter(model, lambda: lambda compute: compute)
     sample(writer, crosses[0], prompt, 3, limits)
     last = weakref.ref(writer.shape)
     standing = []

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -471,6 +472,26 @@ def test_a_part_whose_folder_was_removed_is_made_anew(part):
     mark = begin(again, other=1)
     assert again.shards() == []
     assert again.commit(0, rows(1), Counts(1, 1), mark, 0.1).rows == 1
+
+
+def test_of_two_runs_that_begin_a_part_together_one_identity_counts(part, monkeypatch):
+    """A run that cleared away an older record took along the record that another run had published meanwhile."""
+    inside = threading.Event()
+    forget = Part._forget
+
+    def slowly(self):
+        inside.set()
+        time.sleep(0.3)
+        forget(self)
+
+    monkeypatch.setattr(Part, "_forget", slowly)
+    first = threading.Thread(target=lambda: begin(Part(part.path), a=1))
+    first.start()
+    inside.wait(10)
+    with pytest.raises(UserError, match="was written with another identity"):
+        begin(part, a=2)
+    first.join()
+    assert Part(part.path).info["identity"] == {"a": 1}
 
 
 def test_a_part_called_like_a_table_forgets_no_other_record(tmp_path):

@@ -630,7 +630,24 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     assert result.exposures.sum() == 10
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in log] == [1, 2]
-    assert all(math.isfinite(line["loss"]) for line in log)
+    assert [line["loss"] for line in log] == pytest.approx([1.0, 1.0], abs=0.01), "means over the steps taken"
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(value):
+    """A constant that overflows leaves the gradient as it was; log and best checkpoint have no use for such a loss."""
+
+    class Apart(Scripted):
+        def losses(self, batch, alpha, hardness):
+            found = super().losses(batch, alpha, hardness)
+            return {"loss": found["loss"] + (value if batch.step == 1 else 0.0)}
+
+    alone, module = Apart([1.0]), Apart([1.0])
+    config = TrainConfig(steps=2, learning_rate=0.1, min_lr=0.1, warmup_steps=0)
+    assert train(module, batches, config).skipped_steps == 1
+    train(alone, batches, dataclasses.replace(config, steps=1))
+    assert torch.equal(module.weight, alone.weight)
 
 
 def contrast():
@@ -766,11 +783,12 @@ def test_broken_pictures_leave_a_resnets_statistics_alone():
 
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_stretch_at_the_prior_has_no_skipped_steps_and_is_not_ended_by_them():
-    config = TrainConfig(steps=12, log_every=2, learning_rate=1e-9, min_lr=1e-9, stuck_steps=7)
+    config = TrainConfig(steps=12, log_every=2, learning_rate=1e-9, min_lr=1e-9, stuck_steps=8)
     values = [COLLAPSED_ITM] * 3 + [math.nan] * 3 + [COLLAPSED_ITM] * 6
-    warned = train(Scripted(values), batches, config).warnings
-    # Taken of steps 1 to 10: seven; whole log lines count.
-    assert [each.split(":")[0] for each in warned] == ["step 4", "step 10"]
+    with pytest.warns(RuntimeWarning, match="for 9 steps"):
+        warned = train(Scripted(values), batches, config).warnings
+    # Of the steps up to 10 seven were taken.
+    assert [each.split(":")[0] for each in warned] == ["step 4", "step 12"]
 
 
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
@@ -783,7 +801,7 @@ def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_model_that_is_gone_ends_the_run():
-    with pytest.raises(RunError, match="learning_rate"):
+    with pytest.raises(RunError, match=rf"^step {MAX_SKIPS}: .*learning_rate"):
         train(Scripted([math.nan]), batches, TrainConfig(steps=100))
     # Not in a row: one finite step starts the count again.
     values = ([math.nan] * (MAX_SKIPS - 1) + [1.0]) * 2

@@ -27,6 +27,7 @@ def read(given: Given, annotations: Path | None) -> Examples:
         if isinstance(image, str) and image.isdecimal() and identity(image) == image:
             image = int(image)
         answer = (found or {}).get(identity(key), {})
+        given_answers = answer.get("answers")
         rows.append(
             ExampleRow(
                 f"#{number}" if key is None else text_of(key),
@@ -35,7 +36,9 @@ def read(given: Given, annotations: Path | None) -> Examples:
                 None
                 if found is None
                 else counted(
-                    each.get("answer") for each in answer.get("answers") or () if isinstance(each, dict)
+                    each.get("answer")
+                    for each in (given_answers if isinstance(given_answers, list) else ())
+                    if isinstance(each, dict)
                 ),
                 split=split_named(subset),
                 subset=subset,

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -293,6 +293,20 @@ def read_json(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
+
+
+def architecture(path: Path, content: Mapping[str, Any], classes: Collection[str]) -> str:
+    """The first of a config's `architectures` that is one of `classes`. UserError naming the file where none is."""
+    named = content.get("architectures")
+    found = (
+        (each for each in named if isinstance(each, str) and each in classes)
+        if isinstance(named, list)
+        else ()
+    )
+    kind = next(iter(found), None)
+    if kind is None:
+        raise UserError(f"{path}: architectures {named!r} is none of {', '.join(classes)}")
+    return kind
 
 
 def refuse_trunk(config: Shape, layout: str) -> None:

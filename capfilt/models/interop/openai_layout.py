@@ -7,7 +7,6 @@ The file is a dictionary of tensors (`.pt`, `.bin`, `.safetensors`), or what ope
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from capfilt.models.interop.contents import (
     write_beside,
 )
 from capfilt.models.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.weights import listed, read_pickled, read_safetensors, write_safetensors
+from capfilt.models.weights import archive_members, listed, read_pickled, read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NAMES = (WEIGHTS, "open_clip_pytorch_model.bin")
@@ -131,7 +130,4 @@ def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:
 
 def _is_archive(path: Path) -> bool:
     """Whether it is TorchScript: torch's own archives have no constants."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return any(each.filename.endswith("/constants.pkl") for each in archive_members(path))

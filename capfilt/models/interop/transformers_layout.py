@@ -23,6 +23,7 @@ from capfilt.models.interop.contents import (
     LEFTOVERS,
     SETTINGS,
     Contents,
+    architecture,
     assemble,
     blip_of,
     halved,
@@ -258,10 +259,7 @@ def _write_class(directory: Path, model: BlipModel, tokenizer: Tokenizer) -> Non
 
 
 def _config(path: Path, content: Mapping[str, Any], image_size: int) -> Config:
-    named = content.get("architectures") or []
-    kind = next((CLASSES[each] for each in named if each in CLASSES), None)
-    if kind is None:
-        raise UserError(f"{path}: architectures {named} is none of {', '.join(CLASSES)}")
+    kind = CLASSES[architecture(path, content, CLASSES)]
     text = {**_TEXT_DEFAULTS, **_table(path, content, "text_config")}
     vision = {**_VISION_DEFAULTS, **_table(path, content, "vision_config")}
     fixed = {

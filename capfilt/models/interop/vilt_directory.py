@@ -21,6 +21,7 @@ from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
+    architecture,
     assemble,
     read_json,
     read_settings,
@@ -177,10 +178,7 @@ def _class_of(config: ViltConfig) -> str:
 
 
 def _config(path: Path, content: Mapping[str, Any]) -> ViltConfig:
-    named = content.get("architectures") or []
-    kind = next((each for each in named if each in CLASSES), None)
-    if kind is None:
-        raise UserError(f"{path}: architectures {named} is none of {', '.join(CLASSES)}")
+    kind = architecture(path, content, CLASSES)
     said = {**_DEFAULTS, **{name: value for name, value in content.items() if value is not None}}
     wrong = [f"{name} {said[name]!r} (only {only!r})" for name, only in _FIXED.items() if said[name] != only]
     pictures = said["num_images"] if kind == PAIRS else 1
