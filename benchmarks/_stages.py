@@ -27,7 +27,7 @@ from capfilt.stages.options import CaptionOptions, ScoreOptions
 from capfilt.stages.score import ScoreStage
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 
 SHARE = {"cpu": 0.85, "cuda": 0.9}

@@ -31,7 +31,8 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import MEAN, STD, Augmentation, Crops, normalise
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 
 BATCH = 32
 SIDE = 512

@@ -106,7 +106,7 @@ class Assembled(nn.Module):
         self.pointer = 0
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def after_step(self) -> None:
         self.temperature.clamp_(0.001, 0.5)
         for average, live in self.followers:
             for mine, theirs in zip(average.parameters(), live.parameters(), strict=True):
@@ -194,7 +194,6 @@ def stepper(
 
     def step() -> dict[str, Tensor]:
         nonlocal count
-        module.before_step()  # type: ignore[operator]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             found: dict[str, Tensor] = module.losses(given[count % 2], ALPHA)  # type: ignore[operator]
         count += 1
@@ -207,6 +206,7 @@ def stepper(
             nn.utils.clip_grad_norm_(trained, 1.0)
             theirs.step()
             theirs.zero_grad()
+        module.after_step()  # type: ignore[operator]
         return {key: value.detach() for key, value in found.items()}
 
     return step

@@ -1,6 +1,6 @@
 """Run a command where only the loopback exists: `python tests/loopback.py COMMAND ...`.
 
-Ray listens on the host's address whatever it is told, so tests start it in a network namespace of their own. Needs
+Tests start clusters and ranks in a network namespace of their own: nobody reaches them, and their ports are free. Needs
 Linux and root, or user namespaces; exits with 77 where neither is to be had.
 """
 

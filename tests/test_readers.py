@@ -19,7 +19,8 @@ import pytest
 
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part, Successor
+from capfilt.tables.manifest import Counts, Successor
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from tests.worlds import failed_row, image_rows, write_images
 

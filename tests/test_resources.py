@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from capfilt import resources
 from capfilt.errors import RunError, UserError
@@ -41,6 +42,25 @@ def test_the_checkouts_own_directories_are_found():
 def test_only_yaml_files_at_the_top_are_recipes(house):
     (house / "pipelines" / "notes.md").touch()
     assert resources.list_recipes() == ["photographs", "quickstart"]
+
+
+def test_cluster_files_are_no_recipes_and_are_whole():
+    """Would catch a RayJob that is run as a recipe, and files for clusters that no cluster takes."""
+    folder = ROOT / "pipelines" / "cluster"
+    assert not {path.stem for path in folder.iterdir()} & set(resources.list_recipes())
+    subprocess.run(["bash", "-n", folder / "slurm.sh"], check=True)
+    job = yaml.safe_load((folder / "rayjob.yaml").read_text())
+    assert job["kind"] == "RayJob"
+    assert job["spec"]["entrypoint"].startswith("capfilt run ")
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        named = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+        assert {"workspace"} <= {mount["name"] for mount in container["volumeMounts"]} <= named
+    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
+    assert len(images) == 1
 
 
 def test_a_name_is_never_taken_from_the_working_directory(house, tmp_path):

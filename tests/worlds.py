@@ -10,7 +10,8 @@ from PIL import Image
 
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from capfilt.data.tokenizer import ADDED, Tokenizer, clean
+from capfilt.data.cleaning import clean
+from capfilt.data.tokenizer import ADDED, Tokenizer
 from capfilt.models import checkpoint
 from capfilt.models.blip import Blip, build
 

@@ -6,9 +6,7 @@ The one tokenizer of BERT-like models is `tokenizer.py`'s.
 from __future__ import annotations
 
 import hashlib
-import html
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from capfilt.data.cleaning import CLIP, cleaned
 from capfilt.data.tokenizer import FILE_NAME, MAX_VOCABULARY, pad_rows, read_text, write_tokenizer
 from capfilt.errors import UserError
 
@@ -27,24 +26,19 @@ CONTEXT = 77  # CLIP, arXiv 2103.00020, sec. 2.4 and code
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
-def clean(text: str) -> str:
-    """CLIP's `whitespace_clean(basic_clean(text)).lower()`: HTML entities twice, white space to single spaces.
-
-    The released code also repairs mis-decoded Unicode (ftfy), which is left to whoever makes the texts: text is read as found.
-    """
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).lower()
-
-
 class BpeTokenizer:
     """Byte-level BPE as CLIP has it. Padding is id 0 after the end token, as in the released code.
 
-    Attributes: `vocab_size`; `start_id`, `end_id`, the last two; `pad_id`; `fingerprint`, a hash of the vocabulary and merges.
+    Attributes: `vocab_size`; `start_id`, `end_id`, the last two; `pad_id`; `fingerprint`, a hash of the vocabulary and merges;
+    `cleaning`, one of `cleaning.CLEANINGS`.
     """
 
     pad_id = 0
     specials = (START, END)
 
-    def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, tokens: Sequence[str], merges: Sequence[tuple[str, str]], cleaning: str = CLIP
+    ) -> None:
         """`tokens[i]` has id i, the last two are START and END; `merges` in order of rank. ValueError where that cannot be."""
         if len(tokens) > MAX_VOCABULARY:
             raise ValueError(f"{len(tokens):,} tokens are more than {MAX_VOCABULARY:,}")
@@ -57,19 +51,30 @@ class BpeTokenizer:
             if left not in vocab or right not in vocab or left + right not in vocab:
                 raise ValueError(f"merge {left!r} + {right!r} names what is no token")
         self._tokens, self._merges = list(tokens), [(left, right) for left, right in merges]
+        self.cleaning = cleaning
         self._inner = _pipeline(models.BPE(vocab, self._merges, end_of_word_suffix=WORD_END, unk_token=END))
+        self._json = self._inner.to_str(pretty=True) + "\n"
+        if cleaning == CLIP:
+            # The released code composes characters while it repairs a text, and not those of HTML entities.
+            self._inner.normalizer = normalizers.Sequence([])
         self.vocab_size = len(tokens)
         self.start_id, self.end_id = vocab[START], vocab[END]
         digest = hashlib.blake2b("\n".join(tokens).encode(), digest_size=16)
         digest.update("\n".join(map(" ".join, self._merges)).encode())
         self.fingerprint = digest.hexdigest()
 
-    def __reduce__(self) -> tuple[type[BpeTokenizer], tuple[list[str], list[tuple[str, str]]]]:
-        return BpeTokenizer, (self._tokens, self._merges)
+    def __reduce__(self) -> tuple[type[BpeTokenizer], tuple[list[str], list[tuple[str, str]], str]]:
+        return BpeTokenizer, (self._tokens, self._merges, self.cleaning)
+
+    def cleaned_as(self, cleaning: str) -> BpeTokenizer:
+        """As `Encodes.cleaned_as`."""
+        return self if cleaning == self.cleaning else BpeTokenizer(self._tokens, self._merges, cleaning)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 8000, min_frequency: int = 2) -> BpeTokenizer:
-        """Learn at most `vocab_size` ids, everything counted, from `texts` after `clean`; 514 of them are fixed.
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 8000, min_frequency: int = 2, cleaning: str = CLIP
+    ) -> BpeTokenizer:
+        """Learn at most `vocab_size` ids, everything counted, from `texts` after their cleaning; 514 of them are fixed.
 
         The same texts, in any order, give the same vocabulary.
         """
@@ -88,10 +93,11 @@ class BpeTokenizer:
             end_of_word_suffix=WORD_END,
             show_progress=False,
         )
-        scratch.train_from_iterator(sorted(filter(None, map(clean, texts))), trainer)
+        read = (cleaned(text, cleaning) for text in texts)
+        scratch.train_from_iterator(sorted(filter(None, read)), trainer)
         content = json.loads(scratch.to_str())["model"]
         tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
-        return cls([*tokens, START, END], [tuple(pair) for pair in content["merges"]])
+        return cls([*tokens, START, END], [tuple(pair) for pair in content["merges"]], cleaning)
 
     @classmethod
     def from_merges(cls, path: str | Path) -> BpeTokenizer:
@@ -132,7 +138,7 @@ class BpeTokenizer:
 
     def save(self, directory: str | Path) -> Path:
         """Write `directory/tokenizer.json`, replaced atomically, and return its path."""
-        return write_tokenizer(directory, self._inner.to_str(pretty=True) + "\n")
+        return write_tokenizer(directory, self._json)
 
     def encode_ragged(
         self,
@@ -148,11 +154,8 @@ class BpeTokenizer:
         """
         if max_length < 2:
             raise ValueError(f"max_length {max_length} leaves no room for start and end")
-        cleaned = list(texts) if raw else [clean(text) for text in texts]
-        if max_words is not None and not raw:
-            cleaned = [" ".join(text.split()[:max_words]) for text in cleaned]
-        cleaned = [prompt + text for text in cleaned]
-        found = self._inner.encode_batch(cleaned, add_special_tokens=False)
+        read = list(texts) if raw else [cleaned(text, self.cleaning, max_words) for text in texts]
+        found = self._inner.encode_batch([prompt + text for text in read], add_special_tokens=False)
         return [[self.start_id, *row.ids[: max_length - 2], self.end_id] for row in found]
 
     def encode(

@@ -23,6 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import (
     IMAGES_NEEDED,
     PAIRS_NEEDED,
@@ -37,7 +38,7 @@ from capfilt.data.examples import (
 from capfilt.data.loader import Batch, Plan, TokenTable, batches
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, ImageStore, Index, JoinedRows, NoRows, Rows
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes, clean
+from capfilt.data.tokenizer import MAX_TOKENS, Encodes
 from capfilt.errors import UserError
 
 __all__ = [
@@ -123,7 +124,7 @@ class Corpus:
         max_words: int | None = MAX_WORDS,
     ) -> TokenTable:
         """Every text as ids, in order; kept for the last two combinations of arguments."""
-        key = (tokenizer.fingerprint, max_length, prompt, max_words)
+        key = (tokenizer.fingerprint, tokenizer.cleaning, max_length, prompt, max_words)
         if key not in self._tokens:
             while len(self._tokens) > 1:
                 del self._tokens[next(iter(self._tokens))]
@@ -204,6 +205,7 @@ def from_images(
     splits: Sequence[str | None] | None = TRAINING_SPLITS,
     *,
     size: int,
+    limit: int = 0,
     **options: Unpack[BuildOptions],
 ) -> Corpus:
     """Found texts: one example per caption of every successful row of `images` tables.
@@ -213,7 +215,9 @@ def from_images(
         source: only rows of this source (`web`, `human`); all where None.
         splits: only rows of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
-        **options: `memory_limit`, `spill_dir`, `workers`, `max_pixels` of `ImageStore`; `progress`, called with the
+        limit: only the first so many pictures; no table after the one that holds the last of them is read. 0 for all.
+            Pictures read beyond it are deselected as `limit`.
+        **options: `memory_limit`, `spill_dir`, `workers`, `max_pixels`, `training` of `ImageStore`; `progress`, called with the
             number of rows looked at.
 
     Raises UserError for a missing or wrong column, RunError for a full disk.
@@ -221,7 +225,14 @@ def from_images(
     building = _Builder(size, options)
     for rows in slices(tables, "images", IMAGES_NEEDED, ("split", "failure")):
         building.feed(image_entries(rows, source, building.deselected), splits)
-    return building.corpus()
+        if limit and building.pictures >= limit:
+            break
+    corpus = building.corpus()
+    if not limit or len(corpus.image_ids) <= limit:
+        return corpus
+    cut = corpus.take(np.flatnonzero(corpus.image_of_text < limit))
+    left_out = {**corpus.deselected, "limit": len(corpus.image_ids) - limit}
+    return replace(cut, skipped=corpus.skipped, deselected=left_out)
 
 
 def from_pairs(
@@ -336,6 +347,11 @@ class _Builder:
         self._pictures = Pictures(size, options, self.skipped)
         self._image_of_text: list[int] = []
         self._texts: list[Text] = []
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures there are so far."""
+        return len(self._pictures.image_ids)
 
     def feed(self, entries: list[Entry], splits: Sequence[str | None] | None) -> None:
         """Take rows with their texts: what is unusable is counted, pictures that no text needs are not decoded."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.data.tokenizer import clean
+from capfilt.data.cleaning import clean
 from capfilt.errors import UserError
 from capfilt.tables.contracts import CONTRACTS, MAX_TEXT_CHARACTERS
 from capfilt.tables.ids import text_id

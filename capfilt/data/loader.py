@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes
+from capfilt.data.cleaning import MAX_WORDS
+from capfilt.data.tokenizer import MAX_TOKENS, Encodes
 from capfilt.data.transforms import mentions_sides
 from capfilt.errors import UserError
 

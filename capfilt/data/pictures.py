@@ -21,6 +21,7 @@ class BuildOptions(TypedDict, total=False):
     spill_dir: str | os.PathLike[str] | None
     workers: int | None
     max_pixels: int
+    training: bool
     progress: Callable[[int], None]
 
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import (
     IMAGES_NEEDED,
     PAIRS_NEEDED,
@@ -42,8 +43,8 @@ from capfilt.data.examples import (
 from capfilt.data.images import MAX_PIXELS, BadImage, decode
 from capfilt.data.loader import Batch, Mix, Transform, ahead
 from capfilt.data.store import cpu_workers
-from capfilt.data.tokenizer import MAX_TOKENS, MAX_WORDS, Encodes, clean
-from capfilt.data.transforms import Crops, decode_uint8, mentions_sides
+from capfilt.data.tokenizer import MAX_TOKENS, Encodes
+from capfilt.data.transforms import Crops, mentions_sides, training_uint8
 from capfilt.errors import RunError, UserError
 from capfilt.tables.shards import Part
 
@@ -510,7 +511,7 @@ class _Assemble(Dataset[_Made]):
             return "no_image"
         try:
             if self.crops is None:
-                return [decode_uint8(first.data, self.size, max_pixels=self.max_pixels)] * len(rows)
+                return [training_uint8(first.data, self.size, max_pixels=self.max_pixels)] * len(rows)
             image = decode(first.data, max_pixels=self.max_pixels, draft_size=2 * self.size)
         except BadImage as error:
             return error.failure

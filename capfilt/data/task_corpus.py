@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from capfilt.data.answers import normalised, soft_targets
+from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import TRAINING_SPLITS, slices
 from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead, share
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import Index, Rows
-from capfilt.data.tokenizer import MAX_WORDS, Encodes, clean
+from capfilt.data.tokenizer import Encodes
 from capfilt.data.transforms import mentions_sides, swap_left_right
 from capfilt.tables.contracts import LABELS
 

@@ -1,6 +1,7 @@
 """Text to ids and back: one WordPiece tokenizer for every text model, learned or read from BERT's vocabulary.
 
-Not here: which texts a batch holds (`corpus.py`), or what a model does with position 0 (`models/blip.py`).
+Not here: how texts are cleaned (`cleaning.py`), which texts a batch holds (`corpus.py`), or what a model does with position 0
+(`models/blip.py`).
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import json
 import os
 import re
 import secrets
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from capfilt.data.cleaning import BLIP, MAX_WORDS, cleaned
 from capfilt.errors import UserError
 
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
@@ -29,25 +30,10 @@ ADDED = (DEC, ENC)  # in this order: BLIP's 30522 is [DEC] (its bos token, added
 PREFIX = "##"
 FILE_NAME = "tokenizer.json"
 
-MAX_WORDS = 30  # BLIP (arXiv 2201.12086), official code: captions are cut to 30 words before tokenising
 MAX_TOKENS = 30  # BLIP, official code: pretraining texts hold 30 tokens, [CLS] and [SEP] included
 MAX_ALPHABET = 1000  # the `tokenizers` WordPiece trainer's own default
 MAX_FILE_BYTES = 16 * 2**20  # published WordPiece and CLIP vocabularies have a tenth of that
 MAX_VOCABULARY = 1_000_000  # tokens; the largest published ones have half of that
-
-_TO_SPACE = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))  # BLIP, official code: `pre_caption`
-
-
-def clean(text: str, max_words: int | None = MAX_WORDS) -> str:
-    """BLIP's `pre_caption`: lower-case; `. ! " ( ) * # : ; ~` and white space to one space; cut to `max_words`.
-
-    Control, format and unassigned characters go as well (BERT's normalizer would drop them later), so that a
-    text of nothing visible is "". `max_words=None` keeps every word.
-    """
-    text = text.lower().translate(_TO_SPACE)
-    if not text.isprintable():
-        text = "".join(c for c in text if c.isspace() or not unicodedata.category(c).startswith("C"))
-    return " ".join(text.split()[:max_words])
 
 
 def _pipeline(vocab: dict[str, int]) -> tokenizers.Tokenizer:
@@ -56,6 +42,8 @@ def _pipeline(vocab: dict[str, int]) -> tokenizers.Tokenizer:
     built.normalizer = normalizers.BertNormalizer(lowercase=True)
     built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     built.decoder = tokenizers.decoders.WordPiece(prefix=PREFIX)
+    # A text that says "[SEP]" does not end there.
+    built.encode_special_tokens = True
     present = [token for token in (*SPECIALS, *ADDED) if token in vocab]
     if len(present) == len(SPECIALS) + len(ADDED):
         built.add_special_tokens(present)
@@ -69,6 +57,10 @@ class Encodes(Protocol):
     pad_id: int
     vocab_size: int
     fingerprint: str
+    cleaning: str
+
+    def cleaned_as(self, cleaning: str) -> Self:
+        """The same vocabulary, for texts cleaned by another of `cleaning.CLEANINGS`."""
 
     def encode_ragged(
         self, texts: Sequence[str], max_length: int, prompt: str, max_words: int | None, raw: bool = False
@@ -86,10 +78,10 @@ class Tokenizer:
     """Lower-case WordPiece with BERT's normalizer, plus [DEC] and [ENC] as the last two ids.
 
     Attributes: `pad_id unk_id cls_id sep_id mask_id dec_id enc_id` (ints), `vocab_size` (ids are below it),
-    `fingerprint` (32 hex digits, a hash of the vocabulary).
+    `fingerprint` (32 hex digits, a hash of the vocabulary), `cleaning` (one of `cleaning.CLEANINGS`).
     """
 
-    def __init__(self, tokens: Sequence[str]) -> None:
+    def __init__(self, tokens: Sequence[str], cleaning: str = BLIP) -> None:
         """`tokens[i]` has id i; [PAD] [UNK] [CLS] [SEP] [MASK] anywhere, [DEC] [ENC] last; else ValueError."""
         if len(tokens) > MAX_VOCABULARY:
             raise ValueError(f"{len(tokens):,} tokens are more than {MAX_VOCABULARY:,}")
@@ -102,7 +94,7 @@ class Tokenizer:
                 raise ValueError(f"token {token} is missing")
         if tuple(tokens[-2:]) != ADDED:
             raise ValueError(f"the last two tokens are {list(tokens[-2:])}, not {list(ADDED)}")
-        self._tokens = list(tokens)
+        self._tokens, self.cleaning = list(tokens), cleaning
         self._inner = _pipeline(vocab)
         self.vocab_size = len(tokens)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (vocab[t] for t in SPECIALS)
@@ -110,14 +102,20 @@ class Tokenizer:
         self._special_ids = frozenset(vocab[t] for t in (*SPECIALS, *ADDED))
         self.fingerprint = hashlib.blake2b("\n".join(tokens).encode(), digest_size=16).hexdigest()
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[list[str]]]:
-        return Tokenizer, (self._tokens,)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[list[str], str]]:
+        return Tokenizer, (self._tokens, self.cleaning)
+
+    def cleaned_as(self, cleaning: str) -> Tokenizer:
+        """As `Encodes.cleaned_as`."""
+        return self if cleaning == self.cleaning else Tokenizer(self._tokens, cleaning)
 
     # ------------------------------------------------------------------ where one comes from
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 8000, min_frequency: int = 2) -> Tokenizer:
-        """Learn a vocabulary of at most `vocab_size` ids, everything counted, from `texts` after `clean`.
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 8000, min_frequency: int = 2, cleaning: str = BLIP
+    ) -> Tokenizer:
+        """Learn a vocabulary of at most `vocab_size` ids, everything counted, from `texts` after their cleaning.
 
         The same texts, in any order, give the same vocabulary in every process. Characters beyond a quarter
         of the vocabulary (the rarest first) become [UNK]. Raises UserError when there is no room for words.
@@ -126,11 +124,11 @@ class Tokenizer:
         if pool < 8:
             least = 8 + len(SPECIALS) + len(ADDED)
             raise UserError(f"vocab_size {vocab_size} is too small: give at least {least}")
-        cleaned = [text for text in map(clean, texts) if text]
+        read = [found for text in texts if (found := cleaned(text, cleaning, MAX_WORDS).strip())]
         scratch = _pipeline({UNK: 0})
         normalise = scratch.normalizer.normalize_str
         counts: Counter[str] = Counter()
-        for text in cleaned:
+        for text in read:
             counts.update(normalise(text))
         letters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[
             : min(MAX_ALPHABET, pool // 4)
@@ -148,9 +146,9 @@ class Tokenizer:
             continuing_subword_prefix=PREFIX,
             show_progress=False,
         )
-        scratch.train_from_iterator(sorted(cleaned), trainer)
+        scratch.train_from_iterator(sorted(read), trainer)
         learned = sorted(scratch.get_vocab().items(), key=lambda item: item[1])
-        return cls([*(token for token, _ in learned), *ADDED])
+        return cls([*(token for token, _ in learned), *ADDED], cleaning)
 
     @classmethod
     def from_vocab(cls, path: str | Path) -> Tokenizer:
@@ -254,8 +252,8 @@ class Tokenizer:
         return 1 + len(self._pieces([prompt], None)[0])
 
     def _pieces(self, texts: Sequence[str], max_words: int | None, raw: bool = False) -> list[list[int]]:
-        cleaned = list(texts) if raw else [clean(text, max_words) for text in texts]
-        return [row.ids for row in self._inner.encode_batch(cleaned, add_special_tokens=False)]
+        read = list(texts) if raw else [cleaned(text, self.cleaning, max_words) for text in texts]
+        return [row.ids for row in self._inner.encode_batch(read, add_special_tokens=False)]
 
     # ------------------------------------------------------------------ ids to text
 

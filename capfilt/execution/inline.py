@@ -12,7 +12,7 @@ from typing import Any, Self
 from capfilt.errors import UserError
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
-from capfilt.tables.shards import Manifest
+from capfilt.tables.manifest import Manifest
 from capfilt.training.launched import started_together
 
 

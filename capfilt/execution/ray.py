@@ -1,41 +1,47 @@
-"""Runs a stage on Ray: a cluster that stands (RAY_ADDRESS), or a local one started and stopped for the user.
+"""Runs a stage on Ray: shards by a pool of workers, a stage that is one piece of work in a task of its own.
 
-The only module that imports Ray. Shards are handed out one at a time to a fixed pool of workers, so that what is in
-flight is bounded by the pool; a worker that dies is replaced and its shard tried again.
+A shard goes to a worker that has begun, never to one that waits for room, so what is in flight is bounded by the pool and
+a run goes on with whatever part of the pool has room. A worker that dies is replaced and its shard tried again.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, NoReturn
 
-# Before the import: Ray reads it once.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-import ray as _ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayTaskError
 
 from capfilt.errors import RunError, UserError
+from capfilt.execution.cluster import (
+    LOST,
+    Connection,
+    NoRoom,
+    Wait,
+    autoscaled,
+    death,
+    described,
+    here,
+    nodes,
+    ray,
+)
+from capfilt.execution.placement import Node, Size, crew, room
 from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
-from capfilt.tables.shards import Manifest
+from capfilt.tables.manifest import Manifest
+from capfilt.tables.visible import say
 from capfilt.training.interrupt import PATIENCE, Interrupt, Interrupted
-
-# Ray's stubs know the types of remote functions but not those of actors' methods.
-ray: Any = _ray
 
 PLACEMENT = 600.0
 """Seconds that ranks may wait for room on the cluster, which other jobs may have taken."""
 
-SHARD_ATTEMPTS = 3
-"""How many workers may die on one shard before the run stops."""
+ATTEMPTS = 3
+"""How many workers may die on one shard, or on one piece of work, before the run stops."""
 
 
 class _Worker:
@@ -44,6 +50,9 @@ class _Worker:
     def __init__(self, stage: ShardStage) -> None:
         self.stage = stage
         self.ready = False
+
+    def begin(self) -> None:
+        """Returns once the worker has a place and has started."""
 
     def work(self, mark: str, shard: int) -> Manifest:
         if not self.ready:
@@ -92,6 +101,7 @@ class Board:
 
 def run_and_post(stage: ModelStage, board: Any) -> Mapping[str, Any] | None:
     """Runs the stage, telling the board now and then how far it is; None where it was asked to stop."""
+    board.begin.remote()
     last = 0.0
 
     def report(step: int, total: int, figures: Mapping[str, Any]) -> bool:
@@ -138,47 +148,42 @@ def attend(
         raise stop
 
 
-def _share(cpus: float, ways: int) -> float:
-    """One of `ways` shares; Ray takes a fraction below 1, and above it whole processors only."""
-    share = cpus / ways
-    return float(int(share)) if share >= 1 else share
-
-
-def room(nodes: list[tuple[float, float]], ranks: int, gpu: bool) -> float:
-    """The most processors that each of `ranks` can have where nodes have so many (processors, GPUs), each rank on one node
-    and with a GPU of its own where `gpu`; 0 where they have no room for so many. As Ray counts: whole above 1.
-    """
-    shares = {_share(cpus, ways) for cpus, _ in nodes for ways in range(1, ranks + 1)} - {0.0}
-    for share in sorted(shares, reverse=True):
-        held = ((int(cpus / share + 1e-9), gpus) for cpus, gpus in nodes)
-        if sum(min(count, int(gpus)) if gpu else count for count, gpus in held) >= ranks:
-            return share
-    return 0.0
-
-
 def _threads(cpus: float) -> dict[str, Any]:
     return {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}}
 
 
-def _reraise(error: RayTaskError, what: str) -> None:
+def _options(size: Size) -> dict[str, Any]:
+    """What Ray is asked for one of the workers."""
+    return {"num_cpus": size.cpus, "num_gpus": int(size.gpu), "runtime_env": _threads(size.cpus)}
+
+
+def new_board() -> Any:
+    """A board on the driver's node, so that no other node's death takes it along."""
+    return (
+        ray.remote(Board)
+        .options(num_cpus=0, scheduling_strategy=here(), max_restarts=-1, max_task_retries=-1)
+        .remote()
+    )
+
+
+def _reraise(error: RayTaskError, what: str) -> NoReturn:
     cause = error.cause
     if isinstance(cause, UserError | RunError):
         raise cause from None
     raise RunError(f"{what}: {type(cause).__name__}: {cause}") from error
 
 
-class RayExecutor:
+class RayExecutor(Connection):
     """The executor on a Ray cluster."""
 
-    def __init__(self, address: str | None = None, ways: int = 1) -> None:
-        self.address = address or os.environ.get("RAY_ADDRESS") or None
-        self._started = False
+    def __init__(self, ways: int = 1) -> None:
+        super().__init__()
         self._ways = ways
         self._stopped = threading.Event()
 
     def share(self, ways: int) -> RayExecutor:
         """For stages from several threads; a piece of work still takes a whole GPU where there is one."""
-        return RayExecutor(self.address, ways)
+        return RayExecutor(ways)
 
     def stop(self) -> None:
         """End what runs: every thread gets a RunError."""
@@ -190,139 +195,167 @@ class RayExecutor:
                 f"{stage.name}: stopped with the others; what was committed is valid, run again to go on"
             )
 
-    def __enter__(self) -> Self:
-        if not ray.is_initialized():
-            options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-            if self.address is None:
-                options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
-            try:
-                # "local": asked for no address, Ray would join whatever cluster it finds running on this machine.
-                ray.init(address=self.address or "local", **options)
-            except ConnectionError as error:
-                raise UserError(
-                    f"no Ray cluster answers at {self.address}: {str(error).splitlines()[0]}"
-                ) from error
-            self._started = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._started:
-            ray.shutdown()
-
     def shards(self, stage: ShardStage, mark: str, todo: list[int]) -> Iterator[Manifest]:
-        resources = ray.cluster_resources()
-        cpus = _share(resources.get("CPU", 1), self._ways)
-        gpus = int(resources.get("GPU", 0))
-        if stage.uses_gpu and gpus:
-            size = min(max(1, gpus // self._ways), len(todo))
-            options: dict[str, Any] = {"num_cpus": _share(cpus, 2 * size), "num_gpus": 1}
-        else:
-            size = max(1, min(int(cpus), len(todo)))
-            options = {"num_cpus": _share(cpus, size)}
-        size = min(size, stage.most_workers() or size)
-        options["runtime_env"] = _threads(options["num_cpus"])
-        actor = ray.remote(_Worker).options(**options)
-        stage.workers = size
-        stage_reference = ray.put(stage)
-
+        size = self._crew(stage, len(todo), stage.uses_gpu and _gpus(nodes()) > 0)
+        stage.workers = size.workers
+        reference = ray.put(stage)
+        actor = ray.remote(_Worker)
         queue = list(reversed(todo))
-        attempts = dict.fromkeys(todo, 0)
-        workers = [actor.remote(stage_reference) for _ in range(size)]
-        running: dict[Any, tuple[int, Any]] = {}
+        attempts: Counter[int] = Counter()
+        stillborn = 0
+        waiting: dict[Any, Any] = {}
+        working: dict[Any, tuple[int, Any]] = {}
+        wait = Wait(stage.name)
+
+        def hire(count: int) -> None:
+            nonlocal wait
+            if not waiting:
+                wait = Wait(stage.name)
+            for _ in range(count):
+                worker = actor.options(**_options(size)).remote(reference)
+                waiting[worker.begin.remote()] = worker
+
+        hire(size.workers)
         try:
-            for worker in workers:
-                if queue:
-                    shard = queue.pop()
-                    running[worker.work.remote(mark, shard)] = (shard, worker)
-            while running:
-                ready, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+            while queue or working:
+                ready, _ = ray.wait([*working, *waiting], num_returns=1, timeout=0.5)
                 self._check(stage)
                 if not ready:
+                    try:
+                        if waiting:
+                            wait.look(replace(size, workers=len(waiting)))
+                    except NoRoom:
+                        for worker in waiting.values():
+                            ray.kill(worker)
+                        count = len(waiting)
+                        waiting.clear()
+                        size = self._crew(stage, count, size.gpu, RunError)
+                        hire(size.workers)
                     continue
-                shard, worker = running.pop(ready[0])
+                shard, worker = working.pop(ready[0], (None, None))
+                worker = worker or waiting.pop(ready[0])
                 try:
-                    yield ray.get(ready[0])
+                    manifest = ray.get(ready[0])
                 except RayTaskError as error:
-                    _reraise(error, f"{stage.name}, shard {shard:05d}")
-                except (RayActorError, WorkerCrashedError) as error:
-                    attempts[shard] += 1
-                    if attempts[shard] >= SHARD_ATTEMPTS:
+                    _reraise(error, stage.name if shard is None else f"{stage.name}, shard {shard:05d}")
+                except LOST as error:
+                    # It may only be out of reach, and would keep its room.
+                    ray.kill(worker)
+                    if shard is None:
+                        stillborn += 1
+                        what, deaths = "before they began", stillborn
+                    else:
+                        attempts[shard] += 1
+                        what, deaths = f"on shard {shard:05d}", attempts[shard]
+                    if deaths >= ATTEMPTS:
                         raise RunError(
-                            f"{stage.name}: {SHARD_ATTEMPTS} workers died on shard {shard:05d} "
-                            f"({str(error).splitlines()[0]}); what was committed is valid, run again to go on"
+                            f"{stage.name}: {ATTEMPTS} workers died {what} ({death(error)}); what was committed is valid, run "
+                            "again to go on"
                         ) from error
-                    queue.append(shard)
-                    worker = actor.remote(stage_reference)
+                    if shard is not None:
+                        say(f"{stage.name}: shard {shard:05d} is tried again: {death(error)}", err=True)
+                        queue.append(shard)
+                    if len(waiting) < len(queue):
+                        hire(1)
+                    continue
+                if shard is None:
+                    stillborn = 0
+                else:
+                    yield manifest
                 if queue:
                     shard = queue.pop()
-                    running[worker.work.remote(mark, shard)] = (shard, worker)
+                    working[worker.work.remote(mark, shard)] = (shard, worker)
                 else:
                     ray.kill(worker)
         finally:
-            for _, worker in running.values():
+            for worker in [*waiting.values(), *(worker for _, worker in working.values())]:
                 ray.kill(worker)
 
+    def _crew(
+        self, stage: ShardStage, shards: int, gpu: bool, failure: type[UserError | RunError] = UserError
+    ) -> Size:
+        """The workers that share so many shards."""
+        most = min(shards, stage.most_workers() or shards)
+        return _placed(stage.name, crew(nodes(), most, gpu, self._ways), Size(1, 1.0, gpu), failure)
+
+    def _together(
+        self, name: str, workers: int, gpu: bool, failure: type[UserError | RunError] = UserError
+    ) -> Size:
+        """The largest size of so many workers that run at the same time."""
+        cpus = room([(cpus / self._ways, gpus) for cpus, gpus in nodes()], workers, gpu)
+        return _placed(name, Size(workers, cpus, gpu) if cpus else None, Size(workers, 1.0, gpu), failure)
+
     def model(self, stage: ModelStage, report: Report) -> Mapping[str, Any]:
-        resources = ray.cluster_resources()
-        # One piece of work runs on one node: ask for the largest node's processors, not the cluster's.
-        largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-        cpus = _share(largest, self._ways)
-        gpus = int(resources.get("GPU", 0)) // self._ways
-        ranks = stage.ranks(gpus)
+        gpus = _gpus(nodes())
+        ranks = stage.ranks(gpus // self._ways)
         if ranks > 1:
             # Ray Train takes seconds to import, which a stage in one process should not wait for.
             from capfilt.execution.ray_train import missing, run_on_ray
 
             lacking = missing()
             if not lacking:
-                nodes = [
-                    (each["Resources"].get("CPU", 0) / self._ways, each["Resources"].get("GPU", 0))
-                    for each in ray.nodes()
-                    if each["Alive"]
-                ]
-                cpus = room(nodes, ranks, gpus > 0)
-                if not cpus:
-                    there = ", ".join(f"{cpu:g} and {gpu:g}" for cpu, gpu in nodes)
-                    raise UserError(
-                        f"--ranks {ranks}: the cluster's nodes have no room for so many, each with a processor or a share of "
-                        f"one{' and a GPU' if gpus else ''}; they have, in processors and GPUs: {there}"
-                    )
-                # Beside others of its kind, a piece of work may wait for its turn as long as they take.
-                patience = PLACEMENT if self._ways == 1 else math.inf
-                return run_on_ray(stage, ranks, cpus, gpus > 0, report, lambda: self._check(stage), patience)
+                size = self._together(f"--ranks {ranks}", ranks, gpus > 0)
+                # Beside others of its kind, a piece of work may wait for its turn as long as they take; nodes take their time.
+                patience = PLACEMENT if self._ways == 1 and not autoscaled() else math.inf
+                return run_on_ray(stage, size, report, lambda: self._check(stage), patience)
             if stage.ranks(1) > 1:
                 raise UserError(f"--ranks {ranks} on Ray needs Ray Train: {lacking}")
             warnings.warn(f"{stage.name} trains on 1 of {gpus} GPUs: {lacking}", RuntimeWarning, stacklevel=2)
-        gpus = 1 if resources.get("GPU", 0) >= 1 else 0
-        board = ray.remote(Board).options(num_cpus=0).remote()
-        task = (
-            ray.remote(run_and_post)
-            .options(
-                num_cpus=cpus,
-                num_gpus=gpus,
-                max_retries=2,
-                runtime_env=_threads(cpus),
-            )
-            .remote(stage, board)
-        )
+        deaths = 0
+        size = self._together(stage.name, 1, gpus > 0)
+        while True:
+            try:
+                return self._piece(stage, size, report)
+            except NoRoom:
+                pass
+            except LOST as error:
+                deaths += 1
+                if deaths >= ATTEMPTS:
+                    raise RunError(
+                        f"{stage.name}: its worker died {ATTEMPTS} times ({death(error)}); run again to go on from its last "
+                        "state"
+                    ) from error
+                say(f"{stage.name}: tried again from its last state: {death(error)}", err=True)
+            size = self._together(stage.name, 1, size.gpu, RunError)
+
+    def _piece(self, stage: ModelStage, size: Size, report: Report) -> Mapping[str, Any]:
+        """Runs the stage once. Raises one of LOST where its worker dies, NoRoom where no node is left for it."""
+        board = new_board()
+        task = ray.remote(run_and_post).options(**_options(size), max_retries=0).remote(stage, board)
+        wait = Wait(stage.name)
+        begun = False
+
+        def check() -> None:
+            nonlocal begun
+            begun = begun or ray.get(board.begun.remote())
+            if not begun:
+                wait.look(size)
+            self._check(stage)
+
         try:
-            attend(
-                stage, board, report, lambda seconds: bool(ray.wait([task], timeout=seconds)[0]),
-                lambda: self._check(stage),
-            )  # fmt: skip
+            attend(stage, board, report, lambda seconds: bool(ray.wait([task], timeout=seconds)[0]), check)
             figures = ray.get(task)
-            if figures is None:
-                raise KeyboardInterrupt
-            return dict(figures)
         except RayTaskError as error:
             _reraise(error, stage.name)
-            raise AssertionError from error
-        except WorkerCrashedError as error:
-            raise RunError(
-                f"{stage.name}: its worker died three times; run again to go on from its last state"
-            ) from error
-        except (KeyboardInterrupt, SystemExit, RunError):  # Ray makes an exit of SIGTERM
+        except (KeyboardInterrupt, SystemExit, RunError, NoRoom):  # Ray makes an exit of SIGTERM
             ray.cancel(task, force=True)
             raise
+        if figures is None:
+            raise KeyboardInterrupt
+        return dict(figures)
+
+
+def _gpus(there: list[Node]) -> int:
+    """How many GPUs can be used: a worker takes a share of its node's processors too."""
+    return sum(int(gpus) for cpus, gpus in there if cpus > 0)
+
+
+def _placed(what: str, found: Size | None, asked: Size, failure: type[UserError | RunError]) -> Size:
+    """The size that was found; where none was, what an autoscaler is asked for, or an error."""
+    if found is not None or autoscaled():
+        return found or asked
+    workers = "a worker" if asked.workers == 1 else f"{asked.workers:,} workers"
+    raise failure(
+        f"{what}: the cluster has no room for {workers} with a share of a processor{' and a GPU' if asked.gpu else ''}"
+        f"{' each' if asked.workers > 1 else ''}; {described(nodes())}"
+    )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +37,7 @@ def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]
     they were stopped.
     """
     # Not torchrun's launcher: it kills ranks that take longer than 30 seconds to save.
-    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    store = meeting_point(_HOST)
     posts = multiprocessing.get_context("spawn").SimpleQueue()
     failures: list[tuple[type[Exception], str]] = []
     results: list[Mapping[str, Any]] = []
@@ -81,6 +83,22 @@ def run_here(stage: ModelStage, ranks: int, report: Report) -> Mapping[str, Any]
     if not results:
         raise KeyboardInterrupt
     return results[0]
+
+
+def meeting_point(host: str) -> dist.TCPStore:  # type: ignore[name-defined]
+    """The store by which ranks find each other, listening at `host` only, on a port of its own choice."""
+    # Its socket is made here: the store's own listens on every address of the machine.
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def keep_to_loopback() -> None:
+    """Has this process speak to other ranks over the loopback, unless whoever started it said otherwise."""
+    for backend in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
 @contextmanager
@@ -154,6 +172,7 @@ def _rank(rank: int, stage: ModelStage, ranks: int, port: int, posts: Any) -> No
         "MASTER_ADDR": _HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
+    keep_to_loopback()
     try:
         result = stage.run(lambda step, total, figures: posts.put(("step", step, total, dict(figures))))
     except (UserError, RunError) as error:

@@ -47,7 +47,10 @@ def open_parquet(source: Any, name: str | Path, columns: Sequence[str] | None = 
                         f"{what} {leaf.num_values:,} values in {size:,} bytes; write the file without them"
                     )
                 most = max(SMALL, GROWTH * size)
-                if max(leaf.total_uncompressed_size, _expanded(source, number, leaf, most)) > most:
+                # No value is longer than its column as it is stored.
+                shared = leaf.num_values * leaf.total_uncompressed_size > most and _dictionary(leaf)
+                expanded = _expanded(source, file, number, leaf, most) if shared else 0
+                if max(leaf.total_uncompressed_size, expanded) > most:
                     raise UserError(
                         f"{what} more than {most:,} bytes, of a file of {size:,}; write it in parts"
                     )
@@ -66,11 +69,13 @@ def whole(name: str | Path) -> Iterator[None]:
         ) from None
 
 
-def _expanded(source: Any, group: int, leaf: Any, most: int) -> int:
+def _dictionary(leaf: Any) -> bool:
+    return leaf.physical_type == "BYTE_ARRAY" and leaf.dictionary_page_offset is not None
+
+
+def _expanded(source: Any, opened: pq.ParquetFile, group: int, leaf: Any, most: int) -> int:
     """Bytes of a column of texts that stand in a dictionary, once each value has its own; 0 where `most` is enough anyway."""
-    if leaf.physical_type != "BYTE_ARRAY" or leaf.dictionary_page_offset is None:
-        return 0
-    file = pq.ParquetFile(source, read_dictionary=[leaf.path_in_schema])
+    file = pq.ParquetFile(source, metadata=opened.metadata, read_dictionary=[leaf.path_in_schema])
 
     def lengths(rows: int) -> Any:
         for batch in file.iter_batches(rows, row_groups=[group], columns=[leaf.path_in_schema]):

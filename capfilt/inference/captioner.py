@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from capfilt.errors import UserError
-from capfilt.inference.decoding import Decoded, Limits, Writes, beam_search, sample
+from capfilt.inference.decoding import BEAM_RULES, TRANSFORMERS, Decoded, Limits, Writes, beam_search, sample
 from capfilt.inference.engine import Engine, Images
 from capfilt.inference.graphs import RecordedWriter
 from capfilt.inference.sampling import uniforms
@@ -56,6 +56,7 @@ class Captioner(Engine):
         top_k: int = 0,
         length_penalty: float = 1.0,
         batch_size: int = 0,
+        beam_rule: str = TRANSFORMERS,
     ) -> list[Caption]:
         """`samples` captions per image, image by image: caption k of image i is entry i * samples + k.
 
@@ -63,19 +64,23 @@ class Captioner(Engine):
             images: PIL images, encoded bytes or paths; or a uint8 tensor or array [B, 3, S, S] at the model's size;
                 or cached trunk features, floating [B, N, C]; or what `encode` returned.
             method: "nucleus", "beam" (`samples` best texts of `num_beams` beams) or "greedy" (one sample only).
-            max_new_tokens, min_new_tokens: lengths in tokens, [SEP] included, the prompt not.
+            max_new_tokens, min_new_tokens: lengths in tokens, the prompt's not counted. The longest counts the closing [SEP];
+                the shortest does not, so that a text has at least so many tokens.
             prompt: text to continue; None for the model's own ("a picture of "), "" for none.
             seed, keys: caption k of image i is drawn from a stream keyed by (seed, keys[i], k), whatever batch it is
                 in; a key defaults to the image's index. (Rounding can differ between batch shapes, so a draw that
                 falls within it of a boundary can too.)
             temperature, top_k: of sampling; top_k 0 is off (BLIP's code had, unnoticed, 50).
-            length_penalty: of beam search: score = logprob / tokens ** length_penalty.
+            length_penalty: of beam search: score = logprob / length ** length_penalty; above 0 favours longer texts.
+            beam_rule: which tokens that length counts, and when the search stops: see `beam_search`.
             batch_size: images at a time; 0 for as many as fit.
 
         Raises:
             UserError: an option out of range, or an image that cannot be read, named by its index.
         """
         _check(method, top_p, num_beams, max_new_tokens, min_new_tokens, samples, top_k)
+        if beam_rule not in BEAM_RULES:
+            raise UserError(f"beam_rule {beam_rule!r} is unknown: use one of {', '.join(BEAM_RULES)}")
         for name, number in (("repetition_penalty", repetition_penalty), ("temperature", temperature)):
             if not 0 < number < math.inf:
                 raise UserError(f"{name} is {number}: it must be above 0 and finite (1.0 is off)")
@@ -98,7 +103,8 @@ class Captioner(Engine):
                 if method == "beam":
                     count = last - first
                     decoded = beam_search(
-                        model, cross, start, count, limits, num_beams, samples, length_penalty
+                        *(model, cross, start, count, limits, num_beams, samples, length_penalty),
+                        rule=beam_rule,
                     )
                 else:
                     rows = (last - first) * samples
@@ -130,9 +136,11 @@ class Captioner(Engine):
             self.writer.forget()
 
     def prompt_ids(self, prompt: str) -> Tensor:
-        """int64 [P] on the device: position 0 (which decoding makes [DEC]) and the prompt's pieces, no [SEP]."""
+        """int64 [P] on the device: [DEC] and the prompt's pieces, no [SEP]."""
         longest = self.model.config.text.max_positions
         ids, _ = self.tokenizer.encode([prompt], max_length=longest, max_words=None)
+        # Decoding would feed [DEC] whatever stands here; the repetition penalty is of what is fed.
+        ids[0, 0] = self.tokenizer.dec_id
         return ids[0, :-1].to(self.device)
 
     def texts(self, prompt: Tensor, decoded: Decoded) -> list[Caption]:

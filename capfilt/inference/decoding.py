@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from capfilt.models.layers import Pair
 from capfilt.models.text import SelfCache
 
 IMPOSSIBLE = -1.0e9
+TRANSFORMERS, RELEASED = "transformers", "released"
+BEAM_RULES = (TRANSFORMERS, RELEASED)
+"""How beam search counts a text's length and when it stops: as today's transformers, or as BLIP's released code."""
 
 
 class Writes(Protocol):
@@ -32,7 +35,9 @@ class Writes(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What holds for every method; lengths count new tokens, the closing [SEP] included, the prompt not."""
+    """What holds for every method. Neither length counts the prompt; the longest counts the closing [SEP], the shortest does
+    not: a text has at least `min_new_tokens` tokens before it.
+    """
 
     sep_id: int
     pad_id: int
@@ -105,14 +110,21 @@ def beam_search(
     keep: int = 1,
     length_penalty: float = 1.0,
     exact_stop: bool = False,
+    rule: str = TRANSFORMERS,
 ) -> Decoded:
     """The `keep` best texts of every image, best first: rows i * keep .. i * keep + keep - 1 of the result.
 
-    Semantics of transformers' `generate(num_beams=..., early_stopping=False)`: a text's score is its sum of log
-    probabilities over (number of new tokens, [SEP] included) ** length_penalty; only the `beams` best continuations of
-    a step may finish; an image is done when it has `beams` texts and the best open beam, scored at its present length,
-    is no better than the worst of them. With a positive penalty a longer text could still win, so that rule may stop
-    too early: `exact_stop` scores the open beam at the greatest length instead (transformers' "never").
+    A text's score is its sum of log probabilities over length ** length_penalty; only the `beams` best continuations of a
+    step may finish. `rule` is one of BEAM_RULES:
+
+    "transformers", its `generate(num_beams=..., early_stopping=False)`: a length counts new tokens with [SEP]. An image is
+    done when it has `beams` texts and its best open beam, scored at its present length, is no better than the worst.
+    With a positive penalty a longer text could still win, so that rule may stop too early: `exact_stop` scores the open
+    beam at the greatest length instead (transformers' "never").
+
+    "released", what BLIP's released code does with its transformers, 4.15: a length counts the prompt and not [SEP]. An image
+    is done when it has `beams` texts and the step's best continuation, an ending one too, scored at the length before it,
+    is no better than the worst. At the greatest length all open beams are texts, and all that do not end compete.
     """
     device, width = prompt.device, limits.max_new_tokens
     # Twice as many continuations as beams: should the best `beams` all end here, as many are left to go on.
@@ -122,14 +134,16 @@ def beam_search(
     open_scores = torch.zeros(images, beams, device=device)
     open_scores[:, 1:] = IMPOSSIBLE  # at first all beams are the same text
     open_logprob = torch.zeros(images, beams, device=device)
-    best_tokens = open_tokens.clone()
-    best_scores = torch.full((images, beams), IMPOSSIBLE, device=device)
-    best_logprob = torch.zeros(images, beams, device=device)
+    best = _Texts(
+        torch.full((images, beams), IMPOSSIBLE, device=device),
+        open_tokens.clone(),
+        torch.zeros(images, beams, device=device),
+    )
     hopeful = torch.ones(images, 1, dtype=torch.bool, device=device)
     may_finish = torch.arange(wide, device=device)[None] < beams
     # Which images are still worked on, and what the others came to.
     live = torch.arange(images, device=device)
-    found_tokens, found_logprob = best_tokens.clone(), best_logprob.clone()
+    found_tokens, found_logprob = best.tokens.clone(), best.logprob.clone()
     logits = model.decode(prompt.expand(images, -1), cache, cross).repeat_interleave(beams, 0)
     for step in range(width):
         own = torch.log_softmax(logits, dim=-1)
@@ -141,36 +155,60 @@ def beam_search(
         logprob = open_logprob.gather(1, beam) + own.view(len(total), -1).gather(1, found.indices)
         tokens = open_tokens.gather(1, beam[:, :, None].expand(-1, -1, width)).clone()
         tokens[:, :, step] = token
-        ended = (token == limits.sep_id) if step + 1 < width else torch.ones_like(token, dtype=torch.bool)
+        last, released = step + 1 == width, rule == RELEASED
+        ended = torch.ones_like(token, dtype=torch.bool) if last and not released else token == limits.sep_id
 
         finished = ended & may_finish[:, : ended.shape[1]] & hopeful
-        final = torch.where(finished, found.values / (step + 1) ** length_penalty, IMPOSSIBLE)
-        best_scores, order = torch.cat([best_scores, final], dim=1).topk(beams, dim=-1)
-        best_tokens = torch.cat([best_tokens, tokens], dim=1).gather(
-            1, order[:, :, None].expand(-1, -1, width)
-        )
-        best_logprob = torch.cat([best_logprob, logprob], dim=1).gather(1, order)
+        length = len(prompt) + step if released else step + 1
+        best = _better(best, _Texts(found.values, tokens, logprob), finished, length**length_penalty)
 
         open_scores, order = torch.where(ended, IMPOSSIBLE, found.values).topk(beams, dim=-1)
         open_tokens = tokens.gather(1, order[:, :, None].expand(-1, -1, width))
         open_logprob = logprob.gather(1, order)
-        length = width if exact_stop and length_penalty > 0 else step + 1
-        reachable = open_scores[:, :1] / length**length_penalty
-        hopeful = hopeful & (reachable > best_scores[:, -1:])
-        if step + 1 == width or not bool(hopeful.any()):
+        if exact_stop and length_penalty > 0:
+            length = width
+        reachable = (found.values if released else open_scores)[:, :1] / length**length_penalty
+        hopeful = hopeful & (reachable > best.scores[:, -1:])
+        if last and released:
+            best = _better(
+                best,
+                _Texts(open_scores, open_tokens, open_logprob),
+                hopeful.expand(-1, beams),
+                (len(prompt) + width) ** length_penalty,
+            )
+        if last or not bool(hopeful.any()):
             break
         cache.reorder(beam.gather(1, order))
         kept = _worth_keeping(hopeful[:, 0])
         if kept is not None:
-            found_tokens[live], found_logprob[live] = best_tokens, best_logprob
+            found_tokens[live], found_logprob[live] = best.tokens, best.logprob
             cache.keep(kept)
             cross = [(keys[kept], values[kept]) for keys, values in cross]
             live, hopeful = live[kept], hopeful[kept]
             open_tokens, open_scores, open_logprob = open_tokens[kept], open_scores[kept], open_logprob[kept]
-            best_tokens, best_scores, best_logprob = best_tokens[kept], best_scores[kept], best_logprob[kept]
+            best = _Texts(*(each[kept] for each in best))
         logits = model.decode(open_tokens[:, :, step].reshape(-1, 1), cache, cross)
-    found_tokens[live], found_logprob[live] = best_tokens, best_logprob
+    found_tokens[live], found_logprob[live] = best.tokens, best.logprob
     return Decoded(found_tokens[:, :keep].reshape(images * keep, width), found_logprob[:, :keep].reshape(-1))
+
+
+class _Texts(NamedTuple):
+    """Some texts per image: scores fp32 [B, N], tokens int64 [B, N, T], log probabilities fp32 [B, N]."""
+
+    scores: Tensor
+    tokens: Tensor
+    logprob: Tensor
+
+
+def _better(best: _Texts, texts: _Texts, finished: Tensor, divisor: float) -> _Texts:
+    """As many as before: the best of `best` and of those `texts` that are `finished` (bool [B, N]), their scores divided."""
+    scores = torch.where(finished, texts.scores / divisor, IMPOSSIBLE)
+    kept, order = torch.cat([best.scores, scores], dim=1).topk(best.scores.shape[1], dim=-1)
+    tokens = torch.cat([best.tokens, texts.tokens], dim=1)
+    logprob = torch.cat([best.logprob, texts.logprob], dim=1)
+    return _Texts(
+        kept, tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2])), logprob.gather(1, order)
+    )
 
 
 def _worth_keeping(going: Tensor) -> Tensor | None:

@@ -21,16 +21,11 @@ from capfilt.models.text import SelfCache
 
 Recorded = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Recorded]
-"""From a computation on fixed buffers to one that repeats it; `run_again` is the plain twin of `CudaGraphs`."""
+"""From a computation on fixed buffers to one that repeats its tensor operations, and none of its Python."""
 
 RECORDING = threading.Lock()
 """Held while a graph is recorded, and by a thread that asks the driver for pinned memory meanwhile: CUDA may refuse either the
 other's company, and neither takes longer than some milliseconds."""
-
-
-def run_again(compute: Callable[[], Tensor]) -> Recorded:
-    """No recording at all."""
-    return compute
 
 
 class CudaGraphs:
@@ -92,7 +87,7 @@ class _Shape:
         self.ids = torch.zeros(images * ways, 1, dtype=torch.int64, device=cross[0][0].device)
         self.logits: Tensor | None = None
         self.record = record
-        self.steps: dict[int, Recorded] = {}
+        self.steps: dict[tuple[int, int], Recorded] = {}  # by `SelfCache.place`
 
     def begin(self, cross: Sequence[Pair]) -> None:
         """Empties the cache; its first images' cross-attention keys and values become `cross`."""
@@ -173,30 +168,30 @@ class RecordedWriter:
         shape = self.shape
         if shape is None or cache is not shape.cache or cache.kept is not None:
             return self.model.decode(ids, cache, cross)
-        rows, at = len(ids), cache.length
-        if at == 0:
+        rows, place = len(ids), cache.place
+        if cache.length == 0:
             others = ids[:1].expand(shape.images - rows, -1)
             out = self.model.decode(torch.cat([ids, others]), cache, shape.cross)
             if shape.logits is None:
                 shape.logits = out.new_empty(len(shape.ids), out.shape[1])
             return out[:rows]
         shape.ids[:rows].copy_(ids)
-        if not self.failed and at not in shape.steps:
+        if not self.failed and place not in shape.steps:
             try:
-                shape.steps[at] = shape.record(lambda: self._step(shape, at))
+                shape.steps[place] = shape.record(lambda: self._step(shape, place))
             except RuntimeError as error:
                 if out_of_memory(error):
                     raise  # for who can make the batch smaller
                 self.failed = True
                 warnings.warn(f"decoding without CUDA graphs: {error}".splitlines()[0], stacklevel=2)
-        out = self._step(shape, at) if self.failed else shape.steps[at]()
+        out = self._step(shape, place) if self.failed else shape.steps[place]()
         # A replay runs no Python: the cache has yet to hear of the step.
-        cache.rewind(at)
+        cache.rewind(place)
         cache.advance(len(shape.ids), 1)
         return out[:rows]
 
-    def _step(self, shape: _Shape, at: int) -> Tensor:
-        """The logits after the token at place `at`, in the shape's own buffer: recordings may share all other memory."""
+    def _step(self, shape: _Shape, place: tuple[int, int]) -> Tensor:
+        """The logits after the token at `place`, in the shape's own buffer: recordings may share all other memory."""
         assert shape.logits is not None
-        shape.cache.rewind(at)
+        shape.cache.rewind(place)
         return shape.logits.copy_(self.model.decode(shape.ids, shape.cache, shape.cross))

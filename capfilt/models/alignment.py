@@ -68,7 +68,10 @@ class AlignmentConfig:
     multi_positive: bool = True
     """Candidates of the same image or with the identical text are positives; False is the papers' pretraining."""
     negative_floor: float = 1e-4
-    """What is added to every candidate's probability to be ITM's negative (BLIP, released code)."""
+    """What is added to every candidate's probability to be ITM's negative (BLIP, released pretraining)."""
+    own_negatives: bool = False
+    """Whether ITM's negatives are drawn by the similarities of the model's own embeddings (BLIP, released retrieval), and not
+    of its embeddings with the momentum towers' (the released pretrainings, and ALBEF's retrieval)."""
     global_negatives: bool = True
     """Where several ranks train together: whether ITC and ITM draw on the whole batch, as one process would, or on each
     rank's own rows (and the queue, which is everyone's), as the released pretrainings do."""
@@ -135,6 +138,7 @@ class Alignment(nn.Module):
         self.queue = FeatureQueue(
             config.queue_size if "itc" in config.objectives else 0, model.config.embed_dim
         )
+        self._bound()
 
     @property
     def leaves_unused(self) -> bool:
@@ -148,13 +152,16 @@ class Alignment(nn.Module):
             towers.append(self.momentum.visual_encoder)
         return [block for tower in towers for block in tower.blocks]
 
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """What moves once per step, before its first loss: clamps the temperature, lets the momentum towers follow."""
-        if {"itc", "itm"} & set(self.config.objectives):
-            self.model.temperature.clamp_(*self.config.temperature_range)
+    def after_step(self) -> None:
+        """What follows the weights when a step has moved them: clamps the temperature, moves the momentum towers."""
+        self._bound()
         if self.momentum is not None and self.config.momentum is not None:
             ema_update(*followed(self.momentum, self.model), self.config.momentum)
+
+    @torch.no_grad()
+    def _bound(self) -> None:
+        if {"itc", "itm"} & set(self.config.objectives):
+            self.model.temperature.clamp_(*self.config.temperature_range)
 
     @property
     def settled(self) -> bool:
@@ -272,9 +279,13 @@ class Alignment(nn.Module):
             rows.total / self.ranks.world,
         )
         with torch.no_grad():
+            own = self.config.own_negatives and momentum_embeds is not None
+            drawn = (
+                (near.gather(image.detach()), near.gather(text.detach())) if own else (image_all, text_all)
+            )
             scores = (
-                similarities(image, text_all, temperature),
-                similarities(text, image_all, temperature),
+                similarities(image, drawn[1], temperature),
+                similarities(text, drawn[0], temperature),
             )
         if self.training and self.queue.size:
             if near is not rows:

@@ -23,20 +23,32 @@ from capfilt.models import kinds
 from capfilt.models.blip import Blip
 from capfilt.models.config import Shape
 from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble, read_json
+from capfilt.models.interop.contents import (
+    LEFTOVERS,
+    Contents,
+    assemble,
+    cleaning_of,
+    read_json,
+    remember,
+    remembered,
+)
 from capfilt.models.kinds import KINDS, Model
 from capfilt.models.weights import check_tensors, read_safetensors, tensors, write_safetensors
-from capfilt.tables.ids import SEAL, UNSEALED, file_sha256, intact, seal
+from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import sync_directory
+from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
 
 __all__ = ["check_tensors", "fingerprint", "layout_of", "load", "open_any", "read_config", "save", "tensors"]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 BESIDE = ("log.jsonl", "answers.json", LEFTOVERS)
 """Files that a checkpoint may have too, and whose digests its config then holds."""
-_FIELDS = {"model_type", "capfilt_version", "config", "extra", "files", SEAL}
+_FIELDS = {"model_type", "capfilt_version", "config", "extra", "cleaning", "files", SEAL}
 _TORN = (".partial-*", ".tmp*", "*.part", ".*.tmp")
 """What a process that is killed while it writes leaves in a checkpoint's directory; nothing reads them."""
+
+_BEFORE = {"vilt": {"max_words": 30}, "vilt_classifier": {"max_words": 50}}
+"""What kinds had before it was saved, where their default has changed since."""
 
 
 def save(
@@ -63,11 +75,12 @@ def save(
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
+            **remember(model, tokenizer),
             "files": {each.name: file_sha256(each) for each in files if each.is_file()},
             SEAL: UNSEALED,
         }
         (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        seal(partial / CONFIG)
+        seal_file(partial / CONFIG)
         for each in (WEIGHTS, TOKENIZER, CONFIG):
             with (partial / each).open("rb") as file:
                 os.fsync(file.fileno())
@@ -172,7 +185,7 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
     config_path, weights_path = directory / CONFIG, directory / WEIGHTS
     kind = kinds.named(meta["model_type"])
     try:
-        config = kind.config.from_dict(meta["config"])
+        config = kind.config.from_dict({**_BEFORE.get(kind.name, {}), **meta["config"]})
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
     _verify(directory, meta)
@@ -188,7 +201,9 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
             f"{directory / TOKENIZER}: {tokenizer.vocab_size} tokens, but the model has {config.vocab_size}"
         )
     rest = read_safetensors(directory / LEFTOVERS) if (directory / LEFTOVERS).is_file() else {}
-    return Contents(model, tokenizer, meta.get("extra", {}), rest), meta
+    extra = meta.get("extra", {})
+    cleaning = cleaning_of(model, extra, remembered(config_path, meta))
+    return Contents(model, tokenizer.cleaned_as(cleaning), extra, rest), meta
 
 
 def _verify(directory: Path, meta: dict[str, Any]) -> None:

@@ -345,12 +345,16 @@ def _blocks(
         PreNormBlock(width, heads, hidden, eps=1e-5, activation=activation, causal=causal)
         for _ in range(depth)
     ]
-    # CLIP, released code: residual branches end smaller the more of them there are.
     for block in blocks:
-        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
-        nn.init.normal_(block.attn.proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        if causal:
+            # CLIP, released code, of its text encoder: residual branches end smaller the more of them there are.
+            nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        else:
+            # And of its ViT, torch's defaults: of `nn.MultiheadAttention`, and of linears, which the rest keeps.
+            nn.init.xavier_uniform_(block.attn.qkv.weight)
         nn.init.zeros_(block.attn.qkv.bias)
         nn.init.zeros_(block.attn.proj.bias)
     return nn.ModuleList(blocks)

@@ -55,14 +55,18 @@ class ClipTraining(nn.Module):
             raise UserError(
                 f"loss {self.config.loss!r}: the sigmoid loss, and it alone, is for models with a logit_bias"
             )
+        self._bound()
 
     def blocks(self) -> list[nn.Module]:
         """What is run as a whole, once per pass, and so can have its weights gathered just then."""
         return [*self.model.visual_encoder.blocks, *self.model.text_encoder.blocks]
 
+    def after_step(self) -> None:
+        """What follows the weights when a step has moved them: the scale stays within CLIP's bound."""
+        self._bound()
+
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Keeps the scale within CLIP's bound."""
+    def _bound(self) -> None:
         self.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
     def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from capfilt.data import cleaning
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.models.albef import Albef, AlbefConfig
@@ -66,6 +67,7 @@ class Kind:
         does: what it does, after its name.
         rows: what it learns from, PAIR_ROWS or EXAMPLE_ROWS.
         tokenizer: the class of its tokenizer.
+        cleaning: how the released code cleans its texts, one of `cleaning.CLEANINGS`.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Kind:
     does: str
     rows: str
     tokenizer: type[Tokenizer | BpeTokenizer] = Tokenizer
+    cleaning: str = cleaning.BLIP
 
     @property
     def one(self) -> str:
@@ -89,7 +92,15 @@ class Kind:
 
 KINDS = (
     Kind("blip", BlipConfig, Blip, "BLIP", "captions and scores", PAIR_ROWS),
-    Kind("blip_vqa", VqaConfig, BlipVqa, "BLIP for questions", "answers questions", EXAMPLE_ROWS),
+    Kind(
+        "blip_vqa",
+        VqaConfig,
+        BlipVqa,
+        "BLIP for questions",
+        "answers questions",
+        EXAMPLE_ROWS,
+        cleaning=cleaning.BLIP_QUESTIONS,
+    ),
     Kind(
         "blip_nlvr",
         NlvrConfig,
@@ -106,8 +117,12 @@ KINDS = (
         "classifies pictures with texts",
         EXAMPLE_ROWS,
     ),
-    Kind("clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", PAIR_ROWS, BpeTokenizer),
-    Kind("vilt", ViltConfig, Vilt, "ViLT", "matches pictures with texts", PAIR_ROWS),
+    Kind(
+        "clip", ClipConfig, Clip, "CLIP", "embeds pictures and texts", PAIR_ROWS, BpeTokenizer, cleaning.CLIP
+    ),
+    Kind(
+        "vilt", ViltConfig, Vilt, "ViLT", "matches pictures with texts", PAIR_ROWS, cleaning=cleaning.AS_FOUND
+    ),
     Kind(
         "vilt_classifier",
         ViltClassifierConfig,
@@ -115,9 +130,26 @@ KINDS = (
         "ViLT with a classifier",
         "classifies pictures with texts",
         EXAMPLE_ROWS,
+        cleaning=cleaning.AS_FOUND,
     ),
-    Kind("albef", AlbefConfig, Albef, "ALBEF", "embeds and matches pictures and texts", PAIR_ROWS),
-    Kind("albef_vqa", AlbefVqaConfig, AlbefVqa, "ALBEF for questions", "answers questions", EXAMPLE_ROWS),
+    Kind(
+        "albef",
+        AlbefConfig,
+        Albef,
+        "ALBEF",
+        "embeds and matches pictures and texts",
+        PAIR_ROWS,
+        cleaning=cleaning.ALBEF,
+    ),
+    Kind(
+        "albef_vqa",
+        AlbefVqaConfig,
+        AlbefVqa,
+        "ALBEF for questions",
+        "answers questions",
+        EXAMPLE_ROWS,
+        cleaning=cleaning.ALBEF_QUESTIONS,
+    ),
     Kind(
         "albef_nlvr",
         AlbefNlvrConfig,
@@ -125,6 +157,7 @@ KINDS = (
         "ALBEF for statements",
         "judges statements about pictures",
         EXAMPLE_ROWS,
+        cleaning=cleaning.ALBEF,
     ),
     Kind(
         "albef_classifier",
@@ -133,6 +166,7 @@ KINDS = (
         "ALBEF with a classifier",
         "classifies pictures with texts",
         EXAMPLE_ROWS,
+        cleaning=cleaning.ALBEF,
     ),
 )
 

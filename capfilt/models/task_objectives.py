@@ -50,8 +50,8 @@ class TaskTraining(nn.Module):
         """What is run as a whole, once per pass, and so can have its weights gathered just then."""
         return blocks_of(self.model) + (blocks_of(self.momentum) if self.momentum is not None else [])
 
-    def before_step(self) -> None:
-        """What moves once per step, before its first loss: the copy follows."""
+    def after_step(self) -> None:
+        """What follows the weights when a step has moved them: the copy."""
         if self.momentum is not None and self.rate is not None:
             ema_update(*followed(self.momentum, self.model), self.rate)
 

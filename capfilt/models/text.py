@@ -76,6 +76,11 @@ class SelfCache:
         self._used = self._prompt = 0
         self._seen: Tensor | None = None  # bool [B, ways, slots], from the first step on; not for one way
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(tokens of the prompt, tokens of each text so far): what decides the slots that the next step reads and writes."""
+        return self._prompt, self.length
+
     def restart(self) -> None:
         """Empty again, the buffers where they are."""
         self.length = self._used = self._prompt = 0
@@ -95,7 +100,6 @@ class SelfCache:
             slots = self.keys[0].shape[2]
             self._seen = torch.zeros(images, self.ways, slots, dtype=torch.bool, device=device)
         if self._used == self._prompt:
-            self._seen.zero_()
             self._seen[:, :, : self._used] = True
         self._seen[:, :, self._used : end] = torch.eye(self.ways, dtype=torch.bool, device=device)
         return self._seen[:, None, :, :end]
@@ -117,10 +121,10 @@ class SelfCache:
         self._used += self._slots(rows, length)
         self.length += length
 
-    def rewind(self, length: int) -> None:
-        """Back to where each text had `length` tokens, the prompt at least; whose past is whose stays as it is."""
-        self.length = length
-        self._used = self._prompt + (length - self._prompt) * self.ways
+    def rewind(self, place: tuple[int, int]) -> None:
+        """Back to a `place` where it was, after the prompt; whose past is whose stays as it is."""
+        self._prompt, self.length = place
+        self._used = self._prompt + (self.length - self._prompt) * self.ways
 
     def reorder(self, ways: Tensor) -> None:
         """Text w of image i goes on from what was text ways[i, w] (int64 [b, ways], of the first b images): beam search's step.

@@ -83,7 +83,7 @@ class ViltConfig(Shape):
     hidden: int = 3072
     dropout: float = 0.1
     max_text_tokens: int = 40  # released code
-    max_words: int = 30  # BLIP's; released code: texts are cut by tokens alone
+    max_words: int = 0  # ViLT, code: texts are cut by tokens alone
     has: str = "both"  # one of HEADS
     tied: bool = False  # whether masked words are named by the word embeddings themselves, as BERT does
 

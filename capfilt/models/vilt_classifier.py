@@ -35,7 +35,7 @@ class ViltClassifierConfig(Classified, ViltConfig):
     task: str = "vqa"
     classes: tuple[str, ...] = ("no", "yes")
     pictures: int = 1
-    max_words: int = 50
+    max_words: int = 0  # ViLT, code: texts are cut by tokens alone
 
     def __post_init__(self) -> None:
         Classified.__post_init__(self)

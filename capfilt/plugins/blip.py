@@ -27,17 +27,19 @@ Pixels = npt.NDArray[np.uint8]
 class _Checkpoint(Generic[EngineT]):
     """A checkpoint in any layout. Raises UserError at once where there is none that can be read.
 
-    precision: one of `capfilt.inference.engine.PRECISIONS`. compiled: whether the vision tower is; "" for not.
+    precision: one of `capfilt.inference.engine.PRECISIONS`. compiled: whether the vision tower is; "" for not. draft: whether
+    decoders scale large JPEGs (`decode_uint8`); "" for not.
     """
 
     kind: ClassVar[type[Any]]
 
-    def __init__(self, path: str, precision: str = "auto", compiled: str = "") -> None:
+    def __init__(self, path: str, precision: str = "auto", compiled: str = "", draft: str = "") -> None:
         if precision not in PRECISIONS:
             raise UserError(f"--precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.path = Path(path)
         self.precision = precision
         self.compiled = bool(compiled)
+        self.draft = bool(draft)
         checkpoint.read_config(self.path)
 
     def fingerprint(self) -> str:
@@ -56,7 +58,7 @@ class _Checkpoint(Generic[EngineT]):
 
     def prepare(self, data: bytes) -> Pixels:
         """uint8 [3, S, S] at the model's size."""
-        return decode_uint8(data, self.engine.model.config.image_size)
+        return decode_uint8(data, self.engine.model.config.image_size, draft=self.draft)
 
     def gather(self, images: list[Pixels]) -> Tensor:
         """uint8 [B, 3, S, S]; for a GPU in memory that it can read by itself."""

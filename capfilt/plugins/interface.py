@@ -38,7 +38,7 @@ class FindsBatchSize(Protocol):
 
     def batch_size(self, asked: int, ways: int) -> int:
         """Pictures at a time, at least 1, once `setup` was called: `asked`, its own choice where that is 0, fewer where memory
-        turned out not to hold so many. A choice of its own must be the same in every worker.
+        turned out not to hold so many. A part's first worker chooses for all of its shards; the others are asked for that.
 
         ways: texts that are written per picture at the same time; 1 for a scorer.
         """
@@ -76,7 +76,11 @@ class CaptionerPlugin(Plugin, Protocol):
         seed: int,
         method: str,
         top_p: float,
+        top_k: int,
+        temperature: float,
         num_beams: int,
+        length_penalty: float,
+        beam_rule: str,
         prompt: str,
         max_new_tokens: int,
         min_new_tokens: int,

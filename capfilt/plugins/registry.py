@@ -95,6 +95,7 @@ def reference(
     model: Callable[[str], Path],
     precision: str = "auto",
     compiled: bool = False,
+    draft: bool = False,
 ) -> Reference:
     """What `given` names.
 
@@ -104,7 +105,7 @@ def reference(
         options: KEY=VALUE each, for the plug-in.
         option: the name of the option that `options` were given by.
         model: from a checkpoint's name to its path.
-        precision, compiled: how a checkpoint is computed.
+        precision, compiled: how a checkpoint is computed. draft: whether decoders scale large JPEGs for it.
 
     Raises:
         UserError: where an option is not KEY=VALUE, or there is no plug-in to give it to, or a plug-in is given what is for
@@ -120,9 +121,17 @@ def reference(
             raise UserError(
                 "--precision fp8 needs --compile: without it every quantisation is kernels of its own, which bf16 does without"
             )
-        how = (("precision", precision), ("compiled", "yes" if compiled else ""))
+        how = (
+            ("precision", precision),
+            ("compiled", "yes" if compiled else ""),
+            ("draft", "yes" if draft else ""),
+        )
         return Reference(group, given, "", str(model(given)), how)
-    for option_given, name in ((precision != "auto", "--precision"), (compiled, "--compile")):
+    for option_given, name in (
+        (precision != "auto", "--precision"),
+        (compiled, "--compile"),
+        (draft, "--draft"),
+    ):
         if option_given:
             raise UserError(
                 f"{name} is for checkpoints; {given} is a plug-in, and may have an option of its own"

@@ -13,10 +13,11 @@ from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captione
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import CaptionOptions
-from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 
@@ -77,9 +78,12 @@ class CaptionStage(ShardStage):
     """Writes `samples` rows per image; an image without pixels has none and is counted as dropped (`no_image`)."""
 
     name = "caption"
-    version = 3  # a text whose probability is not finite is a failure
+    # Since 3, a text whose probability is not finite is a failure; since 4, pictures are Pillow's bicubic pixels, of whole
+    # pictures.
+    version = 4
     contract = CAPTIONS
     uses_gpu = True
+    rows_per_second = 10.0
 
     def __init__(self, options: CaptionOptions, workspace: Workspace, output: Part | None = None) -> None:
         if options.method == "greedy" and options.samples > 1:
@@ -95,6 +99,7 @@ class CaptionStage(ShardStage):
             workspace.model,
             options.precision,
             options.compile,
+            options.draft,
         )
         open_captioner(self.captioner)
         self.images = workspace.input("images", options.images)
@@ -136,10 +141,19 @@ class CaptionStage(ShardStage):
         table = CAPTIONS.table(rows.made)
         return done(table, rows.counts(), self.writer, engine, self.options.batch_size, self.batch_size())
 
+    @cached_property
+    def asked(self) -> int:
+        """Pictures at a time that all shards are to have; 0 where nobody can know."""
+        return settled_batch_size(self.output, self.writer, self.options.batch_size, self.ways)
+
+    @property
+    def ways(self) -> int:
+        """Texts that are written per picture at the same time."""
+        return self.options.num_beams if self.options.method == "beam" else self.options.samples
+
     def batch_size(self) -> int:
         """Pictures at a time, as far as is known now."""
-        o = self.options
-        return batch_size_for(self.writer, o.batch_size, o.num_beams if o.method == "beam" else o.samples)
+        return batch_size_for(self.writer, self.asked, self.ways)
 
     def captions(self, images: Any, keys: list[str], batch_size: int) -> list[tuple[str, float | None]]:
         """(text, log-probability) of each sample of each image; a text of white space alone is none."""
@@ -153,7 +167,11 @@ class CaptionStage(ShardStage):
             seed=o.seed,
             method=o.method,
             top_p=o.top_p,
+            top_k=o.top_k,
+            temperature=o.temperature,
             num_beams=o.num_beams,
+            length_penalty=o.length_penalty,
+            beam_rule=o.beam_rule,
             prompt=o.prompt,
             max_new_tokens=o.max_new_tokens,
             min_new_tokens=o.min_new_tokens,

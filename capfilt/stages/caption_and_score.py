@@ -24,7 +24,8 @@ from capfilt.stages.options import CaptionOptions, ScoreOptions
 from capfilt.stages.pixels import Clock, done, pictures
 from capfilt.stages.score import ScoreRows, ScoreStage, texts_by_image
 from capfilt.tables.contracts import CAPTIONS
-from capfilt.tables.shards import Manifest, Part
+from capfilt.tables.manifest import Manifest
+from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS
 from capfilt.tables.workspace import Workspace
 
@@ -64,6 +65,7 @@ class CaptionAndScore(ScoreStage):
             batch_size=options.batch_size,
             precision=options.precision,
             compile=options.compile,
+            draft=options.draft,
         )
         scorer = reference(SCORERS, options.filter, (), "--filter", workspace.model)
         for named in (self.captioning.captioner, scorer):
@@ -98,6 +100,9 @@ class CaptionAndScore(ScoreStage):
 
     def shards(self) -> list[int]:
         return shards_of(self.images)
+
+    def outputs(self) -> list[Part]:
+        return [self.captioning.output, self.output]
 
     def tally(self) -> _Captioned:
         return _Captioned(self.captioning.output)

@@ -39,7 +39,7 @@ class Grade(ResultStage):
     """
 
     name = "grade"
-    version = 2
+    version = 3
 
     def __init__(self, options: GradeOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options

@@ -465,7 +465,7 @@ class OptimisationOptions(LoopOptions):
 
     max_words: int = _option(
         0,
-        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip: all)",
+        "and before that to this many words; 0: the model's own (30 in the released BLIP, ALBEF; clip, vilt: all)",
         later=True,
     )
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
@@ -753,6 +753,17 @@ _ENGINE_COMPILE = (
 )
 
 
+_ENGINE_DRAFT = (
+    "of a checkpoint: let decoders scale JPEGs of 4 times the model's size or more: faster, but pixels are not quite the "
+    "released code's, and scores move (docs/performance.md)"
+)
+_BEAM_RULES = ("transformers", "released")
+_BEAM_RULE = (
+    "transformers: count new tokens with [SEP]; or released: count the prompt, not [SEP], as BLIP's released code does, "
+    "and stop as it does"
+)
+
+
 @dataclass(frozen=True)
 class CaptionOptions(Checked):
     """Step 2: write synthetic texts for every image of a part."""
@@ -775,7 +786,23 @@ class CaptionOptions(Checked):
     top_p: float = _option(
         0.9, "nucleus: share of the probability to draw from (BLIP, section 4.2)", above=0, most=1
     )
+    top_k: int = _option(
+        0, "nucleus: draw from at most so many tokens; 0: no limit (BLIP's released code: 50)", later=True
+    )
+    temperature: float = _option(
+        1.0,
+        "nucleus: above 1 flattens the probabilities, below 1 sharpens them",
+        later=True,
+        above=0,
+    )
     num_beams: int = _option(3, "beam: width (BLIP's caption configuration: 3)", least=1)
+    length_penalty: float = _option(
+        1.0,
+        "beam: a text's score is its log probability over length ** this; higher favours longer",
+        later=True,
+        least=-math.inf,
+    )
+    beam_rule: str = _option("transformers", f"beam: {_BEAM_RULE}", later=True, choices=_BEAM_RULES)
     filter: str = _option(
         "",
         "also score, in the same pass over the pictures: a filter with the captioner's vision tower, as `finetune "
@@ -787,14 +814,17 @@ class CaptionOptions(Checked):
         "a picture of ", "put before the text, not part of it (BLIP's caption configuration)"
     )
     # BLIP's 20 and 5 count its 4 prompt slots; these do not.
-    max_new_tokens: int = _option(20, "longest text in tokens, prompt excluded", least=1)
-    min_new_tokens: int = _option(1, "shortest text in tokens, prompt excluded")
+    max_new_tokens: int = _option(
+        20, "longest text in tokens, without the prompt, with the closing [SEP]", least=1
+    )
+    min_new_tokens: int = _option(1, "shortest text in tokens, without the prompt and the closing [SEP]")
     repetition_penalty: float = _option(
         1.0, "above 1 discourages repeated tokens (BLIP's sampling used 1.1)", above=0
     )
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     compile: bool = _option(False, _ENGINE_COMPILE, later=True)
+    draft: bool = _option(False, _ENGINE_DRAFT, later=True)
     seed: int = _option(0, "of sampling; each text has its own stream")
 
 
@@ -821,6 +851,7 @@ class ScoreOptions(Checked):
     batch_size: int = _option(0, _ENGINE_BATCH)
     precision: str = _option("auto", _ENGINE_PRECISION, later=True)
     compile: bool = _option(False, _ENGINE_COMPILE, later=True)
+    draft: bool = _option(False, _ENGINE_DRAFT, later=True)
 
 
 @dataclass(frozen=True)
@@ -924,8 +955,9 @@ class EvaluateOptions(Checked):
         choices=("", *SPLITS),
     )
     tasks: tuple[str, ...] = _option(
-        ("retrieval", "captioning"),
-        "retrieval, captioning, zero-shot, few-shot, classification, match, rating, choice, vqa, nlvr, entailment; repeatable",
+        (),
+        "retrieval, captioning, zero-shot, few-shot, classification, match, rating, choice, vqa, nlvr, entailment; repeatable; "
+        "default: every task that model, images and examples allow",
     )
     rerank: int = _option(
         128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"
@@ -934,6 +966,9 @@ class EvaluateOptions(Checked):
         "beam", "captioning: beam, greedy or nucleus", choices=("nucleus", "beam", "greedy")
     )
     num_beams: int = _option(3, "captioning, vqa: beams (BLIP's configurations of both: 3)", least=1)
+    beam_rule: str = _option(
+        "transformers", f"captioning, vqa: {_BEAM_RULE}", later=True, choices=_BEAM_RULES
+    )
     prompt: str = _option("", "captioning: prompt; pretrained models learned none")
     max_new_tokens: int = _option(20, "captioning: longest text in tokens", least=1)
     answer_list: str = _option(

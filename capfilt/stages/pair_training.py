@@ -69,7 +69,7 @@ class PairTraining(Training[Pairs]):
     def corpora(self, size: int) -> list[Corpus]:
         """The pairs, a corpus per kind of input."""
         return [
-            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size)
+            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size, training=True)
             for parts in (self.human, self.web)
             if parts
         ]

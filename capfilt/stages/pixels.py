@@ -17,7 +17,8 @@ from capfilt.data.store import cpu_workers
 from capfilt.errors import UserError
 from capfilt.plugins.interface import FindsBatchSize, Gathers, Plugin, TellsHow
 from capfilt.stages.base import Produced
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,17 @@ def settle(part: Part, plugin: Plugin) -> None:
             f"{part.path}: its shards are computed in {settled}, but {where} would compute in {how['precision']}; run where "
             "it was begun, or name another output and give --precision"
         )
+
+
+def settled_batch_size(part: Part, plugin: Plugin, asked: int, ways: int = 1) -> int:
+    """Pictures at a time for all shards of `part`: as many as are asked for, or for 0 what its first worker chose.
+
+    Sums are rounded by the shape of a batch, so captions and scores depend on it; what a worker would choose depends on its
+    machine. A worker whose memory does not hold so many takes fewer, and the shard's manifest says so.
+    """
+    if asked or not part.exists:
+        return asked
+    return int(part.settle("batch_size", str(batch_size_for(plugin, 0, ways))))
 
 
 def done(table: pa.Table, counts: Counts, plugin: Plugin, engine: Clock, asked: int, used: int) -> Produced:

@@ -22,6 +22,7 @@ class RetrainAlbef(Retrain):
     """ITC, ITM and MLM with momentum distillation (ALBEF, section 3)."""
 
     model = "albef"
+    version = 3  # texts are cleaned by ALBEF's rule
     shown = ("itc", "itm", "mlm", "itm_balanced_accuracy")
 
     def shape(self, vocab_size: int) -> AlbefConfig:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from capfilt.data.bpe import BpeTokenizer
+from capfilt.data.cleaning import trained_clip
 from capfilt.errors import UserError
 from capfilt.models.clip import Clip, ClipConfig, build_clip
 from capfilt.models.contrast import ClipTraining, ContrastConfig
@@ -28,8 +29,9 @@ class RetrainClip(Retrain):
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks (CLIP, section 2.3)."""
 
     # Since 2, texts are no longer cut to their first 30 words; since 3, a ResNet's running statistics follow what trains:
-    # averaged over ranks and by --ema, moved once a step.
-    version = 3
+    # averaged over ranks and by --ema, moved once a step; since 4, texts are repaired and the image side is initialised as
+    # released.
+    version = 4
     model = "clip"
     shown = ("contrast", "accuracy", "scale")
 
@@ -46,10 +48,11 @@ class RetrainClip(Retrain):
 
     def vocabulary(self, pairs: Pairs) -> BpeTokenizer:
         vocab = self.options.vocab
+        cleaning = trained_clip()
         if vocab == "corpus":
-            return BpeTokenizer.train(pairs.texts(), self.options.vocab_size)
+            return BpeTokenizer.train(pairs.texts(), self.options.vocab_size, cleaning=cleaning)
         own = Path(vocab).is_dir() or vocab.endswith(".json")
-        return BpeTokenizer.load(vocab) if own else BpeTokenizer.from_merges(vocab)
+        return (BpeTokenizer.load(vocab) if own else BpeTokenizer.from_merges(vocab)).cleaned_as(cleaning)
 
     def sized(self, tokenizer: BpeTokenizer) -> ClipConfig:
         config: ClipConfig = super().sized(tokenizer)

@@ -14,14 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from capfilt.data.tokenizer import clean
+from capfilt.data.cleaning import clean
 from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, reference, score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import ScoreOptions
-from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle
+from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
 
@@ -93,8 +94,12 @@ class ScoreStage(ShardStage):
     """Writes a row per text of a picture that is there; texts of pictures that are not are dropped as `no_image`."""
 
     name = "score"
-    version = 3  # an image's texts are queries of one copy of its keys: the last digits differ
+    accounts = "texts"
+    # Since 3, an image's texts are queries of one copy of its keys: the last digits differ; since 4, pictures are Pillow's
+    # bicubic pixels, of whole pictures.
+    version = 4
     uses_gpu = True
+    rows_per_second = 10.0
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -106,6 +111,7 @@ class ScoreStage(ShardStage):
             workspace.model,
             options.precision,
             options.compile,
+            options.draft,
         )
         self.columns = dict(open_scorer(self.filter).columns)
         self.contract = score_contract(self.columns)
@@ -170,9 +176,14 @@ class ScoreStage(ShardStage):
             self.batch_size(),
         )
 
+    @cached_property
+    def asked(self) -> int:
+        """Pictures at a time that all shards are to have; 0 where nobody can know."""
+        return settled_batch_size(self.output, self.scorer, self.options.batch_size)
+
     def batch_size(self) -> int:
         """Pictures at a time, as far as is known now."""
-        return batch_size_for(self.scorer, self.options.batch_size)
+        return batch_size_for(self.scorer, self.asked)
 
     def scores(self, images: Any, asked: Asked, batch_size: int) -> list[list[float]]:
         """A row per text, a number per column."""

@@ -19,7 +19,8 @@ from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.options import SelectOptions
 from capfilt.tables.contracts import PAIRS, SCORES, SOURCES, VERDICTS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
 
@@ -35,6 +36,7 @@ class Select(ShardStage):
     """
 
     name = "select"
+    accounts = "texts"
     version = 2  # a score that is not finite is a failure, and none of those that --keep-fraction counts
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -71,7 +73,8 @@ class Select(ShardStage):
         """The score from which a text is kept: given, or the quantile that keeps `keep_fraction`.
 
         The share is of the texts that have a score and that nothing but their score can drop. With ties at the quantile
-        every tied text is kept, so a little more than the fraction may be.
+        every tied text is kept, so a little more than the fraction may be. It is part of the identity, so it is found before
+        the stage travels to workers, and travels along.
         """
         if not self.options.keep_fraction:
             return self.options.threshold
@@ -134,8 +137,10 @@ class Select(ShardStage):
     def _scored_captions(self) -> list[Part]:
         """The captions parts whose texts were scored and are not to be judged. Raises UserError where one is gone."""
         ours = {part.info["fingerprint"] for part in self.captions}
-        here = {part.info["fingerprint"]: part for part in self.workspace.parts("captions")}
         scored = [mark for mark in self.scores.info["identity"].get("captions", ()) if mark not in ours]
+        if not scored:
+            return []
+        here = {part.info["fingerprint"]: part for part in self.workspace.parts("captions")}
         if any(mark not in here for mark in scored):
             raise UserError(
                 f"{self.scores.path}: scores captions that are neither named nor in {self.workspace.path}, so their share "

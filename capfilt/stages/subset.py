@@ -25,7 +25,8 @@ from capfilt.stages.inputs import input_hashes, shards_of
 from capfilt.stages.options import SubsetOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 _READ = ["image_id", "key", "captions", "split", "status", "failure"]

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from capfilt.data.answers import closed_list
+from capfilt.data.cleaning import OF_QUESTIONS
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
@@ -131,6 +132,7 @@ class TaskTraining(Training[TaskCorpus]):
             splits,
             size=size,
             limit=limit,
+            training=True,
             **options,
         )
 
@@ -186,7 +188,7 @@ class FinetuneVqa(TaskTraining):
     name = "finetune-vqa"
     task = "vqa"
     form = ANSWERS
-    version = 3
+    version = 4  # questions are cleaned by the family's rule of questions
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -208,6 +210,14 @@ class FinetuneVqa(TaskTraining):
                     f"--answer-weight {item}: write PART=WEIGHT, one of --examples and a number above 0"
                 )
         return found
+
+    def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
+        model, tokenizer = super().initial(data)
+        cleaning = tokenizer.cleaning
+        # One that goes on from answering questions has read them so, or never has.
+        if checkpoint.read_config(self.init)["model_type"] != kinds.of(model).name:
+            cleaning = OF_QUESTIONS.get(cleaning, cleaning)
+        return model, tokenizer.cleaned_as(cleaning)
 
     def prepare(self, data: TaskCorpus, model: Any, where: torch.device) -> None:
         # BLIP ranks the answers that are frequent in training (released code: answer_list.json).

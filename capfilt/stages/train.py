@@ -53,6 +53,7 @@ class Pretrain(PairTraining):
     """Step 1: noisy web pairs and human pairs; ITC, ITM and LM (BLIP, section 3.2)."""
 
     name = "pretrain"
+    model: ClassVar[str] = "blip"
     options: PretrainOptions
 
     def __init__(self, options: PretrainOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -107,9 +108,11 @@ class Pretrain(PairTraining):
     def vocabulary(self, pairs: Pairs) -> Any:
         """The tokenizer of a new model."""
         o = self.options
+        cleaning = kinds.named(self.model).cleaning
         if o.vocab == "corpus":
-            return Tokenizer.train(pairs.texts(), o.vocab_size)
-        return Tokenizer.from_vocab(o.vocab) if o.vocab.endswith(".txt") else Tokenizer.load(o.vocab)
+            return Tokenizer.train(pairs.texts(), o.vocab_size, cleaning=cleaning)
+        given = Tokenizer.from_vocab(o.vocab) if o.vocab.endswith(".txt") else Tokenizer.load(o.vocab)
+        return given.cleaned_as(cleaning)
 
     def sized(self, tokenizer: Any) -> Any:
         """The preset for this tokenizer, with pictures and patches of the sizes that were asked for."""
@@ -145,7 +148,6 @@ class Retrain(Pretrain):
     """Step 3: a new model on human, kept web and kept synthetic pairs (BLIP, section 3.3)."""
 
     name = "retrain"
-    model: ClassVar[str] = "blip"
     options: RetrainOptions
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -193,10 +195,12 @@ class Retrain(Pretrain):
                 for part in self.pairs
                 for shard in part.shards()
             )
-            corpora.append(from_pairs(tables, size=size))
+            corpora.append(from_pairs(tables, size=size, training=True))
         for images, verdicts in self.joined:
             corpora.append(
-                from_verdicts(images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size)
+                from_verdicts(
+                    images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size, training=True
+                )
             )
         return corpora
 
@@ -274,6 +278,7 @@ class FinetuneFilter(Finetune):
     """
 
     name = "finetune-filter"
+    version = 3  # negatives by the model's own similarities, without a floor
     starts = (Blip, Albef, Vilt)
     shown = (*PairTraining.shown, "accuracy")
     options: FinetuneFilterOptions
@@ -284,7 +289,10 @@ class FinetuneFilter(Finetune):
         self.check_options(self.kind, without=("label_smoothing",))
 
     def objective(self, tokenizer: Tokenizer) -> PretrainingConfig:
-        return PretrainingConfig(objectives=("itc", "itm"), **alignment(self.options))
+        # BLIP's retrieval code draws by what the model itself finds alike; its pretraining, by the momentum towers too.
+        return PretrainingConfig(
+            objectives=("itc", "itm"), own_negatives=True, negative_floor=0.0, **alignment(self.options)
+        )
 
     def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         if isinstance(model, Albef):

@@ -187,10 +187,20 @@ class Training(ModelStage, Generic[D]):
                 else "by another version of this stage's code"
             )
             raise UserError(
-                f"{self.output}: holds a checkpoint made {other}; name another --out, or remove it"
+                f"{self.output}: holds a checkpoint made {other}; name another output (--out NAME), or remove that folder "
+                "(--overwrite does)"
             )
         # The state goes last: a run that was killed after its weights were saved has more to do, if only to remove states.
         return not (self.output / STATE).is_file()
+
+    def standing(self) -> list[Path]:
+        if not (self.output / STATE).is_file() and not (
+            (self.output / checkpoint.CONFIG).is_file()
+            # Raises where it is no checkpoint, so that nothing else is removed.
+            and checkpoint.read_config(self.output)["files"]
+        ):
+            return []
+        return [self.output]
 
     def outlook(self) -> str:
         o: LoopOptions = self.options

@@ -31,23 +31,32 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS, Contract
 from capfilt.tables.ids import file_sha256
-from capfilt.tables.publish import attempt_at, link_new, point, publish_new_bytes, replace, sync_directory
-from capfilt.tables.sealed import fingerprint, read_sealed, seal, unseal
+from capfilt.tables.manifest import Counts, Manifest, Plan, Successor, numbers_of
+from capfilt.tables.publish import (
+    alone,
+    attempt_at,
+    link_new,
+    point,
+    publish_new_bytes,
+    replace,
+    sync_directory,
+)
+from capfilt.tables.sealed import fingerprint, read_sealed, seal
 
 RECORDS = ".capfilt"
 """The folder of parts' records in a workspace, or beside a part outside of one."""
@@ -57,131 +66,6 @@ _FOOTER_KEY = b"capfilt"
 
 IMAGE_ROW_GROUP = 100
 """Rows per row group where a table holds pictures: the size that the Hugging Face viewer and `datasets` settled on."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The accounting of one shard, in the stage's input rows: rows_in = kept + dropped + failed.
-
-    Attributes:
-        rows_in: input rows the stage was given.
-        kept: input rows that came through.
-        dropped: input rows left out on purpose, by reason.
-        failed: input rows that failed, by failure (from the closed list).
-    """
-
-    rows_in: int
-    kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raise RunError unless every input row is accounted for."""
-        total = self.kept + sum(self.dropped.values()) + sum(self.failed.values())
-        if total != self.rows_in:
-            raise RunError(
-                f"rows do not add up: {self.rows_in} in, but {self.kept} kept + {sum(self.dropped.values())} dropped + "
-                f"{sum(self.failed.values())} failed = {total}"
-            )
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.rows_in + other.rows_in,
-            self.kept + other.kept,
-            _add(self.dropped, other.dropped),
-            _add(self.failed, other.failed),
-        )
-
-
-def _add(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
-    return {key: left.get(key, 0) + right.get(key, 0) for key in sorted({*left, *right})}
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The description of a committed shard. `etag` hashes the file's size and its end, the whole footer included.
-
-    Of a generation above 0, `previous` is the SHA-256 of the one it was made from, and `changed` the options that it was
-    made with otherwise than the part. `batch_size`: images at a time, where a stage's engine chose that itself or memory
-    forced fewer than the options say; 0 where it was as they say. `part`: the fingerprint of the part; empty in manifests
-    from before they had it.
-    """
-
-    shard: int
-    table: str
-    contract_version: int
-    fingerprint: str
-    rows: int
-    size: int
-    etag: str
-    sha256: str
-    counts: Counts
-    generation: int = 0
-    previous: str = ""
-    changed: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 0
-    part: str = ""
-
-    @property
-    def file(self) -> str:
-        """The name that other tools' readers know the shard by."""
-        return f"{self.shard:05d}.parquet"
-
-    def to_json(self) -> bytes:
-        return seal(asdict(self))
-
-    @staticmethod
-    def from_json(data: bytes) -> Manifest:
-        """Raises ValueError, KeyError or TypeError when `data` is not a manifest."""
-        return Manifest.of(unseal(data))
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> Manifest:
-        """The manifest with these JSON values. Raises ValueError, KeyError or TypeError where they cannot be."""
-        manifest = Manifest(**{**values, "counts": Counts(**values["counts"])})
-        kinds = {"int": int, "str": str, "dict[str, Any]": dict, "dict[str, int]": dict}
-        for owner in (manifest, manifest.counts):
-            for each in fields(owner):
-                if each.type in kinds and type(getattr(owner, each.name)) is not kinds[str(each.type)]:
-                    raise ValueError(f"{each.name} is not of type {each.type}")
-        counts = manifest.counts
-        numbers = (
-            counts.rows_in,
-            counts.kept,
-            *counts.dropped.values(),
-            *counts.failed.values(),
-            manifest.rows,
-        )
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError("a number of rows is below 0 or no number")
-        return manifest
-
-
-@dataclass(frozen=True)
-class Successor:
-    """The place of a further generation's rows after the generation before; see Manifest."""
-
-    generation: int = 0
-    previous: str = ""
-    changed: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole part.
-
-    Attributes:
-        shards: their numbers, ascending.
-        rows: their input rows, all together; None where they are not known yet.
-        gaps: the incomplete parts that it is made from, by path, each with its `Part.gap`.
-    """
-
-    shards: Sequence[int]
-    rows: int | None = None
-    gaps: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"planned": _ranges(self.shards), "planned_rows": self.rows, "gaps": dict(self.gaps)}
 
 
 def etag_of(path: Path, most: int | None = None) -> tuple[int, str]:
@@ -208,26 +92,6 @@ def record_of(path: Path) -> Path:
     if real.parent.name in CONTRACTS:
         return real.parent.parent / RECORDS / real.parent.name / real.name
     return real.parent / RECORDS / real.name
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: [0, 1, 2, 5] is "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def _numbers(ranges: str) -> list[int]:
-    """The inverse of `_ranges`. Raises ValueError."""
-    found: list[int] = []
-    for run in filter(None, ranges.split(",")):
-        low, _, high = run.partition("-")
-        found += range(int(low), int(high or low) + 1)
-    return found
 
 
 class Part:
@@ -283,7 +147,7 @@ class Part:
             contract, version = CONTRACTS[info["table"]], info["contract_version"]
             newer = version > contract.version
             contract.extended(info.get("columns", {}))
-            _numbers(info.get("planned", ""))
+            numbers_of(info.get("planned", ""))
             mark = _mark(info["stage"], [contract.name, version, *info.get("columns", {})], info["identity"])
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not readable as a part's record ({error}); {cure}") from error
@@ -295,6 +159,11 @@ class Part:
         if mark != info["fingerprint"]:
             raise UserError(f"{path}: its fingerprint is not that of its options and inputs; {cure}")
         return info
+
+    @property
+    def ways_out(self) -> str:
+        """What somebody can do about a part that stands in the way, for the end of a message."""
+        return f"name another output (--out NAME), or remove {self.path} and {self.record} to make it again (--overwrite does)"
 
     @property
     def contract(self) -> Contract:
@@ -313,7 +182,7 @@ class Part:
     def planned(self) -> list[int]:
         """The shards that the part has when it is whole; the committed ones where its record does not tell."""
         planned = self.info.get("planned")
-        return self.shards() if planned is None else _numbers(planned)
+        return self.shards() if planned is None else numbers_of(planned)
 
     @property
     def planned_rows(self) -> int | None:
@@ -360,14 +229,7 @@ class Part:
         whole = plan.to_json() if plan else {}
         path = self.record / "part.json"
         if not self.exists:
-            if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
-                raise UserError(f"{self.path}: is not empty and not a part; name another output")
-            # A record whose part was removed says nothing of the part that begins here.
-            if not self.path.is_dir():
-                shutil.rmtree(self.record, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.record.mkdir(parents=True, exist_ok=True)
-            publish_new_bytes(path, seal(info | whole))
+            self._create(path, seal(info | whole))
         self.__dict__.pop("info", None)
         # Another process may have begun the part between the two looks.
         mark = self.identity_fingerprint(contract, stage, identity)
@@ -376,14 +238,36 @@ class Part:
             self.__dict__.pop("info", None)
         return mark
 
+    def _create(self, path: Path, data: bytes) -> None:
+        with alone(self.record.parent):
+            if self.exists:
+                return
+            if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
+                raise UserError(f"{self.path}: is not empty and not a part; name another output")
+            # A record whose part was removed says nothing of the part that begins here.
+            if not self.path.is_dir():
+                self._forget()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.record.mkdir(parents=True, exist_ok=True)
+            publish_new_bytes(path, data)
+
     def withdraw(self) -> None:
         """Take the part back where nothing was committed to it: a refused call claims no name."""
-        if self.shards() or not self.path.is_dir():
-            return
-        with suppress(OSError):  # a shard that no manifest vouches for may lie there
-            self.path.rmdir()
-            shutil.rmtree(self.record, ignore_errors=True)
+        with alone(self.record.parent):
+            if not self.shards() and self.path.is_dir():
+                with suppress(OSError):  # a shard that no manifest vouches for may lie there
+                    self.path.rmdir()
+                    self._forget()
         self.__dict__.pop("info", None)
+
+    def _forget(self) -> None:
+        """Remove the record's own files, and its folder where that held nothing else: records may lie in records."""
+        if self.record.is_dir():
+            for child in self.record.iterdir():
+                if child.is_file():
+                    child.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.record.rmdir()
 
     def settle(self, name: str, value: str) -> str:
         """Return the value that all of the part's shards have under `name`: `value` where none stands yet, and then for good.
@@ -416,10 +300,7 @@ class Part:
                 {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
                 {"contract_version": contract.version, **identity},
             )
-            raise UserError(
-                f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
-                "to make it again"
-            )
+            raise UserError(f"{self.path}: was written with another identity ({change}); {self.ways_out}")
         return mark
 
     def commit(
@@ -749,6 +630,13 @@ class Part:
         """Each committed shard in turn."""
         for shard in self.shards():
             yield self.read(shard, columns)
+
+    def holding(self, images: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Each committed shard in turn that has a row of one of these images; of the others only the ids are read."""
+        for shard in self.shards():
+            ids = self.read(shard, ["image_id"])["image_id"]
+            if pc.any(pc.is_in(ids, value_set=images)).as_py():
+                yield self.read(shard, columns)
 
     def open(self, shard: int) -> pq.ParquetFile:
         """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""

@@ -21,13 +21,14 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import RunError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
-from capfilt.inference.decoding import Limits, beam_search
+from capfilt.inference.decoding import TRANSFORMERS, Limits, beam_search
 from capfilt.models import kinds
 from capfilt.models.albef import Albef, without_end
 from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
 from capfilt.models.blip import Blip
 from capfilt.models.classifier import BlipClassifier
 from capfilt.models.clip import Clip
+from capfilt.models.config import Shape
 from capfilt.models.interop.contents import Contents
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.precision import auto_precision
@@ -66,6 +67,13 @@ def opened(contents: Contents, device: str | torch.device = "cpu", precision: st
         model.config.image_size,
         adapt(model, contents.tokenizer, precision=precision) if adapt else model,
     )
+
+
+def capable(config: Shape) -> tuple[str, ...]:
+    """The names of the capabilities of a model with this config; no weights are read. UserError where it has none."""
+    with torch.device("meta"):
+        model = kinds.empty(config)
+    return opened(Contents(model, None), "meta").can
 
 
 class _OnDevice:
@@ -207,7 +215,13 @@ class Answering(_SeesImages):
     """A model that answers in words, as what answers questions."""
 
     def answer(
-        self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        *,
+        num_beams: int = 3,
+        max_new_tokens: int = 10,
+        beam_rule: str = TRANSFORMERS,
     ) -> list[str]:
         """Answers by beam search (BLIP, released code: 3 beams, at most 10 tokens), their signs closed up."""
         tokenizer: Tokenizer = self._tokenizer
@@ -218,7 +232,7 @@ class Answering(_SeesImages):
             model = self._model
             states = model.encode_question(ids, mask, model.encode_image(self._sent(images)))
             cross = model.prefill_cross(states)
-            found = beam_search(model.writer(mask), cross, start, len(ids), limits, num_beams)
+            found = beam_search(model.writer(mask), cross, start, len(ids), limits, num_beams, rule=beam_rule)
         return [closed_up(answer) for answer in tokenizer.decode_batch(found.tokens.cpu())]
 
     def rank_answers(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +30,12 @@ from capfilt.data.answers import (
     stripped,
 )
 from capfilt.errors import UserError
+from capfilt.inference.decoding import RELEASED
 from capfilt.tables.contracts import LABELS
+from capfilt.tables.workspace import expanded
 from capfilt.tasks.capabilities import AnswersQuestions
 from capfilt.tasks.outcome import Outcome, units
+from capfilt.tasks.registry import Unsuited
 
 if TYPE_CHECKING:
     from capfilt.data.example_set import ExampleSet
@@ -75,14 +77,14 @@ def worth(predicted: Sequence[str], questions: Sequence[Answers]) -> NDArray[np.
 def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress) -> Outcome:
     """VQA with whatever the model has: `vqa_written` and `vqa_ranked` (open set), `vqa_closed` (closed set), in percent.
 
-    options: `batch_size`, `num_beams`, `answer_list` (without one nothing is ranked) and `answer_k`.
+    options: `batch_size`, `num_beams`, `beam_rule`, `answer_list` (without one nothing is ranked) and `answer_k`.
     Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
     """
     if not len(data):
-        raise UserError("--tasks vqa: there is no question in this split")
+        raise Unsuited("--tasks vqa: there is no question in this split")
     questions = list(data.answers)
     if not all(questions):
-        raise UserError(
+        raise Unsuited(
             f"--tasks vqa: {sum(not each for each in questions)} questions have no answers to compare with; "
             "choose another --split, or bring the answers in with `capfilt examples --annotations`"
         )
@@ -92,7 +94,8 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     if isinstance(model, AnswersQuestions):
         listed = answer_list(options.answer_list)
         written[f"vqa_written{suffix}"] = []
-        protocol.append(f"open set: written with {options.num_beams} beams")
+        rule = ", the released rule" if options.beam_rule == RELEASED else ""
+        protocol.append(f"open set: written with {options.num_beams} beams{rule}")
         if listed:
             written[f"vqa_ranked{suffix}"] = []
             protocol.append(f"open set: ranked, {len(listed)} answers, k = {options.answer_k}")
@@ -101,7 +104,7 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
         written[f"vqa_closed{suffix}"] = []
         protocol.append(f"closed set: {len(model.labels)} answers")
         if model.pictures != 1 or model.labels in LABELS.values():
-            raise UserError(
+            raise Unsuited(
                 f"--tasks vqa: the model tells {', '.join(model.labels[:3])} apart, which are no answers; finetune one "
                 "with `capfilt finetune vqa`"
             )
@@ -111,7 +114,9 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
         images, texts = pixels(data, rows), [data.texts[row] or "" for row in rows]
         for name, made in written.items():
             if name.startswith("vqa_written"):
-                made += model.answer(images[:, 0], texts, num_beams=options.num_beams)
+                made += model.answer(
+                    images[:, 0], texts, num_beams=options.num_beams, beam_rule=options.beam_rule
+                )
             elif name.startswith("vqa_ranked"):
                 best = model.rank_answers(images[:, 0], texts, listed, k=options.answer_k)
                 made += [listed[place] for place in best.tolist()]
@@ -154,7 +159,7 @@ def answer_list(path: str) -> list[str]:
     """The answers in a file, a JSON list or lines, each once; none where no file is named. UserError naming it."""
     if not path:
         return []
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()

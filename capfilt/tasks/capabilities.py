@@ -91,7 +91,13 @@ class AnswersQuestions(Protocol):
     """A model that answers questions about a picture in words of its own, or with the best of a list."""
 
     def answer(
-        self, images: Tensor, questions: Sequence[str], *, num_beams: int = 3, max_new_tokens: int = 10
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        *,
+        num_beams: int = 3,
+        max_new_tokens: int = 10,
+        beam_rule: str = "transformers",
     ) -> list[str]:
         """The answer written to `questions[b]` about pixels uint8 [B, 3, S, S], one per row; "" where nothing was."""
         ...

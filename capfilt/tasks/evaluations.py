@@ -18,13 +18,14 @@ from torch import Tensor
 from capfilt.data.corpus import Corpus
 from capfilt.data.example_set import ExampleSet, PixelBatches
 from capfilt.errors import UserError
+from capfilt.inference.decoding import RELEASED
 from capfilt.tasks import classification, pair_judging
 from capfilt.tasks.capabilities import EmbedsImagesAndTexts, MatchesPairs
 from capfilt.tasks.captioning import bleu_parts, caption_metrics, evaluate_captioning
 from capfilt.tasks.classification import TEMPLATES, ClassificationResult
 from capfilt.tasks.coco_caption import coco_figures
 from capfilt.tasks.outcome import Outcome, Units, pack, units
-from capfilt.tasks.registry import Progress
+from capfilt.tasks.registry import Progress, Unsuited
 from capfilt.tasks.retrieval import (
     DEPTHS,
     FUSED_TIE,
@@ -162,6 +163,7 @@ def captioning(model: Any, corpus: Corpus, options: EvaluateOptions, progress: P
         progress=lambda done, of: progress("captions", done, of),
         method=options.method,
         num_beams=options.num_beams,
+        beam_rule=options.beam_rule,
         prompt=options.prompt,
         max_new_tokens=options.max_new_tokens,
     )
@@ -174,7 +176,10 @@ def captioning(model: Any, corpus: Corpus, options: EvaluateOptions, progress: P
         parts, scorer = bleu_parts(*theirs.tokens), f"pycocoevalcap's scorers, {theirs.tokenizer}"
     made = {name: units("mean", each / 100.0, corpus.image_ids) for name, each in columns.items()}
     made["bleu@4"] = units("bleu4", list(parts.T), corpus.image_ids)
-    decoding = f"{options.method}, {options.num_beams} beams" if options.method == "beam" else options.method
+    decoding = options.method
+    if options.method == "beam":
+        rule = ", the released rule" if options.beam_rule == RELEASED else ""
+        decoding = f"beam, {options.num_beams} beams{rule}"
     constant = _constant_caption(references)
     return Outcome(
         f"{decoding}, at most {options.max_new_tokens} tokens, prompt {options.prompt!r}; {scorer}",
@@ -261,7 +266,7 @@ def trained_classes(
     """`classification` by a classifier of pictures alone; a class it was not trained for is never right."""
     pictures, labels = _classes(examples)
     if model.pictures != 1 or not set(labels) & set(model.labels):
-        raise UserError(
+        raise Unsuited(
             f"--tasks classification: the model tells {', '.join(model.labels[:3])}, ... apart and none of the examples' "
             "classes; finetune one with `capfilt finetune classification`"
         )
@@ -355,7 +360,7 @@ def rating(model: Any, examples: ExampleSet, options: EvaluateOptions, progress:
             [float(answer) for answer, count in answers for _ in range(count)] for answers in examples.answers
         ]
     except ValueError as error:
-        raise UserError(f"rating: an answer is no number ({error}); ingest the ratings as numbers") from error
+        raise Unsuited(f"rating: an answer is no number ({error}); ingest the ratings as numbers") from error
     found = pair_judging.judge_ratings(_scores(model, examples, options, progress), ratings)
     protocol = "Kendall's tau-c with every single rating (mean: with a pair's mean); Spearman with the mean"
     return _judged(found, examples, protocol, dict.fromkeys(found.metrics, 0.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
+from capfilt.errors import UserError
 from capfilt.models.layers import running
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.training.launched import local_rank, started_together
@@ -28,7 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def device() -> torch.device:
-    """This rank's GPU where there are GPUs, else the processor."""
+    """This rank's GPU where there are GPUs, else the processor. `joined` finds out whether the GPU is this rank's own."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Some launchers show each process its own GPU only.
@@ -37,21 +39,57 @@ def device() -> torch.device:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Inside, this process has joined those that it was started with; alone, it is the only rank."""
+    """Inside, this process has joined those that it was started with; alone, it is the only rank.
+
+    Raises UserError, in all ranks, where two of them would train on one GPU, or some on GPUs and others on processors.
+    """
     if not started_together():
         yield ALONE
         return
-    mine = not dist.is_initialized()
     where = device()
+    # Ray Train joins its workers itself, and has given each of them a GPU.
+    mine = not dist.is_initialized()
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if mine:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+        _join(where)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=TIMEOUT))
     finally:
         if mine:
             dist.destroy_process_group()
+
+
+def _join(where: torch.device) -> None:
+    on_gpu = where.type == "cuda"
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    # Before there is a group: a GPU's and a processor's wait for each other, and NCCL fails where a GPU is there twice.
+    store.set(f"gpu {rank}", str(torch.cuda.get_device_properties(where).uuid) if on_gpu else "")
+    problem = shared_gpu(
+        [each.decode() for each in store.multi_get([f"gpu {each}" for each in range(world)])]
+    )
+    if problem:
+        store.set(f"told {rank}", "")
+        if rank == 0:
+            # The store may end with this process, and other ranks still ask it.
+            store.wait([f"told {each}" for each in range(world)])
+        raise UserError(
+            f"{problem}: start as many ranks on each machine as it has GPUs, with LOCAL_RANK counting them from 0, or hide "
+            "all GPUs with CUDA_VISIBLE_DEVICES= to train on processors"
+        )
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def shared_gpu(gpus: Sequence[str]) -> str:
+    """Why ranks with these GPUs (their UUIDs; "" for a rank without) cannot train together; "" where they can."""
+    first: dict[str, int] = {}
+    for rank, gpu in enumerate(gpus):
+        if not gpu and any(gpus):
+            return f"rank {rank} has no GPU, and other ranks have"
+        if gpu and first.setdefault(gpu, rank) != rank:
+            return f"ranks {first[gpu]} and {rank} have one GPU between them ({gpu})"
+    return ""
 
 
 def seed_of(seed: int, ranks: Ranks, step: int = 0) -> int:

@@ -35,6 +35,7 @@ from capfilt.training import average, distributed, optim, state, throughput
 from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
 from capfilt.training.interrupt import Interrupt, Interrupted
 from capfilt.training.log import Log
+from capfilt.training.standing import Standing
 from capfilt.training.watch import Watched, watches
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
@@ -86,10 +87,13 @@ def train(
 
     Args:
         module: has `losses(batch, alpha, hardness) -> {"loss": scalar with gradient, name: scalar, ...}`, called once per
-            micro-batch, and perhaps `before_step()`, called once per step, for what moves then (momentum towers). A
-            step's loss and figures are means over its micro-batches, weighted by their texts; a loss that compares texts
-            with one another (ITC, ITM's negatives) sees those of its own micro-batch only, and the queue. A
-            `figures() -> {name: scalar}` is called once per log line, for what is too slow for every step.
+            micro-batch, and perhaps `after_step()`, called when a step has moved the weights, for what follows them
+            (momentum towers). A step's loss and figures are means over its micro-batches,
+            weighted by their texts; a loss that compares texts with one another (ITC, ITM's negatives) sees those of its
+            own micro-batch only, and the queue. A `figures() -> {name: scalar}` is called once per log line, for what is
+            too slow for every step. A step whose loss or gradient is not finite on any rank is skipped on all ranks. It
+            moves the count of steps, which learning rate and ramps go by, and the random state, and nothing else: what
+            `losses` changes must be buffers or extra state, which are put back.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
@@ -181,6 +185,7 @@ class _Run:
         self.optimizer = optim.AdamW(
             self.parameters, config.betas, config.weight_decay, config.decay, factors=factors
         )
+        self.standing = Standing(module)
         self.average = None
         if config.ema:
             self.average = average.WeightAverage(average.averaged(module, self.parameters), config.ema)
@@ -266,8 +271,7 @@ class _Run:
             self.flops = throughput.flops_per_text(
                 self.module, batch, lambda few: self._losses(few, alpha, hardness)
             )
-        if hasattr(self.module, "before_step"):
-            self.module.before_step()  # type: ignore[operator]
+        self.standing.keep()
         rows = len(batch.example)
         parts = batch.split(config.accumulate)
         if self.ranks.world > 1 and len(parts) < config.accumulate:
@@ -293,6 +297,8 @@ class _Run:
         self.interrupt.agree(stop > 0)
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             self.optimizer.step(rate)
+            if hasattr(self.module, "after_step"):
+                self.module.after_step()  # type: ignore[operator]
             if self.average:
                 self.average.update(progress.step - progress.skipped)
             progress.skipped_in_a_row = 0
@@ -301,6 +307,7 @@ class _Run:
             for name, value in values.items():
                 progress.sums[name] = progress.sums.get(name, 0.0) + value
         else:
+            self.standing.put_back()
             progress.skipped += 1
             progress.skipped_in_a_row += 1
             if progress.skipped == 1:
@@ -367,7 +374,7 @@ class _Run:
         begun = progress.step - progress.window_steps
         progress.comparable = progress.settled is not None and begun >= progress.settled
         for watch in self.watches:
-            message = watch.line(figures, progress.window_steps, progress.watched)
+            message = watch.line(figures, progress.counted, progress.watched)
             if message:
                 self._warn(f"step {progress.step}: {message}")
         progress.sums, progress.counted, progress.rows = {}, 0, 0

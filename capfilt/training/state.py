@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from capfilt.errors import RunError, UserError
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.weights import write_safetensors
-from capfilt.tables.ids import SEAL, UNSEALED, intact, seal
+from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
 from capfilt.training.optim import AdamW
 
 _HEADER, _OLDER = "capfilt_sealed_training_state", "capfilt_training_state"
@@ -33,7 +33,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(part, tensors, {_HEADER: json.dumps(values), SEAL: UNSEALED})
-        seal(part)
+        seal_file(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

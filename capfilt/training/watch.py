@@ -38,9 +38,11 @@ class Watch:
     def line(self, figures: Mapping[str, float], steps: int, state: Watched) -> str | None:
         """The warning, where this log line over `steps` steps completes the stretch; each is given once per run."""
         value = figures.get(self.figure)
-        length = state.stretches.get(self.figure, 0) + steps if value is not None and self.bad(value) else 0
+        if value is None:  # nothing to go by: a module without it, or a line of skipped steps alone
+            return None
+        length = state.stretches.get(self.figure, 0) + steps if self.bad(value) else 0
         state.stretches[self.figure] = length
-        if self.steps <= 0 or length < self.steps or self.figure in state.told or value is None:
+        if self.steps <= 0 or length < self.steps or self.figure in state.told:
             return None
         state.told.append(self.figure)
         return f"{self.figure} has been {value:.4f} for {length} steps: {self.advice}"

@@ -16,7 +16,7 @@ from capfilt.stages.options import SelectOptions
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import CAPTIONS, IMAGES, SCORES
 from capfilt.tables.ids import image_id, text_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 
 SCRIPT = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'

@@ -9,7 +9,7 @@ import pytest
 from capfilt.catalog.funnel import FUNNEL_SCHEMA, PARTS_SCHEMA, accounts, funnel_table, parts_table
 from capfilt.errors import UserError
 from capfilt.tables.contracts import SCORES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 
 

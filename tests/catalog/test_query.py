@@ -14,7 +14,7 @@ import pytest
 from capfilt.catalog.query import print_query, query
 from capfilt.errors import UserError
 from capfilt.tables.contracts import SCORES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 
 ODD = """

@@ -23,7 +23,7 @@ from capfilt.catalog.report import SAMPLES_PER_GROUP, write_report
 from capfilt.catalog.views import open_catalog
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import IMAGES, VERDICTS
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace
 

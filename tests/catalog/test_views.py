@@ -15,7 +15,7 @@ import pytest
 from capfilt.catalog.views import describe, open_catalog
 from capfilt.errors import UserError
 from capfilt.tables.contracts import CONTRACTS, IMAGES, SCORES, SIGNALS
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import texts_of
 from capfilt.tables.workspace import Workspace
 

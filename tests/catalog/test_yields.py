@@ -9,7 +9,7 @@ from capfilt.catalog.views import open_catalog
 from capfilt.catalog.yields import yield_section
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace
 from tests.catalog.conftest import picture

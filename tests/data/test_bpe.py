@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from capfilt.data.bpe import BpeTokenizer, clean
+from capfilt.data.bpe import BpeTokenizer
+from capfilt.data.cleaning import cleaned
 from capfilt.errors import UserError
 
 TEXTS = [
@@ -55,7 +56,7 @@ def test_ids_are_laid_out_as_clips(tokenizer):
 def test_a_text_comes_back(tokenizer):
     for text in TEXTS:
         (ids,) = tokenizer.encode_ragged([text])
-        assert "".join(tokenizer.decode(ids).split()) == "".join(clean(text).split())
+        assert "".join(tokenizer.decode(ids).split()) == "".join(cleaned(text, "clip").split())
 
 
 def test_the_same_texts_in_any_order_give_one_vocabulary_and_it_survives_the_disk(tokenizer, tmp_path):

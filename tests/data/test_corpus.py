@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capfilt.data import corpus as module
+from capfilt.data.cleaning import clean
 from capfilt.data.corpus import (
     Batch,
     Corpus,
@@ -33,7 +34,7 @@ from capfilt.data.corpus import (
     from_pairs,
     from_verdicts,
 )
-from capfilt.data.tokenizer import Tokenizer, clean
+from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
 from capfilt.tables.contracts import FAILURES, IMAGES, PAIRS, VERDICTS

@@ -17,7 +17,7 @@ from PIL import Image
 
 from capfilt.data.images import BadImage
 from capfilt.data.store import ArrayStore, ImageStore, JoinedRows, NoRows
-from capfilt.data.transforms import decode_uint8
+from capfilt.data.transforms import decode_uint8, training_uint8
 from capfilt.errors import RunError
 
 SIZE = 12
@@ -58,6 +58,17 @@ def test_the_shorter_of_file_and_pixels_is_spilled() -> None:
     assert store.spilled_bytes == len(small) + 2 * ITEM
     assert np.array_equal(store.read(np.array([2, 0]))[0], PIXELS[3])
     assert np.array_equal(store.read(np.array([1]))[0], decode_uint8(large, SIZE))
+
+
+@pytest.mark.parametrize("in_memory", [0, ITEM])
+def test_training_alone_sees_quick_pixels(in_memory: int) -> None:
+    # Catches: an evaluation on training's pixels, which are nearly Pillow's.
+    large = photo(1, 200, 150, 100)
+    for training, expected in ((False, decode_uint8), (True, training_uint8)):
+        store = ImageStore(SIZE, memory_limit=in_memory, training=training)
+        store.add([large])
+        assert np.array_equal(store.read(np.array([0]))[0], expected(large, SIZE))
+        store.close()
 
 
 def test_bad_pictures_take_no_row() -> None:

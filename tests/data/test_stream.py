@@ -18,11 +18,12 @@ from capfilt.data.corpus import from_images, from_pairs, from_verdicts
 from capfilt.data.loader import Batch
 from capfilt.data.stream import PairStream, StreamInput, _Order
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.data.transforms import Augmentation, Crops, decode_uint8
+from capfilt.data.transforms import Augmentation, Crops, training_uint8
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from tests.worlds import failed_row, image_rows, jpeg, write_images
 
 SIZE = 16
@@ -150,7 +151,7 @@ def test_what_it_yields_is_what_a_held_corpus_holds(tmp_path, tokenizer):
         for place, number in enumerate(batch.example.tolist()):
             image, text = listed[number]
             assert batch.texts[place] == text.text
-            expected = decode_uint8(by_id[image]["image"]["bytes"], SIZE)
+            expected = training_uint8(by_id[image]["image"]["bytes"], SIZE)
             assert np.array_equal(batch.pixels[place].numpy(), expected)
             assert ids.setdefault(image, int(batch.image_index[place])) == int(batch.image_index[place])
     assert len(set(ids.values())) == len(ids) == pairs.images

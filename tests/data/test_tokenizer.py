@@ -19,7 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.data.tokenizer import Tokenizer, clean
+from capfilt.data.cleaning import clean
+from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]

@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
+
 from capfilt.errors import RunError, UserError
 from capfilt.execution.run import executor, run_stage
 from capfilt.stages import options as o
@@ -35,6 +37,12 @@ class Filter(FinetuneFilter):
     """As the stage, but its reader dies."""
 
     mark = None
+
+    def _run(self, ranks, report):
+        heard = psutil.Process().net_connections("inet")
+        place = self.output.with_name(f"{self.output.name}.{ranks.rank}.sockets")
+        place.write_text("\n".join(each.laddr.ip for each in heard if each.status == psutil.CONN_LISTEN))
+        return super()._run(ranks, report)
 
     def data(self, size):
         pairs = super().data(size)
@@ -69,10 +77,11 @@ if __name__ == "__main__":
             mark, more = runs[name]
             if name == "crowded":
                 # Another job has the cluster, for as long as this process is there.
-                import capfilt.execution.ray as cluster
+                import capfilt.execution.ray as execution
+                from capfilt.execution.cluster import ray
 
-                cluster.PLACEMENT = 2.0
-                other = cluster.ray.remote(cluster.Board).options(num_cpus=os.cpu_count()).remote()
-                cluster.ray.get(other.read.remote())
+                execution.PLACEMENT = 2.0
+                other = ray.remote(execution.Board).options(num_cpus=os.cpu_count()).remote()
+                ray.get(other.read.remote())
             path = None if mark is None else (Path(sys.argv[1]) / how).with_suffix(mark)
             print(json.dumps(attempt(place, work, f"{how}-{name}", 2, path, **more)), flush=True)

@@ -21,7 +21,8 @@ from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions
 from capfilt.stages.score import ScoreStage
 from capfilt.tables.contracts import SIGNALS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from tests.plugins.packages import install_documented
 from tests.worlds import image_rows, write_images

@@ -9,7 +9,8 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import Summary, executor, outlook, run_stage
 from capfilt.stages.base import Produced, ShardStage
 from capfilt.tables.contracts import SIGNALS
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 
 
 class Count(ShardStage):
@@ -90,7 +91,7 @@ def test_a_damaged_shard_stops_a_rerun_by_name(tmp_path):
 
 
 def test_an_executor_that_does_not_exist_is_refused():
-    with pytest.raises(UserError, match="ray or inline"):
+    with pytest.raises(UserError, match="auto, ray, inline"):
         executor("cloud")
 
 

@@ -68,6 +68,19 @@ def test_two_ranks_write_one_checkpoint(place, found, how):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("how", ["inline", "ray"])
+def test_ranks_listen_on_the_loopback_only(place, found, how):
+    """torch's store listens on every address of the machine, whatever address it is given."""
+    assert found[f"{how}-whole"]["steps"] == 5
+    heard = [
+        ip
+        for rank in (0, 1)
+        for ip in (place.path / "models" / f"{how}-whole.{rank}.sockets").read_text().splitlines()
+    ]
+    assert heard
+    assert {ip.removeprefix("::ffff:") for ip in heard} <= {"127.0.0.1", "::1"}
+
+
 def test_ranks_are_the_same_wherever_they_run(place, found):
     assert weights(place, "ray-whole") == weights(place, "inline-whole")
 
@@ -84,7 +97,7 @@ def test_errors_of_a_rank_come_through_as_they_were(found):
 
 def test_ranks_wait_for_room_on_a_cluster_and_not_for_ever(found):
     assert found["ray-crowded"]["error"] == "RunError"
-    said = "waited 2 s for room for 2 ranks with 1 processors each; free now, in all: 0 processors, 0 GPUs"
+    said = "waited 2 s for 2 workers with 1 processor each to begin; free now, in all (processors, GPUs): (0, 0); run again"
     assert said in found["ray-crowded"]["message"]
 
 

@@ -74,6 +74,39 @@ def images() -> torch.Tensor:
     return (colours + noise).clamp(0, 255).to(torch.uint8)
 
 
+def released_beam_search(logits_of, prompt, sep, width, shortest, beams, penalty):
+    """One image's texts, best first, by the rule that BLIP's released code had of transformers 4.15, token by token.
+
+    A finished text is kept with log p / (tokens with the prompt, without [SEP]) ** penalty; the `beams` best are kept.
+    """
+    kept, beams_open = [], [(0.0, [])]
+    for step in range(width):
+        length, every = len(prompt) + step, []
+        for total, text in beams_open:
+            logp = logits_of([*prompt, *text]).log_softmax(-1)
+            if step < shortest:
+                logp[sep] = -torch.inf
+            every += [(total + float(each), text, token) for token, each in enumerate(logp)]
+        every.sort(key=lambda each: -each[0])
+        ranked, beams_open = every[: 2 * beams], []
+        for rank, (total, text, token) in enumerate(ranked):
+            if token != sep:
+                beams_open.append((total, [*text, token]))
+            elif rank < beams:
+                kept = sorted([*kept, (total / length**penalty, [*text, sep])], reverse=True)[:beams]
+            if len(beams_open) == beams:
+                break
+        if len(kept) == beams and kept[-1][0] >= ranked[0][0] / length**penalty:
+            return kept
+    whole = (len(prompt) + width) ** penalty
+    return sorted([*kept, *((total / whole, text) for total, text in beams_open)], reverse=True)[:beams]
+
+
+@pytest.fixture(scope="session", name="released_beam_search")
+def _released_beam_search():
+    return released_beam_search
+
+
 @pytest.fixture(scope="session")
 def transformers_twins():
     path = Path(__file__).resolve().parents[1] / "models" / "twins.py"

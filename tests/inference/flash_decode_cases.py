@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from capfilt.inference import flash_decode as module
+from capfilt.inference.decode_attention import DecodeAttention
 
 # queries, keys, width, stretches: one and many, with a last block that is not full, more stretches than a block's worth.
 CASES = [
@@ -41,6 +42,11 @@ def interpret() -> None:
             apart = float((found.float() - plain).abs().max())
             assert apart < limit, (queries, count, width, parts, dtype, apart)
             print(queries, count, width, parts, dtype, apart)
+    # The check that a worker makes of it, in whole and in stretches, passes it.
+    for parts in (1, 3):
+        attend = DecodeAttention(lambda *given, parts=parts: module.flash_decode(*given, parts))
+        attend(*(torch.randn(1, 2, rows, 64).half() for rows in (1, 577, 577)))
+        assert attend.name == "triton"
 
 
 def compile() -> None:

@@ -1,14 +1,21 @@
-"""Catches: a compiled tower that answers otherwise, is compiled anew at every start or for every size of batch, or changes the
-caller's model."""
+"""Catches: a compiled tower that answers otherwise, is compiled anew at every start or for every size of batch, changes the
+caller's model, or is written where another process writes."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from capfilt.inference.compiling import CACHE, compiled_tower
 
 SCRIPT = """
 import sys, time, torch
@@ -51,4 +58,82 @@ def test_a_second_start_compiles_nothing(tmp_path):
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.split()[-2:])
     assert said == [["0", "1"], ["1", "0"]], "hits and misses of PyTorch's cache"
-    assert (tmp_path / ".cache" / "capfilt" / "torchinductor").is_dir()
+    directory = tmp_path / ".cache" / "capfilt" / "torchinductor"
+    assert [each.name.rpartition("-")[2] for each in directory.iterdir()] == ["0"]
+
+
+class Child:
+    """A process that compiles a tower, says where its work is kept, and lives until it is killed, for a minute at most."""
+
+    def __init__(self, ends):
+        ends.callback(self.kill)
+        reading, writing = os.pipe()
+        self.process = os.fork()
+        if not self.process:
+            try:
+                said = where()
+            except BaseException as error:  # noqa: BLE001
+                said = repr(error)
+            os.write(writing, said.encode())
+            signal.alarm(60)
+            signal.pause()
+        os.close(writing)
+        self.place = os.read(reading, 4096).decode()
+        os.close(reading)
+
+    def kill(self):
+        if self.process:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        self.process = 0
+
+
+def where():
+    compiled_tower(SimpleNamespace(visual_encoder=None))
+    return os.environ[CACHE]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Set first, so that what the code sets is undone.
+    monkeypatch.setenv(CACHE, "")
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    return tmp_path / "capfilt" / "torchinductor"
+
+
+def test_each_running_process_has_a_directory_of_its_own_and_the_next_finds_it(home):
+    """Two that compile into one directory at once read each other's half; and a child took its parent's by the environment."""
+    mine = where()
+    assert where() == mine, "one for all towers of a process"
+    assert Path(mine).parent == home
+    with contextlib.ExitStack() as ends:
+        first, second = Child(ends), Child(ends)
+        assert len({mine, first.place, second.place}) == 3
+        assert {Path(each).parent for each in (first.place, second.place)} == {home}
+        first.kill()
+        assert Child(ends).place == first.place, "what it compiled is there, however it ended"
+
+
+def test_a_directory_that_the_environment_names_is_kept(home, monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE, str(tmp_path / "mine"))
+    assert where() == str(tmp_path / "mine")
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("fault", ["a file in the way", "no locks"])
+def test_a_home_that_cannot_keep_it_costs_a_compilation_and_no_more(home, monkeypatch, fault):
+    if fault == "no locks":
+
+        def refused(*_):
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr("capfilt.inference.compiling.fcntl.flock", refused)
+    else:
+        home.parent.write_text("")
+    place = Path(where())
+    try:
+        assert place.is_dir()
+        assert home not in place.parents
+    finally:
+        place.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,108 @@ def test_same_texts_as_transformers(pair, images, transformers_twins, method, pe
         assert mine[:end] == other[:end]  # what pads the rest is each library's own
         assert set(mine[end:]) <= {tokenizer.pad_id}
     assert len({tuple(row) for row in ours.tokens.tolist()}) > 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("penalty", "shortest", "width", "prompt"),
+    [(1.0, 1, 8, "a picture of"), (2.0, 0, 5, "a picture of"), (-1.0, 2, 6, ""), (0.5, 1, 8, "red dog")],
+)
+def test_the_released_rule_is_blips(
+    scene, tiny_model, released_beam_search, penalty, shortest, width, prompt
+):
+    # Catches: lengths that count [SEP], or leave out the prompt; a search that stops by its best open beam; open beams
+    # of the last step left out, or taken where the image was done before.
+    agree = differ = 0
+    for model, tokenizer in (scene[:2], tiny_model(["x", "y", "z", "w"], 2.0, 1)):
+        generator = torch.Generator().manual_seed(5)
+        images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        encoded = model.encode_image(images)
+        ids = start(tokenizer, prompt)
+        cross = model.prefill_cross(encoded)
+        here = limits(tokenizer, width, shortest)
+        ours = beam_search(model, cross, ids, 6, here, 3, 3, penalty, rule="released")
+        theirs = beam_search(model, cross, ids, 6, here, 3, 3, penalty)
+        differ += int((ours.tokens != theirs.tokens).any(1).sum())
+        for image in range(6):
+
+            def logits_of(row, seen=encoded[image : image + 1], writer=model):
+                return writer.lm_logits(torch.tensor([row]), None, seen)[0, -1]
+
+            expected = released_beam_search(
+                logits_of, ids.tolist(), tokenizer.sep_id, width, shortest, 3, penalty
+            )
+            for rank, (score, text) in enumerate(expected):
+                row = ours.tokens[3 * image + rank].tolist()
+                assert row == text + [tokenizer.pad_id] * (width - len(text))
+                length = len(ids) + len(text) - (text[-1] == tokenizer.sep_id)
+                assert float(ours.logprob[3 * image + rank]) / length**penalty == pytest.approx(
+                    score, abs=1e-4
+                )
+                agree += 1
+    assert agree == 36
+    assert differ, "the two rules should differ somewhere for this test to mean anything"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["transformers", "released"])
+@pytest.mark.parametrize("shortest", [1, 3, 8])
+def test_a_text_has_at_least_min_new_tokens_tokens(scene, rule, shortest):
+    # Catches: a least length that counts the closing [SEP], or the prompt.
+    model, tokenizer, _, cross = scene
+    prompt, here = start(tokenizer), limits(tokenizer, 8, shortest)
+    draws = uniforms(1, [str(i) for i in range(7)], 1, 8)
+    rows = [
+        *beam_search(model, cross, prompt, 7, here, 3, rule=rule).tokens.tolist(),
+        *sample(model, cross, prompt, 7, here, draws).tokens.tolist(),
+        *sample(model, cross, prompt, 7, here).tokens.tolist(),
+    ]
+    lengths = [row.index(tokenizer.sep_id) if tokenizer.sep_id in row else 8 for row in rows]
+    assert min(lengths) >= shortest
+    assert shortest > 1 or min(lengths) == 1
+
+
+class Table:
+    """A model whose next token depends on the last one alone, by probabilities."""
+
+    def __init__(self, following):
+        self.logits = torch.tensor(following).log()
+
+    def new_cache(self, ways, max_length, cross):
+        return SimpleNamespace(reorder=lambda ways: None, keep=lambda images: None)
+
+    def decode(self, ids, cache, cross):
+        return self.logits[ids[:, -1]]
+
+
+SEP, A, B, C = range(4)
+
+
+@pytest.mark.parametrize(
+    ("first", "beams", "best"),
+    [
+        # [SEP] is third: with two beams it may not finish, though no longer text comes near it; with three it may.
+        ([0.20, 0.40, 0.30, 0.10], 2, [A, SEP]),
+        ([0.20, 0.40, 0.30, 0.10], 3, [SEP]),
+        # Second of two, and second where there is one beam.
+        ([0.30, 0.40, 0.20, 0.10], 2, [SEP]),
+        ([0.30, 0.40, 0.20, 0.10], 1, [A, SEP]),
+        # Last of all that two beams look at.
+        ([0.18, 0.40, 0.22, 0.20], 2, [A, SEP]),
+    ],
+)
+def test_only_the_best_continuations_of_a_step_may_finish(first, beams, best):
+    """A text that ends in the second half of what a step looks at: by transformers' rule it is not one of the results, and
+    taking it prefers short texts.
+    """
+    model = Table([first, [0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.3]])
+    rules = Limits(SEP, SEP, 6, 0, 1.0)
+    cross = [(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))]
+    # Length counts for nothing, so that shorter is better.
+    found = beam_search(model, cross, torch.tensor([SEP]), 1, rules, beams, length_penalty=0.0)
+    assert found.tokens[0, : len(best)].tolist() == best
+    expected = sum(float(model.logits[a, b]) for a, b in itertools.pairwise([SEP, *best]))
+    assert float(found.logprob[0]) == pytest.approx(expected, abs=1e-5)
 
 
 EAGER = {"greedy": 0.4, "nucleus": 2.0, "beam": 1.0}  # to end a text: so that half of them do, and not all

@@ -18,13 +18,14 @@ import torch
 from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.decoding import Limits, beam_search, sample
-from capfilt.inference.graphs import RECORDING, CudaGraphs, RecordedWriter, run_again
+from capfilt.inference.graphs import RECORDING, CudaGraphs, RecordedWriter
 from capfilt.inference.sampling import uniforms
 from capfilt.plugins.blip import BlipCaptioner
+from tests.inference.tape import taped
 
 
 class Counting:
-    """Makes recorders that run again, as a graph does: the same computation over the same buffers."""
+    """Makes recorders that replay as a graph does: the same operations over the same buffers, and no Python."""
 
     def __init__(self):
         self.shapes = self.made = self.replayed = 0
@@ -35,13 +36,12 @@ class Counting:
 
     def record(self, compute):
         self.made += 1
-        compute()  # recording runs it, and must leave no trace
-        compute()
+        repeat = taped(compute)  # recording runs it, and must leave no trace
         addresses = set()
 
         def replay():
             self.replayed += 1
-            out = run_again(compute)()
+            out = repeat()
             addresses.add(out.data_ptr())
             assert len(addresses) == 1, "a graph always writes to the same place"
             return out
@@ -98,6 +98,80 @@ def test_several_captions_and_beams_are_recorded_too(scene):
     assert recorder.shapes == 2
 
 
+PROMPTS = {"a": 7, "a picture": 6, "a picture of": 5, "a picture of two red": 3}
+"""Prompts, and new tokens with which prompt and text together are of one length for all."""
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("method", ["sample", "beam"])
+@pytest.mark.parametrize("order", [[0, 1], [3, 0], [2, 0, 3, 1, 2]])
+@torch.no_grad()
+def test_a_prompt_of_another_length_is_not_replayed_at_this_ones_places(pair, scene, method, ways, order):
+    """Prompt and text of two calls are together as long, so the calls share buffers: recordings that were told apart by the
+    length so far alone wrote wrong texts for the second prompt, without an error. A recorder that runs Python again cannot
+    see it.
+    """
+    (_, tokenizer), (model, _, limits, crosses) = pair, scene
+    writer = RecordedWriter(model, lambda: taped)
+    for turn, (said, longest) in enumerate([*PROMPTS.items()][each] for each in order):
+        prompt = tokenizer.encode([said])[0][0, :-1]
+        assert len(prompt) + longest == 9
+        own = dataclasses.replace(limits, max_new_tokens=longest, min_new_tokens=longest)
+        draws = uniforms(turn, ["a", "b", "c"], ways, longest)
+        cross = crosses[turn % 2]
+        plain, made = (
+            sample(each, cross, prompt, 3 * ways, own, draws)
+            if method == "sample"
+            else beam_search(each, cross, prompt, 3, own, ways, ways)
+            for each in (model, writer)
+        )
+        assert torch.equal(made.tokens, plain.tokens)
+        torch.testing.assert_close(made.logprob, plain.logprob)
+    assert not writer.failed
+    # One shape, and in it a recording for each place of each prompt, made once.
+    assert len(writer.shape.steps) == sum([*PROMPTS.values()][each] - 1 for each in set(order))
+
+
+@torch.no_grad()
+def test_a_longer_text_and_another_dtype_have_buffers_of_their_own(scene):
+    """Written past the end of a shorter text's cache, or rounded to the dtype of an earlier batch."""
+    model, prompt, limits, crosses = scene
+    writer = RecordedWriter(model, lambda: taped)
+    for longest in (4, 8, 3):
+        own = dataclasses.replace(limits, max_new_tokens=longest, min_new_tokens=longest)
+        plain, made = (sample(each, crosses[0], prompt, 3, own) for each in (model, writer))
+        assert torch.equal(made.tokens, plain.tokens)
+    half = [(keys.bfloat16(), values.bfloat16()) for keys, values in crosses[0]]
+    plain, made = (sample(each, half, prompt, 3, own) for each in (model, writer))
+    assert torch.equal(made.tokens, plain.tokens)
+    assert {each.dtype for pair_of in writer.shape.cross for each in pair_of} == {torch.bfloat16}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert writer.room(torch.zeros(4, 3, 2, 5, 8, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("method", ["sample", "beam"])
+@torch.no_grad()
+def test_a_cache_that_ended_texts_were_cut_from_is_not_used_again(pair, scene, method):
+    """On a processor images whose texts have ended leave the cache: what is left fits no recording, and no next batch."""
+    (_, tokenizer), (model, prompt, limits, crosses) = pair, scene
+    model = copy.deepcopy(model)
+    model.text_decoder.cls.predictions.bias[tokenizer.sep_id] += 2.0 if method == "sample" else 1.0
+    free = dataclasses.replace(limits, min_new_tokens=0)
+    draws = uniforms(2, ["a", "b", "c"], 1, 8)
+    writer, cut = RecordedWriter(model, lambda: taped), []
+    for cross in (*crosses, crosses[0]):
+        plain, made = (
+            sample(each, cross, prompt, 3, free, draws)
+            if method == "sample"
+            else beam_search(each, cross, prompt, 3, free, 2)
+            for each in (model, writer)
+        )
+        assert torch.equal(made.tokens, plain.tokens)
+        torch.testing.assert_close(made.logprob, plain.logprob)
+        cut.append(writer.shape.cache.kept is not None)
+    assert any(cut), "some texts should end early for this test to mean anything"
+
+
 @torch.no_grad()
 def test_a_smaller_batch_runs_in_the_full_ones_recording(scene):
     """Pictures that cannot be used make nearly every batch of a shard another size."""
@@ -118,14 +192,15 @@ def test_a_smaller_batch_runs_in_the_full_ones_recording(scene):
 @torch.no_grad()
 def test_another_shape_lets_go_of_the_last_before_it_asks_for_memory(scene):
     model, prompt, limits, crosses = scene
-    writer = RecordedWriter(model, Counting())
+    # Its recordings hold what they are recordings of, and so the shape.
+    writer = RecordedWriter(model, lambda: lambda compute: compute)
     sample(writer, crosses[0], prompt, 3, limits)
     last = weakref.ref(writer.shape)
     standing = []
 
     def recorder():
         standing.append(last())
-        return run_again
+        return taped
 
     writer.recorder = recorder
     cross = [(keys[:2], values[:2]) for keys, values in crosses[0]]

@@ -73,6 +73,23 @@ def test_long_and_short_nuclei_side_by_side_are_drawn_as_alone(seed, top_p):
         assert torch.softmax(logits[row], -1).double()[tokens[row]] == full.values[at]
 
 
+@pytest.mark.parametrize("further", [0, 100, 600])
+@pytest.mark.parametrize("top_k", [0, 8])
+@pytest.mark.parametrize(
+    ("top_p", "size"),
+    [(0.125, 1), (0.1250001, 2), (0.25, 2), (0.5, 4), (0.75, 6), (0.7500001, 7), (0.875, 7), (1.0, 8)],
+)
+def test_a_nucleus_that_has_its_mass_exactly_takes_no_further_token(top_p, size, top_k, further):
+    """Eight tokens of an eighth each, in sums without rounding: the smallest set with mass >= top_p, and not > top_p."""
+    logits = torch.cat([torch.zeros(1, 8), torch.full((1, further), float("-inf"))], dim=1)
+    u = torch.arange(64, dtype=torch.float64) / 64
+    drawn = draw(logits.expand(64, -1), u, top_p, top_k, 1.0)
+    assert (drawn < 8).all()
+    # A number at the border of two tokens belongs to the second, so that each has its share.
+    shares = (torch.arange(64) * size // 64).bincount().sort().values
+    assert drawn.unique(return_counts=True)[1].sort().values.tolist() == shares.tolist()
+
+
 def test_extreme_uniforms_stay_inside():
     logits = torch.tensor([[0.0, 1.0, float("-inf"), -3.0]])
     for u in (0.0, np.nextafter(1.0, 0)):

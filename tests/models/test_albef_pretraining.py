@@ -135,7 +135,7 @@ def test_a_momentum_of_its_own_moves_every_tower_and_the_language_head():
         for each in trainer.model.parameters():
             each.add_(0.2)
         trainer.model.temperature.fill_(0.9)
-    trainer.before_step()
+    trainer.after_step()
     live = dict(trainer.model.named_parameters())
     for name, each in trainer.momentum.named_parameters():
         assert torch.allclose(each, 0.75 * before[name] + 0.25 * live[name], atol=1e-6), name

@@ -205,7 +205,7 @@ def test_a_teachers_word_is_a_part_of_the_targets():
         float(F.cross_entropy(own, labels)), rel=1e-5
     )
     before, live = (float(each.cls_head[2].bias[0]) for each in (module.momentum, model))
-    module.before_step()
+    module.after_step()
     assert float(module.momentum.cls_head[2].bias[0]) == pytest.approx(0.75 * before + 0.25 * live, rel=1e-5)
 
 

@@ -16,11 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from capfilt.data import bpe, tokenizer
+from capfilt.data.bpe import BpeTokenizer
+from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
+from capfilt.models.albef import build_albef
 from capfilt.models.blip import BlipConfig, build
+from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
 from capfilt.models.interop.export import export
+from capfilt.models.presets import albef_preset, vilt_preset
 from capfilt.models.text import TextConfig
+from capfilt.models.vilt import build_vilt
 from capfilt.models.vision import VisionConfig
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
@@ -178,6 +184,59 @@ def test_a_tokenizer_of_another_size_is_refused(saved, tokenizer_of):
         checkpoint.load(directory)
 
 
+def family(kind, directory, cleaning, extra):
+    """A tiny checkpoint of the kind, whose tokenizer cleans so."""
+    if kind == "clip":
+        words = BpeTokenizer.train(["a photo of a dog"] * 3, 530, cleaning=cleaning)
+        model = build_clip(
+            ClipConfig(
+                ClipVisionConfig(32, 16, 128, 1, 2, 64),
+                ClipTextConfig(words.vocab_size, 16, 64, 1, 1, 64),
+                embed_dim=8,
+            )
+        )
+    else:
+        words = Tokenizer([*SPECIALS, "a", "man", "s", "shirt", *ADDED], cleaning)
+        config = {"vilt": vilt_preset, "albef": albef_preset}[kind]("tiny", words.vocab_size)
+        model = {"vilt": build_vilt, "albef": build_albef}[kind](config)
+    checkpoint.save(directory, model, words, extra)
+
+
+@pytest.mark.parametrize(
+    ("kind", "published", "before"),
+    [("albef", "albef", "blip"), ("vilt", "as-found", "blip"), ("clip", "clip", "clip-unrepaired")],
+)
+def test_a_checkpoint_cleans_texts_as_it_was_trained_with(tmp_path, kind, published, before):
+    # Catches: a checkpoint of before whose texts are cleaned otherwise than when it was trained, one that forgets how on
+    # its way to another layout and back, and a published one whose texts are cleaned by another family's rule.
+    trained = {"stage": "retrain"}
+    for extra in ({}, trained):
+        for cleaning in (published, before):
+            here = tmp_path / f"{cleaning}-{len(extra)}"
+            family(kind, here, cleaning, extra)
+            assert checkpoint.open_any(here)[0].tokenizer.cleaning == cleaning
+            if kind != "albef":
+                export(here, "transformers", tmp_path / f"{here.name}-exported")
+                there = checkpoint.open_any(tmp_path / f"{here.name}-exported")[0]
+                assert there.tokenizer.cleaning == cleaning
+            path = here / "config.json"
+            content = json.loads(path.read_text())
+            del content["sealed"]
+            assert content.pop("cleaning") == cleaning
+            path.write_text(json.dumps(content))
+            assert checkpoint.open_any(here)[0].tokenizer.cleaning == (before if extra else published)
+            path.write_text(json.dumps({**content, "cleaning": "by-hand"}))
+            with pytest.raises(UserError, match=r"config\.json: cleaning 'by-hand' is unknown"):
+                checkpoint.open_any(here)
+
+
+def test_a_blips_files_say_nothing_new(saved):
+    # Catches: fingerprints of all checkpoints of BLIP changed by what never differed.
+    content = json.loads((saved[0] / "config.json").read_text())
+    assert "cleaning" not in content
+    assert checkpoint.load(saved[0])[1].cleaning == "blip"
+
+
 def test_every_byte_of_every_file_counts(saved):
     """Catches a file that is read though it changed: config.json itself, and what lies beside the weights.
 
@@ -253,19 +312,6 @@ def test_leftovers_of_killed_saves_are_found_and_swept(saved):
     assert {path.name for path in directory.iterdir()} == kept
     assert checkpoint.torn(directory) == []
     checkpoint.load(directory)
-
-
-def test_files_are_on_the_disk_before_their_names_and_the_config_is_named_last(saved, monkeypatch):
-    """A power cut after a save left a checkpoint of empty files, or one of which the training's state was gone already."""
-    directory, model = saved
-    tokenizer = checkpoint.load(directory)[1]
-    steps = durable_steps(monkeypatch, directory)
-    checkpoint.save(directory, model, tokenizer)
-    assert steps[-7:] == [
-        step
-        for name in ("model.safetensors", "tokenizer.json", "config.json")
-        for step in (f"sync partial/{name}", f"name {name}")
-    ] + ["sync ."]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -380,3 +426,16 @@ def test_a_vocabulary_of_millions_is_refused_before_it_is_built(saved, monkeypat
     monkeypatch.setattr(bpe, "MAX_VOCABULARY", 3)
     with pytest.raises(ValueError, match="4 tokens are more than 3"):
         bpe.BpeTokenizer(["a", "b", bpe.START, bpe.END], [])
+
+
+def test_files_are_on_the_disk_before_their_names_and_the_config_is_named_last(saved, monkeypatch):
+    """A power cut after a save left a checkpoint of empty files, or one of which the training's state was gone already."""
+    directory, model = saved
+    tokenizer = checkpoint.load(directory)[1]
+    steps = durable_steps(monkeypatch, directory)
+    checkpoint.save(directory, model, tokenizer)
+    assert steps[-7:] == [
+        step
+        for name in ("model.safetensors", "tokenizer.json", "config.json")
+        for step in (f"sync partial/{name}", f"name {name}")
+    ] + ["sync ."]

@@ -13,7 +13,7 @@ from torch import nn
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
-from capfilt.models.clip import Clip, ClipConfig, ClipVisionConfig, build_clip
+from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
 from capfilt.models.interop.clip_layouts import (
     OPENAI,
     TRANSFORMERS,
@@ -306,3 +306,35 @@ def test_a_transformers_directory_opens_and_is_written(tmp_path):
         (tmp_path / "saved" / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor merges\.txt"):
         checkpoint.open_any(tmp_path / "saved")
+
+
+def test_the_image_side_is_initialised_as_released():
+    # Catches: the text side's scheme on the image side. Released: torch's defaults, of MultiheadAttention and linears.
+    width, hidden = 128, 512
+    clip = build_clip(
+        ClipConfig(
+            ClipVisionConfig(32, 8, width, 4, 2, hidden), ClipTextConfig(99, 16, 64, 4, 1, 256), embed_dim=32
+        )
+    )
+    torch.manual_seed(0)
+    attention, linear = nn.MultiheadAttention(width, 2), nn.Linear(width, hidden)
+    back, patches = nn.Linear(hidden, width), nn.Conv2d(3, width, 8, 8, bias=False)
+
+    def alike(ours, theirs):
+        spread = ours.abs().max() / theirs.abs().max()
+        return 0.9 < float(ours.std() / theirs.std()) < 1.1 and 0.9 < float(spread) < 1.1
+
+    assert alike(clip.visual_encoder.patch_embed.weight, patches.weight)
+    for block in clip.visual_encoder.blocks:
+        assert alike(block.attn.qkv.weight, attention.in_proj_weight)
+        assert alike(block.attn.proj.weight, attention.out_proj.weight)
+        assert alike(block.mlp.fc1.weight, linear.weight)
+        assert alike(block.mlp.fc1.bias, linear.bias)
+        assert alike(block.mlp.fc2.weight, back.weight)
+        assert not block.attn.qkv.bias.any()
+        assert not block.attn.proj.bias.any()
+    for block in clip.text_encoder.blocks:
+        assert float(block.attn.qkv.weight.std()) == pytest.approx(64**-0.5, rel=0.1)
+        assert float(block.attn.proj.weight.std()) == pytest.approx(64**-0.5 * 8**-0.5, rel=0.1)
+        assert float(block.mlp.fc1.weight.std()) == pytest.approx(128**-0.5, rel=0.1)
+        assert float(block.mlp.fc2.weight.std()) == pytest.approx(64**-0.5 * 8**-0.5, rel=0.1)

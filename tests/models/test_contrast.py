@@ -141,7 +141,7 @@ def test_the_scale_stays_below_a_hundred_and_the_losses_fit_their_models():
     module = trained()
     assert module.model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     module.model.logit_scale.data.fill_(9.0)
-    module.before_step()
+    module.after_step()
     assert module.model.logit_scale.item() == pytest.approx(math.log(100))
     assert trained("sigmoid").model.logit_bias.item() == -10
     with pytest.raises(UserError, match="logit_bias"):

@@ -141,7 +141,7 @@ def test_without_momentum_gradients_reach_both_sides_of_the_similarity():
     assert torch.allclose(got, model.text_proj.weight.grad, atol=1e-5)
 
 
-def test_momentum_towers_move_before_they_are_used():
+def test_momentum_towers_follow_and_are_used():
     trainer = p.BlipPretraining(
         build(MICRO), p.PretrainingConfig(objectives=("itc",), momentum=0.5, queue_size=8)
     )
@@ -152,7 +152,7 @@ def test_momentum_towers_move_before_they_are_used():
     frozen = copy.deepcopy(trainer.momentum)
     live = dict(trainer.model.named_parameters(remove_duplicate=False))
     batch = rows(4)
-    trainer.before_step()
+    trainer.after_step()
     trainer.losses(batch)
     with torch.no_grad():
         for name, parameter in frozen.named_parameters():
@@ -237,7 +237,7 @@ def test_temperature_is_clamped_in_place(value, clamped):
     trainer = p.BlipPretraining(build(MICRO), p.PretrainingConfig(queue_size=0)).train()
     with torch.no_grad():
         trainer.model.temperature.fill_(value)
-    trainer.before_step()
+    trainer.after_step()
     assert trainer.losses(rows())["temperature"].item() == pytest.approx(clamped)
     assert trainer.model.temperature.item() == pytest.approx(clamped)
 
@@ -384,3 +384,43 @@ def test_model_is_a_blip():
     trainer = p.BlipPretraining(build(MICRO))
     assert isinstance(trainer.model, Blip)
     assert set(trainer.model.state_dict()) == set(build(MICRO).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "by_own", "floor"),
+    [
+        # BLIP's pretraining: text and image features of the momentum towers, and 1e-4 to every candidate.
+        ({"objectives": ("itc", "itm", "lm")}, False, 1e-4),
+        # What `finetune filter` asks for, as BLIP's retrieval code: the model's own features, and no floor.
+        ({"objectives": ("itc", "itm"), "own_negatives": True, "negative_floor": 0.0}, True, 0.0),
+        ({"objectives": ("itm",), "own_negatives": True, "negative_floor": 0.0}, True, 0.0),
+        ({"objectives": ("itc", "itm"), "own_negatives": True, "momentum": None}, True, 1e-4),
+    ],
+)
+def test_negatives_are_drawn_by_the_released_similarities(monkeypatch, config, by_own, floor):
+    # Catches: retrieval finetuned with negatives by the momentum towers' embeddings, or with pretraining's floor.
+    trainer = p.BlipPretraining(build(MICRO), p.PretrainingConfig(queue_size=8, **config)).eval()
+    with torch.no_grad():
+        for tensor in trainer.momentum.parameters() if trainer.momentum is not None else ():
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    drawn, draw = [], alignment.hard_negatives
+
+    def watched(scores, *args, floor, **options):
+        drawn.append((scores, floor))
+        return draw(scores, *args, floor=floor, **options)
+
+    monkeypatch.setattr(alignment, "hard_negatives", watched)
+    batch = rows(6)
+    with torch.no_grad():
+        trainer.losses(batch)
+        model, towers = trainer.model, trainer.momentum
+        image = model.embed_image(model.encode_image(batch.images))
+        text = model.embed_text(batch.ids, batch.mask)
+        images, texts = image, text
+        if not by_own:
+            images, texts = towers.embed_image(batch.images), towers.embed_text(batch.ids, batch.mask)
+            assert not torch.allclose(images, image, atol=0.01)
+        expected = (image @ texts.T / model.temperature, text @ images.T / model.temperature)
+    for (scores, least), wanted in zip(drawn, expected, strict=True):
+        assert torch.allclose(scores, wanted, atol=1e-4)
+        assert least == floor

@@ -114,6 +114,33 @@ def test_the_score_does_not_depend_on_the_batch(scorer):
     assert np.allclose(scored(scorer)[0], scored(scorer, batch_size=1)[0], atol=1e-6)
 
 
+def test_texts_are_cleaned_as_the_released_code_does_before_its_tokenizer(scorer):
+    # Catches: entities and white space that reach the model, which was trained without them.
+    image = [scorer.prepare(PICTURES[0])]
+    said = ["a red&amp;nbsp;&#32;square", "a&nbsp;red\n square ", "A RED SQUARE"]
+    scores = scorer.score(image, [0] * 3, said, batch_size=8)[:, 0]
+    assert np.allclose(scores, scorer.score(image, [0], ["a red square"], batch_size=8)[0, 0], atol=1e-6)
+
+
+def test_a_large_jpeg_is_scaled_by_its_decoder_only_where_told(directory, scorer):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture(400, 300, 5))).save(buffer, "JPEG")
+    whole = (
+        Image.open(io.BytesIO(buffer.getvalue()))
+        .resize((42, 32), Image.Resampling.BICUBIC)
+        .crop((5, 0, 37, 32))
+    )
+    assert np.array_equal(scorer.prepare(buffer.getvalue()).transpose(1, 2, 0), np.asarray(whole))
+    quick = ClipScorer(str(directory), draft="yes")
+    assert (
+        0
+        < np.abs(quick.prepare(buffer.getvalue()).astype(int) - scorer.prepare(buffer.getvalue())).max()
+        < 40
+    )
+    with pytest.raises(UserError, match="draft 'no'"):
+        ClipScorer(str(directory), draft="no")
+
+
 def test_bf16_is_an_option_and_near_fp32(directory, scorer):
     low = ClipScorer(str(directory), precision="bf16")
     low.setup()

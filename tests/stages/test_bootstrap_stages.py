@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,16 +11,17 @@ import torch
 
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
-from capfilt.execution.run import run_stage
+from capfilt.execution.run import process_and_commit, run_stage
+from capfilt.inference import engine
 from capfilt.inference.engine import Engine
-from capfilt.inference.graphs import RecordedWriter, run_again
+from capfilt.inference.graphs import RecordedWriter
 from capfilt.models.blip import Blip
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
 from capfilt.stages.score import ScoreStage
 from capfilt.stages.select import Select, WritePairs
 from capfilt.tables.contracts import SCORES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from tests.worlds import image_rows, write_images
 
 
@@ -146,7 +148,7 @@ def test_every_batch_runs_in_one_recording_whatever_pictures_are_broken(workspac
 
     def record(compute):
         made.append(1)
-        return run_again(compute)
+        return compute
 
     def recorder():
         shapes.append(1)
@@ -246,6 +248,29 @@ def test_a_batch_size_that_no_option_says_is_in_the_manifest(workspace, monkeypa
     assert part.manifest(0).batch_size == 2
 
 
+def test_all_shards_have_the_batch_size_that_the_first_worker_chose(workspace, monkeypatch):
+    # Catches: captions and scores rounded by the memory of whichever card a shard was worked on with, after a resume too.
+    def chosen(size):
+        monkeypatch.setattr(engine, "batch_that_fits", lambda *_: size)
+
+    captioning = CaptionOptions(images="web", prompt="", max_new_tokens=4)
+    scoring = ScoreOptions(filter="filter", images="web")
+    for stage, options in ((CaptionStage, captioning), (ScoreStage, scoring)):
+        chosen(4)
+        part = stage(options, workspace).output
+        run(stage(options, workspace))
+        for path in (part.record / "00001.manifest.json", part.path / "00001.parquet"):
+            path.unlink()
+        chosen(64)
+        assert run(stage(options, workspace)).done_now == 1
+        assert [part.stats(shard)["batch_size"] for shard in part.shards()] == [4, 4]
+        # What was asked for is no worker's choice.
+        other = dataclasses.replace(options, batch_size=3, out=f"{part.name}-asked")
+        run(stage(other, workspace))
+        asked = stage(other, workspace).output
+        assert [asked.stats(shard)["batch_size"] for shard in asked.shards()] == [3, 3]
+
+
 def test_a_precision_is_part_of_what_a_part_is_and_the_default_is_not(workspace):
     caption(workspace)
     plain = CaptionStage(CaptionOptions(images="web"), workspace)
@@ -342,6 +367,35 @@ def test_a_kept_fraction_is_a_global_quantile(workspace, fraction):
     rows = rows_of(workspace.part("verdicts", "rule"))
     lost = {row["text_id"] for row in rows if row["reason"] == "no_image"}
     assert {row["text_id"] for row in rows if row["keep"]} == wanted - lost
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.75, 1.0])
+def test_the_threshold_of_a_kept_fraction_is_found_once_for_all_workers(workspace, monkeypatch, fraction):
+    """Catches a threshold that every worker finds for itself, with a query over all scores each."""
+    import duckdb
+
+    order = {}
+    put_scores(workspace, lambda row: order.setdefault(row["text_id"], len(order) / 14))
+    connect, queries = duckdb.connect, []
+    monkeypatch.setattr(duckdb, "connect", lambda *given: (queries.append(given), connect(*given))[1])
+    stage = Select(
+        SelectOptions(images="web", scores="chosen", out="rule", keep_fraction=fraction), workspace
+    )
+    mark = stage.begin()
+    travelling = pickle.dumps(stage)
+    for shard in stage.shards():
+        process_and_commit(pickle.loads(travelling), mark, shard)
+    assert len(queries) == 1
+    assert len(stage.output.shards()) > 1
+    assert any(row["keep"] for row in rows_of(stage.output))
+
+
+def test_a_damaged_part_that_nobody_named_stops_no_threshold(workspace):
+    caption(workspace, out="other")
+    put_scores(workspace, lambda row: 0.5)
+    (workspace.part("captions", "other").record / "part.json").write_text("{")
+    options = SelectOptions(images="web", scores="chosen", out="rule", keep_fraction=0.5)
+    assert run(Select(options, workspace)).counts.kept
 
 
 def test_a_kept_fraction_is_of_the_texts_that_may_be_kept(workspace):

@@ -22,7 +22,7 @@ from capfilt.stages.options import DuplicatesOptions, SelectOptions
 from capfilt.stages.select import Select
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.ids import text_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 from tests.worlds import failed_row, image_rows, write_images
 
@@ -61,6 +61,21 @@ def test_exact_and_near_join_into_components():
     assert [found[name]["first"] for name in "abcdefg"] == [False, True, False, False, True, None, None]
     assert [each["image_id"] for each in clusters(rows)] == [each["image_id"] for each in rows]
     assert clusters([]) == []
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
+@pytest.mark.parametrize("sides", [(10, 10), (9, 10), (None, None)])
+def test_of_pictures_alike_in_size_the_smallest_id_is_kept(sides, order):
+    """A tie that goes to the last one: `select` keeps another copy than the one that its cluster is named by."""
+    given = [
+        row("c", "x", "00000000000000ff", sides[0]),
+        row("b", "x", "00000000000000ff", sides[1]),
+        row("d", "x", "00000000000000ff", sides[1]),
+        row("e", "y", "00000000000000fe", sides[1]),
+    ]
+    found = clusters([given[each] for each in order])
+    assert [each["image_id"] for each in found if each["first"]] == ["b"]
+    assert {each["cluster"] for each in found} == {"b"}
 
 
 HASHES = st.integers(0, 2**64 - 1)
@@ -148,3 +163,42 @@ def test_the_stage_marks_copies_over_all_shards_and_select_drops_them(place):
 def test_a_wrong_distance_is_named(place):
     with pytest.raises(UserError, match="--distance 11"):
         Duplicates(DuplicatesOptions("web", distance=11), place)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "xyz", "0" * 15, "0" * 17, "-000000000000001", " 00000000000000f", "g" * 16]
+)
+def test_a_malformed_hash_is_a_fault_of_its_row(tmp_path, wrong):
+    """Would catch: a traceback of int() or of an overflow for a hash that another tool wrote, or its row lost silently."""
+    place = Workspace(tmp_path)
+    rows = [{**row, "phash": "00000000000000ff", "sha256": None} for row in image_rows("web", 3)]
+    rows[1]["phash"] = wrong
+    rows[2] |= {"phash": "000000000000000f"}
+    rows.append(failed_row("web", "lost", phash=wrong))
+    write_images(place.part("images", "web"), [rows])
+    summary = run_stage(Duplicates(DuplicatesOptions(images="web"), place), InlineExecutor(), quiet=True)
+    assert (summary.counts.kept, summary.counts.dropped, summary.counts.failed) == (
+        2,
+        {"no_image": 1},
+        {"decode_error": 1},
+    )
+    found = place.part("signals", "duplicates").read(0).to_pylist()
+    assert [each["first"] is not None for each in found] == [True, False, True, False]
+    assert "1 perceptual hashes are not 16 hexadecimal digits" in "\n".join(summary.lines())
+
+
+def test_the_end_says_how_many_were_found(tmp_path):
+    """Would catch: a stage that finds copies and tells nobody how many, so that nobody uses them."""
+    place = Workspace(tmp_path)
+    rows = [
+        {**row, "phash": None, "sha256": body}
+        for row, body in zip(image_rows("web", 6), "aaabbc", strict=True)
+    ]
+    write_images(place.part("images", "web"), [rows[:4], [*rows[4:], failed_row("web", "lost")]])
+    stage = Duplicates(DuplicatesOptions(images="web", out="d"), place)
+    for _ in range(2):
+        said = run_stage(stage, InlineExecutor(), quiet=True).lines()
+        assert (
+            "  6 pictures: 2 clusters with 3 copies; capfilt select --duplicates d keeps one picture of each"
+            in said
+        )

@@ -27,7 +27,7 @@ from capfilt.stages.ingest import Ingest
 from capfilt.stages.options import IngestOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
 
 

@@ -19,7 +19,7 @@ from capfilt.stages.options import GradeOptions, SelectOptions, SubsetOptions
 from capfilt.stages.select import Select
 from capfilt.stages.subset import Subset
 from capfilt.tables.contracts import IMAGES, SCORES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, tiny_checkpoint, write_images

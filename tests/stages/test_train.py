@@ -18,6 +18,7 @@ from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
+from capfilt.models.pretraining import PretrainingConfig
 from capfilt.stages import options as o
 from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate
@@ -27,7 +28,7 @@ from capfilt.stages.retrain_clip import RetrainClip
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
 from tests.worlds import failed_row, image_rows, write_images
 
@@ -515,3 +516,12 @@ def test_no_training_on_pairs_reads_its_parts_another_way():
             kind = getattr(importlib.import_module(module), name)
             if issubclass(kind, pair_training.PairTraining):
                 assert kind.data is pair_training.PairTraining.data
+
+
+def test_finetuning_a_filter_asks_for_blips_retrieval_draws():
+    # Catches: the stage that does not ask for what the objective offers.
+    stage = object.__new__(FinetuneFilter)
+    stage.options = o.FinetuneFilterOptions(human=("human",))
+    config = stage.objective(None)
+    assert (config.own_negatives, config.negative_floor) == (True, 0.0)
+    assert (PretrainingConfig().own_negatives, PretrainingConfig().negative_floor) == (False, 1e-4)

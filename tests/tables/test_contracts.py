@@ -12,8 +12,9 @@ from capfilt.errors import UserError
 from capfilt.stages.base import option_values
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
 from capfilt.tables.contracts import CAPTIONS, CONTRACTS, FAILURES, IMAGES, PAIRS, SCORES, VERDICTS
+from capfilt.tables.manifest import Counts
 from capfilt.tables.sealed import seal, unseal
-from capfilt.tables.shards import Counts, Part
+from capfilt.tables.shards import Part
 
 
 def picture(colour="red"):

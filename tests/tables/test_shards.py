@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from hypothesis import strategies as st
 from capfilt.errors import RunError, UserError
 from capfilt.tables import publish
 from capfilt.tables.contracts import CAPTIONS, IMAGES, SIGNALS
+from capfilt.tables.manifest import Counts, Plan, Successor, numbers_of, ranges_of
 from capfilt.tables.sealed import fingerprint, seal, unseal
-from capfilt.tables.shards import Counts, Part, Plan, Successor, _numbers, _ranges
+from capfilt.tables.shards import Part
 from tests.sweeps.disk import durable_steps
 from tests.worlds import image_rows
 
@@ -290,7 +292,8 @@ def test_kill_9_while_committing_and_rerun(tmp_path):
         """
         import sys
         from capfilt.tables.contracts import SIGNALS
-        from capfilt.tables.shards import Counts, Part
+        from capfilt.tables.manifest import Counts
+        from capfilt.tables.shards import Part
         part = Part(sys.argv[1])
         mark = part.begin(SIGNALS, "test", {})
         print("begun", flush=True)
@@ -327,7 +330,8 @@ def test_two_processes_racing_for_one_shard_leave_one_whole_shard(tmp_path):
         """
         import sys, time
         from capfilt.tables.contracts import SIGNALS
-        from capfilt.tables.shards import Counts, Part
+        from capfilt.tables.manifest import Counts
+        from capfilt.tables.shards import Part
         part = Part(sys.argv[1])
         mark = part.begin(SIGNALS, "test", {})
         table = SIGNALS.table([{"image_id": f"{sys.argv[2]}-{i}"} for i in range(500)])
@@ -470,6 +474,38 @@ def test_a_part_whose_folder_was_removed_is_made_anew(part):
     assert again.commit(0, rows(1), Counts(1, 1), mark, 0.1).rows == 1
 
 
+def test_of_two_runs_that_begin_a_part_together_one_identity_counts(part, monkeypatch):
+    """A run that cleared away an older record took along the record that another run had published meanwhile."""
+    inside = threading.Event()
+    forget = Part._forget
+
+    def slowly(self):
+        inside.set()
+        time.sleep(0.3)
+        forget(self)
+
+    monkeypatch.setattr(Part, "_forget", slowly)
+    first = threading.Thread(target=lambda: begin(Part(part.path), a=1))
+    first.start()
+    inside.wait(10)
+    with pytest.raises(UserError, match="was written with another identity"):
+        begin(part, a=2)
+    first.join()
+    assert Part(part.path).info["identity"] == {"a": 1}
+
+
+def test_a_part_called_like_a_table_forgets_no_other_record(tmp_path):
+    """`--out ./images` has its record where the records of a workspace's images are."""
+    other = Part(tmp_path / "images" / "web")
+    other.commit(0, IMAGES.table(image_rows("web", 1)), Counts(1, 1), other.begin(IMAGES, "test", {}), 0.1)
+    (tmp_path / "images").rename(tmp_path / "away")
+    part = Part(tmp_path / "images")
+    begin(part)
+    part.withdraw()
+    (tmp_path / "away").rename(tmp_path / "images")
+    assert other.check().shards() == [0]
+
+
 def test_the_record_tells_which_shards_are_not_there(part):
     mark = part.begin(CAPTIONS, "test", {"a": 1}, plan=Plan([0, 1, 2, 7], 11))
     assert part.gap == "0 of 4 shards"
@@ -486,7 +522,7 @@ def test_the_record_tells_which_shards_are_not_there(part):
 
 @given(st.sets(st.integers(0, 40)))
 def test_planned_shards_survive_their_short_form(numbers):
-    assert _numbers(_ranges(sorted(numbers))) == sorted(numbers)
+    assert numbers_of(ranges_of(sorted(numbers))) == sorted(numbers)
 
 
 @pytest.mark.parametrize(
@@ -575,7 +611,7 @@ def test_text_read_beside_pictures_is_read_under_checksums(tmp_path):
             list(Part(part.path).batches(0, ["image_id"]))
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"digest": 1}', b"[" * 100_000])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"sealed": 1}', b"[" * 100_000])
 def test_other_bytes_are_no_sealed_file(data):
     with pytest.raises(ValueError, match="bytes have changed"):
         unseal(data)
@@ -583,7 +619,7 @@ def test_other_bytes_are_no_sealed_file(data):
 
 @given(
     st.dictionaries(
-        st.text(max_size=4).filter(lambda key: key != "digest"), st.integers() | st.text(max_size=4)
+        st.text(max_size=4).filter(lambda key: key != "sealed"), st.integers() | st.text(max_size=4)
     )
 )
 def test_every_changed_byte_of_a_sealed_file_is_found(values):

@@ -49,7 +49,7 @@ def questions(
     )
 
 
-OPTIONS = SimpleNamespace(batch_size=2, num_beams=3, answer_list="", answer_k=128)
+OPTIONS = SimpleNamespace(batch_size=2, num_beams=3, beam_rule="transformers", answer_list="", answer_k=128)
 
 
 def silent(*_):
@@ -114,7 +114,7 @@ class Answering:
         self.beams = []
         self.asked = []
 
-    def answer(self, images, texts, *, num_beams=3, max_new_tokens=10):
+    def answer(self, images, texts, *, num_beams=3, max_new_tokens=10, beam_rule="transformers"):
         assert images.dtype == torch.uint8
         assert images.shape[1:] == (3, 4, 4)
         self.beams.append(num_beams)

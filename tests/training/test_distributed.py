@@ -6,10 +6,16 @@ as another run, or only with as many ranks.
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from capfilt.training.distributed import shared_gpu
 from tests.training.together import launch
 
 # Without dropout, and with as many rows on each rank, two ranks are to do just what one process does.
@@ -36,6 +42,10 @@ OTHER = {
     "own negatives": {"objective": {"global_negatives": False}},
     "uneven": {"uneven": True},
     "dropout": {"dropout": 0.3},
+    "a skipped step": {"spoilt": [1], "config": {"ema": 0.9}},
+    "a skipped step, split": {"spoilt": [1], "config": {"ema": 0.9, "accumulate": 2}, "shard": True},
+    "a resnet's first step": {"kind": "resnet", "config": {**STILL, "steps": 1}},
+    "a resnet's skipped steps": {"kind": "resnet", "config": {**STILL, "steps": 3}, "spoilt": [1, 2]},
     "a resnet": {"kind": "resnet", "config": STILL},
     "a resnet, split and recomputed": {
         "kind": "resnet",
@@ -110,6 +120,25 @@ def test_running_statistics_are_those_of_all_ranks_rows(runs):
     torch.testing.assert_close(two[mean], one[mean], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["a skipped step", "a skipped step, split"])
+def test_ranks_skip_a_step_together(runs, case):
+    """One rank's gradient is not finite, where its loss is: the other one goes on with other weights, or waits for ever."""
+    one, two = runs[1] / case, runs[2] / case
+    assert [line["skipped_steps"] for line in curve(two)] == [0, 1, 1, 1]
+    for mine, theirs in zip(curve(one), curve(two), strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-5, abs=2e-5)
+    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-4)
+    assert weights(two)["exposures"].sum() == 3 * 12
+
+
+def test_a_step_that_ranks_skip_leaves_their_statistics_where_they_were(runs):
+    once, more = (weights(runs[2] / case) for case in ("a resnet's first step", "a resnet's skipped steps"))
+    names = [name for name in once if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert {name for name in names if name.startswith("average.")}
+    for name in names:
+        assert torch.equal(more[name], once[name]), name
+
+
 def test_a_rank_with_fewer_texts_hangs_nobody(runs):
     assert len(curve(runs[2] / "uneven")) == 4
     assert weights(runs[2] / "uneven")["exposures"].sum() == 4 * 12 - 5
@@ -151,3 +180,64 @@ def test_a_killed_rank_costs_nothing_that_was_saved(runs, tmp_path):
     done, plain = stopped(tmp_path, SPLIT, "SIGKILL", then=2), runs[2] / "split"
     assert curve(done) == curve(plain)
     torch.testing.assert_close(weights(done), weights(plain), rtol=0, atol=0)
+
+
+ATTEMPTS = {
+    # What each of two ranks sees, and its LOCAL_RANK.
+    "a GPU each": ([["a", "b"], ["a", "b"]], [0, 1]),
+    "each shown its own only": ([["a"], ["b"]], [0, 1]),
+    "on two machines": ([["a"], ["b"]], [0, 0]),
+    "on processors": ([[], []], [0, 1]),
+    "more ranks than GPUs": ([["a"], ["a"]], [0, 1]),
+    "no LOCAL_RANK": ([["a", "b"], ["a", "b"]], None),
+    "one LOCAL_RANK for both": ([["a", "b"], ["a", "b"]], [1, 1]),
+    "a LOCAL_RANK over two machines' ranks": ([["a", "b"], ["a", "b"]], [0, 2]),
+    "one without a GPU": ([["a"], []], [0, 1]),
+    "the first without a GPU": ([[], ["a"]], [0, 0]),
+}
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused_by_all():
+    """Put on GPU 0 it shares that with another rank: half the speed, memory that runs out in the middle, or NCCL's error
+    about a duplicate GPU. And a rank on processors beside one on a GPU waits for it for half an hour.
+    """
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in ATTEMPTS]
+    attempts = [
+        {"gpus": gpus, "local": local, "port": each.getsockname()[1]}
+        for (gpus, local), each in zip(ATTEMPTS.values(), held, strict=True)
+    ]
+    for each in held:
+        each.close()
+    script, root = Path(__file__).with_name("gpus.py"), Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(root)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), json.dumps(attempts)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    found = []
+    for each in ranks:
+        out, error = each.communicate(timeout=240)
+        assert each.returncode == 0, error[-3000:]
+        found.append(dict(zip(ATTEMPTS, map(json.loads, out.splitlines()), strict=True)))
+    first, second = found
+    assert (first["a GPU each"], second["a GPU each"]) == ([0, "a", "nccl"], [1, "b", "nccl"])
+    assert second["each shown its own only"] == second["on two machines"] == [1, "b", "nccl"]
+    assert second["on processors"] == [1, "gloo"]
+    for name in [*ATTEMPTS][4:]:
+        assert first[name] == second[name], "both are told, and the same"
+        assert first[name].startswith(
+            "rank" if "without" in name else "ranks 0 and 1 have one GPU between them ("
+        )
+        assert "CUDA_VISIBLE_DEVICES=" in first[name]
+    assert first["one without a GPU"].startswith("rank 1 has no GPU")
+    assert first["the first without a GPU"].startswith("rank 0 has no GPU")
+
+
+def test_which_ranks_share_a_gpu_is_said():
+    assert shared_gpu(["a", "b", "c", "d", "b", "a"]).startswith("ranks 1 and 4 ")
+    assert shared_gpu(["a", "", "c"]).startswith("rank 1 has no GPU")
+    assert not shared_gpu(["a", "b"])
+    assert not shared_gpu(["", ""])

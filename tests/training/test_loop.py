@@ -22,13 +22,17 @@ from torch import nn
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
 from capfilt.models.blip import BlipConfig, build
+from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models.contrast import ClipTraining
 from capfilt.models.objectives import COLLAPSED_ITM
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.models.ranks import Ranks
+from capfilt.models.task_objectives import TaskTraining
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from capfilt.training import average, schedule, state
 from capfilt.training.loop import MAX_SKIPS, TrainConfig, train
+from tests.training.spoilt import spoil
 
 MICRO = BlipConfig(
     vision=VisionConfig(16, 8, width=16, depth=1, heads=2, hidden=32),
@@ -332,8 +336,8 @@ class Even(nn.Module):
         self.linear = nn.Linear(6, 3)
         self.calls = []
 
-    def before_step(self):
-        self.calls.append("before")
+    def after_step(self):
+        self.calls.append("after")
 
     def losses(self, batch, alpha, hardness):
         self.calls.append(len(batch.texts))
@@ -354,7 +358,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(parts, sizes):
         on_step=lambda _, values: other.append(values),
     )  # fmt: skip
     torch.testing.assert_close(whole.state_dict(), divided.state_dict(), rtol=1e-5, atol=1e-6)
-    assert divided.calls == ["before", *sizes] * 3
+    assert divided.calls == [*sizes, "after"] * 3
     for a, b in zip(seen, other, strict=True):
         assert b == pytest.approx(a, rel=1e-5)
 
@@ -444,6 +448,19 @@ def test_running_statistics_are_averaged_with_the_weights():
     with average.swapped(module, result.average):
         torch.testing.assert_close(module.norm.running_var, expected)
     assert torch.equal(module.norm.running_var, seen[-1])
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+def test_the_averages_warm_up_counts_the_steps_that_were_taken():
+    """Counted with the skipped ones, the first weights after a bad start hardly move the average from its initialisation."""
+    module = Scripted([math.nan, math.nan, 1.0, math.nan, 1.0])
+    seen = []
+    result = train(
+        module, batches, TrainConfig(steps=5, ema=0.99, learning_rate=0.1, warmup_steps=0),
+        on_step=lambda *_: seen.append(module.weight.detach().clone()),
+    )  # fmt: skip
+    expected = 0.1 * torch.ones(2, 2) + 0.9 * seen[2]
+    torch.testing.assert_close(result.average["weight"], expected * 2 / 11 + seen[4] * 9 / 11)
 
 
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
@@ -613,7 +630,165 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     assert result.exposures.sum() == 10
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in log] == [1, 2]
-    assert all(math.isfinite(line["loss"]) for line in log)
+    assert [line["loss"] for line in log] == pytest.approx([1.0, 1.0], abs=0.01), "means over the steps taken"
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(value):
+    """A constant that overflows leaves the gradient as it was; log and best checkpoint have no use for such a loss."""
+
+    class Apart(Scripted):
+        def losses(self, batch, alpha, hardness):
+            found = super().losses(batch, alpha, hardness)
+            return {"loss": found["loss"] + (value if batch.step == 1 else 0.0)}
+
+    alone, module = Apart([1.0]), Apart([1.0])
+    config = TrainConfig(steps=2, learning_rate=0.1, min_lr=0.1, warmup_steps=0)
+    assert train(module, batches, config).skipped_steps == 1
+    train(alone, batches, dataclasses.replace(config, steps=1))
+    assert torch.equal(module.weight, alone.weight)
+
+
+def contrast():
+    """Without anything random, so that a run with a skipped step can be held against one without the batch."""
+    config = dataclasses.replace(
+        MICRO, text=dataclasses.replace(MICRO.text, dropout=0.0, attention_dropout=0.0)
+    )
+    return BlipPretraining(build(config), PretrainingConfig(queue_size=13, momentum=0.5, objectives=("itc",)))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm1d(3)
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, pixels):
+        return self.linear(self.norm(pixels.float().mean(dim=(2, 3))))
+
+
+class Statistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Normed()
+
+    def losses(self, batch, alpha, hardness):
+        return {"loss": self.model(batch.pixels).square().mean()}
+
+
+class Copied(TaskTraining):
+    """A copy in training mode that follows: its statistics move by what it sees, its weights by the model's."""
+
+    def __init__(self):
+        super().__init__(Normed(), 0.5)
+
+    def losses(self, batch, alpha, hardness):
+        told = self.taught(1.0, lambda model: model(batch.pixels))
+        return {"loss": (self.model(batch.pixels) - told - 1).square().mean()}
+
+
+def clip():
+    tower = ClipVisionConfig(32, width=8, heads=4, stages="1-1-1-1")
+    return ClipTraining(
+        build_clip(ClipConfig(tower, ClipTextConfig(40, 6, 16, 1, 2, 32), embed_dim=8, max_text_tokens=6))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("by", "part", "more"),
+    [(math.nan, 0, {}), (math.inf, 1, {"accumulate": 2}), (1e30, 0, {"clip_norm": 0.0})],
+)
+@pytest.mark.parametrize("make", [contrast, Statistics, Copied])
+def test_a_skipped_step_moves_nothing(tmp_path, make, by, part, more):
+    """A gradient that is not finite (or too large to have a length) where the loss is: such a step poisoned weights and
+    moments. And steps that were skipped for their loss: the queue kept the batch, running statistics were those of broken
+    pictures, momentum towers followed weights that had not moved.
+    """
+    # The same rate and weights of targets whatever the step's number.
+    config = TrainConfig(
+        steps=5,
+        learning_rate=1e-2,
+        min_lr=1e-2,
+        warmup_steps=0,
+        weight_decay=0.1,
+        ema=0.9,
+        log_every=1,
+        save_every=1,
+        **more,
+    )
+
+    def run(name, bad):
+        def given(start):
+            steps = iter(range(9))
+            for number in range(9):
+                made = batch(50 + number if number in bad else next(steps), count=6)
+                if number >= start:
+                    yield dataclasses.replace(made, step=number)
+
+        path = tmp_path / name
+        result = train(
+            spoil(make(), bad, by, part),
+            given,
+            dataclasses.replace(config, steps=3 + len(bad)),
+            state_path=path,
+            examples=12,
+        )
+        tensors, _ = state.read(path)
+        return result, {name: each for name, each in tensors.items() if not name.startswith("random.")}
+
+    plain, expected = run("plain", [])
+    for bad in ([0], [1, 3], [3, 4]):
+        result, found = run(f"bad{bad[0]}", bad)
+        assert result.skipped_steps == len(bad)
+        assert expected.keys() == found.keys()
+        for name, each in expected.items():
+            assert torch.equal(found[name], each), name
+        assert result.exposures.tolist() == plain.exposures.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+def test_a_run_resumed_behind_a_skipped_step_is_the_uninterrupted_one(tmp_path):
+    """Towers that follow once more because the run does not know that its last step moved nothing."""
+    config = dataclasses.replace(CONFIG, steps=5, augment=None)
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    train(spoil(contrast(), [2]), batches, config, state_path=whole)
+    with pytest.raises(Stop):
+        train(spoil(contrast(), [2]), batches, config, state_path=parts, on_step=stop_at(3))
+    train(spoil(contrast(), [2]), batches, config, state_path=parts)
+    for (name, each), other in zip(state.read(whole)[0].items(), state.read(parts)[0].values(), strict=True):
+        assert torch.equal(each, other), name
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+def test_broken_pictures_leave_a_resnets_statistics_alone():
+    """Running means that are NaN for ever, in the checkpoint and its averages, after one picture of NaN in one step."""
+    module = clip()
+
+    def broken(start=0):
+        for step in range(start, 1000):
+            pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+            yield dataclasses.replace(batch(step), pixels=pixels * math.nan if step == 1 else pixels)
+
+    result = train(module, broken, TrainConfig(steps=3, ema=0.9, warmup_steps=0))
+    assert result.skipped_steps == 1
+    tensors = [*module.state_dict().values(), *result.average.values()]
+    assert all(torch.isfinite(each).all() for each in tensors)
+    counts = [each for name, each in module.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(each == 2 for each in counts)
+
+
+@pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
+def test_a_stretch_at_the_prior_has_no_skipped_steps_and_is_not_ended_by_them():
+    config = TrainConfig(steps=12, log_every=2, learning_rate=1e-9, min_lr=1e-9, stuck_steps=8)
+    values = [COLLAPSED_ITM] * 3 + [math.nan] * 3 + [COLLAPSED_ITM] * 6
+    with pytest.warns(RuntimeWarning, match="for 9 steps"):
+        warned = train(Scripted(values), batches, config).warnings
+    # Of the steps up to 10 seven were taken.
+    assert [each.split(":")[0] for each in warned] == ["step 4", "step 12"]
 
 
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
@@ -626,7 +801,7 @@ def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_model_that_is_gone_ends_the_run():
-    with pytest.raises(RunError, match="learning_rate"):
+    with pytest.raises(RunError, match=rf"^step {MAX_SKIPS}: .*learning_rate"):
         train(Scripted([math.nan]), batches, TrainConfig(steps=100))
     # Not in a row: one finite step starts the count again.
     values = ([math.nan] * (MAX_SKIPS - 1) + [1.0]) * 2

@@ -62,6 +62,20 @@ def test_a_factor_makes_the_steps_of_its_parameters_longer_and_of_no_others():
     assert (weights["frozen"] == 1).all()
 
 
+def test_what_is_loaded_is_copied():
+    """A state that goes on changing with the run that was continued from it."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    first, second = (optim.AdamW({"weight": weight}) for _ in range(2))
+    weight.grad = torch.ones(2, 2)
+    first.step(0.1)
+    before = {name: each.clone() for name, each in first.state_dict().items()}
+    second.load_state_dict(first.state_dict())
+    second.step(0.1)
+    for name, each in first.state_dict().items():
+        assert torch.equal(each, before[name]), name
+        assert not torch.equal(second.state_dict()[name], each), name
+
+
 def test_adamw_by_the_paper():
     """Against the algorithm in Python floats (arXiv 1711.05101, algorithm 2); a parameter without a gradient is neither
     moved nor decayed, and its first step is its own.

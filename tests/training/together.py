@@ -30,6 +30,7 @@ from capfilt.models.vision import VisionConfig
 from capfilt.training import distributed, loop, throughput
 from capfilt.training.loop import TrainConfig, train
 from tests.training.grids import pairs
+from tests.training.spoilt import spoil
 
 
 def launch(world: int, out: Path, cases: dict[str, dict]) -> subprocess.CompletedProcess[str]:
@@ -127,9 +128,9 @@ def main(out: Path) -> None:
 
 def run(
     out: Path, ranks: Ranks, config=None, objective=None, dropout=0.0, recompute=False, shard=False,
-    uneven=False, peak=None, signal_at=0, number="SIGTERM", of_rank=0, kind="blip",
+    uneven=False, peak=None, signal_at=0, number="SIGTERM", of_rank=0, kind="blip", spoilt=(),
 ) -> None:  # fmt: skip
-    """One training run; a signal is sent to one rank, once."""
+    """One training run; a signal is sent to one rank, once. The last rank's gradients at the steps `spoilt` are not finite."""
     out.mkdir(parents=True, exist_ok=True)
     loop.EXPOSED = 7  # fewer than there are: counts travel in pieces
     corpus = from_images([pairs(40)], size=32 if kind == "resnet" else 16)
@@ -138,6 +139,8 @@ def run(
     )
     module, tokenizer = MODELS[kind](corpus, ranks, dropout, objective or {})
     model = module.model
+    if ranks.rank == ranks.world - 1:
+        spoil(module, spoilt)
     model.recompute_activations(recompute)
     if peak:
         throughput.peak_flops = lambda device: peak

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import capfilt
-from capfilt.data.tokenizer import read_text
+from capfilt.data.cleaning import BLIP, CLEANINGS, CLIP, CLIP_UNREPAIRED
+from capfilt.data.tokenizer import Encodes, read_text
 from capfilt.errors import UserError
 from capfilt.models import kinds
 from capfilt.models.blip import Blip
@@ -205,10 +206,19 @@ def flatten(config: Shape) -> dict[str, Any]:
 
 
 def write_beside(
-    directory: Path, settings: Mapping[str, Any], extra: Mapping[str, Any], rest: Mapping[str, Tensor]
+    directory: Path,
+    settings: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    rest: Mapping[str, Tensor],
+    cleaning: Mapping[str, str],
 ) -> None:
-    """Writes capfilt.json, and leftovers.safetensors where there are any."""
-    content = {"capfilt_version": capfilt.__version__, "settings": dict(settings), "extra": dict(extra)}
+    """Writes capfilt.json, and leftovers.safetensors where there are any. cleaning: what `remember` gives."""
+    content = {
+        "capfilt_version": capfilt.__version__,
+        "settings": dict(settings),
+        "extra": dict(extra),
+        **cleaning,
+    }
     (directory / SETTINGS).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if rest:
         write_leftovers(directory, rest)
@@ -228,6 +238,37 @@ def read_beside(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
     if unknown:
         raise UserError(f"{path}: {len(unknown)} tensors of unknown use: {listed(unknown)}; remove the file")
     return settings, extra, rest
+
+
+def remember(model: Model, tokenizer: Encodes) -> dict[str, str]:
+    """What a checkpoint says of how its texts are cleaned: nothing where there has been but one way."""
+    return {} if kinds.of(model).cleaning == BLIP else {"cleaning": tokenizer.cleaning}
+
+
+def read_cleaning(directory: Path) -> str | None:
+    """How texts are to be cleaned, as capfilt.json says; None where it does not, or is not there."""
+    path = directory / SETTINGS
+    return remembered(path, read_json(path)) if path.is_file() else None
+
+
+def remembered(path: Path, content: Mapping[str, Any]) -> str | None:
+    """The `cleaning` that a file's content names, None where it names none; UserError for one that is unknown here."""
+    name = content.get("cleaning")
+    if name is not None and name not in CLEANINGS:
+        raise UserError(f"{path}: cleaning {name!r} is unknown: {', '.join(CLEANINGS)} are known")
+    return name
+
+
+def cleaning_of(model: Model, extra: Mapping[str, Any], name: str | None) -> str:
+    """How texts are cleaned for a checkpoint that remembers `name`.
+
+    One from before it was remembered is cleaned as its family's released code does, or if capfilt trained it (`extra` has the
+    stage), as capfilt did then: all families' texts by BLIP's rule, CLIP's unrepaired.
+    """
+    kind = kinds.of(model)
+    if name is not None or "stage" not in extra:
+        return name or kind.cleaning
+    return CLIP_UNREPAIRED if kind.cleaning == CLIP else BLIP
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

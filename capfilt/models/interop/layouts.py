@@ -23,7 +23,7 @@ from capfilt.models.interop import (
     transformers_layout,
     vilt_directory,
 )
-from capfilt.models.interop.contents import Contents, read_json
+from capfilt.models.interop.contents import Contents, cleaning_of, read_cleaning, read_json
 from capfilt.tables.ids import file_sha256
 
 CAPFILT, TRANSFORMERS, ORIGINAL, OPENAI = "capfilt", "transformers", "original", "openai"
@@ -90,6 +90,8 @@ def read(layout: str, path: Path, image_size: int = 0) -> Contents:
     reader = _FILES[layout] if layout in _FILES else _transformers(path)
     with _in_words(path):
         contents: Contents = reader.read(path, image_size)
+    name = read_cleaning(path if path.is_dir() else path.parent)
+    contents.tokenizer = contents.tokenizer.cleaned_as(cleaning_of(contents.model, contents.extra, name))
     return contents
 
 

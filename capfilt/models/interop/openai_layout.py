@@ -22,6 +22,7 @@ from capfilt.models.interop.contents import (
     Contents,
     read_json,
     read_settings,
+    remember,
     settings_of,
     unwrapped,
     with_settings,
@@ -88,7 +89,10 @@ def write(directory: Path, contents: Contents) -> None:
     said = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
     content = {"model_cfg": openai_cfg(model.config), "preprocess_cfg": said}
     (directory / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_beside(directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers)
+    said_of_texts = remember(model, contents.tokenizer)
+    write_beside(
+        directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers, said_of_texts
+    )
 
 
 def _config(path: Path, state: dict[str, Tensor]) -> tuple[ClipConfig, dict[str, Any]]:

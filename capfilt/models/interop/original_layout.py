@@ -26,6 +26,7 @@ from capfilt.models.interop.contents import (
     blip_of,
     read_settings,
     refuse_convolutions,
+    remember,
     resized,
     settings_of,
     take,
@@ -119,7 +120,9 @@ def write(directory: Path, contents: Contents) -> None:
             weights[prefix + "embeddings.position_ids"] = counted
     torch.save({"model": {**weights, **contents.leftovers}}, directory / WEIGHTS)
     vocabulary.write_vocabulary(directory, contents.tokenizer)
-    write_beside(directory, settings_of(config, NO_HOME), contents.extra, {})
+    write_beside(
+        directory, settings_of(config, NO_HOME), contents.extra, {}, remember(model, contents.tokenizer)
+    )
 
 
 def refuse(config: Config | AlbefShape) -> None:

@@ -31,6 +31,7 @@ from capfilt.models.interop.contents import (
     read_json,
     read_settings,
     refuse_convolutions,
+    remember,
     resized,
     settings_of,
     take,
@@ -150,13 +151,19 @@ def write(directory: Path, contents: Contents) -> None:
         for half, name in PAIR.items():
             (directory / name).mkdir(parents=True)
             _write_class(directory / name, halved(model, half), contents.tokenizer)
-            write_beside(directory / name, settings_of(config, NO_HOME), {}, {})
+            write_beside(directory / name, settings_of(config, NO_HOME), {}, {}, {})
     else:
         _write_class(directory, model, contents.tokenizer)
     if isinstance(model, Blip) and model.config.half != "captioner":
         rest["temp"] = model.temperature
     whole = isinstance(model, Blip) and model.config.half == "both"
-    write_beside(directory, {} if whole else settings_of(config, NO_HOME), contents.extra, rest)
+    write_beside(
+        directory,
+        {} if whole else settings_of(config, NO_HOME),
+        contents.extra,
+        rest,
+        remember(model, contents.tokenizer),
+    )
 
 
 def refuse(config: Config) -> None:

@@ -26,6 +26,7 @@ from capfilt.models.interop.contents import (
     read_json,
     read_settings,
     refuse_trunk,
+    remember,
     settings_of,
     with_settings,
     write_beside,
@@ -147,7 +148,10 @@ def write(directory: Path, contents: Contents) -> None:
         (CONFIG, config),
     ):
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_beside(directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers)
+    said_of_texts = remember(model, contents.tokenizer)
+    write_beside(
+        directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers, said_of_texts
+    )
 
 
 def config_json(config: ViltConfig) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
 from capfilt.stages.download.worker import shared_worker
 from capfilt.stages.options import REQUIRED, DownloadOptions
 from capfilt.tables.contracts import DOWNLOAD_FAILURES, IMAGE_FAILURES
-from capfilt.tables.shards import Manifest, Part, Successor
+from capfilt.tables.manifest import Manifest, Successor
+from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 FETCHING = (
@@ -53,6 +54,9 @@ class Retry(Fetching):
         self.failures = frozenset(options.failure or known)
         self.options, self.changed = _merged(options, identity["options"], self.output)
         self.list = self._list(options, workspace, identity["url_list"])
+
+    def outputs(self) -> list[Part]:
+        return []
 
     def _list(self, options: DownloadOptions, workspace: Workspace, digest: str) -> Download | None:
         if options.url_list in (REQUIRED, ""):

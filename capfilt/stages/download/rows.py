@@ -14,7 +14,7 @@ from capfilt.formats.values import storable
 from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Row
 from capfilt.stages.options import DownloadOptions
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 
 HOSTS_TOLD = 50
 """How many hosts a shard's stats name: those with most failed rows."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capfilt.tables.shards import Counts, Manifest
+from capfilt.tables.manifest import Counts, Manifest
 
 LINES = 8
 """Failures and hosts shown at the end, each."""

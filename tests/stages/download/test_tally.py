@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from capfilt.stages.download.tally import LINES, DownloadTally
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 
 
 def shard(rows, failed, hosts, size):
