@@ -51,7 +51,7 @@ OWN_COLUMNS = [
     "refused", "exactly right", "found by doctor", "query refused", "query: rows as they were", "query: other rows",
 ]  # fmt: skip
 ABORTED = "Arrow aborted"
-"""pyarrow's RowGroupMetaData.column ends the process where a column's size statistics do not fit it: it lets a C++ error out."""
+"""pyarrow's RowGroupMetaData.column ends the process where a column's size statistics do not fit it."""
 OTHER_COLUMNS = ["refused", "read", "rows", "rows with a failure", ABORTED]
 MEMORY = 6 << 30
 """Bytes of address space above those of the process at its start."""
