@@ -18,7 +18,6 @@ from capfilt.models.contrast import ClipTraining, ContrastConfig
 from capfilt.models.presets import clip_preset
 from capfilt.models.ranks import Ranks
 from capfilt.stages.options import RetrainOptions
-from capfilt.stages.pairs import Pairs
 from capfilt.stages.train import Retrain
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -44,7 +43,7 @@ class RetrainClip(Retrain):
     def shape(self, vocab_size: int) -> ClipConfig:
         return clip_preset(self.options.preset, vocab_size)
 
-    def vocabulary(self, pairs: Pairs) -> BpeTokenizer:
+    def vocabulary(self, pairs: Any) -> BpeTokenizer:
         vocab = self.options.vocab
         if vocab == "corpus":
             return BpeTokenizer.train(pairs.texts(), self.options.vocab_size)
