@@ -18,6 +18,7 @@ from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.stages.registry import StageCommand
 from capfilt.tables.manifest import Counts, Manifest
 from capfilt.tables.shards import Part
+from capfilt.tables.visible import say
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank, started_together
 
@@ -215,6 +216,9 @@ def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summ
     start = time.monotonic()
     if stage.done():
         return _account(stage, start, done_before=1)
+    if not (quiet or launched_rank()):
+        for line in stage.forewarning():
+            say(f"capfilt: warning: {line}", err=True)
     # Stages of one name may run together: what they write tells them apart.
     name = f"{stage.name} {stage.output.stem}"
     with StageProgress(name, 0, stage.unit, quiet=quiet or launched_rank() > 0) as progress:

@@ -222,6 +222,10 @@ class ModelStage(ABC):
         """As `ShardStage.remarks`, on the output that stands."""
         return ()
 
+    def forewarning(self) -> Sequence[str]:
+        """Lines on what the output will not be fit for, said before `run`."""
+        return ()
+
     @abstractmethod
     def run(self, report: Report) -> Mapping[str, Any]:
         """Do the work and publish the result. Returns figures for the summary."""

@@ -46,9 +46,9 @@ class Evaluate(ResultStage):
             raise UserError(f"--tasks {asking[0]}: name examples to evaluate on (--examples)")
         check_precision(options.precision)
         self.checkpoint = workspace.model(options.model)
-        about = checkpoint.read_config(self.checkpoint)
-        self.kind = kinds.named(str(about["model_type"]))
-        can = capable(self.kind.config.from_dict(about["config"]))
+        config = checkpoint.shape_of(self.checkpoint)
+        self.kind = kinds.of(config)
+        can = capable(config)
         registry.check(named, can, f"{self.checkpoint} ({self.kind.who})")
         self.images = workspace.input("images", options.images).check()
         self.pictures = [workspace.input("images", name).check() for name in options.pictures]

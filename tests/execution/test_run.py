@@ -7,7 +7,7 @@ import pytest
 from capfilt.cli import main
 from capfilt.execution.run import HINTS, JUDGED, fault
 from capfilt.tables.contracts import FAILURES
-from capfilt.tables.shards import Counts
+from capfilt.tables.manifest import Counts
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ PARTS, MODELS, TRAINED = "parts", "trainings", "trainings/models/trained"
 def make_parts(root: Path, seed: int) -> None:
     """A workspace with parts, whose shards are longer than what a look at their ends reads."""
     from capfilt.tables.contracts import CAPTIONS
-    from capfilt.tables.shards import Counts
+    from capfilt.tables.manifest import Counts
     from tests.worlds import image_rows, write_images
 
     parts, rng = Workspace(root / PARTS), Random(seed)
