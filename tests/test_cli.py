@@ -221,6 +221,47 @@ def test_doctor_finds_damaged_checkpoints_and_lists_what_killed_trainings_left(c
         assert f"BAD   {path}" in printed
 
 
+def test_doctor_finds_what_changed_beside_shards_and_checkpoints(call, workspace):
+    """Best and averaged weights, states and settled precisions passed `doctor --verify` whatever their bytes were."""
+    from capfilt.training import state
+
+    torch = pytest.importorskip("torch")
+    trained = workspace.path / "models" / "trained"
+    tiny_checkpoint(trained / "best", seed=3)
+    tiny_checkpoint(trained / "live", seed=4)
+    for name in ("state.safetensors", "state-00000002.safetensors"):
+        state.write(trained / name, {"x": torch.ones(3)}, {"step": 2})
+    workspace.part("images", "web").settle("precision", "fp32")
+    record = workspace.part("images", "web").record
+    assert call("doctor", "-w", str(workspace.path), "--verify")[0] == 0
+    files = [*trained.rglob("*.safetensors"), trained / "best" / "config.json", record / "precision.json"]
+    assert len(files) == 6
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+        assert code == 1, path
+        assert path.name in printed
+        path.write_bytes(whole)
+
+
+def test_doctor_calls_what_a_kill_leaves_unfinished_and_not_bad(call, workspace):
+    """A folder that a killed stage had only made, and an index of fewer shards, were called damage."""
+    (workspace.path / "captions" / "begun").mkdir(parents=True)
+    code, printed, _ = call("doctor", "-w", str(workspace.path))
+    assert code == 0
+    assert "captions/begun: empty, a run was killed before its first row (safe to delete" in printed
+    part = workspace.part("images", "web")
+    part.finish()
+    (part.record / "00001.manifest.json").rename(workspace.path / "aside")
+    part.finish()
+    (workspace.path / "aside").rename(part.record / "00001.manifest.json")
+    code, printed, _ = call("doctor", "-w", str(workspace.path))
+    assert code == 1
+    assert "GAP" in printed
+    assert "the index is older than the shards: run its stage again" in printed
+
+
 def test_a_shell_completes_the_options_of_a_command(tmp_path):
     """Catches completion that knows commands and none of their options, because those are only made when asked for."""
     for line, wanted in (

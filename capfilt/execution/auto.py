@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from capfilt.execution.inline import InlineExecutor
 from capfilt.stages.base import ModelStage, Report, ShardStage
-from capfilt.tables.shards import Manifest
+from capfilt.tables.manifest import Manifest
 from capfilt.tables.visible import say
 from capfilt.training.launched import started_together
 

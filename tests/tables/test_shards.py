@@ -555,6 +555,35 @@ def test_a_record_whose_options_were_rewritten_is_refused(part):
         _ = Part(part.path).info
 
 
+def test_a_record_of_another_part_is_refused(part, tmp_path):
+    """Whole files of capfilt's in each other's places have sound seals: rows passed for those of other options."""
+    other = Part(tmp_path / "captions" / "other")
+    for each, seed in ((part, 0), (other, 1)):
+        each.commit(0, rows(3), Counts(3, 3), begin(each, seed=seed), 0.1)
+        each.settle("precision", ("fp32", "bf16")[seed])
+        each.finish()
+    for name, read in (
+        ("part.json", lambda: Part(part.path).read(0)),
+        ("00000.manifest.json", lambda: Part(part.path).read(0)),
+        ("precision.json", lambda: Part(part.path).settle("precision", "fp32")),
+    ):
+        whole = (part.record / name).read_bytes()
+        (part.record / name).write_bytes((other.record / name).read_bytes())
+        with pytest.raises(UserError, match=r"00000\.parquet|precision\.json"):
+            read()
+        (part.record / name).write_bytes(whole)
+        read()
+    (part.record / "index.json").write_bytes((other.record / "index.json").read_bytes())
+    assert "does not agree" in part.index_problem()
+    # Parts from before manifests and precisions named their part.
+    values = unseal((part.record / "00000.manifest.json").read_bytes())
+    del values["part"]
+    (part.record / "00000.manifest.json").write_bytes(seal(values))
+    (part.record / "precision.json").write_bytes(seal({"precision": "fp32"}))
+    assert Part(part.path).read(0).num_rows == 3
+    assert Part(part.path).settle("precision", "bf16") == "fp32"
+
+
 @pytest.mark.parametrize("columns", [None, ["text"]])
 def test_no_changed_byte_of_a_shard_reaches_a_reader(part, columns):
     """One in three of the flips passed a read: neither the pages nor the whole file were compared."""

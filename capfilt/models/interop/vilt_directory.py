@@ -183,7 +183,7 @@ def _config(path: Path, content: Mapping[str, Any]) -> ViltConfig:
     wrong = [f"{name} {said[name]!r} (only {only!r})" for name, only in _FIXED.items() if said[name] != only]
     pictures = said["num_images"] if kind == PAIRS else 1
     if said["modality_type_vocab_size"] != 1 + pictures:
-        wrong.append(f"modality_type_vocab_size {said['modality_type_vocab_size']} for {pictures} pictures")
+        wrong.append(f"modality_type_vocab_size {said['modality_type_vocab_size']!r} for {pictures} pictures")
     if wrong:
         raise UserError(f"{path}: capfilt's ViLT has no {listed(wrong)}")
     values: dict[str, Any] = {
