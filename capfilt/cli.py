@@ -20,6 +20,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from capfilt import commands
 from capfilt.errors import RunError, UserError
 from capfilt.stages import options as stage_options
 from capfilt.stages.registry import STAGES, StageCommand
@@ -91,18 +92,19 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
 def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
     """Annotation and default of the parameters that are no options of the stage's own."""
     workspace = typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
-    execution = typer.Option(
-        "--execution", help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray"
-    )
+    execution = typer.Option("--execution", help=commands.EXECUTION_HELP)
     shared: dict[str, tuple[Any, Any]] = {
         "workspace": (Annotated[str, workspace], "."),
-        "execution": (Annotated[str, execution], "ray"),
+        "execution": (Annotated[str, execution], "auto"),
         "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
     }
     if any(field.metadata["kind"] in stage_options.PARTS for field in dataclasses.fields(command.options)):
         text = "read parts that are not whole; the output says so"
         allow = typer.Option("--allow-incomplete", help=text)
         shared = {"allow_incomplete": (Annotated[bool, allow], False), **shared}
+    over = typer.Option("--overwrite", help="first remove the output that stands, after asking")
+    yes = typer.Option("--yes", help="with --overwrite: do not ask")
+    shared |= {"overwrite": (Annotated[bool, over], False), "yes": (Annotated[bool, yes], False)}
     if command.out:
         text = "directory to write the part to, in place of the workspace's"
         shared = {"out": (Annotated[str, typer.Option("--out", help=text, show_default=False)], ""), **shared}
@@ -139,15 +141,23 @@ def run_stages(
     quiet: bool = False,
     out: str = "",
     allow_incomplete: bool = False,
+    overwrite: bool = False,
+    yes: bool = False,
 ) -> None:
     """Run one command's stages and print a line about each."""
+    from functools import partial
+
+    from capfilt.execution.overwrite import clear
     from capfilt.execution.run import run_command
     from capfilt.tables.shards import Part
     from capfilt.tables.workspace import Workspace, as_path
 
     output = Part(as_path(out)) if out else None
     place = Workspace(workspace, allow_incomplete=allow_incomplete)
-    for summary in run_command(command, options, place, execution, output=output, quiet=quiet):
+    if yes and not overwrite:
+        raise UserError("--yes answers the question of --overwrite: give both")
+    agree = {"clear": partial(clear, options=options, workspace=place, agreed=yes)} if overwrite else {}
+    for summary in run_command(command, options, place, execution, output=output, quiet=quiet, **agree):
         say(*summary.lines())
         if command.shows:
             _show(command.shows, summary.output, options, quiet)
@@ -192,8 +202,6 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     Only the command that `arguments` begin with gets its options: building all of them costs more time than help may
     take, and the overview shows none.
     """
-    from capfilt import commands
-
     app = _app(
         "Noisy web image-text pairs in, a bootstrapped corpus and retrained models out (BLIP's CapFilt)."
     )
@@ -245,7 +253,7 @@ def _without_options(command: StageCommand) -> Callable[[], None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Exit codes: 0 done, 1 the run failed, 2 the call was wrong."""
+    """The console script. Exit codes: 0 done, 1 the run failed, 2 the call was wrong, 130 interrupted by Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if launched_rank():
         # Of the processes that torchrun starts, the first speaks; errors are everyone's.
@@ -256,12 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _show_all() -> None:
     """Have Python's own warnings and tracebacks, which may quote a file, made visible too."""
-    warned = warnings.formatwarning
 
-    def as_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-        # capfilt's own are one line without a place in its code; those of libraries keep theirs.
-        text = visible(str(message))
-        return f"capfilt: {text}\n" if category is RuntimeWarning else warned(text, category, *where, **more)
+    def as_warning(message: Warning | str, category: type[Warning], *where: Any, **_more: Any) -> str:
+        # capfilt's own need no place in its code; a library's say whose they are.
+        file, number = where[0], where[1]
+        whose = "" if category is RuntimeWarning else f" ({category.__name__}, {file}:{number})"
+        return f"capfilt: warning: {visible(' '.join(str(message).split()) + whose)}\n"
 
     def as_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
@@ -278,7 +286,7 @@ def _run(arguments: Sequence[str]) -> int:
         result = app(args=list(arguments), prog_name="capfilt", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         # What some releases of typer make of Ctrl-C; others let it through.
-        return _interrupted() if code == 128 + signal.SIGINT else code
+        return _interrupted() if code == _INTERRUPTED else code
     except typer.Exit as error:
         return error.exit_code
     except (UserError, RunError) as error:
@@ -292,10 +300,10 @@ def _run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"capfilt: {_system(error)}", file=sys.stderr)
+        say(f"capfilt: {_system(error)}", err=True)
         return 1
     except MemoryError:
-        print(f"capfilt: {_MENDED.format('not enough memory')}", file=sys.stderr)
+        say(f"capfilt: {_MENDED.format('not enough memory')}", err=True)
         return 1
     except Exception as error:
         # typer's usage errors (its own click or the installed one, by version) share this method.
@@ -310,6 +318,9 @@ def _run(arguments: Sequence[str]) -> int:
         raise
 
 
+_INTERRUPTED = 128 + signal.SIGINT
+"""The exit code that shells give a command which Ctrl-C ended."""
+
 _MENDED = "{}; what was committed is valid: mend that, and run the same command again"
 
 
@@ -323,7 +334,7 @@ def _system(error: OSError) -> str:
 
 def _interrupted() -> int:
     say("capfilt: interrupted; what was committed is valid, run the same command again to go on", err=True)
-    return 1
+    return _INTERRUPTED
 
 
 def _usage(error: Any) -> str:

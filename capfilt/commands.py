@@ -16,11 +16,13 @@ WORKSPACE = Annotated[
     str,
     typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
 ]
+EXECUTION_HELP = (
+    "auto: on Ray where RAY_ADDRESS is set, for several GPUs, or for over a minute's work of several shards, else in this "
+    "process; ray: on the cluster at RAY_ADDRESS, else on this machine; inline: in this process"
+)
 EXECUTION = Annotated[
     str,
-    typer.Option(
-        "--execution", help="ray (the cluster at RAY_ADDRESS, else this machine), or inline: no Ray"
-    ),
+    typer.Option("--execution", help=EXECUTION_HELP),
 ]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 SETTINGS = Annotated[
@@ -77,7 +79,7 @@ def run(
         bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")
     ] = False,
     workspace: WORKSPACE = ".",
-    execution: EXECUTION = "ray",
+    execution: EXECUTION = "auto",
     quiet: QUIET = False,
 ) -> None:
     """Run a recipe: its stages in order, skipping what is done."""
@@ -104,7 +106,7 @@ def quickstart(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="of the generated world and of the training")
     ] = 0,
-    execution: EXECUTION = "ray",
+    execution: EXECUTION = "auto",
     quiet: QUIET = False,
 ) -> None:
     """Run the whole loop on a generated world, end to end, on this machine."""

@@ -87,7 +87,8 @@ def workspace(path: str, *, full: bool) -> Iterator[tuple[bool, str]]:
             yield from ((False, f"BAD   {problem}") for problem in problems)
             unfinished = "" if problems else part.unfinished()
             word = "BAD" if problems else "GAP" if part.gap or unfinished else "ok"
-            told = f"{part.gap or f'{len(shards)} shards'} {'hashed' if full else 'checked'}"
+            count = "1 shard" if len(shards) == 1 else f"{len(shards):,} shards"
+            told = f"{part.gap or count} {'hashed' if full else 'checked'}"
             hint = f", {unfinished}: run its stage again" if unfinished else ""
             line = f"{word:<5} {folder}: {told}{hint}{_leftovers(part)}"
             yield word == "ok", line

@@ -100,7 +100,12 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not readable as YAML ({' '.join(str(error).split())})") from error
     except RecursionError as error:
         raise UserError(f"{where}: too deeply nested, or part of itself; write it flat") from error
-    except (ValueError, TypeError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        AttributeError,
+    ) as error:  # PyYAML's own, of a date that is none
         raise UserError(f"{where}: holds a value that is none ({error})") from error
 
 

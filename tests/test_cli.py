@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
+from capfilt import cli
 from capfilt.execution.run import Summary
 from capfilt.resources import list_recipes
 from capfilt.stages.registry import STAGES
@@ -219,6 +221,47 @@ def test_doctor_finds_damaged_checkpoints_and_lists_what_killed_trainings_left(c
         assert f"BAD   {path}" in printed
 
 
+def test_doctor_finds_what_changed_beside_shards_and_checkpoints(call, workspace):
+    """Best and averaged weights, states and settled precisions passed `doctor --verify` whatever their bytes were."""
+    from capfilt.training import state
+
+    torch = pytest.importorskip("torch")
+    trained = workspace.path / "models" / "trained"
+    tiny_checkpoint(trained / "best", seed=3)
+    tiny_checkpoint(trained / "live", seed=4)
+    for name in ("state.safetensors", "state-00000002.safetensors"):
+        state.write(trained / name, {"x": torch.ones(3)}, {"step": 2})
+    workspace.part("images", "web").settle("precision", "fp32")
+    record = workspace.part("images", "web").record
+    assert call("doctor", "-w", str(workspace.path), "--verify")[0] == 0
+    files = [*trained.rglob("*.safetensors"), trained / "best" / "config.json", record / "precision.json"]
+    assert len(files) == 6
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        code, printed, _ = call("doctor", "-w", str(workspace.path), "--verify")
+        assert code == 1, path
+        assert path.name in printed
+        path.write_bytes(whole)
+
+
+def test_doctor_calls_what_a_kill_leaves_unfinished_and_not_bad(call, workspace):
+    """A folder that a killed stage had only made, and an index of fewer shards, were called damage."""
+    (workspace.path / "captions" / "begun").mkdir(parents=True)
+    code, printed, _ = call("doctor", "-w", str(workspace.path))
+    assert code == 0
+    assert "captions/begun: empty, a run was killed before its first row (safe to delete" in printed
+    part = workspace.part("images", "web")
+    part.finish()
+    (part.record / "00001.manifest.json").rename(workspace.path / "aside")
+    part.finish()
+    (workspace.path / "aside").rename(part.record / "00001.manifest.json")
+    code, printed, _ = call("doctor", "-w", str(workspace.path))
+    assert code == 1
+    assert "GAP" in printed
+    assert "the index is older than the shards: run its stage again" in printed
+
+
 def test_a_shell_completes_the_options_of_a_command(tmp_path):
     """Catches completion that knows commands and none of their options, because those are only made when asked for."""
     for line, wanted in (
@@ -267,7 +310,7 @@ def test_ctrl_c_is_one_line_and_the_state_is_saved(tmp_path, ranks):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1, said
+    assert process.returncode == 130, said
     assert said.strip().splitlines()[-1].startswith("capfilt: interrupted")
     assert "Traceback" not in said
     assert (place.model("pretrained") / "state.safetensors").is_file()
@@ -395,6 +438,34 @@ def test_what_a_line_quotes_is_shown_and_not_sent(call, workspace, monkeypatch, 
     assert sorted(workspace.path.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ingest", "~nosuchuser/x", "--dataset", "a"),
+        ("download", "~nosuchuser/x.txt", "--dataset", "a"),
+        ("duplicates", "--images", "~nosuchuser/x"),
+        ("examples", "~nosuchuser/x.json", "--dataset", "a", "--images", "web"),
+        ("ingest", "x", "--dataset", "a", "--out", "~nosuchuser/x"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_home_of_nobody_is_no_traceback(call, workspace, monkeypatch, arguments):
+    monkeypatch.chdir(workspace.path)
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "~nosuchuser" in err
+    assert "names no user of this machine" in err
+
+
+def test_what_the_system_refuses_is_shown_and_not_sent(call, workspace):
+    place = workspace.path / ESC.replace("/", "")
+    place.mkdir()
+    (place / "images").write_text("a file")
+    code, _, err = call("ingest", str(workspace.path / "models"), "--dataset", "q", "-w", str(place))
+    assert code in (1, 2)
+    assert hostile(err) == []
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -453,6 +524,9 @@ cli.main([])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.count("\\u001b[31m") == 2
+    assert done.stderr.startswith(
+        "capfilt: warning: \\u001b]0;owned\\u0007\\u001b[31m (UserWarning, <string>:5)\n"
+    )
     assert hostile(done.stderr) == []
     assert done.returncode == 1
 
@@ -483,3 +557,20 @@ def test_a_file_that_may_not_grow_is_one_line_and_code_1(one_line, workspace, ar
 def test_a_machine_without_memory_is_one_line_and_code_1(one_line, monkeypatch, workspace):
     monkeypatch.setattr("capfilt.doctor.machine", lambda: [" " * 2**62])
     assert "not enough memory" in one_line("doctor")
+
+
+@pytest.mark.parametrize(
+    ("category", "text", "line"),
+    [
+        (RuntimeWarning, "step 2: loss not finite", "capfilt: warning: step 2: loss not finite\n"),
+        (UserWarning, "two\n  lines", "capfilt: warning: two lines (UserWarning, /lib/x.py:7)\n"),
+        (DeprecationWarning, "old", "capfilt: warning: old (DeprecationWarning, /lib/x.py:7)\n"),
+        (FutureWarning, "new\x1b", "capfilt: warning: new\\u001b (FutureWarning, /lib/x.py:7)\n"),
+    ],
+)
+def test_a_warning_is_one_line_that_says_so(monkeypatch, category, text, line):
+    """Would catch: a library's warning of three lines, with its source; a warning that reads like an error."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    cli._show_all()
+    assert warnings.formatwarning(text, category, "/lib/x.py", 7, "source = 1") == line

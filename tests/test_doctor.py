@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from capfilt import doctor
+from capfilt.catalog.query import query
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
@@ -117,6 +120,26 @@ def test_a_folder_that_is_no_part_is_named_and_the_others_are_checked(place):
     assert not good
     assert "captions/other: not a part" in lines
     assert "images/web: 2 shards hashed" in lines
+
+
+def test_a_folder_of_pictures_on_another_disk_is_as_good(tmp_path):
+    """Its records lie beside the pictures, where a link leads, and are no part."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "ws").mkdir()
+    (tmp_path / "ws" / "images").symlink_to(tmp_path / "big")
+    place = Workspace(tmp_path / "ws")
+    write_images(place.part("images", "web"), [image_rows("web", 2)])
+    assert (tmp_path / "big" / ".capfilt" / "web" / "part.json").is_file()
+    assert checked(place)[0]
+
+
+def test_shards_without_a_record_are_not_passed_over_in_silence(place):
+    """A copy that leaves `.capfilt` behind looked like an empty workspace."""
+    shutil.rmtree(place.path / ".capfilt")
+    with pytest.warns(
+        RuntimeWarning, match=r"images/web: holds shards but has no record in .*\.capfilt/images/web"
+    ):
+        assert query(place, "SELECT count(*) AS n FROM images").to_pylist() == [{"n": 0}]
 
 
 def test_nothing_at_all_is_no_workspace(tmp_path):

@@ -545,3 +545,15 @@ def test_a_date_among_the_options_is_no_traceback(tmp_path):
     )
     with pytest.raises(UserError, match="option images: "):
         recipes.resolve(recipes.load_recipe(str(path))[1], [])
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp 99-99", "!!timestamp x", "!!float a", "!!binary ü", "!!int x"]
+)
+def test_a_value_that_is_not_of_its_tag_is_refused_in_one_line(tmp_path, value):
+    """PyYAML's own error of a date that is none ended capfilt with a traceback."""
+    path = tmp_path / "r.yaml"
+    path.write_text(f"version: {value}\nstages: []\n")
+    with pytest.raises(UserError, match=r"r\.yaml: ") as caught:
+        recipes.load_recipe(str(path))
+    assert "\n" not in str(caught.value)

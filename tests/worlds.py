@@ -8,11 +8,6 @@ import io
 import numpy as np
 from PIL import Image
 
-from capfilt.data.tokenizer import Tokenizer
-from capfilt.models import checkpoint
-from capfilt.models.blip import build
-from capfilt.models.presets import preset, vilt_preset
-from capfilt.models.vilt import build_vilt
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
@@ -76,6 +71,12 @@ def tiny_checkpoint(
     directory, seed: int = 0, texts=("a red green blue white square number 0 1 2 3 4",) * 3
 ) -> None:
     """An untrained tiny BLIP with a vocabulary of its own."""
+    # Here and below: whoever makes pictures alone needs no torch.
+    from capfilt.data.tokenizer import Tokenizer
+    from capfilt.models import checkpoint
+    from capfilt.models.blip import build
+    from capfilt.models.presets import preset
+
     tokenizer = Tokenizer.train(list(texts), 200)
     config = preset("tiny", tokenizer.vocab_size)
     vision = dataclasses.replace(config.vision, width=32, depth=1, heads=2, hidden=64)
@@ -88,6 +89,11 @@ def tiny_vilt(
     directory, seed: int = 0, texts=("a red green blue white square number 0 1 2 3 4",) * 3
 ) -> None:
     """An untrained tiny ViLT with a vocabulary of its own."""
+    from capfilt.data.tokenizer import Tokenizer
+    from capfilt.models import checkpoint
+    from capfilt.models.presets import vilt_preset
+    from capfilt.models.vilt import build_vilt
+
     tokenizer = Tokenizer.train(list(texts), 200)
     config = dataclasses.replace(
         vilt_preset("tiny", tokenizer.vocab_size), width=32, depth=1, heads=2, hidden=64

@@ -7,6 +7,7 @@ It is read from descriptions, manifests and stats alone; no Parquet file's rows 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -113,7 +114,18 @@ def accounts(workspace: Workspace) -> list[Account]:
     Raises UserError naming the first part whose description is unreadable or of another table than its directory's,
     or whose files do not agree with their manifests.
     """
-    return [_account(table, part) for table in CONTRACTS for part in workspace.parts(table)]
+    found = []
+    for table in CONTRACTS:
+        for part in map(Part, workspace.folders(table)):
+            if part.exists:
+                found.append(_account(table, part))
+            elif any(part.path.glob("*.parquet")):
+                warnings.warn(
+                    f"{part.path}: holds shards but has no record in {part.record}, so it is passed over",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+    return found
 
 
 def _account(table: str, part: Part) -> Account:

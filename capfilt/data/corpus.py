@@ -205,6 +205,7 @@ def from_images(
     splits: Sequence[str | None] | None = TRAINING_SPLITS,
     *,
     size: int,
+    limit: int = 0,
     **options: Unpack[BuildOptions],
 ) -> Corpus:
     """Found texts: one example per caption of every successful row of `images` tables.
@@ -214,6 +215,8 @@ def from_images(
         source: only rows of this source (`web`, `human`); all where None.
         splits: only rows of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
+        limit: only the first so many pictures; no table after the one that holds the last of them is read. 0 for all.
+            Pictures read beyond it are deselected as `limit`.
         **options: `memory_limit`, `spill_dir`, `workers`, `max_pixels`, `training` of `ImageStore`; `progress`, called with the
             number of rows looked at.
 
@@ -222,7 +225,14 @@ def from_images(
     building = _Builder(size, options)
     for rows in slices(tables, "images", IMAGES_NEEDED, ("split", "failure")):
         building.feed(image_entries(rows, source, building.deselected), splits)
-    return building.corpus()
+        if limit and building.pictures >= limit:
+            break
+    corpus = building.corpus()
+    if not limit or len(corpus.image_ids) <= limit:
+        return corpus
+    cut = corpus.take(np.flatnonzero(corpus.image_of_text < limit))
+    left_out = {**corpus.deselected, "limit": len(corpus.image_ids) - limit}
+    return replace(cut, skipped=corpus.skipped, deselected=left_out)
 
 
 def from_pairs(
@@ -337,6 +347,11 @@ class _Builder:
         self._pictures = Pictures(size, options, self.skipped)
         self._image_of_text: list[int] = []
         self._texts: list[Text] = []
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures there are so far."""
+        return len(self._pictures.image_ids)
 
     def feed(self, entries: list[Entry], splits: Sequence[str | None] | None) -> None:
         """Take rows with their texts: what is unusable is counted, pictures that no text needs are not decoded."""

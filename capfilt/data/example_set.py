@@ -6,7 +6,7 @@ What is trained on, in batches, is `task_corpus.py`'s. What cannot be evaluated 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -80,7 +80,7 @@ class PixelBatches:
 
 def read_examples(
     example_tables: Iterable[pa.Table],
-    image_tables: Iterable[pa.Table],
+    image_tables: Callable[[pa.Array], Iterable[pa.Table]],
     task: str,
     splits: Sequence[str | None] | None,
     *,
@@ -92,7 +92,8 @@ def read_examples(
 
     Args:
         example_tables: Arrow tables with the columns of the examples contract, of any version.
-        image_tables: Arrow tables with the columns of the images contract; read one at a time.
+        image_tables: called with the ids of the pictures that are needed, gives Arrow tables that hold them, with the
+            columns of the images contract; read one at a time.
         task: one of `contracts.TASKS`.
         splits: only examples of these splits, None meaning rows without one; all where the argument is None.
         size: side of the pictures in pixels.
@@ -120,7 +121,7 @@ def read_examples(
         rows = sorted(rows, key=lambda row: str(row["example_id"]))[:limit]
     found = Pictures(size, options, skipped)
     wanted = pa.array(sorted({key for row in rows for key in row["image_ids"]}), pa.string())
-    for some in slices(image_tables, "images", ("image_id", "image"), ("split",), wanted):
+    for some in slices(image_tables(wanted), "images", ("image_id", "image"), ("split",), wanted):
         found.add(some)
     kept: list[tuple[dict[str, Any], tuple[int, ...]]] = []
     for row in rows:

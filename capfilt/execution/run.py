@@ -1,13 +1,13 @@
 """Running a stage: what is done already, what is to do, and the account at the end.
 
-`inline.py` and `ray.py` do the work; this module says which, and never imports Ray itself.
+`inline.py` and `ray.py` do the work, `auto.py` chooses; this module says which, and never imports Ray itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,10 +18,11 @@ from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.stages.registry import StageCommand
 from capfilt.tables.manifest import Counts, Manifest
 from capfilt.tables.shards import Part
+from capfilt.tables.visible import say
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank, started_together
 
-EXECUTIONS = ("ray", "inline")
+EXECUTIONS = ("auto", "ray", "inline")
 
 INPUT_CHANGES = 3
 """How often a shard is made anew because a retry of its input committed a generation meanwhile."""
@@ -59,6 +60,7 @@ class Summary:
         done_now: units done by this run.
         figures: what else the stage has to say.
         table: lines for people about what was done now.
+        fault: why the run counts as failed although it ended; "" where it does not.
     """
 
     stage: str
@@ -70,6 +72,7 @@ class Summary:
     done_now: int = 0
     figures: Mapping[str, Any] = field(default_factory=dict)
     table: Sequence[str] = ()
+    fault: str = ""
 
     def lines(self) -> list[str]:
         """The line, and the table where there is one."""
@@ -106,10 +109,14 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 def executor(execution: str) -> AbstractContextManager[Executor]:
     """The executor called `execution`, started on entering and stopped on leaving the context."""
-    if execution != "inline" and started_together():
+    if execution == "ray" and started_together():
         raise UserError(
             "under torchrun, give --execution inline; on a Ray cluster, start capfilt once and give --ranks"
         )
+    if execution == "auto":
+        from capfilt.execution.auto import AutoExecutor
+
+        return AutoExecutor()
     if execution == "inline":
         from capfilt.execution.inline import InlineExecutor
 
@@ -120,7 +127,7 @@ def executor(execution: str) -> AbstractContextManager[Executor]:
         from capfilt.execution.ray import RayExecutor
 
         return RayExecutor()
-    raise UserError(f"--execution {execution!r}: choose {' or '.join(EXECUTIONS)}")
+    raise UserError(f"--execution {execution!r}: choose {', '.join(EXECUTIONS)}")
 
 
 def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
@@ -130,8 +137,7 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
     foreign = sorted(committed - set(shards) - set(stage.output.planned if committed else ()))
     if foreign:
         raise UserError(
-            f"{stage.output.path}: holds shard {foreign[0]:05d}, which the input has not; name another output, or "
-            "remove the part to make it again"
+            f"{stage.output.path}: holds shard {foreign[0]:05d}, which the input has not; {stage.output.ways_out}"
         )
     missing: list[int] = []
     standing: list[int] = []
@@ -145,8 +151,8 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
             raise UserError(f"{problem}; restore it, or remove the shard and its manifest and run again")
         if manifest.fingerprint != stage.shard_fingerprint(mark, shard):
             raise UserError(
-                f"{stage.output.path}: shard {shard:05d} was made from other input rows than stand now; name another "
-                "output, or remove the part to make it again"
+                f"{stage.output.path}: shard {shard:05d} was made from other input rows than stand now; "
+                f"{stage.output.ways_out}"
             )
         (missing if stage.renews(manifest) else standing).append(shard)
     return missing, standing
@@ -173,26 +179,27 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
     mark = stage.begin()
     missing, standing = todo(stage, mark)
     tally = stage.tally()
+    done = Counts(0, 0)
     if missing:
-        rows = 0
         with StageProgress(stage.name, len(missing) + len(standing), "shards", quiet=quiet) as progress:
             try:
                 for number, manifest in enumerate(work.shards(stage, mark, missing), start=1):
-                    rows += manifest.counts.rows_in
+                    done = done + manifest.counts
                     if tally is not None:
                         tally.add(manifest, stage.output.stats(manifest.shard))
                     figures = None if tally is None else tally.figures(time.monotonic() - start)
-                    progress.update(len(standing) + number, rows=rows, figures=figures)
+                    progress.update(len(standing) + number, rows=done.rows_in, figures=figures)
             except UserError:
                 if began:
                     stage.output.withdraw()
                 raise
     stage.finish()
+    whole = stage.output.counts()
     return Summary(
         stage.name,
         str(stage.output.path),
         time.monotonic() - start,
-        stage.output.counts(),
+        whole,
         stage.output.rows,
         len(standing),
         len(missing),
@@ -200,6 +207,7 @@ def run_shards(stage: ShardStage, work: Executor, *, quiet: bool = False) -> Sum
             *(tally.lines(time.monotonic() - start) if tally is not None and missing else ()),
             *stage.remarks(),
         ],
+        fault=fault(done, whole),
     )
 
 
@@ -207,14 +215,25 @@ def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summ
     """Run `stage` unless its output stands."""
     start = time.monotonic()
     if stage.done():
-        return Summary(stage.name, str(stage.output), time.monotonic() - start, done_before=1)
+        return _account(stage, start, done_before=1)
+    if not (quiet or launched_rank()):
+        for line in stage.forewarning():
+            say(f"capfilt: warning: {line}", err=True)
     # Stages of one name may run together: what they write tells them apart.
     name = f"{stage.name} {stage.output.stem}"
     with StageProgress(name, 0, stage.unit, quiet=quiet or launched_rank() > 0) as progress:
         figures = work.model(
             stage, lambda step, total, latest: progress.update(step, total=total, figures=latest)
         )
-    return Summary(stage.name, str(stage.output), time.monotonic() - start, done_now=1, figures=figures)
+    return _account(stage, start, done_now=1, figures=figures)
+
+
+def _account(stage: ModelStage, start: float, **done: Any) -> Summary:
+    seconds = time.monotonic() - start
+    # Under torchrun another process may still have to publish the output.
+    return Summary(
+        stage.name, str(stage.output), seconds, table=[] if launched_rank() else stage.remarks(), **done
+    )
 
 
 def run_stage(stage: ShardStage | ModelStage, work: Executor, *, quiet: bool = False) -> Summary:
@@ -232,18 +251,60 @@ def run_command(
     *,
     output: Part | None = None,
     quiet: bool = False,
+    clear: Callable[[ShardStage | ModelStage], None] = lambda stage: None,
 ) -> Iterator[Summary]:
-    """Run the stages behind one command, yielding the account of each.
+    """Run the stages behind one command, yielding the account of each. `clear` is called with a stage before it runs.
 
-    The first stage checks its options before a cluster is started for it.
+    The first stage checks its options before a cluster is started for it. Raises RunError after the account of a stage of
+    which nothing came through.
     """
     first, *rest = command.classes(options)
     stage = command.build(first, options, workspace, output)
+    clear(stage)
     context = executor(execution) if isinstance(execution, str) else nullcontext(execution)
     with context as work:
-        yield run_stage(stage, work, quiet=quiet)
+        yield from _judged(run_stage(stage, work, quiet=quiet))
         for path in rest:
-            yield run_stage(command.build(path, options, workspace), work, quiet=quiet)
+            stage = command.build(path, options, workspace)
+            clear(stage)
+            yield from _judged(run_stage(stage, work, quiet=quiet))
+
+
+def _judged(summary: Summary) -> Iterator[Summary]:
+    yield summary
+    if summary.fault:
+        raise RunError(f"{summary.stage}: {summary.fault}")
+
+
+HINTS = {
+    "dns": "is this machine offline?",
+    "connection": "is this machine offline, or behind a proxy?",
+    "timeout": "is the network slow? --timeout gives answers more time",
+    "blocked_address": "a private network's addresses need --allow-private",
+    "bad_url": "is --url-col the column of the URLs?",
+    "not_found": "is this list of URLs still valid?",
+    "opted_out": "the hosts do not allow it",
+    "hash_mismatch": "is --verify-hash the column of these bodies' hashes?",
+    "worker_died": "the messages above say why",
+    "file_missing": "do the pictures lie where the list says?",
+    "no_image": "are these the images that the rows name?",
+    "empty_text": "is --caption-col the column of the texts?",
+}
+"""By failure, a question that helps where every row failed for it."""
+
+JUDGED = 20
+"""Rows of a run from which on a single failure of all is no accident."""
+
+
+def fault(*counts: Counts) -> str:
+    """That every row of one of these accounts failed for one reason, in words; "" where no account says so."""
+    for each in counts:
+        failed = [(name, count) for name, count in each.failed.items() if count]
+        if each.rows_in >= JUDGED and len(failed) == 1 and failed[0][1] == each.rows_in:
+            name = failed[0][0]
+            hint = f"; {HINTS[name]}" if name in HINTS else ""
+            return f"{each.rows_in:,} of {each.rows_in:,} failed: {name}{hint}"
+    return ""
 
 
 def process_and_commit(stage: ShardStage, mark: str, shard: int) -> Manifest:

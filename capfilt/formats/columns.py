@@ -121,7 +121,7 @@ def read_columns(file: Path, files: Sequence[Path], names: Sequence[str]) -> pa.
 def _read_column(parquet: pq.ParquetFile, file: Path, name: str, type_: pa.DataType) -> pa.ChunkedArray:
     try:
         return parquet.read(columns=[name]).column(name)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         # Arrow 26 cannot read nulls among the fixed-size arrays that DuckDB writes.
         return _ask(file, name, type_)
 

@@ -37,9 +37,13 @@ class Img2datasetSource(ParquetSource):
     beside = (*TARS, ".json", ".txt", *(f".{suffix}" for suffix in SUFFIXES))
 
     def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
-        tar = find(file.parent, file.with_suffix(".tar").name)
-        tarred = column is None and tar is not None and tar.is_file()
-        samples = {sample.key: sample for sample in read_tar(tar)[0]} if tar is not None and tarred else {}
+        tars = (find(file.parent, file.with_suffix(suffix).name) for suffix in TARS)
+        tar = (
+            next((each for each in tars if each is not None and is_file(each)), None)
+            if column is None
+            else None
+        )
+        samples = {sample.key: sample for sample in read_tar(tar)[0]} if tar is not None else {}
         inside = None if column is None else super()._pictures(file, column)
 
         def onto(row: SourceRow, record: dict[str, Any]) -> SourceRow:

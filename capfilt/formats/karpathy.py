@@ -43,7 +43,8 @@ def read(given: Given, reading: Reading) -> ListedSource:
             if folder not in folders:
                 folders[folder] = safe_join(root, folder) is not None and os.path.isdir(root / folder)  # noqa: PTH112
             row = full if folders[folder] or full.file is None else replace(row, key=full.key)
-        sentences = [each for each in entry.get("sentences") or [] if isinstance(each, dict)]
+        listed = entry.get("sentences")
+        sentences = [each for each in (listed if isinstance(listed, list) else ()) if isinstance(each, dict)]
         texts = tuple(text_of(each["raw"]) for each in sentences if each.get("raw") is not None)
         rows.append(replace(row, captions=texts))
     return ListedSource(given.path, reading, Found(rows))

@@ -13,7 +13,7 @@ from capfilt.data.images import SUFFIXES
 from capfilt.errors import UserError
 from capfilt.formats.columns import mixed_types, read_columns, values
 from capfilt.formats.keys import shared_key
-from capfilt.formats.parquet_file import open_parquet
+from capfilt.formats.parquet_file import open_parquet, whole
 from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
 from capfilt.formats.values import Keyed, caption_columns, require, text_of, unique
 
@@ -93,7 +93,7 @@ class ParquetSource(FileSource):
 
     def _own_keys(self, file: Path) -> list[str]:
         own = "key" in schema_of(file).names
-        with open_parquet(file, file, ["key"]) as source:
+        with open_parquet(file, file, ["key"]) as source, whole(file):
             found = source.read(columns=["key"]).column(0).to_pylist() if own else []
         keys = found if own else [None] * self._count(file)
         return [row.key for row in unique(self._keyed(file, keys, alone=True))]
@@ -114,7 +114,7 @@ class ParquetSource(FileSource):
         # Of the others some may be beyond Python: an infinite date, a list that Arrow cannot read.
         known = {*columns, picture, *(name for name in schema.names if name.strip().lower() in _FIELDS)}
         wanted = [name for name in schema.names if name in known]
-        with open_parquet(file, file, wanted) as source:
+        with open_parquet(file, file, wanted) as source, whole(file):
             records = source.read(columns=wanted).to_pylist()
         further = read_columns(file, self.files, self.reading.extra)
         held = {name: values(further.column(name)) for name in self.reading.extra}

@@ -5,7 +5,8 @@ Not here: parts, which are capfilt's own (`tables/shards.py`), and what a file's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def open_parquet(source: Any, name: str | Path, columns: Sequence[str] | None = 
     Raises UserError with `name` where it is no whole Parquet file, or where reading a column would take memory out of
     proportion to the file: a list of a hundred million nulls, one long text that a million rows share.
     """
-    try:
+    with whole(name):
         file = pq.ParquetFile(source)
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         leaves = [[group.column(number) for number in range(group.num_columns)] for group in groups]
@@ -46,23 +47,35 @@ def open_parquet(source: Any, name: str | Path, columns: Sequence[str] | None = 
                         f"{what} {leaf.num_values:,} values in {size:,} bytes; write the file without them"
                     )
                 most = max(SMALL, GROWTH * size)
-                if max(leaf.total_uncompressed_size, _expanded(source, number, leaf, most)) > most:
+                # No value is longer than its column as it is stored.
+                shared = leaf.num_values * leaf.total_uncompressed_size > most and _dictionary(leaf)
+                expanded = _expanded(source, file, number, leaf, most) if shared else 0
+                if max(leaf.total_uncompressed_size, expanded) > most:
                     raise UserError(
                         f"{what} more than {most:,} bytes, of a file of {size:,}; write it in parts"
                     )
-    except (pa.ArrowException, OSError) as error:
+    return file
+
+
+@contextmanager
+def whole(name: str | Path) -> Iterator[None]:
+    """Turn what Arrow raises of damaged pages, and of text that is no UTF-8, into a UserError with `name`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{name}: is not a whole Parquet file ({reason}); make it again, or take it away"
         ) from None
-    return file
 
 
-def _expanded(source: Any, group: int, leaf: Any, most: int) -> int:
+def _dictionary(leaf: Any) -> bool:
+    return leaf.physical_type == "BYTE_ARRAY" and leaf.dictionary_page_offset is not None
+
+
+def _expanded(source: Any, opened: pq.ParquetFile, group: int, leaf: Any, most: int) -> int:
     """Bytes of a column of texts that stand in a dictionary, once each value has its own; 0 where `most` is enough anyway."""
-    if leaf.physical_type != "BYTE_ARRAY" or leaf.dictionary_page_offset is None:
-        return 0
-    file = pq.ParquetFile(source, read_dictionary=[leaf.path_in_schema])
+    file = pq.ParquetFile(source, metadata=opened.metadata, read_dictionary=[leaf.path_in_schema])
 
     def lengths(rows: int) -> Any:
         for batch in file.iter_batches(rows, row_groups=[group], columns=[leaf.path_in_schema]):

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import UserError, naming
+from capfilt.tables.workspace import expanded
 
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4",
@@ -84,7 +85,7 @@ def places(path: str, suffixes: frozenset[str]) -> list[Place]:
     Raises UserError where there is none.
     """
     if "://" not in path:
-        file = Path(path).expanduser()
+        file = expanded(path)
         if file.is_dir():
             return _chosen(path, [str(child) for child in file.iterdir() if child.is_file()], suffixes)
         if not file.is_file():

@@ -39,6 +39,7 @@ from capfilt.formats.values import (
     storable,
     unique,
 )
+from capfilt.tables.workspace import expanded
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ class Source(ABC):
 
 def open_source(path: str, format: str, reading: Reading) -> Source:
     """The source at `path`; `format` is one of FORMATS or "auto". Raises UserError when it is not what it should be."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if "://" in path or not place.exists():
         remote = "sources are read from a local or shared file system"
         raise UserError(f"{path}: {remote if '://' in path else 'no such file or folder'}")
@@ -359,9 +360,12 @@ class FileSource(Source):
     @cached_property
     def _limited(self) -> list[int]:
         """Rows to take of each file, up to the limit."""
-        counts: list[int] = []
-        while sum(counts) < self.reading.limit and len(counts) < len(self.files):
-            counts.append(min(self._count(self.files[len(counts)]), self.reading.limit - sum(counts)))
+        counts, left = [], self.reading.limit
+        for file in self.files:
+            counts.append(min(self._count(file), left))
+            left -= counts[-1]
+            if not left:
+                break
         return counts
 
     def shard_count(self) -> int:

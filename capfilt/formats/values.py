@@ -154,7 +154,7 @@ def identity(value: Any) -> str:
     """A number or name by which records find each other: 7, 7.0, "7" and "007" are one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = str(value).strip() if isinstance(value, str | int) else text_of(value)
+    text = storable(str(value).strip()) if isinstance(value, str | int) else text_of(value)
     return (text.lstrip("0") or "0") if text.isdecimal() else text
 
 

@@ -131,6 +131,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return _read_config(place)
 
 
+def shape_of(path: str | Path) -> Shape:
+    """The config of the model at `path`; no weights are loaded."""
+    meta = read_config(path)
+    return kinds.named(str(meta["model_type"])).config.from_dict(meta["config"])
+
+
 def fingerprint(path: str | Path) -> str:
     """sha256 (hex) over the files it is read from: two checkpoints with one fingerprint caption and score alike."""
     layout, place = layouts.locate(path)

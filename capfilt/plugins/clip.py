@@ -23,6 +23,7 @@ from capfilt.data.images import decode
 from capfilt.errors import UserError
 from capfilt.models.precision import auto_precision
 from capfilt.tables.ids import file_sha256
+from capfilt.tables.workspace import expanded
 
 VERSION = 2  # large JPEGs are decoded whole; texts are repaired and unescaped
 """Raised when this code changes the scores it gives."""
@@ -52,7 +53,7 @@ class ClipScorer:
     }
 
     def __init__(self, argument: str, precision: str = "auto", draft: str = "") -> None:
-        self.directory = Path(argument).expanduser()
+        self.directory = expanded(argument)
         if precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"clip: precision {precision!r} is unknown: use auto, fp32 or bf16")
         if draft not in ("", "yes"):

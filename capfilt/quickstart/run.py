@@ -85,7 +85,7 @@ MODELS = ("raw", "human_only", "curated")
 
 
 def run_quickstart(
-    out: str, *, size: str = "full", seed: int = 0, execution: str = "ray", quiet: bool = False
+    out: str, *, size: str = "full", seed: int = 0, execution: str = "auto", quiet: bool = False
 ) -> dict[str, Any]:
     """Run the whole loop into the workspace `out`. Returns what `summary.json` holds.
 

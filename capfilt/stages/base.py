@@ -62,7 +62,9 @@ class ShardStage(ABC):
         version: raised when the code changes the rows it makes; part of the fingerprint.
         contract: the table it writes.
         uses_gpu: whether a worker wants a GPU where there is one.
+        rows_per_second: about how many a worker does on a processor; `--execution auto` judges by it.
         reads_manifests: whether `inputs` is a look at manifests, which may be looked at before and after the work.
+        accounts: the input rows that its counts are of: images (or what the source lists), or texts.
         workers: how many workers share the shards; said by the executor before the stage goes to them.
         gaps: the incomplete parts that it reads by permission, by path; said by whoever builds the stage.
     """
@@ -71,7 +73,9 @@ class ShardStage(ABC):
     version: ClassVar[int]
     contract: Contract
     uses_gpu: ClassVar[bool] = False
+    rows_per_second: ClassVar[float] = 2000.0
     reads_manifests: ClassVar[bool] = True
+    accounts: ClassVar[str] = "images"
     workers: int = 1
     gaps: Mapping[str, str] = MappingProxyType({})
 
@@ -110,6 +114,14 @@ class ShardStage(ABC):
     def process(self, shard: int) -> Produced:
         """Make one shard. Faults of rows are rows with a failure; an exception here fails the shard."""
 
+    def outputs(self) -> list[Part]:
+        """The parts that it makes; none where it adds to a part that must stand."""
+        return [self.output]
+
+    def standing(self) -> list[Path]:
+        """The folders of `outputs` that stand, whatever they were made from."""
+        return [path for part in self.outputs() if part.exists for path in (part.path, part.record)]
+
     def finish(self) -> None:
         """At the end of every run, once its shards are committed."""
         self.output.finish()
@@ -142,8 +154,8 @@ class ShardStage(ABC):
         """
         images, shards = getattr(self, "images", None), self.shards()
         planned = images.planned if isinstance(images, Part) else shards
-        rows = sum(map(self.expected_rows, shards)) if shards == planned else 0
-        return Plan(planned, rows or None, self.gaps)
+        known = self.reads_manifests and self.accounts == "images" and shards == planned
+        return Plan(planned, sum(map(self.expected_rows, shards)) or None if known else None, self.gaps)
 
     def full_identity(self) -> Mapping[str, Any]:
         """`identity` and the version of the code."""
@@ -191,6 +203,10 @@ class ModelStage(ABC):
     def done(self) -> bool:
         """Whether the output stands. Raises UserError when it was made with another identity."""
 
+    def standing(self) -> list[Path]:
+        """The files and folders of the output that stand, whatever they were made from; only such as capfilt wrote."""
+        return []
+
     def ranks(self, gpus: int) -> int:
         """In how many processes `run` is called, all at once, with torchrun's environment, where there are `gpus` for it.
 
@@ -201,6 +217,14 @@ class ModelStage(ABC):
     def saves(self) -> bool:
         """Whether `run`, asked by its `report` to stop, saves what it has done and raises `Interrupted`."""
         return False
+
+    def remarks(self) -> Sequence[str]:
+        """As `ShardStage.remarks`, on the output that stands."""
+        return ()
+
+    def forewarning(self) -> Sequence[str]:
+        """Lines on what the output will not be fit for, said before `run`."""
+        return ()
 
     @abstractmethod
     def run(self, report: Report) -> Mapping[str, Any]:

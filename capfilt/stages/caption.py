@@ -83,6 +83,7 @@ class CaptionStage(ShardStage):
     version = 4
     contract = CAPTIONS
     uses_gpu = True
+    rows_per_second = 10.0
 
     def __init__(self, options: CaptionOptions, workspace: Workspace, output: Part | None = None) -> None:
         if options.method == "greedy" and options.samples > 1:

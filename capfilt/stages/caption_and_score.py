@@ -101,6 +101,9 @@ class CaptionAndScore(ScoreStage):
     def shards(self) -> list[int]:
         return shards_of(self.images)
 
+    def outputs(self) -> list[Part]:
+        return [self.captioning.output, self.output]
+
     def tally(self) -> _Captioned:
         return _Captioned(self.captioning.output)
 

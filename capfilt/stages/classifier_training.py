@@ -53,6 +53,11 @@ class ClassifierTask(TaskTraining):
         )
         return made
 
+    def prototype(self, start: Start, model: Model) -> Model:
+        classes = LABELS[self.task] or ("a", "b")
+        made: Model = start(model, task=self.task, classes=classes, seed=0, drop_path=0.0)
+        return made
+
     def continues(self, model: Any, data: TaskCorpus) -> bool:
         same = (model.config.task, model.pictures, model.labels) == (self.task, 1, self.classes(data))
         return bool(same)

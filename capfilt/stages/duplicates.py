@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
@@ -82,25 +83,50 @@ class Duplicates(ShardStage):
         return result
 
     def process(self, shard: int) -> Produced:
-        ids = self.images.read(shard, ["image_id"])
+        ids = self.images.read(shard, ["image_id", "status", "phash"])
         found = self._clusters[shard]
         if not ids["image_id"].equals(found["image_id"]):
             raise UserError(f"{self.images.path}: shard {shard:05d} changed while duplicates were looked for")
         table = found.append_column("text_id", pa.nulls(ids.num_rows, pa.string()))
         have = ids.num_rows - found["cluster"].null_count
-        dropped = {"no_image": ids.num_rows - have} if have < ids.num_rows else {}
-        return Produced(SIGNALS.conform(table), Counts(ids.num_rows, have, dropped))
+        failed = int(_malformed(ids).sum())
+        lost = ids.num_rows - have - failed
+        counts = Counts(
+            ids.num_rows, have, {"no_image": lost} if lost else {}, {"decode_error": failed} if failed else {}
+        )
+        return Produced(SIGNALS.conform(table), counts)
+
+    def remarks(self) -> list[str]:
+        found = pa.concat_tables(self.output.tables(["image_id", "cluster", "cluster_size", "first"]))
+        copies = found.filter(pc.invert(found["first"])).num_rows
+        clusters = found.filter(pc.and_(found["first"], pc.greater(found["cluster_size"], 1))).num_rows
+        pictures = found.num_rows - found["cluster"].null_count
+        lines = [
+            f"{pictures:,} pictures: {clusters:,} clusters with {copies:,} copies"
+            + (
+                f"; capfilt select --duplicates {self.output.name} keeps one picture of each"
+                if copies
+                else ""
+            )
+        ]
+        failed = self.output.counts().failed.get("decode_error")
+        if failed:
+            lines.append(
+                f"{failed:,} perceptual hashes are not 16 hexadecimal digits; these rows are in no cluster"
+            )
+        return lines
 
 
 def cluster(images: pa.Table, distance: int) -> pa.Table:
     """image_id and COLUMNS for each row of `images`, in its order.
 
-    `images` has image_id, status, sha256, phash, original_width and original_height. Rows that are no success, and
-    those with neither hash, are in no cluster. Near pairs are looked for within bands of bits that equal hashes of at
-    most `distance` differing bits must share one of: some
-    hundred bytes of memory per row, seconds for a million of them.
+    `images` has image_id, status, sha256, phash, original_width and original_height. Rows that are no success, those
+    with neither hash, and those with a malformed one are in no cluster. Near pairs are looked for within bands of bits
+    that equal hashes of at most `distance` differing bits must share one of: some hundred bytes of memory per row, seconds
+    for a million of them.
     """
     have = np.array([status == "success" for status in images["status"].to_pylist()], bool)
+    have &= ~_malformed(images)
     have &= images["sha256"].is_valid().to_numpy() | images["phash"].is_valid().to_numpy()
     rows = np.flatnonzero(have)
     ids = images["image_id"].to_pylist()
@@ -143,6 +169,13 @@ def cluster(images: pa.Table, distance: int) -> pa.Table:
         columns["first"][rows[place]] = True
     arrays = [pa.array(columns[field.name], field.type) for field in COLUMNS]
     return pa.table([images["image_id"].combine_chunks(), *arrays], names=["image_id", *COLUMNS.names])
+
+
+def _malformed(images: pa.Table) -> Array:
+    """Whether each row is a success with a perceptual hash that is not 64 bits in hexadecimal digits."""
+    good = pc.match_substring_regex(images["phash"], r"^[0-9a-fA-F]{16}$")
+    wrong = pc.and_(pc.equal(images["status"], "success"), pc.invert(good))
+    return np.asarray(pc.fill_null(wrong, False), bool)
 
 
 _SIZES = ("original_width", "original_height")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from capfilt.data.corpus import Corpus, from_images
 from capfilt.data.example_set import ExampleSet, read_examples
-from capfilt.errors import UserError
-from capfilt.models import checkpoint
+from capfilt.errors import MissingInput, UserError
+from capfilt.models import checkpoint, kinds
 from capfilt.models.precision import check_precision
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
@@ -19,10 +23,10 @@ from capfilt.stages.results import ResultStage
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks import registry
-from capfilt.tasks.adapters import opened
+from capfilt.tasks.adapters import capable, opened
 from capfilt.tasks.intervals import LEVEL
 from capfilt.tasks.outcome import Outcome, pack
-from capfilt.tasks.registry import CAPTIONS, Task
+from capfilt.tasks.registry import CAPTIONS, Task, Unsuited
 from capfilt.training.distributed import device
 
 _UNDEFINED = "has no value over these examples: all of one class, or all rated or scored alike"
@@ -36,21 +40,57 @@ class Evaluate(ResultStage):
 
     def __init__(self, options: EvaluateOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
-        self.tasks = registry.chosen(options.tasks)
-        asking = [task.name for task in self.tasks if task.reads != CAPTIONS]
+        named = registry.chosen(options.tasks) if options.tasks else []
+        asking = [task.name for task in named if task.reads != CAPTIONS]
         if asking and not options.examples:
             raise UserError(f"--tasks {asking[0]}: name examples to evaluate on (--examples)")
         check_precision(options.precision)
         self.checkpoint = workspace.model(options.model)
-        checkpoint.read_config(self.checkpoint)
+        config = checkpoint.shape_of(self.checkpoint)
+        self.kind = kinds.of(config)
+        can = capable(config)
+        registry.check(named, can, f"{self.checkpoint} ({self.kind.who})")
         self.images = workspace.input("images", options.images).check()
         self.pictures = [workspace.input("images", name).check() for name in options.pictures]
         self.examples = [workspace.input("examples", name).check() for name in options.examples]
         self.output = workspace.result(options.out or self.checkpoint.name)
+        self.unsuited: dict[str, str] = {}
+        self.tasks = named or self._possible(can)
+
+    def _possible(self, can: Sequence[str]) -> list[Task]:
+        """The tasks that model, images and examples allow; `unsuited` has why each other one is left out.
+
+        Raises MissingInput where there is none: a part may have to be written first.
+        """
+        o, there = self.options, _Contents(self.images, self.examples)
+        found = []
+        for task in registry.TASKS:
+            why = registry.lacking(task, can, self.kind.who)
+            if not why and task.reads != CAPTIONS and not o.examples:
+                why = "name examples to evaluate on (--examples)"
+            if not why and not there.has(task.reads, o.split):
+                what = "texts" if task.reads == CAPTIONS else f"examples of the task {task.reads}"
+                parts = [self.images] if task.reads == CAPTIONS else self.examples
+                why = f"no {what} in split {o.split or 'all'!r} of {', '.join(str(part.path) for part in parts)}"
+            if why:
+                self.unsuited[task.name] = why
+            else:
+                found.append(task)
+        if not found:
+            raise MissingInput(
+                f"{self.checkpoint}: no task to evaluate; {'; '.join(_grouped(self.unsuited))}"
+            )
+        return found
+
+    def remarks(self) -> list[str]:
+        """The tasks left out, and why, as the result has them."""
+        said: dict[str, str] = json.loads(self.output.read_bytes()).get("unsuited", {})
+        return [f"left out {line}" for line in _grouped(said)]
 
     def identity(self) -> Mapping[str, Any]:
         return {
-            "options": option_values(self.options),
+            # Those that were found out are as if they had been named.
+            "options": option_values(self.options) | {"tasks": [task.name for task in self.tasks]},
             "model": checkpoint.fingerprint(self.checkpoint),
             "images": self.images.digest(),
             "pictures": [part.digest() for part in self.pictures],
@@ -66,32 +106,80 @@ class Evaluate(ResultStage):
         return {name: metrics[name] for name in shown}
 
     def outlook(self) -> str:
-        return (
-            f"{', '.join(self.options.tasks)} on split {self.options.split or 'all'!r} of {self.images.path}"
-        )
+        return f"{', '.join(task.name for task in self.tasks)} on split {self.options.split or 'all'!r} of {self.images.path}"
 
     def measure(self, report: Report) -> dict[str, Any]:
         contents, _ = checkpoint.open_any(self.checkpoint)
         model = opened(contents, device(), self.options.precision)
-        registry.check(self.tasks, model.can, f"{self.checkpoint} ({model.what})")
         data = _Data(self, model.image_size)
         result = _Result(self.options)
+        unsuited = dict(self.unsuited)
         for task in self.tasks:
-            read = data.of(task)
-            outcome = task.function()(
-                model.model,
-                read,
-                self.options,
-                # The task's name binds now, not when the last one runs.
-                lambda what, done, of, name=task.name: report(done, of, {name: what}),  # type: ignore[misc]
-            )
+            try:
+                read = data.of(task)
+                outcome = task.function()(
+                    model.model,
+                    read,
+                    self.options,
+                    # The task's name binds now, not when the last one runs.
+                    lambda what, done, of, name=task.name: report(done, of, {name: what}),  # type: ignore[misc]
+                )
+            except Unsuited as error:
+                if self.options.tasks:
+                    raise
+                unsuited[task.name] = str(error).removeprefix(f"--tasks {task.name}: ")
+                continue
             result.add(task, outcome, read.skipped | read.deselected)
+        if len(unsuited) == len(registry.TASKS):
+            raise UserError(f"{self.checkpoint}: no task to evaluate; {'; '.join(_grouped(unsuited))}")
         return {
             "checkpoint": checkpoint.fingerprint(self.checkpoint),
             "model": model.what,
             "split": self.options.split,
+            **({"unsuited": unsuited} if unsuited else {}),
             **result.content(),
         }
+
+
+def _grouped(unsuited: Mapping[str, str]) -> list[str]:
+    """Tasks with why they are left out, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in unsuited.items():
+        by_reason.setdefault(why, []).append(name)
+    return [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
+
+
+class _Contents:
+    """Which tasks' rows there are, by split: found out without pictures."""
+
+    def __init__(self, images: Part, examples: Sequence[Part]) -> None:
+        self._images = images
+        self._rows = {
+            (row["task"], row.get("split"))
+            for part in examples
+            for table in part.tables(["task", "split", "failure"])
+            for row in table.filter(pc.field("failure").is_null()).to_pylist()
+        }
+
+    def has(self, reads: str, split: str) -> bool:
+        """Whether there are rows of what a task reads; of every split where it is ""."""
+        if reads == CAPTIONS:
+            return self._captioned(split)
+        return any(reads == task and split in ("", other) for task, other in self._rows)
+
+    def _captioned(self, split: str) -> bool:
+        # Shard by shard: the first text will do.
+        for table in self._images.tables(["captions", "split", "status"]):
+            rows = table.filter(pc.field("status") == "success")
+            if split:
+                rows = (
+                    rows.filter(pc.field("split") == split)
+                    if "split" in rows.column_names
+                    else rows.slice(0, 0)
+                )
+            if any(filter(None, pc.list_flatten(rows["captions"].combine_chunks()).to_pylist())):
+                return True
+        return False
 
 
 @dataclass
@@ -112,7 +200,7 @@ class _Data:
             (task.reads, o.split), lambda: self._examples(task, o.split, o.limit)
         )
         if not len(examples):
-            raise UserError(
+            raise Unsuited(
                 f"--tasks {task.name}: no examples of the task {task.reads} in split {o.split!r} of "
                 f"{', '.join(str(part.path) for part in self.stage.examples)} "
                 f"(left out: {examples.skipped | examples.deselected})"
@@ -120,7 +208,7 @@ class _Data:
         if task.support:
             split = o.support_split or task.support
             if split == o.split or not o.split:
-                raise UserError(
+                raise Unsuited(
                     f"--tasks {task.name}: learns from split {split!r}, so name another --split to evaluate on"
                 )
             examples.support = self._once((task.reads, split), lambda: self._examples(task, split, 0))
@@ -134,14 +222,15 @@ class _Data:
     def _corpus(self) -> Corpus:
         o, images = self.stage.options, self.stage.images
         splits = (o.split,) if o.split else None
-        corpus = from_images(images.tables(IMAGE_COLUMNS), splits=splits, size=self.size)
-        if o.limit:
-            keep = [row for row, image in enumerate(corpus.image_of_text.tolist()) if image < o.limit]
-            whole, corpus = corpus, corpus.take(keep)
-            cut = {"limit": len(whole) - len(corpus)} if len(corpus) < len(whole) else {}
-            corpus.skipped, corpus.deselected = whole.skipped, {**whole.deselected, **cut}
+        batches = (batch for shard in images.shards() for batch in images.batches(shard, IMAGE_COLUMNS))
+        tables = (pa.Table.from_batches([batch]) for batch in batches)
+        looked_at: list[int] = []
+        corpus = from_images(tables, splits=splits, size=self.size, limit=o.limit, progress=looked_at.append)
+        unread = images.rows - sum(looked_at)
+        if unread:
+            corpus.deselected["limit"] = corpus.deselected.get("limit", 0) + unread
         if not len(corpus):
-            raise UserError(
+            raise Unsuited(
                 f"{images.path}: no texts with pictures in split {o.split!r} "
                 f"(left out: {dict(corpus.skipped) | dict(corpus.deselected)})"
             )
@@ -151,7 +240,9 @@ class _Data:
         parts = [self.stage.images, *self.stage.pictures]
         return read_examples(
             (table for part in self.stage.examples for table in part.tables()),
-            (table for part in parts for table in part.tables(("image_id", "image", "split"))),
+            lambda wanted: (
+                table for part in parts for table in part.holding(wanted, ("image_id", "image", "split"))
+            ),
             task.reads,
             (split,) if split else None,
             size=self.size,

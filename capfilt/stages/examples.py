@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
@@ -26,7 +25,7 @@ from capfilt.tables.ids import example_id, file_sha256
 from capfilt.tables.manifest import Counts
 from capfilt.tables.sealed import fingerprint
 from capfilt.tables.shards import Part
-from capfilt.tables.workspace import Workspace
+from capfilt.tables.workspace import Workspace, expanded
 
 _TRUTH = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
 
@@ -43,8 +42,8 @@ class Examples(ShardStage):
         self.options = options
         self.output = workspace.dataset("examples", options.dataset, output)
         self.images = [workspace.input("images", name).check() for name in options.images]
-        self.source = Path(options.source_path).expanduser()
-        self.annotations = Path(options.annotations).expanduser() if options.annotations else None
+        self.source = expanded(options.source_path)
+        self.annotations = expanded(options.annotations) if options.annotations else None
         self._pictures: NamedPictures | None = None
 
     def identity(self) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
-from capfilt.tables.workspace import Workspace
+from capfilt.tables.workspace import Workspace, expanded
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
 """What is stored byte for byte as it was found, when it is upright, of KEPT_MODES, opaque and not to be shrunk."""
@@ -57,7 +57,7 @@ class Ingest(ShardStage):
             options.source_path,
             options.format,
             Reading(
-                images=Path(options.images).expanduser() if options.images else None,
+                images=expanded(options.images) if options.images else None,
                 image_col=options.image_col,
                 caption_cols=options.caption_col,
                 extra=options.save_additional_columns,

@@ -337,6 +337,13 @@ class ModelOptions(Checked):
     preset: str = _option("small", "tiny, small, trunk (a frozen ImageNet trunk), base or large")
     image_size: int = _option(0, "pixels; 0 for the preset's")
     patch_size: int = _option(0, "pixels per side of what becomes one token; 0 for the preset's", later=True)
+    stem: str = _option(
+        "",
+        "patch (as published, needed to export the model) or conv; default: the preset's",
+        choices=("", "patch", "conv"),
+        later=True,
+        models=_TOWERS,
+    )
     vocab: str = _option(
         "corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path"
     )
@@ -955,8 +962,9 @@ class EvaluateOptions(Checked):
         choices=("", *SPLITS),
     )
     tasks: tuple[str, ...] = _option(
-        ("retrieval", "captioning"),
-        "retrieval, captioning, zero-shot, few-shot, classification, match, rating, choice, vqa, nlvr, entailment; repeatable",
+        (),
+        "retrieval, captioning, zero-shot, few-shot, classification, match, rating, choice, vqa, nlvr, entailment; repeatable; "
+        "default: every task that model, images and examples allow",
     )
     rerank: int = _option(
         128, "re-rank so many candidates by ITM (BLIP, Flickr30K: 128, COCO: 256); 0: rank by ITC alone"

@@ -26,15 +26,22 @@ class ResultStage(ModelStage):
     def done(self) -> bool:
         if not self.output.is_file():
             return False
+        if self._made().get("fingerprint") != self.fingerprint():
+            raise UserError(
+                f"{self.output}: holds a result of other options, inputs or checkpoint; name another output (--out NAME), or "
+                "remove that file (--overwrite does)"
+            )
+        return True
+
+    def standing(self) -> list[Path]:
+        return [self.output] if self.output.is_file() and "fingerprint" in self._made() else []
+
+    def _made(self) -> dict[str, Any]:
         try:
             made = json.loads(self.output.read_bytes())
         except ValueError as error:
             raise UserError(f"{self.output}: not readable as a result; remove it and run again") from error
-        if made.get("fingerprint") != self.fingerprint():
-            raise UserError(
-                f"{self.output}: holds a result of other options, inputs or checkpoint; name another --out, or remove it"
-            )
-        return True
+        return made if isinstance(made, dict) else {}
 
     def run(self, report: Report) -> Mapping[str, Any]:
         result = {

@@ -19,7 +19,6 @@ from capfilt.models.contrast import ClipTraining, ContrastConfig
 from capfilt.models.presets import clip_preset
 from capfilt.models.ranks import Ranks
 from capfilt.stages.options import RetrainOptions
-from capfilt.stages.pairs import Pairs
 from capfilt.stages.train import Retrain
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -46,7 +45,7 @@ class RetrainClip(Retrain):
     def shape(self, vocab_size: int) -> ClipConfig:
         return clip_preset(self.options.preset, vocab_size)
 
-    def vocabulary(self, pairs: Pairs) -> BpeTokenizer:
+    def vocabulary(self, pairs: Any) -> BpeTokenizer:
         vocab = self.options.vocab
         cleaning = trained_clip()
         if vocab == "corpus":

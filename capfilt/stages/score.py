@@ -94,10 +94,12 @@ class ScoreStage(ShardStage):
     """Writes a row per text of a picture that is there; texts of pictures that are not are dropped as `no_image`."""
 
     name = "score"
+    accounts = "texts"
     # Since 3, an image's texts are queries of one copy of its keys: the last digits differ; since 4, pictures are Pillow's
     # bicubic pixels, of whole pictures.
     version = 4
     uses_gpu = True
+    rows_per_second = 10.0
 
     def __init__(self, options: ScoreOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options

@@ -36,6 +36,7 @@ class Select(ShardStage):
     """
 
     name = "select"
+    accounts = "texts"
     version = 2  # a score that is not finite is a failure, and none of those that --keep-fraction counts
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -136,8 +137,10 @@ class Select(ShardStage):
     def _scored_captions(self) -> list[Part]:
         """The captions parts whose texts were scored and are not to be judged. Raises UserError where one is gone."""
         ours = {part.info["fingerprint"] for part in self.captions}
-        here = {part.info["fingerprint"]: part for part in self.workspace.parts("captions")}
         scored = [mark for mark in self.scores.info["identity"].get("captions", ()) if mark not in ours]
+        if not scored:
+            return []
+        here = {part.info["fingerprint"]: part for part in self.workspace.parts("captions")}
         if any(mark not in here for mark in scored):
             raise UserError(
                 f"{self.scores.path}: scores captions that are neither named nor in {self.workspace.path}, so their share "

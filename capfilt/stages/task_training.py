@@ -136,6 +136,18 @@ class TaskTraining(Training[TaskCorpus]):
             **options,
         )
 
+    def planned(self) -> Any:
+        with torch.device("meta"):
+            model = kinds.empty(checkpoint.shape_of(self.init))
+            if kinds.of(model).rows == self.rows and type(model) in FINETUNED[self.form]:
+                return model.config
+            return self.prototype(STARTS[self.form][type(model)], model).config
+
+    def prototype(self, start: Start, model: Model) -> Model:
+        """The task's model without weights, before its examples are known."""
+        made: Model = start(model, seed=0, drop_path=0.0)
+        return made
+
     def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
         contents, _ = checkpoint.open_any(self.init)
         model, size = contents.model, self.image_size()

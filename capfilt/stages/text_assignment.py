@@ -28,6 +28,10 @@ class FinetuneTextAssignment(Finetune):
     shown = ("loss", "accuracy")
     options: FinetuneTextAssignmentOptions
 
+    def planned(self) -> None:
+        # A step on the way to `finetune nlvr`, whose model is the one to export.
+        return None
+
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         model, tokenizer = super().initial(pairs)
         assert isinstance(model, Albef)

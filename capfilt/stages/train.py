@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -105,8 +106,13 @@ class Pretrain(PairTraining):
         if o.text_init:
             load_bert(model, o.text_init)
 
-    def vocabulary(self, pairs: Pairs) -> Any:
-        """The tokenizer of a new model."""
+    def planned(self) -> Any:
+        # A vocabulary that is learned later is none that was published, whatever its size.
+        learned = self.options.vocab == "corpus"
+        return self.sized(SimpleNamespace(vocab_size=1000, pad_id=0) if learned else self.vocabulary(None))
+
+    def vocabulary(self, pairs: Any) -> Any:
+        """The tokenizer of a new model; `pairs` are needed where it is learned from them."""
         o = self.options
         cleaning = kinds.named(self.model).cleaning
         if o.vocab == "corpus":
@@ -119,6 +125,8 @@ class Pretrain(PairTraining):
         config = self.shape(tokenizer.vocab_size)
         patch = self.options.patch_size or config.vision.patch_size
         vision = dataclasses.replace(config.vision, image_size=self.image_size(), patch_size=patch)
+        if self.options.stem:
+            vision = dataclasses.replace(vision, stem=self.options.stem)
         text = dataclasses.replace(config.text, pad_id=tokenizer.pad_id)
         return dataclasses.replace(config, vision=vision, text=text)
 
@@ -208,6 +216,9 @@ class Retrain(Pretrain):
         joined = [StreamInput(images, verdicts) for images, verdicts in self.joined]
         return [*super().streamed(), *(StreamInput(part) for part in self.pairs), *joined]
 
+    def planned(self) -> Any:
+        return checkpoint.shape_of(self.start) if self.start else super().planned()
+
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         if not self.start:
             return super().initial(pairs)
@@ -240,6 +251,9 @@ class Finetune(PairTraining):
 
     def image_size(self) -> int:
         return self.options.image_size or _image_size_of(self.init)
+
+    def planned(self) -> Any:
+        return checkpoint.shape_of(self.init)
 
     def initial(self, pairs: Pairs) -> tuple[Model, Any]:
         contents, _ = checkpoint.open_any(self.init, self.image_size())

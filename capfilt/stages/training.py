@@ -29,6 +29,8 @@ from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, kinds
+from capfilt.models.config import Shape
+from capfilt.models.interop.export import homes, places
 from capfilt.models.kinds import Model, empty
 from capfilt.models.precision import check_precision
 from capfilt.models.ranks import Ranks
@@ -167,7 +169,23 @@ class Training(ModelStage, Generic[D]):
         """Figures of the finished model, on rank 0."""
         return {}
 
+    def planned(self) -> Shape | None:
+        """The config of the model to come, as far as it is known before any data are read; None where nothing is."""
+        return None
+
     # The same for all.
+
+    def forewarning(self) -> list[str]:
+        config = self.planned()
+        found = places(config) if config is not None else {}
+        if not found or None in found.values():
+            return []
+        return [f"{self.output.name}: no other project will read this model", *homes(self.options.out, found)]
+
+    def remarks(self) -> list[str]:
+        config = checkpoint.shape_of(self.output)
+        found = places(config, kinds.of(config).tokenizer.load(self.output))
+        return homes(self.options.out, found)
 
     def identity(self) -> Mapping[str, Any]:
         return {
@@ -187,10 +205,20 @@ class Training(ModelStage, Generic[D]):
                 else "by another version of this stage's code"
             )
             raise UserError(
-                f"{self.output}: holds a checkpoint made {other}; name another --out, or remove it"
+                f"{self.output}: holds a checkpoint made {other}; name another output (--out NAME), or remove that folder "
+                "(--overwrite does)"
             )
         # The state goes last: a run that was killed after its weights were saved has more to do, if only to remove states.
         return not (self.output / STATE).is_file()
+
+    def standing(self) -> list[Path]:
+        if not (self.output / STATE).is_file() and not (
+            (self.output / checkpoint.CONFIG).is_file()
+            # Raises where it is no checkpoint, so that nothing else is removed.
+            and checkpoint.read_config(self.output)["files"]
+        ):
+            return []
+        return [self.output]
 
     def outlook(self) -> str:
         o: LoopOptions = self.options

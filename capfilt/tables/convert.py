@@ -44,8 +44,14 @@ def convert(place: Path) -> list[Path]:
 
 def _convert(path: Path) -> None:
     record = record_of(path)
+    standing = record / "part.json"
+    mark = _read(path / _OLD).get("fingerprint")
     with one_line(path):
         record.mkdir(parents=True, exist_ok=True)
+        # The record of a part that was here before says nothing of this one.
+        if standing.is_file() and _read(standing).get("fingerprint") != mark:
+            for child in record.iterdir():
+                child.unlink()
         for name in sorted(os.listdir(path)):
             source = path / name
             if _MANIFEST.fullmatch(name):
@@ -72,8 +78,8 @@ def _convert(path: Path) -> None:
                 source.unlink()
         sync_directory(record)
         # Last: while `_part.json` stands among the shards, the part is of the earlier layout and is converted again.
-        if not (record / "part.json").is_file():
-            replace(record / "part.json", seal(_read(path / _OLD) | _plan(path / _INDEX)))
+        if not standing.is_file():
+            replace(standing, seal(_read(path / _OLD) | _plan(path / _INDEX)))
         (path / _INDEX).unlink(missing_ok=True)
         (path / _OLD).unlink()
         sync_directory(path)

@@ -7,10 +7,11 @@ Errors of the system are RunErrors here: one line that names the file.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capfilt.errors import RunError
@@ -117,6 +118,16 @@ def replace(path: Path, data: bytes) -> None:
             sync_directory(path.parent)
     finally:
         attempt.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock that one process has at a time, by a file in `folder`; a file system without locks has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def point(path: Path, target: Path, scratch: Path) -> None:

@@ -40,13 +40,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.errors import MissingInput, RunError, UserError
 from capfilt.tables.contracts import CONTRACTS, Contract
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.manifest import Counts, Manifest, Plan, Successor, numbers_of
-from capfilt.tables.publish import attempt_at, link_new, point, publish_new_bytes, replace, sync_directory
+from capfilt.tables.publish import (
+    alone,
+    attempt_at,
+    link_new,
+    point,
+    publish_new_bytes,
+    replace,
+    sync_directory,
+)
 from capfilt.tables.sealed import fingerprint, read_sealed, seal
 
 RECORDS = ".capfilt"
@@ -152,6 +161,11 @@ class Part:
         return info
 
     @property
+    def ways_out(self) -> str:
+        """What somebody can do about a part that stands in the way, for the end of a message."""
+        return f"name another output (--out NAME), or remove {self.path} and {self.record} to make it again (--overwrite does)"
+
+    @property
     def contract(self) -> Contract:
         """The table's, with the further columns this part was begun with."""
         return CONTRACTS[self.info["table"]].extended(self.info.get("columns", {}))
@@ -215,14 +229,7 @@ class Part:
         whole = plan.to_json() if plan else {}
         path = self.record / "part.json"
         if not self.exists:
-            if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
-                raise UserError(f"{self.path}: is not empty and not a part; name another output")
-            # A record whose part was removed says nothing of the part that begins here.
-            if not self.path.is_dir():
-                self._forget()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.record.mkdir(parents=True, exist_ok=True)
-            publish_new_bytes(path, seal(info | whole))
+            self._create(path, seal(info | whole))
         self.__dict__.pop("info", None)
         # Another process may have begun the part between the two looks.
         mark = self.identity_fingerprint(contract, stage, identity)
@@ -231,13 +238,26 @@ class Part:
             self.__dict__.pop("info", None)
         return mark
 
+    def _create(self, path: Path, data: bytes) -> None:
+        with alone(self.record.parent):
+            if self.exists:
+                return
+            if self.path.is_dir() and any(name for name in os.listdir(self.path) if not name.startswith(".")):
+                raise UserError(f"{self.path}: is not empty and not a part; name another output")
+            # A record whose part was removed says nothing of the part that begins here.
+            if not self.path.is_dir():
+                self._forget()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.record.mkdir(parents=True, exist_ok=True)
+            publish_new_bytes(path, data)
+
     def withdraw(self) -> None:
         """Take the part back where nothing was committed to it: a refused call claims no name."""
-        if self.shards() or not self.path.is_dir():
-            return
-        with suppress(OSError):  # a shard that no manifest vouches for may lie there
-            self.path.rmdir()
-            self._forget()
+        with alone(self.record.parent):
+            if not self.shards() and self.path.is_dir():
+                with suppress(OSError):  # a shard that no manifest vouches for may lie there
+                    self.path.rmdir()
+                    self._forget()
         self.__dict__.pop("info", None)
 
     def _forget(self) -> None:
@@ -280,10 +300,7 @@ class Part:
                 {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
                 {"contract_version": contract.version, **identity},
             )
-            raise UserError(
-                f"{self.path}: was written with another identity ({change}); name another output, or remove the part "
-                "to make it again"
-            )
+            raise UserError(f"{self.path}: was written with another identity ({change}); {self.ways_out}")
         return mark
 
     def commit(
@@ -613,6 +630,13 @@ class Part:
         """Each committed shard in turn."""
         for shard in self.shards():
             yield self.read(shard, columns)
+
+    def holding(self, images: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Each committed shard in turn that has a row of one of these images; of the others only the ids are read."""
+        for shard in self.shards():
+            ids = self.read(shard, ["image_id"])["image_id"]
+            if pc.any(pc.is_in(ids, value_set=images)).as_py():
+                yield self.read(shard, columns)
 
     def open(self, shard: int) -> pq.ParquetFile:
         """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""

@@ -79,7 +79,8 @@ class Workspace:
     def folders(self, table: str) -> list[Path]:
         """The folders in which parts of `table` lie, by name, also those that are no parts."""
         directory = self.path / table
-        return sorted(child for child in directory.iterdir() if child.is_dir()) if directory.is_dir() else []
+        found = directory.iterdir() if directory.is_dir() else ()
+        return sorted(child for child in found if child.is_dir() and not child.name.startswith("."))
 
 
 def check_name(name: str, what: str) -> str:
@@ -103,11 +104,21 @@ def check_name(name: str, what: str) -> str:
     )
 
 
+def expanded(text: str) -> Path:
+    """The path with a leading `~` or `~user` replaced by that home. Raises UserError where there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{text}: begins with ~ and names no user of this machine; write the path out"
+        ) from error
+
+
 def as_path(text: str) -> Path:
     """The path that somebody wrote. Raises UserError for a path that no file system has, or that nobody can read."""
     if visible(text) != text:
         raise UserError(f"{_short(text)} is no path, because it has characters that nobody sees; rename it")
-    path = Path(text).expanduser()
+    path = expanded(text)
     if any(len(part.encode()) > LONGEST_NAME for part in path.parts):
         raise UserError(
             f"{_short(text)} is no path, because a name in it is longer than {LONGEST_NAME} bytes"

@@ -28,6 +28,7 @@ from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
 from capfilt.models.blip import Blip
 from capfilt.models.classifier import BlipClassifier
 from capfilt.models.clip import Clip
+from capfilt.models.config import Shape
 from capfilt.models.interop.contents import Contents
 from capfilt.models.nlvr import BlipNlvr
 from capfilt.models.precision import auto_precision
@@ -66,6 +67,13 @@ def opened(contents: Contents, device: str | torch.device = "cpu", precision: st
         model.config.image_size,
         adapt(model, contents.tokenizer, precision=precision) if adapt else model,
     )
+
+
+def capable(config: Shape) -> tuple[str, ...]:
+    """The names of the capabilities of a model with this config; no weights are read. UserError where it has none."""
+    with torch.device("meta"):
+        model = kinds.empty(config)
+    return opened(Contents(model, None), "meta").can
 
 
 class _OnDevice:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +32,10 @@ from capfilt.data.answers import (
 from capfilt.errors import UserError
 from capfilt.inference.decoding import RELEASED
 from capfilt.tables.contracts import LABELS
+from capfilt.tables.workspace import expanded
 from capfilt.tasks.capabilities import AnswersQuestions
 from capfilt.tasks.outcome import Outcome, units
+from capfilt.tasks.registry import Unsuited
 
 if TYPE_CHECKING:
     from capfilt.data.example_set import ExampleSet
@@ -80,10 +81,10 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
     Figures by exact match have `_exact` behind their names. Where categories are given, the figures by each.
     """
     if not len(data):
-        raise UserError("--tasks vqa: there is no question in this split")
+        raise Unsuited("--tasks vqa: there is no question in this split")
     questions = list(data.answers)
     if not all(questions):
-        raise UserError(
+        raise Unsuited(
             f"--tasks vqa: {sum(not each for each in questions)} questions have no answers to compare with; "
             "choose another --split, or bring the answers in with `capfilt examples --annotations`"
         )
@@ -103,7 +104,7 @@ def evaluate_vqa(model: Any, data: ExampleSet, options: Any, progress: Progress)
         written[f"vqa_closed{suffix}"] = []
         protocol.append(f"closed set: {len(model.labels)} answers")
         if model.pictures != 1 or model.labels in LABELS.values():
-            raise UserError(
+            raise Unsuited(
                 f"--tasks vqa: the model tells {', '.join(model.labels[:3])} apart, which are no answers; finetune one "
                 "with `capfilt finetune vqa`"
             )
@@ -158,7 +159,7 @@ def answer_list(path: str) -> list[str]:
     """The answers in a file, a JSON list or lines, each once; none where no file is named. UserError naming it."""
     if not path:
         return []
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from capfilt.errors import UserError
 from capfilt.tasks.capabilities import EmbedsImagesAndTexts
+from capfilt.tasks.registry import Unsuited
 from capfilt.tasks.retrieval import COSINE_TIE
 
 Floats = NDArray[np.float64]
@@ -146,7 +147,7 @@ def few_shot(
     names, truth = _numbered(labels)
     lacking = sorted(set(names) - set(support_labels))
     if lacking:
-        raise UserError(
+        raise Unsuited(
             f"few-shot: no examples to learn {lacking[0]!r} from; the split to learn from lacks it"
         )
     number = {name: place for place, name in enumerate(names)}
@@ -277,7 +278,7 @@ def _class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 def _numbered(labels: Sequence[str]) -> tuple[list[str], Ints]:
     names = sorted(set(labels))
     if len(names) < 2:
-        raise UserError(
+        raise Unsuited(
             f"classification: the examples are of {len(names)} class; two or more can be told apart"
         )
     number = {name: place for place, name in enumerate(names)}

@@ -25,7 +25,7 @@ from capfilt.tasks.captioning import bleu_parts, caption_metrics, evaluate_capti
 from capfilt.tasks.classification import TEMPLATES, ClassificationResult
 from capfilt.tasks.coco_caption import coco_figures
 from capfilt.tasks.outcome import Outcome, Units, pack, units
-from capfilt.tasks.registry import Progress
+from capfilt.tasks.registry import Progress, Unsuited
 from capfilt.tasks.retrieval import (
     DEPTHS,
     FUSED_TIE,
@@ -266,7 +266,7 @@ def trained_classes(
     """`classification` by a classifier of pictures alone; a class it was not trained for is never right."""
     pictures, labels = _classes(examples)
     if model.pictures != 1 or not set(labels) & set(model.labels):
-        raise UserError(
+        raise Unsuited(
             f"--tasks classification: the model tells {', '.join(model.labels[:3])}, ... apart and none of the examples' "
             "classes; finetune one with `capfilt finetune classification`"
         )
@@ -360,7 +360,7 @@ def rating(model: Any, examples: ExampleSet, options: EvaluateOptions, progress:
             [float(answer) for answer, count in answers for _ in range(count)] for answers in examples.answers
         ]
     except ValueError as error:
-        raise UserError(f"rating: an answer is no number ({error}); ingest the ratings as numbers") from error
+        raise Unsuited(f"rating: an answer is no number ({error}); ingest the ratings as numbers") from error
     found = pair_judging.judge_ratings(_scores(model, examples, options, progress), ratings)
     protocol = "Kendall's tau-c with every single rating (mean: with a pair's mean); Spearman with the mean"
     return _judged(found, examples, protocol, dict.fromkeys(found.metrics, 0.0))

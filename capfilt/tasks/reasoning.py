@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capfilt.errors import UserError
 from capfilt.tables.contracts import LABELS
 from capfilt.tasks.answers import pixels
 from capfilt.tasks.outcome import Outcome, Units, units
+from capfilt.tasks.registry import Unsuited
 
 if TYPE_CHECKING:
     from capfilt.data.example_set import ExampleSet
@@ -72,18 +72,18 @@ def _judged(
     """(float64 [E], 1 where the model is right; the labels it gave)."""
     if set(model.labels) != set(LABELS[task]):
         shown = ", ".join(model.labels[:3])
-        raise UserError(
+        raise Unsuited(
             f"--tasks {task}: the model tells {len(model.labels)} other classes apart ({shown}); finetune one with "
             f"`capfilt finetune {task}`"
         )
     if not len(data):
-        raise UserError(f"--tasks {task}: there is no example in this split")
+        raise Unsuited(f"--tasks {task}: there is no example in this split")
     unlabelled = sum(label is None for label in data.labels)
     if unlabelled:
-        raise UserError(f"--tasks {task}: {unlabelled} examples have no label; choose another --split")
+        raise Unsuited(f"--tasks {task}: {unlabelled} examples have no label; choose another --split")
     too_many = sum(len(places) > model.pictures for places in data.pictures)
     if too_many:
-        raise UserError(
+        raise Unsuited(
             f"--tasks {task}: {too_many} examples have two pictures and the model looks at {model.pictures}; "
             "finetune one without --single"
         )

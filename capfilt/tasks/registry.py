@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 CAPTIONS = "captions"
 """What a task reads that takes the texts of an images part; every other one names the task of its examples."""
 
+
+class Unsuited(UserError):
+    """The model, or the examples at hand, do not suit a task: an error where the task was named, else a task left out."""
+
+
 Progress = Callable[[str, int, int], object]
 """Called with (what is done, how many of it are, of how many)."""
 
@@ -178,6 +183,13 @@ TASKS = (
 )
 
 
+def lacking(task: Task, can: Sequence[str], who: str) -> str:
+    """Why a model with these capabilities cannot do a task, in words; "" where it can."""
+    if task.possible(can):
+        return ""
+    return f"needs a model that {_plain(task.wants())}; {who} {_plain(_listed(can))}"
+
+
 def chosen(names: Sequence[str]) -> list[Task]:
     """The tasks of these names, each once. Raises UserError naming those there are."""
     by_name = {task.name: task for task in TASKS}
@@ -190,11 +202,11 @@ def chosen(names: Sequence[str]) -> list[Task]:
 def check(tasks: Sequence[Task], can: Sequence[str], who: str) -> None:
     """Raise UserError, one line, for the first task that a model with these capabilities cannot do."""
     for task in tasks:
-        if not task.possible(can):
+        why = lacking(task, can, who)
+        if why:
             able = [each.name for each in TASKS if each.possible(can)]
             raise UserError(
-                f"--tasks {task.name}: needs a model that {_plain(task.wants())}; {who} {_plain(_listed(can))}"
-                + (f", which is enough for {', '.join(able)}" if able else "")
+                f"--tasks {task.name}: {why}" + (f", which is enough for {', '.join(able)}" if able else "")
             )
 
 

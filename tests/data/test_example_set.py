@@ -36,7 +36,9 @@ def images():
 def read(rows, images, **options):
     options = {"splits": ("test",), "size": 16, **options}
     splits = options.pop("splits")
-    return read_examples([EXAMPLES.table(rows)], [images], options.pop("task", "match"), splits, **options)
+    return read_examples(
+        [EXAMPLES.table(rows)], lambda wanted: [images], options.pop("task", "match"), splits, **options
+    )
 
 
 def test_every_row_is_there_or_counted(images):
@@ -80,16 +82,18 @@ def test_a_part_of_the_first_version_is_read(tmp_path):
     shutil.copytree(OLD, tmp_path / OLD.name)
     (part,) = map(Part, convert(tmp_path / OLD.name))
     assert part.check().info["contract_version"] == 1
-    found = read_examples(part.tables(), [pa.Table.from_pylist(image_rows("x", 1))], "vqa", None, size=8)
+    found = read_examples(
+        part.tables(), lambda wanted: [pa.Table.from_pylist(image_rows("x", 1))], "vqa", None, size=8
+    )
     assert found.skipped == {"no_image": 1}
     picture = pa.Table.from_pylist([{**image_rows("x", 1)[0], "image_id": "b" * 32}])
-    found = read_examples(part.tables(), [picture], "vqa", ("test",), size=8)
+    found = read_examples(part.tables(), lambda wanted: [picture], "vqa", ("test",), size=8)
     assert (found.texts, found.wrong_texts, found.categories) == (["what is it"], [()], [None])
     assert found.answers == [(("a dog", 2),)]
 
 
 def test_tables_without_what_is_needed_are_named(images):
     with pytest.raises(UserError, match="no column 'label'"):
-        read_examples([EXAMPLES.table([]).drop(["label"])], [images], "match", None, size=8)
+        read_examples([EXAMPLES.table([]).drop(["label"])], lambda wanted: [images], "match", None, size=8)
     with pytest.raises(ValueError, match="none of vqa"):
         read([], images, task="guessing")

@@ -91,7 +91,7 @@ def test_a_damaged_shard_stops_a_rerun_by_name(tmp_path):
 
 
 def test_an_executor_that_does_not_exist_is_refused():
-    with pytest.raises(UserError, match="ray or inline"):
+    with pytest.raises(UserError, match="auto, ray, inline"):
         executor("cloud")
 
 

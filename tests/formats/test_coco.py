@@ -140,3 +140,21 @@ def test_a_compressed_or_utf16_file_is_told_by_its_content(tmp_path, name):
 def test_captions_may_be_told_to_be_left_out(tmp_path):
     data = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}
     assert listed(write_json(tmp_path / "instances.json", data), caption_cols=("",))[0].captions == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["annotations"][0].update(image_id="\ud800"),
+        lambda data: data["licenses"][0].update(name="\ud800"),
+        lambda data: data["licenses"][0].update(name=["\ud800"], url=7),
+        lambda data: data["images"][0].update(id="\udfff", file_name="\ud800.jpg"),
+    ],
+)
+def test_a_text_that_utf_8_cannot_hold_ends_no_ingest(tmp_path, change):
+    """A lone surrogate in an id or a licence ended the stage with a traceback."""
+    data = json.loads(json.dumps(COCO))
+    change(data)
+    for row in listed(write_json(tmp_path / "captions.json", data)):
+        for text in (row.key, row.license or "", row.message or "", *row.captions):
+            text.encode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,7 +46,7 @@ EXPECTED = [
 ]
 
 
-@pytest.mark.parametrize("output", ["parquet", "webdataset", "files"])
+@pytest.mark.parametrize("output", ["parquet", "webdataset", "compressed", "files"])
 def test_the_three_outputs_of_img2dataset(tmp_path, output):
     """The layouts are its writer's: failed rows are in the Parquet file only, in the order they ended."""
     good = [record["key"] for record in RECORDS if record["status"] == "success"]
@@ -53,11 +55,14 @@ def test_the_three_outputs_of_img2dataset(tmp_path, output):
         records = [
             {**r, "jpg": f"picture {r['key']}".encode() if r["key"] in good else None} for r in RECORDS
         ]
-    elif output == "webdataset":
+    elif output in ("webdataset", "compressed"):
         members = [
             (f"{key}.{ext}", f"picture {key}".encode()) for key in reversed(good) for ext in ("json", "jpg")
         ]
         write_tar(tmp_path / "00000.tar", members)
+        if output == "compressed":
+            (tmp_path / "00000.tgz").write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
+            (tmp_path / "00000.tar").unlink()
     else:
         for key in good:
             touch(tmp_path / "00000", f"{key}.jpg")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.formats.sources import listed, write_json
 
 
@@ -37,3 +39,15 @@ def test_karpathy(tmp_path):
         images / "3.jpg",
         None,
     ]
+
+
+@pytest.mark.parametrize("sentences", [1.5, True, "text", {"raw": "a"}, [7]])
+def test_sentences_that_are_none_are_no_texts(tmp_path, sentences):
+    """A number in the place of the list ended the stage with a traceback."""
+    data = {
+        "images": [
+            {"filename": "a.jpg", "sentences": sentences},
+            {"filename": "b.jpg", "sentences": [{"raw": "b"}]},
+        ]
+    }
+    assert [row.captions for row in listed(write_json(tmp_path / "d.json", data), "karpathy")] == [(), ("b",)]

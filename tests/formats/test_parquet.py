@@ -112,3 +112,18 @@ def test_hugging_faces_files_have_their_split_in_their_name(tmp_path):
         write(tmp_path / f"{name}.parquet", None, caption=["a"])
     assert [row.split for row in listed(tmp_path)] == ["test", "train", "val"]
     assert [row.key for row in listed(tmp_path, splits=("val",))] == ["data/validation-00000-of-00001/000000"]
+
+
+def test_every_damaged_byte_of_a_parquet_file_is_read_or_refused_by_name(tmp_path):
+    """A damaged page, or a column's name or text that is no UTF-8, ended the stage with Arrow's own error."""
+    path = tmp_path / "in" / "a.parquet"
+    write(path, ["one", "two", "three"], license=["x", "y", "z"])
+    whole, refused = path.read_bytes(), []
+    for place in range(4, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        try:
+            assert len(listed(path, extra=("license",))) == 3
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(str(path) in each for each in refused)

@@ -390,6 +390,14 @@ def test_the_threshold_of_a_kept_fraction_is_found_once_for_all_workers(workspac
     assert any(row["keep"] for row in rows_of(stage.output))
 
 
+def test_a_damaged_part_that_nobody_named_stops_no_threshold(workspace):
+    caption(workspace, out="other")
+    put_scores(workspace, lambda row: 0.5)
+    (workspace.part("captions", "other").record / "part.json").write_text("{")
+    options = SelectOptions(images="web", scores="chosen", out="rule", keep_fraction=0.5)
+    assert run(Select(options, workspace)).counts.kept
+
+
 def test_a_kept_fraction_is_of_the_texts_that_may_be_kept(workspace):
     """Catches a share that counts texts which --sources or --duplicates drop: 0.5 of the synthetic ones kept none of
     them, because every web text scored higher.

@@ -163,3 +163,42 @@ def test_the_stage_marks_copies_over_all_shards_and_select_drops_them(place):
 def test_a_wrong_distance_is_named(place):
     with pytest.raises(UserError, match="--distance 11"):
         Duplicates(DuplicatesOptions("web", distance=11), place)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "xyz", "0" * 15, "0" * 17, "-000000000000001", " 00000000000000f", "g" * 16]
+)
+def test_a_malformed_hash_is_a_fault_of_its_row(tmp_path, wrong):
+    """Would catch: a traceback of int() or of an overflow for a hash that another tool wrote, or its row lost silently."""
+    place = Workspace(tmp_path)
+    rows = [{**row, "phash": "00000000000000ff", "sha256": None} for row in image_rows("web", 3)]
+    rows[1]["phash"] = wrong
+    rows[2] |= {"phash": "000000000000000f"}
+    rows.append(failed_row("web", "lost", phash=wrong))
+    write_images(place.part("images", "web"), [rows])
+    summary = run_stage(Duplicates(DuplicatesOptions(images="web"), place), InlineExecutor(), quiet=True)
+    assert (summary.counts.kept, summary.counts.dropped, summary.counts.failed) == (
+        2,
+        {"no_image": 1},
+        {"decode_error": 1},
+    )
+    found = place.part("signals", "duplicates").read(0).to_pylist()
+    assert [each["first"] is not None for each in found] == [True, False, True, False]
+    assert "1 perceptual hashes are not 16 hexadecimal digits" in "\n".join(summary.lines())
+
+
+def test_the_end_says_how_many_were_found(tmp_path):
+    """Would catch: a stage that finds copies and tells nobody how many, so that nobody uses them."""
+    place = Workspace(tmp_path)
+    rows = [
+        {**row, "phash": None, "sha256": body}
+        for row, body in zip(image_rows("web", 6), "aaabbc", strict=True)
+    ]
+    write_images(place.part("images", "web"), [rows[:4], [*rows[4:], failed_row("web", "lost")]])
+    stage = Duplicates(DuplicatesOptions(images="web", out="d"), place)
+    for _ in range(2):
+        said = run_stage(stage, InlineExecutor(), quiet=True).lines()
+        assert (
+            "  6 pictures: 2 clusters with 3 copies; capfilt select --duplicates d keeps one picture of each"
+            in said
+        )

@@ -381,3 +381,14 @@ def test_a_record_that_cannot_be_read_is_a_row_that_says_so(place):
     rows = run(make(place, '{"question": "a", "image": "1.jpg"}\n{"question"\n', ["1.jpg"]))
     assert [row["failure"] for row in rows] == [None, "no_image"]
     assert "is not JSON" in rows[1]["error_message"]
+
+
+@pytest.mark.parametrize("image", ["\ud800", "a\udfff.jpg", ["\ud800", "30.jpg"], "\ud83d/31.jpg"])
+def test_a_picture_whose_name_utf_8_cannot_hold_is_a_row_without_it(place, image):
+    """Its name in the row's message ended the stage with a traceback."""
+    records = [
+        {"question": "q", "answer": "a", "image": image},
+        {"question": "q", "answer": "a", "image": COCO[2]},
+    ]
+    rows = run(make(place, records, COCO))
+    assert [row["failure"] for row in rows] == ["no_image", None]

@@ -121,6 +121,20 @@ def test_query_report_funnel_and_doctor_say_how_much_there_is(half):
     assert line.endswith("images/web: 1 of 2 shards hashed")
 
 
+def test_a_funnel_knows_only_rows_of_the_kind_that_its_stage_counts(half):
+    """`select` counts texts, and a plan in images made -6 rows missing of them."""
+    allowed = Workspace(half.path, allow_incomplete=True)
+    put(half.part("images", "web"), [1])
+    for name in ("score", "select"):
+        run(allowed, name)
+    part = half.part("verdicts", "capfilt")
+    (part.path / "00001.parquet").unlink()
+    (part.record / "00001.manifest.json").unlink()
+    with pytest.warns(RuntimeWarning):
+        rows = query(half, "SELECT part, rows FROM funnel WHERE outcome = 'missing'").to_pylist()
+    assert rows == [{"part": "capfilt", "rows": None}]
+
+
 def test_a_dry_run_waits_for_a_part_that_is_being_made(half):
     """A step that reads what an earlier step has half written waits for it."""
     text = "version: 1\nstages:\n- {stage: score, options: {images: web, filter: filter}}\n"

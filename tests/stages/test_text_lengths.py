@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -121,6 +122,33 @@ def test_texts_are_evaluated_as_long_as_they_were_trained_on(place, monkeypatch,
     found = model._encode(seen[-1].texts)
     assert torch.equal(found[0], ids)
     assert torch.equal(found[1], mask)
+
+
+HOW = [
+    ("blip", "pretrain", "blip"), ("blip", "filter", "blip"), ("blip", "vqa", "blip-questions"), ("blip", "entailment", "blip"),
+    ("blip", "clip", "clip" if find_spec("ftfy") else "clip-unrepaired"),
+    ("blip", "albef", "albef"), ("blip", "vilt", "as-found"),
+    ("albef", "filter", "blip"), ("albef", "vqa", "blip-questions"), ("vilt", "filter", "blip"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("start", "name", "expected"), HOW)
+def test_a_new_model_cleans_texts_as_its_family_and_a_finetuned_one_as_what_it_started_from(
+    place, start, name, expected
+):
+    """Catches an ALBEF or a ViLT retrained on texts by BLIP's rule, questions that are cleaned as captions are, and a
+    checkpoint by an older rule whose texts are cleaned by another when it is finetuned. The ALBEF and the ViLT that are
+    started from here remember BLIP's rule.
+    """
+    {**STARTS, "albef": tiny_albef}[start](place.model("pretrained"), seed=3)
+    stage, options = CASES[name]()
+    run_stage(stage(options, place), InlineExecutor(), quiet=True)
+    made = checkpoint.open_any(place.model("made"))[0]
+    assert made.tokenizer.cleaning == expected
+    if name in ("vqa", "albef"):
+        (ids,) = made.tokenizer.encode_ragged(["is it 0:1 red?"])
+        read = "is it 01 red" + ("?" if name == "vqa" else "")
+        assert ids == made.tokenizer.cleaned_as("as-found").encode_ragged([read])[0]
 
 
 def test_a_clip_reads_all_words_and_others_thirty(place):

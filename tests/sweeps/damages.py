@@ -85,8 +85,9 @@ BYTES: list[Damage] = [
 # -- values of JSON and YAML -----------------------------------------------------------------------------------------------
 
 ODD: list[Any] = [
-    None, True, 0, -1, 2**63, 10**400, 1.5, float("inf"), float("nan"), "", "0", "\0", "\ud800", "x" * 100_000, "../../etc/passwd",
-    "/etc/passwd", "a\nb", "=1+1", [], {}, [None], [[]], {"": {}}, ["\ud800"], {"\0": 1}, "a" * 300 + ".jpg",
+    None, True, 0, -1, 2**63, 10**400, 1.5, float("inf"), float("nan"), "", "0", "\0", "\ud800", "x" * 100_000,
+    "../../etc/passwd", "/etc/passwd", "a\nb", "=1+1", [], {}, [None], [[]], {"": {}}, ["\ud800"], {"\0": 1},
+    "a" * 300 + ".jpg",
 ]  # fmt: skip
 """What no field expects."""
 
@@ -245,13 +246,15 @@ def in_parquet(data: bytes, rng: Random) -> bytes:
     elif what == 4:
         table = pa.concat_tables([table, table])
     else:
-        others = [
-            pa.nulls(rows), pa.array([rng.choice((None, 7)) for _ in range(rows)], pa.int64()), pa.array([2**64 - 1] * rows, pa.uint64()),
-            pa.array([float("nan")] * rows), pa.array([b"\xff\xfe"] * rows), pa.array([["a", None]] * rows), pa.array([[["a"]]] * rows),
-            pa.array([{"bytes": b"x", "path": "p"}] * rows), pa.array([{"a": {"b": 1}}] * rows), pa.array(["a\0b"] * rows).dictionary_encode(),
-            pa.array([1] * rows, pa.timestamp("us")), pa.array([True] * rows), pa.array(["x" * 10_000] * rows, pa.large_string()),
-            pa.array([[("k", 1)]] * rows, pa.map_(pa.string(), pa.int64())),
+        some = pa.array([rng.choice((None, 7)) for _ in range(rows)], pa.int64())
+        values: list[tuple[Any, Any]] = [
+            (None, pa.null()), (2**64 - 1, pa.uint64()), (float("nan"), pa.float64()), (b"\xff\xfe", pa.binary()),
+            (["a", None], pa.list_(pa.string())), ([["a"]], pa.list_(pa.list_(pa.string()))), (True, pa.bool_()),
+            ({"bytes": b"x", "path": "p"}, None), ({"a": {"b": 1}}, None), (1, pa.timestamp("us")),
+            ("x" * 10_000, pa.large_string()), ([("k", 1)], pa.map_(pa.string(), pa.int64())),
         ]  # fmt: skip
+        others = [some, pa.array(["a\0b"] * rows).dictionary_encode()]
+        others += [pa.array([value] * rows, type_) for value, type_ in values]
         table = table.set_column(place, name, rng.choice(others))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression=rng.choice(("none", "zstd")))

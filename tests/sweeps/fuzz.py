@@ -23,16 +23,16 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -47,6 +47,12 @@ from tests.sweeps.crash import called, in_child, make_world
 from tests.sweeps.damages import damage, packed
 
 HANG_SECONDS = 60
+OWN_COLUMNS = [
+    "refused", "exactly right", "found by doctor", "query refused", "query: rows as they were", "query: other rows",
+]  # fmt: skip
+ABORTED = "Arrow aborted"
+"""pyarrow's RowGroupMetaData.column ends the process where a column's size statistics do not fit it."""
+OTHER_COLUMNS = ["refused", "read", "rows", "rows with a failure", ABORTED]
 MEMORY = 6 << 30
 """Bytes of address space above those of the process at its start."""
 
@@ -90,15 +96,10 @@ def refuses(read: Callable[[], object]) -> type[Exception] | None:
 PARTS, MODELS, TRAINED = "parts", "trainings", "trainings/models/trained"
 
 
-def make_own(root: Path, seed: int) -> None:
-    """A workspace with parts, whose shards are longer than what a look at their ends reads, and one with a training."""
-    import dataclasses
-
-    from capfilt.models.presets import preset
-    from capfilt.stages import train, training
+def make_parts(root: Path, seed: int) -> None:
+    """A workspace with parts, whose shards are longer than what a look at their ends reads."""
     from capfilt.tables.contracts import CAPTIONS
-    from capfilt.tables.shards import Counts
-    from capfilt.training import state
+    from capfilt.tables.manifest import Counts
     from tests.worlds import image_rows, write_images
 
     parts, rng = Workspace(root / PARTS), Random(seed)
@@ -116,6 +117,15 @@ def make_own(root: Path, seed: int) -> None:
     captions.commit(0, CAPTIONS.table(texts), Counts(1500, 1500), mark, 0.1)
     captions.settle("precision", ("fp32", "bf16")[seed])
     captions.finish()
+
+
+def make_training(root: Path, seed: int) -> None:
+    """A workspace with checkpoints, and a training that never removed its states."""
+    import dataclasses
+
+    from capfilt.models.presets import preset
+    from capfilt.stages import train, training
+    from capfilt.training import state
 
     def small(name: str, vocabulary: int) -> Any:
         whole = preset(name, vocabulary)
@@ -177,8 +187,9 @@ def own(
     rows: list[Any] = []
 
     def examined(place: Path) -> list[str]:
-        parts = [line for good, line in doctor.workspace(str(place / PARTS), full=True) if not good]
-        return parts + [line for good, line in doctor.workspace(str(place / MODELS), full=True) if not good]
+        places = (place / PARTS, place / MODELS)
+        told = (each for each in places if each.exists() for each in doctor.workspace(str(each), full=True))
+        return [line for good, line in told if not good]
 
     def judge(place: Path) -> Counter[str]:
         lines = examined(place)
@@ -444,7 +455,10 @@ def make_others() -> list[tuple[Kind, dict[str, bytes]]]:
     # Pictures with their texts.
     coco = {
         "info": {"year": 2014}, "licenses": [{"id": 1, "name": "CC BY", "url": "http://l"}],
-        "images": [{"id": n, "file_name": name, "width": 24, "height": 24, "license": 1, "coco_url": f"http://x/{n}"} for n, name in enumerate(names, 1)],
+        "images": [
+            {"id": n, "file_name": name, "width": 24, "height": 24, "license": 1, "coco_url": f"http://x/{n}"}
+            for n, name in enumerate(names, 1)
+        ],
         "annotations": [{"id": 10 + n, "image_id": 1 + n % 4, "caption": f"a red square {n}"} for n in range(6)],
     }  # fmt: skip
     add(
@@ -524,8 +538,10 @@ def make_others() -> list[tuple[Kind, dict[str, bytes]]]:
         in_folder,
     )
     downloaded = {
-        "key": [f"{n:09}" for n in range(4)], "status": ["success"] * 3 + ["failed_to_download"], "caption": [f"a red {n}" for n in range(4)],
-        "url": [f"http://x/{n}" for n in range(4)], "error_message": [None] * 3 + ["HTTP Error 404"], "width": [24] * 4, "height": [24] * 4,
+        "key": [f"{n:09}" for n in range(4)], "status": ["success"] * 3 + ["failed_to_download"],
+        "caption": [f"a red {n}" for n in range(4)],
+        "url": [f"http://x/{n}" for n in range(4)], "error_message": [None] * 3 + ["HTTP Error 404"],
+        "width": [24] * 4, "height": [24] * 4,
         "original_width": [24] * 4, "original_height": [24] * 4, "sha256": [None] * 4, "exif": ["{}"] * 4,
     }  # fmt: skip
     members = {}
@@ -732,115 +748,110 @@ def published(root: Path) -> list[tuple[Kind, dict[str, bytes]]]:
 
 @dataclass
 class Account:
+    """What came of a kind's damages."""
+
     damages: int = 0
     told: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    slowest: float = 0.0
 
 
-def fuzzed(
-    kind: Kind,
-    folder: Path,
-    whole: bytes,
-    foreign: bytes | None,
-    count: int,
-    seed: int,
-    reset: Callable[[], None],
-) -> Account:
-    """Damage one kind of file `count` times. A child does it; one that dies or falls silent is followed by another."""
-    account, done = Account(), 0
-    while done < count:
-        ours, theirs = os.pipe()
-        start = done
-        child = os.fork()
-        if not child:
-            os.close(ours)
-            _work(kind, folder, whole, foreign, range(start, count), seed, reset, theirs)
-        os.close(theirs)
-        with os.fdopen(ours, "rb", 0) as pipe:
-            begun = None
-            while True:
-                ready, _, _ = select.select([pipe], [], [], HANG_SECONDS)
-                line = pipe.readline() if ready else b""
-                if not line:
-                    break
-                word, number, *rest = json.loads(line)
-                if word == "begin":
-                    begun = (number, *rest)
-                else:
-                    how, told, seconds = rest
-                    done, begun = number + 1, None
-                    account.damages += 1
-                    account.slowest = max(account.slowest, seconds)
+@dataclass(frozen=True)
+class Work:
+    """A kind of file, to be damaged again and again.
+
+    Attributes:
+        folder: what `kind.file` is below.
+        whole: its bytes, unpacked.
+        foreign: those of a file that may take its place.
+        reset: makes the folder what it was.
+    """
+
+    kind: Kind
+    folder: Path
+    whole: bytes
+    foreign: bytes | None
+    reset: Callable[[], None]
+
+    def done(self, count: int, seed: int) -> Account:
+        """Damage it `count` times. A child does it; one that dies or falls silent is followed by another."""
+        account, number = Account(), 0
+        while number < count:
+            ours, theirs = os.pipe()
+            child = os.fork()
+            if not child:
+                os.close(ours)
+                self._child(range(number, count), seed, theirs)
+            os.close(theirs)
+            begun, silent = "", False
+            with os.fdopen(ours, "rb", 0) as pipe:
+                while True:
+                    silent = not select.select([pipe], [], [], HANG_SECONDS)[0]
+                    line = b"" if silent else pipe.readline()
+                    if not line:
+                        break
+                    how, told = json.loads(line)
+                    if told is None:
+                        begun = how
+                        continue
                     for each, many in told.items():
                         if each.startswith("WRONG"):
                             account.wrong.append(f"{number}, {how}: {each}")
                         else:
                             account.told[each] += many
-            if done < count:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+                    number, begun = number + 1, ""
+            if silent:
+                os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
-        if begun is None and done == start:
-            raise SystemExit(f"{kind.name}: the sound file is not read")
-        if done < count:
-            number, how = begun or (done, "?")
-            what = "hung" if not ready else f"ended the process ({os.waitstatus_to_exitcode(status)})"
-            account.wrong.append(f"{number}, {how}: {what}")
-            account.damages += 1
-            done = number + 1
-            shutil.rmtree(folder / "ws", ignore_errors=True)
-            reset()
-    return account
+            if number < count:
+                if not begun:
+                    raise SystemExit(f"{self.kind.name}: the file is not read before it is damaged")
+                if (
+                    self.kind.shape == "parquet"
+                    and os.WIFSIGNALED(status)
+                    and os.WTERMSIG(status) == signal.SIGABRT
+                ):
+                    account.told[ABORTED] += 1
+                else:
+                    what = "hung" if silent else f"ended the process ({os.waitstatus_to_exitcode(status)})"
+                    account.wrong.append(f"{number}, {begun}: {what}")
+                number += 1
+        account.damages = number
+        return account
 
+    def _child(self, numbers: range, seed: int, pipe: int) -> NoReturn:
+        def say(*message: Any) -> None:
+            os.write(pipe, json.dumps(message).encode() + b"\n")
 
-def _work(
-    kind: Kind,
-    folder: Path,
-    whole: bytes,
-    foreign: bytes | None,
-    numbers: range,
-    seed: int,
-    reset: Callable[[], None],
-    pipe: int,
-) -> None:
-    def say(*message: Any) -> None:
-        os.write(pipe, json.dumps(message).encode() + b"\n")
+        try:
+            warnings.simplefilter("ignore")
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+            self.reset()
+            if "refused" in self.kind.judge(self.folder):
+                os._exit(1)
+            for number in numbers:
+                rng = Random(f"{seed}/{self.kind.name}/{number}")
+                how, data = damage(self.kind.file, self.kind.shape, self.whole, self.foreign, rng)
+                self.reset()
+                (self.folder / self.kind.file).write_bytes(data)
+                say(how, None)
+                say(how, self._judged())
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - a fork never returns into its parent's code
+            traceback.print_exc()
+            os._exit(1)
 
-    warnings.simplefilter("ignore")
-    with open(f"/proc/{os.getpid()}/statm") as statm:  # noqa: PTH123
-        base = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (base + MEMORY, base + MEMORY))
-    path = folder / kind.file
-    reset()
-    try:
-        if "refused" in kind.judge(folder):
-            raise AssertionError("the sound file is refused")
-        for number in numbers:
-            rng = Random(f"{seed}/{kind.name}/{number}")
-            how, data = damage(kind.file, kind.shape, whole, foreign, rng)
-            reset()
-            path.write_bytes(data)
-            say("begin", number, how)
-            start = time.monotonic()
-            try:
-                told = kind.judge(folder)
-            except BaseException as error:  # noqa: BLE001 - whatever is raised is what is looked for
-                trace = traceback.extract_tb(error.__traceback__)
-                where = next(
-                    (
-                        f"{Path(each.filename).name}:{each.lineno}"
-                        for each in reversed(trace)
-                        if "/capfilt/" in each.filename
-                    ),
-                    "",
-                )
-                told = Counter({f"WRONG: {type(error).__name__} at {where}: {str(error)[:200]!r}": 1})
-            say("end", number, how, told, round(time.monotonic() - start, 3))
-        os._exit(0)
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-        os._exit(3)
+    def _judged(self) -> Counter[str]:
+        try:
+            return self.kind.judge(self.folder)
+        except BaseException as error:  # noqa: BLE001 - whatever is raised is what is looked for
+            steps = reversed(traceback.extract_tb(error.__traceback__))
+            places = (
+                f" at {Path(each.filename).name}:{each.lineno}"
+                for each in steps
+                if "/capfilt/" in each.filename
+            )
+            return Counter([f"WRONG: {type(error).__name__}{next(places, '')}: {str(error)[:200]!r}"])
 
 
 def main() -> None:
@@ -860,6 +871,12 @@ def main() -> None:
 
     wrong = 0
 
+    def heading(first: str, columns: list[str]) -> None:
+        print(
+            f"\n| {first} | damages | {' | '.join(columns)} | wrong |\n|{'---|' * (len(columns) + 3)}",
+            flush=True,
+        )
+
     def told(kind: Kind, account: Account, columns: list[str]) -> None:
         nonlocal wrong
         cells = [
@@ -876,62 +893,37 @@ def main() -> None:
         scratch = Path(os.path.realpath(name))
         own_chosen = [kind for kind in own_kinds() if chosen(kind)]
         if own_chosen:
-            import torch
-
-            torch.set_num_threads(1)
             for number, place in enumerate((scratch / "own", scratch / "other")):
-                assert in_child(lambda: make_own(place, number)) == 0  # noqa: B023 - called at once
-            columns = [
-                "refused",
-                "exactly right",
-                "found by doctor",
-                "query refused",
-                "query: rows as they were",
-                "query: other rows",
-            ]
-            print(
-                f"| file of capfilt's | damages | {' | '.join(columns)} | wrong |\n|{'---|' * (len(columns) + 3)}"
-            )
+                for part, make in ((PARTS, make_parts), (MODELS, make_training)):
+                    if any(kind.file.startswith(part) for kind in own_chosen):
+                        assert in_child(partial(make, place, number)) == 0
+            heading("file of capfilt's", OWN_COLUMNS)
             for kind in own_chosen:
-                path, other = scratch / "own" / kind.file, scratch / "other" / kind.file
-                whole, foreign = path.read_bytes(), other.read_bytes()
-                account = fuzzed(
-                    kind,
-                    scratch / "own",
-                    whole,
-                    foreign if foreign != whole else None,
-                    asked.damages,
-                    asked.seed,
-                    lambda: path.write_bytes(whole),
-                )
-                path.write_bytes(whole)
-                told(kind, account, columns)
-        columns = ["refused", "read", "rows", "rows with a failure"]
-        print(
-            f"\n| file of others | damages | {' | '.join(columns)} | wrong |\n|{'---|' * (len(columns) + 3)}"
-        )
+                path = scratch / "own" / kind.file
+                whole, foreign = path.read_bytes(), (scratch / "other" / kind.file).read_bytes()
+                reset = partial(path.write_bytes, whole)
+                work = Work(kind, scratch / "own", whole, foreign if foreign != whole else None, reset)
+                told(kind, work.done(asked.damages, asked.seed), OWN_COLUMNS)
+                reset()
         assert in_child(lambda: make_ingested(scratch / "ingested")) == 0
         made = make_others()
-        if (
-            any("published".startswith(word) or word in "published: original transformers" for word in words)
-            or not words
-        ):
+        if not words or any(word.startswith("published") for word in words):
             made += published(scratch / "published")
+        made = [(kind, files) for kind, files in made if chosen(kind)]
+        if made:
+            heading("file of others", OTHER_COLUMNS)
         for number, (kind, files) in enumerate(made):
-            if not chosen(kind):
-                continue
             folder = scratch / f"kind{number}"
-            for file, data in files.items():
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (folder / file).write_bytes(packed(file, data) if file == kind.file else data)
 
             def reset(folder: Path = folder, kind: Kind = kind, files: dict[str, bytes] = files) -> None:
-                shutil.rmtree(folder / "ws", ignore_errors=True)
-                (folder / kind.file).write_bytes(packed(kind.file, files[kind.file]))
+                shutil.rmtree(folder, ignore_errors=True)
+                for file, data in files.items():
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / file).write_bytes(packed(file, data) if file == kind.file else data)
                 shutil.copytree(scratch / "ingested", folder / "ws")
 
-            account = fuzzed(kind, folder, files[kind.file], None, asked.damages, asked.seed, reset)
-            told(kind, account, columns)
+            work = Work(kind, folder, files[kind.file], None, reset)
+            told(kind, work.done(asked.damages, asked.seed), OTHER_COLUMNS)
             shutil.rmtree(folder)
     print(
         f"\n{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, torch {version('torch')}, "

@@ -27,3 +27,11 @@ def test_a_stage_killed_at_every_operation_ends_as_if_nothing_had_killed_it(tmp_
         assert int(operations) > 30  # else the sweep swept nothing
         assert int(kills) == int(operations) + int(torn) == int(whole)
         assert int(torn) > 3
+
+
+def test_no_damaged_file_passes_for_what_was_written_nor_ends_a_reader_with_its_own_error():
+    own = "shard of,shard with,read for texts,manifest,part record,index,precision"
+    foreign = "COCO,WebDataset,metadata.csv,URLs (csv),URLs (parquet),VQA v2's answers,records of answers,recipe,(PNG)"
+    printed = swept("fuzz.py", "--damages", "10", "--kinds", f"{own},{foreign}")
+    rows = re.findall(r"^\| ([^|]+) \| 10 \|.*\| 0 \|$", printed, re.MULTILINE)
+    assert len(rows) == len(own.split(",")) + len(foreign.split(","))

@@ -144,6 +144,16 @@ def test_a_record_that_cannot_be_read_is_named(old, name):
         old.input("captions", "captioner")
 
 
+def test_a_record_of_a_part_that_was_removed_does_not_pass_for_the_parts_own(old):
+    convert(old.path)
+    shutil.rmtree(old.path / "images" / "human")
+    shutil.copytree(FIXTURE / "images" / "web", old.path / "images" / "human")
+    convert(old.path)
+    part = old.part("images", "human")
+    assert part.info["stage"] == "download"
+    assert part.check().shards() == [0, 1]
+
+
 def test_nothing_is_converted_where_there_is_nothing(tmp_path):
     assert convert(tmp_path) == []
     with pytest.raises(MissingInput):

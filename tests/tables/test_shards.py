@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -473,6 +474,26 @@ def test_a_part_whose_folder_was_removed_is_made_anew(part):
     assert again.commit(0, rows(1), Counts(1, 1), mark, 0.1).rows == 1
 
 
+def test_of_two_runs_that_begin_a_part_together_one_identity_counts(part, monkeypatch):
+    """A run that cleared away an older record took along the record that another run had published meanwhile."""
+    inside = threading.Event()
+    forget = Part._forget
+
+    def slowly(self):
+        inside.set()
+        time.sleep(0.3)
+        forget(self)
+
+    monkeypatch.setattr(Part, "_forget", slowly)
+    first = threading.Thread(target=lambda: begin(Part(part.path), a=1))
+    first.start()
+    inside.wait(10)
+    with pytest.raises(UserError, match="was written with another identity"):
+        begin(part, a=2)
+    first.join()
+    assert Part(part.path).info["identity"] == {"a": 1}
+
+
 def test_a_part_called_like_a_table_forgets_no_other_record(tmp_path):
     """`--out ./images` has its record where the records of a workspace's images are."""
     other = Part(tmp_path / "images" / "web")
@@ -532,6 +553,35 @@ def test_a_record_whose_options_were_rewritten_is_refused(part):
     path.write_bytes(seal(unseal(path.read_bytes()) | {"identity": {"options": {"seed": 1}}}))
     with pytest.raises(UserError, match=r"part\.json: its fingerprint is not that of its options"):
         _ = Part(part.path).info
+
+
+def test_a_record_of_another_part_is_refused(part, tmp_path):
+    """Whole files of capfilt's in each other's places have sound seals: rows passed for those of other options."""
+    other = Part(tmp_path / "captions" / "other")
+    for each, seed in ((part, 0), (other, 1)):
+        each.commit(0, rows(3), Counts(3, 3), begin(each, seed=seed), 0.1)
+        each.settle("precision", ("fp32", "bf16")[seed])
+        each.finish()
+    for name, read in (
+        ("part.json", lambda: Part(part.path).read(0)),
+        ("00000.manifest.json", lambda: Part(part.path).read(0)),
+        ("precision.json", lambda: Part(part.path).settle("precision", "fp32")),
+    ):
+        whole = (part.record / name).read_bytes()
+        (part.record / name).write_bytes((other.record / name).read_bytes())
+        with pytest.raises(UserError, match=r"00000\.parquet|precision\.json"):
+            read()
+        (part.record / name).write_bytes(whole)
+        read()
+    (part.record / "index.json").write_bytes((other.record / "index.json").read_bytes())
+    assert "does not agree" in part.index_problem()
+    # Parts from before manifests and precisions named their part.
+    values = unseal((part.record / "00000.manifest.json").read_bytes())
+    del values["part"]
+    (part.record / "00000.manifest.json").write_bytes(seal(values))
+    (part.record / "precision.json").write_bytes(seal({"precision": "fp32"}))
+    assert Part(part.path).read(0).num_rows == 3
+    assert Part(part.path).settle("precision", "bf16") == "fp32"
 
 
 @pytest.mark.parametrize("columns", [None, ["text"]])

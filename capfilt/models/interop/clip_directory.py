@@ -24,6 +24,7 @@ from capfilt.models.interop.contents import (
     Contents,
     read_json,
     read_settings,
+    refuse_trunk,
     remember,
     settings_of,
     with_settings,
@@ -61,6 +62,12 @@ def read(directory: Path, image_size: int = 0) -> Contents:
     if image_size and image_size != config.image_size:
         model.resize_image(image_size)
     return Contents(model, tokenizer, extra)
+
+
+def refuse(config: ClipConfig, tokenizer: Any = None) -> None:
+    """NoHome naming what transformers' CLIP has no place for; else nothing."""
+    refuse_trunk(config, "transformers")
+    transformers_config(config)
 
 
 def write(directory: Path, contents: Contents) -> None:

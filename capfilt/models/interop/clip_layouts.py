@@ -15,7 +15,7 @@ from torch import Tensor
 
 from capfilt.errors import UserError
 from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
-from capfilt.models.interop.contents import refuse_trunk
+from capfilt.models.interop.contents import NoHome, refuse_trunk
 from capfilt.models.weights import fill, listed
 
 TRANSFORMERS, OPENAI = "transformers", "openai"
@@ -38,9 +38,14 @@ def transformers_config(config: ClipConfig) -> dict[str, Any]:
     """The `config.json` of a CLIPModel of this shape. UserError for a ResNet, which transformers has none of."""
     v, t = config.vision, config.text
     if v.stages:
-        raise UserError("transformers has no CLIP with a ResNet: export it in OpenAI's layout")
+        raise NoHome(
+            "transformers has no CLIP with a ResNet: export it in OpenAI's layout",
+            "a --preset that is no ResNet",
+        )
     if config.logit_bias:
-        raise UserError("transformers' CLIPModel has no logit_bias: export it in OpenAI's layout")
+        raise NoHome(
+            "transformers' CLIPModel has no logit_bias: export it in OpenAI's layout", "--contrast softmax"
+        )
     towers = {"hidden_act": config.activation, "layer_norm_eps": EPS, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],

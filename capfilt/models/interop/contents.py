@@ -47,11 +47,24 @@ class Contents:
     leftovers: dict[str, Tensor] = field(default_factory=dict)
 
 
+class NoHome(UserError):
+    """A layout has no place for a model. `cure`: the option of its training that would have given it one; "" for none."""
+
+    def __init__(self, why: str, cure: str = "") -> None:
+        super().__init__(why)
+        self.cure = cure
+
+
 def blip_of(contents: Contents) -> BlipModel:
     """The model, for a layout of BLIPs. UserError where it is none."""
     if not isinstance(contents.model, BlipModel):
-        raise UserError(f"{kinds.of(contents.model).one} has no home in a layout of BLIPs")
+        raise no_blip(contents.model)
     return contents.model
+
+
+def no_blip(model_or_config: object) -> NoHome:
+    """The error for what is no BLIP, in a layout of BLIPs."""
+    return NoHome(f"{kinds.of(model_or_config).one} has no home in a layout of BLIPs")
 
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -312,11 +325,16 @@ def architecture(path: Path, content: Mapping[str, Any], classes: Collection[str
 def refuse_trunk(config: Shape, layout: str) -> None:
     """UserError where pictures are seen through a pretrained trunk, which has no home in `layout`."""
     if config.vision.trunk:
-        raise UserError(f"vision.trunk {config.vision.trunk!r} has no home in {layout}, whose tower is a ViT")
+        raise NoHome(
+            f"vision.trunk {config.vision.trunk!r} has no home in {layout}, whose tower is a ViT",
+            "a --preset other than trunk",
+        )
 
 
 def refuse_convolutions(config: Shape, layout: str) -> None:
     """UserError where the vision tower is none of the published ViTs, which alone have a home in `layout`."""
     refuse_trunk(config, layout)
     if config.vision.stem != "patch":
-        raise UserError(f"vision.stem {config.vision.stem!r} has no home in {layout}: only 'patch' has")
+        raise NoHome(
+            f"vision.stem {config.vision.stem!r} has no home in {layout}: only 'patch' has", "--stem patch"
+        )

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, kinds
 from capfilt.models.blip import Blip
+from capfilt.models.config import Shape
 from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, halved, write_leftovers
+from capfilt.models.interop.contents import LEFTOVERS, Contents, NoHome, halved, write_leftovers
 from capfilt.models.interop.keymaps import kind_of, reason
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, ORIGINAL
 
@@ -57,6 +60,41 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
     kept = Counter(str(reason(name)) for name in contents.leftovers)
     place = "model.pth" if to == ORIGINAL else LEFTOVERS
     return lines + [f"  {count} tensors kept in {place}: {why}" for why, count in sorted(kept.items())]
+
+
+def places(config: Shape, tokenizer: Any = None) -> dict[str, NoHome | None]:
+    """The layouts of others, each with why a model of this config has no place in it; None where it has one.
+
+    Without its tokenizer, which may still have to be learned, it is judged by the size of the vocabulary.
+    """
+    found: dict[str, NoHome | None] = {}
+    for layout in LAYOUTS:
+        if layout == CAPFILT:
+            continue
+        try:
+            layouts.writer(layout, config).refuse(config, tokenizer)
+            found[layout] = None
+        except NoHome as error:
+            found[layout] = error
+    return found
+
+
+def homes(name: str, found: Mapping[str, NoHome | None]) -> list[str]:
+    """`places` in words, for the checkpoint at `name`."""
+    open_ = [layout for layout, error in found.items() if error is None]
+    lines = []
+    if open_:
+        lines.append(
+            f"can go to {', '.join(open_)}: capfilt export {name} --to {open_[0]} --out {Path(name).name}-{open_[0]}"
+        )
+    # A layout of other models is no news, unless nothing is left.
+    lines += [
+        f"cannot go to {layout}: {error}"
+        + (f"; {error.cure} in its first training allows it" if error.cure else "")
+        for layout, error in found.items()
+        if error is not None and (error.cure or not open_)
+    ]
+    return lines
 
 
 def _write(directory: Path, to: str, contents: Contents) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
         return _layout_of_file(path), path
     if (path / transformers_layout.CONFIG).is_file():
         content = read_json(path / transformers_layout.CONFIG)
-        foreign = not _OURS & set(content) and content.get("model_type") in _DIRECTORIES
+        foreign = not _OURS & set(content) and str(content.get("model_type")) in _DIRECTORIES
         return (TRANSFORMERS if foreign else CAPFILT), path
     if transformers_layout.is_pair(path):
         return TRANSFORMERS, path
@@ -86,7 +88,8 @@ def _layout_of_file(path: Path) -> str:
 def read(layout: str, path: Path, image_size: int = 0) -> Contents:
     """The checkpoint at a path that `locate` found in this foreign layout."""
     reader = _FILES[layout] if layout in _FILES else _transformers(path)
-    contents: Contents = reader.read(path, image_size)
+    with _in_words(path):
+        contents: Contents = reader.read(path, image_size)
     name = read_cleaning(path if path.is_dir() else path.parent)
     contents.tokenizer = contents.tokenizer.cleaned_as(cleaning_of(contents.model, contents.extra, name))
     return contents
@@ -95,8 +98,21 @@ def read(layout: str, path: Path, image_size: int = 0) -> Contents:
 def read_config(layout: str, path: Path) -> tuple[Shape, dict[str, Any]]:
     """(config, extra) of the same, no weights loaded."""
     reader = _FILES[layout] if layout in _FILES else _transformers(path)
-    found: tuple[Shape, dict[str, Any]] = reader.read_config(path)
+    with _in_words(path):
+        found: tuple[Shape, dict[str, Any]] = reader.read_config(path)
     return found
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """Turn what is raised by a setting of an unexpected kind, as a list for a number, into a UserError."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(
+            f"{path}: its settings are not of the form that this layout has ({reason}); take it from its source again"
+        ) from error
 
 
 def fingerprint(layout: str, path: Path) -> str:

@@ -15,13 +15,16 @@ from torch import Tensor
 from capfilt.errors import UserError
 from capfilt.models import kinds
 from capfilt.models.clip import Clip, ClipConfig
+from capfilt.models.config import Shape
 from capfilt.models.interop import clip_directory
 from capfilt.models.interop.clip_layouts import OPENAI, exported, filled, from_openai_shapes, openai_cfg
 from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
+    NoHome,
     read_json,
     read_settings,
+    refuse_trunk,
     remember,
     settings_of,
     unwrapped,
@@ -81,8 +84,8 @@ def read(path: Path, image_size: int = 0) -> Contents:
 def write(directory: Path, contents: Contents) -> None:
     """Writes the checkpoint into an empty directory, which open_clip opens as `local-dir:` too. UserError for no Clip."""
     model = contents.model
-    if not isinstance(model, Clip):
-        raise UserError(f"{kinds.of(model).one} has no home in OpenAI's layout, which is CLIP's")
+    refuse(model.config)
+    assert isinstance(model, Clip)
     weights = {name: each.detach().cpu().clone() for name, each in exported(model, OPENAI).items()}
     write_safetensors(directory / WEIGHTS, weights)
     contents.tokenizer.save(directory)
@@ -93,6 +96,13 @@ def write(directory: Path, contents: Contents) -> None:
     write_beside(
         directory, settings_of(model.config, NO_HOME), contents.extra, contents.leftovers, said_of_texts
     )
+
+
+def refuse(config: Shape, tokenizer: Any = None) -> None:
+    """NoHome for what is no Clip; else nothing."""
+    if not isinstance(config, ClipConfig):
+        raise NoHome(f"{kinds.of(config).one} has no home in OpenAI's layout, which is CLIP's")
+    refuse_trunk(config, "OpenAI's layout")
 
 
 def _config(path: Path, state: dict[str, Tensor]) -> tuple[ClipConfig, dict[str, Any]]:

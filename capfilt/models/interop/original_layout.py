@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
+from capfilt.models import kinds
 from capfilt.models.albef import AlbefConfig, alone
 from capfilt.models.albef_tasks import AlbefClassifierConfig, AlbefNlvrConfig, AlbefVqaConfig, second_half
 from capfilt.models.blip import BlipConfig
@@ -22,8 +24,10 @@ from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
+    NoHome,
     assemble,
     blip_of,
+    no_blip,
     read_settings,
     refuse_convolutions,
     remember,
@@ -35,7 +39,7 @@ from capfilt.models.interop.contents import (
     write_beside,
 )
 from capfilt.models.interop.keymaps import TIED, AlbefShape, Config, kind_of, original_names
-from capfilt.models.kinds import AlbefModel
+from capfilt.models.kinds import AlbefModel, BlipModel
 from capfilt.models.nlvr import NlvrConfig
 from capfilt.models.presets import LARGE
 from capfilt.models.vqa import VqaConfig
@@ -98,12 +102,7 @@ def write(directory: Path, contents: Contents) -> None:
     """Writes model.pth, vocab.txt and capfilt.json into an empty directory; UserError where something has no home."""
     model = contents.model if isinstance(contents.model, AlbefModel) else blip_of(contents)
     config = model.config
-    refuse(config)
-    if not vocabulary.is_bert(contents.tokenizer):
-        raise UserError(
-            f"a vocabulary of {config.vocab_size} tokens that is not bert-base-uncased's has no home in the original "
-            "layout, whose code loads BERT's and writes its ids as numbers"
-        )
+    refuse(config, contents.tokenizer)
     state = model.state_dict()
     weights = {
         theirs: state[ours].detach().cpu().contiguous() for ours, theirs in original_names(config).items()
@@ -125,10 +124,12 @@ def write(directory: Path, contents: Contents) -> None:
     )
 
 
-def refuse(config: Config | AlbefShape) -> None:
-    """UserError naming what the original code has no place for; else nothing."""
+def refuse(config: Config | AlbefShape, tokenizer: Any = None) -> None:
+    """NoHome naming what the original code has no place for; else nothing. Without a tokenizer, the size of one tells."""
+    if not issubclass(kinds.of(config).model, BlipModel | AlbefModel):
+        raise no_blip(config)
     if isinstance(config, AlbefNlvrConfig) and config.classes != AlbefNlvrConfig().classes:
-        raise UserError(
+        raise NoHome(
             "an AlbefNlvr that has learned text assignment has no home in the original layout, whose class of it has "
             "other names: finetune it for statements first"
         )
@@ -136,19 +137,30 @@ def refuse(config: Config | AlbefShape) -> None:
         isinstance(config, AlbefNlvrConfig)
         and _doubled(alone(config.text), 2 * second_half(config.text).depth) is False
     ):
-        raise UserError(
+        raise NoHome(
             "an AlbefNlvr of so few layers would be read back as a classifier: keep it as capfilt saved it"
         )
     if type(config) is AlbefClassifierConfig and config.task != "entailment":
-        raise UserError(
+        raise NoHome(
             f"an AlbefClassifier for {config.task} has no home in the original layout: ALBEF released only that for "
             "entailment; keep it as capfilt saved it"
         )
     if not isinstance(config, AlbefShape) and kind_of(config) == "classifier":
-        raise UserError(
+        raise NoHome(
             "a BlipClassifier has no home in the original layout: BLIP released none; keep it as capfilt saved it"
         )
     refuse_convolutions(config, "the original layout")
+    bert = (
+        config.vocab_size == vocabulary.BERT_SIZE + len(ADDED)
+        if tokenizer is None
+        else vocabulary.is_bert(tokenizer)
+    )
+    if not bert:
+        raise NoHome(
+            f"a vocabulary of {config.vocab_size} tokens that is not bert-base-uncased's has no home in the original "
+            "layout, whose code loads BERT's and writes its ids as numbers",
+            "--vocab with bert-base-uncased's vocab.txt",
+        )
 
 
 def _state(path: Path, mapped: bool = False) -> dict[str, Tensor]:

@@ -17,16 +17,19 @@ from torch import Tensor
 
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
+from capfilt.models import kinds
 from capfilt.models.blip import Blip, BlipConfig
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     LEFTOVERS,
     SETTINGS,
     Contents,
+    NoHome,
     architecture,
     assemble,
     blip_of,
     halved,
+    no_blip,
     read_beside,
     read_json,
     read_settings,
@@ -166,15 +169,17 @@ def write(directory: Path, contents: Contents) -> None:
     )
 
 
-def refuse(config: Config) -> None:
-    """UserError naming what transformers' BLIP has no place for; else nothing."""
+def refuse(config: Config, tokenizer: Any = None) -> None:
+    """NoHome naming what transformers' BLIP has no place for; else nothing."""
+    if not issubclass(kinds.of(config).model, BlipModel):
+        raise no_blip(config)
     if kind_of(config) == "nlvr":
-        raise UserError("an NLVR2 model (BlipNlvr) has no home in transformers, which has no class for it")
+        raise NoHome("an NLVR2 model (BlipNlvr) has no home in transformers, which has no class for it")
     if kind_of(config) == "classifier":
-        raise UserError("a BlipClassifier has no home in transformers, which has no class for it")
+        raise NoHome("a BlipClassifier has no home in transformers, which has no class for it")
     refuse_convolutions(config, "transformers' BLIP")
     if kind_of(config) == "vqa" and config.vision.width != config.text.width:
-        raise UserError(
+        raise NoHome(
             f"a vision.width ({config.vision.width}) other than text.width ({config.text.width}) has no home in "
             "transformers' BlipForQuestionAnswering, whose answer decoder reads states of the vision tower's width"
         )

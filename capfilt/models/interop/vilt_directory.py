@@ -120,6 +120,11 @@ def read(directory: Path, image_size: int = 0) -> Contents:
     return Contents(model, vocabulary.read(directory, config.vocab_size), extra)
 
 
+def refuse(config: Shape, tokenizer: Any = None) -> None:
+    """NoHome naming what transformers' ViLT has no place for; else nothing."""
+    refuse_trunk(config, "transformers")
+
+
 def write(directory: Path, contents: Contents) -> None:
     """Writes the checkpoint into an empty directory.
 
@@ -128,7 +133,7 @@ def write(directory: Path, contents: Contents) -> None:
     """
     model, tokenizer = contents.model, contents.tokenizer
     assert isinstance(model, Vilt | ViltClassifier)
-    refuse_trunk(model.config, "transformers")
+    refuse(model.config)
     config = config_json(model.config)
     write_safetensors(directory / WEIGHTS, _given(model))
     vocabulary.write_vocabulary(directory, tokenizer)
@@ -183,7 +188,7 @@ def _config(path: Path, content: Mapping[str, Any]) -> ViltConfig:
     wrong = [f"{name} {said[name]!r} (only {only!r})" for name, only in _FIXED.items() if said[name] != only]
     pictures = said["num_images"] if kind == PAIRS else 1
     if said["modality_type_vocab_size"] != 1 + pictures:
-        wrong.append(f"modality_type_vocab_size {said['modality_type_vocab_size']} for {pictures} pictures")
+        wrong.append(f"modality_type_vocab_size {said['modality_type_vocab_size']!r} for {pictures} pictures")
     if wrong:
         raise UserError(f"{path}: capfilt's ViLT has no {listed(wrong)}")
     values: dict[str, Any] = {

@@ -108,7 +108,12 @@ class UrlList:
     @property
     def rows(self) -> int:
         """How many rows the list has."""
-        return sum(file.rows for file in self._files)
+        return self._rows[-1]
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        """The number of each file's first row, and how many there are."""
+        return [0, *accumulate(file.rows for file in self._files)]
 
     @property
     def slices(self) -> int:
@@ -123,7 +128,7 @@ class UrlList:
     def bounds(self, number: int) -> tuple[int, int]:
         """First row of slice `number`, from 0, and the row after its last."""
         place = bisect_right(self._firsts, number) - 1
-        before = sum(file.rows for file in self._files[:place])
+        before = self._rows[place]
         start, stop = self._files[place].bounds(number - self._firsts[place])
         return before + start, before + stop
 

@@ -55,6 +55,9 @@ class Retry(Fetching):
         self.options, self.changed = _merged(options, identity["options"], self.output)
         self.list = self._list(options, workspace, identity["url_list"])
 
+    def outputs(self) -> list[Part]:
+        return []
+
     def _list(self, options: DownloadOptions, workspace: Workspace, digest: str) -> Download | None:
         if options.url_list in (REQUIRED, ""):
             if self.options.verify_hash:

@@ -45,6 +45,7 @@ class Fetching(ShardStage):
     name = "download"
     version = 3
     contract = IMAGES
+    rows_per_second = 100.0
     options: DownloadOptions
 
     def most_workers(self) -> int | None:

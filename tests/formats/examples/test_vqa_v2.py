@@ -33,3 +33,14 @@ def test_questions_find_their_answers_as_text_and_as_numbers(tmp_path, asked, an
         (tmp_path / name).write_text(json.dumps(data))
     (row,) = example_rows(tmp_path / "q.json", tmp_path / "a.json")[1]
     assert (row.answers, row.images) == ((("a dog", 1),), (9,))
+
+
+@pytest.mark.parametrize("answers", [True, 7, "red", {"answer": "red"}])
+def test_answers_that_are_no_list_are_none(tmp_path, answers):
+    """A truth value in the place of the list ended the stage with a traceback."""
+    given = [{"question_id": 1, "answers": answers}, {"question_id": 2, "answers": [{"answer": "red"}]}]
+    (tmp_path / "answers.json").write_text(json.dumps({"annotations": given}))
+    asked = [{"question_id": n, "image_id": 1, "question": "q"} for n in (1, 2)]
+    (tmp_path / "q.json").write_text(json.dumps({"questions": asked}))
+    _, rows = example_rows(tmp_path / "q.json", tmp_path / "answers.json")
+    assert [row.answers for row in rows] == [(), (("red", 1),)]

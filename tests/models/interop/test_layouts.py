@@ -508,3 +508,47 @@ def test_the_file_says_its_heads_or_asks_for_them(retrieval):
     with pytest.raises(UserError, match=r"vision\.width are decided by the checkpoint itself"):
         checkpoint.load(path)
     assert DEPTH == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": 7},
+        {"architectures": [{}, None]},
+        {"architectures": "BlipForConditionalGeneration"},
+        {"text_config": {"vocab_size": []}},
+        {"text_config": {"vocab_size": "many"}},
+        {"vision_config": {"image_size": {}}},
+        {"text_config": {"hidden_dropout_prob": 3, "attention_probs_dropout_prob": "x"}},
+    ],
+)
+def test_settings_of_an_unexpected_kind_are_refused_in_one_line(tmp_path, change):
+    """A list for a number ended capfilt with a traceback."""
+    saved(tmp_path / "blip", "captioner")
+    path = tmp_path / "blip" / "config.json"
+    content = json.loads(path.read_text())
+    for name, value in change.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        checkpoint.open_any(tmp_path / "blip")
+    assert str(tmp_path / "blip") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_whose_list_of_members_is_damaged_is_refused_in_one_line(retrieval):
+    """`zipfile` has errors of its own for each byte of that list."""
+    state, path, _ = retrieval
+    save(state, path)
+    whole = path.read_bytes()
+    start, refused = whole.rindex(b"PK\x01\x02") - 200, []
+    for place in (*range(start, len(whole), 7), len(whole) - 6):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                checkpoint.open_any(path)
+            except UserError as error:
+                refused.append(str(error))
+    assert refused
+    assert not [each for each in refused if "\n" in each]

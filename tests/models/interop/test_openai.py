@@ -176,3 +176,24 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     with pytest.raises(UserError, match="no home in OpenAI's layout"):
         export(tmp_path / "blip", "openai", tmp_path / "blip-openai")
     assert not (tmp_path / "blip-openai").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preprocess_cfg": 1.5},
+        {"preprocess_cfg": {"mean": 7}},
+        {"model_cfg": {"vision_cfg": "ab"}},
+        {"model_cfg": {"text_cfg": {"heads": "x" * 9}}},
+        {"model_cfg": {"vision_cfg": [1]}},
+    ],
+)
+def test_settings_of_an_unexpected_kind_are_refused_in_one_line(tmp_path, tokenizer, change):
+    """A number for a table ended capfilt with a traceback."""
+    checkpoint.save(tmp_path / "ours", made(VIT, tokenizer), tokenizer, {})
+    export(tmp_path / "ours", "openai", tmp_path / "theirs")
+    path = tmp_path / "theirs" / "open_clip_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as caught:
+        checkpoint.open_any(tmp_path / "theirs")
+    assert "\n" not in str(caught.value)

@@ -444,3 +444,13 @@ def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
     assert remote[0].digest == local[0].digest
     with pytest.raises(UserError, match="no such list"):
         opened(f"file://{plain}.gone")
+
+
+@pytest.mark.parametrize("twice", ["url", "caption", "license", "other"])
+def test_a_parquet_list_with_one_column_twice_is_refused_by_name(tmp_path, twice):
+    """Which of two columns of one name is meant nobody can tell; Arrow's own error told of neither file nor cure."""
+    columns = {"url": ["http://a/1.jpg"], "caption": ["a"], "license": ["x"], "other": [1]}
+    table = pa.table(columns).append_column(twice, pa.array(columns[twice]))
+    pq.write_table(table, tmp_path / "u.parquet")
+    with pytest.raises(UserError, match=rf"u\.parquet: has 1 columns twice, as '{twice}'; rename one"):
+        open_list(str(tmp_path / "u.parquet"), "auto", Layout(), ("license",), 2)

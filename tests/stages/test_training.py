@@ -1,0 +1,162 @@
+"""Would catch: a model trained for a day that no other project reads, of which nobody was told; a target named that export
+refuses, or refused that export takes; a cure that is no option."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from capfilt.data.tokenizer import Tokenizer
+from capfilt.errors import UserError
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import run_stage
+from capfilt.models import checkpoint, kinds
+from capfilt.models.interop.export import export, homes, places
+from capfilt.models.interop.layouts import CAPFILT, LAYOUTS
+from capfilt.models.presets import albef_preset, clip_preset, preset, vilt_preset
+from capfilt.stages import options as o
+from capfilt.stages.registry import stage_command
+from capfilt.tables.workspace import Workspace
+from tests.worlds import image_rows, tiny_checkpoint, write_images
+
+FAST = {"preset": "tiny", "steps": 1, "batch_size": 2, "vocab_size": 600, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = Workspace(tmp_path_factory.mktemp("places"))
+    write_images(place.part("images", "human"), [image_rows("human", 8, source="human", split="train")])
+    tiny_checkpoint(place.model("init"))
+    return place
+
+
+def built(place, name, **options):
+    command = stage_command(name)
+    given = command.options(**options)
+    return command.build(command.classes(given)[0], given, place)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "can", "cannot"),
+    [
+        ("blip", {}, [], {"transformers": "--stem patch", "original": "--stem patch"}),
+        ("blip", {"stem": "patch"}, ["transformers"], {"original": "--vocab with bert-base-uncased's vocab.txt"}),
+        ("clip", {}, ["openai"], {"transformers": "a --preset that is no ResNet"}),
+        ("vilt", {}, ["transformers"], {}),
+        ("albef", {}, [], {"original": "--stem patch", "transformers": "an ALBEF has no home"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_training_says_where_its_model_can_go(place, tmp_path, capsys, model, options, can, cannot):
+    out = f"{model}-{'-'.join(options)}"
+    extra = {"queue_size": 0, "momentum": 0.0} if model in ("blip", "albef") else {}
+    stage = built(place, "retrain", human=("human",), model=model, out=out, **{**FAST, **options, **extra})
+    summary = run_stage(stage, InlineExecutor(), quiet=False)
+    early, late = capsys.readouterr().err, "\n".join(summary.lines())
+    assert ("no other project will read this model" in early) == (not can)
+    for layout, cure in cannot.items():
+        said = re.search(f"cannot go to {layout}: .*", late)
+        assert cure in said[0]
+        assert (said[0] in early) == (not can)
+    assert re.findall(r"can go to ([a-z, ]+):", late) == ([", ".join(can)] if can else [])
+    for layout in LAYOUTS:
+        if layout in can:
+            export(place.model(out), layout, tmp_path / layout)
+        elif layout != CAPFILT:
+            with pytest.raises(UserError):
+                export(place.model(out), layout, tmp_path / layout)
+    assert run_stage(stage, InlineExecutor(), quiet=True).lines()[1:] == summary.lines()[1:]
+
+
+def config_of(kind, tokenizer):
+    with_vocabulary = tokenizer.vocab_size
+    return {
+        "blip": preset("base", with_vocabulary), "albef": albef_preset("base", with_vocabulary),
+        "clip": clip_preset("base", with_vocabulary), "vilt": vilt_preset("base", with_vocabulary),
+        "trunk": preset("trunk", with_vocabulary), "resnet": clip_preset("tiny", with_vocabulary),
+        "sigmoid": dataclasses.replace(clip_preset("base", with_vocabulary), logit_bias=True),
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab", "open_"),
+    [
+        ("blip", 30524, ["transformers", "original"]),
+        ("blip", 4096, ["transformers"]),
+        ("albef", 30524, ["original"]),
+        ("albef", 4096, []),
+        ("vilt", 30524, ["transformers"]),
+        ("clip", 49408, ["transformers", "openai"]),
+        ("sigmoid", 49408, ["openai"]),
+        ("resnet", 49408, ["openai"]),
+        ("trunk", 30524, []),
+    ],
+)
+def test_where_a_config_can_go_and_what_would_have_helped(kind, vocab, open_):
+    class Vocabulary:
+        vocab_size = vocab
+
+    found = places(config_of(kind, Vocabulary))
+    assert [layout for layout, error in found.items() if error is None] == open_
+    lines = homes("x", found)
+    assert lines
+    if not open_:
+        assert len(lines) == len(LAYOUTS) - 1
+    options = {field.name for field in dataclasses.fields(o.RetrainOptions)}
+    for error in found.values():
+        for option in re.findall(r"--([a-z-]+)", error.cure if error else ""):
+            assert option.replace("-", "_") in options
+
+
+def test_a_learned_vocabulary_of_the_same_size_is_not_berts():
+    """Would catch: a vocabulary that is judged by its size where it is known."""
+    tokenizer = Tokenizer.train(["a b c"], 60)
+    config = config_of("blip", type("V", (), {"vocab_size": 30524}))
+    assert places(config)["original"] is None
+    assert places(config, tokenizer)["original"] is not None
+
+
+@pytest.mark.parametrize(
+    ("command", "closed", "ends_as"),
+    [
+        ("finetune-vqa", {}, "blip_vqa"),
+        ("finetune-vqa", {"closed": True}, "blip_classifier"),
+        ("finetune-nlvr", {}, "blip_nlvr"),
+        ("finetune-nlvr", {"single": True}, "blip_classifier"),
+        ("finetune-entailment", {}, "blip_classifier"),
+        ("finetune-classification", {}, "blip_classifier"),
+    ],
+)
+@pytest.mark.parametrize("start", ["blip", "albef", "vilt"])
+def test_what_a_task_ends_as_is_known_before_its_examples(place, command, closed, ends_as, start):
+    from capfilt.stages.classifier_training import ClassifierTask
+    from capfilt.stages.task_training import TaskTraining
+
+    if start == "vilt" and ends_as == "blip_vqa":
+        return  # no ViLT answers in words
+    directory = place.model(f"start-{start}")
+    if not directory.exists():
+        from capfilt.models.albef import build_albef
+        from capfilt.models.vilt import build_vilt
+
+        tokenizer = Tokenizer.train(["a b c"], 60)
+        make = {
+            "blip": lambda: checkpoint.load(place.model("init"))[0],
+            "albef": lambda: build_albef(albef_preset("tiny", tokenizer.vocab_size), seed=0),
+            "vilt": lambda: build_vilt(vilt_preset("tiny", tokenizer.vocab_size), seed=0),
+        }
+        tokenizer = checkpoint.load(place.model("init"))[1] if start == "blip" else tokenizer
+        checkpoint.save(directory, make[start](), tokenizer)
+    module, _, name = (
+        stage_command(command).classes(stage_command(command).options(**closed))[0].partition(":")
+    )
+    kind = getattr(__import__(module, fromlist=[name]), name)
+    assert issubclass(kind, TaskTraining)
+    stage = object.__new__(kind)
+    stage.init, stage.options = directory, stage_command(command).options(**closed)
+    found = kinds.of(stage.planned()).name
+    family = "vilt_classifier" if start == "vilt" else ends_as.replace("blip", start)
+    assert found == family
+    assert issubclass(kind, ClassifierTask) == ("classifier" in ends_as)
