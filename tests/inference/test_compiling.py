@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from capfilt.inference import compiling
 from capfilt.inference.compiling import CACHE, compiled_tower
 
 SCRIPT = """
@@ -99,7 +100,10 @@ def home(tmp_path, monkeypatch):
     # Set first, so that what the code sets is undone.
     monkeypatch.setenv(CACHE, "")
     monkeypatch.setattr(torch, "compile", lambda module: module)
-    return tmp_path / "capfilt" / "torchinductor"
+    yield tmp_path / "capfilt" / "torchinductor"
+    compiling.own_directory.cache_clear()
+    while compiling._locks:
+        compiling._locks.pop().close()
 
 
 def test_each_running_process_has_a_directory_of_its_own_and_the_next_finds_it(home):

@@ -240,6 +240,10 @@ def test_temperature_is_clamped_in_place(value, clamped):
     trainer.after_step()
     assert trainer.losses(rows())["temperature"].item() == pytest.approx(clamped)
     assert trainer.model.temperature.item() == pytest.approx(clamped)
+    # A checkpoint may come with another temperature: its first step is no exception.
+    trainer.model.temperature.data.fill_(value)
+    again = p.BlipPretraining(trainer.model, p.PretrainingConfig(queue_size=0))
+    assert again.losses(rows())["temperature"].item() == pytest.approx(clamped)
 
 
 def test_soft_targets_change_the_loss_only_with_alpha():
