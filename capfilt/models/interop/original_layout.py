@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
 from capfilt.models import kinds
 from capfilt.models.albef import AlbefConfig, alone
@@ -147,7 +148,7 @@ def refuse(config: Config | AlbefShape, tokenizer: Any = None) -> None:
         )
     refuse_convolutions(config, "the original layout")
     bert = (
-        config.vocab_size == vocabulary.BERT_SIZE + len(vocabulary.ADDED)
+        config.vocab_size == vocabulary.BERT_SIZE + len(ADDED)
         if tokenizer is None
         else vocabulary.is_bert(tokenizer)
     )
