@@ -77,9 +77,10 @@ class Evaluate(ResultStage):
             else:
                 found.append(task)
         if not found:
-            raise MissingInput(
-                f"{self.checkpoint}: no task to evaluate; {'; '.join(_grouped(self.unsuited))}"
-            )
+            # Of tasks that the model can do, if there are any: the others are no news.
+            able = {task.name for task in registry.TASKS if task.possible(can)}
+            whys = {name: why for name, why in self.unsuited.items() if name in able} or self.unsuited
+            raise MissingInput(f"{self.checkpoint}: no task to evaluate; {'; '.join(_grouped(whys))}")
         return found
 
     def remarks(self) -> list[str]:

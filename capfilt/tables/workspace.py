@@ -118,6 +118,10 @@ def as_path(text: str) -> Path:
     """The path that somebody wrote. Raises UserError for a path that no file system has, or that nobody can read."""
     if visible(text) != text:
         raise UserError(f"{_short(text)} is no path, because it has characters that nobody sees; rename it")
+    if "://" in text:
+        raise UserError(
+            f"{_short(text)} is an address, where a path is needed; mount the store, or copy from it"
+        )
     path = expanded(text)
     if any(len(part.encode()) > LONGEST_NAME for part in path.parts):
         raise UserError(

@@ -201,5 +201,5 @@ def test_open_answers_are_written_and_ranked_from_the_checkpoints_own_list(place
     told = result["tasks"]["vqa"]["details"]["answers"]["vqa_ranked_exact"]
     assert set(told.values()) <= {colour(n) for n in range(4)}
     listed.write_text('["red", "odd"]')
-    with pytest.raises(UserError, match="another --out"):
+    with pytest.raises(UserError, match="another output"):
         evaluate(place, "vqa", "asked", model="open", answer_list=str(listed), num_beams=2)

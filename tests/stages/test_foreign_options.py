@@ -32,8 +32,11 @@ def place(workspace):
     return workspace
 
 
-def other(default):
+def other(field):
     """A value that is not the default, and that a model which has the option takes."""
+    default = field.default
+    if field.metadata["choices"]:
+        return next(value for value in reversed(field.metadata["choices"]) if value != default)
     if isinstance(default, bool):
         return not default
     if isinstance(default, float):
@@ -52,7 +55,7 @@ def test_what_means_nothing_is_refused_by_name(place, model, name):
     with pytest.raises(
         UserError, match=rf"--{name.replace('_', '-')} .*means nothing to retrain of a {model}"
     ):
-        retrain(place, model=model, **{name: other(KNOWN[name].default)})
+        retrain(place, model=model, **{name: other(KNOWN[name])})
     retrain(place, model=model, **{name: KNOWN[name].default})
 
 
@@ -83,7 +86,7 @@ def test_a_filter_that_is_a_vilt_has_neither_queue_nor_towers(place):
         "hardness_ramp_steps",
         "collapse_steps",
     ):
-        value = other(o.FinetuneFilterOptions.__dataclass_fields__[name].default)
+        value = other(o.FinetuneFilterOptions.__dataclass_fields__[name])
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* of a vilt"):
             FinetuneFilter(o.FinetuneFilterOptions(**given, **{name: value}), place)
     tiny_checkpoint(place.model("blip"))

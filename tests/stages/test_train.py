@@ -149,7 +149,7 @@ def test_a_checkpoint_of_earlier_code_does_not_count_as_done(place, monkeypatch)
     with monkeypatch.context() as before:
         before.setattr(Pretrain, "version", 1)
         run(Pretrain(options, place))
-    with pytest.raises(UserError, match="by another version of this stage's code; name another --out"):
+    with pytest.raises(UserError, match="by another version of this stage's code; name another output"):
         run(Pretrain(options, place))
 
 
@@ -300,7 +300,7 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
     assert "k = 2" in result["tasks"]["retrieval"]["protocol"]
     assert 0 <= result["metrics"]["tr@1"] <= result["metrics"]["tr@5"] <= 100
     assert len(result["captions"]) == 4
-    with pytest.raises(UserError, match="no texts with pictures in split 'val'"):
+    with pytest.raises(UserError, match="no texts in split 'val'"):
         run(Evaluate(o.EvaluateOptions(split="val", out="v", **choice), place))
 
 
