@@ -151,7 +151,7 @@ def todo(stage: ShardStage, mark: str) -> tuple[list[int], list[int]]:
             raise UserError(f"{problem}; restore it, or remove the shard and its manifest and run again")
         if manifest.fingerprint != stage.shard_fingerprint(mark, shard):
             raise UserError(
-                f"{stage.output.path}: shard {shard:05d} was made from other input rows than stand now; "
+                f"{stage.output.path}: shard {shard:05d} is stale: its input changed after it was written; "
                 f"{stage.output.ways_out}"
             )
         (missing if stage.renews(manifest) else standing).append(shard)

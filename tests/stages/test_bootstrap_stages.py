@@ -523,7 +523,7 @@ def test_a_changed_input_shard_is_noticed(workspace):
 
     rows = image_rows("web", 3, start=50)
     part.commit(1, IMAGES.table(rows), Counts(3, 3), part.info["fingerprint"], 0.1)
-    with pytest.raises(UserError, match="made from other input rows"):
+    with pytest.raises(UserError, match="shard 00001 is stale"):
         caption(workspace)
 
 
