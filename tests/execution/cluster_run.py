@@ -145,12 +145,20 @@ def autoscalers():
     except UserError as error:
         refused = str(error)
     report = {"autoscaler_report": {"active_nodes": {"gpu-workers": 1}}}
-    _internal_kv_put(DEBUG_AUTOSCALING_STATUS, json.dumps(report), overwrite=True)
-    size = RayExecutor()._together("--ranks 9", 9, gpu=True)
+
+    def reported(ask):
+        # Ray's own monitor writes its report over this one every few seconds.
+        for _ in range(20):
+            _internal_kv_put(DEBUG_AUTOSCALING_STATUS, json.dumps(report), overwrite=True)
+            with contextlib.suppress(UserError, connection.NoRoom):
+                return ask()
+        raise AssertionError(ask)
+
+    size = reported(lambda: RayExecutor()._together("--ranks 9", 9, gpu=True))
     wait, said = connection.Wait("pretrain"), io.StringIO()
     time.sleep(1.1)
     with contextlib.redirect_stderr(said):
-        wait.look(size, size.workers)
+        reported(lambda: wait.look(size, size.workers))
     return [refused, said.getvalue()]
 
 
