@@ -267,9 +267,9 @@ def read_cleaning(directory: Path) -> str | None:
 def remembered(path: Path, content: Mapping[str, Any]) -> str | None:
     """The `cleaning` that a file's content names, None where it names none; UserError for one that is unknown here."""
     name = content.get("cleaning")
-    if name is not None and name not in CLEANINGS:
-        raise UserError(f"{path}: cleaning {name!r} is unknown: {', '.join(CLEANINGS)} are known")
-    return name
+    if name is None or (isinstance(name, str) and name in CLEANINGS):
+        return name
+    raise UserError(f"{path}: cleaning {name!r} is unknown: {', '.join(CLEANINGS)} are known")
 
 
 def cleaning_of(model: Model, extra: Mapping[str, Any], name: str | None) -> str:

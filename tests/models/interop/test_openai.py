@@ -197,3 +197,14 @@ def test_settings_of_an_unexpected_kind_are_refused_in_one_line(tmp_path, tokeni
     with pytest.raises(UserError) as caught:
         checkpoint.open_any(tmp_path / "theirs")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cleaning", [{}, [], 7, "polish"])
+def test_a_cleaning_that_is_none_is_refused_by_name(tmp_path, tokenizer, cleaning):
+    """A table in the place of a name ended capfilt with a traceback."""
+    checkpoint.save(tmp_path / "ours", made(VIT, tokenizer), tokenizer, {"note": "kept"})
+    export(tmp_path / "ours", "openai", tmp_path / "theirs")
+    path = tmp_path / "theirs" / "capfilt.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cleaning": cleaning}))
+    with pytest.raises(UserError, match=r"capfilt\.json: cleaning .* is unknown"):
+        checkpoint.open_any(tmp_path / "theirs")
