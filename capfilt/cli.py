@@ -325,7 +325,7 @@ _MENDED = "{}; what was committed is valid: mend that, and run the same command 
 
 
 def _system(error: OSError) -> str:
-    """What the operating system refused, to which file, and what to do."""
+    """One line: the refusal of the operating system, its file, and the next step."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     # A library's own words may be several lines, and hold no number of the system's.
     words = error.strerror or " ".join(str(error).split()) or type(error).__name__

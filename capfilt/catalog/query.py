@@ -218,7 +218,7 @@ def _rows(
 
 
 def _converter(type_: Any) -> Callable[[Any], Any] | None:
-    """What brings a value, no null, of a DuckDB type to the plain types of JSON, or None where nothing needs doing."""
+    """The function from a value, no null, of a DuckDB type to JSON's plain types; None where nothing needs doing."""
     if type_.id == "float":
         # As few digits as tell the 32-bit number from its neighbours: 0.3, not 0.30000001192092896.
         return lambda value: float(str(np.float32(value)))

@@ -27,7 +27,7 @@ SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "avif", "jp2", "j2k", "ppm", "pgm", "pbm",
     "pnm", "dib", "apng", "heic", "heif", "jxl",
 )  # fmt: skip
-"""What names of pictures end with, the usual ones first."""
+"""Endings of pictures' names, the usual ones first."""
 MAX_PIXELS = (
     64_000_000  # 192 MB as RGB, above any consumer camera; Pillow's own hard limit is about 179 million
 )

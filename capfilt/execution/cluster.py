@@ -154,7 +154,7 @@ def _first_line(error: Exception) -> str:
 
 
 def nodes() -> list[Node]:
-    """What each living node has."""
+    """The processors and GPUs of each living node."""
     return [
         (each["Resources"].get("CPU", 0), each["Resources"].get("GPU", 0))
         for each in ray.nodes()
@@ -230,7 +230,7 @@ class Wait:
 
 
 def _free() -> str:
-    """What is free, for people, and whether more may come."""
+    """The free processors and GPUs, for people, and whether more may come."""
     free = ray.available_resources()
     text = f"free now, in all (processors, GPUs): ({free.get('CPU', 0):g}, {free.get('GPU', 0):g})"
     return text + ("; the cluster's autoscaler may add nodes" if autoscaled() else "")

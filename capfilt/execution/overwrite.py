@@ -63,7 +63,7 @@ def _ask(names: str) -> None:
 
 
 def _inputs(options: Any, workspace: Workspace) -> Iterator[Path]:
-    """Whatever an option may name that the stage reads."""
+    """Everything that the stage reads and an option may name."""
     for field in dataclasses.fields(options):
         kind, value = field.metadata["kind"], getattr(options, field.name)
         for text in value if isinstance(value, tuple) else (value,):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 Node = tuple[float, float]
-"""What a node has: processors and GPUs."""
+"""A node: its processors and GPUs."""
 
 _GRAIN = 10_000
 """Ray counts resources in parts of this."""

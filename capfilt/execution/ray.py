@@ -153,7 +153,7 @@ def _threads(cpus: float) -> dict[str, Any]:
 
 
 def _options(size: Size) -> dict[str, Any]:
-    """What Ray is asked for one of the workers."""
+    """The options with which Ray is asked for one of the workers."""
     return {"num_cpus": size.cpus, "num_gpus": int(size.gpu), "runtime_env": _threads(size.cpus)}
 
 

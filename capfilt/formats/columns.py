@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import duckdb
 
 TEXT = "VARCHAR"
-"""What values of unlike types become: a text as it is, bytes as base64, lists and structs as JSON, else DuckDB's text."""
+"""The type of values of unlike types: a text as it is, bytes as base64, lists and structs as JSON, else DuckDB's text."""
 
 _INTEGERS = (
     "tinyint", "utinyint", "smallint", "usmallint", "integer", "uinteger", "bigint", "ubigint", "hugeint",
@@ -38,7 +38,7 @@ SETTINGS = {
     "python_enable_replacements": "false",
     "TimeZone": "UTC",
 }
-"""What every connection here is told, so that a value has the same text on every machine."""
+"""Settings of every connection here, so that a value has the same text on every machine."""
 
 
 def quoted(name: str) -> str:

@@ -26,7 +26,7 @@ MAX_TEXT_BYTES = 10_000_000
 
 @dataclass
 class Listing:
-    """What is below a folder.
+    """The files below a folder.
 
     Attributes:
         pictures: names relative to the folder, in order.
@@ -40,7 +40,7 @@ class Listing:
 
 
 def walk(root: Path) -> Listing:
-    """What is below a folder; a file is a picture where its name or its first bytes say so."""
+    """The files below a folder; a file is a picture where its name or its first bytes say so."""
     found = Listing()
     for directory, folders, files in os.walk(root):
         links = [name for name in folders if Path(directory, name).is_symlink()]
@@ -66,7 +66,7 @@ def walk(root: Path) -> Listing:
 
 
 def kind_in_words(name: str) -> str:
-    """What a file that is left out is counted as: its ending, where that is like others."""
+    """The kind under which a file that is left out is counted: its ending, where that is like others."""
     ending = PurePosixPath(name).suffix.lower()
     return ending if re.fullmatch(r"\.[a-z]\w{0,9}", ending) else "other files"
 

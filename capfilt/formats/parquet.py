@@ -126,7 +126,7 @@ class ParquetSource(FileSource):
         return Found(rows, further=further)
 
     def _pictures(self, file: Path, column: str | None) -> Callable[[SourceRow, dict[str, Any]], SourceRow]:
-        """What puts a record's picture onto its row."""
+        """The function that puts a record's picture onto its row."""
         if column is None:
             raise UserError(f"{file}: has no column of pictures")
 

@@ -89,7 +89,7 @@ class Records(ABC):
     """
 
     form: ClassVar[str]
-    """What such a list is like, in words."""
+    """A description of such a list."""
 
     def __init__(self, place: Place) -> None:
         self.place = place

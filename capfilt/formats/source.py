@@ -153,7 +153,7 @@ class Found:
 
 
 class Given:
-    """What a format is asked about, looked at once for all of them."""
+    """A source as formats see it, looked at once for all of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -219,7 +219,7 @@ class Given:
 
 
 class Format(Protocol):
-    """What a module named in FORMATS has."""
+    """A module named in FORMATS."""
 
     def detect(self, given: Given) -> bool:
         """Whether a source is in this format. Raises UserError where it is broken."""
@@ -256,7 +256,7 @@ class Source(ABC):
         return {}
 
     def remarks(self) -> Sequence[str]:
-        """What people should know of how the source is read."""
+        """Lines for people on how the source is read."""
         return ()
 
 

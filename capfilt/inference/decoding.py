@@ -35,7 +35,7 @@ class Writes(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What holds for every method. Neither length counts the prompt; the longest counts the closing [SEP], the shortest does
+    """Limits of every method. Neither length counts the prompt; the longest counts the closing [SEP], the shortest does
     not: a text has at least `min_new_tokens` tokens before it.
     """
 

@@ -68,7 +68,7 @@ class AlignmentConfig:
     multi_positive: bool = True
     """Candidates of the same image or with the identical text are positives; False is the papers' pretraining."""
     negative_floor: float = 1e-4
-    """What is added to every candidate's probability to be ITM's negative (BLIP, released pretraining)."""
+    """The number added to every candidate's probability to be ITM's negative (BLIP, released pretraining)."""
     own_negatives: bool = False
     """Whether ITM's negatives are drawn by the similarities of the model's own embeddings (BLIP, released retrieval), and not
     of its embeddings with the momentum towers' (the released pretrainings, and ALBEF's retrieval)."""
@@ -153,7 +153,7 @@ class Alignment(nn.Module):
         return [block for tower in towers for block in tower.blocks]
 
     def after_step(self) -> None:
-        """What follows the weights when a step has moved them: clamps the temperature, moves the momentum towers."""
+        """After a step that moved the weights: clamp the temperature and move the momentum towers."""
         self._bound()
         if self.momentum is not None and self.config.momentum is not None:
             ema_update(*followed(self.momentum, self.model), self.config.momentum)

@@ -45,10 +45,10 @@ BESIDE = ("log.jsonl", "answers.json", LEFTOVERS)
 """Files that a checkpoint may have too, and whose digests its config then holds."""
 _FIELDS = {"model_type", "capfilt_version", "config", "extra", "cleaning", "files", SEAL}
 _TORN = (".partial-*", ".tmp*", "*.part", ".*.tmp")
-"""What a process that is killed while it writes leaves in a checkpoint's directory; nothing reads them."""
+"""Files that a process killed while it writes leaves in a checkpoint's directory; nothing reads them."""
 
 _BEFORE = {"vilt": {"max_words": 30}, "vilt_classifier": {"max_words": 50}}
-"""What kinds had before it was saved, where their default has changed since."""
+"""Values of kinds from before they were saved, where their default has changed since."""
 
 
 def save(
@@ -156,7 +156,7 @@ def check(path: str | Path, full: bool = False) -> None:
 
 
 def torn(directory: Path) -> list[Path]:
-    """What killed processes left in a checkpoint's directory, and in those of its live and best weights."""
+    """Files that killed processes left in a checkpoint's directory, and in those of its live and best weights."""
     places = (directory, directory / "best", directory / "live")
     return sorted({each for place in places for pattern in _TORN for each in place.glob(pattern)})
 

@@ -62,7 +62,7 @@ class ClipTraining(nn.Module):
         return [*self.model.visual_encoder.blocks, *self.model.text_encoder.blocks]
 
     def after_step(self) -> None:
-        """What follows the weights when a step has moved them: the scale stays within CLIP's bound."""
+        """After a step that moved the weights: keep the scale within CLIP's bound."""
         self._bound()
 
     @torch.no_grad()

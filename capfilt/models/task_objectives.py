@@ -51,7 +51,7 @@ class TaskTraining(nn.Module):
         return blocks_of(self.model) + (blocks_of(self.momentum) if self.momentum is not None else [])
 
     def after_step(self) -> None:
-        """What follows the weights when a step has moved them: the copy."""
+        """After a step that moved the weights: move the copy."""
         if self.momentum is not None and self.rate is not None:
             ema_update(*followed(self.momentum, self.model), self.rate)
 

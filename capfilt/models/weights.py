@@ -98,7 +98,7 @@ def _check_archive(path: Path) -> None:
 
 
 def archive_members(path: Path) -> list[zipfile.ZipInfo]:
-    """What is in a torch archive; nothing where the file is none. UserError for one that is broken."""
+    """The content of a torch archive; empty where the file is none. UserError for one that is broken."""
     if not zipfile.is_zipfile(path):
         return []
     try:

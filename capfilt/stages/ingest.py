@@ -30,7 +30,7 @@ from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace, expanded
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
-"""What is stored byte for byte as it was found, when it is upright, of KEPT_MODES, opaque and not to be shrunk."""
+"""Formats stored byte for byte as they were found, when the picture is upright, of KEPT_MODES, opaque and not to be shrunk."""
 
 KEPT_MODES = ("RGB", "L")
 """Pillow's names for pixels that every reader sees as capfilt does."""

@@ -55,7 +55,7 @@ def _option(
 
 
 _MOST_WHOLE = 2**63 - 1
-"""What 64 bits hold, as every library wants of a whole number."""
+"""The range of 64 bits, which every library wants of a whole number."""
 
 
 def check(each: Field[Any], value: Any) -> None:

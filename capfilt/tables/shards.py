@@ -162,7 +162,7 @@ class Part:
 
     @property
     def ways_out(self) -> str:
-        """What somebody can do about a part that stands in the way, for the end of a message."""
+        """The two ways out where a part stands in the way, for the end of a message."""
         return f"name another output (--out NAME), or remove {self.path} and {self.record} to make it again (--overwrite does)"
 
     @property
@@ -494,7 +494,7 @@ class Part:
         return None
 
     def unfinished(self) -> str:
-        """What a killed run left for the next one to put in order, in words; "" where it left nothing."""
+        """Work that a killed run left to the next, in words; "" where it left none."""
         manifests = list(self.manifests())
         if any(self.behind(manifest) for manifest in manifests):
             return "a shard's name is still that of an older generation"

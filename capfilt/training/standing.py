@@ -1,4 +1,4 @@
-"""What forward passes move beside weights, kept so that a skipped step leaves it as it was: running statistics of batch
+"""Values that forward passes move beside weights, kept so that a skipped step leaves it as it was: running statistics of batch
 normalisations, queues, and whatever else a module holds in buffers or extra state.
 
 Not here: when a step is skipped (`loop.py`), what follows the weights (a module's `after_step`).

@@ -48,7 +48,7 @@ Examples = tuple[str, list[ExampleRow]]
 
 
 class Format(Protocol):
-    """What a module named in EXAMPLE_FORMATS has."""
+    """A module named in EXAMPLE_FORMATS."""
 
     def detect(self, given: Given) -> bool:
         """Whether a source is in this format. Raises UserError where it is broken."""

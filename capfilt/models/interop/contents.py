@@ -254,7 +254,7 @@ def read_beside(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
 
 
 def remember(model: Model, tokenizer: Encodes) -> dict[str, str]:
-    """What a checkpoint says of how its texts are cleaned: nothing where there has been but one way."""
+    """The fields by which a checkpoint tells how its texts are cleaned: none where there has been but one way."""
     return {} if kinds.of(model).cleaning == BLIP else {"cleaning": tokenizer.cleaning}
 
 
