@@ -85,7 +85,10 @@ def remove(path: Path) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors, on the CPU, and values that `write` wrote. UserError when the file is something else, or any byte of it has changed."""
+    """Return the tensors, on the CPU, and values that `write` wrote.
+
+    Raises UserError when the file is something else, or any byte of it has changed.
+    """
     try:
         header = check(path)
         with safe_open(path, framework="pt") as file:
