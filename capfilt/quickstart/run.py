@@ -37,7 +37,7 @@ class Size:
     web: int
     human: dict[str, int]
     captions: int
-    settings: dict[str, int]
+    settings: dict[str, float]
 
 
 SIZES = {
@@ -62,6 +62,7 @@ SIZES = {
             "captioner_steps": 40,
             "filter_steps": 30,
             "retrain_steps": 40,
+            "keep_fraction": 0.5,  # so little training may keep nothing at a probability of 0.5
             "shard": 200,
         },
     ),
@@ -75,7 +76,7 @@ SIZES = {
             "captioner_steps": 3,
             "filter_steps": 3,
             "retrain_steps": 3,
-            "threshold": 0,  # so little training keeps nothing at 0.5
+            "keep_fraction": 0.5,
             "shard": 40,
         },
     ),
