@@ -11,7 +11,7 @@ from typing import Any
 import _form  # noqa: F401 - a checkout that is not installed is found by it
 import torch
 
-from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models.blip.model import Blip, BlipConfig
 from capfilt.models.interop.keymaps import transformers_names
 
 

@@ -21,7 +21,7 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.execution.run import process_and_commit
 from capfilt.inference import decoding
 from capfilt.models import checkpoint
-from capfilt.models.blip import Blip
+from capfilt.models.blip.model import Blip
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions
 from capfilt.stages.score import ScoreStage

@@ -15,9 +15,8 @@ from _form import Record, in_pairs, main
 from torch import Tensor
 
 from capfilt.data.tokenizer import ADDED
-from capfilt.models.layers import attention
-from capfilt.models.presets import vilt_preset
-from capfilt.models.vilt import build_vilt
+from capfilt.models import build, preset
+from capfilt.models.common.layers import attention
 
 VOCABULARY = 4000 + len(ADDED)
 
@@ -27,7 +26,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
     torch.set_num_threads(1)
     rows, words = 64, 18
     generator = torch.Generator().manual_seed(args.seed)
-    model = build_vilt(vilt_preset("trunk", VOCABULARY), args.seed).train()
+    model = build(preset("vilt", "trunk", VOCABULARY), args.seed).train()
     config = model.config
     length = config.vision.grid**2 + 1 + words
     shape = (3, rows, config.heads, length, config.width // config.heads)

@@ -37,8 +37,8 @@ from capfilt.inference.decode_attention import DecodeAttention, suits
 from capfilt.inference.engine import Encoded
 from capfilt.inference.filter import Filter
 from capfilt.inference.lowbit import FP8_CAPABILITY
-from capfilt.models.blip import Blip, BlipConfig, build
-from capfilt.models.presets import preset
+from capfilt.models import build, preset
+from capfilt.models.blip.model import Blip, BlipConfig
 
 VOCABULARY = {"tiny": 4096, "base": 30524}
 """What `capfilt pretrain` learns from a corpus unless told otherwise, and the published one."""
@@ -56,7 +56,7 @@ SPREAD = 8.0
 
 def config_of(name: str) -> BlipConfig:
     """The preset at its finetuning size, without what transformers lacks (a convolutional stem)."""
-    config = preset(name, VOCABULARY[name])
+    config = preset("blip", name, VOCABULARY[name])
     vision = dataclasses.replace(config.vision, stem="patch", image_size=PIXELS[name])
     return dataclasses.replace(config, vision=vision)
 

@@ -31,11 +31,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from capfilt.models.albef import build_albef
-from capfilt.models.blip import build
-from capfilt.models.clip import build_clip
-from capfilt.models.presets import albef_preset, clip_preset, preset, vilt_preset
-from capfilt.models.vilt import build_vilt
+from capfilt.models import build, preset
 
 SIZES = {"base": {"blip": 384, "albef": 384, "vilt": 384, "clip": 224}, "tiny": {}}
 TOKENS = 20
@@ -58,13 +54,11 @@ class Judge:
 def judges(size: str, vocab: int, device: torch.device) -> dict[str, Judge]:
     """Each model as a Judge, on the device, in evaluation mode."""
     made: dict[str, Judge] = {}
-    configs = {"blip": preset, "albef": albef_preset, "vilt": vilt_preset, "clip": clip_preset}
-    for name, config_of in configs.items():
-        config: Any = config_of(size, 49408 if name == "clip" and size == "base" else vocab)
+    for name in ("blip", "albef", "vilt", "clip"):
+        config = preset(name, size, 49408 if name == "clip" and size == "base" else vocab)
         image_size = SIZES[size].get(name, config.image_size)
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
-        build_one: Any = {"blip": build, "albef": build_albef, "vilt": build_vilt, "clip": build_clip}[name]
-        model = build_one(config).eval().to(device)
+        model = build(config).eval().to(device)
         see, score = {"blip": by_cross, "albef": by_cross, "vilt": by_stream, "clip": by_cosine}[name](model)
         made[name] = Judge(model, image_size, see, score)
     return made

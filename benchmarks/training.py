@@ -27,10 +27,9 @@ from _form import Record, main
 from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
-from capfilt.models.blip import Blip, BlipConfig, build
-from capfilt.models.precision import has_bf16
-from capfilt.models.presets import preset
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
+from capfilt.models import build, preset
+from capfilt.models.blip.model import Blip, BlipConfig, BlipPretraining, PretrainingConfig
+from capfilt.models.common.precision import has_bf16
 from capfilt.training import optim, throughput
 
 VOCABULARY = {"tiny": 4096, "base": 30524}
@@ -42,7 +41,7 @@ TEXT_TOKENS = 30
 
 def config_of(name: str) -> BlipConfig:
     """The preset without what transformers lacks (a convolutional stem) and without dropout, so that losses compare."""
-    config = preset(name, VOCABULARY[name])
+    config = preset("blip", name, VOCABULARY[name])
     vision = dataclasses.replace(config.vision, stem="patch", drop_path=0.0)
     text = dataclasses.replace(config.text, dropout=0.0, attention_dropout=0.0)
     return dataclasses.replace(config, vision=vision, text=text)

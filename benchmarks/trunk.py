@@ -12,8 +12,8 @@ import statistics
 import torch
 from _form import Record, in_pairs, main
 
-from capfilt.models.presets import TRUNK
-from capfilt.models.trunk import TRUNKS, Trunk
+from capfilt.models.blip.model import TRUNK
+from capfilt.models.common.trunk import TRUNKS, Trunk
 
 
 def measure(args: argparse.Namespace, record: Record) -> None:

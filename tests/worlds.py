@@ -73,12 +73,10 @@ def tiny_checkpoint(
     """An untrained tiny BLIP with a vocabulary of its own."""
     # Here and below: whoever makes pictures alone needs no torch.
     from capfilt.data.tokenizer import Tokenizer
-    from capfilt.models import checkpoint
-    from capfilt.models.blip import build
-    from capfilt.models.presets import preset
+    from capfilt.models import build, checkpoint, preset
 
     tokenizer = Tokenizer.train(list(texts), 200)
-    config = preset("tiny", tokenizer.vocab_size)
+    config = preset("blip", "tiny", tokenizer.vocab_size)
     vision = dataclasses.replace(config.vision, width=32, depth=1, heads=2, hidden=64)
     text = dataclasses.replace(config.text, width=32, depth=1, heads=2, hidden=64)
     model = build(dataclasses.replace(config, vision=vision, text=text, embed_dim=16), seed=seed)
@@ -90,12 +88,10 @@ def tiny_vilt(
 ) -> None:
     """An untrained tiny ViLT with a vocabulary of its own."""
     from capfilt.data.tokenizer import Tokenizer
-    from capfilt.models import checkpoint
-    from capfilt.models.presets import vilt_preset
-    from capfilt.models.vilt import build_vilt
+    from capfilt.models import build, checkpoint, preset
 
     tokenizer = Tokenizer.train(list(texts), 200)
     config = dataclasses.replace(
-        vilt_preset("tiny", tokenizer.vocab_size), width=32, depth=1, heads=2, hidden=64
+        preset("vilt", "tiny", tokenizer.vocab_size), width=32, depth=1, heads=2, hidden=64
     )
-    checkpoint.save(directory, build_vilt(config, seed=seed), tokenizer, {})
+    checkpoint.save(directory, build(config, seed=seed), tokenizer, {})

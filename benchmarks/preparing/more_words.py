@@ -18,8 +18,8 @@ import torch
 
 from capfilt.data.cleaning import clean
 from capfilt.data.tokenizer import ADDED, Tokenizer
-from capfilt.models import checkpoint
-from capfilt.models.blip import Blip, build
+from capfilt.models import build, checkpoint
+from capfilt.models.blip.model import Blip
 
 FIELDS = ("sentence", "question", "hypothesis", "answers", "captions")
 

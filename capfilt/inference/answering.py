@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from capfilt.models.objectives import language_labels
-from capfilt.models.vqa import Answering
+from capfilt.models.common.answering import Answering
+from capfilt.models.common.objectives import language_labels
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from capfilt.models.blip import BlipConfig
+from capfilt.models.blip.model import BlipConfig
 
 LARGEST = {"cpu": 64, "cuda": 512}
 """More images at a time only wait longer: on a processor from fewer on, on a GPU where transformers was fastest too."""

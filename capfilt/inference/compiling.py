@@ -15,7 +15,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from capfilt.models.blip import Blip
+from capfilt.models.blip.model import Blip
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 

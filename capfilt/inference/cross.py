@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from capfilt.models.blip import Blip
-from capfilt.models.layers import Pair
-from capfilt.models.text import Attention
+from capfilt.models.blip.model import Blip
+from capfilt.models.common.layers import Pair
+from capfilt.models.common.text import Attention
 
 
 class CrossProjections(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.inference.memory import out_of_memory
-from capfilt.models.text import Layer
+from capfilt.models.common.text import Layer
 
 MOST_QUERIES = 16
 """Texts of one image for which the kernel is considered: it holds their scores in registers."""

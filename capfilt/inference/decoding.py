@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from capfilt.inference.sampling import draw, penalise_repetition
-from capfilt.models.layers import Pair
-from capfilt.models.text import SelfCache
+from capfilt.models.common.layers import Pair
+from capfilt.models.common.text import SelfCache
 
 IMPOSSIBLE = -1.0e9
 TRANSFORMERS, RELEASED = "transformers", "released"

@@ -29,9 +29,9 @@ from capfilt.inference.decode_attention import read_by_kernel
 from capfilt.inference.lowbit import Int8Linear, bf16_model, fp8_model, int8_model
 from capfilt.inference.memory import give_back, out_of_memory
 from capfilt.models import checkpoint
-from capfilt.models.blip import Blip
-from capfilt.models.precision import auto_precision
-from capfilt.models.vision import VisionTower
+from capfilt.models.blip.model import Blip
+from capfilt.models.common.precision import auto_precision
+from capfilt.models.common.vision import VisionTower
 
 
 @dataclass(frozen=True)

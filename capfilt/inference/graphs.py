@@ -16,8 +16,8 @@ from torch import Tensor
 
 from capfilt.inference.decoding import Writes
 from capfilt.inference.memory import out_of_memory
-from capfilt.models.layers import Pair
-from capfilt.models.text import SelfCache
+from capfilt.models.common.layers import Pair
+from capfilt.models.common.text import SelfCache
 
 Recorded = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Recorded]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.blip import Blip
+from capfilt.models.blip.model import Blip
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)  # Ada; torch's scaled matmul needs it

@@ -19,9 +19,10 @@ import torch
 import capfilt
 from capfilt.data.tokenizer import Encodes, Tokenizer
 from capfilt.errors import MissingInput, UserError
-from capfilt.models import kinds
-from capfilt.models.blip import Blip
-from capfilt.models.config import Shape
+from capfilt.models import Model, kind_named, kind_of, kinds
+from capfilt.models.blip.model import Blip
+from capfilt.models.common.config import Shape
+from capfilt.models.common.weights import check_tensors, read_safetensors, tensors, write_safetensors
 from capfilt.models.interop import layouts
 from capfilt.models.interop.contents import (
     LEFTOVERS,
@@ -32,8 +33,6 @@ from capfilt.models.interop.contents import (
     remember,
     remembered,
 )
-from capfilt.models.kinds import KINDS, Model
-from capfilt.models.weights import check_tensors, read_safetensors, tensors, write_safetensors
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import sync_directory
 from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
@@ -71,7 +70,7 @@ def save(
         tokenizer.save(partial)
         files = [partial / WEIGHTS, partial / TOKENIZER, *(directory / name for name in BESIDE)]
         content = {
-            "model_type": kinds.of(model).name,
+            "model_type": kind_of(model).name,
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
@@ -100,7 +99,7 @@ def load(
     contents, meta = open_any(path, image_size)
     if not isinstance(contents.model, Blip):
         raise UserError(
-            f"{path}: {kinds.of(contents.model).what}; captioning, scoring and training need another checkpoint"
+            f"{path}: {kind_of(contents.model).what}; captioning, scoring and training need another checkpoint"
         )
     return contents.model.to(device), contents.tokenizer, meta
 
@@ -115,7 +114,7 @@ def open_any(path: str | Path, image_size: int = 0) -> tuple[Contents, dict[str,
     if image_size and image_size != contents.model.config.image_size:
         resize = getattr(contents.model, "resize_image", None)
         if resize is None:
-            raise UserError(f"{place}: {kinds.of(contents.model).one} keeps the image size it was saved with")
+            raise UserError(f"{place}: {kind_of(contents.model).one} keeps the image size it was saved with")
         resize(image_size)
     return contents, meta
 
@@ -134,7 +133,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def shape_of(path: str | Path) -> Shape:
     """The config of the model at `path`; no weights are loaded."""
     meta = read_config(path)
-    return kinds.named(str(meta["model_type"])).config.from_dict(meta["config"])
+    return kind_named(str(meta["model_type"])).config.from_dict(meta["config"])
 
 
 def fingerprint(path: str | Path) -> str:
@@ -182,14 +181,14 @@ def origin(path: str | Path, given: str) -> dict[str, dict[str, str]]:
 
 def _meta(layout: str, config: Shape, extra: dict[str, Any]) -> dict[str, Any]:
     return {
-        "model_type": kinds.of(config).name, "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout
+        "model_type": kind_of(config).name, "config": config.to_dict(), "extra": extra, "files": {}, "layout": layout
     }  # fmt: skip
 
 
 def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
     meta = _read_config(directory)
     config_path, weights_path = directory / CONFIG, directory / WEIGHTS
-    kind = kinds.named(meta["model_type"])
+    kind = kind_named(meta["model_type"])
     try:
         config = kind.config.from_dict({**_BEFORE.get(kind.name, {}), **meta["config"]})
     except UserError as error:
@@ -226,8 +225,8 @@ def _verify(directory: Path, meta: dict[str, Any]) -> None:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = _existing(directory / CONFIG)
     content = read_json(path)
-    if content.get("model_type") not in [kind.name for kind in KINDS]:
-        names = ", ".join(kind.name for kind in KINDS)
+    if content.get("model_type") not in [kind.name for kind in kinds()]:
+        names = ", ".join(kind.name for kind in kinds())
         raise UserError(f"{path}: no BLIP checkpoint (model_type is none of {names})")
     # Files from before there was a seal have none; with one, a changed byte in its name would make such a file.
     if (SEAL in content and not intact(path)) or not set(content) <= _FIELDS:

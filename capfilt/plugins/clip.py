@@ -21,7 +21,7 @@ from torch import Tensor
 from capfilt.data.cleaning import CLIP, cleaned
 from capfilt.data.images import decode
 from capfilt.errors import UserError
-from capfilt.models.precision import auto_precision
+from capfilt.models.common.precision import auto_precision
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.workspace import expanded
 

@@ -15,9 +15,10 @@ from capfilt.data.answers import closed_list
 from capfilt.data.task_corpus import Answers, TaskCorpus
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models.kinds import CLASSES, Judges, Model, Start
-from capfilt.models.ranks import Ranks
-from capfilt.models.task_objectives import ClassifierTraining
+from capfilt.models import Model
+from capfilt.models.common.ranks import Ranks
+from capfilt.models.common.task_objectives import ClassifierTraining
+from capfilt.models.family import CLASSES, Start
 from capfilt.stages.options import (
     FinetuneClassificationOptions,
     FinetuneEntailmentOptions,
@@ -62,7 +63,7 @@ class ClassifierTask(TaskTraining):
         same = (model.config.task, model.pictures, model.labels) == (self.task, 1, self.classes(data))
         return bool(same)
 
-    def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return ClassifierTraining(model, self.options.momentum or None)
 
 
@@ -90,7 +91,7 @@ class FinetuneClosedVqa(ClassifierTask):
             "classes": model.labels if model is not None else self._closed_list,
         }
 
-    def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return ClassifierTraining(model, softmax=self.options.softmax)
 
     def _closed_list(self, questions: Sequence[Answers]) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from capfilt.data.corpus import Corpus, from_images
 from capfilt.data.example_set import ExampleSet, read_examples
 from capfilt.errors import MissingInput, UserError
-from capfilt.models import checkpoint, kinds
-from capfilt.models.precision import check_precision
+from capfilt.models import checkpoint, kind_of
+from capfilt.models.common.precision import check_precision
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
 from capfilt.stages.pair_training import IMAGE_COLUMNS
@@ -47,7 +47,7 @@ class Evaluate(ResultStage):
         check_precision(options.precision)
         self.checkpoint = workspace.model(options.model)
         config = checkpoint.shape_of(self.checkpoint)
-        self.kind = kinds.of(config)
+        self.kind = kind_of(config)
         can = capable(config)
         registry.check(named, can, f"{self.checkpoint} ({self.kind.who})")
         self.images = workspace.input("images", options.images).check()

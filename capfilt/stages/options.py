@@ -1,31 +1,21 @@
 """What each stage can be told: one frozen dataclass per stage, the source of the CLI's flags and of recipes' keys.
 
-Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy.
-A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
-PARTS, "model" (a checkpoint), "path" (a file
-or directory). `unless` names an option that, when set, makes it needless to give this one.
-`later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints, so
-that those still count as done. `told` marks one that changes what a run says or keeps, and no result. `models` names those of
-RETRAINED that it means something to, where not all of them: see `foreign`.
-`choices`, and of numbers `least` (0, where nobody says), `most`, `above` and `below`, say which values there are: options
-that are made with others raise UserError, so that no stage sees them. A number is finite, unless its default is not.
+Only names, types, defaults and help live here, on the standard library alone, so that `--help` loads nothing heavy. How an
+option is declared is `capfilt.options`'.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass, fields
+from typing import Any
 
-from capfilt.errors import UserError
 from capfilt.formats import FORMATS
+from capfilt.options import PARTS, REQUIRED, Checked, check, missing
+from capfilt.options import Remembering as _Remembering
+from capfilt.options import option as _option
 
-PARTS = ("images", "captions", "scores", "signals", "verdicts", "pairs", "examples")
-"""The values of `kind` that name parts of tables."""
-
-REQUIRED = "\0"
-"""The default of an option that must be given; never a valid name or path."""
-
+__all__ = ["PARTS", "REQUIRED", "Checked", "check", "missing"]
 
 RETRAINED = ("blip", "clip", "vilt", "albef")
 """What `retrain` trains."""
@@ -34,63 +24,8 @@ SOURCES, SPLITS = ("web", "human", "synthetic"), ("train", "val", "test")
 """Those of `capfilt.tables.contracts`, which would load pyarrow."""
 
 
-def _option(
-    default: Any,
-    help: str,
-    *,
-    kind: str = "",
-    later: bool = False,
-    told: bool = False,
-    unless: str = "",
-    models: tuple[str, ...] = RETRAINED,
-    choices: tuple[str, ...] = (),
-    least: float = 0,
-    most: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> Any:
-    known = {"help": help, "kind": kind, "later": later, "told": told, "unless": unless, "models": models}
-    bounds = {"choices": choices, "least": least, "most": most, "above": above, "below": below}
-    return field(default=default, metadata={**known, **bounds})
-
-
-_MOST_WHOLE = 2**63 - 1
-"""The range of 64 bits, which every library wants of a whole number."""
-
-
-def check(each: Field[Any], value: Any) -> None:
-    """UserError naming the option where `value` is none that its metadata allows."""
-    marks, name = each.metadata, f"--{each.name.replace('_', '-')}"
-    for text in value if isinstance(value, tuple) else (value,):
-        if isinstance(text, str) and "\0" in text and not (text == each.default == REQUIRED):
-            raise UserError(f"{name} {text!r}: give a text without NUL characters")
-        if marks["choices"] and text not in marks["choices"]:
-            raise UserError(f"{name} {text!r}: choose {', '.join(filter(None, marks['choices']))}")
-    if type(value) not in (int, float):
-        return
-    whole = type(value) is int
-    least, most, above, below = (marks[bound] for bound in ("least", "most", "above", "below"))
-    good = abs(value) <= _MOST_WHOLE if whole else math.isfinite(value) or each.default == math.inf
-    # What is no number is in no range.
-    if good and least <= value <= most and above < value and (value < below or math.isinf(below)):
-        return
-    least = -math.inf if above >= least else least
-    ends = {"{:g} or more": least, "more than {:g}": above, "at most {:g}": most, "below {:g}": below}
-    said = [] if good else ["at most 64 bits" if whole else "a finite number"]
-    said += [words.format(bound) for words, bound in ends.items() if math.isfinite(bound)]
-    shown = f"{value:g}" if not whole else value if good else "of more than 64 bits"
-    raise UserError(f"{name} {shown}: give {', '.join(said)}")
-
-
 _TOWERS = ("blip", "albef")
 """Models with a vision tower, a queue and momentum towers."""
-
-
-def missing(options: Any) -> list[str]:
-    """The names of the options that must be given and were not."""
-    fields = type(options).__dataclass_fields__
-    open_ = [name for name in fields if getattr(options, name) == REQUIRED]
-    return [name for name in open_ if not getattr(options, fields[name].metadata["unless"] or "_", "")]
 
 
 def foreign(options: Any, model: str) -> list[str]:
@@ -98,29 +33,8 @@ def foreign(options: Any, model: str) -> list[str]:
     return [
         each.name
         for each in fields(options)
-        if model not in each.metadata["models"] and getattr(options, each.name) != each.default
+        if model not in (each.metadata["models"] or RETRAINED) and getattr(options, each.name) != each.default
     ]
-
-
-class Checked:
-    """Options that are what their metadata allows: making others raises UserError."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):  # type: ignore[arg-type]
-            check(each, getattr(self, each.name))
-
-
-class _Remembering(Checked):
-    """Options that know which of them were given to the constructor, be it what they are by default."""
-
-    given: frozenset[str]
-
-    def __new__(cls, *values: Any, **named: Any) -> Self:
-        self = super().__new__(cls)
-        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
-        # Past a frozen dataclass's own guard; no field, so neither compared nor fingerprinted.
-        object.__setattr__(self, "given", frozenset([*names[: len(values)], *named]))
-        return self
 
 
 @dataclass(frozen=True)

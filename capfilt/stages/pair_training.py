@@ -16,10 +16,9 @@ from capfilt.data.corpus import Corpus, concat, from_images
 from capfilt.data.stream import PairStream, StreamInput, refuse_barren
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models.blip import Blip
-from capfilt.models.kinds import PAIR_ROWS
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
-from capfilt.models.ranks import Ranks
+from capfilt.models.blip.model import Blip, BlipPretraining, PretrainingConfig
+from capfilt.models.common.ranks import Ranks
+from capfilt.models.family import PAIR_ROWS
 from capfilt.stages.pairs import Held, Pairs, Streamed, shares
 from capfilt.stages.training import Training
 from capfilt.tables.shards import Part

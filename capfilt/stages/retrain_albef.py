@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from capfilt.models.albef import Albef, AlbefConfig, build_albef
-from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
-from capfilt.models.masking import Masking
-from capfilt.models.presets import albef_preset
-from capfilt.models.ranks import Ranks
+from capfilt.models import build, preset
+from capfilt.models.albef.model import Albef, AlbefConfig, AlbefObjective, AlbefPretraining
+from capfilt.models.common.masking import Masking
+from capfilt.models.common.ranks import Ranks
 from capfilt.stages.train import Retrain, alignment
 
 
@@ -26,10 +25,10 @@ class RetrainAlbef(Retrain):
     shown = ("itc", "itm", "mlm", "itm_balanced_accuracy")
 
     def shape(self, vocab_size: int) -> AlbefConfig:
-        return albef_preset(self.options.preset, vocab_size)
+        return preset("albef", self.options.preset, vocab_size)
 
     def built(self, config: AlbefConfig) -> Albef:
-        return build_albef(config, seed=self.options.seed)
+        return build(config, seed=self.options.seed)
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         config = AlbefObjective(**alignment(self.options))

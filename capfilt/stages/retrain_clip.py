@@ -14,10 +14,9 @@ import torch
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.cleaning import trained_clip
 from capfilt.errors import UserError
-from capfilt.models.clip import Clip, ClipConfig, build_clip
-from capfilt.models.contrast import ClipTraining, ContrastConfig
-from capfilt.models.presets import clip_preset
-from capfilt.models.ranks import Ranks
+from capfilt.models import build, preset
+from capfilt.models.clip.model import Clip, ClipConfig, ClipTraining, ContrastConfig
+from capfilt.models.common.ranks import Ranks
 from capfilt.stages.options import RetrainOptions
 from capfilt.stages.train import Retrain
 from capfilt.tables.shards import Part
@@ -43,7 +42,7 @@ class RetrainClip(Retrain):
             )
 
     def shape(self, vocab_size: int) -> ClipConfig:
-        return clip_preset(self.options.preset, vocab_size)
+        return preset("clip", self.options.preset, vocab_size)
 
     def vocabulary(self, pairs: Any) -> BpeTokenizer:
         vocab = self.options.vocab
@@ -58,7 +57,7 @@ class RetrainClip(Retrain):
         return dataclasses.replace(config, logit_bias=self.loss.loss == "sigmoid")
 
     def built(self, config: ClipConfig) -> Clip:
-        return build_clip(config, seed=self.options.seed)
+        return build(config, seed=self.options.seed)
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         return ClipTraining(model, self.loss, ranks)

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from capfilt.models.masking import Masking
-from capfilt.models.matching import MatchingConfig, ViltTraining
-from capfilt.models.presets import vilt_preset
-from capfilt.models.pretrained import load_vit_into_vilt
-from capfilt.models.ranks import Ranks
-from capfilt.models.vilt import Vilt, ViltConfig, build_vilt
+from capfilt.models import build, preset
+from capfilt.models.common.masking import Masking
+from capfilt.models.common.ranks import Ranks
+from capfilt.models.vilt.model import MatchingConfig, Vilt, ViltConfig, ViltTraining
 from capfilt.stages.options import RetrainOptions
 from capfilt.stages.train import Retrain
 from capfilt.tables.shards import Part
@@ -34,14 +32,10 @@ class RetrainVilt(Retrain):
         super().__init__(options, workspace, output)
 
     def shape(self, vocab_size: int) -> ViltConfig:
-        return vilt_preset(self.options.preset, vocab_size)
+        return preset("vilt", self.options.preset, vocab_size)
 
     def built(self, config: ViltConfig) -> Vilt:
-        return build_vilt(config, seed=self.options.seed)
-
-    def load_towers(self, model: Any) -> None:
-        if self.options.vision_init:
-            load_vit_into_vilt(model, self.options.vision_init)
+        return build(config, seed=self.options.seed)
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         masking = Masking.of(tokenizer, self.options.mask_share, whole_words=True)

@@ -22,20 +22,10 @@ from capfilt.data.cleaning import OF_QUESTIONS
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint, kinds
-from capfilt.models.kinds import (
-    ANSWERS,
-    EXAMPLE_ROWS,
-    FINETUNED,
-    PAIRS,
-    STARTS,
-    Answers,
-    Judges,
-    Model,
-    Start,
-)
-from capfilt.models.ranks import ALONE, Ranks
-from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
+from capfilt.models import Model, build, checkpoint, kind_of
+from capfilt.models.common.ranks import ALONE, Ranks
+from capfilt.models.common.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
+from capfilt.models.family import ANSWERS, EXAMPLE_ROWS, PAIRS, Start, found
 from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.training import Training
 from capfilt.tables.contracts import LABELS
@@ -61,7 +51,7 @@ class TaskTraining(Training[TaskCorpus]):
         self.parts = {name: workspace.input("examples", name).check() for name in options.examples}
         self.images = [workspace.input("images", name).check() for name in options.images]
         self.init = workspace.model(options.init)
-        self.check_start(self.init, "--init", (*STARTS[self.form], *FINETUNED[self.form]))
+        self.check_start(self.init, "--init", lambda kind: self.form in (*kind.starts, *kind.forms))
 
     def started(self, start: Start, model: Model, data: TaskCorpus) -> Model:
         """The task's model, made of a pretrained one by `start`."""
@@ -138,10 +128,11 @@ class TaskTraining(Training[TaskCorpus]):
 
     def planned(self) -> Any:
         with torch.device("meta"):
-            model = kinds.empty(checkpoint.shape_of(self.init))
-            if kinds.of(model).rows == self.rows and type(model) in FINETUNED[self.form]:
+            model = build(checkpoint.shape_of(self.init))
+            kind = kind_of(model)
+            if kind.rows == self.rows and self.form in kind.forms:
                 return model.config
-            return self.prototype(STARTS[self.form][type(model)], model).config
+            return self.prototype(found(kind.starts[self.form]), model).config
 
     def prototype(self, start: Start, model: Model) -> Model:
         """The task's model without weights, before its examples are known."""
@@ -151,7 +142,7 @@ class TaskTraining(Training[TaskCorpus]):
     def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
         contents, _ = checkpoint.open_any(self.init)
         model, size = contents.model, self.image_size()
-        starts, finetuned = STARTS[self.form], FINETUNED[self.form]
+        kind = kind_of(model)
         if size != model.config.image_size:
             resize = getattr(model, "resize_image", None)
             if resize is None:
@@ -160,12 +151,8 @@ class TaskTraining(Training[TaskCorpus]):
                 )
             resize(size)
         # What has learned from a task's rows is gone on from; what learned from pairs becomes the task's model first.
-        if (
-            kinds.of(model).rows != self.rows
-            or type(model) not in finetuned
-            or not self.continues(model, data)
-        ):
-            model = self.started(starts[type(model)], model, data)
+        if kind.rows != self.rows or self.form not in kind.forms or not self.continues(model, data):
+            model = self.started(found(kind.starts[self.form]), model, data)
         return model, contents.tokenizer
 
     def feed(self) -> dict[str, Any]:
@@ -227,7 +214,7 @@ class FinetuneVqa(TaskTraining):
         model, tokenizer = super().initial(data)
         cleaning = tokenizer.cleaning
         # One that goes on from answering questions has read them so, or never has.
-        if checkpoint.read_config(self.init)["model_type"] != kinds.of(model).name:
+        if checkpoint.read_config(self.init)["model_type"] != kind_of(model).name:
             cleaning = OF_QUESTIONS.get(cleaning, cleaning)
         return model, tokenizer.cleaned_as(cleaning)
 
@@ -237,7 +224,7 @@ class FinetuneVqa(TaskTraining):
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "answers.json").write_text(json.dumps(answers, indent=0) + "\n", encoding="utf-8")
 
-    def module(self, model: Answers, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return VqaTraining(
             model, AnsweringConfig(self.options.label_smoothing), self.options.momentum or None
         )
@@ -263,5 +250,5 @@ class FinetuneNlvr(TaskTraining):
         # An ALBEF that has learned text assignment alone has other classes, a ViLT for one picture another head.
         return bool((model.pictures, model.labels) == (2, LABELS[self.task]))
 
-    def module(self, model: Judges, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
+    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return ClassifierTraining(model, self.options.momentum or None)

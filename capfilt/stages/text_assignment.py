@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from capfilt.models.albef import Albef
-from capfilt.models.albef_tasks import nlvr_from_albef
-from capfilt.models.kinds import Model
-from capfilt.models.ranks import Ranks
-from capfilt.models.text_assignment import ASSIGNED, TextAssignment
+from capfilt.models import Model
+from capfilt.models.albef.model import Albef
+from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
+from capfilt.models.common.ranks import Ranks
 from capfilt.stages.options import FinetuneTextAssignmentOptions
 from capfilt.stages.pairs import Pairs
 from capfilt.stages.train import Finetune

@@ -9,6 +9,7 @@ that were not averaged) and `best/` (those of the lowest training loss) are chec
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,18 +22,13 @@ from capfilt.data.examples import unweighted
 from capfilt.data.stream import StreamInput
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint, kinds
-from capfilt.models.albef import Albef
-from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
-from capfilt.models.blip import Blip, build
-from capfilt.models.kinds import Model
-from capfilt.models.matching import RankingTraining
-from capfilt.models.objectives import scaled_momentum
-from capfilt.models.presets import preset
-from capfilt.models.pretrained import load_bert, load_vit
-from capfilt.models.pretraining import PretrainingConfig
-from capfilt.models.ranks import Ranks
-from capfilt.models.vilt import Vilt
+from capfilt.models import Model, build, checkpoint, family_of, kind_named, preset
+from capfilt.models.albef.model import Albef, AlbefObjective, AlbefPretraining
+from capfilt.models.blip.model import Blip, PretrainingConfig
+from capfilt.models.common.objectives import scaled_momentum
+from capfilt.models.common.ranks import Ranks
+from capfilt.models.vilt.model import Vilt
+from capfilt.models.vilt.tasks import RankingTraining
 from capfilt.stages.options import (
     RETRAINED,
     FinetuneCaptionerOptions,
@@ -70,7 +66,7 @@ class Pretrain(PairTraining):
 
     def shape(self, vocab_size: int) -> Any:
         """The preset of the model to train. UserError where there is none of the name."""
-        return preset(self.options.preset, vocab_size)
+        return preset("blip", self.options.preset, vocab_size)
 
     def identity(self) -> Mapping[str, Any]:
         vocab = self.options.vocab
@@ -100,11 +96,10 @@ class Pretrain(PairTraining):
 
     def load_towers(self, model: Any) -> None:
         """Fills a new model with the pretrained parts that were asked for."""
-        o = self.options
-        if o.vision_init:
-            load_vit(model.visual_encoder, o.vision_init)
-        if o.text_init:
-            load_bert(model, o.text_init)
+        code = importlib.import_module(family_of(model).code)
+        for side, directory in (("vision", self.options.vision_init), ("text", self.options.text_init)):
+            if directory:
+                getattr(code, f"start_{side}")(model, directory)
 
     def planned(self) -> Any:
         # A vocabulary that is learned later is none that was published, whatever its size.
@@ -114,7 +109,7 @@ class Pretrain(PairTraining):
     def vocabulary(self, pairs: Any) -> Any:
         """The tokenizer of a new model; `pairs` are needed where it is learned from them."""
         o = self.options
-        cleaning = kinds.named(self.model).cleaning
+        cleaning = kind_named(self.model).cleaning
         if o.vocab == "corpus":
             return Tokenizer.train(pairs.texts(), o.vocab_size, cleaning=cleaning)
         given = Tokenizer.from_vocab(o.vocab) if o.vocab.endswith(".txt") else Tokenizer.load(o.vocab)
@@ -178,7 +173,7 @@ class Retrain(Pretrain):
             )
         self.start = workspace.model(options.continue_from) if options.continue_from else None
         if self.start:
-            self.check_start(self.start, "--continue-from", [kinds.named(self.model).model])
+            self.check_start(self.start, "--continue-from", lambda kind: kind.name == self.model)
 
     def inputs(self) -> list[Part]:
         return [*super().inputs(), *self.pairs, *(part for joined in self.joined for part in joined)]
@@ -233,7 +228,7 @@ def _image_size_of(directory: Path) -> int:
 class Finetune(PairTraining):
     """Starts from a pretrained checkpoint."""
 
-    starts: ClassVar[tuple[type[Model], ...]] = (Blip,)
+    starts: ClassVar[tuple[str, ...]] = ("blip",)
     options: FinetuneCaptionerOptions | FinetuneFilterOptions | FinetuneTextAssignmentOptions
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
@@ -241,7 +236,7 @@ class Finetune(PairTraining):
             raise UserError(f"{self.name}: give at least one part with human captions (--human)")
         super().__init__(options, workspace, output)
         self.init = workspace.model(options.init)
-        self.kind = self.check_start(self.init, "--init", self.starts)
+        self.kind = self.check_start(self.init, "--init", lambda kind: kind.name in self.starts)
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "init": checkpoint.fingerprint(self.init)}
@@ -293,7 +288,7 @@ class FinetuneFilter(Finetune):
 
     name = "finetune-filter"
     version = 3  # negatives by the model's own similarities, without a floor
-    starts = (Blip, Albef, Vilt)
+    starts = ("blip", "albef", "vilt")
     shown = (*PairTraining.shown, "accuracy")
     options: FinetuneFilterOptions
 

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -28,12 +28,12 @@ from capfilt.data.loader import Batch
 from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
-from capfilt.models import checkpoint, kinds
-from capfilt.models.config import Shape
+from capfilt.models import Model, build, checkpoint, kind_named, kind_of, kinds
+from capfilt.models.common.config import Shape
+from capfilt.models.common.precision import check_precision
+from capfilt.models.common.ranks import Ranks
+from capfilt.models.family import Kind
 from capfilt.models.interop.export import homes, places
-from capfilt.models.kinds import Model, empty
-from capfilt.models.precision import check_precision
-from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.options import LoopOptions, foreign
 from capfilt.tables.publish import publish_new
@@ -184,7 +184,7 @@ class Training(ModelStage, Generic[D]):
 
     def remarks(self) -> list[str]:
         config = checkpoint.shape_of(self.output)
-        found = places(config, kinds.of(config).tokenizer.load(self.output))
+        found = places(config, kind_of(config).tokenizer.load(self.output))
         return homes(self.options.out, found)
 
     def identity(self) -> Mapping[str, Any]:
@@ -288,16 +288,16 @@ class Training(ModelStage, Generic[D]):
                 "leave it out"
             )
 
-    def check_start(self, start: Path, option: str, starts: Sequence[type[Model]]) -> str:
-        """The `model_type` of what is gone on from; UserError where it is none of `starts`."""
-        kind = kinds.named(str(checkpoint.read_config(start)["model_type"]))
-        if kind.model not in starts:
+    def check_start(self, start: Path, option: str, starts: Callable[[Kind], bool]) -> str:
+        """The `model_type` of what is gone on from; UserError where `starts` is not true of it."""
+        kind = kind_named(str(checkpoint.read_config(start)["model_type"]))
+        if not starts(kind):
             why = (
                 ""
                 if kind.rows == self.rows
                 else f", which learns from {kind.rows}, and {self.name} reads {self.rows}"
             )
-            known = " or ".join(kinds.of_class(each).one for each in dict.fromkeys(starts))
+            known = " or ".join(each.one for each in kinds() if starts(each))
             raise UserError(f"{option} {start}: is {kind.one}{why}; start from {known}")
         return kind.name
 
@@ -412,7 +412,7 @@ class Training(ModelStage, Generic[D]):
         }
         # What everything downstream loads under the checkpoint's name is the average, where there is one.
         with swapped(module, result.average):
-            complete = distributed.unsplit(model, lambda: empty(model.config))
+            complete = distributed.unsplit(model, lambda: build(model.config))
             if ranks.rank == 0:
                 figures |= self.judged(complete, tokenizer, where)
                 checkpoint.save(self.output, complete, tokenizer, {**extra, "figures": figures})
@@ -431,7 +431,7 @@ class Training(ModelStage, Generic[D]):
         self, name: str, model: Model, tokenizer: Encodes, ranks: Ranks, step: int, loss: float | None
     ) -> None:
         """The checkpoint, by rank 0; all call it, since the weights may be split over them."""
-        complete = distributed.unsplit(model, lambda: empty(model.config))
+        complete = distributed.unsplit(model, lambda: build(model.config))
         if ranks.rank == 0:
             extra = {"stage": self.name, "of": self.output.name, "step": step, "loss": loss}
             checkpoint.save(self.output / name, complete, tokenizer, extra)

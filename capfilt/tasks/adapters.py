@@ -22,19 +22,17 @@ from capfilt.errors import RunError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import TRANSFORMERS, Limits, beam_search
-from capfilt.models import kinds
-from capfilt.models.albef import Albef, without_end
-from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
-from capfilt.models.blip import Blip
-from capfilt.models.classifier import BlipClassifier
-from capfilt.models.clip import Clip
-from capfilt.models.config import Shape
+from capfilt.models import build, kind_of
+from capfilt.models.albef.model import Albef, without_end
+from capfilt.models.albef.tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
+from capfilt.models.blip.model import Blip
+from capfilt.models.blip.tasks import BlipClassifier, BlipNlvr, BlipVqa
+from capfilt.models.clip.model import Clip
+from capfilt.models.common.config import Shape
+from capfilt.models.common.precision import auto_precision
 from capfilt.models.interop.contents import Contents
-from capfilt.models.nlvr import BlipNlvr
-from capfilt.models.precision import auto_precision
-from capfilt.models.vilt import ImageTokens, Vilt
-from capfilt.models.vilt_classifier import ViltClassifier
-from capfilt.models.vqa import BlipVqa
+from capfilt.models.vilt.model import ImageTokens, Vilt
+from capfilt.models.vilt.tasks import ViltClassifier
 from capfilt.tasks.capabilities import capabilities
 
 
@@ -63,7 +61,7 @@ def opened(contents: Contents, device: str | torch.device = "cpu", precision: st
     model = contents.model.to(device).eval()
     adapt = ADAPTERS.get(type(model))
     return Opened(
-        kinds.of(model).who,
+        kind_of(model).who,
         model.config.image_size,
         adapt(model, contents.tokenizer, precision=precision) if adapt else model,
     )
@@ -72,7 +70,7 @@ def opened(contents: Contents, device: str | torch.device = "cpu", precision: st
 def capable(config: Shape) -> tuple[str, ...]:
     """The names of the capabilities of a model with this config; no weights are read. UserError where it has none."""
     with torch.device("meta"):
-        model = kinds.empty(config)
+        model = build(config)
     return opened(Contents(model, None), "meta").can
 
 

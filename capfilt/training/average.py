@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from capfilt.models.layers import running
+from capfilt.models.common.layers import running
 from capfilt.training.distributed import local, split_like
 
 

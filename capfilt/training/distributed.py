@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from capfilt.errors import UserError
-from capfilt.models.layers import running
-from capfilt.models.ranks import ALONE, Ranks
+from capfilt.models.common.layers import running
+from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.training.launched import local_rank, started_together
 
 TIMEOUT = dt.timedelta(minutes=30)

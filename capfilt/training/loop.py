@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
-from capfilt.models.objectives import alpha_ramp, hardness_ramp
-from capfilt.models.precision import has_bf16
-from capfilt.models.ranks import ALONE, Ranks
+from capfilt.models.common.objectives import alpha_ramp, hardness_ramp
+from capfilt.models.common.precision import has_bf16
+from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.training import average, distributed, optim, state, throughput
 from capfilt.training.config import Batches, OnBest, OnStep, TrainConfig, TrainResult
 from capfilt.training.interrupt import Interrupt, Interrupted

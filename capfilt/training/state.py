@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from capfilt.errors import RunError, UserError
-from capfilt.models.ranks import ALONE, Ranks
-from capfilt.models.weights import write_safetensors
+from capfilt.models.common.ranks import ALONE, Ranks
+from capfilt.models.common.weights import write_safetensors
 from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
 from capfilt.training.optim import AdamW
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from capfilt.models.objectives import COLLAPSED_ITM
+from capfilt.models.common.objectives import COLLAPSED_ITM
 
 STUCK_WITHIN = 0.01
 COLLAPSED_COSINE = 0.99

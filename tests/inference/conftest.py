@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
-from capfilt.models.blip import Blip, BlipConfig, build
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build
+from capfilt.models.blip.model import Blip, BlipConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 
 WORDS = [
     "a",

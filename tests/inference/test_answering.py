@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from capfilt.inference.answering import rank_answers
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
-from capfilt.models.vqa import VqaConfig, build_vqa
+from capfilt.models import build
+from capfilt.models.common.answering import VqaConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from tests.models.interop.reference import loud
 
 IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0], [2, 5, 6, 3, 0]])
@@ -19,7 +20,7 @@ ANSWERS = torch.tensor(
 
 def made(seed):
     vision = VisionConfig(16, 8, 16, 1, 2, 32)
-    return loud(build_vqa(VqaConfig(vision, TextConfig(30, 16, 2, 2, 40, max_positions=12))), seed)
+    return loud(build(VqaConfig(vision, TextConfig(30, 16, 2, 2, 40, max_positions=12))), seed)
 
 
 @torch.no_grad()

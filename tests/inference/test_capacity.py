@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from capfilt.inference.capacity import CPU_BYTES, batch_that_fits, image_bytes
-from capfilt.models.presets import preset
+from capfilt.models import preset
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ from capfilt.models.presets import preset
 
 rows, ways = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
-config = preset("small", 1200)
+config = preset("blip", "small", 1200)
 config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=192, depth=1))
 tokenizer = Tokenizer([*SPECIALS, *(f"w{i}" for i in range(1200 - len(SPECIALS) - len(ADDED))), *ADDED])
 model = build(config).eval()
@@ -53,22 +53,22 @@ def test_the_estimate_covers_what_an_image_takes(ways):
     command = [sys.executable, "-c", PEAK, "96", str(ways)]
     said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     measured = float(said.split()[0])
-    config = preset("small", 1200)
+    config = preset("blip", "small", 1200)
     vision = dataclasses.replace(config.vision, image_size=192, depth=1)
     estimate = image_bytes(dataclasses.replace(config, vision=vision), max(1, ways))
     assert 0.9 * measured < estimate < 5 * measured
 
 
 def test_a_batch_is_a_power_of_two_within_its_limits(monkeypatch):
-    large = preset("large", 30524)
+    large = preset("blip", "large", 30524)
     large = dataclasses.replace(large, vision=dataclasses.replace(large.vision, image_size=384))
-    for config, ways in [(preset("tiny", 4096), 1), (large, 1), (large, 8)]:
+    for config, ways in [(preset("blip", "tiny", 4096), 1), (large, 1), (large, 8)]:
         size = batch_that_fits(config, CPU, ways)
         assert size & (size - 1) == 0
         assert size == 64 or size * image_bytes(config, ways) <= CPU_BYTES < 2 * size * image_bytes(
             config, ways
         )
-    assert batch_that_fits(preset("tiny", 4096), CPU) == 64
+    assert batch_that_fits(preset("blip", "tiny", 4096), CPU) == 64
 
     def card(gib):
         found = SimpleNamespace(total_memory=gib * 2**30)

@@ -11,7 +11,7 @@ from torch import nn
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.cross import CrossProjections
 from capfilt.inference.lowbit import Int8Linear
-from capfilt.models.blip import build
+from capfilt.models import build
 
 
 @pytest.mark.parametrize("half", ["both", "captioner", "filter"])

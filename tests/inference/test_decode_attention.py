@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.decode_attention import DecodeAttention, read_by_kernel
-from capfilt.models.layers import attention
+from capfilt.models.common.layers import attention
 
 CASES = Path(__file__).with_name("flash_decode_cases.py")
 needs_triton = pytest.mark.skipif(

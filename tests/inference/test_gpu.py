@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.text import Layer, TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.common.text import Layer, TextConfig
+from capfilt.models.common.vision import VisionConfig
 
 pytestmark = pytest.mark.gpu
 

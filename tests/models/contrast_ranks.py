@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from capfilt.models.ranks import ALONE, Ranks
+from capfilt.models.common.ranks import ALONE, Ranks
 
 ROWS = 8
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from capfilt.models.ranks import Ranks
+from capfilt.models.common.ranks import Ranks
 from tests.models.test_matching import batch_of, trained
 
 

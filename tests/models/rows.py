@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from capfilt.data.loader import Batch
-from capfilt.models.blip import BlipConfig
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 
 MICRO = BlipConfig(
     vision=VisionConfig(16, 8, width=32, depth=1, heads=2, hidden=64),

@@ -10,10 +10,10 @@ import torch
 
 from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
-from capfilt.models.albef import Albef, AlbefConfig, build_albef, without_end
-from capfilt.models.presets import ALBEF, albef_preset
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build, preset
+from capfilt.models.albef.model import ALBEF, Albef, AlbefConfig, without_end
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from tests.models.rows import rows
 
 MICRO_ALBEF = AlbefConfig(
@@ -25,7 +25,7 @@ MICRO_ALBEF = AlbefConfig(
 
 @pytest.fixture
 def model():
-    made = build_albef(MICRO_ALBEF).eval()
+    made = build(MICRO_ALBEF).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, each in made.named_parameters():
@@ -55,12 +55,12 @@ def test_the_published_size():
 
 def test_every_preset_can_be_built_and_written_down():
     for name in ALBEF:
-        config = albef_preset(name, 1000)
+        config = preset("albef", name, 1000)
         assert AlbefConfig.from_dict(config.to_dict()) == config
         with torch.device("meta"):
             assert Albef(config).config.vocab_size == 1000
     with pytest.raises(UserError, match="tiny, small, trunk, base"):
-        albef_preset("huge", 1000)
+        preset("albef", "huge", 1000)
 
 
 def test_only_the_second_half_has_and_uses_cross_attention(model):
@@ -121,7 +121,7 @@ def test_another_image_size_keeps_everything_but_the_positions(model):
 def test_recomputed_activations_change_no_gradient():
     found = []
     for on in (False, True):
-        made = build_albef(
+        made = build(
             dataclasses.replace(
                 MICRO_ALBEF, text=dataclasses.replace(MICRO_ALBEF.text, dropout=0.3, attention_dropout=0.3)
             )

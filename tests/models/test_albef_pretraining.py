@@ -12,11 +12,10 @@ import torch
 from capfilt.data.corpus import batches, from_images
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models.albef import Albef, build_albef, without_end
-from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
-from capfilt.models.masking import IGNORED, Masking
-from capfilt.models.presets import albef_preset
-from capfilt.models.ranks import Ranks
+from capfilt.models import build, preset
+from capfilt.models.albef.model import Albef, AlbefObjective, AlbefPretraining, without_end
+from capfilt.models.common.masking import IGNORED, Masking
+from capfilt.models.common.ranks import Ranks
 from capfilt.training.loop import TrainConfig, train
 from tests.models.contrast_ranks import ROWS, gradients, gradients_of_two_ranks
 from tests.models.rows import Rows, rows
@@ -30,7 +29,7 @@ MASKING = Masking(4, FIXED, torch.zeros(40, dtype=torch.bool), share=0.4)
 
 def trained(seed: int = 0, **config) -> AlbefPretraining:
     return AlbefPretraining(
-        build_albef(MICRO_ALBEF, seed), MASKING, AlbefObjective(**{"queue_size": 16, **config})
+        build(MICRO_ALBEF, seed), MASKING, AlbefObjective(**{"queue_size": 16, **config})
     ).train()
 
 
@@ -150,7 +149,7 @@ def shared(ranks: Ranks) -> AlbefPretraining:
         chosen[:, 2] = True
         return ids.masked_fill(chosen, 4), ids.masked_fill(~chosen, IGNORED)
 
-    model = build_albef(MICRO_ALBEF)
+    model = build(MICRO_ALBEF)
     return apart(AlbefPretraining(model, third, AlbefObjective(momentum=None, queue_size=0), ranks).train())
 
 
@@ -227,9 +226,9 @@ def test_evaluation_moves_nothing():
 
 def test_what_is_trained_is_an_albef_and_needs_a_vocabulary():
     trainer = trained()
-    assert set(trainer.model.state_dict()) == set(build_albef(MICRO_ALBEF).state_dict())
+    assert set(trainer.model.state_dict()) == set(build(MICRO_ALBEF).state_dict())
     with pytest.raises(UserError, match="Masking"):
-        AlbefPretraining(build_albef(MICRO_ALBEF))
+        AlbefPretraining(build(MICRO_ALBEF))
     with pytest.raises(UserError, match="objectives"):
         AlbefObjective(objectives=("itc", "lm"))
 
@@ -238,7 +237,7 @@ def test_64_pairs_are_learned_by_heart():
     count, steps = 64, 50
     corpus = from_images([pairs(count)], size=48)
     tokenizer = Tokenizer.train(corpus.texts, vocab_size=200)
-    model = build_albef(albef_preset("tiny", tokenizer.vocab_size))
+    model = build(preset("albef", "tiny", tokenizer.vocab_size))
     named = []
     train(
         AlbefPretraining(model, Masking.of(tokenizer), AlbefObjective(momentum=None, queue_size=0)),

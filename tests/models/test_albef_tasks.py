@@ -14,11 +14,17 @@ from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.decoding import Limits, sample
-from capfilt.models import checkpoint, kinds
-from capfilt.models.albef import build_albef, without_end
-from capfilt.models.albef_tasks import classifier_from_albef, nlvr_from_albef, vqa_from_albef
-from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
-from capfilt.models.text_assignment import ASSIGNED, TextAssignment, two_others
+from capfilt.models import build, checkpoint, kinds
+from capfilt.models.albef.model import without_end
+from capfilt.models.albef.tasks import (
+    ASSIGNED,
+    TextAssignment,
+    classifier_from_albef,
+    nlvr_from_albef,
+    two_others,
+    vqa_from_albef,
+)
+from capfilt.models.common.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from tests.models import albef_reference as plain
 from tests.models.interop.reference import loud
 from tests.models.test_albef import MICRO_ALBEF
@@ -32,7 +38,7 @@ WIDE = dataclasses.replace(MICRO_ALBEF, vision=dataclasses.replace(MICRO_ALBEF.v
 
 
 def pretrained(config=MICRO_ALBEF):
-    return loud(build_albef(config), 5)
+    return loud(build(config), 5)
 
 
 def pictures(count, seed=4):

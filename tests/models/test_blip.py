@@ -13,17 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capfilt.errors import UserError
-from capfilt.models.blip import (
-    CAPTIONER_PARTS,
-    FILTER_PARTS,
-    Blip,
-    BlipConfig,
-    build,
-    parameters_of,
-)
-from capfilt.models.presets import PRESETS, preset
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build, preset
+from capfilt.models.blip.model import CAPTIONER_PARTS, FILTER_PARTS, PRESETS, Blip, BlipConfig, parameters_of
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 
 VOCAB = 40
 
@@ -56,7 +49,7 @@ def batch(rows: int = 3, length: int = 7, seed: int = 0):
 
 
 def on_meta(name: str, image_size: int) -> Blip:
-    config = preset(name, 30524)
+    config = preset("blip", name, 30524)
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
     with torch.device("meta"):
         return Blip(config)
@@ -80,10 +73,10 @@ def test_whole_base_is_the_papers_252_million():
 
 def test_presets_have_their_sizes():
     assert set(PRESETS) == {"tiny", "small", "trunk", "base", "large"}
-    assert 0.8e6 <= parameters_of(build(preset("tiny", 500))) <= 2.5e6
-    assert 9e6 <= parameters_of(build(preset("small", 4000))) <= 16e6
+    assert 0.8e6 <= parameters_of(build(preset("blip", "tiny", 500))) <= 2.5e6
+    assert 9e6 <= parameters_of(build(preset("blip", "small", 4000))) <= 16e6
     with pytest.raises(UserError, match="huge"):
-        preset("huge", 100)
+        preset("blip", "huge", 100)
 
 
 def test_only_self_attention_is_the_decoders_own(model):
@@ -253,7 +246,7 @@ def test_gradients_reach_every_parameter():
 
 
 def test_config_goes_through_json_and_refuses_what_it_does_not_know():
-    config = preset("tiny", 777)
+    config = preset("blip", "tiny", 777)
     assert BlipConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     for wrong, named in [
         ({"vision": {"depht": 3}}, "vision.depht"),

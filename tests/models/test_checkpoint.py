@@ -19,15 +19,12 @@ from capfilt.data import bpe, tokenizer
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
-from capfilt.models.albef import build_albef
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models import build, checkpoint, preset
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from capfilt.models.interop.export import export
-from capfilt.models.presets import albef_preset, vilt_preset
-from capfilt.models.text import TextConfig
-from capfilt.models.vilt import build_vilt
-from capfilt.models.vision import VisionConfig
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
 from tests.limits import refused
@@ -188,7 +185,7 @@ def family(kind, directory, cleaning, extra):
     """A tiny checkpoint of the kind, whose tokenizer cleans so."""
     if kind == "clip":
         words = BpeTokenizer.train(["a photo of a dog"] * 3, 530, cleaning=cleaning)
-        model = build_clip(
+        model = build(
             ClipConfig(
                 ClipVisionConfig(32, 16, 128, 1, 2, 64),
                 ClipTextConfig(words.vocab_size, 16, 64, 1, 1, 64),
@@ -197,8 +194,7 @@ def family(kind, directory, cleaning, extra):
         )
     else:
         words = Tokenizer([*SPECIALS, "a", "man", "s", "shirt", *ADDED], cleaning)
-        config = {"vilt": vilt_preset, "albef": albef_preset}[kind]("tiny", words.vocab_size)
-        model = {"vilt": build_vilt, "albef": build_albef}[kind](config)
+        model = build(preset(kind, "tiny", words.vocab_size))
     checkpoint.save(directory, model, words, extra)
 
 

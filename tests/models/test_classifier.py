@@ -12,17 +12,13 @@ import torch.nn.functional as F
 
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.classifier import (
-    BlipClassifier,
-    ClassifierConfig,
-    build_classifier,
-    classifier_from_blip,
-)
+from capfilt.models import build, checkpoint
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.blip.tasks import BlipClassifier, classifier_from_blip
+from capfilt.models.common.classifier import ClassifierConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from capfilt.models.interop import original_layout, transformers_layout
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
 from tests.models.interop.reference import loud
 
 VISION = VisionConfig(16, 8, 24, 1, 2, 48)
@@ -44,7 +40,7 @@ def pictures(count: int = 3) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["entailment", "vqa"])
 def test_logits_are_the_published_head_on_the_state_of_enc(task):
-    model = loud(build_classifier(config(task)))
+    model = loud(build(config(task)))
     tokens = model.encode_image(pictures())
     found = model.class_logits(IDS, MASK, tokens)
     weights = model.state_dict()
@@ -69,7 +65,7 @@ def test_logits_are_the_published_head_on_the_state_of_enc(task):
 
 @torch.no_grad()
 def test_padding_changes_nothing_and_the_picture_does():
-    model = loud(build_classifier(config()))
+    model = loud(build(config()))
     tokens = model.encode_image(pictures())
     whole = model.class_logits(IDS, MASK, tokens)
     alone = torch.cat(
@@ -110,7 +106,7 @@ def test_a_checkpoint_keeps_its_classes_and_belongs_in_no_other_layout(tmp_path)
     tokenizer = Tokenizer.train(["a red dog", "two cats"], 60)
     text = dataclasses.replace(TEXT, vocab_size=tokenizer.vocab_size)
     made = ClassifierConfig(VISION, text, task="vqa", classes=ANSWERS, max_words=7)
-    model = loud(build_classifier(made))
+    model = loud(build(made))
     checkpoint.save(tmp_path / "saved", model, tokenizer)
     contents, meta = checkpoint.open_any(tmp_path / "saved")
     assert type(contents.model) is BlipClassifier

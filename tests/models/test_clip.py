@@ -12,8 +12,8 @@ from torch import nn
 
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
-from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models import build, checkpoint, preset
+from capfilt.models.clip.model import CLIP, Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.interop.clip_layouts import (
     OPENAI,
     TRANSFORMERS,
@@ -24,7 +24,6 @@ from capfilt.models.interop.clip_layouts import (
     transformers_config,
 )
 from capfilt.models.interop.export import export
-from capfilt.models.presets import CLIP, clip_preset
 from tests.models.interop.clips import RESNET, VIT, sharpened, texts
 
 HERE = Path("clip.safetensors")
@@ -90,12 +89,12 @@ def test_recomputed_activations_move_statistics_once():
 
 def test_every_preset_can_be_built_and_written_down():
     for name in CLIP:
-        config = clip_preset(name, 1000)
+        config = preset("clip", name, 1000)
         assert ClipConfig.from_dict(config.to_dict()) == config
         with torch.device("meta"):
             assert Clip(config).config.vocab_size == 1000
     with pytest.raises(UserError, match="tiny, trunk, small, base, large"):
-        clip_preset("huge", 1000)
+        preset("clip", "huge", 1000)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -250,8 +249,8 @@ def test_keys_without_a_place_and_places_without_a_key_are_listed():
         from_openai_shapes(HERE, {}, {})
     for lacking in (RESNET, dataclasses.replace(VIT, logit_bias=True)):
         with pytest.raises(UserError, match="OpenAI's layout"):
-            exported(build_clip(lacking), TRANSFORMERS)
-    biased = build_clip(dataclasses.replace(VIT, logit_bias=True))
+            exported(build(lacking), TRANSFORMERS)
+    biased = build(dataclasses.replace(VIT, logit_bias=True))
     assert from_openai_shapes(HERE, exported(biased, OPENAI), {}).logit_bias
 
 
@@ -311,7 +310,7 @@ def test_a_transformers_directory_opens_and_is_written(tmp_path):
 def test_the_image_side_is_initialised_as_released():
     # Catches: the text side's scheme on the image side. Released: torch's defaults, of MultiheadAttention and linears.
     width, hidden = 128, 512
-    clip = build_clip(
+    clip = build(
         ClipConfig(
             ClipVisionConfig(32, 8, width, 4, 2, hidden), ClipTextConfig(99, 16, 64, 4, 1, 256), embed_dim=32
         )

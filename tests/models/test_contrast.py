@@ -16,9 +16,15 @@ from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.corpus import batches, from_images
 from capfilt.data.loader import Batch
 from capfilt.errors import UserError
-from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
-from capfilt.models.contrast import ClipTraining, ContrastConfig
-from capfilt.models.presets import clip_preset
+from capfilt.models import build, preset
+from capfilt.models.clip.model import (
+    Clip,
+    ClipConfig,
+    ClipTextConfig,
+    ClipTraining,
+    ClipVisionConfig,
+    ContrastConfig,
+)
 from capfilt.training.loop import TrainConfig, train
 from tests.models.contrast_ranks import ROWS, gradients, gradients_of_two_ranks
 from tests.training.grids import pairs
@@ -27,7 +33,7 @@ CONFIG = ClipConfig(ClipVisionConfig(16, 8, 32, 1, 2, 64), ClipTextConfig(40, 8,
 
 
 def trained(loss: str = "softmax", *ranks, chunk: int = 0) -> ClipTraining:
-    model = build_clip(dataclasses.replace(CONFIG, logit_bias=loss == "sigmoid"), seed=3)
+    model = build(dataclasses.replace(CONFIG, logit_bias=loss == "sigmoid"), seed=3)
     return ClipTraining(model, ContrastConfig(loss, chunk), *ranks)
 
 
@@ -56,7 +62,7 @@ def test_a_step_in_bf16_is_near_one_in_fp32(config, loss):
     size = config.vision.image_size
     batch.pixels = F.interpolate(batch.pixels.float(), size=(size, size)).to(torch.uint8)
     for rough in (False, True):
-        model = build_clip(dataclasses.replace(config, logit_bias=loss == "sigmoid"), seed=3).train()
+        model = build(dataclasses.replace(config, logit_bias=loss == "sigmoid"), seed=3).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=rough):
             found = ClipTraining(model, ContrastConfig(loss)).losses(batch)
         assert all(each.dtype == torch.float32 for each in found.values())
@@ -148,7 +154,7 @@ def test_the_scale_stays_below_a_hundred_and_the_losses_fit_their_models():
     assert ClipTraining(module.model).model.logit_scale.item() == pytest.approx(math.log(100))
     assert trained("sigmoid").model.logit_bias.item() == -10
     with pytest.raises(UserError, match="logit_bias"):
-        ClipTraining(build_clip(CONFIG), ContrastConfig("sigmoid"))
+        ClipTraining(build(CONFIG), ContrastConfig("sigmoid"))
     with pytest.raises(UserError, match="softmax, sigmoid"):
         ContrastConfig("hinge")
 
@@ -158,8 +164,8 @@ def test_64_pairs_are_learned_by_heart(loss):
     count, steps = 64, 60
     corpus = from_images([pairs(count)], size=64)
     tokenizer = BpeTokenizer.train(corpus.texts, vocab_size=600)
-    model = build_clip(
-        dataclasses.replace(clip_preset("tiny", tokenizer.vocab_size), logit_bias=loss == "sigmoid")
+    model = build(
+        dataclasses.replace(preset("clip", "tiny", tokenizer.vocab_size), logit_bias=loss == "sigmoid")
     )
     train(
         ClipTraining(model, ContrastConfig(loss)),

@@ -9,7 +9,7 @@ import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.errors import UserError
-from capfilt.models.masking import IGNORED, Masking
+from capfilt.models.common.masking import IGNORED, Masking
 
 PIECES = ["a", "b", "c", "d", "##e", "##f", "##g", *(f"w{i}" for i in range(200))]
 

@@ -16,10 +16,21 @@ from capfilt.data.corpus import batches, from_images
 from capfilt.data.loader import Batch
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models.masking import Masking
-from capfilt.models.matching import MatchingConfig, RankingTraining, ViltTraining, alignment_loss, mismatched
-from capfilt.models.transport import cosine_cost, transport_plan
-from capfilt.models.vilt import ImageTokens, States, ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
+from capfilt.models import build
+from capfilt.models.common.masking import Masking
+from capfilt.models.vilt.model import (
+    ImageTokens,
+    MatchingConfig,
+    States,
+    ViltConfig,
+    ViltTextConfig,
+    ViltTraining,
+    ViltVisionConfig,
+    alignment_loss,
+    mismatched,
+)
+from capfilt.models.vilt.tasks import RankingTraining
+from capfilt.models.vilt.transport import cosine_cost, transport_plan
 from capfilt.training.loop import TrainConfig, train
 from tests.training.grids import coloured
 
@@ -30,7 +41,7 @@ ROWS = 8
 def trained(*ranks, **options) -> ViltTraining:
     fixed = torch.arange(40) < 5
     masking = Masking(4, fixed, torch.arange(40) > 30, 0.5, whole_words=True)
-    return ViltTraining(build_vilt(CONFIG, seed=3), masking, MatchingConfig(**options), *ranks)
+    return ViltTraining(build(CONFIG, seed=3), masking, MatchingConfig(**options), *ranks)
 
 
 def batch_of(rows: slice = slice(None)) -> Batch:
@@ -141,7 +152,7 @@ def test_a_step_in_bf16_is_near_one_in_fp32(kind):
     """Dtypes that do not meet, or a head or a loss in bf16: found out on the first GPU."""
     made = {}
     for rough in (False, True):
-        module = trained() if kind == "pretraining" else RankingTraining(build_vilt(CONFIG, seed=3), 3)
+        module = trained() if kind == "pretraining" else RankingTraining(build(CONFIG, seed=3), 3)
         torch.manual_seed(4)
         with torch.autocast("cpu", torch.bfloat16, enabled=rough):
             found = module.losses(batch_of())
@@ -226,7 +237,7 @@ def test_64_pairs_are_learned_by_heart():
     corpus = from_images([coloured(count)], size=24)
     tokenizer = Tokenizer.train(corpus.texts, vocab_size=200)
     shape = ViltVisionConfig(24, 12), ViltTextConfig(tokenizer.vocab_size, 8, tokenizer.pad_id)
-    model = build_vilt(ViltConfig(*shape, 64, 2, 4, 128, dropout=0.0, tied=True))
+    model = build(ViltConfig(*shape, 64, 2, 4, 128, dropout=0.0, tied=True))
     train(
         ViltTraining(model, Masking.of(tokenizer, 0.5, whole_words=True)),
         partial(step_batches, corpus, tokenizer, steps),
@@ -255,7 +266,7 @@ def step_batches(corpus, tokenizer, steps, start):
 
 
 def test_ranking_is_the_cross_entropy_of_the_own_text_among_others():
-    module, batch = RankingTraining(build_vilt(CONFIG, seed=3), false_texts=3), batch_of()
+    module, batch = RankingTraining(build(CONFIG, seed=3), false_texts=3), batch_of()
     batch.text_index = torch.tensor([0, 1, 2, 2, 4, 5, 6, 7])  # two texts are equal,
     batch.image_index = torch.tensor([0, 1, 2, 3, 4, 4, 6, 7])  # and two are of one picture
     torch.manual_seed(7)
@@ -281,7 +292,7 @@ def test_ranking_is_the_cross_entropy_of_the_own_text_among_others():
 
 
 def test_ranking_takes_the_texts_there_are_and_leaves_out_who_has_none():
-    module, batch = RankingTraining(build_vilt(CONFIG, seed=3)), batch_of(slice(0, 3))
+    module, batch = RankingTraining(build(CONFIG, seed=3)), batch_of(slice(0, 3))
     there = module.drawn(batch.image_index, batch.text_index)[1]
     assert there.sum(dim=1).tolist() == [3, 3, 3]  # itself and both others
     batch.image_index = torch.zeros(3, dtype=torch.int64)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from capfilt.errors import UserError
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.nlvr import NlvrConfig, build_nlvr, nlvr_from_blip
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
-from capfilt.models.vqa import vqa_from_blip
-from capfilt.models.weights import start_from
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.blip.tasks import NlvrConfig, nlvr_from_blip, vqa_from_blip
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
+from capfilt.models.common.weights import start_from
 from tests.models.interop.reference import loud
 
 VISION = VisionConfig(16, 8, 24, 1, 2, 48)
@@ -29,7 +29,7 @@ MASK = IDS != 0
 
 @pytest.fixture
 def model():
-    return loud(build_nlvr(CONFIG))
+    return loud(build(CONFIG))
 
 
 def pictures(count: int = 3) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_the_model_is_its_description(model):
 
 def test_merging_layers_are_in_the_second_half_of_the_published_depth():
     with torch.device("meta"):
-        published = build_nlvr(NlvrConfig())
+        published = build(NlvrConfig())
     merged = [layer.crossattention.output.merge_layer for layer in published.text_encoder.layers]
     assert [each is not None for each in merged] == [False] * 6 + [True] * 6
     assert tuple(merged[6].weight.shape) == (768, 1536)
@@ -186,7 +186,7 @@ def test_a_start_accounts_for_every_tensor(model):
 
 
 def test_recomputation_changes_no_gradient():
-    model = build_nlvr(
+    model = build(
         dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, dropout=0.0, attention_dropout=0.0))
     )
     gradients = []

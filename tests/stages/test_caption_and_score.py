@@ -13,7 +13,7 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
-from capfilt.models.blip import Blip
+from capfilt.models.blip.model import Blip
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.caption_and_score import CaptionAndScore
 from capfilt.stages.options import CaptionOptions, ScoreOptions

@@ -15,9 +15,9 @@ from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
-from capfilt.models.classifier import BlipClassifier
-from capfilt.models.ranks import ALONE
-from capfilt.models.vilt_classifier import ViltClassifier
+from capfilt.models.blip.tasks import BlipClassifier
+from capfilt.models.common.ranks import ALONE
+from capfilt.models.vilt.tasks import ViltClassifier
 from capfilt.stages import options as o
 from capfilt.stages.classifier_training import FinetuneClosedVqa
 from capfilt.stages.evaluate import Evaluate

@@ -12,9 +12,8 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
+from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
 from capfilt.models.interop.contents import halved
-from capfilt.models.nlvr import nlvr_from_blip
-from capfilt.models.vqa import vqa_from_blip
 from capfilt.stages.evaluate import Evaluate, _Result
 from capfilt.stages.options import EvaluateOptions
 from capfilt.tables.contracts import EXAMPLES
@@ -280,9 +279,7 @@ def test_what_cannot_be_is_refused(made, options, message):
 def of_kind(place, name):
     """The directory of a tiny model of a kind, and the tasks it can do with pictures, captions and examples of `made`."""
     from capfilt.data.bpe import BpeTokenizer
-    from capfilt.models.albef import build_albef
-    from capfilt.models.clip import build_clip
-    from capfilt.models.presets import albef_preset, clip_preset
+    from capfilt.models import build, preset
     from tests.worlds import tiny_vilt
 
     path = place.model(name)
@@ -292,10 +289,10 @@ def of_kind(place, name):
     if name == "vilt":
         tiny_vilt(path)
     elif name == "albef":
-        checkpoint.save(path, build_albef(albef_preset("tiny", tokenizer.vocab_size), seed=0), tokenizer)
+        checkpoint.save(path, build(preset("albef", "tiny", tokenizer.vocab_size), seed=0), tokenizer)
     elif name == "clip":
         bpe = BpeTokenizer.train(["a red square"] * 3, 600)
-        checkpoint.save(path, build_clip(clip_preset("tiny", bpe.vocab_size), seed=0), bpe)
+        checkpoint.save(path, build(preset("clip", "tiny", bpe.vocab_size), seed=0), bpe)
     elif name in ("captioner", "filter"):
         model, _, _ = checkpoint.load(place.model("both"))
         checkpoint.save(path, halved(model, name), tokenizer)

@@ -15,11 +15,10 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
-from capfilt.models import checkpoint
-from capfilt.models.albef import Albef, build_albef
-from capfilt.models.albef_tasks import AlbefClassifier, AlbefNlvr, AlbefVqa, vqa_from_albef
-from capfilt.models.kinds import EXAMPLE_ROWS, FINETUNED, KINDS, PAIR_ROWS
-from capfilt.models.presets import albef_preset
+from capfilt.models import build, checkpoint, kinds, preset
+from capfilt.models.albef.model import Albef
+from capfilt.models.albef.tasks import AlbefClassifier, AlbefNlvr, AlbefVqa, vqa_from_albef
+from capfilt.models.family import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.stages import options as o
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.evaluate import Evaluate
@@ -51,10 +50,10 @@ def place(workspace):
 def pretrained(place):
     """An untrained ALBEF, smaller than any preset."""
     tokenizer = Tokenizer.train(["a red green blue white square number 0 1 2 3 4 the left"] * 3, 200)
-    config = albef_preset("tiny", tokenizer.vocab_size)
+    config = preset("albef", "tiny", tokenizer.vocab_size)
     vision = dataclasses.replace(config.vision, width=32, depth=1, heads=2, hidden=64)
     text = dataclasses.replace(config.text, width=32, depth=2, heads=2, hidden=64)
-    model = build_albef(dataclasses.replace(config, vision=vision, text=text, embed_dim=16), seed=3)
+    model = build(dataclasses.replace(config, vision=vision, text=text, embed_dim=16), seed=3)
     checkpoint.save(place.model("pretrained"), model, tokenizer)
     return place
 
@@ -133,9 +132,9 @@ def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_pat
 
 
 def test_what_retrain_offers_are_the_models_that_learn_from_pairs():
-    assert {kind.name for kind in KINDS if kind.rows == PAIR_ROWS} == set(o.RETRAINED)
-    judged = {model for models in FINETUNED.values() for model in models}
-    assert {kind.model for kind in KINDS if kind.rows == EXAMPLE_ROWS} == judged
+    assert {kind.name for kind in kinds() if kind.rows == PAIR_ROWS} == set(o.RETRAINED)
+    assert {kind.rows for kind in kinds() if kind.forms} == {EXAMPLE_ROWS}
+    assert all(kind.forms for kind in kinds() if kind.rows == EXAMPLE_ROWS)
 
 
 def finetune(place, words, **options):

@@ -16,7 +16,7 @@ from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
-from capfilt.models.vilt import Vilt
+from capfilt.models.vilt.model import Vilt
 from capfilt.stages import options as o
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.evaluate import Evaluate

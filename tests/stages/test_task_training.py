@@ -15,9 +15,8 @@ from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
-from capfilt.models.nlvr import BlipNlvr
-from capfilt.models.vilt_classifier import ViltClassifier
-from capfilt.models.vqa import BlipVqa
+from capfilt.models.blip.tasks import BlipNlvr, BlipVqa
+from capfilt.models.vilt.tasks import ViltClassifier
 from capfilt.stages import options as o
 from capfilt.stages.examples import Examples
 from capfilt.stages.task_training import FinetuneNlvr, FinetuneVqa

@@ -15,9 +15,8 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.models import checkpoint
-from capfilt.models.albef import build_albef, without_end
-from capfilt.models.presets import albef_preset
+from capfilt.models import build, checkpoint, preset
+from capfilt.models.albef.model import without_end
 from capfilt.stages import options as o
 from capfilt.stages import training
 from capfilt.stages.classifier_training import FinetuneEntailment
@@ -66,12 +65,10 @@ CHOSEN = [
 
 def tiny_albef(directory, seed: int = 0) -> None:
     tokenizer = Tokenizer.train(["a red green blue white square number 0 1 2 3 4"] * 3, 200)
-    config = albef_preset("tiny", tokenizer.vocab_size)
+    config = preset("albef", "tiny", tokenizer.vocab_size)
     vision = dataclasses.replace(config.vision, width=32, depth=1, heads=2, hidden=64)
     text = dataclasses.replace(config.text, width=32, depth=2, heads=2, hidden=64)
-    checkpoint.save(
-        directory, build_albef(dataclasses.replace(config, vision=vision, text=text), seed), tokenizer
-    )
+    checkpoint.save(directory, build(dataclasses.replace(config, vision=vision, text=text), seed), tokenizer)
 
 
 @pytest.fixture

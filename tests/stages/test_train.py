@@ -18,7 +18,7 @@ from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
-from capfilt.models.pretraining import PretrainingConfig
+from capfilt.models.blip.model import PretrainingConfig
 from capfilt.stages import options as o
 from capfilt.stages import pair_training, training
 from capfilt.stages.evaluate import Evaluate

@@ -12,10 +12,9 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.models import checkpoint, kinds
+from capfilt.models import checkpoint, kind_of, preset
 from capfilt.models.interop.export import export, homes, places
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS
-from capfilt.models.presets import albef_preset, clip_preset, preset, vilt_preset
 from capfilt.stages import options as o
 from capfilt.stages.registry import stage_command
 from capfilt.tables.workspace import Workspace
@@ -73,10 +72,10 @@ def test_a_training_says_where_its_model_can_go(place, tmp_path, capsys, model, 
 def config_of(kind, tokenizer):
     with_vocabulary = tokenizer.vocab_size
     return {
-        "blip": preset("base", with_vocabulary), "albef": albef_preset("base", with_vocabulary),
-        "clip": clip_preset("base", with_vocabulary), "vilt": vilt_preset("base", with_vocabulary),
-        "trunk": preset("trunk", with_vocabulary), "resnet": clip_preset("tiny", with_vocabulary),
-        "sigmoid": dataclasses.replace(clip_preset("base", with_vocabulary), logit_bias=True),
+        "blip": preset("blip", "base", with_vocabulary), "albef": preset("albef", "base", with_vocabulary),
+        "clip": preset("clip", "base", with_vocabulary), "vilt": preset("vilt", "base", with_vocabulary),
+        "trunk": preset("blip", "trunk", with_vocabulary), "resnet": preset("clip", "tiny", with_vocabulary),
+        "sigmoid": dataclasses.replace(preset("clip", "base", with_vocabulary), logit_bias=True),
     }[kind]  # fmt: skip
 
 
@@ -138,14 +137,13 @@ def test_what_a_task_ends_as_is_known_before_its_examples(place, command, closed
         return  # no ViLT answers in words
     directory = place.model(f"start-{start}")
     if not directory.exists():
-        from capfilt.models.albef import build_albef
-        from capfilt.models.vilt import build_vilt
+        from capfilt.models import build
 
         tokenizer = Tokenizer.train(["a b c"], 60)
         make = {
             "blip": lambda: checkpoint.load(place.model("init"))[0],
-            "albef": lambda: build_albef(albef_preset("tiny", tokenizer.vocab_size), seed=0),
-            "vilt": lambda: build_vilt(vilt_preset("tiny", tokenizer.vocab_size), seed=0),
+            "albef": lambda: build(preset("albef", "tiny", tokenizer.vocab_size), seed=0),
+            "vilt": lambda: build(preset("vilt", "tiny", tokenizer.vocab_size), seed=0),
         }
         tokenizer = checkpoint.load(place.model("init"))[1] if start == "blip" else tokenizer
         checkpoint.save(directory, make[start](), tokenizer)
@@ -156,7 +154,7 @@ def test_what_a_task_ends_as_is_known_before_its_examples(place, command, closed
     assert issubclass(kind, TaskTraining)
     stage = object.__new__(kind)
     stage.init, stage.options = directory, stage_command(command).options(**closed)
-    found = kinds.of(stage.planned()).name
+    found = kind_of(stage.planned()).name
     family = "vilt_classifier" if start == "vilt" else ends_as.replace("blip", start)
     assert found == family
     assert issubclass(kind, ClassifierTask) == ("classifier" in ends_as)

@@ -123,12 +123,12 @@ def make_training(root: Path, seed: int) -> None:
     """A workspace with checkpoints, and a training that never removed its states."""
     import dataclasses
 
-    from capfilt.models.presets import preset
+    from capfilt.models import preset
     from capfilt.stages import train, training
     from capfilt.training import state
 
     def small(name: str, vocabulary: int) -> Any:
-        whole = preset(name, vocabulary)
+        whole = preset("blip", name, vocabulary)
         narrow = {"width": 32, "depth": 1, "heads": 2, "hidden": 64}
         vision, text = (dataclasses.replace(each, **narrow) for each in (whole.vision, whole.text))
         return dataclasses.replace(whole, vision=vision, text=text, embed_dim=16)

@@ -13,14 +13,10 @@ import torch
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
-from capfilt.models.albef import build_albef
-from capfilt.models.blip import build
+from capfilt.models import build, preset
+from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
 from capfilt.models.interop.contents import Contents, halved
-from capfilt.models.nlvr import nlvr_from_blip
-from capfilt.models.presets import albef_preset, preset, vilt_preset
-from capfilt.models.vilt import build_vilt
-from capfilt.models.vilt_classifier import pair_from_vilt
-from capfilt.models.vqa import vqa_from_blip
+from capfilt.models.vilt.tasks import pair_from_vilt
 from capfilt.tasks.adapters import AlbefCapabilities, BlipCapabilities, ViltCapabilities, opened
 from capfilt.tasks.capabilities import (
     EmbedsImagesAndTexts,
@@ -41,7 +37,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    config = preset("tiny", tokenizer.vocab_size)
+    config = preset("blip", "tiny", tokenizer.vocab_size)
     # Dropout on, so that a forgotten eval() shows as noise.
     text = dataclasses.replace(config.text, dropout=0.5)
     built = build(dataclasses.replace(config, text=text))
@@ -104,7 +100,7 @@ def test_every_pair_scores_as_it_does_alone(model, tokenizer, images, pair_batch
 @pytest.mark.parametrize("pair_batch", [1, 256])
 def test_an_albef_reads_texts_without_their_end(tokenizer, images, pair_batch):
     """[SEP], which every text has here, was never read by a released ALBEF."""
-    model = build_albef(albef_preset("tiny", tokenizer.vocab_size)).eval()
+    model = build(preset("albef", "tiny", tokenizer.vocab_size)).eval()
     with torch.no_grad():
         model.itm_head.weight.mul_(50)
     able = AlbefCapabilities(model, tokenizer, pair_batch=pair_batch)
@@ -183,8 +179,8 @@ def test_what_each_model_can_do(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def vilt(tokenizer):
-    config = dataclasses.replace(vilt_preset("tiny", tokenizer.vocab_size), dropout=0.5)
-    built = build_vilt(config)
+    config = dataclasses.replace(preset("vilt", "tiny", tokenizer.vocab_size), dropout=0.5)
+    built = build(config)
     with torch.no_grad():
         built.itm_head.weight.mul_(50)
     return built

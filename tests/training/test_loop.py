@@ -21,15 +21,14 @@ from torch import nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import RunError, UserError
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
-from capfilt.models.contrast import ClipTraining
-from capfilt.models.objectives import COLLAPSED_ITM
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
-from capfilt.models.ranks import Ranks
-from capfilt.models.task_objectives import TaskTraining
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig, BlipPretraining, PretrainingConfig
+from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipTraining, ClipVisionConfig
+from capfilt.models.common.objectives import COLLAPSED_ITM
+from capfilt.models.common.ranks import Ranks
+from capfilt.models.common.task_objectives import TaskTraining
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from capfilt.training import average, schedule, state
 from capfilt.training.loop import MAX_SKIPS, TrainConfig, train
 from tests.training.spoilt import spoil
@@ -692,7 +691,7 @@ class Copied(TaskTraining):
 def clip():
     tower = ClipVisionConfig(32, width=8, heads=4, stages="1-1-1-1")
     return ClipTraining(
-        build_clip(ClipConfig(tower, ClipTextConfig(40, 6, 16, 1, 2, 32), embed_dim=8, max_text_tokens=6))
+        build(ClipConfig(tower, ClipTextConfig(40, 6, 16, 1, 2, 32), embed_dim=8, max_text_tokens=6))
     )
 
 

@@ -10,9 +10,8 @@ import torch
 
 from capfilt.data.corpus import batches, from_images
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.models.blip import build
-from capfilt.models.presets import preset
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
+from capfilt.models import build, preset
+from capfilt.models.blip.model import BlipPretraining, PretrainingConfig
 from capfilt.training.loop import TrainConfig, train
 from tests.training.grids import pairs
 
@@ -23,7 +22,7 @@ def test_64_pairs_are_learned_by_heart():
     corpus = from_images([pairs(PAIRS)], size=48)
     assert len(corpus) == PAIRS
     tokenizer = Tokenizer.train(corpus.texts, vocab_size=200)
-    model = build(preset("tiny", tokenizer.vocab_size))
+    model = build(preset("blip", "tiny", tokenizer.vocab_size))
     steps = 50
     lm = []
     result = train(

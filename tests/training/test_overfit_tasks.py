@@ -16,11 +16,9 @@ from PIL import Image
 from capfilt.data.task_corpus import from_examples, task_batches
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.inference.answering import rank_answers
-from capfilt.models.blip import build
-from capfilt.models.nlvr import nlvr_from_blip
-from capfilt.models.presets import preset
-from capfilt.models.task_objectives import ClassifierTraining, VqaTraining
-from capfilt.models.vqa import vqa_from_blip
+from capfilt.models import build, preset
+from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
+from capfilt.models.common.task_objectives import ClassifierTraining, VqaTraining
 from capfilt.tables.contracts import EXAMPLES, IMAGES
 from capfilt.training.loop import TrainConfig, train
 
@@ -65,7 +63,7 @@ def examples(task: str):
 
 
 def blip(tokenizer, seed=0):
-    config = preset("tiny", tokenizer.vocab_size)
+    config = preset("blip", "tiny", tokenizer.vocab_size)
     return build(dataclasses.replace(config, text=dataclasses.replace(config.text, depth=2)), seed)
 
 

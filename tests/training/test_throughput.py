@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from capfilt.data.loader import Batch
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig, BlipPretraining, PretrainingConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from capfilt.training import throughput
 
 MICRO = BlipConfig(

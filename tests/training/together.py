@@ -15,18 +15,16 @@ from capfilt.data import corpus as corpora
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.corpus import from_images
 from capfilt.data.tokenizer import ADDED, Tokenizer
-from capfilt.models import matching
-from capfilt.models.albef import AlbefConfig, build_albef
-from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
-from capfilt.models.contrast import ClipTraining
-from capfilt.models.masking import IGNORED
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
-from capfilt.models.ranks import Ranks
-from capfilt.models.text import TextConfig
-from capfilt.models.vilt import ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build
+from capfilt.models.albef.model import AlbefConfig, AlbefObjective, AlbefPretraining
+from capfilt.models.blip.model import BlipConfig, BlipPretraining, PretrainingConfig
+from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipTraining, ClipVisionConfig
+from capfilt.models.common.masking import IGNORED
+from capfilt.models.common.ranks import Ranks
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
+from capfilt.models.vilt import model as matching
+from capfilt.models.vilt.model import ViltConfig, ViltTextConfig, ViltVisionConfig
 from capfilt.training import distributed, loop, throughput
 from capfilt.training.loop import TrainConfig, train
 from tests.training.grids import pairs
@@ -63,7 +61,7 @@ def blip(corpus, ranks, dropout, objective):
 def clip(corpus, ranks, dropout, objective, vision=None):
     tokenizer = BpeTokenizer.train(corpus.texts, 600)
     text = ClipTextConfig(tokenizer.vocab_size, 30, 32, 2, 2, 64)
-    model = build_clip(
+    model = build(
         ClipConfig(vision or ClipVisionConfig(16, 8, 32, 2, 2, 64), text, embed_dim=16, max_text_tokens=30),
         seed=1,
     )
@@ -94,7 +92,7 @@ def vilt(corpus, ranks, dropout, objective):
     matching.mismatched = neighbours
     tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
     text = ViltTextConfig(tokenizer.vocab_size, 30)
-    model = build_vilt(ViltConfig(ViltVisionConfig(16, 8), text, 32, 2, 2, 64, dropout=dropout), seed=1)
+    model = build(ViltConfig(ViltVisionConfig(16, 8), text, 32, 2, 2, 64, dropout=dropout), seed=1)
     return matching.ViltTraining(model, second, None, ranks), tokenizer
 
 
@@ -110,7 +108,7 @@ def albef(corpus, ranks, dropout, objective):
         dropout=dropout,
         attention_dropout=0.0,
     )
-    model = build_albef(AlbefConfig(vision=VISION, text=text, embed_dim=16), seed=1)
+    model = build(AlbefConfig(vision=VISION, text=text, embed_dim=16), seed=1)
     return AlbefPretraining(
         model, second, AlbefObjective(**{"queue_size": 24, **objective}), ranks
     ), tokenizer

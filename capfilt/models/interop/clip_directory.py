@@ -11,7 +11,9 @@ from typing import Any
 
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
-from capfilt.models.clip import Clip, ClipConfig
+from capfilt.models.clip.model import Clip, ClipConfig
+from capfilt.models.common.vision import CLIP_MEAN, CLIP_STD
+from capfilt.models.common.weights import write_safetensors
 from capfilt.models.interop.clip_layouts import (
     TRANSFORMERS,
     exported,
@@ -31,8 +33,6 @@ from capfilt.models.interop.contents import (
     write_beside,
 )
 from capfilt.models.interop.transformers_layout import read_weights, weights_files
-from capfilt.models.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.weights import write_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, MERGES = "tokenizer.json", ("merges.txt", "bpe_simple_vocab_16e6.txt")

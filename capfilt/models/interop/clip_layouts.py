@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from capfilt.errors import UserError
-from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.clip.model import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.common.weights import fill, listed
 from capfilt.models.interop.contents import NoHome, refuse_trunk
-from capfilt.models.weights import fill, listed
 
 TRANSFORMERS, OPENAI = "transformers", "openai"
 

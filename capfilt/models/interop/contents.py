@@ -20,13 +20,12 @@ import capfilt
 from capfilt.data.cleaning import BLIP, CLEANINGS, CLIP, CLIP_UNREPAIRED
 from capfilt.data.tokenizer import Encodes, read_text
 from capfilt.errors import UserError
-from capfilt.models import kinds
-from capfilt.models.blip import Blip
-from capfilt.models.config import Shape
+from capfilt.models import Model, build, family_of, kind_of
+from capfilt.models.blip.model import Blip
+from capfilt.models.common.config import Shape
+from capfilt.models.common.vision import resize_position_embedding
+from capfilt.models.common.weights import fill, listed, read_safetensors, write_safetensors
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, reason
-from capfilt.models.kinds import BlipModel, Model, empty
-from capfilt.models.vision import resize_position_embedding
-from capfilt.models.weights import fill, listed, read_safetensors, write_safetensors
 
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
 MOST_CONFIG = 2**22
@@ -55,16 +54,16 @@ class NoHome(UserError):
         self.cure = cure
 
 
-def blip_of(contents: Contents) -> BlipModel:
+def blip_of(contents: Contents) -> Model:
     """The model, for a layout of BLIPs. UserError where it is none."""
-    if not isinstance(contents.model, BlipModel):
+    if family_of(contents.model).name != "blip":
         raise no_blip(contents.model)
     return contents.model
 
 
 def no_blip(model_or_config: object) -> NoHome:
     """The error for what is no BLIP, in a layout of BLIPs."""
-    return NoHome(f"{kinds.of(model_or_config).one} has no home in a layout of BLIPs")
+    return NoHome(f"{kind_of(model_or_config).one} has no home in a layout of BLIPs")
 
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -149,7 +148,7 @@ def take(
 def assemble(path: Path, config: Shape, state: dict[str, Tensor]) -> Model:
     """A model of `config` in evaluation mode that owns `state`; UserError as `weights.fill`."""
     with torch.device("meta"):
-        model = empty(config)
+        model = build(config)
     fill(path, model, state)
     for module in model.modules():
         constants = getattr(module, "set_normalisation", None)
@@ -255,7 +254,7 @@ def read_beside(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[s
 
 def remember(model: Model, tokenizer: Encodes) -> dict[str, str]:
     """The fields by which a checkpoint tells how its texts are cleaned: none where there has been but one way."""
-    return {} if kinds.of(model).cleaning == BLIP else {"cleaning": tokenizer.cleaning}
+    return {} if kind_of(model).cleaning == BLIP else {"cleaning": tokenizer.cleaning}
 
 
 def read_cleaning(directory: Path) -> str | None:
@@ -278,7 +277,7 @@ def cleaning_of(model: Model, extra: Mapping[str, Any], name: str | None) -> str
     One from before it was remembered is cleaned as its family's released code does, or if capfilt trained it (`extra` has the
     stage), as capfilt did then: all families' texts by BLIP's rule, CLIP's unrepaired.
     """
-    kind = kinds.of(model)
+    kind = kind_of(model)
     if name is not None or "stage" not in extra:
         return name or kind.cleaning
     return CLIP_UNREPAIRED if kind.cleaning == CLIP else BLIP

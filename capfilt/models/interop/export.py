@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.models import checkpoint, kinds
-from capfilt.models.blip import Blip
-from capfilt.models.config import Shape
+from capfilt.models import checkpoint, family_of, kind_of
+from capfilt.models.blip.model import Blip
+from capfilt.models.common.config import Shape
 from capfilt.models.interop import layouts
 from capfilt.models.interop.contents import LEFTOVERS, Contents, NoHome, halved, write_leftovers
-from capfilt.models.interop.keymaps import kind_of, reason
+from capfilt.models.interop.keymaps import blip_kind, reason
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, ORIGINAL
 
 
@@ -39,7 +39,7 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
     contents, _ = checkpoint.open_any(source, image_size)
     if only:
         if not isinstance(contents.model, Blip):
-            raise UserError(f"{source}: {kinds.of(contents.model).what}; it has no {only} inside")
+            raise UserError(f"{source}: {kind_of(contents.model).what}; it has no {only} inside")
         contents = replace(contents, model=halved(contents.model, only))
         if only == "captioner":
             # They belong to ITC, which a captioner does not have.
@@ -54,7 +54,7 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
             raise UserError(f"{source}: {error}") from error
         made.rename(out)
     model = contents.model
-    kind = kind_of(model.config) if isinstance(model, kinds.BlipModel) else kinds.of(model).name
+    kind = blip_kind(model.config) if family_of(model).name == "blip" else kind_of(model).name
     what = "captioner and filter" if kind == "both" else kind
     lines = [f"wrote {out}: {what}, layout {to}"]
     kept = Counter(str(reason(name)) for name in contents.leftovers)

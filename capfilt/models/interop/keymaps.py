@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from capfilt.models.albef import AlbefConfig, alone
-from capfilt.models.albef_tasks import AlbefClassifierConfig, AlbefNlvrConfig, AlbefVqaConfig, second_half
-from capfilt.models.blip import BlipConfig
-from capfilt.models.classifier import ClassifierConfig
-from capfilt.models.nlvr import NlvrConfig
-from capfilt.models.vqa import VqaConfig
+from capfilt.models.albef.model import AlbefConfig, alone
+from capfilt.models.albef.tasks import AlbefClassifierConfig, AlbefNlvrConfig, AlbefVqaConfig, second_half
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.blip.tasks import NlvrConfig
+from capfilt.models.common.answering import VqaConfig
+from capfilt.models.common.classifier import ClassifierConfig
 
 Config = BlipConfig | VqaConfig | NlvrConfig | ClassifierConfig
 AlbefShape = AlbefConfig | AlbefVqaConfig | AlbefClassifierConfig
@@ -112,7 +112,7 @@ def reason(name: str) -> str | None:
     return next((each.reason for each in LEFTOVERS if each.pattern.fullmatch(name)), None)
 
 
-def kind_of(config: Config) -> str:
+def blip_kind(config: Config) -> str:
     """ "both", "captioner", "filter", "vqa", "nlvr" or "classifier"."""
     if isinstance(config, BlipConfig):
         return config.half
@@ -125,7 +125,7 @@ def original_names(config: Config | AlbefShape) -> dict[str, str]:
     """Our name of every tensor of the model, shared ones under each of their names -> the original repository's."""
     if isinstance(config, AlbefShape):
         return _albef_names(config)
-    kind = kind_of(config)
+    kind = blip_kind(config)
     names = [*_tower_names(config.vision.depth)]
     if kind == "nlvr":
         names += [*_twin_names(config.text.depth), *_TRUTH_HEAD]

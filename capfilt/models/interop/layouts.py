@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import MissingInput, UserError
-from capfilt.models import kinds
-from capfilt.models.config import Shape
+from capfilt.models import kind_of
+from capfilt.models.common.config import Shape
 from capfilt.models.interop import (
     clip_directory,
     openai_layout,
@@ -135,7 +135,7 @@ def writer(layout: str, model: object) -> Any:
     """What writes this model in a foreign layout. A model without a home there is refused by what it writes with."""
     if layout in _FILES:
         return _FILES[layout]
-    return _DIRECTORIES.get(kinds.of(model).name, transformers_layout)
+    return _DIRECTORIES.get(kind_of(model).name, transformers_layout)
 
 
 def _transformers(path: Path) -> Any:

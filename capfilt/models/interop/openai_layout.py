@@ -13,9 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from capfilt.errors import UserError
-from capfilt.models import kinds
-from capfilt.models.clip import Clip, ClipConfig
-from capfilt.models.config import Shape
+from capfilt.models import kind_of
+from capfilt.models.clip.model import Clip, ClipConfig
+from capfilt.models.common.config import Shape
+from capfilt.models.common.vision import CLIP_MEAN, CLIP_STD
+from capfilt.models.common.weights import (
+    archive_members,
+    listed,
+    read_pickled,
+    read_safetensors,
+    write_safetensors,
+)
 from capfilt.models.interop import clip_directory
 from capfilt.models.interop.clip_layouts import OPENAI, exported, filled, from_openai_shapes, openai_cfg
 from capfilt.models.interop.contents import (
@@ -31,8 +39,6 @@ from capfilt.models.interop.contents import (
     with_settings,
     write_beside,
 )
-from capfilt.models.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.weights import archive_members, listed, read_pickled, read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NAMES = (WEIGHTS, "open_clip_pytorch_model.bin")
@@ -101,7 +107,7 @@ def write(directory: Path, contents: Contents) -> None:
 def refuse(config: Shape, tokenizer: Any = None) -> None:
     """NoHome for what is no Clip; else nothing."""
     if not isinstance(config, ClipConfig):
-        raise NoHome(f"{kinds.of(config).one} has no home in OpenAI's layout, which is CLIP's")
+        raise NoHome(f"{kind_of(config).one} has no home in OpenAI's layout, which is CLIP's")
     refuse_trunk(config, "OpenAI's layout")
 
 

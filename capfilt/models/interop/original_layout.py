@@ -16,10 +16,13 @@ from torch import Tensor
 
 from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
-from capfilt.models import kinds
-from capfilt.models.albef import AlbefConfig, alone
-from capfilt.models.albef_tasks import AlbefClassifierConfig, AlbefNlvrConfig, AlbefVqaConfig, second_half
-from capfilt.models.blip import BlipConfig
+from capfilt.models import family_of
+from capfilt.models.albef.model import AlbefConfig, alone
+from capfilt.models.albef.tasks import AlbefClassifierConfig, AlbefNlvrConfig, AlbefVqaConfig, second_half
+from capfilt.models.blip.model import LARGE, BlipConfig
+from capfilt.models.blip.tasks import NlvrConfig
+from capfilt.models.common.answering import VqaConfig
+from capfilt.models.common.weights import read_pickled
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     SETTINGS,
@@ -38,12 +41,7 @@ from capfilt.models.interop.contents import (
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.keymaps import TIED, AlbefShape, Config, kind_of, original_names
-from capfilt.models.kinds import AlbefModel, BlipModel
-from capfilt.models.nlvr import NlvrConfig
-from capfilt.models.presets import LARGE
-from capfilt.models.vqa import VqaConfig
-from capfilt.models.weights import read_pickled
+from capfilt.models.interop.keymaps import TIED, AlbefShape, Config, blip_kind, original_names
 from capfilt.tables.contracts import LABELS
 
 WEIGHTS = "model.pth"
@@ -100,7 +98,7 @@ def read(path: Path, image_size: int = 0) -> Contents:
 
 def write(directory: Path, contents: Contents) -> None:
     """Writes model.pth, vocab.txt and capfilt.json into an empty directory; UserError where something has no home."""
-    model = contents.model if isinstance(contents.model, AlbefModel) else blip_of(contents)
+    model = contents.model if family_of(contents.model).name == "albef" else blip_of(contents)
     config = model.config
     refuse(config, contents.tokenizer)
     state = model.state_dict()
@@ -126,7 +124,7 @@ def write(directory: Path, contents: Contents) -> None:
 
 def refuse(config: Config | AlbefShape, tokenizer: Any = None) -> None:
     """NoHome naming what the original code has no place for; else nothing. Without a tokenizer, the size of one tells."""
-    if not issubclass(kinds.of(config).model, BlipModel | AlbefModel):
+    if family_of(config).name not in ("blip", "albef"):
         raise no_blip(config)
     if isinstance(config, AlbefNlvrConfig) and config.classes != AlbefNlvrConfig().classes:
         raise NoHome(
@@ -145,7 +143,7 @@ def refuse(config: Config | AlbefShape, tokenizer: Any = None) -> None:
             f"an AlbefClassifier for {config.task} has no home in the original layout: ALBEF released only that for "
             "entailment; keep it as capfilt saved it"
         )
-    if not isinstance(config, AlbefShape) and kind_of(config) == "classifier":
+    if not isinstance(config, AlbefShape) and blip_kind(config) == "classifier":
         raise NoHome(
             "a BlipClassifier has no home in the original layout: BLIP released none; keep it as capfilt saved it"
         )

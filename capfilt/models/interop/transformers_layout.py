@@ -17,8 +17,11 @@ from torch import Tensor
 
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import kinds
-from capfilt.models.blip import Blip, BlipConfig
+from capfilt.models import Model, family_of
+from capfilt.models.blip.model import LARGE, Blip, BlipConfig
+from capfilt.models.common.answering import VqaConfig
+from capfilt.models.common.vision import CLIP_MEAN, CLIP_STD
+from capfilt.models.common.weights import listed, read_pickled, read_safetensors, write_safetensors
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     LEFTOVERS,
@@ -42,12 +45,7 @@ from capfilt.models.interop.contents import (
     with_settings,
     write_beside,
 )
-from capfilt.models.interop.keymaps import Config, kind_of, transformers_names
-from capfilt.models.kinds import BlipModel
-from capfilt.models.presets import LARGE
-from capfilt.models.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.vqa import VqaConfig
-from capfilt.models.weights import listed, read_pickled, read_safetensors, write_safetensors
+from capfilt.models.interop.keymaps import Config, blip_kind, transformers_names
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 CLASSES = {
@@ -138,7 +136,7 @@ def read(directory: Path, image_size: int = 0) -> Contents:
         path = weights_files(directory)[0]
         state, _ = take(path, read_weights(directory), transformers_names(config))
         tokenizer = _vocabulary(directory, config.vocab_size)
-    if kind_of(config) in ("both", "filter"):
+    if blip_kind(config) in ("both", "filter"):
         # transformers has no home for it; without a sidecar it is where training starts (BLIP, sec. 3.2, code).
         state["temperature"] = torch.tensor(0.07) if temperature is None else temperature
     return Contents(assemble(path, config, resized(path, config, state)), tokenizer, extra, leftovers)
@@ -171,14 +169,14 @@ def write(directory: Path, contents: Contents) -> None:
 
 def refuse(config: Config, tokenizer: Any = None) -> None:
     """NoHome naming what transformers' BLIP has no place for; else nothing."""
-    if not issubclass(kinds.of(config).model, BlipModel):
+    if family_of(config).name != "blip":
         raise no_blip(config)
-    if kind_of(config) == "nlvr":
+    if blip_kind(config) == "nlvr":
         raise NoHome("an NLVR2 model (BlipNlvr) has no home in transformers, which has no class for it")
-    if kind_of(config) == "classifier":
+    if blip_kind(config) == "classifier":
         raise NoHome("a BlipClassifier has no home in transformers, which has no class for it")
     refuse_convolutions(config, "transformers' BLIP")
-    if kind_of(config) == "vqa" and config.vision.width != config.text.width:
+    if blip_kind(config) == "vqa" and config.vision.width != config.text.width:
         raise NoHome(
             f"a vision.width ({config.vision.width}) other than text.width ({config.text.width}) has no home in "
             "transformers' BlipForQuestionAnswering, whose answer decoder reads states of the vision tower's width"
@@ -187,7 +185,7 @@ def refuse(config: Config, tokenizer: Any = None) -> None:
 
 def config_json(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """What transformers calls our config; every field that BLIP's own value differs in from its class default is there."""
-    kind = kind_of(config)
+    kind = blip_kind(config)
     vision, text = config.vision, config.text
     name = next(name for name, each in CLASSES.items() if each == kind)
     return {
@@ -234,7 +232,7 @@ def config_json(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _write_class(directory: Path, model: BlipModel, tokenizer: Tokenizer) -> None:
+def _write_class(directory: Path, model: Model, tokenizer: Tokenizer) -> None:
     state = model.state_dict()
     weights = {
         theirs: state[ours].detach().cpu().contiguous().clone()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from capfilt.data.tokenizer import ADDED, CLS, MASK, PAD, SEP, UNK
 from capfilt.errors import UserError
-from capfilt.models.config import Shape
+from capfilt.models.common.config import Shape
+from capfilt.models.common.weights import listed, write_safetensors
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     SETTINGS,
@@ -32,9 +33,8 @@ from capfilt.models.interop.contents import (
     write_beside,
 )
 from capfilt.models.interop.transformers_layout import read_weights, weights_files
-from capfilt.models.vilt import EPS, Vilt, ViltConfig
-from capfilt.models.vilt_classifier import ViltClassifier, ViltClassifierConfig
-from capfilt.models.weights import listed, write_safetensors
+from capfilt.models.vilt.model import EPS, Vilt, ViltConfig
+from capfilt.models.vilt.tasks import ViltClassifier, ViltClassifierConfig
 from capfilt.tables.contracts import LABELS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

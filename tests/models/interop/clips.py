@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, build_clip
+from capfilt.models import build
+from capfilt.models.clip.model import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 
 VIT = ClipConfig(ClipVisionConfig(32, 8, 128, 2, 2, 256), ClipTextConfig(99, 16, 64, 2, 1, 128), embed_dim=24)
 RESNET = dataclasses.replace(VIT, vision=ClipVisionConfig(64, width=16, heads=8, stages="1-2-1-1"))
@@ -26,7 +27,7 @@ def texts(config: ClipConfig, rows: int = 4) -> torch.Tensor:
 
 def sharpened(config: ClipConfig) -> Clip:
     """Random weights with something to tell apart, statistics of batches included."""
-    model = build_clip(config).eval()
+    model = build(config).eval()
     generator = torch.Generator().manual_seed(2)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and name != "logit_scale":

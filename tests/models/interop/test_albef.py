@@ -11,9 +11,10 @@ import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
-from capfilt.models.albef import Albef, AlbefConfig, build_albef
-from capfilt.models.albef_tasks import (
+from capfilt.models import build, checkpoint
+from capfilt.models.albef.model import Albef, AlbefConfig, start_text
+from capfilt.models.albef.tasks import (
+    ASSIGNED,
     AlbefClassifier,
     AlbefNlvr,
     AlbefVqa,
@@ -21,12 +22,11 @@ from capfilt.models.albef_tasks import (
     nlvr_from_albef,
     vqa_from_albef,
 )
+from capfilt.models.common.pretrained import load_vit
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig, resize_position_embedding
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.export import export
-from capfilt.models.pretrained import load_bert, load_vit
-from capfilt.models.text import TextConfig
-from capfilt.models.text_assignment import ASSIGNED
-from capfilt.models.vision import VisionConfig, resize_position_embedding
 from tests.models import albef_reference as plain
 from tests.models.interop.reference import DEC, WORDS, loud, write_vocabulary
 
@@ -335,14 +335,12 @@ def test_a_finetuned_file_with_a_key_too_many_or_too_few_is_refused_by_it(kind, 
 
 def test_what_was_not_published_stays_here(tmp_path, small_bert):
     """Exported under names that read back as another model, or that nothing reads."""
-    start = build_albef(
+    start = build(
         AlbefConfig(
             VisionConfig(16, 8, 16, 1, 2, 16), TextConfig(WORDS_KNOWN, 16, 4, 2, 16, max_positions=20)
         )
     )
-    shallow = build_albef(
-        dataclasses.replace(start.config, text=dataclasses.replace(start.config.text, depth=2))
-    )
+    shallow = build(dataclasses.replace(start.config, text=dataclasses.replace(start.config.text, depth=2)))
     for number, (model, why) in enumerate(
         (
             (classifier_from_albef(start, "vqa", ("a", "b")), "for vqa has no home"),
@@ -354,7 +352,7 @@ def test_what_was_not_published_stays_here(tmp_path, small_bert):
         with pytest.raises(UserError, match=why):
             export(tmp_path / str(number), "original", tmp_path / "no")
     with pytest.raises(UserError, match="no head of hidden words"):
-        vqa_from_albef(build_albef(dataclasses.replace(start.config, words=False)))
+        vqa_from_albef(build(dataclasses.replace(start.config, words=False)))
 
 
 def test_positions_are_resized(path, state):
@@ -407,7 +405,7 @@ def test_a_bert_and_a_deit_start_an_albef(tmp_path):
         )
     )  # fmt: skip
     deit.save_pretrained(tmp_path / "deit")
-    model = build_albef(
+    model = build(
         AlbefConfig(
             vision=VisionConfig(32, 8, WIDTH, DEPTH, 2, HIDDEN),
             text=TextConfig(38, WIDTH, DEPTH, 2, HIDDEN, max_positions=20),
@@ -415,7 +413,7 @@ def test_a_bert_and_a_deit_start_an_albef(tmp_path):
     ).eval()
     fresh = {name: each.clone() for name, each in model.state_dict().items()}
     load_vit(model.visual_encoder, tmp_path / "deit")
-    load_bert(model, tmp_path / "bert")
+    start_text(model, tmp_path / "bert")
     kept = {name for name, each in model.state_dict().items() if torch.equal(each, fresh[name])}
     # LayerNorms and biases of what is fresh start as they would have anyway; nothing else may be left as it was.
     assert kept == {

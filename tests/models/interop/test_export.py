@@ -12,15 +12,15 @@ import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
-from capfilt.models.blip import Blip, BlipConfig, build
+from capfilt.models import build, checkpoint
+from capfilt.models.blip.model import Blip, BlipConfig
+from capfilt.models.blip.tasks import BlipNlvr, NlvrConfig
+from capfilt.models.common.answering import VqaConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from capfilt.models.interop import original_layout, transformers_layout, vocabulary
 from capfilt.models.interop.contents import Contents
 from capfilt.models.interop.export import _write, export
-from capfilt.models.nlvr import BlipNlvr, NlvrConfig, build_nlvr
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
-from capfilt.models.vqa import VqaConfig, build_vqa
 from tests.models.interop.reference import CLASSES, WORDS, loud
 
 KINDS = ("both", "captioner", "filter", "vqa")  # those that transformers has classes for
@@ -50,10 +50,10 @@ def made(kind: str, tokenizer: Tokenizer, seed: int = 1) -> Contents:
     )
     vision = VisionConfig(16, 8, 24 if kind != "vqa" else 16, 2, 4, 48, drop_path=0.0625, trunk_frozen=False)
     if kind == "vqa":
-        model = loud(build_vqa(VqaConfig(vision, text, max_text_tokens=17)), seed)
+        model = loud(build(VqaConfig(vision, text, max_text_tokens=17)), seed)
         return Contents(model, tokenizer, {"note": kind})
     if kind == "nlvr":
-        model = loud(build_nlvr(NlvrConfig(vision, text, max_words=17)), seed)
+        model = loud(build(NlvrConfig(vision, text, max_words=17)), seed)
         return Contents(model, tokenizer, {"note": kind})
     config = BlipConfig(vision, text, 12, 17, "an etching of ", kind)
     model = loud(build(config), seed)
@@ -249,7 +249,7 @@ def test_a_corpus_vocabulary_has_no_home_in_the_original_layout(tmp_path, corpus
 def test_an_answering_model_with_a_wider_tower_has_no_home_in_transformers(tmp_path, corpus):
     config = made("vqa", corpus).model.config
     wide = dataclasses.replace(config, vision=dataclasses.replace(config.vision, width=32))
-    checkpoint.save(tmp_path / "source", build_vqa(wide), corpus)
+    checkpoint.save(tmp_path / "source", build(wide), corpus)
     with pytest.raises(UserError, match=r"vision\.width \(32\) other than text\.width \(16\) has no home"):
         export(tmp_path / "source", "transformers", tmp_path / "out")
 

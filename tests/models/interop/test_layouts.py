@@ -17,10 +17,10 @@ from capfilt.errors import UserError
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
 from capfilt.models import checkpoint
+from capfilt.models.blip.tasks import BlipNlvr
+from capfilt.models.common.vision import resize_position_embedding
 from capfilt.models.interop import layouts
 from capfilt.models.interop.keymaps import original_names, transformers_names
-from capfilt.models.nlvr import BlipNlvr
-from capfilt.models.vision import resize_position_embedding
 from tests.models.interop.reference import DEC, DEPTH, PATCH, SIDE, pictures, saved, texts, write_vocabulary
 
 pytest.importorskip("transformers")

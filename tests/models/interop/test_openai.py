@@ -14,7 +14,7 @@ import torch
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
-from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.clip.model import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.interop.clip_layouts import OPENAI, exported, from_openai_shapes
 from capfilt.models.interop.export import export
 from tests.models.interop.clips import RESNET, VIT, sharpened

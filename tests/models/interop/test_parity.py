@@ -15,7 +15,7 @@ import torch
 from capfilt.data.loader import Batch
 from capfilt.inference.decoding import Limits, beam_search, sample
 from capfilt.models import checkpoint
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
+from capfilt.models.blip.model import BlipPretraining, PretrainingConfig
 from tests.models.interop.reference import DEC, ENC, SEP, pictures, saved, texts
 
 pytest.importorskip("transformers")

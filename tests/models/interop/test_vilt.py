@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
+from capfilt.models import build, checkpoint
 from capfilt.models.interop.export import export
-from capfilt.models.vilt import Vilt, build_vilt
-from capfilt.models.vilt_classifier import ViltClassifier, ViltClassifierConfig, build_vilt_classifier
+from capfilt.models.vilt.model import Vilt
+from capfilt.models.vilt.tasks import ViltClassifier, ViltClassifierConfig
 from tests.models.test_vilt import CONFIG, pictures, texts, widened
 
 transformers = pytest.importorskip("transformers")
@@ -113,7 +113,7 @@ def test_their_model_says_the_same_here_and_after_going_back(tmp_path, name, siz
 
 
 def test_a_pretrained_vilt_opens_as_both_of_their_classes_and_comes_back_whole(tmp_path):
-    model = widened(build_vilt(CONFIG))
+    model = widened(build(CONFIG))
     checkpoint.save(
         tmp_path / "ours", model, Tokenizer([*VOCABULARY, "[DEC]", "[ENC]"]), {"stage": "retrain"}
     )
@@ -140,7 +140,7 @@ def test_a_pretrained_vilt_opens_as_both_of_their_classes_and_comes_back_whole(t
 
 
 def test_it_has_no_home_in_the_original_repositorys_layout_and_no_halves(tmp_path):
-    checkpoint.save(tmp_path / "ours", build_vilt(CONFIG), Tokenizer([*VOCABULARY, "[DEC]", "[ENC]"]))
+    checkpoint.save(tmp_path / "ours", build(CONFIG), Tokenizer([*VOCABULARY, "[DEC]", "[ENC]"]))
     with pytest.raises(UserError, match="a ViLT has no home"):
         export(tmp_path / "ours", "original", tmp_path / "out")
     with pytest.raises(UserError, match=r"matches pictures with texts.*no captioner inside"):
@@ -155,7 +155,7 @@ def test_a_classifier_keeps_its_task_and_classes(tmp_path, pictures):
         **shape, task="entailment", classes=("contradiction", "neutral", "entailment"), pictures=pictures,
         max_text_tokens=9,
     )  # fmt: skip
-    model = widened(build_vilt_classifier(config))
+    model = widened(build(config))
     checkpoint.save(tmp_path / "ours", model, Tokenizer([*VOCABULARY, "[DEC]", "[ENC]"]))
     export(tmp_path / "ours", "transformers", tmp_path / "theirs")
     name = CLASSES[2 + pictures]

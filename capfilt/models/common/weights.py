@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from capfilt.errors import RunError, UserError
 
 SHOWN = 5
+
+
 _MOST_HEADER = 16 * 2**20
 """Bytes of a safetensors file that name its tensors: a thousand take 100,000."""
 

@@ -1,13 +1,16 @@
-"""What the configurations of all models with a vision and a text side share: their way through JSON."""
+"""The configurations of all models: their way through JSON, and the two sides that most of them have."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from capfilt.errors import UserError
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 
 
 class Shape:
@@ -36,6 +39,11 @@ class Shape:
         """How a tokenizer is to encode texts for this model: `max_length` in tokens, and `max_words`, None for all."""
         longest = min(self.max_text_tokens, self.text.max_positions)
         return {"max_length": longest, "max_words": self.max_words or None}
+
+    def for_vocabulary(self, size: int) -> Self:
+        """The same, for a tokenizer of `size` tokens."""
+        text = dataclasses.replace(self.text, vocab_size=size)
+        return dataclasses.replace(self, text=text)  # type: ignore[type-var]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict of the fields, nested as the dataclasses are."""
@@ -72,6 +80,8 @@ class Classified(Shape):
 
 
 _FROM_ZERO = ("pad_id", "max_words")
+
+
 _MOST, _DEEPEST = 2**24, 1000
 """Of every whole number, and of `depth`: before a model is made whose layers alone take hours, its tensors unread."""
 
@@ -103,3 +113,11 @@ def _short(value: Any) -> str:
         return "a number of more than 64 bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True)
+class ModelConfig(Shape):
+    """What the configurations of models with a vision and a text side share."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)

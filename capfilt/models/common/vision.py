@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.layers import PreNormBlock, init_std, init_truncated, run_layer
-from capfilt.models.trunk import Seeing, resized, trunk_grid
+from capfilt.models.common.layers import PreNormBlock, init_std, init_truncated, run_layer
+from capfilt.models.common.trunk import Seeing, resized, trunk_grid
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # BLIP, arXiv 2201.12086, code: CLIP's constants
+
+
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 

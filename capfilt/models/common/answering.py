@@ -1,28 +1,22 @@
-"""BLIP for visual question answering: a question encoder that sees the image, and a decoder that sees the question.
+"""Models that answer questions in words: a question is read with its image, a decoder writes from its states.
 
-Encoder and decoder share nothing, and the decoder's cross-attention reads the question's states in place of image
-tokens (BLIP, arXiv 2201.12086, sec. 5.3, fig. 5a). Searching for the best answer is `capfilt.inference.decoding`'s;
-the metric is the evaluations'.
+Not here: a family's own encoder and decoder (its `tasks.py`), the search for the best answer (`capfilt.inference.decoding`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.blip import Blip, ModelConfig
-from capfilt.models.layers import Pair
-from capfilt.models.objectives import distilled_losses, language_labels
-from capfilt.models.text import SelfCache, TextDecoder, TextTransformer
-from capfilt.models.vision import VisionConfig, VisionTower
-from capfilt.models.weights import start_from
+from capfilt.models.common.config import ModelConfig
+from capfilt.models.common.layers import Pair
+from capfilt.models.common.objectives import distilled_losses, language_labels
+from capfilt.models.common.text import SelfCache, TextDecoder, TextTransformer
+from capfilt.models.common.vision import VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)
@@ -96,24 +90,6 @@ class Answering(nn.Module, ABC):
         return AnswerWriter(self, question_mask)
 
 
-class BlipVqa(Answering):
-    """See the module's docstring. Position 0 is overwritten here as in `Blip`."""
-
-    def __init__(self, config: VqaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = TextTransformer(config.text, config.vision.width)
-        # The decoder reads text states, so its keys and values come from the text width whatever the vision tower's is.
-        self.text_decoder = TextDecoder(config.text, config.text.width)
-
-    def asked(self, ids: Tensor) -> Tensor:
-        return _start(ids, self.config.text.enc_id)
-
-    def begun(self, ids: Tensor) -> Tensor:
-        return _start(ids, self.config.text.dec_id)
-
-
 class AnswerWriter:
     """Writes answers token by token to questions whose padding it knows."""
 
@@ -162,37 +138,3 @@ def answer_loss(
     flat = logits[:, :-1].flatten(0, 1)
     per_token = distilled_losses(flat, labels.flatten(), said, alpha, label_smoothing).view_as(labels)
     return (weights.float() * per_token.sum(dim=1)).sum() / questions
-
-
-def build_vqa(config: VqaConfig, seed: int = 0) -> BlipVqa:
-    """A freshly initialised BlipVqa: the same config and seed give the same weights, whatever was drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return BlipVqa(config)
-
-
-def vqa_from_blip(model: Blip, seed: int = 0, drop_path: float = 0.1) -> BlipVqa:
-    """A BlipVqa that starts from a pretrained BLIP: encoder and decoder become copies, what they shared included.
-
-    Where the vision tower's width is not the text's, the decoder's cross-attention keys and values are new: it read
-    image tokens and will read the question's (BLIP, code). drop_path 0.1: BLIP, code, for this finetuning.
-    """
-    model.require("filter")
-    model.require("captioner")
-    vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
-    made = build_vqa(VqaConfig(vision, model.config.text), seed)
-
-    def new(name: str) -> bool:
-        read = name.startswith("text_decoder.") and re.search(r"crossattention\.self\.(key|value)\.", name)
-        return bool(read) and vision.width != model.config.text.width
-
-    found = model.state_dict()
-    names = [name for name in made.state_dict() if name in found and not new(name)]
-    start_from(made, {name: found[name] for name in names}, new)
-    return made
-
-
-def _start(ids: Tensor, token: int) -> Tensor:
-    ids = ids.clone()
-    ids[:, 0] = token
-    return ids

@@ -1,13 +1,15 @@
 """ALBEF finetuned: answers to questions, classes of a text with one picture, statements about two pictures.
 
 Each starts from a pretrained Albef's towers (arXiv 2107.07651, sec. 5, fig. 3). Texts and answers come as the tokenizer gives
-them; the [SEP] at a text's end is not read here, that of an answer is written. What is trained against what is
-task_objectives.py's; text assignment, which comes before statements, is text_assignment.py's.
+them; the [SEP] at a text's end is not read here, that of an answer is written. Text assignment comes before statements: which
+of two pictures a text belongs to, or neither. Not here: what tasks are trained against (`common/task_objectives.py`).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,14 +17,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from capfilt.data.loader import Batch
 from capfilt.errors import UserError
-from capfilt.models.albef import Albef, alone, bert, halves, tokens_known, without_end
-from capfilt.models.classifier import ClassifierConfig, head_for, head_logits
-from capfilt.models.layers import Pair
-from capfilt.models.text import Attention, TextConfig, TextDecoder, TextTransformer
-from capfilt.models.vision import VisionConfig, VisionTower
-from capfilt.models.vqa import Answering, VqaConfig
-from capfilt.models.weights import start_from
+from capfilt.models.albef.model import Albef, alone, bert, halves, tokens_known, without_end
+from capfilt.models.common.answering import Answering, VqaConfig
+from capfilt.models.common.classifier import ClassifierConfig, head_for, head_logits
+from capfilt.models.common.layers import Pair, blocks_of, full_precision, project, seeded
+from capfilt.models.common.objectives import distilled_losses, similarities
+from capfilt.models.common.text import Attention, TextConfig, TextDecoder, TextTransformer
+from capfilt.models.common.vision import VisionConfig, VisionTower
+from capfilt.models.common.weights import start_from
 from capfilt.tables.contracts import LABELS
 
 
@@ -196,9 +200,7 @@ def vqa_from_albef(model: Albef, seed: int = 0, drop_path: float = 0.0) -> Albef
     model.require_words()
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     config = AlbefVqaConfig(vision, model.config.text)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = AlbefVqa(config)
+    made = seeded(AlbefVqa, config, seed)
 
     def new(name: str) -> bool:
         read = name.startswith("text_decoder.") and re.search(r"crossattention\.self\.(key|value)\.", name)
@@ -231,9 +233,7 @@ def classifier_from_albef(
         raise UserError("a classifier of pictures alone reads no text: start from a pretrained model")
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     config = AlbefClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = AlbefClassifier(config)
+    made = seeded(AlbefClassifier, config, seed)
     found = model.state_dict()
     start_from(made, {name: found[name] for name in made.state_dict() if not _is_head(name)}, _is_head)
     return made
@@ -251,9 +251,7 @@ def nlvr_from_albef(
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     config = AlbefNlvrConfig(vision, model.config.text, classes=tuple(classes))
     before = alone(config.text)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = AlbefNlvr(config)
+    made = seeded(AlbefNlvr, config, seed)
 
     def source(name: str) -> str:
         if isinstance(model, AlbefNlvr):
@@ -273,3 +271,69 @@ def nlvr_from_albef(
 
 def _is_head(name: str) -> bool:
     return name.startswith("cls_head.")
+
+
+ASSIGNED = ("first", "second", "neither")
+
+
+TEMPERATURE = 0.07
+"""Of the similarities that wrong pictures are drawn by (released code)."""
+
+
+class TextAssignment(nn.Module):
+    """An AlbefNlvr that tells ASSIGNED apart, and its loss; each with a third of the texts.
+
+    projection: the pretrained ALBEF's of images; stays as it is.
+    """
+
+    def __init__(self, model: AlbefNlvr, projection: nn.Linear) -> None:
+        super().__init__()
+        if model.labels != ASSIGNED:
+            raise UserError(
+                f"text assignment has the classes {', '.join(ASSIGNED)}, not {', '.join(model.labels)}"
+            )
+        self.model = model
+        self.projection = copy.deepcopy(projection).requires_grad_(False)
+
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return blocks_of(self.model)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" with gradient, the mean cross-entropy of the batch's texts that have two other pictures to be
+        told from, and without one "accuracy" over these. Draws come from torch's global CPU generator.
+        """
+        if batch.pixels is None:
+            raise UserError("text assignment learns from pictures, not from cached features")
+        tokens = self.model.encode_image(batch.pixels)
+        with torch.no_grad():
+            embeds = project(self.projection, tokens)
+            scores = similarities(embeds, embeds, TEMPERATURE)
+        wrong, found = two_others(scores, batch.image_index, batch.text_index)
+        own = torch.arange(len(tokens), device=tokens.device)
+        label = torch.randint(3, (len(tokens),)).to(tokens.device)
+        first = torch.where(label == 0, own, wrong[:, 0])
+        second = torch.where(label == 0, wrong[:, 0], torch.where(label == 1, own, wrong[:, 1]))
+        cross = self.model.prefill_cross(tokens[torch.cat([first, second])])
+        logits = self.model.seen_logits(batch.ids, batch.mask, cross)
+        with full_precision(logits):
+            count = found.sum().clamp(min=1)
+            loss = (distilled_losses(logits, label) * found).sum() / count
+            accuracy = ((logits.detach().argmax(dim=1) == label) & found).sum() / count
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def two_others(scores: Tensor, image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor]:
+    """(int64 [B, 2], two different rows for each, drawn without replacement by softmax(scores); bool [B], whether there are
+    two). Rows of the same image, or with the identical text, are never drawn.
+
+    scores: fp32 [B, B], images with images.
+    """
+    allowed = (image_index[:, None] != image_index) & (text_index[:, None] != text_index)
+    # The largest of log-weights with Gumbel noise are such a draw (arXiv 1903.06059).
+    noise = -torch.log(-torch.log(torch.rand(scores.shape).clamp(1e-20, 1.0 - 1e-7))).to(scores.device)
+    keys = (scores + noise).masked_fill(~allowed, -math.inf)
+    found = allowed.sum(dim=1) >= 2
+    if len(scores) < 2:
+        return torch.zeros(len(scores), 2, dtype=torch.int64, device=scores.device), found
+    return keys.topk(2, dim=1).indices, found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from capfilt.data.loader import Batch
 from capfilt.data.task_corpus import TaskBatch
 from capfilt.errors import UserError
-from capfilt.models.alignment import followed
-from capfilt.models.kinds import Answers, Judges, blocks_of
-from capfilt.models.layers import full_precision
-from capfilt.models.objectives import distilled_losses, ema_update
-from capfilt.models.vqa import answer_loss
+from capfilt.models.common.answering import Answering, answer_loss
+from capfilt.models.common.layers import blocks_of, full_precision
+from capfilt.models.common.momentum import followed
+from capfilt.models.common.objectives import distilled_losses, ema_update
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,21 @@ class AnsweringConfig:
     """What decides VQA's loss."""
 
     label_smoothing: float = 0.1  # BLIP, arXiv 2201.12086, sec. 3.2, as in pretraining
+
+
+class Judging(Protocol):
+    """A model that judges texts with pictures.
+
+    Attributes:
+        labels: the classes it tells apart, in order.
+        pictures: how many pictures a text has.
+    """
+
+    labels: tuple[str, ...]
+    pictures: int
+
+    def judge(self, ids: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+        """fp32 logits [B, labels] of ids int64 [B, L], mask bool [B, L], images [B, pictures, 3, S, S]."""
 
 
 class TaskTraining(nn.Module):
@@ -67,7 +81,7 @@ class VqaTraining(TaskTraining):
     """A model that answers in words, and its loss."""
 
     def __init__(
-        self, model: Answers, config: AnsweringConfig | None = None, momentum: float | None = None
+        self, model: Answering, config: AnsweringConfig | None = None, momentum: float | None = None
     ) -> None:
         super().__init__(model, momentum)
         self.config = config or AnsweringConfig()
@@ -82,7 +96,7 @@ class VqaTraining(TaskTraining):
         # Every question's answers are its A rows side by side; attention reads one copy of its keys for all of them.
         ids, mask = batch.answer_ids.flatten(0, 1), batch.answer_mask.flatten(0, 1)
 
-        def say(model: Answers) -> Tensor:
+        def say(model: Answering) -> Tensor:
             question = model.encode_question(batch.ids, batch.mask, model.encode_image(_pixels(batch)))
             return model.answer_logits(ids, mask, model.prefill_cross(question), batch.mask)
 
@@ -104,9 +118,9 @@ class ClassifierTraining(TaskTraining):
     softmax: whether the answers of a closed list compete, or each is judged by itself.
     """
 
-    model: Judges
+    model: Judging
 
-    def __init__(self, model: Judges, momentum: float | None = None, softmax: bool = False) -> None:
+    def __init__(self, model: Judging, momentum: float | None = None, softmax: bool = False) -> None:
         super().__init__(model, momentum)
         self.softmax = softmax
 
@@ -126,7 +140,7 @@ class ClassifierTraining(TaskTraining):
                 f"a batch has {pixels.shape[1]} pictures per text, and the model looks at {self.model.pictures}"
             )
 
-        def say(model: Judges) -> Tensor:
+        def say(model: Judging) -> Tensor:
             return model.judge(batch.ids, batch.mask, pixels)
 
         logits = say(self.model)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from capfilt.models.layers import full_precision
+from capfilt.models.common.layers import full_precision
 
 
 def cosine_cost(left: Tensor, right: Tensor) -> Tensor:

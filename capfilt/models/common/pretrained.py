@@ -5,20 +5,18 @@ Read by a map of tensor names; transformers itself is not needed. Whole BLIP che
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
-from capfilt.models.albef import Albef
-from capfilt.models.blip import Blip
+from capfilt.models.common.vision import VisionTower, resize_position_embedding
+from capfilt.models.common.weights import check_tensors, read_safetensors
 from capfilt.models.interop.contents import read_json
-from capfilt.models.vilt import Vilt
-from capfilt.models.vision import VisionTower, resize_position_embedding
-from capfilt.models.weights import check_tensors, read_safetensors
 
 _VIT_BLOCK = {
     "layernorm_before": "norm1",
@@ -27,10 +25,20 @@ _VIT_BLOCK = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
+
+
 _VIT_IGNORED = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier.")
+
+
 _TYPES = "embeddings.token_type_embeddings.weight"
+
+
 _MLM_HEAD = "cls.predictions."
+
+
 _TIED = ("decoder.",)  # to the word embeddings, and to the head's own bias
+
+
 _BERT_IGNORED = ("pooler.", "cls.", "embeddings.token_type_embeddings.", "embeddings.position_ids")
 
 
@@ -43,27 +51,13 @@ def load_vit(tower: VisionTower, directory: str | Path) -> None:
     mine = tower.config
     if mine.trunk or mine.stem != "patch":
         raise UserError(f"{directory}: a ViT starts only a vision tower with stem 'patch' and no trunk")
-    _copy_vit(Path(directory), dict(tower.named_parameters()), mine, mine.patch_size, mine.grid)
+    copy_vit(Path(directory), dict(tower.named_parameters()), mine, mine.patch_size, mine.grid)
 
 
-def load_vit_into_vilt(model: Vilt, directory: str | Path) -> None:
-    """Copies the same into a ViLT's patches, transformer and last LayerNorm, as it is published to start (sec. 4.2)."""
-    own, vision = model.visual_encoder, model.config.vision
-    if vision.trunk:
-        raise UserError(f"{directory}: a ViT starts only a ViLT with patches, and no trunk")
-    parameters = {"cls_token": own.cls_token, "pos_embed": own.pos_embed}
-    for prefix, module in (
-        ("patch_embed.proj.", own.patch_embed),
-        ("blocks.", model.blocks),
-        ("norm.", model.norm),
-    ):
-        parameters |= {prefix + name: parameter for name, parameter in module.named_parameters()}
-    _copy_vit(Path(directory), parameters, model.config, vision.patch_size, vision.grid)
-
-
-def _copy_vit(
+def copy_vit(
     directory: Path, parameters: dict[str, torch.nn.Parameter], mine: Any, patch_size: int, grid: int
 ) -> None:
+    """Copies a transformers ViT or DeiT into parameters that have the names of a vision tower's; as `load_vit`."""
     config, found = _read(directory, ("vit", "deit"))
     geometry = {
         "hidden_size": mine.width,
@@ -90,42 +84,50 @@ def _copy_vit(
     _copy(directory, parameters, mapped)
 
 
-def load_bert(model: Blip | Albef, directory: str | Path) -> None:
-    """Copies a transformers BERT into the text side: embeddings, self-attention and feed-forward; of an ALBEF also its
-    language head, where the directory has one, and the type that all its words have, in the positions.
+def load_bert(
+    directory: str | Path,
+    config: Any,
+    stacks: Sequence[nn.Module],
+    head: nn.Module | None = None,
+    types: bool = False,
+) -> None:
+    """Copies a transformers BERT into text transformers: embeddings, self-attention and feed-forward.
 
-    Cross-attention, the extra ids' rows and the other heads keep their fresh values, as in the two papers. Raises UserError
-    when geometry differs or a tensor is missing or left over.
+    Cross-attention, the extra ids' rows and other heads keep their fresh values, as in BLIP's and ALBEF's papers. Raises
+    UserError when geometry differs or a tensor is missing or left over.
+
+    Args:
+        directory: of `config.json` and `model.safetensors`.
+        config: the whole model's, with `text` and `vocab_size`.
+        stacks: the text transformers to fill.
+        head: a language head, filled where the directory has one.
+        types: whether the type that all words have is added to the positions, for a transformer without types.
     """
     directory = Path(directory)
-    config, found = _read(directory, ("bert",))
-    mine = model.config.text
+    theirs, found = _read(directory, ("bert",))
+    mine = config.text
     geometry = {
         "hidden_size": mine.width,
         "num_hidden_layers": mine.depth,
         "num_attention_heads": mine.heads,
         "intermediate_size": mine.hidden,
         "max_position_embeddings": mine.max_positions,
-        "vocab_size": model.config.vocab_size - len(ADDED),
+        "vocab_size": config.vocab_size - len(ADDED),
     }
-    _check_geometry(directory, config, geometry)
-    head = _strip(
+    _check_geometry(directory, theirs, geometry)
+    language = _strip(
         {name: each for name, each in found.items() if name.startswith(_MLM_HEAD)}, (_MLM_HEAD,), _TIED
     )
-    types = next((found[name] for name in (_TYPES, f"bert.{_TYPES}") if name in found), None)
+    kinds = next((found[name] for name in (_TYPES, f"bert.{_TYPES}") if name in found), None)
     found = _strip(found, ("bert.",), _BERT_IGNORED)
     words, positions = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
     if words in found:
-        own = model.text_encoder.embeddings.word_embeddings.weight.detach()
+        own = dict(stacks[0].named_parameters())[words].detach()
         found[words] = torch.cat([found[words], own[len(found[words]) :].cpu()])
-    stacks = [model.text_encoder]
-    if isinstance(model, Albef):
-        if types is not None and positions in found:
-            found[positions] = found[positions] + types[0]
-        if head and model.config.words:
-            _copy(directory, dict(model.mlm_head.named_parameters()), head)
-    else:
-        stacks.append(model.text_decoder.bert)
+    if types and kinds is not None and positions in found:
+        found[positions] = found[positions] + kinds[0]
+    if head is not None and language:
+        _copy(directory, dict(head.named_parameters()), language)
     for stack in stacks:
         parameters = dict(stack.named_parameters())
         _copy(

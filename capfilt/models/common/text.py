@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.layers import (
+from capfilt.models.common.layers import (
     Pair,
     attention,
     blank_embedding,

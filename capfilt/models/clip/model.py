@@ -1,8 +1,8 @@
 """CLIP: an image encoder and a causal text encoder whose vectors agree where image and text do (arXiv 2103.00020).
 
-The image encoder is a ViT, or the original's other kind, a ResNet with a deeper stem, blurred strides and attention in
-place of pooling. A ViT's patches may be the map of a pretrained trunk, which the original has none of. Its loss is
-`contrast.py`'s; other projects' layouts are `interop`'s.
+The image encoder is a ViT or a ResNet (`resnet.py`). A ViT's patches may be the map of a pretrained trunk, which the original
+has none of. Two losses: softmax over the batch (sec. 2.3), and a sigmoid per pair (SigLIP, arXiv 2303.15343, sec. 3.2).
+Not here: queues and momentum towers, which smaller batches want (`common/momentum.py`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.data.loader import Batch
 from capfilt.errors import UserError
-from capfilt.models.config import Shape
-from capfilt.models.layers import (
+from capfilt.models.clip.resnet import ClipResNet, Pictures
+from capfilt.models.common.config import Shape
+from capfilt.models.common.layers import (
     ACTIVATIONS,
     PreNormBlock,
-    attention,
     full_precision,
-    merge_heads,
     run_layer,
-    split_heads,
 )
-from capfilt.models.trunk import Seeing, resized, trunk_grid
-from capfilt.models.vision import CLIP_MEAN, CLIP_STD, resize_position_embedding
+from capfilt.models.common.objectives import mean_cosine
+from capfilt.models.common.presets import TRUNK
+from capfilt.models.common.ranks import ALONE, Ranks
+from capfilt.models.common.trunk import resized, trunk_grid
+from capfilt.models.common.vision import resize_position_embedding
 
 MAX_SCALE = 100.0
 """CLIP, sec. 2.5: the learned scale of the logits is clipped here; it starts at 1 / 0.07."""
@@ -184,18 +186,7 @@ class Clip(nn.Module):
         self.config = dataclasses.replace(self.config, vision=vision)
 
 
-class _Pictures(Seeing):
-    """What the two image encoders share: normalised pixels, and how they are trained."""
-
-    pos_embed: nn.Parameter
-
-    def __init__(self, config: ClipVisionConfig) -> None:
-        super().__init__()
-        self.recompute = False
-        self.see_through(config, config.width, CLIP_MEAN, CLIP_STD)
-
-
-class ClipViT(_Pictures):
+class ClipViT(Pictures):
     """Features [B, E] of images: patches without a bias, LayerNorm before the blocks too, the first token projected."""
 
     def __init__(self, config: ClipConfig) -> None:
@@ -255,89 +246,6 @@ class ClipText(nn.Module):
         return out
 
 
-class ClipResNet(_Pictures):
-    """Features [B, E] of images, by the original's ResNet: see `Bottleneck` and `AttentionPool`."""
-
-    def __init__(self, config: ClipConfig) -> None:
-        v = config.vision
-        super().__init__(v)
-        half = v.width // 2
-        stem: list[nn.Module] = []
-        for into, out, stride in ((3, half, 2), (half, half, 1), (half, v.width, 1)):
-            stem += [nn.Conv2d(into, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        self.stem = nn.Sequential(*stem, nn.AvgPool2d(2))
-        stages: list[nn.Module] = []
-        into = v.width
-        for number, count in enumerate(v.blocks):
-            width = v.width << number
-            for index in range(count):
-                stages.append(Bottleneck(into, width, stride=2 if number and not index else 1))
-                into = 4 * width
-        self.blocks = nn.ModuleList(stages)
-        self.pool = AttentionPool(into, v.heads, config.embed_dim)
-        self.pos_embed = nn.Parameter(torch.randn(1, v.tokens, into) * into**-0.5)
-
-    def train(self, mode: bool = True) -> ClipResNet:
-        """Its batch normalisation takes and follows the batches' statistics only where the tower learns: frozen, it is as at
-        evaluation.
-        """
-        super().train(mode and any(each.requires_grad for each in self.parameters()))
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(self.normalise(images))
-        for block in self.blocks:
-            x = run_layer(block, x, recompute=self.recompute)
-        x = x.flatten(2).transpose(1, 2)
-        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.pos_embed
-        out: Tensor = self.pool(x)
-        return out
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 around a skip; where it strides, an average pool does, in the branch and before the skip's 1x1."""
-
-    def __init__(self, into: int, width: int, stride: int) -> None:
-        super().__init__()
-        out = 4 * width
-        self.conv1, self.bn1 = nn.Conv2d(into, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)
-        # CLIP, released code: a branch starts as nothing.
-        nn.init.zeros_(self.bn3.weight)
-        self.skip: nn.Module = nn.Identity()
-        if stride > 1 or into != out:
-            self.skip = nn.Sequential(
-                nn.AvgPool2d(stride), nn.Conv2d(into, out, 1, bias=False), nn.BatchNorm2d(out)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        out: Tensor = F.relu(self.bn3(self.conv3(y)) + self.skip(x))
-        return out
-
-
-class AttentionPool(nn.Module):
-    """One attention whose query is the mean of all tokens (position 0): [B, N, D] -> [B, E]."""
-
-    def __init__(self, width: int, heads: int, embed_dim: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.proj = nn.Linear(width, embed_dim)
-        for linear in (self.query, self.key, self.value, self.proj):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, keys, values = (
-            split_heads(each, self.heads) for each in (self.query(x[:, :1]), self.key(x), self.value(x))
-        )
-        out: Tensor = self.proj(merge_heads(attention(query, keys, values))[:, 0])
-        return out
-
-
 def _blocks(
     width: int, heads: int, hidden: int, depth: int, activation: str, causal: bool = False
 ) -> nn.ModuleList:
@@ -365,8 +273,152 @@ def _unit(features: Tensor) -> Tensor:
         return F.normalize(features.float(), dim=-1)
 
 
-def build_clip(config: ClipConfig, seed: int = 0) -> Clip:
-    """A freshly initialised Clip: the same config and seed give the same weights, whatever was drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Clip(config)
+LOSSES = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """What decides the loss.
+
+    Attributes:
+        loss: one of LOSSES; the sigmoid wants a model with a `logit_bias`.
+        chunk: so many rows of the batch's logits at a time, made again for the backward pass, so that memory grows with the
+            batch and not with its square; 0 for all at once.
+    """
+
+    loss: str = "softmax"
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UserError(f"loss {self.loss!r} is unknown: use one of {', '.join(LOSSES)}")
+        if self.chunk < 0:
+            raise UserError(f"chunk is {self.chunk}: it must be 0 (all at once) or more")
+
+
+class ClipTraining(nn.Module):
+    """A Clip and its loss. Images and texts are compared with those of all ranks."""
+
+    def __init__(self, model: Clip, config: ContrastConfig | None = None, ranks: Ranks = ALONE) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config or ContrastConfig()
+        self.ranks = ranks
+        if (self.config.loss == "sigmoid") != (model.logit_bias is not None):
+            raise UserError(
+                f"loss {self.config.loss!r}: the sigmoid loss, and it alone, is for models with a logit_bias"
+            )
+        self._bound()
+
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return [*self.model.visual_encoder.blocks, *self.model.text_encoder.blocks]
+
+    def after_step(self) -> None:
+        """After a step that moved the weights: keep the scale within CLIP's bound."""
+        self._bound()
+
+    @torch.no_grad()
+    def _bound(self) -> None:
+        self.model.logit_scale.clamp_(max=math.log(MAX_SCALE))
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" with gradient, and without one "contrast" (the same), "accuracy" (the share of images whose
+        own text is the likeliest), "scale", "image_cosine" and "text_cosine" (`mean_cosine` of this rank's rows).
+        """
+        images = self.model.embed_image(batch.images)
+        texts = self.model.embed_text(batch.ids)
+        rows = self.ranks.rows(len(images))
+        every_image, every_text = rows.gather(images), rows.gather(texts)
+        own = torch.arange(rows.offset, rows.offset + len(images), device=images.device)
+        # The rows that a rank has on average, so that the mean over ranks is the mean over everyone's rows.
+        share = rows.total / self.ranks.world
+        scale = self.model.logit_scale.float().exp()
+        with full_precision(images):
+            if self.config.loss == "softmax":
+                from_images = self._summed(_softmax_rows, images, every_text, own, scale)
+                from_texts = self._summed(_softmax_rows, texts, every_image, own, scale)
+                loss = (from_images + from_texts) / (2 * share)
+            else:
+                assert self.model.logit_bias is not None
+                bias = self.model.logit_bias.float()
+                loss = self._summed(_sigmoid_rows, images, every_text, own, scale, bias) / share
+            hits = self._hits(images.detach(), every_text.detach(), own)
+        return {
+            "loss": loss,
+            "contrast": loss.detach(),
+            "accuracy": hits / len(images),
+            "scale": scale.detach(),
+            "image_cosine": mean_cosine(images.detach()),
+            "text_cosine": mean_cosine(texts.detach()),
+        }
+
+    def _hits(self, mine: Tensor, every: Tensor, own: Tensor) -> Tensor:
+        """How many of this rank's rows are likest to their own candidate, some of them at a time: fp32 scalar."""
+        size = self.config.chunk or len(mine)
+        hits = torch.zeros((), device=mine.device)
+        for start in range(0, len(mine), size):
+            part = slice(start, start + size)
+            hits = hits + ((mine[part] @ every.T).argmax(dim=1) == own[part]).sum()
+        return hits
+
+    def _summed(
+        self, rows_of: nn.Module, mine: Tensor, every: Tensor, own: Tensor, *further: Tensor
+    ) -> Tensor:
+        """The sum over this rank's rows, some of them at a time."""
+        size = self.config.chunk or len(mine)
+        chunked = size < len(mine)
+        total = mine.new_zeros(())
+        for start in range(0, len(mine), size):
+            part = slice(start, start + size)
+            total = total + run_layer(rows_of, mine[part], every, own[part], *further, recompute=chunked)
+        return total
+
+
+class _SoftmaxRows(nn.Module):
+    """Sum of cross-entropies of rows [n, E] against candidates [N, E]; row i's own candidate is `own[i]`."""
+
+    def forward(self, mine: Tensor, every: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+        return F.cross_entropy(scale * (mine @ every.T), own, reduction="sum")
+
+
+class _SigmoidRows(nn.Module):
+    """Sum over all pairs of rows [n, E] and candidates [N, E] of -log sigmoid(z (scale * cosine + bias)); z is 1 for a row's
+    own candidate, else -1.
+    """
+
+    def forward(self, mine: Tensor, every: Tensor, own: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        logits = scale * (mine @ every.T) + bias
+        sign = torch.full_like(logits, -1.0)
+        sign[torch.arange(len(own), device=own.device), own] = 1.0
+        return -F.logsigmoid(sign * logits).sum()
+
+
+_softmax_rows, _sigmoid_rows = _SoftmaxRows(), _SigmoidRows()
+
+
+# CLIP, arXiv 2103.00020, table 19 and 20: ViT-B/32 and ViT-L/14. The two others have the original's ResNet, which sees shapes
+# early, where BLIP's have a convolutional stem; RN is at a quarter of RN50's width. `trunk` is BLIP's of the name.
+PRESETS: dict[str, ClipConfig] = {
+    "tiny": ClipConfig(
+        ClipVisionConfig(64, width=24, heads=6, stages="1-1-1-1"),
+        ClipTextConfig(1000, 64, 128, 3, 4, 256),
+        embed_dim=128,
+    ),
+    "trunk": ClipConfig(
+        ClipVisionConfig(192, 32, width=192, depth=1, heads=4, hidden=384, trunk=TRUNK),
+        ClipTextConfig(4000, 64, 192, 3, 4, 384),
+        embed_dim=256,
+    ),
+    "small": ClipConfig(
+        ClipVisionConfig(128, width=32, heads=16, stages="2-2-2-2"),
+        ClipTextConfig(4000, 77, 256, 4, 4, 1024),
+        embed_dim=256,
+    ),
+    "base": ClipConfig(),
+    "large": ClipConfig(
+        ClipVisionConfig(224, 14, 1024, 24, 16, 4096),
+        ClipTextConfig(49408, 77, 768, 12, 12, 3072),
+        embed_dim=768,
+    ),
+}

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capfilt.models.layers import full_precision
-from capfilt.models.ranks import ALONE, Ranks
+from capfilt.models.common.layers import full_precision
+from capfilt.models.common.ranks import ALONE, Ranks
 
 OBJECTIVES = ("itc", "itm", "lm")
+
+
 COLLAPSED_ITM = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
 """ITM loss (nats) of a head that only knows its prior of one match in three rows: 0.6365."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -230,3 +230,26 @@ class PreNormBlock(nn.Module):
         x = (x[:, :1] if first else x) + self.drop_path(self.dropout(seen))
         out: Tensor = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
         return out
+
+
+def project(head: nn.Linear, states: Tensor) -> Tensor:
+    """fp32 unit vectors [B, E]: the head on position 0 of states [B, L, D], L2-normalised; free of autocast."""
+    return F.normalize(exact(head, states[:, 0]), dim=-1)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """A vision tower's blocks, or those of a transformer for everything: what is run as a whole, once per pass, and so can
+    have its weights gathered just then.
+    """
+    where: Any = model if hasattr(model, "blocks") else model.visual_encoder
+    return list(where.blocks)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def seeded(model: Callable[[Any], M], config: Any, seed: int = 0) -> M:
+    """A freshly initialised model: the same config and seed give the same weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model(config)

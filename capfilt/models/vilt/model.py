@@ -1,7 +1,8 @@
-"""ViLT: one transformer over a text's words and a picture's linear patches (arXiv 2102.03334, sec. 3).
+"""ViLT: one transformer for a text's tokens and a picture's patches, and its losses (arXiv 2102.03334, sec. 3).
 
-Nothing sees the picture before the text does: no vision tower, no text encoder, so every pair is a pass of its own. What
-it is trained against is `matching.py`'s; other projects' layouts are `interop`'s.
+Which picture a text belongs to, its hidden words, and which patches its words speak of.
+Not here: which words are hidden (`common/masking.py`), how words find patches (`transport.py`), classes and retrieval
+(`tasks.py`).
 """
 
 from __future__ import annotations
@@ -9,27 +10,38 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.data.loader import Batch
 from capfilt.errors import UserError
-from capfilt.models.config import Shape
-from capfilt.models.layers import (
+from capfilt.models.common.config import Shape
+from capfilt.models.common.layers import (
     PreNormBlock,
+    blocks_of,
     exact,
     init_normal,
     init_std,
     init_truncated,
     run_layer,
 )
-from capfilt.models.text import Embeddings, Predictions, TextConfig
-from capfilt.models.trunk import Seeing, resized, trunk_grid
+from capfilt.models.common.masking import IGNORED, Masking
+from capfilt.models.common.objectives import hard_negatives, matching_loss, token_loss
+from capfilt.models.common.presets import TRUNK
+from capfilt.models.common.pretrained import copy_vit
+from capfilt.models.common.ranks import ALONE, Ranks
+from capfilt.models.common.text import Embeddings, Predictions, TextConfig
+from capfilt.models.common.trunk import Seeing, resized, trunk_grid
+from capfilt.models.vilt.transport import cosine_cost, transport_distance
 
 HEADS = ("both", "match", "words", "none")
 """Which heads a model has: of ITM ("match"), of masked words, both, or neither."""
+
+
 EPS = 1e-12
 """Of every LayerNorm, as transformers has it. The released code has 1e-6 in the blocks, which changes no digit there."""
 
@@ -333,8 +345,152 @@ def text_config(config: ViltConfig) -> TextConfig:
     )
 
 
-def build_vilt(config: ViltConfig, seed: int = 0) -> Vilt:
-    """A freshly initialised Vilt: the same config and seed give the same weights, whatever was drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Vilt(config)
+@dataclass(frozen=True)
+class MatchingConfig:
+    """What decides the losses.
+
+    Attributes:
+        alignment: weight of word-patch alignment beside matching and masked words, which have 1 (released code: 0.1); with 0
+            it is not computed.
+        max_patches: so many of a picture's patches are seen in a training pass, drawn anew for each (sec. 4.2: 200, of
+            pictures of up to 240); 0 for all. A square of 384 px has 144, so there the default leaves none out.
+    """
+
+    alignment: float = 0.1
+    max_patches: int = 200
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alignment) and self.alignment >= 0):
+            raise UserError(f"alignment is {self.alignment}: give a weight of 0 or more")
+        if self.max_patches < 0:
+            raise UserError(f"max_patches is {self.max_patches}: give 0 (all) or more")
+
+
+class ViltTraining(nn.Module):
+    """A Vilt and its losses."""
+
+    def __init__(
+        self, model: Vilt, masking: Masking, config: MatchingConfig | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__()
+        model.require("match")
+        model.require("words")
+        self.model = model
+        self.masking = masking
+        self.config = config or MatchingConfig()
+        self.ranks = ranks
+
+    def blocks(self) -> list[nn.Module]:
+        """What is run as a whole, once per pass, and so can have its weights gathered just then."""
+        return blocks_of(self.model)
+
+    def losses(self, batch: Batch, alpha: float = 0.0, hardness: float = 1.0) -> dict[str, Tensor]:
+        """fp32 scalars: "loss" with gradient (matching + masked words + `alignment` times alignment), and without one
+        "itm", "mlm", "wpa", "itm_accuracy", "itm_balanced_accuracy", and "mlm_accuracy" (of the hidden words).
+
+        Half of the texts are seen with another picture, drawn uniformly from this rank's batch; one that is the same, or has
+        the same text, is never drawn, and a text without any other leaves the loss. Draws come from torch's global CPU
+        generator. With other ranks, means are over everyone's rows (see `Rows`).
+        """
+        model, limit = self.model, self.config.max_patches if self.training else 0
+        images = model.visual_encoder.seen_once(batch.images)
+        picture, label, keep = mismatched(batch.image_index, batch.text_index)
+        image = model.encode_image(images[picture], limit=limit)
+        states = model.fuse(batch.ids, batch.mask, image)
+        matching = matching_loss(model.match_logits(states), label, keep, self.ranks)
+        found = {"itm": matching.loss}
+        if self.config.alignment:
+            found["wpa"] = alignment_loss(states, batch.mask, image, label, keep, self.ranks)
+        ids, said = self.masking(batch.ids, batch.mask)
+        hidden = said != IGNORED
+        seen = model.fuse(ids, batch.mask, model.encode_image(images, limit=limit)).text
+        logits = model.word_logits(seen[hidden])
+        found["mlm"] = token_loss(logits, said[hidden], 0.0, self.ranks)
+        loss = found["itm"] + found["mlm"] + self.config.alignment * found.get("wpa", 0.0)
+        named = (logits.detach().argmax(dim=1) == said[hidden]).float().sum() / hidden.sum().clamp(min=1)
+        return {
+            "loss": loss,
+            **{name: each.detach() for name, each in found.items()},
+            "itm_accuracy": matching.accuracy,
+            "itm_balanced_accuracy": matching.balanced_accuracy,
+            "mlm_accuracy": named,
+        }
+
+
+def mismatched(image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(picture int64 [B] that text i is seen with, label int64 [B] with 1 = its own, keep bool [B]).
+
+    Half of the texts (the larger half of an odd number), drawn anew, get a picture that is not theirs; where there is none,
+    keep is False.
+    """
+    rows = len(image_index)
+    device = image_index.device
+    other, found = hard_negatives(torch.zeros(rows, rows, device=device), image_index, text_index)
+    own = (torch.randperm(rows) < rows // 2).to(device)
+    return torch.where(own, torch.arange(rows, device=device), other), own.long(), own | found
+
+
+def alignment_loss(
+    states: States, mask: Tensor, image: ImageTokens, label: Tensor, keep: Tensor, ranks: Ranks = ALONE
+) -> Tensor:
+    """Word-patch alignment: fp32 scalar, the transport distances of matching pairs minus those of others, over their count.
+
+    Between the states of a text's tokens without [CLS] and [SEP], and of a picture's patches without its [CLS], by cosine.
+    mask: bool [B, L] of the texts. label, keep: int64 and bool [B], as of `matching_loss`.
+    """
+    words = mask.bool().clone()
+    words[:, 0] = False
+    words.scatter_(1, mask.sum(dim=1, keepdim=True) - 1, False)
+    patches = states.image[:, 1:]
+    there = torch.ones(patches.shape[:2], dtype=torch.bool, device=mask.device)
+    if image.mask is not None:
+        there = image.mask[:, 1:]
+    distance = transport_distance(cosine_cost(states.text, patches), words, there)
+    sign = torch.where(label == 1, 1.0, -1.0) * keep
+    return (distance * sign).sum() / ranks.mean(keep.sum()).clamp(min=1.0 / ranks.world)
+
+
+def start_vision(model: Vilt, directory: str | Path) -> None:
+    """Copies the same into a ViLT's patches, transformer and last LayerNorm, as it is published to start (sec. 4.2)."""
+    own, vision = model.visual_encoder, model.config.vision
+    if vision.trunk:
+        raise UserError(f"{directory}: a ViT starts only a ViLT with patches, and no trunk")
+    parameters = {"cls_token": own.cls_token, "pos_embed": own.pos_embed}
+    for prefix, module in (
+        ("patch_embed.proj.", own.patch_embed),
+        ("blocks.", model.blocks),
+        ("norm.", model.norm),
+    ):
+        parameters |= {prefix + name: parameter for name, parameter in module.named_parameters()}
+    copy_vit(Path(directory), parameters, model.config, vision.patch_size, vision.grid)
+
+
+# ViLT, arXiv 2102.03334, sec. 4.2: ViLT-B/32. Its definition leaves no stem to see shapes early with: tiny and small have
+# patches of a few pixels, trunk the map of BLIP's trunk in their place. All three name hidden words by the words' own
+# embeddings, which halves what they must learn of them; tiny and trunk, which train for minutes, have no dropout.
+PRESETS: dict[str, ViltConfig] = {
+    "tiny": ViltConfig(
+        ViltVisionConfig(48, 8),
+        ViltTextConfig(1000),
+        width=128,
+        depth=3,
+        heads=4,
+        hidden=256,
+        dropout=0.0,
+        tied=True,
+    ),
+    "trunk": ViltConfig(
+        ViltVisionConfig(192, 32, trunk=TRUNK),
+        ViltTextConfig(4000),
+        width=192,
+        depth=4,
+        heads=4,
+        hidden=384,
+        dropout=0.0,
+        tied=True,
+    ),
+    "small": ViltConfig(
+        ViltVisionConfig(128, 16), ViltTextConfig(4000), width=256, depth=8, heads=4, hidden=1024, tied=True
+    ),
+    "base": ViltConfig(),
+}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import UserError
-from capfilt.models.layers import Pair
-from capfilt.models.objectives import (
+from capfilt.models.common.layers import Pair
+from capfilt.models.common.objectives import (
     FeatureQueue,
     Matching,
     contrastive_loss,
@@ -30,9 +30,11 @@ from capfilt.models.objectives import (
     positives,
     similarities,
 )
-from capfilt.models.ranks import ALONE, Ranks, Rows
+from capfilt.models.common.ranks import ALONE, Ranks, Rows
 
 CHUNK_ROWS = 32
+
+
 MAX_CHUNKS = 4
 
 

@@ -1,0 +1,60 @@
+"""BLIP (arXiv 2201.12086): its record."""
+
+from __future__ import annotations
+
+from capfilt.models.family import ANSWERS, CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, Family, Kind
+
+_CODE, _TASKS = "capfilt.models.blip.model", "capfilt.models.blip.tasks"
+
+FAMILY = Family(
+    "blip",
+    "BLIP",
+    _CODE,
+    (
+        Kind(
+            "blip",
+            f"{_CODE}:BlipConfig",
+            f"{_CODE}:Blip",
+            "BLIP",
+            "captions and scores",
+            PAIR_ROWS,
+            "blip",
+            starts={
+                ANSWERS: f"{_TASKS}:vqa_from_blip",
+                CLASSES: f"{_TASKS}:classifier_from_blip",
+                PAIRS: f"{_TASKS}:nlvr_from_blip",
+            },
+        ),
+        Kind(
+            "blip_vqa",
+            "capfilt.models.common.answering:VqaConfig",
+            f"{_TASKS}:BlipVqa",
+            "BLIP for questions",
+            "answers questions",
+            EXAMPLE_ROWS,
+            "blip-questions",
+            forms=(ANSWERS,),
+        ),
+        Kind(
+            "blip_nlvr",
+            f"{_TASKS}:NlvrConfig",
+            f"{_TASKS}:BlipNlvr",
+            "BLIP for statements",
+            "judges statements about pictures",
+            EXAMPLE_ROWS,
+            "blip",
+            forms=(PAIRS,),
+        ),
+        Kind(
+            "blip_classifier",
+            "capfilt.models.common.classifier:ClassifierConfig",
+            f"{_TASKS}:BlipClassifier",
+            "BLIP with a classifier",
+            "classifies pictures with texts",
+            EXAMPLE_ROWS,
+            "blip",
+            starts={CLASSES: f"{_TASKS}:classifier_from_blip"},
+            forms=(CLASSES,),
+        ),
+    ),
+)

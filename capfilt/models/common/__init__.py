@@ -1,0 +1,1 @@
+"""Layers, towers and objectives that families share. Nothing here knows a family."""
