@@ -22,7 +22,7 @@ class FinetuneTextAssignment(Finetune):
     """A text and two pictures: it belongs to the first, to the second, or to neither; a third each."""
 
     name = "finetune-text-assignment"
-    starts = (Albef,)
+    starts = ("albef",)
     least = 3  # a text's own picture and two others
     shown = ("loss", "accuracy")
     options: FinetuneTextAssignmentOptions
