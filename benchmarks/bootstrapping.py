@@ -67,7 +67,7 @@ def arms(train: dict[str, Any], evaluate: dict[str, Any], seed: int) -> list[Ste
     for row in ROWS:
         model = checkpoint_of(row)
         data = {"web": ["web"]} if row == "none" else {"web": [], "pairs": [row.replace(", ", "-")]}
-        steps.append(("retrain", f"retrain-{model}", {**train, **data, "out": model}))
+        steps.append(("retrain-blip", f"retrain-{model}", {**train, **data, "out": model}))
         steps.append(("evaluate", f"evaluate-{model}", {**evaluate, "model": model}))
     return [Step(stage=stage, name=label, options=options) for stage, label, options in steps]
 

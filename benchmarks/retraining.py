@@ -29,12 +29,13 @@ from bootstrapping import BOOTSTRAP, arms, run
 
 from capfilt import recipe as recipes
 from capfilt.execution.run import Executor, executor
+from capfilt.models import family_named
 from capfilt.quickstart.language import HUMAN, one_attribute_off, state, write
 from capfilt.quickstart.run import SIZES, Size, open_world
 from capfilt.quickstart.truth import is_true
 from capfilt.quickstart.web import build_human
 from capfilt.recipe import Step
-from capfilt.stages.options import RetrainOptions, foreign
+from capfilt.stages.options import retrain_options
 from capfilt.tables.workspace import Workspace
 
 PHOTOGRAPHS: Mapping[str, Mapping[str, Any]] = {
@@ -114,15 +115,15 @@ def compared(
         captions = ["captioning"] if model == "blip" else []
         for corpus, data in corpora.items():
             name = f"{model}-{corpus}"
-            options = {**common, **own[model], **data, "model": model, "out": name}
+            options = {**common, **own[model], **data, "out": name}
             options["steps"] = round(common["steps"] * longer.get(model, 1))
             if seed is not None:
                 name = f"{name}-seed{seed}"
                 options |= {"seed": seed, "out": name}
             # What the quickstart's BLIP has and this model has not (queue, momentum, hardness) is no option of it.
-            for unknown in foreign(RetrainOptions(**_frozen(options)), model):
-                del options[unknown]
-            steps.append(Step(stage="retrain", name=f"retrain-{name}", options=options))
+            known = retrain_options(family_named(model)).__dataclass_fields__
+            options = {each: value for each, value in options.items() if each in known}
+            steps.append(Step(stage=f"retrain-{model}", name=f"retrain-{name}", options=options))
             judged = {
                 "model": name,
                 "out": name,
@@ -135,10 +136,6 @@ def compared(
             judged |= {**evaluate, "tasks": [*evaluate["tasks"], *captions]}
             steps.append(Step(stage="evaluate", name=f"evaluate-{name}", options=judged))
     return steps
-
-
-def _frozen(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def generated(

@@ -23,7 +23,7 @@ import typer
 from capfilt import commands
 from capfilt.errors import RunError, UserError
 from capfilt.stages import options as stage_options
-from capfilt.stages.registry import STAGES, StageCommand
+from capfilt.stages.registry import STAGES, StageCommand, stages
 from capfilt.tables.visible import say, visible
 from capfilt.training.launched import launched_rank
 
@@ -222,9 +222,11 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         "finetune": _app(
             "Step 2: finetune the captioner or the filter on clean pairs; or a model for a task."
         ),
+        "retrain": _app("Step 3: train a model of a family on human, kept web and kept synthetic pairs."),
         "recipe": _app("List the recipes that come with capfilt, or print one."),
     }
-    for command in STAGES:
+    # Families of other packages are looked for where they can be meant: looking costs more time than help may take.
+    for command in stages() if words[:1] == ("retrain",) else STAGES:
         target = groups[command.words[0]] if len(command.words) == 2 else app
         name = command.words[-1]
         wanted = words[: len(command.words)] == command.words

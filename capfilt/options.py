@@ -5,8 +5,7 @@ of a model family (its record).
 A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
 PARTS, "model" (a checkpoint), "path" (a file or directory). `unless` names an option that, when set, makes it needless to give
 this one. `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints,
-so that those still count as done. `told` marks one that changes what a run says or keeps, and no result. `models` names the
-families that it means something to, where not all of them.
+so that those still count as done. `told` marks one that changes what a run says or keeps, and no result.
 `choices`, and of numbers `least` (0 by default), `most`, `above` and `below`, are the values there are: options that are made
 with others raise UserError, so that no stage sees them. A number is finite, unless its default is not.
 """
@@ -34,7 +33,6 @@ def option(
     later: bool = False,
     told: bool = False,
     unless: str = "",
-    models: tuple[str, ...] = (),
     choices: tuple[str, ...] = (),
     least: float = 0,
     most: float = math.inf,
@@ -42,7 +40,7 @@ def option(
     below: float = math.inf,
 ) -> Any:
     """A field of an options dataclass: see the module's docstring."""
-    known = {"help": help, "kind": kind, "later": later, "told": told, "unless": unless, "models": models}
+    known = {"help": help, "kind": kind, "later": later, "told": told, "unless": unless}
     bounds = {"choices": choices, "least": least, "most": most, "above": above, "below": below}
     return field(default=default, metadata={**known, **bounds})
 

@@ -19,7 +19,7 @@ MISTAKES = [
     (["recipe", "shwo", "quickstart"], ["shwo"]),
     # Options.
     (["caption", "--images", "web", "--captionr", "captioner"], ["--captionr"]),
-    (["retrain", "--human", "web", "--pars", "capfilt"], ["--pars"]),
+    (["retrain", "blip", "--human", "web", "--pars", "capfilt"], ["--pars"]),
     (["select", "--images", "web", "--treshold", "0.5"], ["--treshold"]),
     (["score"], ["--images"]),
     (["ingest", "pictures"], ["--dataset"]),
@@ -37,7 +37,7 @@ MISTAKES = [
     (["evaluate", "--images", "web", "--model", "filter", "--tasks", "retrival"], ["--tasks", "retrival"]),
     ([*TRAIN, "--precision", "fp8"], ["--precision", "fp8"]),
     ([*TRAIN[:3], "--preset", "huge", "--steps", "1"], ["huge"]),
-    (["retrain", "--model", "blip2", "--human", "web"], ["--model", "blip2"]),
+    (["retrain", "blip2", "--human", "web"], ["blip2"]),
     (["caption", "--images", "web", "--execution", "rayy"], ["--execution", "rayy"]),
     (["quickstart", "--size", "medium"], ["--size", "medium"]),
     (["compare", "a", "--format", "xml"], ["xml"]),
@@ -65,8 +65,8 @@ MISTAKES = [
     (["recipe", "show", "nowhere"], ["nowhere"]),
     # What belongs together, and what does not.
     ([*TRAIN, "--micro-batch", "1", "--accumulate", "2"], ["--micro-batch", "--accumulate"]),
-    (["retrain", "--model", "clip", "--human", "web", "--queue-size", "5"], ["--queue-size"]),
-    (["retrain", "--human", "web", "--verdicts", "capfilt"], ["--verdicts", "capfilt"]),
+    (["retrain", "clip", "--human", "web", "--queue-size", "5"], ["--queue-size"]),
+    (["retrain", "blip", "--human", "web", "--verdicts", "capfilt"], ["--verdicts", "capfilt"]),
     (["evaluate", "--images", "web", "--model", "filter", "--tasks", "vqa"], ["--tasks", "--examples"]),
     (["caption", "--images", "web", "--yes"], ["--yes", "--overwrite"]),
     (["finetune", "vqa", "--images", "web"], ["examples"]),

@@ -332,8 +332,8 @@ VILT_VQA = {
 @pytest.mark.parametrize(
     ("name", "label", "published"),
     [
-        ("albef-4m", "retrain", {**ALBEF, "web": ("cc3m", "sbu")}),
-        ("albef-14m", "retrain", {**ALBEF, "web": ("cc3m", "sbu", "cc12m")}),
+        ("albef-4m", "retrain-albef", {**ALBEF, "web": ("cc3m", "sbu")}),
+        ("albef-14m", "retrain-albef", {**ALBEF, "web": ("cc3m", "sbu", "cc12m")}),
         (
             "albef-finetune-retrieval",
             "finetune-filter",
@@ -370,9 +370,9 @@ VILT_VQA = {
             {**ALBEF_TASK, "epochs": 10.0, "batch_size": 128, "swap": 0.0, "init": "albef-text-assignment"},
         ),
         ("blip-base-14m", "pretrain", {**PRETRAINING, **BASE}),
-        ("blip-base-14m", "retrain", {**PRETRAINING, **BASE}),
+        ("blip-base-14m", "retrain-blip", {**PRETRAINING, **BASE}),
         ("blip-base-129m", "pretrain", {**PRETRAINING, **BASE}),
-        ("blip-large-129m", "retrain", {**PRETRAINING, **LARGE}),
+        ("blip-large-129m", "retrain-blip", {**PRETRAINING, **LARGE}),
         ("blip-base-14m", "finetune-captioner", {**CAPTIONER, "learning_rate": 1e-5}),
         ("blip-large-129m", "finetune-captioner", {**CAPTIONER, "learning_rate": 2e-6}),
         ("blip-base-14m", "finetune-filter", {**FILTER, "learning_rate": 1e-5, "micro_batch": 0}),
@@ -389,8 +389,8 @@ VILT_VQA = {
         ("blip-finetune-nlvr2", "finetune-nlvr", NLVR2),
         ("blip-finetune-vqa-closed", "finetune-vqa", VQA_CLOSED),
         ("blip-finetune-snli-ve", "finetune-entailment", SNLI_VE),
-        ("clip-b-32", "retrain", CLIP_B_32),
-        ("vilt-4m", "retrain", VILT_4M),
+        ("clip-b-32", "retrain-clip", CLIP_B_32),
+        ("vilt-4m", "retrain-vilt", VILT_4M),
         ("vilt-finetune-vqa", "finetune-vqa", VILT_VQA),
         (
             "vilt-finetune-retrieval",

@@ -100,6 +100,12 @@ class BpeTokenizer:
         return cls([*tokens, START, END], [tuple(pair) for pair in content["merges"]], cleaning)
 
     @classmethod
+    def open(cls, path: str | Path) -> BpeTokenizer:
+        """Read a vocabulary in any of its forms: `tokenizer.json`, its directory, or merges (`from_merges`)."""
+        own = Path(path).is_dir() or str(path).endswith(".json")
+        return cls.load(path) if own else cls.from_merges(path)
+
+    @classmethod
     def from_merges(cls, path: str | Path) -> BpeTokenizer:
         """Read a published `merges.txt` (or OpenAI's `bpe_simple_vocab_16e6.txt`): a header, then one merge a line.
 

@@ -95,9 +95,9 @@ OF_QUESTIONS = {BLIP: BLIP_QUESTIONS, ALBEF: ALBEF_QUESTIONS}
 """How a family that cleans its captions so cleans its questions, where that differs."""
 
 
-def trained_clip() -> str:
-    """The cleaning of a CLIP that is trained here: CLIP's own where ftfy is installed."""
-    return CLIP if _ftfy() is not _composed else CLIP_UNREPAIRED
+def trained(cleaning: str) -> str:
+    """The cleaning of a model that is trained here: CLIP's own only where ftfy is installed."""
+    return CLIP_UNREPAIRED if cleaning == CLIP and _ftfy() is _composed else cleaning
 
 
 def cleaned(text: str, cleaning: str, max_words: int | None = None) -> str:

@@ -151,6 +151,11 @@ class Tokenizer:
         return cls([*(token for token, _ in learned), *ADDED], cleaning)
 
     @classmethod
+    def open(cls, path: str | Path) -> Tokenizer:
+        """Read a vocabulary in any of its forms: `vocab.txt`, `tokenizer.json`, or the latter's directory."""
+        return cls.from_vocab(path) if str(path).endswith(".txt") else cls.load(path)
+
+    @classmethod
     def from_vocab(cls, path: str | Path) -> Tokenizer:
         """Read a `vocab.txt` (one token a line, id = line number) and append [DEC], [ENC].
 

@@ -224,7 +224,7 @@ class Engine:
         """From now on `other` encodes with this engine's vision tower, so that one `encode` serves both.
 
         UserError where the towers differ in anything: each model reads its own tower's tokens only. They are the same where
-        both were finetuned with `--freeze-vision` from one checkpoint.
+        both were finetuned with `--freeze vision` from one checkpoint.
         """
         mine = self.model.visual_encoder
         if (
@@ -233,7 +233,7 @@ class Engine:
             or self.low_precision != other.low_precision
         ):
             raise UserError(
-                "the two models' vision towers differ, so each needs its own: finetune both with --freeze-vision from one "
+                "the two models' vision towers differ, so each needs its own: finetune both with --freeze vision from one "
                 "checkpoint, and load them on the same device in the same precision"
             )
         other.model.visual_encoder = mine

@@ -7,14 +7,20 @@ Not here: which families there are (`capfilt.models`).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from capfilt.errors import UserError
+
 PAIR_ROWS, EXAMPLE_ROWS = "pairs", "examples"
 """The rows that a model learns from: pictures with their texts, or a task's examples (questions with answers, texts or
 pictures with classes)."""
+
+RETRIEVAL, CAPTIONING = "retrieval", "captioning"
+"""What a pretrained model can be finetuned for on pairs."""
 
 ANSWERS, CLASSES, PAIRS = "answers", "classes", "pairs"
 """The forms of a task: answers in words, classes of a text with one picture, statements about two pictures."""
@@ -25,6 +31,13 @@ TOKENIZERS = {"wordpiece": "capfilt.data.tokenizer:Tokenizer", "byte-pair": "cap
 
 Start = Callable[..., Any]
 """(pretrained model, seed=, drop_path=) -> the task's model; of CLASSES with task= and classes= as well."""
+
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "vision": ("visual_encoder",),
+    "text": ("text_encoder", "text_decoder"),
+}
+"""The parts of a model with two towers, by name."""
 
 
 def found(path: str) -> Any:
@@ -47,6 +60,9 @@ class Kind:
         cleaning: how the released code cleans its texts, one of `capfilt.data.cleaning.CLEANINGS`.
         starts: by a task's form, the function that makes the task's model of this model, as "module:function": (model, seed=,
             drop_path=) -> model; for CLASSES with task= and classes= as well.
+        learns: by RETRIEVAL and CAPTIONING, the function that puts the model under the losses of that finetuning, as
+            "module:function": (model, tokenizer, options, ranks) -> a module, as `Family.objective`.
+        parts: by the name of a part that can be frozen, the attributes of the model that hold it.
         forms: the forms of tasks whose finetuned model this is, and whose finetuning can continue from it.
     """
 
@@ -59,6 +75,8 @@ class Kind:
     cleaning: str
     tokenizer_name: str = "wordpiece"
     starts: Mapping[str, str] = field(default_factory=dict)
+    learns: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PARTS)
     forms: tuple[str, ...] = ()
 
     @property
@@ -92,13 +110,58 @@ class Family:
     """A model family.
 
     Attributes:
-        name: the word that calls it.
+        name: the word that calls it: `capfilt retrain NAME`.
         title: its name in prose.
-        code: the module with its `PRESETS`, its training objective and its network.
+        code: the module with its `PRESETS` (name to config) and its `objective`: (model, tokenizer, options, ranks) -> a torch
+            module with `losses(batch, alpha, hardness)`, a dict of fp32 scalars with "loss", and `blocks()`. It may have
+            `configured(config, options)`, the config that options ask for, and `start_vision` and `start_text`, (model,
+            directory), which fill a tower with published weights.
         kinds: its classes of models, the pretrained one first.
+        options: the dataclass of the options that this family alone has in training, with its own published defaults.
+        shown: figures of its losses that progress and summaries show.
+        version: of its training: raised whenever the same options and rows give other weights.
+        starts: by the `model_type` of another family, the function that starts a model of this one from it, as
+            "module:function": (their model, options, its tokenizer) -> model.
     """
 
     name: str
     title: str
     code: str
     kinds: tuple[Kind, ...]
+    options: type
+    shown: tuple[str, ...]
+    version: int = 1
+    starts: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise UserError(f"model family {self.name!r}: its name is no word")
+        if not self.kinds:
+            raise UserError(f"model family {self.name}: it has no kinds")
+        if not dataclasses.is_dataclass(self.options):
+            raise UserError(f"model family {self.name}: its options are no dataclass")
+
+    def part(self, name: str) -> Any:
+        """An attribute of the family's code. UserError naming it where it is missing, or the module where there is none."""
+        try:
+            module = importlib.import_module(self.code)
+        except ImportError as error:
+            raise UserError(f"model family {self.name}: {self.code} cannot be imported ({error})") from error
+        if not hasattr(module, name):
+            raise UserError(f"model family {self.name}: {self.code} has no {name}")
+        return getattr(module, name)
+
+    def preset(self, name: str, vocab_size: int) -> Any:
+        """The config of a preset for a tokenizer of `vocab_size`; UserError for an unknown name."""
+        presets = self.part("PRESETS")
+        if name not in presets:
+            raise UserError(f"--preset {name!r} of {self.name}: choose {', '.join(presets)}")
+        return presets[name].for_vocabulary(vocab_size)
+
+    def objective(self, model: Any, tokenizer: Any, options: Any, ranks: Any) -> Any:
+        """The model under the family's losses."""
+        module = self.part("objective")(model, tokenizer, options, ranks)
+        for name in ("losses", "blocks"):
+            if not callable(getattr(module, name, None)):
+                raise UserError(f"model family {self.name}: {type(module).__name__} has no {name}")
+        return module

@@ -93,7 +93,7 @@ class CaptionAndScore(ScoreStage):
             if not same_tower(*towers):
                 raise UserError(
                     f"--filter {self.filter.given}: its vision tower is not that of {self.captioning.captioner.given}; "
-                    "finetune both with --freeze-vision from one checkpoint, or run `capfilt score` afterwards"
+                    "finetune both with --freeze vision from one checkpoint, or run `capfilt score` afterwards"
                 )
         self.captions_mark = self.captioning.begin()
         return super().begin()

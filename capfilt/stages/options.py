@@ -7,34 +7,35 @@ option is declared is `capfilt.options`'.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, make_dataclass
+from typing import Any, ClassVar
 
+from capfilt.errors import UserError
 from capfilt.formats import FORMATS
+from capfilt.models import families, family_named
+from capfilt.models.blip import Options as BlipOptions
+from capfilt.models.common.options import MomentumOptions
+from capfilt.models.family import Family
 from capfilt.options import PARTS, REQUIRED, Checked, check, missing
 from capfilt.options import Remembering as _Remembering
 from capfilt.options import option as _option
 
 __all__ = ["PARTS", "REQUIRED", "Checked", "check", "missing"]
 
-RETRAINED = ("blip", "clip", "vilt", "albef")
-"""What `retrain` trains."""
-
 SOURCES, SPLITS = ("web", "human", "synthetic"), ("train", "val", "test")
 """Those of `capfilt.tables.contracts`, which would load pyarrow."""
 
 
-_TOWERS = ("blip", "albef")
-"""Models with a vision tower, a queue and momentum towers."""
-
-
-def foreign(options: Any, model: str) -> list[str]:
-    """The names of the options that mean nothing to `model`, one of RETRAINED, and are not what they are by default."""
-    return [
-        each.name
-        for each in fields(options)
-        if model not in (each.metadata["models"] or RETRAINED) and getattr(options, each.name) != each.default
-    ]
+def refuse_foreign(options: Any, family: str) -> None:
+    """UserError naming an option of other families that is given and means nothing to this one."""
+    own = family_named(family).options.__dataclass_fields__
+    for each in fields(options):
+        if each.name in MomentumOptions.__dataclass_fields__ and each.name not in own:
+            value = getattr(options, each.name)
+            if value != each.default:
+                raise UserError(
+                    f"--{each.name.replace('_', '-')} {value}: does not apply to {family}; remove it"
+                )
 
 
 @dataclass(frozen=True)
@@ -251,29 +252,10 @@ class ModelOptions(Checked):
     preset: str = _option("small", "tiny, small, trunk (a frozen ImageNet trunk), base or large")
     image_size: int = _option(0, "pixels; 0 for the preset's")
     patch_size: int = _option(0, "pixels per side of what becomes one token; 0 for the preset's", later=True)
-    stem: str = _option(
-        "",
-        "patch (as published, needed to export the model) or conv; default: the preset's",
-        choices=("", "patch", "conv"),
-        later=True,
-        models=_TOWERS,
-    )
     vocab: str = _option(
         "corpus", "corpus (learn a WordPiece vocabulary), or a vocab.txt / tokenizer.json", kind="path"
     )
     vocab_size: int = _option(4096, "largest size of a vocabulary learned on the corpus", least=1)
-    vision_init: str = _option(
-        "",
-        "directory of a transformers ViT or DeiT to start the vision tower from",
-        kind="path",
-        models=("blip", "vilt", "albef"),
-    )
-    text_init: str = _option(
-        "",
-        "directory of a transformers BERT to start the text side from; --vocab must be its own",
-        kind="path",
-        models=_TOWERS,
-    )
 
 
 _PRECISION = "auto (bf16 on GPUs that have it, else fp32), fp32 or bf16"
@@ -360,7 +342,7 @@ class LoopOptions(Checked):
         "split weights, gradients and optimiser states over the ranks (FSDP2), in place of a copy in each (DDP)",
         told=True,
     )
-    freeze_vision: bool = _option(False, "keep the vision tower as it is")
+    freeze: tuple[str, ...] = _option((), "part to keep as it is: vision, text; repeatable")
     precision: str = _option("auto", _PRECISION)
     save_every: int = _option(
         500, "steps between the states that an interrupted run continues from; 0 for none"
@@ -402,67 +384,18 @@ class OptimisationOptions(LoopOptions):
         later=True,
     )
     stuck_steps: int = _option(
-        2000,
-        "warn after so many steps of ITM at its class prior, 0.6365; 0: never",
-        told=True,
-        models=("blip", "vilt", "albef"),
+        2000, "warn after so many steps of ITM at its class prior, 0.6365; 0: never", told=True
     )
     collapse_steps: int = _option(
-        500,
-        "warn after so many steps of embeddings that are one point; 0: never",
-        told=True,
-        models=("blip", "clip", "albef"),
+        500, "warn after so many steps of embeddings that are one point; 0: never", told=True
     )
 
 
 @dataclass(frozen=True)
-class PretrainingObjectiveOptions(Checked):
-    """ITC, ITM and LM (BLIP, section 3.2)."""
-
-    queue_size: int = _option(
-        57600, "momentum features kept as candidates (BLIP's released code: 57600)", models=_TOWERS
-    )
-    momentum: float = _option(
-        0.995, "of the momentum towers (BLIP's released code); 0 for none", models=_TOWERS, below=1
-    )
-    momentum_batch_size: int = _option(
-        0,
-        "the batch that `momentum` is meant for: with another it is scaled (BLIP, section 4.1: 2880); 0: as given",
-        later=True,
-        models=_TOWERS,
-    )
-    alpha: float = _option(
-        0.4, "weight of the momentum towers' soft targets (BLIP's released code)", models=_TOWERS, most=1
-    )
-    alpha_ramp_epochs: float = _option(
-        2.0, "alpha grows over this many epochs (BLIP's released code: 2)", models=_TOWERS
-    )
-    hardness_ramp_steps: int = _option(
-        0,
-        "ITM's negatives go from uniform to hard over this many steps (BLIP: hard from the start)",
-        models=_TOWERS,
-    )
-    multi_positive: bool = _option(
-        True,
-        "candidates of the same image or with the same text count as matches (not in BLIP's released pretraining)",
-        later=True,
-        models=_TOWERS,
-    )
-    global_negatives: bool = _option(
-        True,
-        "with several ranks, ITC and ITM draw on the whole batch, as one process would; off: on each rank's own texts, "
-        "and the queue (BLIP's released pretraining)",
-        later=True,
-        models=_TOWERS,
-    )
-    label_smoothing: float = _option(
-        0.1, "of the language model's targets (BLIP's released code)", models=("blip",), most=0.99
-    )
-
-
-@dataclass(frozen=True)
-class PretrainOptions(ModelOptions, OptimisationOptions, PretrainingObjectiveOptions):
+class PretrainOptions(BlipOptions, ModelOptions, OptimisationOptions):
     """Step 1: train a BLIP on noisy web pairs and human pairs with ITC, ITM and LM."""
+
+    family: ClassVar[str] = "blip"
 
     human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
     web: tuple[str, ...] = _option((), "images parts with web texts; repeatable", kind="images")
@@ -492,7 +425,7 @@ class FinetuneCaptionerOptions(OptimisationOptions):
 
 
 @dataclass(frozen=True)
-class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
+class FinetuneFilterOptions(OptimisationOptions, MomentumOptions):
     """Step 2: finetune the filter (ITC and ITM) on human pairs."""
 
     init: str = _option("pretrained", "checkpoint to start from", kind="model")
@@ -506,7 +439,7 @@ class FinetuneFilterOptions(OptimisationOptions, PretrainingObjectiveOptions):
         35, "texts are cut to this many tokens (BLIP's released code: 35)", least=2
     )
     alpha_ramp_epochs: float = _option(
-        1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)", models=_TOWERS
+        1.0, "alpha grows over this many epochs (BLIP's retrieval finetuning: 1)"
     )
     image_size: int = _option(0, "pixels; 0 for the checkpoint's (BLIP's released code: 384)", later=True)
     out: str = _option("filter", "name of the checkpoint to write")
@@ -727,7 +660,7 @@ class CaptionOptions(Checked):
     filter: str = _option(
         "",
         "also score, in the same pass over the pictures: a filter with the captioner's vision tower, as `finetune "
-        "--freeze-vision` makes them",
+        "--freeze vision` makes them",
         kind="model",
     )
     samples: int = _option(1, "texts per image (BLIP: 1)", least=1)
@@ -804,51 +737,47 @@ class SelectOptions(Checked):
 
 
 @dataclass(frozen=True)
-class RetrainOptions(PretrainOptions):
-    """Step 3: train a new model on human, kept web and kept synthetic pairs."""
+class RetrainOptions(ModelOptions, OptimisationOptions):
+    """The options of `retrain` that all families share."""
 
+    family: ClassVar[str]
+
+    human: tuple[str, ...] = _option((), "images parts with human captions; repeatable", kind="images")
+    web: tuple[str, ...] = _option((), "images parts with web texts; repeatable", kind="images")
     pairs: tuple[str, ...] = _option((), "pairs parts; repeatable", kind="pairs")
     verdicts: tuple[str, ...] = _option(
         (), "IMAGES=VERDICTS: images part joined with a verdicts part, in place of pairs; repeatable"
     )
-    model: str = _option("blip", f"which model to train: {', '.join(RETRAINED)}", choices=RETRAINED)
-    contrast: str = _option(
-        "softmax",
-        "clip's loss: softmax over the batch, or sigmoid of each pair (SigLIP)",
-        later=True,
-        models=("clip",),
-    )
-    contrast_chunk: int = _option(
-        0,
-        "clip: rows of the batch's logits at a time, for large batches; 0 for all",
-        told=True,
-        models=("clip",),
-    )
-    mask_share: float = _option(
-        0.15,
-        "vilt, albef: share of a text's words, or tokens, that are hidden (0.15 in both papers)",
-        later=True,
-        models=("vilt", "albef"),
-        above=0,
-        below=1,
-    )
-    alignment: float = _option(
-        0.1,
-        "vilt: weight of word-patch alignment, 0 for none (released code: 0.1)",
-        later=True,
-        models=("vilt",),
-    )
-    max_patches: int = _option(
-        200,
-        "vilt: patches of a picture that a step sees at most, 0 for all (section 4.2: 200, of pictures of up to 384x640; the "
-        "squares here have 144 at 384 px, so it leaves none out before 480 px)",
-        later=True,
-        models=("vilt",),
-    )
-    continue_from: str = _option(
-        "", "checkpoint to continue from, in place of a new initialisation", kind="model"
-    )
+    init: str = _option("", "checkpoint to start from, in place of a new model", kind="model")
     out: str = _option("retrained", "name of the checkpoint to write")
+
+
+def retrain_options(family: Family) -> Any:
+    """The options of `retrain FAMILY`: the family's own, whose defaults win, and the shared ones."""
+    return globals().get(_class_of(family.name)) or _made(family)
+
+
+def _made(family: Family) -> Any:
+    name = _class_of(family.name)
+    made = make_dataclass(
+        name, [], bases=(family.options, RetrainOptions), frozen=True, namespace={"family": family.name}
+    )
+    made.__doc__ = f"Step 3: train {family.kinds[0].one} on human, kept web and kept synthetic pairs."
+    made.__module__ = __name__
+    # Other processes unpickle options by the name of their class.
+    globals()[name] = made
+    return made
+
+
+def _class_of(family: str) -> str:
+    return f"Retrain_{family}"
+
+
+def __getattr__(name: str) -> Any:
+    for family in families() if name.startswith(_class_of("")) else ():
+        if name == _class_of(family.name):
+            return _made(family)
+    raise AttributeError(name)
 
 
 @dataclass(frozen=True)

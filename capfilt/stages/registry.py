@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capfilt.errors import UserError
+from capfilt.models import FAMILIES, families
+from capfilt.models.family import Family
 from capfilt.stages import options as stage_options
 
 if TYPE_CHECKING:
@@ -30,10 +32,6 @@ class StageCommand:
     out: bool = False  # whether --out names a directory (the option dataclass has none of its own)
     without: str = ""  # a boolean option that, when off, leaves out all stages but the first
     instead: tuple[str, str] = ("", "")  # an option that, when set, runs this class in place of the others
-    kinds: tuple[str, dict[str, str]] = (
-        "",
-        {},
-    )  # an option whose value may name a class to run in place of the others
     shows: str = (
         ""  # "module:function" that the command line calls with (output, options, quiet, where) at the end
     )
@@ -48,9 +46,6 @@ class StageCommand:
         option, path = self.instead
         if option and getattr(options, option):
             return (path,)
-        option, by_value = self.kinds
-        if option and getattr(options, option) in by_value:
-            return (by_value[getattr(options, option)],)
         return self.stages[:1] if self.without and not getattr(options, self.without) else self.stages
 
     def build(
@@ -74,6 +69,20 @@ class StageCommand:
         )
         stage.gaps = place.gaps
         return stage
+
+
+def retrain(family: Family) -> StageCommand:
+    """`retrain FAMILY`."""
+    name = family.name
+    return StageCommand(
+        ("retrain", name),
+        stage_options.retrain_options(family),
+        ("capfilt.stages.train:Retrain",),
+        (
+            f"capfilt retrain {name} --human coco --pairs capfilt --preset base --out {name}",
+            f"capfilt retrain {name} --human coco --verdicts cc12m=top30 --out {name}-top30",
+        ),
+    )
 
 
 STAGES = (
@@ -223,26 +232,7 @@ STAGES = (
         ),
         without="pairs",
     ),
-    StageCommand(
-        ("retrain",),
-        stage_options.RetrainOptions,
-        ("capfilt.stages.train:Retrain",),
-        (
-            "capfilt retrain --human coco --pairs capfilt --preset base",
-            "capfilt retrain --human coco --verdicts cc12m=top30 --out retrained-top30",
-            "capfilt retrain --model clip --human coco --pairs capfilt --preset base --out clip",
-            "capfilt retrain --model vilt --human coco --pairs capfilt --preset base --out vilt",
-            "capfilt retrain --model albef --human coco --pairs capfilt --preset base --out albef",
-        ),
-        kinds=(
-            "model",
-            {
-                "clip": "capfilt.stages.retrain_clip:RetrainClip",
-                "vilt": "capfilt.stages.retrain_vilt:RetrainVilt",
-                "albef": "capfilt.stages.retrain_albef:RetrainAlbef",
-            },
-        ),
-    ),
+    *map(retrain, FAMILIES),
     StageCommand(
         ("evaluate",),
         stage_options.EvaluateOptions,
@@ -264,11 +254,16 @@ STAGES = (
 )
 
 
+def stages() -> tuple[StageCommand, ...]:
+    """All stages, those of model families of other packages last."""
+    return (*STAGES, *map(retrain, families()[len(FAMILIES) :]))
+
+
 def stage_command(name: str) -> StageCommand:
     """The stage called `name`, its words joined by `-`. Raises UserError naming the stages there are."""
-    for command in STAGES:
+    for command in stages():
         if command.name == name:
             return command
     raise UserError(
-        f"no stage is called {name!r}; the stages are {', '.join(command.name for command in STAGES)}"
+        f"no stage is called {name!r}; the stages are {', '.join(command.name for command in stages())}"
     )

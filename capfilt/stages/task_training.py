@@ -1,254 +1,173 @@
-"""The stages that finetune a BLIP for a task on its examples: `finetune vqa`, `finetune nlvr`, in BLIP's own ways.
+"""The stages that finetune for a task on its examples: `finetune vqa`, `nlvr`, `entailment`, `classification`.
 
-Those that put a classifier on it are `classifier_training.py`'s.
-
-What every training shares is `training.py`'s. A checkpoint directory holds what that of the other stages holds;
-`exposures.parquet` counts examples, and for VQA `answers.json` lists those to rank. The figures in its `config.json` are
-the loop's last ones, and with `--validate` the loss and accuracy on examples of the split val: of VQA the share of
-annotators whose answer is the one written greedily, which is no official metric.
+For VQA a checkpoint has `answers.json` too, the answers to rank. The figures in its `config.json` are the loop's last ones,
+and with `--validate` the loss and accuracy on examples of the split val: of VQA the share of annotators whose answer is the
+one written greedily, which is no official metric.
+Not here: the training (`training.py`), the rows (`sources.py`), the model that each makes of its start (`starts.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
-import pyarrow as pa
 import torch
 
 from capfilt.data.answers import closed_list
-from capfilt.data.cleaning import OF_QUESTIONS
-from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
-from capfilt.data.tokenizer import Tokenizer
+from capfilt.data.task_corpus import Answers
 from capfilt.errors import UserError
-from capfilt.models import Model, build, checkpoint, kind_of
-from capfilt.models.common.ranks import ALONE, Ranks
+from capfilt.models.common.ranks import Ranks
 from capfilt.models.common.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
-from capfilt.models.family import ANSWERS, EXAMPLE_ROWS, PAIRS, Start, found
-from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
-from capfilt.stages.training import Training
-from capfilt.tables.contracts import LABELS
+from capfilt.models.family import ANSWERS, CLASSES, PAIRS
+from capfilt.stages.options import (
+    FinetuneClassificationOptions,
+    FinetuneEntailmentOptions,
+    FinetuneNlvrOptions,
+    FinetuneVqaOptions,
+)
+from capfilt.stages.sources import ExampleSource
+from capfilt.stages.starts import ForTask
+from capfilt.stages.training import Train
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
-IMAGE_COLUMNS = ("image_id", "image", "split")
 
+class Finetune(Train):
+    """Examples, and a classifier of them (ALBEF and ViLT publish such heads).
 
-class TaskTraining(Training[TaskCorpus]):
-    """What they share: examples, pictures, where a model starts, how it is judged."""
+    Attributes:
+        task: one of `capfilt.tables.contracts.TASKS`.
+        form: the task's form (`capfilt.models.family`).
+    """
 
-    rows = EXAMPLE_ROWS
     shown = ("loss", "accuracy")
     task: ClassVar[str]
-    form: ClassVar[str]
+    form: ClassVar[str] = CLASSES
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
-        for name in ("examples", "images"):
-            if not getattr(options, name):
-                raise UserError(f"{self.name}: give at least one part of {name} (--{name})")
         super().__init__(options, workspace, output)
-        self.parts = {name: workspace.input("examples", name).check() for name in options.examples}
-        self.images = [workspace.input("images", name).check() for name in options.images]
-        self.init = workspace.model(options.init)
-        self.check_start(self.init, "--init", lambda kind: self.form in (*kind.starts, *kind.forms))
+        start = ForTask(workspace, options, self.form, self.task, self.name)
+        self.compose(ExampleSource(options, workspace, self.task, **self.reading()), start)
 
-    def started(self, start: Start, model: Model, data: TaskCorpus) -> Model:
-        """The task's model, made of a pretrained one by `start`."""
-        made: Model = start(model, seed=self.options.seed, drop_path=self.options.drop_path)
-        return made
+    def reading(self) -> dict[str, Any]:
+        """Further options of the source."""
+        return {"pictures": 1}
 
-    def continues(self, model: Any, data: TaskCorpus) -> bool:
-        """Whether a model of the task's form is gone on from as it is."""
-        return True
-
-    def reading(self, model: Any = None) -> dict[str, Any]:
-        """Further options of `from_examples`, for training, or for judging `model`."""
-        return {}
-
-    def weights(self) -> Mapping[str, float]:
-        """What the answers of a part weigh, where that is not 1."""
-        return {}
-
-    def inputs(self) -> list[Part]:
-        return [*self.parts.values(), *self.images]
-
-    def identity(self) -> Mapping[str, Any]:
-        return {**super().identity(), "init": checkpoint.fingerprint(self.init)}
-
-    def origins(self) -> Mapping[str, Mapping[str, str]]:
-        return checkpoint.origin(self.init, self.options.init)
-
-    def outlook(self) -> str:
-        o = self.options
-        length = f"{o.steps:,} steps" if o.steps else f"{o.epochs:g} epochs"
-        rows = sum(part.rows for part in self.parts.values())
-        return f"{length} of {o.batch_size} over {rows:,} examples"
-
-    def image_size(self) -> int:
-        return int(
-            self.options.image_size or checkpoint.read_config(self.init)["config"]["vision"]["image_size"]
-        )
-
-    def data(self, size: int) -> TaskCorpus:
-        corpus = self._corpus(size, (*self.options.splits, None), **self.reading())
-        if not len(corpus):
-            raise UserError(
-                f"{self.name}: no examples of the task {self.task} to train on in "
-                f"{', '.join(str(part.path) for part in self.parts.values())} "
-                f"(left out: {corpus.skipped | corpus.deselected})"
-            )
-        given = set(corpus.example_ids)
-        for part in self.parts.values():
-            ids = (table["example_id"].to_pylist() for table in part.tables(["example_id"]))
-            if all(given.isdisjoint(some) for some in ids):
-                raise UserError(
-                    f"{part.path}: gives no example of the task {self.task} to train on; name another part, or leave it out"
-                )
-        return corpus
-
-    def _corpus(
-        self, size: int, splits: tuple[str | None, ...], limit: int = 0, **options: Any
-    ) -> TaskCorpus:
-        weights = self.weights()
-        return from_examples(
-            (
-                (table, weights.get(name, 1.0))
-                for name, part in self.parts.items()
-                for table in part.tables((*NEEDED, "split"))
-            ),
-            (table for part in self.images for table in part.tables(IMAGE_COLUMNS)),
-            self.task,
-            splits,
-            size=size,
-            limit=limit,
-            training=True,
-            **options,
-        )
-
-    def planned(self) -> Any:
-        with torch.device("meta"):
-            model = build(checkpoint.shape_of(self.init))
-            kind = kind_of(model)
-            if kind.rows == self.rows and self.form in kind.forms:
-                return model.config
-            return self.prototype(found(kind.starts[self.form]), model).config
-
-    def prototype(self, start: Start, model: Model) -> Model:
-        """The task's model without weights, before its examples are known."""
-        made: Model = start(model, seed=0, drop_path=0.0)
-        return made
-
-    def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
-        contents, _ = checkpoint.open_any(self.init)
-        model, size = contents.model, self.image_size()
-        kind = kind_of(model)
-        if size != model.config.image_size:
-            resize = getattr(model, "resize_image", None)
-            if resize is None:
-                raise UserError(
-                    f"--image-size {size}: {self.init} was trained with {model.config.image_size} and keeps it"
-                )
-            resize(size)
-        # What has learned from a task's rows is gone on from; what learned from pairs becomes the task's model first.
-        if kind.rows != self.rows or self.form not in kind.forms or not self.continues(model, data):
-            model = self.started(found(kind.starts[self.form]), model, data)
-        return model, contents.tokenizer
-
-    def feed(self) -> dict[str, Any]:
-        return {}
-
-    def account(self, data: TaskCorpus) -> dict[str, Any]:
-        return {"examples": len(data), "images": len(data.image_ids)}
-
-    def named(self, data: TaskCorpus) -> Iterator[pa.Table]:
-        yield pa.table({"example_id": data.example_ids})
-
-    @torch.no_grad()
-    def judged(self, model: Model, tokenizer: Tokenizer, where: torch.device) -> dict[str, float]:
-        o = self.options
-        if not o.validate or "val" in o.splits:
-            return {}
-        corpus = self._corpus(self.image_size(), ("val",), o.validate, **self.reading(model))
-        if not len(corpus):
-            return {}
-        module = self.module(model.to(where), tokenizer, ALONE).eval()
-        totals = {"loss": 0.0, "accuracy": 0.0}
-        for batch in task_batches(corpus, tokenizer, o.batch_size, epochs=1, **self.longest(model)):
-            found = module.losses(batch.to(where))  # type: ignore[operator]
-            for name in totals:
-                totals[name] += float(found[name]) * len(batch) / len(corpus)
-        return {"val_examples": len(corpus), **{f"val_{name}": value for name, value in totals.items()}}
+    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
+        return ClassifierTraining(model, self.options.momentum or None)
 
 
-class FinetuneVqa(TaskTraining):
-    """Questions with their annotators' answers (BLIP, section 5.3)."""
+class FinetuneVqa(Finetune):
+    """Questions with their annotators' answers, which the model writes (BLIP, section 5.3)."""
 
     name = "finetune-vqa"
-    task = "vqa"
-    form = ANSWERS
+    task, form = "vqa", ANSWERS
     version = 4  # questions are cleaned by the family's rule of questions
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
-        super().__init__(options, workspace, output)
         if options.softmax:
             raise UserError("--softmax is of answers chosen from a list: give --closed")
-        self.weights()
+        super().__init__(options, workspace, output)
 
-    def weights(self) -> Mapping[str, float]:
-        found = {}
-        for item in self.options.answer_weight:
-            name, equals, weight = item.partition("=")
-            try:
-                found[name] = float(weight)
-            except ValueError:
-                equals = ""
-            if not equals or name not in self.parts or not 0 < found[name] < float("inf"):
-                raise UserError(
-                    f"--answer-weight {item}: write PART=WEIGHT, one of --examples and a number above 0"
-                )
-        return found
+    def reading(self) -> dict[str, Any]:
+        return {"weights": answer_weights(self.options)}
 
-    def initial(self, data: TaskCorpus) -> tuple[Model, Tokenizer]:
-        model, tokenizer = super().initial(data)
-        cleaning = tokenizer.cleaning
-        # One that goes on from answering questions has read them so, or never has.
-        if checkpoint.read_config(self.init)["model_type"] != kind_of(model).name:
-            cleaning = OF_QUESTIONS.get(cleaning, cleaning)
-        return model, tokenizer.cleaned_as(cleaning)
-
-    def prepare(self, data: TaskCorpus, model: Any, where: torch.device) -> None:
+    def prepare(self, data: Any, model: Any, where: torch.device) -> None:
         # BLIP ranks the answers that are frequent in training (released code: answer_list.json).
         answers = closed_list(data.annotated, self.options.min_answers)
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "answers.json").write_text(json.dumps(answers, indent=0) + "\n", encoding="utf-8")
 
-    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
-        return VqaTraining(
-            model, AnsweringConfig(self.options.label_smoothing), self.options.momentum or None
-        )
+    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
+        smoothing = AnsweringConfig(self.options.label_smoothing)
+        return VqaTraining(model, smoothing, self.options.momentum or None)
 
 
-class FinetuneNlvr(TaskTraining):
+class FinetuneClosedVqa(Finetune):
+    """Questions answered from a closed list: the answers that are frequent in training (ViLT, arXiv 2102.03334)."""
+
+    name = "finetune-vqa"
+    task = "vqa"
+    version = 3
+    options: FinetuneVqaOptions
+
+    def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
+        if options.answer_weight:
+            raise UserError("--answer-weight weighs written answers; with --closed leave it out")
+        if options.momentum:
+            raise UserError("--momentum teaches answers that are written; with --closed leave it out")
+        super().__init__(options, workspace, output)
+
+    def reading(self) -> dict[str, Any]:
+        return {"pictures": 1, "classes": partial(frequent_answers, self.options.min_answers)}
+
+    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
+        return ClassifierTraining(model, softmax=self.options.softmax)
+
+
+class FinetuneNlvr(Finetune):
     """Statements about two pictures, or about one that is shown twice (BLIP, section 5.4)."""
 
     name = "finetune-nlvr"
-    task = "nlvr"
-    form = PAIRS
+    task, form = "nlvr", PAIRS
     options: FinetuneNlvrOptions
 
-    def __init__(
-        self, options: FinetuneNlvrOptions, workspace: Workspace, output: Part | None = None
-    ) -> None:
-        super().__init__(options, workspace, output)
-
-    def feed(self) -> dict[str, Any]:
+    def reading(self) -> dict[str, Any]:
         return {"swap": self.options.swap}
 
-    def continues(self, model: Any, data: TaskCorpus) -> bool:
-        # An ALBEF that has learned text assignment alone has other classes, a ViLT for one picture another head.
-        return bool((model.pictures, model.labels) == (2, LABELS[self.task]))
 
-    def module(self, model: Any, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
-        return ClassifierTraining(model, self.options.momentum or None)
+class FinetuneSingleNlvr(Finetune):
+    """Statements about one picture, true or false (NLVR: Suhr et al., ACL 2017)."""
+
+    name = "finetune-nlvr"
+    task = "nlvr"
+    options: FinetuneNlvrOptions
+
+
+class FinetuneEntailment(Finetune):
+    """Hypotheses about a picture: entailment, neutral or contradiction (SNLI-VE: Xie et al., arXiv 1901.06706)."""
+
+    name = "finetune-entailment"
+    task = "entailment"
+    options: FinetuneEntailmentOptions
+
+
+class FinetuneClassification(Finetune):
+    """Pictures by their classes, those that the training examples have; no text is read."""
+
+    name = "finetune-classification"
+    task = "classification"
+    options: FinetuneClassificationOptions
+
+    def reading(self) -> dict[str, Any]:
+        return {"pictures": 1, "classes": ()}
+
+
+def answer_weights(options: FinetuneVqaOptions) -> Mapping[str, float]:
+    """The weight of a part's answers, by the part's name. UserError for an --answer-weight that is none."""
+    weights = {}
+    for item in options.answer_weight:
+        name, equals, weight = item.partition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or name not in options.examples or not 0 < weights[name] < float("inf"):
+            raise UserError(
+                f"--answer-weight {item}: write PART=WEIGHT, one of --examples and a number above 0"
+            )
+    return weights
+
+
+def frequent_answers(least: int, questions: Sequence[Answers]) -> tuple[str, ...]:
+    """The closed list: answers that are the most frequent of `least` questions or more. UserError for fewer than two."""
+    answers = closed_list(questions, least)
+    if len(answers) < 2:
+        raise UserError(
+            f"--min-answers {least}: of {len(questions)} questions, {len(answers)} answers are the most frequent of {least} "
+            "or more, and a closed list needs two: lower it"
+        )
+    return answers

@@ -1,7 +1,10 @@
-"""What the stages that train share: checks of options, the loop's settings, and what lands in a checkpoint.
+"""A stage that trains: the checks of its options, the settings of the loop, the files of its checkpoint.
 
-Not here: what they train on (`pair_training.py`, `task_training.py`), what each starts from and which losses it takes
-(`train.py`), the loop itself (`capfilt.training`).
+A checkpoint directory holds `config.json` (written last), `model.safetensors`, `tokenizer.json`, `log.jsonl` (learning
+curves) and `exposures.parquet` (how often each row was trained on); where options ask for them, `live/` (the weights that were
+not averaged) and `best/` (those of the lowest training loss) are checkpoints of their own.
+Not here: the rows (`sources.py`), the model that a training starts from (`starts.py`), the losses of each stage (`train.py`,
+`task_training.py`), the loop itself (`capfilt.training`).
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ import json
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +31,14 @@ from capfilt.data.loader import Batch
 from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
-from capfilt.models import Model, build, checkpoint, kind_named, kind_of, kinds
-from capfilt.models.common.config import Shape
+from capfilt.models import Model, build, checkpoint, kind_of
 from capfilt.models.common.precision import check_precision
-from capfilt.models.common.ranks import Ranks
-from capfilt.models.family import Kind
+from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.interop.export import homes, places
 from capfilt.stages.base import ModelStage, Report, option_values
-from capfilt.stages.options import LoopOptions, foreign
+from capfilt.stages.options import LoopOptions
+from capfilt.stages.sources import Source
+from capfilt.stages.starts import Start, frozen
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -50,43 +53,23 @@ EXPOSURES = "exposures.parquet"
 STATE = "state.safetensors"
 
 
-class Data(Protocol):
-    """What a model is trained on, whatever it is."""
+class Train(ModelStage):
+    """A training: rows of a source, a model from a start, the losses of an objective.
 
-    def __len__(self) -> int: ...
-
-    @property
-    def skipped(self) -> Mapping[str, int]:
-        """What is left out for a fault, by reason."""
-
-    @property
-    def deselected(self) -> Mapping[str, int]:
-        """What is left out without a fault, by reason."""
-
-    def batches(
-        self, tokenizer: Encodes, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
-    ) -> Iterator[Batch]:
-        """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
-        `max_words`, `transform`, and what the stage's `feed` adds.
-        """
-
-
-D = TypeVar("D", bound=Data)
-
-
-class Training(ModelStage, Generic[D]):
-    """What they share: checks, the loop, the checkpoint.
+    A stage that trains is a class of its own which makes the source and the start, and says which losses.
 
     Attributes:
         least: the smallest micro-batch that can be learned from.
         shown: figures of the loop that progress and summary show.
-        rows: what its loader yields, one of those that a kind of model declares it learns from (`kinds`).
+        source: the rows.
+        start: the model that it starts from.
     """
 
     version = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
     least: ClassVar[int] = 1
-    shown: ClassVar[tuple[str, ...]]
-    rows: ClassVar[str]
+    shown: tuple[str, ...]
+    source: Source[Any]
+    start: Start
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -120,42 +103,30 @@ class Training(ModelStage, Generic[D]):
         if options.tensorboard:
             check_tensorboard()
 
-    # What each stage says for itself.
-
-    @abstractmethod
-    def inputs(self) -> list[Part]:
-        """Every part the training reads."""
-
-    @abstractmethod
-    def image_size(self) -> int:
-        """Side of the pictures the model sees, in pixels."""
-
-    @abstractmethod
-    def data(self, size: int) -> D:
-        """What to train on, with pictures of this side."""
-
-    @abstractmethod
-    def initial(self, data: D) -> tuple[Model, Any]:
-        """The model to train, and its tokenizer."""
+    def compose(self, source: Source[Any], start: Start) -> None:
+        """Take the rows and the model of this training. UserError for a part to freeze that the model has not."""
+        self.source, self.start = source, start
+        for part in self.options.freeze:
+            if part not in start.kind.parts:
+                raise UserError(
+                    f"--freeze {part}: {start.kind.one} has no such part; choose {', '.join(start.kind.parts)}"
+                )
 
     @abstractmethod
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         """The model with its losses."""
 
-    @abstractmethod
-    def feed(self) -> dict[str, Any]:
-        """Further options of the data's `batches`."""
+    def planned(self) -> Any:
+        """The config of the model to come, as far as it is known before any rows are read; None where nothing is."""
+        return self.start.planned()
 
-    @abstractmethod
-    def account(self, data: D) -> dict[str, Any]:
-        """What was trained on, in numbers."""
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        """The model to train, and its tokenizer."""
+        return self.start.initial(data)
 
-    @abstractmethod
-    def named(self, data: D) -> Iterator[pa.Table]:
-        """Columns that name each of the data, in order, some at a time."""
-
-    def prepare(self, data: D, model: Any, where: torch.device) -> None:
-        """Change the data for a model that is on its device, before the first batch."""
+    def prepare(self, data: Any, model: Any, where: torch.device) -> None:
+        """Whatever is to do before the first batch, when the model is on its device."""
+        self.source.prepare(data, model, where)
 
     @staticmethod
     def longest(model: Model) -> dict[str, Any]:
@@ -165,15 +136,19 @@ class Training(ModelStage, Generic[D]):
             "max_words": model.config.max_words or None,
         }
 
+    @torch.no_grad()
     def judged(self, model: Any, tokenizer: Any, where: torch.device) -> dict[str, float]:
-        """Figures of the finished model, on rank 0."""
-        return {}
-
-    def planned(self) -> Shape | None:
-        """The config of the model to come, as far as it is known before any data are read; None where nothing is."""
-        return None
-
-    # The same for all.
+        """Figures of the finished model on rows that were held out, on rank 0."""
+        count, batches = self.source.held_out(model, tokenizer, self.start.image_size, **self.longest(model))
+        if not count:
+            return {}
+        module = self.module(model.to(where), tokenizer, ALONE).eval()
+        totals = {"loss": 0.0, "accuracy": 0.0}
+        for batch in batches:
+            found = module.losses(batch.to(where))  # type: ignore[operator]
+            for name in totals:
+                totals[name] += float(found[name]) * len(batch) / count
+        return {f"val_{self.source.unit}": count, **{f"val_{name}": value for name, value in totals.items()}}
 
     def forewarning(self) -> list[str]:
         config = self.planned()
@@ -190,8 +165,12 @@ class Training(ModelStage, Generic[D]):
     def identity(self) -> Mapping[str, Any]:
         return {
             "options": option_values(self.options, without=("save_every",)),
-            "inputs": {str(index): part.digest() for index, part in enumerate(self.inputs())},
+            "inputs": {str(index): part.digest() for index, part in enumerate(self.source.inputs())},
+            **self.start.identity(),
         }
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return self.start.origins()
 
     def done(self) -> bool:
         if not (self.output / checkpoint.CONFIG).is_file():
@@ -223,8 +202,7 @@ class Training(ModelStage, Generic[D]):
     def outlook(self) -> str:
         o: LoopOptions = self.options
         length = f"{o.steps:,} steps" if o.steps else f"{o.epochs:g} epochs"
-        rows = sum(part.rows for part in self.inputs())
-        return f"{length} of {o.batch_size} texts over {rows:,} images"
+        return f"{length} of {o.batch_size} {self.source.unit} over {self.source.outlook()}"
 
     def ranks(self, gpus: int) -> int:
         o: LoopOptions = self.options
@@ -278,29 +256,6 @@ class Training(ModelStage, Generic[D]):
         with distributed.joined() as ranks:
             return self._run(ranks, report)
 
-    def check_options(self, model: str, without: tuple[str, ...] = ()) -> None:
-        """UserError naming an option that is given and means nothing to `model`, or is `without` a meaning in this stage."""
-        known = type(self.options).__dataclass_fields__
-        given = [name for name in without if getattr(self.options, name) != known[name].default]
-        for name in (*foreign(self.options, model), *given):
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(self.options, name)}: means nothing to {self.name} of a {model}; "
-                "leave it out"
-            )
-
-    def check_start(self, start: Path, option: str, starts: Callable[[Kind], bool]) -> str:
-        """The `model_type` of what is gone on from; UserError where `starts` is not true of it."""
-        kind = kind_named(str(checkpoint.read_config(start)["model_type"]))
-        if not starts(kind):
-            why = (
-                ""
-                if kind.rows == self.rows
-                else f", which learns from {kind.rows}, and {self.name} reads {self.rows}"
-            )
-            known = " or ".join(each.one for each in kinds() if starts(each))
-            raise UserError(f"{option} {start}: is {kind.one}{why}; start from {known}")
-        return kind.name
-
     def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options
         if ranks.world > 1 and not self._shared(ranks.world):
@@ -308,7 +263,7 @@ class Training(ModelStage, Generic[D]):
                 f"--batch-size {o.batch_size}: {ranks.world} ranks cannot share {self._divided()} alike"
             )
         accumulate = self._accumulate(ranks.world)
-        data = self.data(self.image_size())
+        data = self.source.data(self.start.image_size)
         model, tokenizer = self.initial(data)
         # The checkpoint says how long its texts were: whoever reads texts with it later goes by that.
         model.config = dataclasses.replace(
@@ -318,8 +273,7 @@ class Training(ModelStage, Generic[D]):
         )
         where = distributed.device()
         model.to(where)
-        if o.freeze_vision:
-            model.visual_encoder.requires_grad_(False)
+        frozen(model, kind_of(model), o.freeze)
         model.recompute_activations(o.recompute)
         self.prepare(data, model, where)
         steps = o.steps or math.ceil(o.epochs * len(data) / o.batch_size)
@@ -379,7 +333,7 @@ class Training(ModelStage, Generic[D]):
                 world=ranks.world,
                 parts=accumulate,
                 **crops,
-                **self.feed(),
+                **self.source.feed(),
             ),
             config,
             on_step=lambda step, values: report(step, steps, self._shown(values)),
@@ -394,7 +348,7 @@ class Training(ModelStage, Generic[D]):
         )
         figures = {
             "steps": result.steps,
-            **self.account(data),
+            **self.source.account(data),
             "left_out": {**data.skipped, **data.deselected},
             "skipped_steps": result.skipped_steps,
             "seconds": round(result.seconds, 1),
@@ -418,7 +372,7 @@ class Training(ModelStage, Generic[D]):
                 checkpoint.save(self.output, complete, tokenizer, {**extra, "figures": figures})
         if ranks.rank == 0:
             # After the weights, which are what cannot be made again; before the state, from which this can.
-            _publish(self.output / EXPOSURES, _counted(self.named(data), result.exposures))
+            _publish(self.output / EXPOSURES, _counted(self.source.named(data), result.exposures))
             state.remove(state_path)
         return {name: value for name, value in figures.items() if name not in _APART}
 

@@ -143,12 +143,12 @@ def test_without_ftfy_clip_reads_texts_as_they_are_and_says_so_once(monkeypatch)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert cleaned("e\u0301", "clip") == unicodedata.normalize("NFC", "e\u0301")
-            assert cleaning.trained_clip() == "clip-unrepaired"
+            assert cleaning.trained("clip") == "clip-unrepaired"
     finally:
         cleaning._ftfy.cache_clear()
     monkeypatch.undo()
     pytest.importorskip("ftfy")
-    assert cleaning.trained_clip() == "clip"
+    assert cleaning.trained("clip") == "clip"
     assert cleaned("the caf\u00c3\u00a9 \ufb01ne", "clip-unrepaired") == "the caf\u00e3\u00a9 \ufb01ne"
 
 

@@ -26,7 +26,7 @@ SMALLER = {
     "finetune filter": "finetune filter --steps 2 --batch-size 4",
     "--threshold 0.5": "--threshold 0",  # so little training keeps nothing at 0.5
     "capfilt pretrain": "capfilt pretrain --queue-size 8",
-    "capfilt retrain": "capfilt retrain --queue-size 8",
+    "capfilt retrain blip": "capfilt retrain blip --queue-size 8",
 }
 
 
@@ -93,7 +93,6 @@ def test_the_chain_of_the_readme_runs_as_it_is_typed(world, monkeypatch, capsys)
         queue = ["--queue-size", "8"] if model == "albef" else []
         run(
             "retrain",
-            "--model",
             model,
             "--human",
             "human",

@@ -116,7 +116,7 @@ def test_either_goes_on_with_what_the_other_began(workspace, monkeypatch):
 
 
 def test_two_towers_and_plug_ins_are_refused(workspace):
-    with pytest.raises(UserError, match="freeze-vision"):
+    with pytest.raises(UserError, match="freeze vision"):
         run(CaptionAndScore(dataclasses.replace(OPTIONS, filter="filter"), workspace))
     assert not workspace.part("captions", "captioner").exists
     with pytest.raises(UserError, match="clip:there is a plug-in"):

@@ -19,10 +19,9 @@ from capfilt.models.blip.tasks import BlipClassifier
 from capfilt.models.common.ranks import ALONE
 from capfilt.models.vilt.tasks import ViltClassifier
 from capfilt.stages import options as o
-from capfilt.stages.classifier_training import FinetuneClosedVqa
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.registry import stage_command
-from capfilt.stages.task_training import FinetuneVqa
+from capfilt.stages.task_training import FinetuneClosedVqa, FinetuneVqa
 from capfilt.tables.workspace import Workspace
 from tests.stages.test_task_training import FAST, colour, ingest
 from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images

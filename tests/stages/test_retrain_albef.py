@@ -23,15 +23,13 @@ from capfilt.stages import options as o
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.registry import stage_command
-from capfilt.stages.retrain_albef import RetrainAlbef
-from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter
+from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Retrain
 from tests.stages.test_classifier_training import LABELS
 from tests.stages.test_task_training import FAST as TASK
 from tests.stages.test_task_training import colour, ingest
 from tests.worlds import image_rows, write_images
 
-FAST = o.RetrainOptions(
-    model="albef", human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
+FAST = o.Retrain_albef(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
     queue_size=16, save_every=1, out="albef",
 )  # fmt: skip
 
@@ -87,10 +85,8 @@ def test_an_albef_is_retrained_and_evaluated_like_a_blip(place):
 
 
 def test_it_goes_on_from_a_checkpoint_of_its_class(pretrained):
-    further = dataclasses.replace(
-        FAST, continue_from="pretrained", steps=1, learning_rate=1e-9, out="further"
-    )
-    run(RetrainAlbef(further, pretrained))
+    further = dataclasses.replace(FAST, init="pretrained", steps=1, learning_rate=1e-9, out="further")
+    run(Retrain(further, pretrained))
     old, new = (
         checkpoint.open_any(pretrained.model(name))[0].model.state_dict()
         for name in ("pretrained", "further")
@@ -98,7 +94,7 @@ def test_it_goes_on_from_a_checkpoint_of_its_class(pretrained):
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="is a BLIP; start from an ALBEF"):
-        run(RetrainAlbef(dataclasses.replace(FAST, continue_from="captioner", out="x"), pretrained))
+        run(Retrain(dataclasses.replace(FAST, init="captioner", out="x"), pretrained))
 
 
 def test_retrieval_is_finetuned_from_it_and_captions_are_not(pretrained):
@@ -128,7 +124,7 @@ def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_pat
     with pytest.raises(UserError, match=message):
         FinetuneFilter(o.FinetuneFilterOptions(init="answers", human=("human",), out="x"), pretrained)
     with pytest.raises(UserError, match="retrain reads pairs; start from an ALBEF"):
-        RetrainAlbef(dataclasses.replace(FAST, continue_from="answers", out="x"), pretrained)
+        Retrain(dataclasses.replace(FAST, init="answers", out="x"), pretrained)
 
 
 def test_what_retrain_offers_are_the_models_that_learn_from_pairs():
@@ -249,4 +245,4 @@ def test_text_assignment_comes_before_statements(examples, stream):
 )
 def test_wrong_options_are_named(place, changes, message):
     with pytest.raises(UserError, match=message):
-        RetrainAlbef(dataclasses.replace(FAST, **changes), place)
+        Retrain(dataclasses.replace(FAST, **changes), place)

@@ -20,11 +20,10 @@ from capfilt.stages import options as o
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.registry import stage_command
-from capfilt.stages.retrain_clip import RetrainClip
+from capfilt.stages.train import Retrain
 from tests.worlds import image_rows, write_images
 
-FAST = o.RetrainOptions(
-    model="clip", human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=540, augment=False,
+FAST = o.Retrain_clip(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=540, augment=False,
     save_every=1, out="clip",
 )  # fmt: skip
 
@@ -68,9 +67,9 @@ def test_a_clip_is_retrained_and_evaluated_like_a_blip(place):
 
 
 def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
-    run(RetrainClip(FAST, place))
-    further = dataclasses.replace(FAST, continue_from="clip", steps=1, learning_rate=1e-9, out="further")
-    run(RetrainClip(further, place))
+    run(Retrain(FAST, place))
+    further = dataclasses.replace(FAST, init="clip", steps=1, learning_rate=1e-9, out="further")
+    run(Retrain(further, place))
     old, new = (checkpoint.open_any(place.model(name))[0].model.state_dict() for name in ("clip", "further"))
     for name, tensor in old.items():
         if tensor.is_floating_point() and "running" not in name:
@@ -78,14 +77,14 @@ def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
     with pytest.raises(UserError, match="embeds pictures and texts"):
         run(CaptionStage(o.CaptionOptions(images="web", captioner="clip"), place))
     with pytest.raises(UserError, match="is a BLIP; start from a CLIP"):
-        run(RetrainClip(dataclasses.replace(FAST, continue_from="captioner", out="x"), place))
+        run(Retrain(dataclasses.replace(FAST, init="captioner", out="x"), place))
 
 
 def test_the_sigmoid_loss_makes_a_model_with_a_bias_and_other_weights_are_refused(place):
-    run(RetrainClip(dataclasses.replace(FAST, contrast="sigmoid", contrast_chunk=2, steps=1), place))
+    run(Retrain(dataclasses.replace(FAST, contrast="sigmoid", contrast_chunk=2, steps=1), place))
     assert checkpoint.open_any(place.model("clip"))[0].model.logit_bias is not None
     with pytest.raises(UserError, match="logit_bias"):
-        run(RetrainClip(dataclasses.replace(FAST, continue_from="clip", out="y"), place))
+        run(Retrain(dataclasses.replace(FAST, init="clip", out="y"), place))
 
 
 @pytest.mark.parametrize(
@@ -99,4 +98,4 @@ def test_the_sigmoid_loss_makes_a_model_with_a_bias_and_other_weights_are_refuse
 )
 def test_wrong_options_are_named(place, changes, message):
     with pytest.raises(UserError, match=message):
-        RetrainClip(dataclasses.replace(FAST, **changes), place)
+        Retrain(dataclasses.replace(FAST, **changes), place)

@@ -21,12 +21,10 @@ from capfilt.stages import options as o
 from capfilt.stages.caption import CaptionStage
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.registry import stage_command
-from capfilt.stages.retrain_vilt import RetrainVilt
-from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter
+from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Retrain
 from tests.worlds import image_rows, write_images
 
-FAST = o.RetrainOptions(
-    model="vilt", human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
+FAST = o.Retrain_vilt(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
     save_every=1, out="vilt",
 )  # fmt: skip
 
@@ -69,7 +67,7 @@ def test_a_vilt_is_retrained_and_evaluated_like_a_blip(place):
 
 
 def test_it_is_finetuned_for_retrieval(place):
-    run(RetrainVilt(FAST, place))
+    run(Retrain(FAST, place))
     made = o.FinetuneFilterOptions(
         init="vilt", human=("human",), steps=30, batch_size=6, learning_rate=2e-3, min_lr=1e-4, warmup_steps=2,
         augment=False, save_every=0, out="ranked",
@@ -83,28 +81,26 @@ def test_it_is_finetuned_for_retrieval(place):
 
 
 def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
-    run(RetrainVilt(FAST, place))
-    further = dataclasses.replace(
-        FAST, continue_from="vilt", steps=1, learning_rate=1e-9, min_lr=0.0, out="further"
-    )
-    run(RetrainVilt(further, place))
+    run(Retrain(FAST, place))
+    further = dataclasses.replace(FAST, init="vilt", steps=1, learning_rate=1e-9, min_lr=0.0, out="further")
+    run(Retrain(further, place))
     old, new = (checkpoint.open_any(place.model(name))[0].model.state_dict() for name in ("vilt", "further"))
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="matches pictures with texts"):
         run(CaptionStage(o.CaptionOptions(images="web", captioner="vilt"), place))
     with pytest.raises(UserError, match="is a BLIP; start from a ViLT"):
-        run(RetrainVilt(dataclasses.replace(FAST, continue_from="captioner", out="x"), place))
+        run(Retrain(dataclasses.replace(FAST, init="captioner", out="x"), place))
 
 
 def test_the_same_seed_trains_the_same_model_and_options_reach_the_loss(place):
     for out in ("one", "two"):
-        run(RetrainVilt(dataclasses.replace(FAST, out=out, steps=2), place))
+        run(Retrain(dataclasses.replace(FAST, out=out, steps=2), place))
     states = [checkpoint.open_any(place.model(out))[0].model.state_dict() for out in ("one", "two")]
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
     options = dataclasses.replace(FAST, alignment=0.0, mask_share=0.5, max_patches=7, patch_size=16, out="x")
-    stage = RetrainVilt(options, place)
-    model, tokenizer = stage.initial(stage.data(48))
+    stage = Retrain(options, place)
+    model, tokenizer = stage.initial(stage.source.data(48))
     module = stage.module(model, tokenizer, None)
     assert (module.config.alignment, module.config.max_patches, module.masking.share) == (0.0, 7, 0.5)
     assert module.masking.whole_words
@@ -117,8 +113,8 @@ def test_it_starts_from_a_vit(place, tmp_path):
     vit = transformers.ViTModel(transformers.ViTConfig(**shape, image_size=48, patch_size=8))
     vit.save_pretrained(tmp_path / "vit")
     options = dataclasses.replace(FAST, vision_init=str(tmp_path / "vit"))
-    stage = RetrainVilt(options, place)
-    model = stage.initial(stage.data(48))[0]
+    stage = Retrain(options, place)
+    model = stage.initial(stage.source.data(48))[0]
     state = load_file(tmp_path / "vit" / "model.safetensors")
     torch.testing.assert_close(model.visual_encoder.pos_embed, state["embeddings.position_embeddings"])
     patches = state["embeddings.patch_embeddings.projection.weight"]
@@ -126,7 +122,7 @@ def test_it_starts_from_a_vit(place, tmp_path):
     torch.testing.assert_close(model.blocks[2].mlp.fc2.weight, state["encoder.layer.2.output.dense.weight"])
     torch.testing.assert_close(model.norm.bias, state["layernorm.bias"])
     with pytest.raises(UserError, match="hidden_size 128 instead of 256"):
-        RetrainVilt(dataclasses.replace(options, preset="small"), place).initial(stage.data(48))
+        Retrain(dataclasses.replace(options, preset="small"), place).initial(stage.source.data(48))
 
 
 @pytest.mark.parametrize(
@@ -140,4 +136,4 @@ def test_it_starts_from_a_vit(place, tmp_path):
 )
 def test_wrong_options_are_named(place, changes, message):
     with pytest.raises(UserError, match=message):
-        RetrainVilt(dataclasses.replace(FAST, **changes), place)
+        Retrain(dataclasses.replace(FAST, **changes), place)

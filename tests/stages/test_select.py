@@ -82,7 +82,7 @@ def test_pairs_of_version_1_are_read_as_ever(old, tmp_path):
     assert both == [{"rule": "capfilt", "n": 4, "l": 0}, {"rule": "new", "n": 4, "l": 4}]
     for stream in (False, True):
         alone, joined = (
-            Retrain(o.RetrainOptions(pairs=names, stream=stream), old).data(16)
+            Retrain(o.Retrain_blip(pairs=names, stream=stream), old).source.data(16)
             for names in (("capfilt",), ("capfilt", "new"))
         )
         assert len(alone) == 8
@@ -98,7 +98,7 @@ def test_pairs_of_version_1_train_and_what_they_train_is_evaluated(old):
         "queue_size": 0,
         "augment": False,
     }
-    run(Retrain(o.RetrainOptions(pairs=("capfilt",), human=("human",), **given), old))
+    run(Retrain(o.Retrain_blip(pairs=("capfilt",), human=("human",), **given), old))
     options = o.EvaluateOptions(images="human", split="", tasks=("retrieval",), rerank=0, resamples=0)
     command = stage_command("evaluate")
     assert run(command.build(command.stages[0], options, old)).figures["texts"] == 4

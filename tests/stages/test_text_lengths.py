@@ -19,13 +19,8 @@ from capfilt.models import build, checkpoint, preset
 from capfilt.models.albef.model import without_end
 from capfilt.stages import options as o
 from capfilt.stages import training
-from capfilt.stages.classifier_training import FinetuneEntailment
-from capfilt.stages.retrain_albef import RetrainAlbef
-from capfilt.stages.retrain_clip import RetrainClip
-from capfilt.stages.retrain_vilt import RetrainVilt
-from capfilt.stages.task_training import FinetuneNlvr, FinetuneVqa
-from capfilt.stages.text_assignment import FinetuneTextAssignment
-from capfilt.stages.train import FinetuneFilter, Pretrain
+from capfilt.stages.task_training import FinetuneEntailment, FinetuneNlvr, FinetuneVqa
+from capfilt.stages.train import FinetuneFilter, FinetuneTextAssignment, Pretrain, Retrain
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.adapters import AlbefCapabilities, opened
 from tests.stages.test_task_training import ingest
@@ -40,9 +35,9 @@ EITHER = ({"max_text_tokens": 33, "max_words": 28}, {"max_text_tokens": 21, "max
 STARTS = {"blip": tiny_checkpoint, "vilt": tiny_vilt}
 CASES = {
     "pretrain": lambda **given: (Pretrain, o.PretrainOptions(**NEW, vocab_size=200, **given)),
-    "clip": lambda **given: (RetrainClip, o.RetrainOptions(model="clip", **NEW, vocab_size=540, **given)),
-    "vilt": lambda **given: (RetrainVilt, o.RetrainOptions(model="vilt", **NEW, vocab_size=200, **given)),
-    "albef": lambda **given: (RetrainAlbef, o.RetrainOptions(model="albef", **NEW, vocab_size=200, **given)),
+    "clip": lambda **given: (Retrain, o.Retrain_clip(**NEW, vocab_size=540, **given)),
+    "vilt": lambda **given: (Retrain, o.Retrain_vilt(**NEW, vocab_size=200, **given)),
+    "albef": lambda **given: (Retrain, o.Retrain_albef(**NEW, vocab_size=200, **given)),
     "filter": lambda **given: (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), **COMMON, **given)),
     "assignment": lambda **given: (
         FinetuneTextAssignment,
@@ -153,7 +148,7 @@ def test_a_clip_reads_all_words_and_others_thirty(place):
     for stage, options in (CASES["clip"](**long), CASES["pretrain"](**long)):
         made = dataclasses.replace(options, out=stage.__name__)
         run_stage(stage(made, place), InlineExecutor(), quiet=True)
-    clip, blip = (checkpoint.open_any(place.model(name))[0] for name in ("RetrainClip", "Pretrain"))
+    clip, blip = (checkpoint.open_any(place.model(name))[0] for name in ("Retrain", "Pretrain"))
     assert opened(clip).model._encode([LONG])[0].shape[1] == 64
     assert opened(blip).model._encode([LONG])[0].shape[1] == 32
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import warnings
 from types import SimpleNamespace
@@ -17,14 +16,14 @@ from capfilt.data import transforms
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.models import checkpoint
-from capfilt.models.blip.model import PretrainingConfig
+from capfilt.models import build, checkpoint, preset
+from capfilt.models.blip.model import PretrainingConfig, retrieval
+from capfilt.models.common.ranks import ALONE
 from capfilt.stages import options as o
-from capfilt.stages import pair_training, training
+from capfilt.stages import sources, training
 from capfilt.stages.evaluate import Evaluate
 from capfilt.stages.pairs import Streamed
-from capfilt.stages.registry import STAGES, stage_command
-from capfilt.stages.retrain_clip import RetrainClip
+from capfilt.stages.registry import stage_command
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
@@ -133,7 +132,7 @@ def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypa
             run(Pretrain(options, place))
     directory = place.model("written")
     weights = file_sha256(directory / "model.safetensors")
-    monkeypatch.setattr(pair_training, "NAMED", 5)
+    monkeypatch.setattr(sources, "NAMED", 5)
     assert run(Pretrain(options, place)).done_now == 1
     assert file_sha256(directory / "model.safetensors") == weights
     written = pq.ParquetFile(directory / "exposures.parquet")
@@ -228,14 +227,14 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
     ]
     mark = pairs.begin(PAIRS, "test", {})
     pairs.commit(0, PAIRS.table(rows), Counts(5, 5), mark, 0.0)
-    run(Retrain(o.RetrainOptions(human=("human",), pairs=("kept",), **FAST), place))
+    run(Retrain(o.Retrain_blip(human=("human",), pairs=("kept",), **FAST), place))
     seen = pq.read_table(place.model("retrained") / "exposures.parquet").to_pylist()
     assert sum(row["source"] == "synthetic" for row in seen) == 5
-    run(Retrain(o.RetrainOptions(human=("human",), out="more", continue_from="retrained", **FAST), place))
+    run(Retrain(o.Retrain_blip(human=("human",), out="more", init="retrained", **FAST), place))
     first, second = (checkpoint.load(place.model(name))[1] for name in ("retrained", "more"))
     assert first.fingerprint == second.fingerprint
     with pytest.raises(UserError, match="IMAGES=VERDICTS"):
-        Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
+        Retrain(o.Retrain_blip(verdicts=("web",), **FAST), place)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -288,7 +287,7 @@ def test_weights_that_nothing_honours_are_refused_by_file_and_image(place, strea
         pairs.commit(shard, PAIRS.table(rows), Counts(4, 4), mark, 0.0)
     said = rf"weighted, shard 00001: a text of image {images[2]['image_id']} has weight 0\.25, which no training honours"
     with pytest.raises(UserError, match=said):
-        run(Retrain(o.RetrainOptions(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
+        run(Retrain(o.Retrain_blip(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
 
 
 def test_an_evaluation_has_its_protocol_and_counts(place):
@@ -466,19 +465,19 @@ def test_a_part_that_gives_no_pair_is_refused_by_name(place, kind, stream):
         FinetuneFilter(
             o.FinetuneFilterOptions(init="captioner", **{**given, "human": ("human", "bad")}), place
         ),
-        RetrainClip(o.RetrainOptions(model="clip", web=("bad",), **given), place),
+        Retrain(o.Retrain_clip(web=("bad",), **given), place),
     ]
     for stage in stages:
         if kind == "broken" and stream:
-            stage.data(32)  # found out when its pictures are read
+            stage.source.data(32)  # found out when its pictures are read
             continue
         with pytest.raises(UserError, match=r"images/bad: gives no training pair") as caught:
-            stage.data(32)
+            stage.source.data(32)
         assert BARREN[kind] in str(caught.value)
     for kept in (False, True):
         stage = Pretrain(o.PretrainOptions(**{**given, "web": ("web",) if kept else ()}), place)
         # Of the web one picture is broken, which a stream finds out later.
-        assert len(stage.data(32)) == 12 + (9 + stream) * kept
+        assert len(stage.source.data(32)) == 12 + (9 + stream) * kept
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
@@ -498,30 +497,20 @@ def test_a_selection_that_kept_nothing_is_refused_by_name(place, model, stream):
         for row in found_texts(images.read(0)).to_pylist()
     ]
     verdicts.commit(0, VERDICTS.table(rows), Counts(len(rows), 0, {"no": len(rows)}), mark, 0.1)
-    command = stage_command("retrain")
+    command = stage_command(f"retrain-{model}")
     for chosen, named in (
         ({"pairs": ("none",)}, "pairs/none"),
         ({"verdicts": ("human=none",)}, "images/human with .*verdicts/none"),
     ):
-        options = o.RetrainOptions(model=model, human=("human",), stream=stream, **chosen)
+        options = command.options(human=("human",), stream=stream, **chosen)
         (path,) = command.classes(options)
         with pytest.raises(UserError, match=rf"{named}: gives no training pair"):
-            command.build(path, options, place).data(32)
-
-
-def test_no_training_on_pairs_reads_its_parts_another_way():
-    for command in STAGES:
-        for path in (*command.stages, *command.kinds[1].values()):
-            module, _, name = path.partition(":")
-            kind = getattr(importlib.import_module(module), name)
-            if issubclass(kind, pair_training.PairTraining):
-                assert kind.data is pair_training.PairTraining.data
+            command.build(path, options, place).source.data(32)
 
 
 def test_finetuning_a_filter_asks_for_blips_retrieval_draws():
     # Catches: the stage that does not ask for what the objective offers.
-    stage = object.__new__(FinetuneFilter)
-    stage.options = o.FinetuneFilterOptions(human=("human",))
-    config = stage.objective(None)
+    blip = build(preset("blip", "tiny", 200))
+    config = retrieval(blip, None, o.FinetuneFilterOptions(human=("human",)), ALONE).config
     assert (config.own_negatives, config.negative_floor) == (True, 0.0)
     assert (PretrainingConfig().own_negatives, PretrainingConfig().negative_floor) == (False, 1e-4)

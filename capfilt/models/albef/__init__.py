@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from capfilt.models.family import ANSWERS, CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, Family, Kind
+from dataclasses import dataclass
+
+from capfilt.models.common.options import MomentumOptions, TowerOptions
+from capfilt.models.family import ANSWERS, CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, RETRIEVAL, Family, Kind
+from capfilt.options import option
 
 _CODE, _TASKS = "capfilt.models.albef.model", "capfilt.models.albef.tasks"
+
+
+@dataclass(frozen=True)
+class Options(TowerOptions, MomentumOptions):
+    """An ALBEF's own options, with its published defaults (section 4)."""
+
+    learning_rate: float = option(1e-4, "peak (section 4)", above=0)
+    min_lr: float = option(1e-5, "the schedule's end (section 4)")
+    weight_decay: float = option(0.02, "AdamW's (section 4)")
+    epochs: float = option(30.0, "passes over the texts, where `steps` is 0 (section 4: 30)")
+    # 25 in the released code, and the [SEP] that an ALBEF does not read.
+    max_text_tokens: int = option(26, "texts are cut to this many tokens", least=2)
+    queue_size: int = option(65536, "momentum features kept as candidates (section 4: 65536)")
+    alpha_ramp_epochs: float = option(1.0, "alpha grows over this many epochs (section 4: 1)")
+    mask_share: float = option(
+        0.15, "share of a text's tokens that are hidden (section 3.2)", later=True, above=0, below=1
+    )
+
 
 FAMILY = Family(
     "albef",
@@ -19,6 +41,7 @@ FAMILY = Family(
             "embeds and matches pictures and texts",
             PAIR_ROWS,
             "albef",
+            learns={RETRIEVAL: f"{_CODE}:retrieval"},
             starts={
                 ANSWERS: f"{_TASKS}:vqa_from_albef",
                 CLASSES: f"{_TASKS}:classifier_from_albef",
@@ -58,4 +81,7 @@ FAMILY = Family(
             forms=(CLASSES,),
         ),
     ),
+    Options,
+    ("itc", "itm", "mlm", "itm_balanced_accuracy"),
+    3,  # texts are cleaned by ALBEF's rule
 )

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from capfilt.errors import UserError
 from capfilt.models.common.config import ModelConfig
 from capfilt.models.common.layers import Pair, exact, init_normal, init_std, init_truncated, project
 from capfilt.models.common.masking import IGNORED, Masking
-from capfilt.models.common.momentum import Alignment, AlignmentConfig, Embeds
+from capfilt.models.common.momentum import Alignment, AlignmentConfig, Embeds, told
 from capfilt.models.common.objectives import distilled_losses
 from capfilt.models.common.presets import (
     SMALL_TEXT,
@@ -306,6 +306,24 @@ class AlbefPretraining(Alignment):
         with torch.no_grad():
             right = (logits.argmax(dim=1) == labels).float().sum() / max(1, len(labels))
         return distilled_losses(logits, labels, teacher, alpha).sum() / count, right
+
+
+def objective(model: Albef, tokenizer: Any, options: Any, ranks: Ranks) -> AlbefPretraining:
+    """ITC, ITM and MLM with momentum distillation (ALBEF, sec. 3)."""
+    masking = Masking.of(tokenizer, options.mask_share)
+    return AlbefPretraining(model, masking, AlbefObjective(**told(options)), ranks)
+
+
+def retrieval(model: Albef, tokenizer: Any, options: Any, ranks: Ranks) -> AlbefPretraining:
+    """ITC and ITM (ALBEF, sec. 5)."""
+    config = AlbefObjective(objectives=("itc", "itm"), **told(options))
+    return AlbefPretraining(model, config=config, ranks=ranks)
+
+
+def configured(config: AlbefConfig, options: Any) -> AlbefConfig:
+    """The stem that was asked for."""
+    vision = dataclasses.replace(config.vision, stem=options.stem or config.vision.stem)
+    return dataclasses.replace(config, vision=vision)
 
 
 def start_vision(model: Albef, directory: str | Path) -> None:

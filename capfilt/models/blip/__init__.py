@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from capfilt.models.family import ANSWERS, CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, Family, Kind
+from dataclasses import dataclass
+
+from capfilt.models.common.options import MomentumOptions, TowerOptions
+from capfilt.models.family import (
+    ANSWERS,
+    CAPTIONING,
+    CLASSES,
+    EXAMPLE_ROWS,
+    PAIR_ROWS,
+    PAIRS,
+    RETRIEVAL,
+    Family,
+    Kind,
+)
+from capfilt.options import option
 
 _CODE, _TASKS = "capfilt.models.blip.model", "capfilt.models.blip.tasks"
+
+
+@dataclass(frozen=True)
+class Options(TowerOptions, MomentumOptions):
+    """A BLIP's own options in pretraining."""
+
+    label_smoothing: float = option(0.1, "of the language model's targets (BLIP's released code)", most=0.99)
+
 
 FAMILY = Family(
     "blip",
@@ -19,6 +41,7 @@ FAMILY = Family(
             "captions and scores",
             PAIR_ROWS,
             "blip",
+            learns={CAPTIONING: f"{_CODE}:captioning", RETRIEVAL: f"{_CODE}:retrieval"},
             starts={
                 ANSWERS: f"{_TASKS}:vqa_from_blip",
                 CLASSES: f"{_TASKS}:classifier_from_blip",
@@ -57,4 +80,7 @@ FAMILY = Family(
             forms=(CLASSES,),
         ),
     ),
+    Options,
+    ("itc", "itm", "lm", "itm_balanced_accuracy"),
+    2,
 )

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.models.common.config import ModelConfig
 from capfilt.models.common.layers import Pair, exact, init_truncated, project
-from capfilt.models.common.momentum import Alignment, AlignmentConfig, Embeds, length_chunks
+from capfilt.models.common.momentum import Alignment, AlignmentConfig, Embeds, length_chunks, told
 from capfilt.models.common.objectives import OBJECTIVES, language_labels, language_loss, token_loss
 from capfilt.models.common.presets import (
     SMALL_TEXT,
@@ -343,6 +343,38 @@ def _embed_text(towers: Blip | MomentumTowers, batch: Batch) -> Tensor:
         towers.embed_text(batch.ids[some, :length], batch.mask[some, :length]) for some, length in groups
     ]
     return torch.cat(embedded)[torch.cat([some for some, _ in groups]).argsort()]
+
+
+def objective(model: Blip, tokenizer: Any, options: Any, ranks: Ranks) -> BlipPretraining:
+    """ITC, ITM and LM (BLIP, sec. 3.2)."""
+    config = PretrainingConfig(label_smoothing=options.label_smoothing, **told(options))
+    return BlipPretraining(model, config, ranks)
+
+
+def captioning(model: Blip, tokenizer: Any, options: Any, ranks: Ranks) -> BlipPretraining:
+    """LM alone, after a prompt that is not learned (BLIP, sec. 3.3 and code)."""
+    config = PretrainingConfig(
+        objectives=("lm",),
+        queue_size=0,
+        momentum=None,
+        label_smoothing=options.label_smoothing,
+        prompt_length=tokenizer.prompt_length(options.prompt),
+    )
+    return BlipPretraining(model, config, ranks)
+
+
+def retrieval(model: Blip, tokenizer: Any, options: Any, ranks: Ranks) -> BlipPretraining:
+    """ITC and ITM; negatives are drawn by the similarities of the model itself, without a floor (BLIP, code)."""
+    config = PretrainingConfig(
+        objectives=("itc", "itm"), own_negatives=True, negative_floor=0.0, **told(options)
+    )
+    return BlipPretraining(model, config, ranks)
+
+
+def configured(config: BlipConfig, options: Any) -> BlipConfig:
+    """A model that is pretrained learns no prompt; the stem that was asked for."""
+    vision = dataclasses.replace(config.vision, stem=options.stem or config.vision.stem)
+    return dataclasses.replace(config, vision=vision, prompt="")
 
 
 def start_vision(model: Blip, directory: str | Path) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -395,6 +396,20 @@ class _SigmoidRows(nn.Module):
 
 
 _softmax_rows, _sigmoid_rows = _SoftmaxRows(), _SigmoidRows()
+
+
+def objective(model: Clip, tokenizer: Any, options: Any, ranks: Ranks) -> ClipTraining:
+    """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks."""
+    return ClipTraining(model, ContrastConfig(options.contrast, options.contrast_chunk), ranks)
+
+
+def configured(config: ClipConfig, options: Any) -> ClipConfig:
+    """The sigmoid loss has a bias; a ResNet has no patches."""
+    if options.patch_size and config.vision.stages:
+        raise UserError(
+            f"--patch-size {options.patch_size}: the preset {options.preset} is a ResNet, without patches"
+        )
+    return dataclasses.replace(config, logit_bias=options.contrast == "sigmoid")
 
 
 # CLIP, arXiv 2103.00020, table 19 and 20: ViT-B/32 and ViT-L/14. The two others have the original's ResNet, which sees shapes

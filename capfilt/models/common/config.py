@@ -45,6 +45,13 @@ class Shape:
         text = dataclasses.replace(self.text, vocab_size=size)
         return dataclasses.replace(self, text=text)  # type: ignore[type-var]
 
+    def sized(self, image_size: int, patch_size: int, pad_id: int) -> Self:
+        """The same for pictures of this side, patches of this side (0: its own), and a tokenizer's padding."""
+        changed = {"image_size": image_size, "patch_size": patch_size or self.vision.patch_size}
+        vision = dataclasses.replace(self.vision, **changed)
+        text = dataclasses.replace(self.text, pad_id=pad_id)
+        return dataclasses.replace(self, vision=vision, text=text)  # type: ignore[type-var]
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict of the fields, nested as the dataclasses are."""
         found: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]

@@ -28,6 +28,7 @@ from capfilt.models.common.objectives import (
     matching_rows,
     mean_cosine,
     positives,
+    scaled_momentum,
     similarities,
 )
 from capfilt.models.common.ranks import ALONE, Ranks, Rows
@@ -345,3 +346,16 @@ class Alignment(nn.Module):
             for group, (some, length) in enumerate(groups)
         ]
         return matching_loss(torch.cat(found_logits), pairs.label[order], pairs.keep[order], self.ranks)
+
+
+def told(options: Any) -> dict[str, Any]:
+    """The fields of an `AlignmentConfig` that options (`MomentumOptions`) decide."""
+    momentum: float | None = options.momentum or None
+    if options.momentum_batch_size and momentum:
+        momentum = scaled_momentum(momentum, options.batch_size, options.momentum_batch_size)
+    return {
+        "queue_size": options.queue_size,
+        "momentum": momentum,
+        "multi_positive": options.multi_positive,
+        "global_negatives": options.global_negatives,
+    }

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from capfilt.models.family import CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, Family, Kind
+from dataclasses import dataclass
+
+from capfilt.models.common.options import VisionStart
+from capfilt.models.family import CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, RETRIEVAL, Family, Kind
+from capfilt.options import option
 
 _CODE, _TASKS = "capfilt.models.vilt.model", "capfilt.models.vilt.tasks"
+_PARTS = {"vision": ("visual_encoder",), "text": ("text_embeddings",)}
 _STARTS = {CLASSES: f"{_TASKS}:classifier_from_vilt", PAIRS: f"{_TASKS}:pair_from_vilt"}
+
+
+@dataclass(frozen=True)
+class Options(VisionStart):
+    """A ViLT's own options, with its published defaults (section 4.2 and code)."""
+
+    learning_rate: float = option(1e-4, "peak (section 4.2)", above=0)
+    min_lr: float = option(0.0, "the schedule's end (code)")
+    schedule: str = option(
+        "linear",
+        "linear (section 4.2), cosine, epoch-cosine or epoch-decay",
+        later=True,
+        choices=("cosine", "linear", "epoch-cosine", "epoch-decay"),
+    )
+    weight_decay: float = option(0.01, "AdamW's (section 4.2)")
+    beta2: float = option(0.98, "AdamW's second beta (code)", later=True, below=1)
+    max_text_tokens: int = option(40, "texts are cut to this many tokens (code: 40)", least=2)
+    mask_share: float = option(
+        0.15, "share of a text's words that are hidden (section 3.2)", later=True, above=0, below=1
+    )
+    alignment: float = option(0.1, "weight of word-patch alignment, 0 for none (code: 0.1)", later=True)
+    max_patches: int = option(
+        200, "patches of a picture that a step sees at most, 0 for all (section 4.2: 200)", later=True
+    )
+
 
 FAMILY = Family(
     "vilt",
@@ -21,6 +51,8 @@ FAMILY = Family(
             PAIR_ROWS,
             "as-found",
             starts=_STARTS,
+            learns={RETRIEVAL: f"{_TASKS}:retrieval"},
+            parts=_PARTS,
         ),
         Kind(
             "vilt_classifier",
@@ -31,7 +63,11 @@ FAMILY = Family(
             EXAMPLE_ROWS,
             "as-found",
             starts=_STARTS,
+            parts=_PARTS,
             forms=(CLASSES, PAIRS),
         ),
     ),
+    Options,
+    ("itm", "mlm", "wpa", "itm_balanced_accuracy"),
+    3,  # texts are read as found, however many words they have
 )

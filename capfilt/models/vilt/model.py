@@ -11,7 +11,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -448,6 +448,12 @@ def alignment_loss(
     distance = transport_distance(cosine_cost(states.text, patches), words, there)
     sign = torch.where(label == 1, 1.0, -1.0) * keep
     return (distance * sign).sum() / ranks.mean(keep.sum()).clamp(min=1.0 / ranks.world)
+
+
+def objective(model: Vilt, tokenizer: Any, options: Any, ranks: Ranks) -> ViltTraining:
+    """Matching, whole masked words, word-patch alignment (ViLT, sec. 3.2)."""
+    masking = Masking.of(tokenizer, options.mask_share, whole_words=True)
+    return ViltTraining(model, masking, MatchingConfig(options.alignment, options.max_patches), ranks)
 
 
 def start_vision(model: Vilt, directory: str | Path) -> None:

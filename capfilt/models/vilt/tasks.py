@@ -171,3 +171,8 @@ class RankingTraining(nn.Module):
         own = torch.arange(rows, device=other.device)[:, None]
         there = torch.cat([torch.ones_like(own, dtype=torch.bool), best.values >= 0], dim=1)
         return torch.cat([own, best.indices], dim=1), there
+
+
+def retrieval(model: Vilt, tokenizer: Any, options: Any, ranks: Ranks) -> RankingTraining:
+    """A picture's own text above fifteen others (sec. 4.4)."""
+    return RankingTraining(model, ranks=ranks)

@@ -1,0 +1,296 @@
+"""The rows that a training learns from: pairs of a picture and a text, or a task's examples.
+
+Which rows make a batch is decided in `capfilt/data/`. Not here: where the model comes from (`starts.py`), the training
+(`training.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import pyarrow as pa
+import torch
+
+from capfilt.data.corpus import Corpus, concat, from_images, from_pairs, from_verdicts
+from capfilt.data.examples import unweighted
+from capfilt.data.loader import Batch
+from capfilt.data.stream import PairStream, StreamInput, refuse_barren
+from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
+from capfilt.data.tokenizer import Encodes
+from capfilt.errors import UserError
+from capfilt.models import Model
+from capfilt.models.family import EXAMPLE_ROWS, PAIR_ROWS
+from capfilt.stages.pairs import Held, Pairs, Streamed, shares
+from capfilt.tables.shards import Part
+from capfilt.tables.workspace import Workspace
+
+IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure", "image")
+PICTURE_COLUMNS = ("image_id", "image", "split")
+VERDICT_COLUMNS = ("text_id", "image_id", "source", "text", "keep")
+NAMED = 500_000
+"""Texts named at a time, a row group each."""
+
+
+class Data(Protocol):
+    """Rows to train on, whatever they are."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Rows left out for a fault, by reason."""
+
+    @property
+    def deselected(self) -> Mapping[str, int]:
+        """Rows left out without a fault, by reason."""
+
+    def batches(
+        self, tokenizer: Encodes, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
+    ) -> Iterator[Batch]:
+        """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
+        `max_words`, `transform`, and those of the source's `feed`.
+        """
+
+
+D = TypeVar("D", bound=Data)
+
+
+class Source(ABC, Generic[D]):
+    """Rows to train on.
+
+    Attributes:
+        rows: their kind, one of `capfilt.models.family`.
+        unit: their name in messages.
+    """
+
+    rows: str
+    unit: str
+
+    @abstractmethod
+    def inputs(self) -> list[Part]:
+        """Every part that is read."""
+
+    @abstractmethod
+    def outlook(self) -> str:
+        """How many rows there are, in words."""
+
+    @abstractmethod
+    def data(self, size: int) -> D:
+        """The rows, with pictures of this side."""
+
+    def feed(self) -> dict[str, Any]:
+        """Further options of the data's `batches`."""
+        return {}
+
+    def prepare(self, data: D, model: Model, where: torch.device) -> None:
+        """Change the data for a model that is on its device, before the first batch."""
+
+    @abstractmethod
+    def account(self, data: D) -> dict[str, Any]:
+        """Figures of the rows."""
+
+    @abstractmethod
+    def named(self, data: D) -> Iterator[pa.Table]:
+        """Columns that name each row, in order, some rows at a time."""
+
+    def held_out(
+        self, model: Model, tokenizer: Any, size: int, **longest: Any
+    ) -> tuple[int, Iterator[Batch]]:
+        """(how many rows, their batches) that the finished model is judged on; 0 for none."""
+        return 0, iter(())
+
+
+class PairSource(Source[Pairs]):
+    """Pairs of images parts (human and web), of pairs parts, and of images parts joined with verdicts."""
+
+    rows, unit = PAIR_ROWS, "texts"
+
+    def __init__(self, options: Any, workspace: Workspace, prompt: str = "") -> None:
+        self.options, self.prompt = options, prompt
+        if not any(getattr(options, name, ()) for name in ("human", "web", "pairs", "verdicts")):
+            raise UserError("give at least one part to train on (--human)")
+        shares(options.mix)
+        cached = options.cache_features
+        for name, wrong, why in (
+            ("stream", options.stream and cached, "features are cached for pictures that are held"),
+            ("shard", options.shard and cached, "features are cached by models that are whole"),
+            ("randaugment", options.randaugment and cached, "features are cached of pictures as they are"),
+        ):
+            if wrong:
+                raise UserError(f"--{name} and --cache-features: {why}")
+        if options.loader_workers and not options.stream:
+            raise UserError(f"--loader-workers {options.loader_workers}: only with --stream")
+        self.human = [workspace.input("images", name).check() for name in options.human]
+        self.web = [workspace.input("images", name).check() for name in getattr(options, "web", ())]
+        self.pairs = [workspace.input("pairs", name).check() for name in getattr(options, "pairs", ())]
+        self.joined: list[tuple[Part, Part]] = []
+        for item in getattr(options, "verdicts", ()):
+            images, equals, verdicts = item.partition("=")
+            if not equals:
+                raise UserError(f"--verdicts {item}: write IMAGES=VERDICTS, the names of two parts")
+            self.joined.append(
+                (
+                    workspace.input("images", images).check(),
+                    workspace.input("verdicts", verdicts).check(),
+                )
+            )
+
+    def inputs(self) -> list[Part]:
+        return [*self.human, *self.web, *self.pairs, *itertools.chain(*self.joined)]
+
+    def outlook(self) -> str:
+        return f"{sum(part.rows for part in self.inputs()):,} images"
+
+    def streamed(self) -> list[StreamInput]:
+        """The pairs, as a stream takes them."""
+        joined = [StreamInput(images, verdicts) for images, verdicts in self.joined]
+        return [*(StreamInput(part) for part in (*self.human, *self.web, *self.pairs)), *joined]
+
+    def corpora(self, size: int) -> list[Corpus]:
+        """The pairs, a corpus per kind of input."""
+        corpora = [
+            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size, training=True)
+            for parts in (self.human, self.web)
+            if parts
+        ]
+        if self.pairs:
+            tables = (
+                unweighted(part.read(shard), f"{part.path}, shard {shard:05d}")
+                for part in self.pairs
+                for shard in part.shards()
+            )
+            corpora.append(from_pairs(tables, size=size, training=True))
+        for images, verdicts in self.joined:
+            seen = images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS)
+            corpora.append(from_verdicts(*seen, size=size, training=True))
+        return corpora
+
+    def data(self, size: int) -> Pairs:
+        if self.options.stream:
+            return Streamed(PairStream(self.streamed()), size, self.options.loader_workers)
+        corpus = concat(self.corpora(size))
+        refuse_barren(self.streamed(), set(corpus.image_ids))
+        return Held(corpus)
+
+    def feed(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "mixing": shares(self.options.mix)}
+
+    def prepare(self, data: Pairs, model: Model, where: torch.device) -> None:
+        if not self.options.cache_features:
+            return
+        vision = model.config.vision
+        if not (getattr(vision, "trunk", "") and vision.trunk_frozen):
+            raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
+        assert isinstance(data, Held)
+        data.corpus = data.corpus.with_features(
+            lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)),
+            progress=lambda count: None,
+        )
+
+    def account(self, data: Pairs) -> dict[str, Any]:
+        return {"texts": len(data), "images": data.pictures, "by_source": data.texts_by_source()}
+
+    def named(self, data: Pairs) -> Iterator[pa.Table]:
+        texts = data.identities()
+        while some := list(itertools.islice(texts, NAMED)):
+            yield pa.table(dict(zip(("text_id", "image_id", "source"), zip(*some, strict=True), strict=True)))
+
+
+class ExampleSource(Source[TaskCorpus]):
+    """A task's examples with their pictures.
+
+    Args:
+        options: the stage's.
+        task: one of `capfilt.tables.contracts.TASKS`.
+        pictures: how many pictures an example must have; 0 for as many as it has.
+        classes: decides the classes from the training examples' answers; None where the task has its own.
+        weights: by examples part, the weight of its answers, where that is not 1.
+        swap: the chance of showing two pictures in the other order; None where there are not two.
+    """
+
+    rows, unit = EXAMPLE_ROWS, "examples"
+
+    def __init__(
+        self,
+        options: Any,
+        workspace: Workspace,
+        task: str,
+        pictures: int = 0,
+        classes: Callable[[Sequence[Any]], tuple[str, ...]] | tuple[str, ...] | None = None,
+        weights: Mapping[str, float] | None = None,
+        swap: float | None = None,
+    ) -> None:
+        self.options, self.task, self.pictures, self.classes = options, task, pictures, classes
+        self.weights, self.swap = weights or {}, swap
+        for name in ("examples", "images"):
+            if not getattr(options, name):
+                raise UserError(f"give at least one part of {name} (--{name})")
+        self.parts = {name: workspace.input("examples", name).check() for name in options.examples}
+        self.images = [workspace.input("images", name).check() for name in options.images]
+
+    def inputs(self) -> list[Part]:
+        return [*self.parts.values(), *self.images]
+
+    def outlook(self) -> str:
+        return f"{sum(part.rows for part in self.parts.values()):,} examples"
+
+    def data(self, size: int) -> TaskCorpus:
+        corpus = self._corpus(size, (*self.options.splits, None))
+        if not len(corpus):
+            raise UserError(
+                f"no examples of the task {self.task} to train on in "
+                f"{', '.join(str(part.path) for part in self.parts.values())} "
+                f"(left out: {corpus.skipped | corpus.deselected})"
+            )
+        given = set(corpus.example_ids)
+        for part in self.parts.values():
+            ids = (table["example_id"].to_pylist() for table in part.tables(["example_id"]))
+            if all(given.isdisjoint(some) for some in ids):
+                raise UserError(
+                    f"{part.path}: gives no example of the task {self.task} to train on; name another part, or leave it out"
+                )
+        return corpus
+
+    def feed(self) -> dict[str, Any]:
+        return {} if self.swap is None else {"swap": self.swap}
+
+    def account(self, data: TaskCorpus) -> dict[str, Any]:
+        return {"examples": len(data), "images": len(data.image_ids)}
+
+    def named(self, data: TaskCorpus) -> Iterator[pa.Table]:
+        yield pa.table({"example_id": data.example_ids})
+
+    def held_out(
+        self, model: Model, tokenizer: Any, size: int, **longest: Any
+    ) -> tuple[int, Iterator[Batch]]:
+        o = self.options
+        if not o.validate or "val" in o.splits:
+            return 0, iter(())
+        corpus = self._corpus(size, ("val",), o.validate, model)
+        if not len(corpus):
+            return 0, iter(())
+        return len(corpus), task_batches(corpus, tokenizer, o.batch_size, epochs=1, **longest)
+
+    def _corpus(
+        self, size: int, splits: tuple[str | None, ...], limit: int = 0, model: Model = None
+    ) -> TaskCorpus:
+        reading: dict[str, Any] = {"pictures": self.pictures} if self.pictures else {}
+        if self.classes is not None:
+            reading["classes"] = self.classes if model is None else model.labels
+        return from_examples(
+            (
+                (table, self.weights.get(name, 1.0))
+                for name, part in self.parts.items()
+                for table in part.tables((*NEEDED, "split"))
+            ),
+            (table for part in self.images for table in part.tables(PICTURE_COLUMNS)),
+            self.task,
+            splits,
+            size=size,
+            limit=limit,
+            training=True,
+            **reading,
+        )

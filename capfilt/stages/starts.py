@@ -1,0 +1,210 @@
+"""Where the model of a training comes from: a family's preset, a checkpoint as it is, or a task's model made of one.
+
+Not here: the rows that it learns from (`sources.py`), the training (`training.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from capfilt.data.cleaning import OF_QUESTIONS, trained
+from capfilt.errors import UserError
+from capfilt.models import Model, build, checkpoint, kind_named, kind_of, kinds
+from capfilt.models.family import ANSWERS, CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, Family, Kind, found
+from capfilt.tables.contracts import LABELS
+from capfilt.tables.ids import file_sha256
+from capfilt.tables.workspace import Workspace
+
+
+class Start(ABC):
+    """A model to train.
+
+    Attributes:
+        kind: its class of models; of a task, that of the checkpoint.
+        image_size: side of the pictures that it sees, in pixels.
+    """
+
+    kind: Kind
+    image_size: int
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the model, beside the options. JSON-able."""
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        """As `ShardStage.origins`."""
+        return {}
+
+    @abstractmethod
+    def planned(self) -> Any:
+        """The model's config, as far as it is known before any rows are read; no weights are loaded."""
+
+    @abstractmethod
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        """(the model, its tokenizer); `data` are the rows to train on."""
+
+
+class Preset(Start):
+    """A new model of a family: its preset, for a tokenizer that is given or learned, with towers that are given or fresh."""
+
+    def __init__(self, family: Family, options: Any) -> None:
+        self.family, self.kind, self.options = family, family.kinds[0], options
+        for name in ("vocab", "vision_init", "text_init"):
+            path = getattr(options, name, "")
+            if path and path != "corpus" and not Path(path).exists():
+                raise UserError(f"--{name.replace('_', '-')} {path}: no such file or directory")
+        self.image_size = int(options.image_size or self._config(1000).image_size)
+
+    def identity(self) -> Mapping[str, Any]:
+        vocab = Path(self.options.vocab)
+        file = vocab / "tokenizer.json" if vocab.is_dir() else vocab
+        digests = {"vocab": "corpus" if self.options.vocab == "corpus" else file_sha256(file)}
+        for name in ("vision_init", "text_init"):
+            if directory := getattr(self.options, name, ""):
+                digests[name] = file_sha256(Path(directory) / "model.safetensors")
+        return {"family": self.family.name, **digests}
+
+    def planned(self) -> Any:
+        # A vocabulary that is learned later is none that was published, whatever its size.
+        learned = self.options.vocab == "corpus"
+        return self._sized(SimpleNamespace(vocab_size=1000, pad_id=0) if learned else self._tokenizer(None))
+
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        tokenizer = self._tokenizer(data)
+        model = build(self._sized(tokenizer), seed=self.options.seed)
+        for side in ("vision", "text"):
+            if directory := getattr(self.options, f"{side}_init", ""):
+                getattr(importlib.import_module(self.family.code), f"start_{side}")(model, directory)
+        return model, tokenizer
+
+    def _tokenizer(self, data: Any) -> Any:
+        kind, vocab = self.family.kinds[0], self.options.vocab
+        cleaning = trained(kind.cleaning)
+        if vocab == "corpus":
+            return kind.tokenizer.train(data.texts(), self.options.vocab_size, cleaning=cleaning)
+        return kind.tokenizer.open(vocab).cleaned_as(cleaning)
+
+    def _config(self, vocab_size: int) -> Any:
+        return self.family.preset(self.options.preset, vocab_size)
+
+    def _sized(self, tokenizer: Any) -> Any:
+        """The preset for this tokenizer, with pictures and patches of the sizes that were asked for."""
+        config = self._config(tokenizer.vocab_size)
+        config = config.sized(self.image_size, getattr(self.options, "patch_size", 0), tokenizer.pad_id)
+        configured = getattr(importlib.import_module(self.family.code), "configured", None)
+        return configured(config, self.options) if configured else config
+
+
+class Checkpoint(Start):
+    """A checkpoint as it is.
+
+    Args:
+        able: whether a kind of model can be trained so. UserError names the kinds that can, where this one cannot.
+        stage, rows: the stage that trains, and the rows that it reads, for that message.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        name: str,
+        image_size: int,
+        able: Callable[[Kind], bool],
+        stage: str,
+        rows: str = PAIR_ROWS,
+    ) -> None:
+        self.path, self.name = workspace.model(name), name
+        made = checkpoint.read_config(self.path)
+        self.kind = kind_named(str(made["model_type"]))
+        if not able(self.kind):
+            other = f", which learns from {self.kind.rows}, and {stage} reads {rows}"
+            why = other if self.kind.rows != rows else ""
+            known = " or ".join(each.one for each in kinds() if able(each))
+            raise UserError(f"--init {self.path}: is {self.kind.one}{why}; start from {known}")
+        self.image_size = image_size or int(checkpoint.shape_of(self.path).image_size)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"init": checkpoint.fingerprint(self.path)}
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return checkpoint.origin(self.path, self.name)
+
+    def planned(self) -> Any:
+        return checkpoint.shape_of(self.path)
+
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        contents, _ = checkpoint.open_any(self.path, self.image_size)
+        return contents.model, contents.tokenizer
+
+
+class ForTask(Checkpoint):
+    """The model of a task: made of a pretrained model, or one of the task's own that is trained on.
+
+    Args:
+        form: the task's form (`capfilt.models.family`).
+        task: one of `capfilt.tables.contracts.TASKS`.
+    """
+
+    def __init__(self, workspace: Workspace, options: Any, form: str, task: str, stage: str) -> None:
+        self.form, self.task, self.options = form, task, options
+        super().__init__(
+            workspace,
+            options.init,
+            options.image_size,
+            lambda kind: form in (*kind.starts, *kind.forms),
+            stage,
+            EXAMPLE_ROWS,
+        )
+
+    def planned(self) -> Any:
+        shape = checkpoint.shape_of(self.path)
+        if self.form in self.kind.forms:
+            return shape
+        with torch.device("meta"):
+            return self._made(build(shape), LABELS[self.task] or ("a", "b"), seed=0, drop_path=0.0).config
+
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        contents, _ = checkpoint.open_any(self.path)
+        model, tokenizer = contents.model, contents.tokenizer
+        if self.image_size != model.config.image_size:
+            resize = getattr(model, "resize_image", None)
+            if resize is None:
+                raise UserError(
+                    f"--image-size {self.image_size}: {self.path} was trained with {model.config.image_size} and keeps it"
+                )
+            resize(self.image_size)
+        classes = LABELS[self.task] or data.classes
+        if not self._continues(model, classes):
+            model = self._made(model, classes, seed=self.options.seed, drop_path=self.options.drop_path)
+        if self.form == ANSWERS and kind_of(model).name != self.kind.name:
+            # A model that goes on answering questions has read them so, or never has.
+            tokenizer = tokenizer.cleaned_as(OF_QUESTIONS.get(tokenizer.cleaning, tokenizer.cleaning))
+        return model, tokenizer
+
+    def _made(self, model: Model, classes: tuple[str, ...], **options: Any) -> Model:
+        told = {"task": self.task, "classes": classes} if self.form == CLASSES else {}
+        return found(self.kind.starts[self.form])(model, **told, **options)
+
+    def _continues(self, model: Model, classes: tuple[str, ...]) -> bool:
+        """Whether the model is the task's own and can be trained on as it is: of other classes, its head is new."""
+        if self.form not in self.kind.forms:
+            return False
+        if self.form == ANSWERS:
+            return True
+        same = (model.pictures, model.labels) == (2 if self.form == PAIRS else 1, classes)
+        return bool(same and (self.form == PAIRS or model.config.task == self.task))
+
+
+def frozen(model: Model, kind: Kind, parts: tuple[str, ...]) -> None:
+    """Freeze these parts of a model; see `Kind.parts`."""
+    for part in parts:
+        for name in kind.parts[part]:
+            module = getattr(model, name, None)
+            if module is not None:
+                module.requires_grad_(False)
