@@ -33,6 +33,24 @@ Start = Callable[..., Any]
 """(pretrained model, seed=, drop_path=) -> the task's model; of CLASSES with task= and classes= as well."""
 
 
+ABILITIES: Mapping[str, tuple[str, ...]] = {
+    "features": ("encode_image",),
+    "embed": ("encode_image", "embed_image", "embed_text"),
+    "match": ("encode_image",),
+    "write": ("encode_image", "prefill_cross", "new_cache", "decode"),
+    "answer": ("encode_image", "encode_question", "answer_logits", "prefill_cross", "writer"),
+    "judge": ("judge", "labels", "pictures"),
+}
+"""What a model can do, and the methods that it then has: a model's `abilities` names some.
+
+features: `encode_image(images)`, tokens [B, N, D] or features [B, E] of pixels uint8 [B, 3, S, S].
+embed: `embed_image(encoded)` and `embed_text(ids, mask)`, fp32 unit vectors [B, E].
+match: `match_logits(ids, mask, cross)` with `prefill_cross(encoded)`, keys and values of images; or, without them,
+`match_pairs(encoded, ids, mask)`; fp32 logits [B, 2], index 1 = match.
+write: the decoder as `capfilt.Captioner` uses it. answer: as `models.common.answering.Answering`.
+judge: as `models.common.task_objectives.Judging`.
+A model may have `taken(ids, mask)`, the tokenizer's output as it reads it."""
+
 PARTS: Mapping[str, tuple[str, ...]] = {
     "vision": ("visual_encoder",),
     "text": ("text_encoder", "text_decoder"),

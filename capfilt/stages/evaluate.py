@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from capfilt.data.corpus import Corpus, from_images
 from capfilt.data.example_set import ExampleSet, read_examples
 from capfilt.errors import MissingInput, UserError
+from capfilt.inference.adapters import capable, opened
 from capfilt.models import checkpoint, kind_of
 from capfilt.models.common.precision import check_precision
 from capfilt.stages.base import Report, option_values
@@ -23,7 +24,6 @@ from capfilt.stages.results import ResultStage
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks import registry
-from capfilt.tasks.adapters import capable, opened
 from capfilt.tasks.intervals import LEVEL
 from capfilt.tasks.outcome import Outcome, pack
 from capfilt.tasks.registry import CAPTIONS, Task, Unsuited

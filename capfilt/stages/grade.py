@@ -16,6 +16,7 @@ from capfilt.data.images import BadImage
 from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
 from capfilt.formats.files import read_file
+from capfilt.inference.adapters import opened
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import GradeOptions
@@ -23,7 +24,6 @@ from capfilt.stages.results import ResultStage
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-from capfilt.tasks.adapters import opened
 from capfilt.tasks.filter_quality import kendall_tau_c_interval, roc_auc, roc_auc_interval, spearman
 from capfilt.tasks.pair_judging import score_pairs
 from capfilt.tasks.registry import check, chosen

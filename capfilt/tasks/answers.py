@@ -30,10 +30,10 @@ from capfilt.data.answers import (
     stripped,
 )
 from capfilt.errors import UserError
+from capfilt.inference.capabilities import AnswersQuestions
 from capfilt.inference.decoding import RELEASED
 from capfilt.tables.contracts import LABELS
 from capfilt.tables.workspace import expanded
-from capfilt.tasks.capabilities import AnswersQuestions
 from capfilt.tasks.outcome import Outcome, units
 from capfilt.tasks.registry import Unsuited
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capfilt.errors import RunError, UserError
-from capfilt.tasks.capabilities import GeneratesText
+from capfilt.inference.capabilities import GeneratesText
 
 MAX_N = 4
 CIDER_SIGMA = 6.0  # Vedantam et al., CVPR 2015, sec. 8 (CIDEr-D): sigma of the length penalty

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capfilt.errors import UserError
-from capfilt.tasks.capabilities import EmbedsImagesAndTexts
+from capfilt.inference.capabilities import EmbedsImagesAndTexts
 from capfilt.tasks.registry import Unsuited
 from capfilt.tasks.retrieval import COSINE_TIE
 

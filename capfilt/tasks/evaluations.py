@@ -18,9 +18,9 @@ from torch import Tensor
 from capfilt.data.corpus import Corpus
 from capfilt.data.example_set import ExampleSet, PixelBatches
 from capfilt.errors import UserError
+from capfilt.inference.capabilities import EmbedsImagesAndTexts, MatchesPairs
 from capfilt.inference.decoding import RELEASED
 from capfilt.tasks import classification, pair_judging
-from capfilt.tasks.capabilities import EmbedsImagesAndTexts, MatchesPairs
 from capfilt.tasks.captioning import bleu_parts, caption_metrics, evaluate_captioning
 from capfilt.tasks.classification import TEMPLATES, ClassificationResult
 from capfilt.tasks.coco_caption import coco_figures

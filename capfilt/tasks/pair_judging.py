@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from capfilt.errors import RunError
-from capfilt.tasks.capabilities import EmbedsImagesAndTexts, MatchesPairs
+from capfilt.inference.capabilities import EmbedsImagesAndTexts, MatchesPairs
 from capfilt.tasks.filter_quality import THRESHOLD, kendall_tau_c, roc_auc, spearman
 
 Floats = NDArray[np.float64]

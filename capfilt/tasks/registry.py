@@ -220,7 +220,7 @@ def _plain(text: str) -> str:
 
 def matrix() -> list[tuple[str, ...]]:
     """The tasks by the capabilities, as rows of a table with its head: needs, or one of (where another would do too)."""
-    from capfilt.tasks.capabilities import CAPABILITIES
+    from capfilt.inference.capabilities import CAPABILITIES
 
     rows: list[tuple[str, ...]] = [("task", "asks for", *CAPABILITIES)]
     for task in TASKS:

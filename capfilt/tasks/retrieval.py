@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from capfilt.errors import RunError, UserError
-from capfilt.tasks.capabilities import EmbedsImagesAndTexts, MatchesPairs
+from capfilt.inference.capabilities import EmbedsImagesAndTexts, MatchesPairs
 
 DEPTHS = (1, 5, 10)
 RERANK_K = 128  # BLIP's released Flickr30K configuration (k_test); its COCO configuration takes 256

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from capfilt.data.tokenizer import Tokenizer
+from capfilt.inference import adapters
 from capfilt.inference.captioner import Captioner
 from capfilt.models import build
 from capfilt.models.blip.model import BlipConfig
@@ -19,7 +20,6 @@ from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from capfilt.models.interop.contents import Contents
 from capfilt.plugins.clip import ClipScorer
-from capfilt.tasks import adapters
 
 
 def answers(native):
@@ -51,7 +51,7 @@ def test_who_computes_asks_there(monkeypatch):
     for module, name, answer in (
         ("capfilt.inference.engine", "auto_precision", "bf16"),
         ("capfilt.plugins.clip", "auto_precision", "bf16"),
-        ("capfilt.tasks.adapters", "auto_precision", "bf16"),
+        ("capfilt.inference.adapters", "auto_precision", "bf16"),
     ):
         monkeypatch.setattr(f"{module}.{name}", lambda _device, answer=answer: answer)
     tokenizer = Tokenizer.train(["a red square"] * 3, 60)
@@ -66,7 +66,7 @@ def test_who_computes_asks_there(monkeypatch):
         able = adapters.opened(Contents(model, tokenizer), precision=given).model
         with able._evaluating():
             assert torch.is_autocast_enabled("cpu") is half
-    assert adapters.WholeBlip(model, tokenizer, precision="fp32")._captioner.precision == "fp32"
+    assert adapters.adapted(model, tokenizer, precision="fp32")._captioner.precision == "fp32"
 
 
 def test_attention_in_bf16_on_a_processor_is_attention(monkeypatch):

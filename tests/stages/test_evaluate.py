@@ -11,6 +11,7 @@ import torch
 from capfilt.errors import RunError, UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
+from capfilt.inference.adapters import opened
 from capfilt.models import checkpoint
 from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
 from capfilt.models.interop.contents import halved
@@ -18,7 +19,6 @@ from capfilt.stages.evaluate import Evaluate, _Result
 from capfilt.stages.options import EvaluateOptions
 from capfilt.tables.contracts import EXAMPLES
 from capfilt.tables.manifest import Counts
-from capfilt.tasks.adapters import opened
 from capfilt.tasks.comparison import read_result
 from capfilt.tasks.outcome import Outcome, units
 from capfilt.tasks.registry import TASKS

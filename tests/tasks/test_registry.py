@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from capfilt.errors import UserError
+from capfilt.inference.capabilities import CAPABILITIES, capabilities
 from capfilt.stages.options import EvaluateOptions
 from capfilt.tables.contracts import TASKS as EXAMPLE_TASKS
-from capfilt.tasks.capabilities import CAPABILITIES, capabilities
 from capfilt.tasks.registry import CAPTIONS, TASKS, Task, check, chosen, matrix
 
 ROOT = Path(__file__).parents[2]

@@ -104,6 +104,13 @@ class Albef(nn.Module):
 
     # Images and texts by themselves.
 
+    abilities = ("features", "embed", "match")
+
+    @staticmethod
+    def taken(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Texts as this model reads them, of what the tokenizer gives."""
+        return without_end(ids, mask)
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
         out: Tensor = self.visual_encoder(images)

@@ -85,6 +85,7 @@ class AlbefClassifier(nn.Module):
     Where its classes have no text, one linear layer on the vision tower's [CLS], as a BlipClassifier's.
     """
 
+    abilities = ("features", "judge")
     pictures = 1
 
     def __init__(self, config: AlbefClassifierConfig) -> None:
@@ -156,6 +157,7 @@ class AlbefNlvr(AlbefClassifier):
     The two share the keys' and values' projections (ALBEF, sec. 5 and fig. 3b).
     """
 
+    abilities = ("features", "judge")
     pictures = 2
     config: AlbefNlvrConfig
 

@@ -101,6 +101,13 @@ class Blip(nn.Module):
 
     # Images and texts by themselves.
 
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """See `capfilt.models.family.ABILITIES`."""
+        judges = ("embed", "match") if self.config.half != "captioner" else ()
+        writes = ("write",) if self.config.half != "filter" else ()
+        return ("features", *judges, *writes)
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
         out: Tensor = self.visual_encoder(images)

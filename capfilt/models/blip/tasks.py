@@ -84,6 +84,7 @@ def _start(ids: Tensor, token: int) -> Tensor:
 class BlipClassifier(nn.Module):
     """See the module's docstring. Images, ids and masks are as in `Blip`; position 0 is overwritten here as there."""
 
+    abilities = ("features", "judge")
     pictures = 1
 
     def __init__(self, config: ClassifierConfig) -> None:
@@ -179,6 +180,7 @@ class BlipNlvr(nn.Module):
     """
 
     labels = LABELS["nlvr"]
+    abilities = ("features", "judge")
     pictures = 2
 
     def __init__(self, config: NlvrConfig) -> None:

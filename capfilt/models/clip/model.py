@@ -145,6 +145,8 @@ class Clip(nn.Module):
     Texts are ids int64 [B, L] = start ... end and padding after the end, whatever it is: nothing before reads it.
     """
 
+    abilities = ("features", "embed")
+
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
@@ -167,12 +169,12 @@ class Clip(nn.Module):
         out: Tensor = self.text_encoder(ids)
         return out
 
-    def embed_image(self, images: Tensor) -> Tensor:
-        """fp32 unit vectors [B, E]."""
-        return _unit(self.encode_image(images))
+    def embed_image(self, features: Tensor) -> Tensor:
+        """fp32 unit vectors [B, E] of an image's features [B, E]."""
+        return _unit(features)
 
-    def embed_text(self, ids: Tensor) -> Tensor:
-        """fp32 unit vectors [B, E]."""
+    def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """fp32 unit vectors [B, E]; a mask says nothing that the end token does not."""
         return _unit(self.encode_text(ids))
 
     def recompute_activations(self, on: bool = True) -> None:
@@ -327,7 +329,7 @@ class ClipTraining(nn.Module):
         """fp32 scalars: "loss" with gradient, and without one "contrast" (the same), "accuracy" (the share of images whose
         own text is the likeliest), "scale", "image_cosine" and "text_cosine" (`mean_cosine` of this rank's rows).
         """
-        images = self.model.embed_image(batch.images)
+        images = self.model.embed_image(self.model.encode_image(batch.images))
         texts = self.model.embed_text(batch.ids)
         rows = self.ranks.rows(len(images))
         every_image, every_text = rows.gather(images), rows.gather(texts)

@@ -35,6 +35,7 @@ class Answering(nn.Module, ABC):
     them. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
     """
 
+    abilities = ("features", "answer")
     config: VqaConfig
     visual_encoder: VisionTower
     text_encoder: TextTransformer

@@ -219,6 +219,15 @@ class Vilt(ViltBody):
                 "pretrain it, or take a checkpoint that has one"
             )
 
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """See `capfilt.models.family.ABILITIES`."""
+        return ("match",) if self.config.has in ("both", "match") else ()
+
+    def match_pairs(self, tokens: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """fp32 logits [B, 2], index 1 = match, of texts i with the patches [B, 1 + N, D] of pictures i."""
+        return self.match_logits(self.fuse(ids, mask, ImageTokens(tokens), first=True))
+
     def match_logits(self, states: States) -> Tensor:
         """fp32 logits [B, 2] of pairs, index 1 = match."""
         return exact(self.itm_head, self.pool(states))

@@ -48,6 +48,7 @@ class ViltClassifierConfig(Classified, ViltConfig):
 class ViltClassifier(ViltBody):
     """See the module's docstring. Ids, masks and pictures are as in `Vilt`."""
 
+    abilities = ("judge",)
     config: ViltClassifierConfig
 
     def __init__(self, config: ViltClassifierConfig) -> None:

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
+from capfilt.inference.adapters import adapted, opened
+from capfilt.inference.capabilities import (
+    EmbedsImagesAndTexts,
+    GeneratesText,
+    MatchesPairs,
+    RetrievesAndMatches,
+)
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
 from capfilt.models import build, preset
 from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
 from capfilt.models.interop.contents import Contents, halved
 from capfilt.models.vilt.tasks import pair_from_vilt
-from capfilt.tasks.adapters import AlbefCapabilities, BlipCapabilities, ViltCapabilities, opened
-from capfilt.tasks.capabilities import (
-    EmbedsImagesAndTexts,
-    GeneratesText,
-    MatchesPairs,
-    RetrievesAndMatches,
-)
 from capfilt.tasks.captioning import evaluate_captioning
 from capfilt.tasks.retrieval import evaluate_retrieval, from_embeddings
 
@@ -58,7 +58,7 @@ TEXTS = ["a dog", "a red cat sits on grass", "a", "a blue dog runs on red grass"
 
 
 def test_blip_is_what_the_protocols_ask_for(model, tokenizer):
-    able = BlipCapabilities(model, tokenizer)
+    able = adapted(model, tokenizer)
     assert isinstance(able, EmbedsImagesAndTexts)
     assert isinstance(able, MatchesPairs)
     assert isinstance(able, RetrievesAndMatches)
@@ -80,7 +80,7 @@ def test_the_captioner_is_what_captioning_asks_for(model, tokenizer, images):
 
 @pytest.mark.parametrize("pair_batch", [1, 2, 256])
 def test_every_pair_scores_as_it_does_alone(model, tokenizer, images, pair_batch):
-    able = BlipCapabilities(model, tokenizer, pair_batch=pair_batch)
+    able = adapted(model, tokenizer, pair_batch=pair_batch)
     tokens = able.encode_images(images)
     index = torch.tensor([0, 0, 0, 0, 0, 2, 2, 4])
     texts = [*TEXTS[:5], TEXTS[5], TEXTS[3], TEXTS[0]]
@@ -103,7 +103,7 @@ def test_an_albef_reads_texts_without_their_end(tokenizer, images, pair_batch):
     model = build(preset("albef", "tiny", tokenizer.vocab_size)).eval()
     with torch.no_grad():
         model.itm_head.weight.mul_(50)
-    able = AlbefCapabilities(model, tokenizer, pair_batch=pair_batch)
+    able = adapted(model, tokenizer, pair_batch=pair_batch)
     can = opened(Contents(model, tokenizer)).can
     assert can == ("embeds images and texts", "embeds images", "matches pairs")
     logits = able.match(able.encode_images(images), torch.tensor([0, 0, 0, 3]), TEXTS[:4])
@@ -119,7 +119,7 @@ def test_an_albef_reads_texts_without_their_end(tokenizer, images, pair_batch):
 
 
 def test_embeddings_are_unit_vectors_whatever_the_batch(model, tokenizer, images):
-    able = BlipCapabilities(model, tokenizer)
+    able = adapted(model, tokenizer)
     together, alone = able.embed_texts(TEXTS), torch.cat([able.embed_texts([text]) for text in TEXTS])
     assert torch.allclose(together, alone, atol=1e-5)
     assert torch.allclose(together.norm(dim=1), torch.ones(len(TEXTS)), atol=1e-5)
@@ -132,7 +132,7 @@ def test_training_goes_on_where_it_was(model, tokenizer, images):
     model.train()
     model.visual_encoder.eval()
     before = [module.training for module in model.modules()]
-    able = BlipCapabilities(model, tokenizer)
+    able = adapted(model, tokenizer)
     assert torch.equal(able.embed_texts(TEXTS), able.embed_texts(TEXTS))  # no dropout
     able.match(able.encode_images(images), torch.tensor([0]), ["a"])
     assert [module.training for module in model.modules()] == before
@@ -141,7 +141,7 @@ def test_training_goes_on_where_it_was(model, tokenizer, images):
 
 
 def test_retrieval_end_to_end_equals_the_whole_matrix(model, tokenizer, images):
-    able = BlipCapabilities(model, tokenizer, pair_batch=3)
+    able = adapted(model, tokenizer, pair_batch=3)
     owners = [0, 0, 1, 2, 4, 4]
     found = evaluate_retrieval(able, images.split(2), range(5), TEXTS, owners, rerank_k=100, token_memory=0)
     tokens = able.encode_images(images)
@@ -158,7 +158,7 @@ def test_retrieval_end_to_end_equals_the_whole_matrix(model, tokenizer, images):
 
 
 def test_the_probability_of_a_match_is_the_filter_s_score(model, tokenizer, images):
-    able = BlipCapabilities(model, tokenizer, pair_batch=2)
+    able = adapted(model, tokenizer, pair_batch=2)
     index = [0, 0, 1, 1, 4]
     found = able.match_probability(able.encode_images(images), torch.tensor(index), TEXTS[:5])
     scores = Filter(copy.deepcopy(model), tokenizer).score_texts(images, index, TEXTS[:5])
@@ -188,7 +188,7 @@ def vilt(tokenizer):
 
 @pytest.mark.parametrize("pair_batch", [1, 3, 256])
 def test_every_pair_of_a_vilt_scores_as_it_does_alone(vilt, tokenizer, images, pair_batch):
-    able = ViltCapabilities(vilt, tokenizer, pair_batch=pair_batch)
+    able = adapted(vilt, tokenizer, pair_batch=pair_batch)
     tokens = able.encode_images(images)
     index = torch.tensor([0, 0, 0, 0, 0, 2, 2, 4])
     texts = [*TEXTS[:5], TEXTS[5], TEXTS[3], TEXTS[0]]

@@ -1,7 +1,7 @@
-"""Models seen as what they can do: one adapter per class of model, and `opened`, which finds it for a checkpoint.
+"""Models seen as what they can do: `adapted` gives a model the methods of the protocols that its `abilities` name.
 
-What lives here: the way from a model and its tokenizer to the protocols of `capabilities`. A model that has the protocols'
-methods by itself needs no adapter. What does not: the evaluations.
+One adapter per ability, none per model: a family's model says what it can do, and has the methods of `family.ABILITIES`.
+Not here: the protocols (`capabilities.py`), the evaluations (`capfilt.tasks`).
 """
 
 from __future__ import annotations
@@ -9,31 +9,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from capfilt.data.answers import closed_up
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.errors import RunError
+from capfilt.errors import RunError, UserError
 from capfilt.inference.answering import rank_answers
+from capfilt.inference.capabilities import capabilities
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import TRANSFORMERS, Limits, beam_search
 from capfilt.models import build, kind_of
-from capfilt.models.albef.model import Albef, without_end
-from capfilt.models.albef.tasks import AlbefClassifier, AlbefNlvr, AlbefVqa
-from capfilt.models.blip.model import Blip
-from capfilt.models.blip.tasks import BlipClassifier, BlipNlvr, BlipVqa
-from capfilt.models.clip.model import Clip
 from capfilt.models.common.config import Shape
 from capfilt.models.common.precision import auto_precision
+from capfilt.models.family import ABILITIES
 from capfilt.models.interop.contents import Contents
-from capfilt.models.vilt.model import ImageTokens, Vilt
-from capfilt.models.vilt.tasks import ViltClassifier
-from capfilt.tasks.capabilities import capabilities
 
 
 @dataclass(frozen=True)
@@ -59,12 +52,25 @@ class Opened:
 def opened(contents: Contents, device: str | torch.device = "cpu", precision: str = "auto") -> Opened:
     """The model of a checkpoint on `device`, in evaluation mode, as what it can do; precision: auto, fp32 or bf16."""
     model = contents.model.to(device).eval()
-    adapt = ADAPTERS.get(type(model))
-    return Opened(
-        kind_of(model).who,
-        model.config.image_size,
-        adapt(model, contents.tokenizer, precision=precision) if adapt else model,
-    )
+    seen = adapted(model, contents.tokenizer, precision=precision)
+    return Opened(kind_of(model).who, model.config.image_size, seen)
+
+
+def adapted(model: Any, tokenizer: Any, *, precision: str = "auto", pair_batch: int = 256) -> Any:
+    """The model with the methods of the protocols that its abilities name; see `OnDevice`.
+
+    pair_batch: texts matched at a time. Raises UserError where the model lacks a method of an ability.
+    """
+    for ability in model.abilities:
+        for name in ABILITIES[ability]:
+            if not hasattr(model, name):
+                raise UserError(f"{type(model).__name__} has the ability {ability!r} and no {name}")
+    return _class(tuple(model.abilities))(model, tokenizer, precision=precision, pair_batch=pair_batch)
+
+
+@lru_cache(maxsize=32)
+def _class(abilities: tuple[str, ...]) -> type[OnDevice]:
+    return type("Adapted", (*(ADAPTERS[each] for each in abilities), OnDevice), {})
 
 
 def capable(config: Shape) -> tuple[str, ...]:
@@ -74,7 +80,7 @@ def capable(config: Shape) -> tuple[str, ...]:
     return opened(Contents(model, None), "meta").can
 
 
-class _OnDevice:
+class OnDevice:
     """A module and its tokenizer, called in evaluation mode, whatever mode it is in; texts are as long as in training.
 
     Every call switches to evaluation mode, without gradients, and back, so that a model may be evaluated in
@@ -82,10 +88,11 @@ class _OnDevice:
     (autocast); answers are float32.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, precision: str = "auto") -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, precision: str = "auto", pair_batch: int = 256) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._precision = precision
+        self._pair_batch = pair_batch
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +105,8 @@ class _OnDevice:
 
     def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         ids, mask = self._tokenizer.encode(texts, **self._model.config.reading)
+        taken = getattr(self._model, "taken", None)
+        ids, mask = taken(ids, mask) if taken else (ids, mask)
         return self._sent(ids), self._sent(mask)
 
     @contextlib.contextmanager
@@ -116,47 +125,50 @@ class _OnDevice:
                 module.training = True
 
 
-class _SeesImages(_OnDevice):
-    """One whose model has a vision tower."""
+class Features(OnDevice):
+    """A model with an image encoder."""
 
     def image_features(self, batch: Tensor) -> Tensor:
-        """Features float32 [B, Dv]: the [CLS] token after the vision tower's last LayerNorm, before any projection."""
+        """Features float32 [B, D]: the first token of the encoded image, or the one vector that a model makes of it."""
         with self._evaluating():
-            out: Tensor = self._model.encode_image(self._sent(batch))[:, 0].float()
-            return out
+            out: Tensor = self._model.encode_image(self._sent(batch)).float()
+        return out if out.dim() == 2 else out[:, 0]
 
 
-class BlipCapabilities(_SeesImages):
-    """A `Blip` with its filter's half as a dual encoder, a cross-encoder and an image encoder; see `_OnDevice`."""
-
-    def __init__(
-        self, model: Blip | Albef, tokenizer: Tokenizer, *, pair_batch: int = 256, precision: str = "auto"
-    ) -> None:
-        if isinstance(model, Blip):
-            model.require("filter")
-        super().__init__(model, tokenizer, precision=precision)
-        self._pair_batch = pair_batch
+class Sees(OnDevice):
+    """A model that reads texts with pictures that were encoded once."""
 
     def encode_images(self, batch: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] of pixels uint8 [B, 3, S, S], normalised floats or trunk features."""
+        """Image tokens [B, N, D] of pixels uint8 [B, 3, S, S], normalised floats or trunk features; N is 1 for one vector."""
         with self._evaluating():
-            out: Tensor = self._model.encode_image(self._sent(batch))
-            return out
+            found = self._model.encode_image(self._sent(batch))
+        # A model for pictures of any size gives their places too, which squares do not need.
+        out: Tensor = found if isinstance(found, Tensor) else found.tokens
+        return out[:, None] if out.dim() == 2 else out
+
+
+class Embeds(Sees):
+    """A dual encoder."""
 
     def embed_images(self, tokens: Tensor) -> Tensor:
         """Unit vectors float32 [B, E]."""
+        tokens = self._sent(tokens)
         with self._evaluating():
-            out: Tensor = self._model.embed_image(self._sent(tokens))
-            return out
+            out: Tensor = self._model.embed_image(tokens[:, 0] if tokens.shape[1] == 1 else tokens)
+        return out
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors float32 [T, E]."""
         with self._evaluating():
             out: Tensor = self._model.embed_text(*self._encode(texts))
-            return out
+        return out
+
+
+class Matches(Sees):
+    """A cross-encoder. Where texts attend to keys and values of an image, those are computed once per image."""
 
     def match(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
-        """Match logits float32 [P]; see `MatchesPairs.match`. Each image's keys and values are computed once."""
+        """Match logits float32 [P]; see `MatchesPairs.match`."""
         return self._matched(image_tokens, image_index, texts, lambda logits: logits[:, 1])
 
     def match_probability(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
@@ -164,6 +176,16 @@ class BlipCapabilities(_SeesImages):
         return self._matched(image_tokens, image_index, texts, lambda logits: logits.softmax(dim=1)[:, 1])
 
     def _matched(
+        self,
+        image_tokens: Tensor,
+        image_index: Tensor,
+        texts: Sequence[str],
+        read: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        way = self._by_image if hasattr(self._model, "prefill_cross") else self._by_pair
+        return way(image_tokens, image_index, texts, read)
+
+    def _by_image(
         self,
         image_tokens: Tensor,
         image_index: Tensor,
@@ -185,16 +207,33 @@ class BlipCapabilities(_SeesImages):
                 start += count
         return out
 
+    def _by_pair(
+        self,
+        image_tokens: Tensor,
+        image_index: Tensor,
+        texts: Sequence[str],
+        read: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        out = torch.empty(len(texts), dtype=torch.float32)
+        with self._evaluating():
+            ids, mask = self._encode(list(number))
+            tokens = self._sent(image_tokens)
+            which = torch.tensor([number[text] for text in texts], device=self.device)
+            assert mask is not None
+            lengths = mask.sum(dim=1)
+            # Neighbours of like length: a batch is padded to its longest text.
+            for rows in torch.split(lengths[which].argsort(), self._pair_batch):
+                chosen = which[rows]
+                longest = int(lengths[chosen].max())
+                seen = tokens[image_index.to(self.device)[rows]]
+                logits = self._model.match_pairs(seen, ids[chosen, :longest], mask[chosen, :longest])
+                out[rows.cpu()] = read(logits).cpu()
+        return out
 
-class AlbefCapabilities(BlipCapabilities):
-    """An `Albef` as the same: it reads texts without their end."""
 
-    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        return without_end(*super()._encode(texts))
-
-
-class BlipCaptioning(_SeesImages):
-    """A `Blip` with its captioner's half as a writer of captions and an image encoder."""
+class Writes(OnDevice):
+    """A writer of captions."""
 
     @cached_property
     def _captioner(self) -> Captioner:
@@ -205,11 +244,7 @@ class BlipCaptioning(_SeesImages):
         return self._captioner.caption(images, *args, **options)
 
 
-class WholeBlip(BlipCapabilities, BlipCaptioning):
-    """A `Blip` with both halves: everything that either can do."""
-
-
-class Answering(_SeesImages):
+class Answers(OnDevice):
     """A model that answers in words, as what answers questions."""
 
     def answer(
@@ -248,7 +283,7 @@ class Answering(_SeesImages):
         return best.cpu()
 
 
-class Classifying(_OnDevice):
+class Judges(OnDevice):
     """A model that judges texts with pictures, as a classifier of them."""
 
     @property
@@ -276,97 +311,12 @@ class Classifying(_OnDevice):
         return out
 
 
-class TowerClassifying(_SeesImages, Classifying):
-    """The same, of a model with a vision tower."""
-
-
-def _blip(model: Blip, tokenizer: Tokenizer, *, precision: str = "auto") -> _OnDevice:
-    if model.config.half == "captioner":
-        return BlipCaptioning(model, tokenizer, precision=precision)
-    seen = WholeBlip if model.config.half == "both" else BlipCapabilities
-    return seen(model, tokenizer, precision=precision)
-
-
-class ClipCapabilities(_OnDevice):
-    """A `Clip` as a dual encoder and an image encoder; see `_OnDevice`."""
-
-    def encode_images(self, batch: Tensor) -> Tensor:
-        """Features [B, 1, E] of pixels uint8 [B, 3, S, S]: a CLIP's image is one vector."""
-        with self._evaluating():
-            out: Tensor = self._model.encode_image(self._sent(batch))[:, None]
-            return out
-
-    def embed_images(self, tokens: Tensor) -> Tensor:
-        """Unit vectors float32 [B, E]."""
-        return F.normalize(tokens[:, 0].float(), dim=-1)
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors float32 [T, E]."""
-        with self._evaluating():
-            out: Tensor = self._model.embed_text(self._encode(texts)[0])
-            return out
-
-    def image_features(self, batch: Tensor) -> Tensor:
-        """Features float32 [B, E], as CLIP's own linear probe takes them: projected, not normalised (its README)."""
-        with self._evaluating():
-            out: Tensor = self._model.encode_image(self._sent(batch)).float()
-            return out
-
-
-class ViltCapabilities(_OnDevice):
-    """A `Vilt` as a cross-encoder: every pair is a pass of its own; see `_OnDevice`."""
-
-    def __init__(
-        self, model: Vilt, tokenizer: Tokenizer, *, pair_batch: int = 256, precision: str = "auto"
-    ) -> None:
-        model.require("match")
-        super().__init__(model, tokenizer, precision=precision)
-        self._pair_batch = pair_batch
-
-    def encode_images(self, batch: Tensor) -> Tensor:
-        """Patches as tokens [B, 1 + N, D] of pixels uint8 [B, 3, S, S]: all that can be done without a text."""
-        with self._evaluating():
-            out: Tensor = self._model.encode_image(self._sent(batch)).tokens
-            return out
-
-    def match(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
-        """Match logits float32 [P]; see `MatchesPairs.match`."""
-        return self._matched(image_tokens, image_index, texts)[:, 1]
-
-    def match_probability(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
-        """Softmax float32 [P] of the two logits at "match"."""
-        return self._matched(image_tokens, image_index, texts).softmax(dim=1)[:, 1]
-
-    def _matched(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str]) -> Tensor:
-        number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-        out = torch.empty(len(texts), 2, dtype=torch.float32)
-        with self._evaluating():
-            ids, mask = self._encode(list(number))
-            tokens = self._sent(image_tokens)
-            which = torch.tensor([number[text] for text in texts], device=self.device)
-            assert mask is not None
-            lengths = mask.sum(dim=1)
-            # Neighbours of like length: a batch is padded to its longest text.
-            for rows in torch.split(lengths[which].argsort(), self._pair_batch):
-                chosen = which[rows]
-                longest = int(lengths[chosen].max())
-                images = ImageTokens(tokens[image_index.to(self.device)[rows]])
-                states = self._model.fuse(ids[chosen, :longest], mask[chosen, :longest], images, first=True)
-                out[rows.cpu()] = self._model.match_logits(states).cpu()
-        return out
-
-
-ADAPTERS: dict[type[nn.Module], Callable[..., object]] = {
-    Blip: _blip,
-    BlipVqa: Answering,
-    BlipNlvr: TowerClassifying,
-    BlipClassifier: TowerClassifying,
-    Clip: ClipCapabilities,
-    Vilt: ViltCapabilities,
-    ViltClassifier: Classifying,
-    Albef: AlbefCapabilities,
-    AlbefVqa: Answering,
-    AlbefNlvr: TowerClassifying,
-    AlbefClassifier: TowerClassifying,
+ADAPTERS: dict[str, type[OnDevice]] = {
+    "features": Features,
+    "embed": Embeds,
+    "match": Matches,
+    "write": Writes,
+    "answer": Answers,
+    "judge": Judges,
 }
-"""What a class of model is evaluated through."""
+"""By ability, the methods that an evaluation uses."""
