@@ -22,17 +22,15 @@ from capfilt.errors import MissingInput, UserError
 from capfilt.models import Model, kind_named, kind_of, kinds
 from capfilt.models.blip.model import Blip
 from capfilt.models.common.config import Shape
-from capfilt.models.common.weights import check_tensors, read_safetensors, tensors, write_safetensors
-from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import (
-    LEFTOVERS,
-    Contents,
-    assemble,
-    cleaning_of,
+from capfilt.models.common.weights import (
+    check_tensors,
     read_json,
-    remember,
-    remembered,
+    read_safetensors,
+    tensors,
+    write_safetensors,
 )
+from capfilt.models.interop import layouts
+from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble, cleaning_of, remember, remembered
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import sync_directory
 from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file

@@ -33,6 +33,12 @@ Start = Callable[..., Any]
 """(pretrained model, seed=, drop_path=) -> the task's model; of CLASSES with task= and classes= as well."""
 
 
+CONFIG = ("from_dict", "to_dict", "for_vocabulary", "sized", "image_size", "vocab_size", "reading")
+"""The attributes of a family's configurations: `models.common.config.Shape` has them."""
+
+MODEL = ("abilities", "recompute_activations")
+"""The attributes of a family's models, beside the methods of their abilities."""
+
 ABILITIES: Mapping[str, tuple[str, ...]] = {
     "features": ("encode_image",),
     "embed": ("encode_image", "embed_image", "embed_text"),
@@ -161,13 +167,42 @@ class Family:
 
     def part(self, name: str) -> Any:
         """An attribute of the family's code. UserError naming it where it is missing, or the module where there is none."""
+        return self._found(f"{self.code}:{name}")
+
+    def check(self) -> None:
+        """UserError naming the first part of the protocol that is missing: see the attributes above and `ABILITIES`."""
+        for name in ("PRESETS", "objective"):
+            self.part(name)
+        for kind in self.kinds:
+            config, model = self._found(kind.config_path), self._found(kind.model_path)
+            for owner, names in ((config, CONFIG), (model, MODEL)):
+                self._check(owner, names)
+            if isinstance(model.abilities, tuple):
+                unknown = [each for each in model.abilities if each not in ABILITIES]
+                if unknown:
+                    raise UserError(
+                        f"model family {self.name}: the ability {unknown[0]!r}: choose {', '.join(ABILITIES)}"
+                    )
+                self._check(model, tuple(name for each in model.abilities for name in ABILITIES[each]))
+            for path in (*kind.starts.values(), *kind.learns.values()):
+                self._found(path)
+        for path in self.starts.values():
+            self._found(path)
+
+    def _check(self, owner: Any, names: tuple[str, ...]) -> None:
+        for name in names:
+            if not hasattr(owner, name):
+                raise UserError(f"model family {self.name}: {owner.__name__} has no {name}")
+
+    def _found(self, path: str) -> Any:
+        module, _, name = path.partition(":")
         try:
-            module = importlib.import_module(self.code)
+            code = importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f"model family {self.name}: {self.code} cannot be imported ({error})") from error
-        if not hasattr(module, name):
-            raise UserError(f"model family {self.name}: {self.code} has no {name}")
-        return getattr(module, name)
+            raise UserError(f"model family {self.name}: {module} cannot be imported ({error})") from error
+        if not hasattr(code, name):
+            raise UserError(f"model family {self.name}: {module} has no {name}")
+        return getattr(code, name)
 
     def preset(self, name: str, vocab_size: int) -> Any:
         """The config of a preset for a tokenizer of `vocab_size`; UserError for an unknown name."""
@@ -179,7 +214,5 @@ class Family:
     def objective(self, model: Any, tokenizer: Any, options: Any, ranks: Any) -> Any:
         """The model under the family's losses."""
         module = self.part("objective")(model, tokenizer, options, ranks)
-        for name in ("losses", "blocks"):
-            if not callable(getattr(module, name, None)):
-                raise UserError(f"model family {self.name}: {type(module).__name__} has no {name}")
+        self._check(type(module), ("losses", "blocks"))
         return module

@@ -32,8 +32,8 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
 """The plug-ins that come with capfilt. pyproject.toml declares the same; a plain checkout has no metadata to find them in."""
 
 _CHECKPOINTS = {
-    CAPTIONERS: "capfilt.plugins.blip:BlipCaptioner",
-    SCORERS: "capfilt.plugins.blip:BlipFilter",
+    CAPTIONERS: "capfilt.plugins.checkpoints:BlipCaptioner",
+    SCORERS: "capfilt.plugins.checkpoints:open_filter",
 }
 _ASKED = {CAPTIONERS: "caption", SCORERS: "score"}
 

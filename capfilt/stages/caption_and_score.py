@@ -15,7 +15,7 @@ from typing import Any
 from capfilt.errors import RunError, UserError
 from capfilt.inference.engine import same_tower
 from capfilt.models import checkpoint
-from capfilt.plugins.blip import BlipCaptioner, BlipFilter
+from capfilt.plugins.checkpoints import BlipCaptioner, BlipFilter
 from capfilt.plugins.registry import SCORERS, reference
 from capfilt.stages.base import Produced
 from capfilt.stages.caption import CaptionRows, CaptionStage

@@ -19,8 +19,8 @@ from capfilt.models import checkpoint, kind_of
 from capfilt.models.common.precision import check_precision
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.options import EvaluateOptions
-from capfilt.stages.pair_training import IMAGE_COLUMNS
 from capfilt.stages.results import ResultStage
+from capfilt.stages.sources import IMAGE_COLUMNS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks import registry

@@ -55,6 +55,7 @@ class Preset(Start):
     """A new model of a family: its preset, for a tokenizer that is given or learned, with towers that are given or fresh."""
 
     def __init__(self, family: Family, options: Any) -> None:
+        family.check()
         self.family, self.kind, self.options = family, family.kinds[0], options
         for name in ("vocab", "vision_init", "text_init"):
             path = getattr(options, name, "")

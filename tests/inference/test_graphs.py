@@ -20,7 +20,7 @@ from capfilt.inference.captioner import Captioner
 from capfilt.inference.decoding import Limits, beam_search, sample
 from capfilt.inference.graphs import RECORDING, CudaGraphs, RecordedWriter
 from capfilt.inference.sampling import uniforms
-from capfilt.plugins.blip import BlipCaptioner
+from capfilt.plugins.checkpoints import BlipCaptioner
 from tests.inference.tape import taped
 
 
@@ -332,7 +332,7 @@ def test_pinned_memory_waits_for_a_recording(monkeypatch):
         asked.append((pin_memory, RECORDING.locked()))
         return torch.zeros(shape, dtype=dtype)
 
-    monkeypatch.setattr("capfilt.plugins.blip.torch.empty", empty)
+    monkeypatch.setattr("capfilt.plugins.checkpoints.torch.empty", empty)
     assert plugin.gather(pixels).shape == (2, 3, 2, 2)
     plugin.engine.device = torch.device("cpu")
     plugin.gather(pixels)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
 from capfilt.models.common.vision import VisionTower, resize_position_embedding
-from capfilt.models.common.weights import check_tensors, read_safetensors
-from capfilt.models.interop.contents import read_json
+from capfilt.models.common.weights import check_tensors, read_json, read_safetensors
 
 _VIT_BLOCK = {
     "layernorm_before": "norm1",

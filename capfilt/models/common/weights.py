@@ -5,6 +5,7 @@ Which name means what in another project's layout is `capfilt.models.interop`'s.
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from capfilt.data.tokenizer import read_text
 from capfilt.errors import RunError, UserError
 
 SHOWN = 5
@@ -199,3 +201,20 @@ def start_from(model: nn.Module, state: Mapping[str, Tensor], new: Callable[[str
         raise ValueError(f"{len(lost)} tensors have no start or no place: {listed(lost)}")
     for name, tensor in state.items():
         own[name].copy_(tensor)
+
+
+MOST_CONFIG = 2**22
+"""Bytes of a config, with the names of a hundred thousand classes."""
+
+
+def read_json(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes; UserError naming it where it is missing or none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = json.loads(read_text(path, most))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})".splitlines()[0]) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content

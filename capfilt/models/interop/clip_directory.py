@@ -13,7 +13,7 @@ from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models.clip.model import Clip, ClipConfig
 from capfilt.models.common.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.common.weights import write_safetensors
+from capfilt.models.common.weights import read_json, write_safetensors
 from capfilt.models.interop.clip_layouts import (
     TRANSFORMERS,
     exported,
@@ -24,7 +24,6 @@ from capfilt.models.interop.clip_layouts import (
 from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
-    read_json,
     read_settings,
     refuse_trunk,
     remember,

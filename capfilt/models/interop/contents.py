@@ -18,18 +18,22 @@ from torch import Tensor
 
 import capfilt
 from capfilt.data.cleaning import BLIP, CLEANINGS, CLIP, CLIP_UNREPAIRED
-from capfilt.data.tokenizer import Encodes, read_text
+from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import Model, build, family_of, kind_of
 from capfilt.models.blip.model import Blip
 from capfilt.models.common.config import Shape
 from capfilt.models.common.vision import resize_position_embedding
-from capfilt.models.common.weights import fill, listed, read_safetensors, write_safetensors
+from capfilt.models.common.weights import (
+    fill,
+    listed,
+    read_json,
+    read_safetensors,
+    write_safetensors,
+)
 from capfilt.models.interop.keymaps import POSITION_IDS, TIED, reason
 
 LEFTOVERS, SETTINGS = "leftovers.safetensors", "capfilt.json"
-MOST_CONFIG = 2**22
-"""Bytes of a config, with the names of a hundred thousand classes."""
 S = TypeVar("S", bound=Shape)
 
 
@@ -292,19 +296,6 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(settings, dict) or not isinstance(extra, dict):
         raise UserError(f"{directory / SETTINGS}: fields 'settings' and 'extra' are missing; remove the file")
     return settings, extra
-
-
-def read_json(path: Path, most: int = MOST_CONFIG) -> dict[str, Any]:
-    """The object in a JSON file of at most so many bytes; UserError naming it where it is missing or none."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        content = json.loads(read_text(path, most))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})".splitlines()[0]) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
 
 
 def architecture(path: Path, content: Mapping[str, Any], classes: Collection[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from capfilt.errors import MissingInput, UserError
 from capfilt.models import kind_of
 from capfilt.models.common.config import Shape
+from capfilt.models.common.weights import read_json
 from capfilt.models.interop import (
     clip_directory,
     openai_layout,
@@ -23,7 +24,7 @@ from capfilt.models.interop import (
     transformers_layout,
     vilt_directory,
 )
-from capfilt.models.interop.contents import Contents, cleaning_of, read_cleaning, read_json
+from capfilt.models.interop.contents import Contents, cleaning_of, read_cleaning
 from capfilt.tables.ids import file_sha256
 
 CAPFILT, TRANSFORMERS, ORIGINAL, OPENAI = "capfilt", "transformers", "original", "openai"

@@ -20,6 +20,7 @@ from capfilt.models.common.vision import CLIP_MEAN, CLIP_STD
 from capfilt.models.common.weights import (
     archive_members,
     listed,
+    read_json,
     read_pickled,
     read_safetensors,
     write_safetensors,
@@ -30,7 +31,6 @@ from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
     NoHome,
-    read_json,
     read_settings,
     refuse_trunk,
     remember,

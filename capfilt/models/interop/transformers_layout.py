@@ -21,7 +21,7 @@ from capfilt.models import Model, family_of
 from capfilt.models.blip.model import LARGE, Blip, BlipConfig
 from capfilt.models.common.answering import VqaConfig
 from capfilt.models.common.vision import CLIP_MEAN, CLIP_STD
-from capfilt.models.common.weights import listed, read_pickled, read_safetensors, write_safetensors
+from capfilt.models.common.weights import listed, read_json, read_pickled, read_safetensors, write_safetensors
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     LEFTOVERS,
@@ -34,7 +34,6 @@ from capfilt.models.interop.contents import (
     halved,
     no_blip,
     read_beside,
-    read_json,
     read_settings,
     refuse_convolutions,
     remember,

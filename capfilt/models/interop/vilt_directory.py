@@ -17,14 +17,13 @@ from torch import Tensor
 from capfilt.data.tokenizer import ADDED, CLS, MASK, PAD, SEP, UNK
 from capfilt.errors import UserError
 from capfilt.models.common.config import Shape
-from capfilt.models.common.weights import listed, write_safetensors
+from capfilt.models.common.weights import listed, read_json, write_safetensors
 from capfilt.models.interop import vocabulary
 from capfilt.models.interop.contents import (
     SETTINGS,
     Contents,
     architecture,
     assemble,
-    read_json,
     read_settings,
     refuse_trunk,
     remember,

@@ -24,7 +24,7 @@ from capfilt.data.tokenizer import (
     Tokenizer,
 )
 from capfilt.errors import UserError
-from capfilt.models.interop.contents import read_json
+from capfilt.models.common.weights import read_json
 
 VOCABULARY = "vocab.txt"
 BERT_SIZE = 30522
