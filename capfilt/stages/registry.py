@@ -164,7 +164,7 @@ STAGES = (
     StageCommand(
         ("finetune", "text-assignment"),
         stage_options.FinetuneTextAssignmentOptions,
-        ("capfilt.stages.text_assignment:FinetuneTextAssignment",),
+        ("capfilt.stages.train:FinetuneTextAssignment",),
         ("capfilt finetune text-assignment --init albef --human coco --web cc3m",),
     ),
     StageCommand(
@@ -176,7 +176,7 @@ STAGES = (
             "capfilt finetune vqa --closed --examples vqav2 --images coco --out vqa-closed",
             "capfilt finetune vqa --examples vqav2 --examples vg --answer-weight vg=0.2 --images coco --images vg",
         ),
-        instead=("closed", "capfilt.stages.classifier_training:FinetuneClosedVqa"),
+        instead=("closed", "capfilt.stages.task_training:FinetuneClosedVqa"),
     ),
     StageCommand(
         ("finetune", "nlvr"),
@@ -186,18 +186,18 @@ STAGES = (
             "capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",
             "capfilt finetune nlvr --single --init pretrained --examples nlvr --images nlvr",
         ),
-        instead=("single", "capfilt.stages.classifier_training:FinetuneSingleNlvr"),
+        instead=("single", "capfilt.stages.task_training:FinetuneSingleNlvr"),
     ),
     StageCommand(
         ("finetune", "entailment"),
         stage_options.FinetuneEntailmentOptions,
-        ("capfilt.stages.classifier_training:FinetuneEntailment",),
+        ("capfilt.stages.task_training:FinetuneEntailment",),
         ("capfilt finetune entailment --init pretrained --examples snli-ve --images flickr30k",),
     ),
     StageCommand(
         ("finetune", "classification"),
         stage_options.FinetuneClassificationOptions,
-        ("capfilt.stages.classifier_training:FinetuneClassification",),
+        ("capfilt.stages.task_training:FinetuneClassification",),
         ("capfilt finetune classification --init pretrained --examples cifar10 --images cifar10",),
     ),
     StageCommand(

@@ -73,7 +73,7 @@ def finetune(place, name, **options):
     command = stage_command(name)
     made = command.options(**{**FAST, "examples": (part,), "out": "made", **own, **options})
     (path,) = command.classes(made)
-    assert path.startswith("capfilt.stages.classifier_training:")
+    assert path.startswith("capfilt.stages.task_training:")
     return run_stage(command.build(path, made, place), InlineExecutor(), quiet=True)
 
 
