@@ -6,28 +6,76 @@ Light: each imports what it needs when it runs.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from capfilt.stages.options import INPUTS, MACHINE
 from capfilt.tables.visible import say
+
+
+def completer(kind: str, choices: Sequence[str] = ()) -> Callable[[typer.Context, str], list[str]]:
+    """What a shell offers for an option: its `choices`, or the names of what the workspace has of a `kind`.
+
+    `kind` is a table, "model", "result" or "recipe". Where nothing is offered, a shell offers files.
+    """
+    folder = {"model": "models", "result": "runs"}.get(kind, kind)
+
+    def complete(context: typer.Context, incomplete: str) -> list[str]:
+        if kind == "recipe":
+            from capfilt.resources import list_recipes
+
+            return list_recipes()
+        place = Path(context.params.get("workspace") or ".") / folder
+        if choices or kind in ("", "path") or not place.is_dir():
+            return [*choices]
+        names = sorted(each.stem if kind == "result" else each.name for each in place.iterdir())
+        return [name for name in names if not name.startswith(".")]
+
+    return complete
+
+
+def _choice(flag: str, help: str, *choices: str) -> Any:
+    return typer.Option(flag, help=help, autocompletion=completer("", choices))
+
 
 WORKSPACE = Annotated[
     str,
-    typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
+    typer.Option(
+        "--workspace",
+        "-w",
+        envvar="CAPFILT_WORKSPACE",
+        help="directory of everything of a run",
+        rich_help_panel=INPUTS,
+    ),
 ]
-EXECUTION_HELP = (
-    "auto: on Ray where RAY_ADDRESS is set, for several GPUs, or for over a minute's work of several shards, else in this "
-    "process; ray: on the cluster at RAY_ADDRESS, else on this machine; inline: in this process"
-)
+ALLOW_INCOMPLETE = Annotated[
+    bool,
+    typer.Option(
+        "--allow-incomplete", help="read parts that are not whole; the output says so", rich_help_panel=INPUTS
+    ),
+]
 EXECUTION = Annotated[
     str,
-    typer.Option("--execution", help=EXECUTION_HELP),
+    typer.Option(
+        "--execution",
+        help="inline: in this process; ray: on a cluster or this machine; auto: ray for long work",
+        autocompletion=completer("", ("auto", "ray", "inline")),
+        rich_help_panel=MACHINE,
+    ),
 ]
-QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress", rich_help_panel=MACHINE)]
 SETTINGS = Annotated[
     list[str] | None,
     typer.Option("--set", help="INPUT=VALUE or STEP.OPTION=VALUE; repeatable", show_default=False),
+]
+RECIPE = Annotated[
+    str,
+    typer.Argument(
+        help="name of a recipe that comes with capfilt, or a YAML file", autocompletion=completer("recipe")
+    ),
 ]
 
 EXAMPLES = {
@@ -64,7 +112,7 @@ EXAMPLES = {
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="name of a recipe that comes with capfilt, or a YAML file")],
+    recipe: RECIPE,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="only this step; repeatable", show_default=False)
     ] = None,
@@ -72,9 +120,7 @@ def run(
         str, typer.Option("--from", help="this step and those after it", show_default=False)
     ] = "",
     settings: SETTINGS = None,
-    allow_incomplete: Annotated[
-        bool, typer.Option("--allow-incomplete", help="read parts that are not whole; the outputs say so")
-    ] = False,
+    allow_incomplete: ALLOW_INCOMPLETE = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")
     ] = False,
@@ -101,7 +147,7 @@ def quickstart(
     out: Annotated[str, typer.Option("--out", help="directory to make the workspace in")] = "quickstart",
     size: Annotated[
         str,
-        typer.Option("--size", help="full (about a quarter of an hour on 2 cores) or small (a few minutes)"),
+        _choice("--size", "full (a quarter of an hour on 2 cores) or small (minutes)", "full", "small"),
     ] = "full",
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="of the generated world and of the training")
@@ -121,7 +167,7 @@ def query(
     ] = "",
     format: Annotated[
         str,
-        typer.Option("--format", help="table, json or csv; a terminal gets control characters as escapes"),
+        _choice("--format", "table, json or csv; a terminal gets escapes", "table", "json", "csv"),
     ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
@@ -136,10 +182,14 @@ def compare(
     results: Annotated[
         list[str],
         typer.Argument(
-            help="results in runs/, or paths; others are compared with the first", metavar="RUN..."
+            help="results in runs/, or paths; others are compared with the first",
+            metavar="RUN...",
+            autocompletion=completer("result"),
         ),
     ],
-    format: Annotated[str, typer.Option("--format", help="table, markdown or json")] = "table",
+    format: Annotated[
+        str, _choice("--format", "table, markdown or json", "table", "markdown", "json")
+    ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
     """Show a result of evaluate, or set several side by side and say which differences are outside their interval."""
@@ -224,12 +274,19 @@ def recipe_list() -> None:
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="checkpoint, in any layout: a name in the workspace, or a path (./NAME)")
+        str,
+        typer.Argument(
+            help="checkpoint, in any layout: a name in the workspace, or a path (./NAME)",
+            autocompletion=completer("model"),
+        ),
     ],
-    to: Annotated[str, typer.Option("--to", help="transformers, original (.pth), openai (CLIP) or capfilt")],
+    to: Annotated[
+        str,
+        _choice("--to", "layout to write; original: a .pth", "transformers", "original", "openai", "capfilt"),
+    ],
     out: Annotated[str, typer.Option("--out", help="directory to make")],
     only: Annotated[
-        str, typer.Option("--only", help="captioner or filter: that half of the model", show_default=False)
+        str, _choice("--only", "captioner or filter: that half of the model", "captioner", "filter")
     ] = "",
     image_size: Annotated[
         int,
@@ -246,7 +303,7 @@ def export(
 
 
 def recipe_show(
-    name: Annotated[str, typer.Argument(help="name of a recipe that comes with capfilt, or a YAML file")],
+    name: RECIPE,
     resolved: Annotated[
         bool, typer.Option("--resolved", help="every option of every step, defaults included")
     ] = False,

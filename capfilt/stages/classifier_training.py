@@ -18,7 +18,7 @@ from capfilt.errors import UserError
 from capfilt.models.kinds import CLASSES, Judges, Model, Start
 from capfilt.models.ranks import Ranks
 from capfilt.models.task_objectives import ClassifierTraining
-from capfilt.stages.options import (
+from capfilt.stages.task_options import (
     FinetuneClassificationOptions,
     FinetuneEntailmentOptions,
     FinetuneNlvrOptions,

@@ -18,8 +18,8 @@ from capfilt.models.clip import Clip, ClipConfig, build_clip
 from capfilt.models.contrast import ClipTraining, ContrastConfig
 from capfilt.models.presets import clip_preset
 from capfilt.models.ranks import Ranks
-from capfilt.stages.options import RetrainOptions
 from capfilt.stages.train import Retrain
+from capfilt.stages.training_options import RetrainOptions
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 

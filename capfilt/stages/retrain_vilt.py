@@ -16,8 +16,8 @@ from capfilt.models.presets import vilt_preset
 from capfilt.models.pretrained import load_vit_into_vilt
 from capfilt.models.ranks import Ranks
 from capfilt.models.vilt import Vilt, ViltConfig, build_vilt
-from capfilt.stages.options import RetrainOptions
 from capfilt.stages.train import Retrain
+from capfilt.stages.training_options import RetrainOptions
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 

@@ -36,7 +36,7 @@ from capfilt.models.kinds import (
 )
 from capfilt.models.ranks import ALONE, Ranks
 from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
-from capfilt.stages.options import FinetuneNlvrOptions, FinetuneVqaOptions
+from capfilt.stages.task_options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.training import Training
 from capfilt.tables.contracts import LABELS
 from capfilt.tables.shards import Part

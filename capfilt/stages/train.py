@@ -33,7 +33,9 @@ from capfilt.models.pretrained import load_bert, load_vit
 from capfilt.models.pretraining import PretrainingConfig
 from capfilt.models.ranks import Ranks
 from capfilt.models.vilt import Vilt
-from capfilt.stages.options import (
+from capfilt.stages.pair_training import IMAGE_COLUMNS, PairTraining
+from capfilt.stages.pairs import Pairs
+from capfilt.stages.training_options import (
     RETRAINED,
     FinetuneCaptionerOptions,
     FinetuneFilterOptions,
@@ -41,8 +43,6 @@ from capfilt.stages.options import (
     PretrainOptions,
     RetrainOptions,
 )
-from capfilt.stages.pair_training import IMAGE_COLUMNS, PairTraining
-from capfilt.stages.pairs import Pairs
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace

@@ -32,10 +32,9 @@ from capfilt.models import checkpoint, kinds
 from capfilt.models.config import Shape
 from capfilt.models.interop.export import homes, places
 from capfilt.models.kinds import Model, empty
-from capfilt.models.precision import check_precision
 from capfilt.models.ranks import Ranks
 from capfilt.stages.base import ModelStage, Report, option_values
-from capfilt.stages.options import LoopOptions, foreign
+from capfilt.stages.training_options import LoopOptions, foreign
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -91,7 +90,6 @@ class Training(ModelStage, Generic[D]):
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
         self.output = output.path if output else workspace.model(options.out)
-        check_precision(options.precision)
         if not (options.steps or options.epochs):
             raise UserError("--steps, or --epochs, must be above 0")
         if options.batch_size < self.least:

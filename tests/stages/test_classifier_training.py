@@ -18,9 +18,9 @@ from capfilt.models import checkpoint
 from capfilt.models.classifier import BlipClassifier
 from capfilt.models.ranks import ALONE
 from capfilt.models.vilt_classifier import ViltClassifier
-from capfilt.stages import options as o
 from capfilt.stages.classifier_training import FinetuneClosedVqa
-from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.evaluate.stage import Evaluate
 from capfilt.stages.registry import stage_command
 from capfilt.stages.task_training import FinetuneVqa
 from capfilt.tables.workspace import Workspace
@@ -79,7 +79,7 @@ def finetune(place, name, **options):
 
 
 def evaluate(place, task, part, **options):
-    made = o.EvaluateOptions(
+    made = EvaluateOptions(
         **{"model": "made", "images": "pictures", "examples": (part,), "tasks": (task,), "split": "val",
            "resamples": 20, "out": f"{task}-result", **options}
     )  # fmt: skip

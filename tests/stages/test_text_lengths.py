@@ -18,15 +18,21 @@ from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
 from capfilt.models.albef import build_albef, without_end
 from capfilt.models.presets import albef_preset
-from capfilt.stages import options as o
 from capfilt.stages import training
 from capfilt.stages.classifier_training import FinetuneEntailment
 from capfilt.stages.retrain_albef import RetrainAlbef
 from capfilt.stages.retrain_clip import RetrainClip
 from capfilt.stages.retrain_vilt import RetrainVilt
+from capfilt.stages.task_options import FinetuneEntailmentOptions, FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.task_training import FinetuneNlvr, FinetuneVqa
 from capfilt.stages.text_assignment import FinetuneTextAssignment
 from capfilt.stages.train import FinetuneFilter, Pretrain
+from capfilt.stages.training_options import (
+    FinetuneFilterOptions,
+    FinetuneTextAssignmentOptions,
+    PretrainOptions,
+    RetrainOptions,
+)
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.adapters import AlbefCapabilities, opened
 from tests.stages.test_task_training import ingest
@@ -40,20 +46,20 @@ EITHER = ({"max_text_tokens": 33, "max_words": 28}, {"max_text_tokens": 21, "max
 """Words decide, tokens decide; neither number is a default of anything."""
 STARTS = {"blip": tiny_checkpoint, "vilt": tiny_vilt}
 CASES = {
-    "pretrain": lambda **given: (Pretrain, o.PretrainOptions(**NEW, vocab_size=200, **given)),
-    "clip": lambda **given: (RetrainClip, o.RetrainOptions(model="clip", **NEW, vocab_size=540, **given)),
-    "vilt": lambda **given: (RetrainVilt, o.RetrainOptions(model="vilt", **NEW, vocab_size=200, **given)),
-    "albef": lambda **given: (RetrainAlbef, o.RetrainOptions(model="albef", **NEW, vocab_size=200, **given)),
-    "filter": lambda **given: (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), **COMMON, **given)),
+    "pretrain": lambda **given: (Pretrain, PretrainOptions(**NEW, vocab_size=200, **given)),
+    "clip": lambda **given: (RetrainClip, RetrainOptions(model="clip", **NEW, vocab_size=540, **given)),
+    "vilt": lambda **given: (RetrainVilt, RetrainOptions(model="vilt", **NEW, vocab_size=200, **given)),
+    "albef": lambda **given: (RetrainAlbef, RetrainOptions(model="albef", **NEW, vocab_size=200, **given)),
+    "filter": lambda **given: (FinetuneFilter, FinetuneFilterOptions(human=("human",), **COMMON, **given)),
     "assignment": lambda **given: (
         FinetuneTextAssignment,
-        o.FinetuneTextAssignmentOptions(init="pretrained", human=("human",), **COMMON, **given),
+        FinetuneTextAssignmentOptions(init="pretrained", human=("human",), **COMMON, **given),
     ),
-    "vqa": lambda **given: (FinetuneVqa, o.FinetuneVqaOptions(examples=("asked",), **TASK, **given)),
-    "nlvr": lambda **given: (FinetuneNlvr, o.FinetuneNlvrOptions(examples=("pairs",), **TASK, **given)),
+    "vqa": lambda **given: (FinetuneVqa, FinetuneVqaOptions(examples=("asked",), **TASK, **given)),
+    "nlvr": lambda **given: (FinetuneNlvr, FinetuneNlvrOptions(examples=("pairs",), **TASK, **given)),
     "entailment": lambda **given: (
         FinetuneEntailment,
-        o.FinetuneEntailmentOptions(examples=("hypotheses",), **TASK, **given),
+        FinetuneEntailmentOptions(examples=("hypotheses",), **TASK, **given),
     ),
 }
 CHOSEN = [
