@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,10 +37,6 @@ def completer(kind: str, choices: Sequence[str] = ()) -> Callable[[typer.Context
     return complete
 
 
-def _choice(flag: str, help: str, *choices: str) -> Any:
-    return typer.Option(flag, help=help, autocompletion=completer("", choices))
-
-
 WORKSPACE = Annotated[
     str,
     typer.Option(
@@ -58,11 +54,10 @@ ALLOW_INCOMPLETE = Annotated[
     ),
 ]
 EXECUTION = Annotated[
-    str,
+    Literal["auto", "ray", "inline"],
     typer.Option(
         "--execution",
         help="inline: in this process; ray: on a cluster or this machine; auto: ray for long work",
-        autocompletion=completer("", ("auto", "ray", "inline")),
         rich_help_panel=MACHINE,
     ),
 ]
@@ -146,8 +141,8 @@ def run(
 def quickstart(
     out: Annotated[str, typer.Option("--out", help="directory to make the workspace in")] = "quickstart",
     size: Annotated[
-        str,
-        _choice("--size", "full (a quarter of an hour on 2 cores) or small (minutes)", "full", "small"),
+        Literal["full", "small"],
+        typer.Option("--size", help="full: a quarter of an hour; small: a few minutes"),
     ] = "full",
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="of the generated world and of the training")
@@ -166,8 +161,8 @@ def query(
         str, typer.Argument(help="a query over the views; without one, the views and their columns")
     ] = "",
     format: Annotated[
-        str,
-        _choice("--format", "table, json or csv; a terminal gets escapes", "table", "json", "csv"),
+        Literal["table", "json", "csv"],
+        typer.Option("--format", help="a terminal gets escapes in place of controls"),
     ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
@@ -188,7 +183,7 @@ def compare(
         ),
     ],
     format: Annotated[
-        str, _choice("--format", "table, markdown or json", "table", "markdown", "json")
+        Literal["table", "markdown", "json"], typer.Option("--format", help="how to print")
     ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
@@ -281,13 +276,13 @@ def export(
         ),
     ],
     to: Annotated[
-        str,
-        _choice("--to", "layout to write; original: a .pth", "transformers", "original", "openai", "capfilt"),
+        Literal["transformers", "original", "openai", "capfilt"],
+        typer.Option("--to", help="layout to write; original: a .pth; openai: of a CLIP"),
     ],
     out: Annotated[str, typer.Option("--out", help="directory to make")],
     only: Annotated[
-        str, _choice("--only", "captioner or filter: that half of the model", "captioner", "filter")
-    ] = "",
+        Literal["captioner", "filter"] | None, typer.Option("--only", help="this half of the model alone")
+    ] = None,
     image_size: Annotated[
         int,
         typer.Option("--image-size", min=0, help="resize the position embedding to this side; 0: as it is"),
@@ -298,7 +293,7 @@ def export(
     from capfilt.models.interop.export import export as write
     from capfilt.tables.workspace import Workspace
 
-    for line in write(Workspace(workspace).model(model), to, out, only, image_size):
+    for line in write(Workspace(workspace).model(model), to, out, only or "", image_size):
         say(line)
 
 

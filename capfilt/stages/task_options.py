@@ -27,7 +27,7 @@ class TaskOptions(LoopOptions):
     image_size: int = option(0, "side of the input in pixels; 0: the checkpoint's")
     head_rate: float = option(
         1.0,
-        "factor on the head's learning rate (ViLT's code for VQA: 10)",
+        "factor on the head's rate (ViLT's code for VQA: 10)",
         later=True,
         above=0,
         panel=OPTIMISER,
@@ -37,11 +37,7 @@ class TaskOptions(LoopOptions):
         0.1, "drop path of the vision tower (BLIP's code: 0.1; ALBEF's: 0)", below=1, rare=True
     )
     momentum: float = option(
-        0.0,
-        "momentum of a copy that teaches the model (ALBEF: 0.995); 0: no copy",
-        later=True,
-        below=1,
-        rare=True,
+        0.0, "momentum of a teaching copy (ALBEF: 0.995); 0: no copy", later=True, below=1, rare=True
     )
     alpha: float = option(0.4, "weight of the copy's targets (ALBEF: 0.4)", later=True, most=1, rare=True)
     alpha_ramp_epochs: float = option(
@@ -58,27 +54,17 @@ class FinetuneVqaOptions(TaskOptions):
     panel = MODEL
 
     answer_weight: tuple[str, ...] = option(
-        (),
-        "PART=WEIGHT of a part's answers (BLIP's code: Visual Genome 0.2); repeatable",
-        panel=INPUTS,
-        rare=True,
+        (), "PART=WEIGHT of its answers (BLIP's code: Visual Genome 0.2); repeatable", panel=INPUTS, rare=True
     )
     label_smoothing: float = option(
-        0.1,
-        "label smoothing of the answers' tokens (BLIP's code: 0.1); not with --closed",
-        most=0.99,
-        rare=True,
+        0.1, "label smoothing of answers (BLIP's code: 0.1); not with --closed", most=0.99, rare=True
     )
     closed: bool = option(False, "choose among the frequent answers (ViLT) instead of writing", later=True)
     softmax: bool = option(
         False, "with --closed: softmax cross-entropy, not one sigmoid per answer", later=True, rare=True
     )
     min_answers: int = option(
-        9,
-        "keep an answer if it is the top answer of N questions (ViLT's code: 9)",
-        later=True,
-        least=1,
-        rare=True,
+        9, "keep top answers of N questions or more (ViLT's code: 9)", later=True, least=1, rare=True
     )
     learning_rate: float = option(2e-5, "peak (BLIP's VQA: 2e-5)", above=0)
     epochs: float = option(10.0, "passes over the questions (BLIP's VQA: 10)")

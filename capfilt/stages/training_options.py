@@ -76,11 +76,7 @@ class ScheduleOptions(Checked):
         0, "most texts per GPU per forward pass (instead of --accumulate); 0: no limit", later=True
     )
     accumulate: int = option(
-        1,
-        "split each step into N micro-batches; ITC and ITM compare within one",
-        later=True,
-        least=1,
-        rare=True,
+        1, "split a step into N micro-batches; ITC, ITM compare within one", later=True, least=1, rare=True
     )
     warmup_steps: int = option(100, "steps of linear warm-up")
     schedule: str = option(
@@ -121,11 +117,7 @@ class OptimiserOptions(Checked):
     )
     clip_norm: float = option(1.0, "largest gradient norm; 0: no limit", rare=True)
     ema: float = option(
-        0.0,
-        "EMA decay; the checkpoint holds the EMA weights, live/ the raw ones",
-        later=True,
-        below=1,
-        rare=True,
+        0.0, "EMA decay; the checkpoint has the EMA weights, live/ the raw", later=True, below=1, rare=True
     )
 
 
@@ -158,10 +150,7 @@ class MachineOptions(Checked):
         0, "processes that train together, one per GPU; 0: as many GPUs as divide the batch", told=True
     )
     shard: bool = option(
-        False,
-        "split weights and optimiser states over the ranks (FSDP2), not copy them",
-        told=True,
-        rare=True,
+        False, "split weights and optimiser states over the ranks (FSDP2)", told=True, rare=True
     )
     precision: str = option(
         "auto", "arithmetic; auto: bf16 on GPUs that have it, else fp32", choices=("auto", "fp32", "bf16")
@@ -189,18 +178,10 @@ class OptimisationOptions(LoopOptions):
     panel = MACHINE
 
     max_words: int = option(
-        0,
-        "cut texts to N words first; 0: the model's own (BLIP, ALBEF: 30)",
-        later=True,
-        panel=MODEL,
-        rare=True,
+        0, "cut texts to N words first; 0: the model's own", later=True, panel=MODEL, rare=True
     )
     mix: tuple[str, ...] = option(
-        (),
-        "SOURCE=WEIGHT: share of web, human or synthetic texts; repeatable",
-        later=True,
-        panel=INPUTS,
-        rare=True,
+        (), "SOURCE=WEIGHT of web, human, synthetic texts; repeatable", later=True, panel=INPUTS, rare=True
     )
     stream: bool = option(
         False, "read pictures when needed: memory does not grow with the corpus", later=True
@@ -210,7 +191,7 @@ class OptimisationOptions(LoopOptions):
     # The loss at ITM's class prior is 0.6365.
     stuck_steps: int = option(
         2000,
-        "warn after N steps of ITM at its class prior; 0: never",
+        "warn after N steps of ITM at chance; 0: never",
         told=True,
         models=("blip", "vilt", "albef"),
         rare=True,
@@ -244,11 +225,7 @@ class PretrainingObjectiveOptions(Checked):
         rare=True,
     )
     alpha: float = option(
-        0.4,
-        "weight of the momentum towers' soft targets (BLIP's code: 0.4)",
-        models=_TOWERS,
-        most=1,
-        rare=True,
+        0.4, "weight of the momentum towers' targets (BLIP's code: 0.4)", models=_TOWERS, most=1, rare=True
     )
     alpha_ramp_epochs: float = option(
         2.0, "epochs over which alpha grows (BLIP's code: 2)", models=_TOWERS, rare=True
@@ -271,11 +248,7 @@ class PretrainingObjectiveOptions(Checked):
         rare=True,
     )
     label_smoothing: float = option(
-        0.1,
-        "label smoothing of the language model (BLIP's code: 0.1)",
-        models=("blip",),
-        most=0.99,
-        rare=True,
+        0.1, "label smoothing of the texts (BLIP's code: 0.1)", models=("blip",), most=0.99, rare=True
     )
 
 
@@ -372,11 +345,7 @@ class RetrainOptions(PretrainOptions):
         choices=("softmax", "sigmoid"),
     )
     contrast_chunk: int = option(
-        0,
-        "clip: rows of the logits at a time, for large batches; 0: all",
-        told=True,
-        models=("clip",),
-        rare=True,
+        0, "clip: rows of the logits at a time; 0: all", told=True, models=("clip",), rare=True
     )
     mask_share: float = option(
         0.15,
@@ -389,7 +358,7 @@ class RetrainOptions(PretrainOptions):
     )
     alignment: float = option(
         0.1,
-        "vilt: weight of word-patch alignment (ViLT's code: 0.1); 0: off",
+        "vilt: weight of word-patch alignment (ViLT's code: 0.1)",
         later=True,
         models=("vilt",),
         rare=True,

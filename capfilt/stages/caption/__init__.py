@@ -35,19 +35,11 @@ class CaptionOptions(EngineOptions):
         0, "nucleus: draw from at most N tokens; 0: no limit (BLIP's code: 50)", later=True, rare=True
     )
     temperature: float = option(
-        1.0,
-        "nucleus: above 1 flattens the probabilities, below 1 sharpens them",
-        later=True,
-        above=0,
-        rare=True,
+        1.0, "nucleus: above 1 flattens the probabilities, below 1 sharpens", later=True, above=0, rare=True
     )
     num_beams: int = option(3, "beam: width (BLIP: 3)", least=1)
     length_penalty: float = option(
-        1.0,
-        "beam: log probability / length**N; higher favours longer",
-        later=True,
-        least=-math.inf,
-        rare=True,
+        1.0, "beam: log probability / length**N; higher: longer texts", later=True, least=-math.inf, rare=True
     )
     beam_rule: str = option(
         "transformers",

@@ -37,7 +37,7 @@ class ListOptions(Remembering):
 
     url_list: str = option(
         REQUIRED,
-        "file, folder or fsspec URL of a list of URLs; not needed with --retry",
+        "list of URLs: file, folder or fsspec URL; optional with --retry",
         kind="path",
         unless="retry",
     )
@@ -53,9 +53,7 @@ class ListOptions(Remembering):
         (), "with --retry: only rows with this failure; repeatable", told=True, panel=INPUTS
     )
     input_format: str = option(
-        "auto",
-        "format of the list; auto: by the file's name (img2dataset: txt)",
-        choices=("auto", *INPUT_FORMATS),
+        "auto", "format of the list; auto: by its name (img2dataset: txt)", choices=("auto", *INPUT_FORMATS)
     )
     preset: str = option("", "layout of a published list", later=True, choices=("", *PRESETS))
     url_col: str = option("url", "column of the URLs; case matters only between two such columns")
@@ -125,9 +123,7 @@ class NetworkOptions(Remembering):
     # img2dataset sends the User-Agent of a browser; hosts are to know who asks.
     user_agent_token: str = option("capfilt", "name in the User-Agent and in opt-out headers", rare=True)
     disallowed_header_directives: tuple[str, ...] = option(
-        ("noai", "noimageai", "noindex", "noimageindex"),
-        "X-Robots-Tag value that opts out; repeatable",
-        rare=True,
+        ("noai", "noimageai", "noindex", "noimageindex"), "X-Robots-Tag that opts out; repeatable", rare=True
     )
     allow_host: tuple[str, ...] = option(
         (), "HOST:PORT that may have a private address; repeatable; '' for none", rare=True

@@ -24,8 +24,5 @@ COMMAND = StageCommand(
     ("duplicates",),
     DuplicatesOptions,
     ("capfilt.stages.duplicates.stage:Duplicates",),
-    (
-        "capfilt duplicates --images cc12m",
-        "capfilt duplicates --images cc12m --distance 0 --out exact",
-    ),
+    ("capfilt duplicates --images cc12m", "capfilt duplicates --images cc12m --distance 0 --out exact"),
 )

@@ -30,7 +30,7 @@ class EvaluateOptions(Checked):
     split: str = option("test", "split to evaluate on; empty: every row", choices=("", *SPLITS), panel=ROWS)
     support_split: str = option(
         "",
-        "split to learn from (few-shot) or to choose a threshold on (match)",
+        "split to learn from (few-shot) or to set thresholds on (match)",
         choices=("", *SPLITS),
         panel=ROWS,
     )

@@ -16,9 +16,7 @@ class IngestOptions(Checked):
     panel = ROWS
 
     source_path: str = option(
-        REQUIRED,
-        "captions JSON, folder of images, image list, img2dataset output, tars or Parquet",
-        kind="path",
+        REQUIRED, "captions JSON, folder of images, image list, img2dataset, tars or Parquet", kind="path"
     )
     dataset: str = option(REQUIRED, "name of the images part to write")
     images: str = option("", "folder of the pictures a file names; default: images/ beside it", kind="path")
