@@ -22,9 +22,10 @@ from capfilt.execution.run import process_and_commit
 from capfilt.inference import decoding
 from capfilt.models import checkpoint
 from capfilt.models.blip.model import Blip
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.options import CaptionOptions, ScoreOptions
-from capfilt.stages.score import ScoreStage
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionStage
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.score.stage import ScoreStage
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts

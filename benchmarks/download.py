@@ -137,9 +137,9 @@ OURS_WARM = """
 import os, sys, time
 from pathlib import Path
 from capfilt.execution.run import process_and_commit
-from capfilt.stages.download import Download
+from capfilt.stages.download.stage import Download
 from capfilt.stages.download.worker import shared_worker
-from capfilt.stages.options import DownloadOptions
+from capfilt.stages.download import DownloadOptions
 from capfilt.tables.workspace import Workspace
 urls, out, size, threads, rows, port = sys.argv[1:]
 stage = Download(DownloadOptions(url_list=urls, image_size=int(size), thread_count=int(threads),

@@ -35,7 +35,7 @@ from capfilt.quickstart.run import SIZES, Size, open_world
 from capfilt.quickstart.truth import is_true
 from capfilt.quickstart.web import build_human
 from capfilt.recipe import Step
-from capfilt.stages.options import retrain_options
+from capfilt.stages.training_options import retrain_options
 from capfilt.tables.workspace import Workspace
 
 PHOTOGRAPHS: Mapping[str, Mapping[str, Any]] = {

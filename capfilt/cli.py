@@ -2,14 +2,16 @@
 report, doctor, convert, recipe and export.
 
 Only typer and the standard library are imported here; what a command needs is imported when it runs. Options are
-declared once, in `stages/options.py`.
+declared once, beside their stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,15 +21,15 @@ from types import TracebackType
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from capfilt import commands
 from capfilt.errors import RunError, UserError
-from capfilt.stages import options as stage_options
-from capfilt.stages.registry import STAGES, StageCommand, stages
+from capfilt.options import INPUTS, PANELS, PARTS, REQUIRED, panel_of
+from capfilt.stages.command import StageCommand
+from capfilt.stages.registry import STAGES, stages
 from capfilt.tables.visible import say, visible
 from capfilt.training.launched import launched_rank
-
-WORKSPACE_HELP = "directory of everything of a run: images/ captions/ scores/ signals/ verdicts/ pairs/ examples/ models/ runs/"
 
 OTHERS = {
     "run": "Run a recipe: its stages in order, skipping what is done.",
@@ -50,70 +52,113 @@ def _flag(name: str) -> str:
 def _parameters(command: StageCommand) -> list[inspect.Parameter]:
     """The typer parameters of a stage: its options, then those every stage has."""
     hints = get_type_hints(command.options)
-    parameters = [
-        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    ]
-    for field in dataclasses.fields(command.options):
+    found: dict[str, tuple[Any, Any]] = {"context": (typer.Context, inspect.Parameter.empty)}
+    # The argument, inputs and the rest, whichever class declares them.
+    for field in sorted(
+        dataclasses.fields(command.options),
+        key=lambda each: (each.name != command.positional, each.metadata["kind"] not in (*PARTS, "model")),
+    ):
         kind: Any = hints[field.name]
-        text = field.metadata["help"]
         default: Any = field.default
         if kind == tuple[str, ...]:
             kind, default = list[str], [*default]
+        about: dict[str, Any] = {
+            "help": _help(field),
+            "show_default": False,
+            "rich_help_panel": panel_of(command.options, field),
+            "autocompletion": commands.completer(field.metadata["kind"], field.metadata["choices"]),
+        }
         if field.name == command.positional:
-            annotation: Any = Annotated[
-                kind, typer.Argument(help=text, show_default=False, metavar=field.name.upper())
-            ]
+            declared = typer.Argument(metavar=field.name.upper(), **about)
             # One that another option makes needless is asked for by the stage.
-            default = stage_options.REQUIRED if field.metadata["unless"] else ...
+            default = REQUIRED if field.metadata["unless"] else ...
         else:
-            declaration = (
-                f"{_flag(field.name)}/--no-{field.name.replace('_', '-')}"
-                if kind is bool
-                else _flag(field.name)
-            )
-            required = field.default == stage_options.REQUIRED
-            show = bool(default) or kind in (int, float, bool)
-            annotation = Annotated[kind, typer.Option(declaration, help=text, show_default=show)]
-            if required:
-                default = ...
-        parameters.append(
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
-            )
-        )
-    for name, (annotation, default) in _shared(command).items():
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-        )
-    # typer wants parameters without a default first among equals only for positionals; keyword-only ones need no order.
-    return parameters
+            off = f"/--no-{field.name.replace('_', '-')}" if kind is bool else ""
+            declared = typer.Option(_flag(field.name) + off, **about)
+            default = ... if default == REQUIRED else default
+        found[field.name] = (Annotated[kind, declared], default)
+    every = typer.Option(
+        "--help-all", is_eager=True, callback=_help_all, help="show the rare options too, and exit"
+    )
+    shared = {**_shared(command), "help_all": (Annotated[bool, every], False)}
+    return [
+        # typer wants parameters without a default first among equals only for positionals; keyword-only ones need no order.
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        for name, (annotation, default) in {**found, **shared}.items()
+    ]
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    """An option's help, and what follows from its metadata: choices or range, and default."""
+    marks, default = field.metadata, field.default
+    facts = [", ".join(filter(None, marks["choices"]))]
+    if math.isfinite(marks["most"]):
+        facts.append(f"{max(marks['least'], marks['above']):g} to {marks['most']:g}")
+    if isinstance(default, bool):
+        facts.append("default: on" if default else "")
+    elif isinstance(default, tuple):
+        facts.append(f"default: {', '.join(default)}" if default else "")
+    elif default not in ("", REQUIRED):
+        facts.append(f"default: {default:g}" if isinstance(default, float) else f"default: {default}")
+    said = "; ".join(filter(None, facts))
+    return f"{marks['help']} [{said}]" if said else marks["help"]
 
 
 def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
     """Annotation and default of the parameters that are no options of the stage's own."""
-    workspace = typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help=WORKSPACE_HELP)
-    execution = typer.Option("--execution", help=commands.EXECUTION_HELP)
-    shared: dict[str, tuple[Any, Any]] = {
-        "workspace": (Annotated[str, workspace], "."),
-        "execution": (Annotated[str, execution], "auto"),
-        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="no progress")], False),
-    }
-    if any(field.metadata["kind"] in stage_options.PARTS for field in dataclasses.fields(command.options)):
-        text = "read parts that are not whole; the output says so"
-        allow = typer.Option("--allow-incomplete", help=text)
-        shared = {"allow_incomplete": (Annotated[bool, allow], False), **shared}
-    over = typer.Option("--overwrite", help="first remove the output that stands, after asking")
-    yes = typer.Option("--yes", help="with --overwrite: do not ask")
-    shared |= {"overwrite": (Annotated[bool, over], False), "yes": (Annotated[bool, yes], False)}
+    shared: dict[str, tuple[Any, Any]] = {}
     if command.out:
         text = "directory to write the part to, in place of the workspace's"
-        shared = {"out": (Annotated[str, typer.Option("--out", help=text, show_default=False)], ""), **shared}
-    return shared
+        out = typer.Option("--out", help=text, show_default=False, rich_help_panel=INPUTS)
+        shared["out"] = (Annotated[str, out], "")
+    shared["workspace"] = (commands.WORKSPACE, ".")
+    if any(field.metadata["kind"] in PARTS for field in dataclasses.fields(command.options)):
+        shared["allow_incomplete"] = (commands.ALLOW_INCOMPLETE, False)
+    over = typer.Option(
+        "--overwrite", help="first remove the output that stands, after asking", rich_help_panel=INPUTS
+    )
+    yes = typer.Option("--yes", help="with --overwrite: do not ask", rich_help_panel=INPUTS)
+    shared |= {"overwrite": (Annotated[bool, over], False), "yes": (Annotated[bool, yes], False)}
+    return shared | {"execution": (commands.EXECUTION, "auto"), "quiet": (commands.QUIET, False)}
+
+
+_ALL = "capfilt.help_all"
+
+
+def _help_all(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        context.meta[_ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+class _Panelled(TyperCommand):
+    """A stage's command. Its help has a panel for each group of options; the rare ones are for `--help-all`."""
+
+    rare: frozenset[str]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {name: [] for name in (*PANELS, "Help")}
+        for parameter in self.get_params(ctx):
+            if ctx.meta.get(_ALL) or parameter.name not in self.rare:
+                names, text = parameter.get_help_record(ctx) or ("", "")
+                names = re.sub(r"--(\S+) / --no-\1", r"--[no-]\1", names)
+                panels[getattr(parameter, "rich_help_panel", None) or "Help"].append((names, text))
+        for name, records in panels.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def _command_class(command: StageCommand) -> type[_Panelled]:
+    rare = {field.name for field in dataclasses.fields(command.options) if field.metadata["rare"]}
+    return type("Command", (_Panelled,), {"rare": frozenset(rare | {"allow_incomplete", "yes"})})
 
 
 def _stage_function(command: StageCommand) -> Callable[..., None]:
     def run(context: typer.Context, **values: Any) -> None:
         shared = {name: values.pop(name) for name in _shared(command)}
+        del values["help_all"]
         # The others are at their defaults; `download --retry` needs to know which were given.
         chosen = {
             name: tuple(value) if isinstance(value, list) else value
@@ -231,7 +276,7 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         name = command.words[-1]
         wanted = words[: len(command.words)] == command.words
         function = _stage_function(command) if wanted else _without_options(command)
-        target.command(name, epilog=_epilog(command.examples), no_args_is_help=False)(function)
+        target.command(name, cls=_command_class(command), epilog=_epilog(command.examples))(function)
     for name, text in OTHERS.items():
         path = tuple(name.split())
         target = groups[path[0]] if len(path) == 2 else app
@@ -282,8 +327,9 @@ def _show_all() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # A shell that completes a command line puts it in the environment, the program's name first.
-    app = build_app(arguments or os.environ.get("COMP_WORDS", "").split()[1:])
+    # A shell that completes a command line puts it in the environment, the program's name first: bash, and the others.
+    completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    app = build_app(arguments or completed.split()[1:])
     try:
         result = app(args=list(arguments), prog_name="capfilt", standalone_mode=False)
         code = result if isinstance(result, int) else 0

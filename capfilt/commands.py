@@ -6,28 +6,71 @@ Light: each imports what it needs when it runs.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
+from capfilt.options import INPUTS, MACHINE
 from capfilt.tables.visible import say
+
+
+def completer(kind: str, choices: Sequence[str] = ()) -> Callable[[typer.Context, str], list[str]]:
+    """What a shell offers for an option: its `choices`, or the names of what the workspace has of a `kind`.
+
+    `kind` is a table, "model", "result" or "recipe". Where nothing is offered, a shell offers files.
+    """
+    folder = {"model": "models", "result": "runs"}.get(kind, kind)
+
+    def complete(context: typer.Context, incomplete: str) -> list[str]:
+        if kind == "recipe":
+            from capfilt.resources import list_recipes
+
+            return list_recipes()
+        place = Path(context.params.get("workspace") or ".") / folder
+        if choices or kind in ("", "path") or not place.is_dir():
+            return [*choices]
+        names = sorted(each.stem if kind == "result" else each.name for each in place.iterdir())
+        return [name for name in names if not name.startswith(".")]
+
+    return complete
+
 
 WORKSPACE = Annotated[
     str,
-    typer.Option("--workspace", "-w", envvar="CAPFILT_WORKSPACE", help="directory of everything of a run"),
+    typer.Option(
+        "--workspace",
+        "-w",
+        envvar="CAPFILT_WORKSPACE",
+        help="directory of everything of a run",
+        rich_help_panel=INPUTS,
+    ),
 ]
-EXECUTION_HELP = (
-    "auto: on Ray where RAY_ADDRESS is set, for several GPUs, or for over a minute's work of several shards, else in this "
-    "process; ray: on the cluster at RAY_ADDRESS, else on this machine; inline: in this process"
-)
+ALLOW_INCOMPLETE = Annotated[
+    bool,
+    typer.Option(
+        "--allow-incomplete", help="read parts that are not whole; the output says so", rich_help_panel=INPUTS
+    ),
+]
 EXECUTION = Annotated[
-    str,
-    typer.Option("--execution", help=EXECUTION_HELP),
+    Literal["auto", "ray", "inline"],
+    typer.Option(
+        "--execution",
+        help="inline: in this process; ray: on a cluster or this machine; auto: ray for long work",
+        rich_help_panel=MACHINE,
+    ),
 ]
-QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="no progress", rich_help_panel=MACHINE)]
 SETTINGS = Annotated[
     list[str] | None,
     typer.Option("--set", help="INPUT=VALUE or STEP.OPTION=VALUE; repeatable", show_default=False),
+]
+RECIPE = Annotated[
+    str,
+    typer.Argument(
+        help="name of a recipe that comes with capfilt, or a YAML file", autocompletion=completer("recipe")
+    ),
 ]
 
 EXAMPLES = {
@@ -64,7 +107,7 @@ EXAMPLES = {
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="name of a recipe that comes with capfilt, or a YAML file")],
+    recipe: RECIPE,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="only this step; repeatable", show_default=False)
     ] = None,
@@ -72,9 +115,7 @@ def run(
         str, typer.Option("--from", help="this step and those after it", show_default=False)
     ] = "",
     settings: SETTINGS = None,
-    allow_incomplete: Annotated[
-        bool, typer.Option("--allow-incomplete", help="read parts that are not whole; the outputs say so")
-    ] = False,
+    allow_incomplete: ALLOW_INCOMPLETE = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be done, and on how many rows")
     ] = False,
@@ -100,8 +141,8 @@ def run(
 def quickstart(
     out: Annotated[str, typer.Option("--out", help="directory to make the workspace in")] = "quickstart",
     size: Annotated[
-        str,
-        typer.Option("--size", help="full (about a quarter of an hour on 2 cores) or small (a few minutes)"),
+        Literal["full", "small"],
+        typer.Option("--size", help="full: a quarter of an hour; small: a few minutes"),
     ] = "full",
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="of the generated world and of the training")
@@ -120,8 +161,8 @@ def query(
         str, typer.Argument(help="a query over the views; without one, the views and their columns")
     ] = "",
     format: Annotated[
-        str,
-        typer.Option("--format", help="table, json or csv; a terminal gets control characters as escapes"),
+        Literal["table", "json", "csv"],
+        typer.Option("--format", help="a terminal gets escapes in place of controls"),
     ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
@@ -136,10 +177,14 @@ def compare(
     results: Annotated[
         list[str],
         typer.Argument(
-            help="results in runs/, or paths; others are compared with the first", metavar="RUN..."
+            help="results in runs/, or paths; others are compared with the first",
+            metavar="RUN...",
+            autocompletion=completer("result"),
         ),
     ],
-    format: Annotated[str, typer.Option("--format", help="table, markdown or json")] = "table",
+    format: Annotated[
+        Literal["table", "markdown", "json"], typer.Option("--format", help="how to print")
+    ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
     """Show a result of evaluate, or set several side by side and say which differences are outside their interval."""
@@ -224,13 +269,20 @@ def recipe_list() -> None:
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="checkpoint, in any layout: a name in the workspace, or a path (./NAME)")
+        str,
+        typer.Argument(
+            help="checkpoint, in any layout: a name in the workspace, or a path (./NAME)",
+            autocompletion=completer("model"),
+        ),
     ],
-    to: Annotated[str, typer.Option("--to", help="transformers, original (.pth), openai (CLIP) or capfilt")],
+    to: Annotated[
+        Literal["transformers", "original", "openai", "capfilt"],
+        typer.Option("--to", help="layout to write; original: a .pth; openai: of a CLIP"),
+    ],
     out: Annotated[str, typer.Option("--out", help="directory to make")],
     only: Annotated[
-        str, typer.Option("--only", help="captioner or filter: that half of the model", show_default=False)
-    ] = "",
+        Literal["captioner", "filter"] | None, typer.Option("--only", help="this half of the model alone")
+    ] = None,
     image_size: Annotated[
         int,
         typer.Option("--image-size", min=0, help="resize the position embedding to this side; 0: as it is"),
@@ -241,12 +293,12 @@ def export(
     from capfilt.models.interop.export import export as write
     from capfilt.tables.workspace import Workspace
 
-    for line in write(Workspace(workspace).model(model), to, out, only, image_size):
+    for line in write(Workspace(workspace).model(model), to, out, only or "", image_size):
         say(line)
 
 
 def recipe_show(
-    name: Annotated[str, typer.Argument(help="name of a recipe that comes with capfilt, or a YAML file")],
+    name: RECIPE,
     resolved: Annotated[
         bool, typer.Option("--resolved", help="every option of every step, defaults included")
     ] = False,

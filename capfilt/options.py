@@ -1,13 +1,7 @@
-"""How an option is declared: its default, its help, the values it allows. The source of flags, checks and recipes' keys.
+"""How options are declared: a frozen dataclass of `option`s, the source of the CLI's flags and of recipes' keys.
 
-On the standard library alone, so that `--help` loads nothing heavy. Not here: the options of a stage (beside the stage), those
-of a model family (its record).
-A field's metadata holds `help`; `kind` says what a string names, so that a recipe can tell which options are inputs:
-PARTS, "model" (a checkpoint), "path" (a file or directory). `unless` names an option that, when set, makes it needless to give
-this one. `later` marks an option that came after checkpoints were made without it: at its default it stays out of fingerprints,
-so that those still count as done. `told` marks one that changes what a run says or keeps, and no result.
-`choices`, and of numbers `least` (0 by default), `most`, `above` and `below`, are the values there are: options that are made
-with others raise UserError, so that no stage sees them. A number is finite, unless its default is not.
+Light: the standard library alone, so that `--help` loads nothing heavy. The options of each stage stand beside it, those of a
+model family in its record.
 """
 
 from __future__ import annotations
@@ -24,12 +18,25 @@ PARTS = ("images", "captions", "scores", "signals", "verdicts", "pairs", "exampl
 REQUIRED = "\0"
 """The default of an option that must be given; never a valid name or path."""
 
+SOURCES, SPLITS = ("web", "human", "synthetic"), ("train", "val", "test")
+"""Those of `capfilt.tables.contracts`, which would load pyarrow."""
+
+INPUTS, TASKS, ROWS, PICTURES = "Inputs and outputs", "Tasks", "Rows", "Pictures"
+TEXTS, NETWORK, MODEL, SCHEDULE = "Texts", "Network", "Model", "Schedule"
+OPTIMISER, AUGMENTATION, MACHINE = "Optimiser", "Augmentation", "Machine"
+PANELS = (
+    INPUTS, TASKS, ROWS, PICTURES, TEXTS, NETWORK, MODEL, SCHEDULE, OPTIMISER, AUGMENTATION, MACHINE,
+)  # fmt: skip
+"""The headings of help, in order."""
+
 
 def option(
     default: Any,
     help: str,
     *,
     kind: str = "",
+    panel: str = "",
+    rare: bool = False,
     later: bool = False,
     told: bool = False,
     unless: str = "",
@@ -39,10 +46,24 @@ def option(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> Any:
-    """A field of an options dataclass: see the module's docstring."""
+    """A field of an options dataclass.
+
+    Args:
+        default: its value where nobody gives one; REQUIRED for none.
+        help: one line.
+        kind: what a string names, so that recipes can tell inputs: one of PARTS, "model" (a checkpoint), or "path".
+        panel: one of PANELS, where not as `panel_of` says.
+        rare: few give it: `--help-all` shows it.
+        later: it came after results were made without it: at its default it stays out of fingerprints.
+        told: it changes what a run says or keeps, and no result.
+        unless: an option that, when set, makes it needless to give this one.
+        choices: the texts that it may be.
+        least: of numbers, as `most`, `above` and `below`. A number is finite, unless its default is not.
+    """
     known = {"help": help, "kind": kind, "later": later, "told": told, "unless": unless}
+    shown = {"panel": panel, "rare": rare}
     bounds = {"choices": choices, "least": least, "most": most, "above": above, "below": below}
-    return field(default=default, metadata={**known, **bounds})
+    return field(default=default, metadata={**known, **shown, **bounds})
 
 
 _MOST_WHOLE = 2**63 - 1
@@ -81,7 +102,12 @@ def missing(options: Any) -> list[str]:
 
 
 class Checked:
-    """Options that are what their metadata allows: making others raises UserError."""
+    """Options that are what their metadata allows: making others raises UserError.
+
+    `panel` is the heading of the options that a class adds.
+    """
+
+    panel = INPUTS
 
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]
@@ -99,3 +125,16 @@ class Remembering(Checked):
         # Past a frozen dataclass's own guard; no field, so neither compared nor fingerprinted.
         object.__setattr__(self, "given", frozenset([*names[: len(values)], *named]))
         return self
+
+
+def panel_of(options: type, each: Field[Any]) -> str:
+    """The heading of an option in help: its own, that of inputs and outputs, or its class's.
+
+    An option that a class declares again, for another default, stays where it was.
+    """
+    names = each.metadata["kind"] or each.name in ("dataset", "out")
+    bases = (
+        base for base in reversed(options.__mro__) if each.name in getattr(base, "__dataclass_fields__", ())
+    )
+    panel: str = each.metadata["panel"] or (INPUTS if names else next(bases).panel)  # type: ignore[attr-defined]
+    return panel

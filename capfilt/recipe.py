@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from capfilt.errors import MissingInput, UserError, naming
 from capfilt.execution.run import Executor, SharedExecutor, Summary, executor, outlook, run_command
+from capfilt.options import missing
 from capfilt.resources import find_recipe
-from capfilt.stages.options import missing
 from capfilt.stages.registry import stage_command
 from capfilt.tables.publish import replace
 from capfilt.tables.workspace import Workspace

@@ -262,18 +262,63 @@ def test_doctor_calls_what_a_kill_leaves_unfinished_and_not_bad(call, workspace)
     assert "the index is older than the shards: run its stage again" in printed
 
 
-def test_a_shell_completes_the_options_of_a_command(tmp_path):
-    """Catches completion that knows commands and none of their options, because those are only made when asked for."""
-    for line, wanted in (
-        ("capfilt select --keep", "--keep-fraction"),
-        ("capfilt recipe show --res", "--resolved"),
-    ):
-        asked = {"_CAPFILT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-        done = subprocess.run(
-            [sys.executable, "-m", "capfilt"], capture_output=True, text=True, timeout=60,
-            env={**os.environ, "PYTHONPATH": str(Path.cwd()), **asked}, cwd=tmp_path,
-        )  # fmt: skip
-        assert wanted in done.stdout.split()
+@pytest.fixture
+def completed(workspace, monkeypatch, capsys):
+    """What a shell is offered for the last word of a line, in the workspace's folder."""
+    monkeypatch.chdir(workspace.path.parent)
+
+    def complete(line: str, shell: str = "bash") -> list[str]:
+        told = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - (not line.endswith(" ")))}
+        if shell != "bash":
+            told = {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        with monkeypatch.context() as patch:
+            for name, value in {"_CAPFILT_COMPLETE": f"complete_{shell}", **told}.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit):
+                cli.main([])
+        return capsys.readouterr().out.split()
+
+    return complete
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("capfilt select --keep", ["--keep-fraction"]),
+        ("capfilt recipe show --res", ["--resolved"]),
+        ("capfilt caption --method ", ["nucleus", "beam", "greedy"]),
+        ("capfilt ingest x --splits t", ["train", "test"]),
+        ("capfilt finetune vqa --decay a", ["all"]),
+        ("capfilt export x --to o", ["original", "openai"]),
+        ("capfilt report --execution ", []),
+        ("capfilt select --execution i", ["inline"]),
+        ("capfilt caption -w ws --images w", ["web"]),
+        ("capfilt score -w ws --captions ", ["made"]),
+        ("capfilt score -w ws --filter f", ["filter"]),
+        ("capfilt evaluate -w ws --model cap", ["captioner"]),
+        ("capfilt compare -w ws ", ["first"]),
+        ("capfilt caption -w nowhere --images ", []),
+        ("capfilt select -w ws --by ", []),
+        ("capfilt run pho", ["photographs"]),
+        ("capfilt recipe show blip-base", ["blip-base-129m", "blip-base-14m"]),
+    ],
+)
+def test_a_shell_completes_options_choices_parts_and_recipes(completed, workspace, line, wanted, shell):
+    """Catches completion that knows commands alone, that looks in another workspace, or that works in one shell only."""
+    (workspace.path / "captions" / "made").mkdir(parents=True)
+    (workspace.path / "captions" / ".aside").mkdir()
+    (workspace.path / "runs").mkdir()
+    (workspace.path / "runs" / "first.json").write_text("{}")
+    found = completed(line, shell)
+    if shell == "bash":
+        assert found == wanted
+    assert all(any(word in each for each in found) for word in wanted)
+
+
+def test_the_workspace_of_a_completion_may_come_from_the_environment(completed, workspace, monkeypatch):
+    monkeypatch.setenv("CAPFILT_WORKSPACE", str(workspace.path))
+    assert completed("capfilt duplicates --images ") == ["web"]
 
 
 def test_a_closed_pipe_is_not_a_failure(workspace):

@@ -11,8 +11,8 @@ from capfilt.catalog.query import query
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.stages.duplicates import Duplicates
-from capfilt.stages.options import DuplicatesOptions
+from capfilt.stages.duplicates import DuplicatesOptions
+from capfilt.stages.duplicates.stage import Duplicates
 from capfilt.tables.contracts import CAPTIONS, IMAGES, SIGNALS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part

@@ -10,6 +10,7 @@ command gets five tries and its fastest counts, because the first run after an e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from capfilt import cli
+from capfilt.options import INPUTS, PANELS
+from capfilt.stages.registry import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 0.5
@@ -122,3 +127,48 @@ def test_help_is_answered_in_half_a_second(runs):
         if min(tries) >= LIMIT:
             slow[" ".join(["capfilt", *path])] = [round(seconds, 3) for seconds in tries]
     assert not slow
+
+
+def help_of(monkeypatch, capsys, *words, width=110):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("command", STAGES, ids=lambda command: command.name)
+def test_help_is_in_panels_with_inputs_first_and_the_rare_options_apart(command, monkeypatch, capsys):
+    """Help of 183 lines that began with --queue-size, and a rare option that nothing shows."""
+    fields = {
+        each.name: each for each in dataclasses.fields(command.options) if each.name != command.positional
+    }
+    for flag in ("--help", "--help-all"):
+        lines = help_of(monkeypatch, capsys, *command.words, flag)
+        panels = [line[:-1] for line in lines if line[:1].strip() and line.endswith(":")]
+        assert panels == [name for name in (*PANELS, "Help") if name in panels]
+        assert panels[0] == INPUTS
+        for name, each in fields.items():
+            word = name.replace("_", "-")
+            shown = [line for line in lines if line.startswith((f"  --{word} ", f"  --[no-]{word} "))]
+            assert len(shown) == (flag == "--help-all" or not each.metadata["rare"]), (flag, name)
+
+
+def test_help_of_retrain_fits_on_a_page(monkeypatch, capsys):
+    assert len(help_of(monkeypatch, capsys, "retrain", "--help")) <= 80
+    assert max(map(len, help_of(monkeypatch, capsys, "retrain", "--help-all", width=80)[:-6])) <= 80
+
+
+def test_choices_ranges_and_defaults_of_help_follow_from_the_declaration(monkeypatch, capsys):
+    told = " ".join(" ".join(help_of(monkeypatch, capsys, "caption", "--help-all")).split())
+    for text in (
+        "[nucleus, beam, greedy; default: nucleus]",
+        "(BLIP: 0.9) [0 to 1; default: 0.9]",
+        "[default: 20]",
+        "images part to caption [required]",
+        "--[no-]compile compile the vision tower for the GPU; takes a minute, once --",
+    ):
+        assert text in told
+    assert "also write the pairs part, with pictures [default: on]" in "\n".join(
+        help_of(monkeypatch, capsys, "select", "--help")
+    )

@@ -78,8 +78,8 @@ MISTAKES = [
 def place(tmp_path_factory):
     from capfilt.execution.inline import InlineExecutor
     from capfilt.execution.run import run_stage
-    from capfilt.stages.duplicates import Duplicates
-    from capfilt.stages.options import DuplicatesOptions
+    from capfilt.stages.duplicates import DuplicatesOptions
+    from capfilt.stages.duplicates.stage import Duplicates
 
     place = Workspace(tmp_path_factory.mktemp("mistakes"))
     write_images(place.part("images", "web"), [image_rows("web", 4, split="test")])

@@ -12,7 +12,7 @@ import pytest
 
 from capfilt import results
 from capfilt.errors import UserError
-from capfilt.stages.options import EvaluateOptions
+from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.outcome import pack, units
 

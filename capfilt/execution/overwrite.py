@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import RunError, UserError, naming
+from capfilt.options import PARTS
 from capfilt.stages.base import ModelStage, ShardStage
-from capfilt.stages.options import PARTS
 from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace, as_path
 from capfilt.training.launched import started_together

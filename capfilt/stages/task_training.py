@@ -21,14 +21,14 @@ from capfilt.errors import UserError
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.common.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from capfilt.models.family import ANSWERS, CLASSES, PAIRS
-from capfilt.stages.options import (
+from capfilt.stages.sources import ExampleSource
+from capfilt.stages.starts import ForTask
+from capfilt.stages.task_options import (
     FinetuneClassificationOptions,
     FinetuneEntailmentOptions,
     FinetuneNlvrOptions,
     FinetuneVqaOptions,
 )
-from capfilt.stages.sources import ExampleSource
-from capfilt.stages.starts import ForTask
 from capfilt.stages.training import Train
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace

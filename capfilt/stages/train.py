@@ -16,15 +16,15 @@ from capfilt.models import Model, family_named
 from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
-from capfilt.stages.options import (
+from capfilt.stages.sources import PairSource
+from capfilt.stages.starts import Checkpoint, Preset
+from capfilt.stages.training import Train
+from capfilt.stages.training_options import (
     FinetuneCaptionerOptions,
     FinetuneFilterOptions,
     FinetuneTextAssignmentOptions,
     refuse_foreign,
 )
-from capfilt.stages.sources import PairSource
-from capfilt.stages.starts import Checkpoint, Preset
-from capfilt.stages.training import Train
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 

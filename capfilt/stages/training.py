@@ -32,13 +32,12 @@ from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import Model, build, checkpoint, kind_of
-from capfilt.models.common.precision import check_precision
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.interop.export import homes, places
 from capfilt.stages.base import ModelStage, Report, option_values
-from capfilt.stages.options import LoopOptions
 from capfilt.stages.sources import Source
 from capfilt.stages.starts import Start, frozen
+from capfilt.stages.training_options import LoopOptions
 from capfilt.tables.publish import publish_new
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -74,7 +73,6 @@ class Train(ModelStage):
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
         self.output = output.path if output else workspace.model(options.out)
-        check_precision(options.precision)
         if not (options.steps or options.epochs):
             raise UserError("--steps, or --epochs, must be above 0")
         if options.batch_size < self.least:

@@ -37,10 +37,9 @@ from capfilt.tasks.retrieval import (
 )
 
 if TYPE_CHECKING:
-    from capfilt.stages.options import EvaluateOptions
+    from capfilt.stages.evaluate import EvaluateOptions
 
 _PAIRS = 1 << 14
-CAPTION_SCORERS = ("capfilt", "pycocoevalcap")
 
 
 def _batches(corpus: Corpus, options: EvaluateOptions) -> PixelBatches:
@@ -151,8 +150,6 @@ def _retrieval_chance(result: RetrievalResult) -> dict[str, float]:
 
 def captioning(model: Any, corpus: Corpus, options: EvaluateOptions, progress: Progress) -> Outcome:
     """`captioning`, judged by capfilt's scorers or by pycocoevalcap's."""
-    if options.caption_scorer not in CAPTION_SCORERS:
-        raise UserError(f"--caption-scorer {options.caption_scorer!r}: choose {', '.join(CAPTION_SCORERS)}")
     references: list[list[str]] = [[] for _ in corpus.image_ids]
     for row, text in zip(corpus.image_of_text.tolist(), corpus.texts, strict=True):
         references[row].append(text)

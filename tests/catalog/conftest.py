@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from capfilt.stages.options import SelectOptions
-from capfilt.stages.select import Select, WritePairs
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select, WritePairs
 from capfilt.tables.contracts import CAPTIONS, IMAGES, SCORES
 from capfilt.tables.ids import image_id, text_id
 from capfilt.tables.manifest import Counts

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from capfilt.execution.run import executor, run_stage
-from capfilt.stages import options as o
 from capfilt.stages.train import FinetuneFilter
+from capfilt.stages.training_options import FinetuneFilterOptions
 from capfilt.tables.workspace import Workspace
 
 
@@ -43,7 +43,7 @@ class Slow(FinetuneFilter):
 if __name__ == "__main__":
     place, how, out, ranks = Workspace(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     settings = {"steps": 30, "batch_size": 4, "augment": False, "save_every": 1000, "queue_size": 8}
-    options = o.FinetuneFilterOptions(init="filter", human=("human",), out=out, ranks=ranks, **settings)
+    options = FinetuneFilterOptions(init="filter", human=("human",), out=out, ranks=ranks, **settings)
     try:
         with executor(how) as work:
             print(json.dumps(dict(run_stage(Slow(options, place), work, quiet=True).figures)), flush=True)

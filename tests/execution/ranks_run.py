@@ -12,9 +12,9 @@ import psutil
 
 from capfilt.errors import RunError, UserError
 from capfilt.execution.run import executor, run_stage
-from capfilt.stages import options as o
 from capfilt.stages.pairs import Held
 from capfilt.stages.train import FinetuneFilter
+from capfilt.stages.training_options import FinetuneFilterOptions
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank
 
@@ -54,7 +54,7 @@ class Filter(FinetuneFilter):
 
 def attempt(place: Workspace, work, out: str, ranks: int, mark: Path | None = None, **more):
     settings = {"steps": 5, "batch_size": 4, "augment": False, "save_every": 2, "queue_size": 8, **more}
-    options = o.FinetuneFilterOptions(init="filter", human=("human",), out=out, ranks=ranks, **settings)
+    options = FinetuneFilterOptions(init="filter", human=("human",), out=out, ranks=ranks, **settings)
     stage = Filter(options, place)
     stage.mark = mark
     try:

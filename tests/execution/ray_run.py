@@ -17,9 +17,10 @@ from capfilt.errors import RunError, UserError
 from capfilt.execution.ray import RayExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.base import ModelStage, Produced, ShardStage
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.options import CaptionOptions, ScoreOptions
-from capfilt.stages.score import ScoreStage
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionStage
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.score.stage import ScoreStage
 from capfilt.tables.contracts import SIGNALS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part

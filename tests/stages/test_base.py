@@ -8,8 +8,8 @@ from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import outlook, run_stage
 from capfilt.stages.base import ModelStage
-from capfilt.stages.duplicates import Duplicates
-from capfilt.stages.options import DuplicatesOptions
+from capfilt.stages.duplicates import DuplicatesOptions
+from capfilt.stages.duplicates.stage import Duplicates
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, write_images
 

@@ -16,10 +16,12 @@ from capfilt.inference import engine
 from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter
 from capfilt.models.blip.model import Blip
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
-from capfilt.stages.score import ScoreStage
-from capfilt.stages.select import Select, WritePairs
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionStage
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.score.stage import ScoreStage
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select, WritePairs
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.manifest import Counts
 from tests.worlds import image_rows, write_images

@@ -14,11 +14,12 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
 from capfilt.models.blip.model import Blip
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.caption_and_score import CaptionAndScore
-from capfilt.stages.options import CaptionOptions, ScoreOptions
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.and_score import CaptionAndScore
+from capfilt.stages.caption.stage import CaptionStage
 from capfilt.stages.registry import stage_command
-from capfilt.stages.score import ScoreStage
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.score.stage import ScoreStage
 from tests.worlds import tiny_checkpoint
 
 OPTIONS = CaptionOptions(

@@ -18,8 +18,8 @@ from capfilt.models import checkpoint
 from capfilt.models.blip.tasks import BlipClassifier
 from capfilt.models.common.ranks import ALONE
 from capfilt.models.vilt.tasks import ViltClassifier
-from capfilt.stages import options as o
-from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.evaluate.stage import Evaluate
 from capfilt.stages.registry import stage_command
 from capfilt.stages.task_training import FinetuneClosedVqa, FinetuneVqa
 from capfilt.tables.workspace import Workspace
@@ -78,7 +78,7 @@ def finetune(place, name, **options):
 
 
 def evaluate(place, task, part, **options):
-    made = o.EvaluateOptions(
+    made = EvaluateOptions(
         **{"model": "made", "images": "pictures", "examples": (part,), "tasks": (task,), "split": "val",
            "resamples": 20, "out": f"{task}-result", **options}
     )  # fmt: skip

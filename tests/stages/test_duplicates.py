@@ -17,9 +17,10 @@ from capfilt.data.images import hamming
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.stages.duplicates import Duplicates, cluster, near_pairs
-from capfilt.stages.options import DuplicatesOptions, SelectOptions
-from capfilt.stages.select import Select
+from capfilt.stages.duplicates import DuplicatesOptions
+from capfilt.stages.duplicates.stage import Duplicates, cluster, near_pairs
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.ids import text_id
 from capfilt.tables.manifest import Counts
@@ -94,7 +95,7 @@ def test_every_near_pair_is_found_and_no_other(values, distance):
 
 
 def test_pairs_across_blocks_are_found(monkeypatch):
-    monkeypatch.setattr("capfilt.stages.duplicates._BLOCK", 3)
+    monkeypatch.setattr("capfilt.stages.duplicates.stage._BLOCK", 3)
     values = np.arange(10, dtype=np.uint64)
     found = {tuple(sorted(pair)) for pair in near_pairs(values, 4)}
     assert found == set(itertools.combinations(range(10), 2))

@@ -15,8 +15,8 @@ from capfilt.inference.adapters import opened
 from capfilt.models import checkpoint
 from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
 from capfilt.models.interop.contents import halved
-from capfilt.stages.evaluate import Evaluate, _Result
-from capfilt.stages.options import EvaluateOptions
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.evaluate.stage import Evaluate, _Result
 from capfilt.tables.contracts import EXAMPLES
 from capfilt.tables.manifest import Counts
 from capfilt.tasks.comparison import read_result
@@ -259,11 +259,11 @@ def test_other_prompts_and_other_examples_are_other_results(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ("vision",)}, "--tasks 'vision': choose among retrieval"),
+        ({"tasks": ("vision",)}, "--tasks 'vision': choose retrieval"),
         ({"tasks": ("few-shot",)}, r"--tasks few-shot: name examples to evaluate on \(--examples\)"),
         ({"split": "dev"}, "--split 'dev': choose train, val, test"),
         ({"batch_size": 0}, "--batch-size 0: give 1 or more"),
-        ({"precision": "fp8"}, "--precision 'fp8': choose auto, fp32 or bf16"),
+        ({"precision": "fp8"}, "--precision 'fp8': choose auto, fp32, bf16"),
         ({"examples": ("human",), "tasks": ("match",)}, "no such part"),
         ({"tasks": ("zero-shot",), "examples": ("all",), "templates": "none.txt"}, "is none of single, cifar, imagenet"),
         ({"tasks": ("few-shot",), "examples": ("all",), "shots": "1,x"}, "--shots '1,x': write numbers"),

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from capfilt.errors import UserError
-from capfilt.stages.examples import Examples
-from capfilt.stages.options import ExamplesOptions
+from capfilt.stages.examples import ExamplesOptions
+from capfilt.stages.examples.stage import Examples
 from capfilt.tables.contracts import EXAMPLES
 from capfilt.tables.ids import example_id, image_id
 from capfilt.tables.workspace import Workspace

@@ -11,8 +11,8 @@ import pytest
 
 from capfilt import recipe as recipes
 from capfilt.errors import UserError
-from capfilt.stages import options as o
 from capfilt.stages.train import FinetuneFilter, Retrain
+from capfilt.stages.training_options import FinetuneFilterOptions, Retrain_albef, Retrain_clip
 from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -39,7 +39,7 @@ def other(field):
 def test_a_filter_that_is_a_vilt_has_neither_queue_nor_towers(place):
     tiny_vilt(place.model("vilt"))
     given = {"human": ("human",), "init": "vilt"}
-    FinetuneFilter(o.FinetuneFilterOptions(**given), place)
+    FinetuneFilter(FinetuneFilterOptions(**given), place)
     for name in (
         "queue_size",
         "momentum",
@@ -47,22 +47,22 @@ def test_a_filter_that_is_a_vilt_has_neither_queue_nor_towers(place):
         "alpha_ramp_epochs",
         "hardness_ramp_steps",
     ):
-        value = other(o.FinetuneFilterOptions.__dataclass_fields__[name])
+        value = other(FinetuneFilterOptions.__dataclass_fields__[name])
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* vilt"):
-            FinetuneFilter(o.FinetuneFilterOptions(**given, **{name: value}), place)
+            FinetuneFilter(FinetuneFilterOptions(**given, **{name: value}), place)
     tiny_checkpoint(place.model("blip"))
-    FinetuneFilter(o.FinetuneFilterOptions(human=("human",), init="blip", queue_size=4), place)
+    FinetuneFilter(FinetuneFilterOptions(human=("human",), init="blip", queue_size=4), place)
     # A filter writes nothing: there is no language model whose targets to smooth.
-    assert "label_smoothing" not in o.FinetuneFilterOptions.__dataclass_fields__
+    assert "label_smoothing" not in FinetuneFilterOptions.__dataclass_fields__
 
 
 def test_patches_and_hidden_words_are_as_asked(place):
-    options = o.Retrain_clip(human=("human",), preset="base", patch_size=16, out="made")
+    options = Retrain_clip(human=("human",), preset="base", patch_size=16, out="made")
     assert Retrain(options, place).planned().vision.patch_size == 16
     with pytest.raises(UserError, match="--patch-size 16: the preset tiny is a ResNet"):
         Retrain(dataclasses.replace(options, preset="tiny"), place).planned()
     given = {"human": ("human",), "preset": "tiny", "out": "made"}
-    stage = Retrain(o.Retrain_albef(**given, mask_share=0.4, vocab_size=200), place)
+    stage = Retrain(Retrain_albef(**given, mask_share=0.4, vocab_size=200), place)
     model, made = stage.initial(stage.source.data(48))
     assert stage.module(model, made, None).masking.share == 0.4
 

@@ -12,8 +12,15 @@ from capfilt.doctor import workspace as doctor
 from capfilt.errors import MissingInput
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command
-from capfilt.stages import options as o
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.duplicates import DuplicatesOptions
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.examples import ExamplesOptions
 from capfilt.stages.registry import stage_command
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.subset import SubsetOptions
+from capfilt.stages.training_options import PretrainOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.manifest import Counts, Plan
 from capfilt.tables.shards import Part
@@ -40,13 +47,13 @@ def half(tmp_path):
 
 
 READERS = {
-    "caption": o.CaptionOptions(images="web", prompt="", max_new_tokens=6),
-    "score": o.ScoreOptions(filter="filter", images="web"),
-    "select": o.SelectOptions(images="web", threshold=0.0),
-    "subset": o.SubsetOptions("web", dataset="some"),
-    "duplicates": o.DuplicatesOptions("web"),
-    "pretrain": o.PretrainOptions(human=("web",), preset="tiny", steps=1),
-    "evaluate": o.EvaluateOptions(model="filter", images="web", split="train", tasks=("retrieval",)),
+    "caption": CaptionOptions(images="web", prompt="", max_new_tokens=6),
+    "score": ScoreOptions(filter="filter", images="web"),
+    "select": SelectOptions(images="web", threshold=0.0),
+    "subset": SubsetOptions("web", dataset="some"),
+    "duplicates": DuplicatesOptions("web"),
+    "pretrain": PretrainOptions(human=("web",), preset="tiny", steps=1),
+    "evaluate": EvaluateOptions(model="filter", images="web", split="train", tasks=("retrieval",)),
 }
 
 
@@ -94,7 +101,7 @@ def test_a_part_with_shards_of_its_own_tells_what_it_was_made_from(half):
     """Examples are cut otherwise than pictures: all of their shards are there."""
     source = half.path / "q.json"
     source.write_text('{"questions": [{"question_id": 1, "image_id": 0, "question": "what is it"}]}')
-    options = o.ExamplesOptions(source_path=str(source), dataset="q", images=("web",))
+    options = ExamplesOptions(source_path=str(source), dataset="q", images=("web",))
     allowed = Workspace(half.path, allow_incomplete=True)
     list(run_command(stage_command("examples"), options, allowed, InlineExecutor(), quiet=True))
     gap = f"made from 1 of 2 shards of {half.part('images', 'web').path}"

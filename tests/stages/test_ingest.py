@@ -23,8 +23,8 @@ from capfilt.catalog.query import print_query
 from capfilt.catalog.views import open_catalog
 from capfilt.data.images import decode, phash
 from capfilt.errors import UserError
-from capfilt.stages.ingest import Ingest
-from capfilt.stages.options import IngestOptions
+from capfilt.stages.ingest import IngestOptions
+from capfilt.stages.ingest.stage import Ingest
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts

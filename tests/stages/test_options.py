@@ -8,18 +8,27 @@ import math
 import pytest
 
 from capfilt.errors import UserError
-from capfilt.stages.base import option_values
-from capfilt.stages.options import (
+from capfilt.options import (
+    INPUTS,
+    MODEL,
+    OPTIMISER,
+    PANELS,
     REQUIRED,
+    ROWS,
+    SCHEDULE,
     SOURCES,
     SPLITS,
-    CaptionOptions,
-    PretrainOptions,
-    SelectOptions,
     missing,
+    panel_of,
 )
+from capfilt.stages.base import option_values
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.examples import ExamplesOptions
 from capfilt.stages.pairs import shares
 from capfilt.stages.registry import STAGES
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.task_options import FinetuneVqaOptions
+from capfilt.stages.training_options import PretrainOptions
 from capfilt.tables import contracts
 
 NUMBERS = [
@@ -74,6 +83,7 @@ def test_choices_are_checked_one_by_one():
                 value = ("dev",) if each.type.startswith("tuple") else "dev"
                 refused(command.options, **{each.name: value})
     assert (SOURCES, SPLITS) == (contracts.SOURCES, contracts.SPLITS)
+    assert ExamplesOptions.__dataclass_fields__["task"].metadata["choices"] == ("auto", *contracts.TASKS)
 
 
 def test_a_nul_is_in_no_text():
@@ -120,3 +130,20 @@ def test_what_must_be_given_is_named():
     assert CaptionOptions().images == REQUIRED
     assert missing(CaptionOptions()) == ["images"]
     assert missing(CaptionOptions(images="web")) == []
+
+
+def test_the_panel_of_an_option_is_that_of_the_class_that_first_has_it():
+    """Would catch: an option that moves to another panel because a stage has a default of its own for it."""
+    for options, name, panel in (
+        (FinetuneVqaOptions, "learning_rate", OPTIMISER),  # declared again by a class of the panel "Model"
+        (FinetuneVqaOptions, "epochs", SCHEDULE),
+        (FinetuneVqaOptions, "alpha", MODEL),
+        (FinetuneVqaOptions, "examples", INPUTS),  # by its kind
+        (FinetuneVqaOptions, "out", INPUTS),  # by its name
+        (FinetuneVqaOptions, "splits", INPUTS),  # by its own mark
+        (SelectOptions, "by", ROWS),
+    ):
+        assert panel_of(options, options.__dataclass_fields__[name]) == panel, name
+    for command in STAGES:
+        found = {panel_of(command.options, each) for each in dataclasses.fields(command.options)}
+        assert INPUTS in found <= set(PANELS), command.name

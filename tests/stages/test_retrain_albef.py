@@ -15,21 +15,23 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
-from capfilt.models import build, checkpoint, kinds, preset
+from capfilt.models import FAMILIES, build, checkpoint, kinds, preset
 from capfilt.models.albef.model import Albef
 from capfilt.models.albef.tasks import AlbefClassifier, AlbefNlvr, AlbefVqa, vqa_from_albef
 from capfilt.models.family import EXAMPLE_ROWS, PAIR_ROWS
-from capfilt.stages import options as o
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionStage
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.evaluate.stage import Evaluate
 from capfilt.stages.registry import stage_command
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Retrain
+from capfilt.stages.training_options import FinetuneCaptionerOptions, FinetuneFilterOptions, Retrain_albef
 from tests.stages.test_classifier_training import LABELS
 from tests.stages.test_task_training import FAST as TASK
 from tests.stages.test_task_training import colour, ingest
 from tests.worlds import image_rows, write_images
 
-FAST = o.Retrain_albef(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
+FAST = Retrain_albef(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
     queue_size=16, save_every=1, out="albef",
 )  # fmt: skip
 
@@ -74,14 +76,14 @@ def test_an_albef_is_retrained_and_evaluated_like_a_blip(place):
     assert isinstance(contents.model, Albef)
     assert contents.tokenizer.vocab_size == contents.model.config.vocab_size
     choice = {"model": "albef", "images": "human", "out": "albef"}
-    run(Evaluate(o.EvaluateOptions(tasks=("retrieval",), rerank=4, **choice), place))
+    run(Evaluate(EvaluateOptions(tasks=("retrieval",), rerank=4, **choice), place))
     result = json.loads((place.path / "runs" / "albef.json").read_bytes())
     assert {"tr@1", "itc_tr@1"} <= set(result["metrics"])
     assert "re-ranked by ITM" in result["tasks"]["retrieval"]["protocol"]
     with pytest.raises(UserError, match="captioning: needs a model that generates text"):
-        run(Evaluate(o.EvaluateOptions(tasks=("captioning",), **{**choice, "out": "c"}), place))
+        run(Evaluate(EvaluateOptions(tasks=("captioning",), **{**choice, "out": "c"}), place))
     with pytest.raises(UserError, match="embeds and matches pictures and texts"):
-        run(CaptionStage(o.CaptionOptions(images="web", captioner="albef"), place))
+        run(CaptionStage(CaptionOptions(images="web", captioner="albef"), place))
 
 
 def test_it_goes_on_from_a_checkpoint_of_its_class(pretrained):
@@ -99,7 +101,7 @@ def test_it_goes_on_from_a_checkpoint_of_its_class(pretrained):
 
 def test_retrieval_is_finetuned_from_it_and_captions_are_not(pretrained):
     options = {"init": "pretrained", "human": ("human",), "steps": 2, "batch_size": 4, "augment": False}
-    filtering = o.FinetuneFilterOptions(**options, queue_size=8, out="retrieval")
+    filtering = FinetuneFilterOptions(**options, queue_size=8, out="retrieval")
     figures = run(FinetuneFilter(filtering, pretrained)).figures
     assert {"itc", "itm"} <= set(figures)
     made = checkpoint.open_any(pretrained.model("retrieval"))[0].model
@@ -108,7 +110,7 @@ def test_retrieval_is_finetuned_from_it_and_captions_are_not(pretrained):
     assert not torch.equal(made.itm_head.weight, start.itm_head.weight)
     assert torch.equal(made.mlm_head.bias, start.mlm_head.bias)
     with pytest.raises(UserError, match="is an ALBEF; start from a BLIP"):
-        run(FinetuneCaptioner(o.FinetuneCaptionerOptions(**options, out="x"), pretrained))
+        run(FinetuneCaptioner(FinetuneCaptionerOptions(**options, out="x"), pretrained))
 
 
 def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_path):
@@ -122,13 +124,13 @@ def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_pat
         "or a ViLT"
     )
     with pytest.raises(UserError, match=message):
-        FinetuneFilter(o.FinetuneFilterOptions(init="answers", human=("human",), out="x"), pretrained)
+        FinetuneFilter(FinetuneFilterOptions(init="answers", human=("human",), out="x"), pretrained)
     with pytest.raises(UserError, match="retrain reads pairs; start from an ALBEF"):
         Retrain(dataclasses.replace(FAST, init="answers", out="x"), pretrained)
 
 
 def test_what_retrain_offers_are_the_models_that_learn_from_pairs():
-    assert {kind.name for kind in kinds() if kind.rows == PAIR_ROWS} == set(o.RETRAINED)
+    assert {kind.name for kind in kinds() if kind.rows == PAIR_ROWS} == {family.name for family in FAMILIES}
     assert {kind.rows for kind in kinds() if kind.forms} == {EXAMPLE_ROWS}
     assert all(kind.forms for kind in kinds() if kind.rows == EXAMPLE_ROWS)
 
@@ -181,7 +183,7 @@ def test_it_is_finetuned_for_tasks_with_a_teacher_and_evaluated(examples, words,
     assert figures["steps"] == 2
     assert 0 <= figures["val_accuracy"] <= 1
     options = {"model": "made", "images": "pictures", "examples": (part,), "tasks": (task,), "split": "val"}
-    run(Evaluate(o.EvaluateOptions(**options, resamples=20, out="result"), examples))
+    run(Evaluate(EvaluateOptions(**options, resamples=20, out="result"), examples))
     assert any(
         name.startswith(task)
         for name in json.loads((examples.path / "runs" / "result.json").read_bytes())["metrics"]

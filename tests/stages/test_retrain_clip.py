@@ -16,14 +16,16 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
 from capfilt.models.clip.model import Clip
-from capfilt.stages import options as o
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionStage
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.evaluate.stage import Evaluate
 from capfilt.stages.registry import stage_command
 from capfilt.stages.train import Retrain
+from capfilt.stages.training_options import Retrain_clip
 from tests.worlds import image_rows, write_images
 
-FAST = o.Retrain_clip(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=540, augment=False,
+FAST = Retrain_clip(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=540, augment=False,
     save_every=1, out="clip",
 )  # fmt: skip
 
@@ -56,14 +58,14 @@ def test_a_clip_is_retrained_and_evaluated_like_a_blip(place):
     assert isinstance(contents.model, Clip)
     assert isinstance(contents.tokenizer, BpeTokenizer)
     choice = {"model": "clip", "images": "human", "out": "clip"}
-    run(Evaluate(o.EvaluateOptions(tasks=("retrieval",), **choice), place))
+    run(Evaluate(EvaluateOptions(tasks=("retrieval",), **choice), place))
     result = json.loads((place.path / "runs" / "clip.json").read_bytes())
     assert 0 <= result["metrics"]["tr@1"] <= 100
     assert "cosine" in result["tasks"]["retrieval"]["protocol"]
     with pytest.raises(
         UserError, match=r"captioning: needs a model that .*; .* \(CLIP\)|captioning: needs a model that"
     ):
-        run(Evaluate(o.EvaluateOptions(tasks=("captioning",), **{**choice, "out": "c"}), place))
+        run(Evaluate(EvaluateOptions(tasks=("captioning",), **{**choice, "out": "c"}), place))
 
 
 def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
@@ -75,7 +77,7 @@ def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
         if tensor.is_floating_point() and "running" not in name:
             torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="embeds pictures and texts"):
-        run(CaptionStage(o.CaptionOptions(images="web", captioner="clip"), place))
+        run(CaptionStage(CaptionOptions(images="web", captioner="clip"), place))
     with pytest.raises(UserError, match="is a BLIP; start from a CLIP"):
         run(Retrain(dataclasses.replace(FAST, init="captioner", out="x"), place))
 

@@ -17,14 +17,16 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
 from capfilt.models.vilt.model import Vilt
-from capfilt.stages import options as o
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionStage
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.evaluate.stage import Evaluate
 from capfilt.stages.registry import stage_command
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Retrain
+from capfilt.stages.training_options import FinetuneCaptionerOptions, FinetuneFilterOptions, Retrain_vilt
 from tests.worlds import image_rows, write_images
 
-FAST = o.Retrain_vilt(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
+FAST = Retrain_vilt(human=("human",), web=("web",), steps=4, batch_size=4, preset="tiny", vocab_size=200, augment=False,
     save_every=1, out="vilt",
 )  # fmt: skip
 
@@ -57,18 +59,18 @@ def test_a_vilt_is_retrained_and_evaluated_like_a_blip(place):
     assert isinstance(contents.model, Vilt)
     assert isinstance(contents.tokenizer, Tokenizer)
     choice = {"model": "vilt", "images": "human", "out": "vilt"}
-    run(Evaluate(o.EvaluateOptions(tasks=("retrieval",), **choice), place))
+    run(Evaluate(EvaluateOptions(tasks=("retrieval",), **choice), place))
     result = json.loads((place.path / "runs" / "vilt.json").read_bytes())
     assert 0 <= result["metrics"]["tr@1"] <= 100
     assert "every image with every text, 4 x 12 pairs" in result["tasks"]["retrieval"]["protocol"]
     assert not any(name.startswith("itc_") for name in result["metrics"])
     with pytest.raises(UserError, match=r"captioning: needs a model that generates text; .* matches pairs"):
-        run(Evaluate(o.EvaluateOptions(tasks=("captioning",), **{**choice, "out": "c"}), place))
+        run(Evaluate(EvaluateOptions(tasks=("captioning",), **{**choice, "out": "c"}), place))
 
 
 def test_it_is_finetuned_for_retrieval(place):
     run(Retrain(FAST, place))
-    made = o.FinetuneFilterOptions(
+    made = FinetuneFilterOptions(
         init="vilt", human=("human",), steps=30, batch_size=6, learning_rate=2e-3, min_lr=1e-4, warmup_steps=2,
         augment=False, save_every=0, out="ranked",
     )  # fmt: skip
@@ -77,7 +79,7 @@ def test_it_is_finetuned_for_retrieval(place):
     contents, _ = checkpoint.open_any(place.model("ranked"))
     assert isinstance(contents.model, Vilt)
     with pytest.raises(UserError, match="start from a BLIP"):
-        run(FinetuneCaptioner(o.FinetuneCaptionerOptions(init="vilt", human=("human",), out="c"), place))
+        run(FinetuneCaptioner(FinetuneCaptionerOptions(init="vilt", human=("human",), out="c"), place))
 
 
 def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
@@ -88,7 +90,7 @@ def test_it_goes_on_from_a_checkpoint_and_is_no_captioner(place):
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="matches pictures with texts"):
-        run(CaptionStage(o.CaptionOptions(images="web", captioner="vilt"), place))
+        run(CaptionStage(CaptionOptions(images="web", captioner="vilt"), place))
     with pytest.raises(UserError, match="is a BLIP; start from a ViLT"):
         run(Retrain(dataclasses.replace(FAST, init="captioner", out="x"), place))
 

@@ -17,10 +17,12 @@ from capfilt.doctor import workspace as doctor
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.stages import options as o
+from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.stages.registry import stage_command
-from capfilt.stages.select import Select, WritePairs
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select, WritePairs
 from capfilt.stages.train import Retrain
+from capfilt.stages.training_options import Retrain_blip
 from capfilt.tables.convert import convert
 from capfilt.tables.workspace import Workspace
 
@@ -46,7 +48,7 @@ def rows_of(part):
 
 
 def test_pairs_carry_where_their_pictures_come_from(old):
-    options = o.SelectOptions(out="new", **RULE)
+    options = SelectOptions(out="new", **RULE)
     run(Select(options, old))
     run(WritePairs(options, old))
     images = {row["image_id"]: row for row in rows_of(old.part("images", "web"))}
@@ -72,7 +74,7 @@ def test_pairs_of_version_1_are_read_as_ever(old, tmp_path):
     for format in ("table", "json", "csv"):
         print_query(old, "SELECT * FROM pairs", format, io.StringIO())
     write_report(old, tmp_path / "report.html")
-    options = o.SelectOptions(out="new", **RULE)
+    options = SelectOptions(out="new", **RULE)
     for stage in (Select, WritePairs):
         run(stage(options, old))
     # Beside pairs of the new version, in one view and in one training.
@@ -82,7 +84,7 @@ def test_pairs_of_version_1_are_read_as_ever(old, tmp_path):
     assert both == [{"rule": "capfilt", "n": 4, "l": 0}, {"rule": "new", "n": 4, "l": 4}]
     for stream in (False, True):
         alone, joined = (
-            Retrain(o.Retrain_blip(pairs=names, stream=stream), old).source.data(16)
+            Retrain(Retrain_blip(pairs=names, stream=stream), old).source.data(16)
             for names in (("capfilt",), ("capfilt", "new"))
         )
         assert len(alone) == 8
@@ -98,8 +100,8 @@ def test_pairs_of_version_1_train_and_what_they_train_is_evaluated(old):
         "queue_size": 0,
         "augment": False,
     }
-    run(Retrain(o.Retrain_blip(pairs=("capfilt",), human=("human",), **given), old))
-    options = o.EvaluateOptions(images="human", split="", tasks=("retrieval",), rerank=0, resamples=0)
+    run(Retrain(Retrain_blip(pairs=("capfilt",), human=("human",), **given), old))
+    options = EvaluateOptions(images="human", split="", tasks=("retrieval",), rerank=0, resamples=0)
     command = stage_command("evaluate")
     assert run(command.build(command.stages[0], options, old)).figures["texts"] == 4
 
@@ -109,4 +111,4 @@ def test_a_part_of_version_1_is_not_continued_in_version_2(old):
     with pytest.raises(
         UserError, match=r"pairs/capfilt: was written with .*contract_version was 1, is now 2"
     ):
-        run(WritePairs(o.SelectOptions(**RULE), old))
+        run(WritePairs(SelectOptions(**RULE), old))

@@ -14,10 +14,12 @@ from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.inference.filter import Filter
-from capfilt.stages.grade import Grade
-from capfilt.stages.options import GradeOptions, SelectOptions, SubsetOptions
-from capfilt.stages.select import Select
-from capfilt.stages.subset import Subset
+from capfilt.stages.grade import GradeOptions
+from capfilt.stages.grade.stage import Grade
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select
+from capfilt.stages.subset import SubsetOptions
+from capfilt.stages.subset.stage import Subset
 from capfilt.tables.contracts import IMAGES, SCORES
 from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts

@@ -17,8 +17,9 @@ from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
 from capfilt.models.blip.tasks import BlipNlvr, BlipVqa
 from capfilt.models.vilt.tasks import ViltClassifier
-from capfilt.stages import options as o
-from capfilt.stages.examples import Examples
+from capfilt.stages.examples import ExamplesOptions
+from capfilt.stages.examples.stage import Examples
+from capfilt.stages.task_options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.task_training import FinetuneNlvr, FinetuneVqa
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.workspace import Workspace
@@ -35,7 +36,7 @@ def colour(number: int) -> str:
 def ingest(place, name: str, records: list[dict], images: str = "pictures") -> None:
     path = place.path / f"{name}.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    options = o.ExamplesOptions(source_path=str(path), dataset=name, images=(images,))
+    options = ExamplesOptions(source_path=str(path), dataset=name, images=(images,))
     run_stage(Examples(options, place), InlineExecutor(), quiet=True)
 
 
@@ -66,9 +67,7 @@ def place(tmp_path):
 
 
 def finetune(place, kind, **options):
-    stage, made = (
-        (FinetuneVqa, o.FinetuneVqaOptions) if kind == "vqa" else (FinetuneNlvr, o.FinetuneNlvrOptions)
-    )
+    stage, made = (FinetuneVqa, FinetuneVqaOptions) if kind == "vqa" else (FinetuneNlvr, FinetuneNlvrOptions)
     parts = ("asked",) if kind == "vqa" else ("pairs",)
     return run_stage(
         stage(made(**{**FAST, "examples": parts, **options}), place), InlineExecutor(), quiet=True
@@ -117,7 +116,7 @@ def test_training_examples_are_seen_and_validation_examples_judged(place, kind, 
 
 def test_validation_by_hand(place):
     found = finetune(place, "nlvr", validate=5).figures
-    stage = FinetuneNlvr(o.FinetuneNlvrOptions(**{**FAST, "examples": ("pairs",)}), place)
+    stage = FinetuneNlvr(FinetuneNlvrOptions(**{**FAST, "examples": ("pairs",)}), place)
     contents, _ = checkpoint.open_any(place.model("nlvr"))
     corpus = stage._corpus(48, ("val",), 5)
     assert found["val_examples"] == len(corpus) == 5
@@ -184,9 +183,7 @@ def test_it_starts_from_its_checkpoint_and_goes_on_from_its_own(place, kind):
 )
 def test_an_interrupted_run_ends_as_the_whole_one(place, kind, how, monkeypatch):
     finetune(place, kind, out="whole", steps=4, **how)
-    stage, made = (
-        (FinetuneVqa, o.FinetuneVqaOptions) if kind == "vqa" else (FinetuneNlvr, o.FinetuneNlvrOptions)
-    )
+    stage, made = (FinetuneVqa, FinetuneVqaOptions) if kind == "vqa" else (FinetuneNlvr, FinetuneNlvrOptions)
     parts = ("asked",) if kind == "vqa" else ("pairs",)
     options = made(**{**FAST, "examples": parts, "out": "cut", "steps": 4, **how})
 

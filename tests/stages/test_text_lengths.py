@@ -18,10 +18,18 @@ from capfilt.execution.run import run_stage
 from capfilt.inference.adapters import opened
 from capfilt.models import build, checkpoint, preset
 from capfilt.models.albef.model import without_end
-from capfilt.stages import options as o
 from capfilt.stages import training
+from capfilt.stages.task_options import FinetuneEntailmentOptions, FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.task_training import FinetuneEntailment, FinetuneNlvr, FinetuneVqa
 from capfilt.stages.train import FinetuneFilter, FinetuneTextAssignment, Pretrain, Retrain
+from capfilt.stages.training_options import (
+    FinetuneFilterOptions,
+    FinetuneTextAssignmentOptions,
+    PretrainOptions,
+    Retrain_albef,
+    Retrain_clip,
+    Retrain_vilt,
+)
 from capfilt.tables.workspace import Workspace
 from tests.stages.test_task_training import ingest
 from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
@@ -34,20 +42,20 @@ EITHER = ({"max_text_tokens": 33, "max_words": 28}, {"max_text_tokens": 21, "max
 """Words decide, tokens decide; neither number is a default of anything."""
 STARTS = {"blip": tiny_checkpoint, "vilt": tiny_vilt}
 CASES = {
-    "pretrain": lambda **given: (Pretrain, o.PretrainOptions(**NEW, vocab_size=200, **given)),
-    "clip": lambda **given: (Retrain, o.Retrain_clip(**NEW, vocab_size=540, **given)),
-    "vilt": lambda **given: (Retrain, o.Retrain_vilt(**NEW, vocab_size=200, **given)),
-    "albef": lambda **given: (Retrain, o.Retrain_albef(**NEW, vocab_size=200, **given)),
-    "filter": lambda **given: (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), **COMMON, **given)),
+    "pretrain": lambda **given: (Pretrain, PretrainOptions(**NEW, vocab_size=200, **given)),
+    "clip": lambda **given: (Retrain, Retrain_clip(**NEW, vocab_size=540, **given)),
+    "vilt": lambda **given: (Retrain, Retrain_vilt(**NEW, vocab_size=200, **given)),
+    "albef": lambda **given: (Retrain, Retrain_albef(**NEW, vocab_size=200, **given)),
+    "filter": lambda **given: (FinetuneFilter, FinetuneFilterOptions(human=("human",), **COMMON, **given)),
     "assignment": lambda **given: (
         FinetuneTextAssignment,
-        o.FinetuneTextAssignmentOptions(init="pretrained", human=("human",), **COMMON, **given),
+        FinetuneTextAssignmentOptions(init="pretrained", human=("human",), **COMMON, **given),
     ),
-    "vqa": lambda **given: (FinetuneVqa, o.FinetuneVqaOptions(examples=("asked",), **TASK, **given)),
-    "nlvr": lambda **given: (FinetuneNlvr, o.FinetuneNlvrOptions(examples=("pairs",), **TASK, **given)),
+    "vqa": lambda **given: (FinetuneVqa, FinetuneVqaOptions(examples=("asked",), **TASK, **given)),
+    "nlvr": lambda **given: (FinetuneNlvr, FinetuneNlvrOptions(examples=("pairs",), **TASK, **given)),
     "entailment": lambda **given: (
         FinetuneEntailment,
-        o.FinetuneEntailmentOptions(examples=("hypotheses",), **TASK, **given),
+        FinetuneEntailmentOptions(examples=("hypotheses",), **TASK, **given),
     ),
 }
 CHOSEN = [

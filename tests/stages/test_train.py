@@ -19,12 +19,19 @@ from capfilt.execution.run import run_stage
 from capfilt.models import build, checkpoint, preset
 from capfilt.models.blip.model import PretrainingConfig, retrieval
 from capfilt.models.common.ranks import ALONE
-from capfilt.stages import options as o
 from capfilt.stages import sources, training
-from capfilt.stages.evaluate import Evaluate
+from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.evaluate.stage import Evaluate
 from capfilt.stages.pairs import Streamed
 from capfilt.stages.registry import stage_command
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
+from capfilt.stages.training_options import (
+    FinetuneCaptionerOptions,
+    FinetuneFilterOptions,
+    PretrainOptions,
+    Retrain_blip,
+    Retrain_clip,
+)
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.manifest import Counts
@@ -52,7 +59,7 @@ def run(stage):
 
 
 def test_pretraining_sees_training_pairs_and_says_how_often(place):
-    options = o.PretrainOptions(human=("human",), web=("web",), **FAST)
+    options = PretrainOptions(human=("human",), web=("web",), **FAST)
     summary = run(Pretrain(options, place))
     assert summary.figures["steps"] == 2
     directory = place.model("pretrained")
@@ -64,7 +71,7 @@ def test_pretraining_sees_training_pairs_and_says_how_often(place):
     assert (directory / "log.jsonl").read_text().count("\n") >= 1
     assert not (directory / "state.safetensors").exists()
     assert run(Pretrain(options, place)).done_before == 1
-    other = o.PretrainOptions(human=("human",), web=("web",), **{**FAST, "learning_rate": 1e-5})
+    other = PretrainOptions(human=("human",), web=("web",), **{**FAST, "learning_rate": 1e-5})
     with pytest.raises(UserError, match=r"learning_rate was 0\.0003, is now 1e-05"):
         run(Pretrain(other, place))
 
@@ -78,7 +85,7 @@ def test_pretraining_sees_training_pairs_and_says_how_often(place):
 )  # fmt: skip
 def test_a_batch_is_shared_by_as_many_gpus_as_can(place, gpus, settings, ranks):
     """A run that is refused, or that leaves GPUs idle, because they do not divide its batch."""
-    stage = Pretrain(o.PretrainOptions(human=("human",), **{"batch_size": 64, **settings}), place)
+    stage = Pretrain(PretrainOptions(human=("human",), **{"batch_size": 64, **settings}), place)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert stage.ranks(gpus) == ranks
@@ -95,7 +102,7 @@ def test_a_batch_is_shared_by_as_many_gpus_as_can(place, gpus, settings, ranks):
 )  # fmt: skip
 def test_a_micro_batch_is_the_same_on_any_number_of_gpus(place, batch, micro, gpus, ranks, accumulate):
     """GPUs that stay idle, or see smaller batches than published, because the micro-batches are counted per rank."""
-    stage = Pretrain(o.PretrainOptions(human=("human",), batch_size=batch, micro_batch=micro), place)
+    stage = Pretrain(PretrainOptions(human=("human",), batch_size=batch, micro_batch=micro), place)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert stage.ranks(gpus) == ranks
@@ -108,14 +115,14 @@ def test_a_micro_batch_is_the_same_on_any_number_of_gpus(place, batch, micro, gp
 
 def test_a_micro_batch_trains_as_the_micro_batches_that_it_makes(place):
     for out, how in (("counted", {"accumulate": 2}), ("sized", {"micro_batch": 2})):
-        run(Pretrain(o.PretrainOptions(human=("human",), out=out, **{**FAST, **how}), place))
+        run(Pretrain(PretrainOptions(human=("human",), out=out, **{**FAST, **how}), place))
     weights = [file_sha256(place.model(out) / "model.safetensors") for out in ("counted", "sized")]
     assert weights[0] == weights[1]
 
 
 def test_the_same_options_and_seed_give_the_same_weights(place):
     for out in ("a", "b"):
-        run(Pretrain(o.PretrainOptions(human=("human",), out=out, **FAST), place))
+        run(Pretrain(PretrainOptions(human=("human",), out=out, **FAST), place))
     assert file_sha256(place.model("a") / "model.safetensors") == file_sha256(
         place.model("b") / "model.safetensors"
     )
@@ -124,7 +131,7 @@ def test_the_same_options_and_seed_give_the_same_weights(place):
 @pytest.mark.parametrize("ends", ["_publish", "remove"])
 def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypatch, ends):
     """A run of weeks that is lost, never says what it saw, or keeps its states for good, because it ends in between."""
-    options = o.PretrainOptions(human=("human",), web=("web",), out="written", **FAST)
+    options = PretrainOptions(human=("human",), web=("web",), out="written", **FAST)
     with monkeypatch.context() as broken:
         owner = training if ends == "_publish" else training.state
         broken.setattr(owner, ends, lambda *_: (_ for _ in ()).throw(MemoryError))
@@ -144,7 +151,7 @@ def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypa
 
 def test_a_checkpoint_of_earlier_code_does_not_count_as_done(place, monkeypatch):
     """A finetune whose learning rates were an epoch off, kept for the one that was asked for."""
-    options = o.PretrainOptions(human=("human",), out="earlier", **FAST)
+    options = PretrainOptions(human=("human",), out="earlier", **FAST)
     with monkeypatch.context() as before:
         before.setattr(Pretrain, "version", 1)
         run(Pretrain(options, place))
@@ -157,7 +164,7 @@ def test_streamed_pairs_are_the_held_ones_and_shares_hold_for_both(place):
     write_images(place.part("images", "clean"), [image_rows("clean", 9)])
     found = {}
     for out, how in (("held", {}), ("streamed", {"stream": True}), ("again", {"stream": True})):
-        options = o.PretrainOptions(
+        options = PretrainOptions(
             human=("human",),
             web=("clean",),
             out=out,
@@ -188,9 +195,9 @@ def test_averaged_weights_are_the_checkpoint_and_the_best_and_the_live_ones_lie_
         "keep_states": 2,
         "momentum_batch_size": 2880,
     }
-    run(Pretrain(o.PretrainOptions(human=("human",), out="plain", **every), place))
+    run(Pretrain(PretrainOptions(human=("human",), out="plain", **every), place))
     chosen = {**every, "ema": 0.5, "keep_best": True}
-    run(Pretrain(o.PretrainOptions(human=("human",), out="averaged", **chosen), place))
+    run(Pretrain(PretrainOptions(human=("human",), out="averaged", **chosen), place))
     plain = checkpoint.load(place.model("plain"))[0].state_dict()
     averaged = checkpoint.load(place.model("averaged"))[0].state_dict()
     live = checkpoint.load(place.model("averaged") / "live")[0].state_dict()
@@ -205,9 +212,9 @@ def test_averaged_weights_are_the_checkpoint_and_the_best_and_the_live_ones_lie_
 
 
 def test_finetuning_starts_from_the_checkpoint_and_keeps_its_vocabulary(place):
-    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
-    run(FinetuneCaptioner(o.FinetuneCaptionerOptions(out="writes", **TUNE), place))
-    run(FinetuneFilter(o.FinetuneFilterOptions(out="judges", **TUNE, queue_size=4), place))
+    run(Pretrain(PretrainOptions(human=("human",), **FAST), place))
+    run(FinetuneCaptioner(FinetuneCaptionerOptions(out="writes", **TUNE), place))
+    run(FinetuneFilter(FinetuneFilterOptions(out="judges", **TUNE, queue_size=4), place))
     models = {name: checkpoint.load(place.model(name))[0] for name in ("pretrained", "writes", "judges")}
     assert models["writes"].config.prompt == "a picture of "
     before, after = (models[name].itm_head.weight for name in ("pretrained", "writes"))
@@ -227,14 +234,14 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
     ]
     mark = pairs.begin(PAIRS, "test", {})
     pairs.commit(0, PAIRS.table(rows), Counts(5, 5), mark, 0.0)
-    run(Retrain(o.Retrain_blip(human=("human",), pairs=("kept",), **FAST), place))
+    run(Retrain(Retrain_blip(human=("human",), pairs=("kept",), **FAST), place))
     seen = pq.read_table(place.model("retrained") / "exposures.parquet").to_pylist()
     assert sum(row["source"] == "synthetic" for row in seen) == 5
-    run(Retrain(o.Retrain_blip(human=("human",), out="more", init="retrained", **FAST), place))
+    run(Retrain(Retrain_blip(human=("human",), out="more", init="retrained", **FAST), place))
     first, second = (checkpoint.load(place.model(name))[1] for name in ("retrained", "more"))
     assert first.fingerprint == second.fingerprint
     with pytest.raises(UserError, match="IMAGES=VERDICTS"):
-        Retrain(o.Retrain_blip(verdicts=("web",), **FAST), place)
+        Retrain(Retrain_blip(verdicts=("web",), **FAST), place)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -260,7 +267,7 @@ def test_streamed_pictures_are_cropped_whole_and_once(place, monkeypatch, randau
     monkeypatch.setattr(transforms.Crops, "view", view)
     monkeypatch.setattr(transforms, "augment", None)
     augmented = {**FAST, "augment": True, "stream": True, "randaugment": randaugment}
-    run(Pretrain(o.PretrainOptions(human=("human",), out=f"cropped{randaugment}", **augmented), place))
+    run(Pretrain(PretrainOptions(human=("human",), out=f"cropped{randaugment}", **augmented), place))
     # Read ahead of the model, two steps of four texts.
     assert len(seen) >= 8
     assert {scale for _, scale in seen} == {(0.5, 1.0)}
@@ -287,53 +294,51 @@ def test_weights_that_nothing_honours_are_refused_by_file_and_image(place, strea
         pairs.commit(shard, PAIRS.table(rows), Counts(4, 4), mark, 0.0)
     said = rf"weighted, shard 00001: a text of image {images[2]['image_id']} has weight 0\.25, which no training honours"
     with pytest.raises(UserError, match=said):
-        run(Retrain(o.Retrain_blip(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
+        run(Retrain(Retrain_blip(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
 
 
 def test_an_evaluation_has_its_protocol_and_counts(place):
-    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
+    run(Pretrain(PretrainOptions(human=("human",), **FAST), place))
     choice = {"model": "pretrained", "images": "human", "method": "greedy", "max_new_tokens": 4}
-    run(Evaluate(o.EvaluateOptions(rerank=2, **choice), place))
+    run(Evaluate(EvaluateOptions(rerank=2, **choice), place))
     result = json.loads((place.path / "runs" / "pretrained.json").read_bytes())
     assert (result["images"], result["texts"]) == (4, 12)
     assert "k = 2" in result["tasks"]["retrieval"]["protocol"]
     assert 0 <= result["metrics"]["tr@1"] <= result["metrics"]["tr@5"] <= 100
     assert len(result["captions"]) == 4
     with pytest.raises(UserError, match="no texts in split 'val'"):
-        run(Evaluate(o.EvaluateOptions(split="val", out="v", **choice), place))
+        run(Evaluate(EvaluateOptions(split="val", out="v", **choice), place))
 
 
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
     [
-        (Pretrain, o.PretrainOptions(human=("human",), mix=("human",)), r"--mix human: write SOURCE=WEIGHT"),
+        (Pretrain, PretrainOptions(human=("human",), mix=("human",)), r"--mix human: write SOURCE=WEIGHT"),
         (
             Pretrain,
-            o.PretrainOptions(human=("human",), stream=True, cache_features=True),
+            PretrainOptions(human=("human",), stream=True, cache_features=True),
             r"--stream and --cache-features",
         ),
         (
             Pretrain,
-            o.PretrainOptions(human=("human",), loader_workers=2),
+            PretrainOptions(human=("human",), loader_workers=2),
             r"--loader-workers 2: only with --stream",
         ),
-        (Pretrain, o.PretrainOptions(), "at least one part"),
-        (Pretrain, o.PretrainOptions(human=("nowhere",)), "nowhere"),
-        (Pretrain, o.PretrainOptions(human=("human",), preset="huge"), "huge"),
-        (Pretrain, o.PretrainOptions(human=("human",), vocab="none.txt"), r"none\.txt"),
-        (Pretrain, o.PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
-        (Pretrain, o.PretrainOptions(human=("human",), precision="fp8"), "fp8"),
-        (Pretrain, o.PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),
+        (Pretrain, PretrainOptions(), "at least one part"),
+        (Pretrain, PretrainOptions(human=("nowhere",)), "nowhere"),
+        (Pretrain, PretrainOptions(human=("human",), preset="huge"), "huge"),
+        (Pretrain, PretrainOptions(human=("human",), vocab="none.txt"), r"none\.txt"),
+        (Pretrain, PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
+        (Pretrain, PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),
         (
             Pretrain,
-            o.PretrainOptions(human=("human",), micro_batch=8, accumulate=2),
+            PretrainOptions(human=("human",), micro_batch=8, accumulate=2),
             "--micro-batch 8, --accumulate 2: give one",
         ),
-        (Pretrain, o.PretrainOptions(human=("human",), batch_size=97, micro_batch=90), "parts of 45 to 90"),
-        (Pretrain, o.PretrainOptions(human=("human",), randaugment=2, augment=False), "needs --augment"),
-        (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), init="nowhere"), "nowhere"),
-        (FinetuneCaptioner, o.FinetuneCaptionerOptions(init="captioner"), "--human"),
-        (Evaluate, o.EvaluateOptions(model="captioner", images="human", tasks=("dance",)), "dance"),
+        (Pretrain, PretrainOptions(human=("human",), batch_size=97, micro_batch=90), "parts of 45 to 90"),
+        (Pretrain, PretrainOptions(human=("human",), randaugment=2, augment=False), "needs --augment"),
+        (FinetuneFilter, FinetuneFilterOptions(human=("human",), init="nowhere"), "nowhere"),
+        (FinetuneCaptioner, FinetuneCaptionerOptions(init="captioner"), "--human"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_written(place, stage, options, message):
@@ -350,7 +355,7 @@ def test_published_settings_resume_exactly_and_reach_the_loop(place):
         **FAST, "steps": 4, "augment": True, "randaugment": 2, "flip": True, "crop_scale": 0.2, "decay": "all",
         "schedule": "epoch-decay", "warmup_steps": 2, "clip_norm": 0.0, "multi_positive": False,
     }  # fmt: skip
-    options = o.PretrainOptions(human=("human",), out="parts", **chosen)
+    options = PretrainOptions(human=("human",), out="parts", **chosen)
     run(Pretrain(dataclasses.replace(options, out="straight"), place))
 
     def stop(done, _steps, _figures):
@@ -373,7 +378,7 @@ def test_published_settings_resume_exactly_and_reach_the_loop(place):
 
 
 def test_a_text_side_starts_from_a_bert_directory(place, tmp_path):
-    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
+    run(Pretrain(PretrainOptions(human=("human",), **FAST), place))
     source, tokenizer, _ = checkpoint.load(place.model("pretrained"))
     directory = tmp_path / "bert"
     directory.mkdir()
@@ -393,7 +398,7 @@ def test_a_text_side_starts_from_a_bert_directory(place, tmp_path):
         "max_position_embeddings": text.max_positions, "vocab_size": text.vocab_size - 2,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(geometry))
-    options = o.PretrainOptions(
+    options = PretrainOptions(
         human=("human",), out="b", vocab=str(directory), text_init=str(directory), **FAST
     )
     stage = Pretrain(options, place)
@@ -407,15 +412,15 @@ def test_a_text_side_starts_from_a_bert_directory(place, tmp_path):
 
 
 def test_finetuning_at_another_size_than_pretraining(place):
-    run(Pretrain(o.PretrainOptions(human=("human",), **FAST), place))
-    run(FinetuneCaptioner(o.FinetuneCaptionerOptions(image_size=64, out="larger", **TUNE), place))
+    run(Pretrain(PretrainOptions(human=("human",), **FAST), place))
+    run(FinetuneCaptioner(FinetuneCaptionerOptions(image_size=64, out="larger", **TUNE), place))
     model = checkpoint.load(place.model("larger"))[0]
     assert model.config.image_size == 64
     assert model.visual_encoder.pos_embed.shape[1] == 65
 
 
 def test_tensorboard_is_refused_before_the_run_where_it_is_missing_and_written_where_not(place, monkeypatch):
-    options = o.PretrainOptions(human=("human",), tensorboard=True, **FAST)
+    options = PretrainOptions(human=("human",), tensorboard=True, **FAST)
     run(Pretrain(options, place))
     assert list((place.model("pretrained") / "tensorboard").glob("events.*"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -457,15 +462,15 @@ def test_a_part_that_gives_no_pair_is_refused_by_name(place, kind, stream):
     barren(place, kind)
     given = {"human": ("human",), "stream": stream}
     stages = [
-        Pretrain(o.PretrainOptions(web=("bad",), **given), place),
-        Pretrain(o.PretrainOptions(**{**given, "human": ("human", "bad")}), place),
+        Pretrain(PretrainOptions(web=("bad",), **given), place),
+        Pretrain(PretrainOptions(**{**given, "human": ("human", "bad")}), place),
         FinetuneCaptioner(
-            o.FinetuneCaptionerOptions(init="captioner", **{**given, "human": ("bad", "human")}), place
+            FinetuneCaptionerOptions(init="captioner", **{**given, "human": ("bad", "human")}), place
         ),
         FinetuneFilter(
-            o.FinetuneFilterOptions(init="captioner", **{**given, "human": ("human", "bad")}), place
+            FinetuneFilterOptions(init="captioner", **{**given, "human": ("human", "bad")}), place
         ),
-        Retrain(o.Retrain_clip(web=("bad",), **given), place),
+        Retrain(Retrain_clip(web=("bad",), **given), place),
     ]
     for stage in stages:
         if kind == "broken" and stream:
@@ -475,7 +480,7 @@ def test_a_part_that_gives_no_pair_is_refused_by_name(place, kind, stream):
             stage.source.data(32)
         assert BARREN[kind] in str(caught.value)
     for kept in (False, True):
-        stage = Pretrain(o.PretrainOptions(**{**given, "web": ("web",) if kept else ()}), place)
+        stage = Pretrain(PretrainOptions(**{**given, "web": ("web",) if kept else ()}), place)
         # Of the web one picture is broken, which a stream finds out later.
         assert len(stage.source.data(32)) == 12 + (9 + stream) * kept
 
@@ -511,6 +516,6 @@ def test_a_selection_that_kept_nothing_is_refused_by_name(place, model, stream):
 def test_finetuning_a_filter_asks_for_blips_retrieval_draws():
     # Catches: the stage that does not ask for what the objective offers.
     blip = build(preset("blip", "tiny", 200))
-    config = retrieval(blip, None, o.FinetuneFilterOptions(human=("human",)), ALONE).config
+    config = retrieval(blip, None, FinetuneFilterOptions(human=("human",)), ALONE).config
     assert (config.own_negatives, config.negative_floor) == (True, 0.0)
     assert (PretrainingConfig().own_negatives, PretrainingConfig().negative_floor) == (False, 1e-4)

@@ -16,9 +16,9 @@ from capfilt.models import checkpoint, kind_of, preset
 from capfilt.models.family import CLASSES
 from capfilt.models.interop.export import export, homes, places
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS
-from capfilt.stages import options as o
 from capfilt.stages.registry import stage_command
 from capfilt.stages.starts import ForTask
+from capfilt.stages.training_options import RetrainOptions
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, tiny_checkpoint, write_images
 
@@ -105,7 +105,7 @@ def test_where_a_config_can_go_and_what_would_have_helped(kind, vocab, open_):
     assert lines
     if not open_:
         assert len(lines) == len(LAYOUTS) - 1
-    options = {field.name for field in dataclasses.fields(o.RetrainOptions)}
+    options = {field.name for field in dataclasses.fields(RetrainOptions)}
     for error in found.values():
         for option in re.findall(r"--([a-z-]+)", error.cure if error else ""):
             assert option.replace("-", "_") in options

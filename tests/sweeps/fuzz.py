@@ -284,8 +284,8 @@ def others(run: Callable[[Path], Counter[str]]) -> Callable[[Path], Counter[str]
 
 def ingest(source: str, **options: Any) -> Callable[[Path], Counter[str]]:
     def run(folder: Path) -> Counter[str]:
-        from capfilt.stages.ingest import Ingest
-        from capfilt.stages.options import IngestOptions
+        from capfilt.stages.ingest import IngestOptions
+        from capfilt.stages.ingest.stage import Ingest
 
         return run_whole(
             Ingest(
@@ -299,8 +299,8 @@ def ingest(source: str, **options: Any) -> Callable[[Path], Counter[str]]:
 
 def examples(source: str, **options: Any) -> Callable[[Path], Counter[str]]:
     def run(folder: Path) -> Counter[str]:
-        from capfilt.stages.examples import Examples
-        from capfilt.stages.options import ExamplesOptions
+        from capfilt.stages.examples import ExamplesOptions
+        from capfilt.stages.examples.stage import Examples
 
         options_ = {
             name: str(folder / value) if name == "annotations" else value for name, value in options.items()
@@ -317,8 +317,8 @@ def urls(source: str, **options: Any) -> Callable[[Path], Counter[str]]:
     """The list alone: what is fetched is the web's."""
 
     def run(folder: Path) -> Counter[str]:
-        from capfilt.stages.download import Download
-        from capfilt.stages.options import DownloadOptions
+        from capfilt.stages.download import DownloadOptions
+        from capfilt.stages.download.stage import Download
 
         given = DownloadOptions(url_list=str(folder / source), number_sample_per_shard=2, **options)
         stage = Download(given, Workspace(folder / "ws"))

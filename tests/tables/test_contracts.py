@@ -10,7 +10,9 @@ from PIL import Image
 
 from capfilt.errors import UserError
 from capfilt.stages.base import option_values
-from capfilt.stages.options import CaptionOptions, ScoreOptions, SelectOptions
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.select import SelectOptions
 from capfilt.tables.contracts import CAPTIONS, CONTRACTS, FAILURES, IMAGES, PAIRS, SCORES, VERDICTS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.sealed import seal, unseal

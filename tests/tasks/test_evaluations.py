@@ -11,7 +11,7 @@ import torch
 
 from capfilt.data.corpus import Corpus
 from capfilt.errors import UserError
-from capfilt.stages.options import EvaluateOptions
+from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.tasks import evaluations
 from capfilt.tasks.retrieval import from_scores
 

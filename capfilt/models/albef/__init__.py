@@ -15,16 +15,16 @@ _CODE, _TASKS = "capfilt.models.albef.model", "capfilt.models.albef.tasks"
 class Options(TowerOptions, MomentumOptions):
     """An ALBEF's own options, with its published defaults (section 4)."""
 
-    learning_rate: float = option(1e-4, "peak (section 4)", above=0)
-    min_lr: float = option(1e-5, "the schedule's end (section 4)")
-    weight_decay: float = option(0.02, "AdamW's (section 4)")
-    epochs: float = option(30.0, "passes over the texts, where `steps` is 0 (section 4: 30)")
+    learning_rate: float = option(1e-4, "peak (ALBEF: 1e-4)", above=0)
+    min_lr: float = option(1e-5, "learning rate at the end (ALBEF: 1e-5)")
+    weight_decay: float = option(0.02, "weight decay of AdamW (ALBEF: 0.02)")
+    epochs: float = option(30.0, "passes over the texts (ALBEF: 30)")
     # 25 in the released code, and the [SEP] that an ALBEF does not read.
-    max_text_tokens: int = option(26, "texts are cut to this many tokens", least=2)
-    queue_size: int = option(65536, "momentum features kept as candidates (section 4: 65536)")
-    alpha_ramp_epochs: float = option(1.0, "alpha grows over this many epochs (section 4: 1)")
+    max_text_tokens: int = option(26, "cut texts to N tokens (ALBEF's code: 25, without [SEP])", least=2)
+    queue_size: int = option(65536, "momentum features kept as candidates (ALBEF: 65536)")
+    alpha_ramp_epochs: float = option(1.0, "epochs over which alpha grows (ALBEF: 1)", rare=True)
     mask_share: float = option(
-        0.15, "share of a text's tokens that are hidden (section 3.2)", later=True, above=0, below=1
+        0.15, "share of tokens to hide (ALBEF: 0.15)", later=True, above=0, below=1, rare=True
     )
 
 

@@ -25,7 +25,9 @@ _CODE, _TASKS = "capfilt.models.blip.model", "capfilt.models.blip.tasks"
 class Options(TowerOptions, MomentumOptions):
     """A BLIP's own options in pretraining."""
 
-    label_smoothing: float = option(0.1, "of the language model's targets (BLIP's released code)", most=0.99)
+    label_smoothing: float = option(
+        0.1, "label smoothing of the texts (BLIP's code: 0.1)", most=0.99, rare=True
+    )
 
 
 FAMILY = Family(

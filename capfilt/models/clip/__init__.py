@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from capfilt.models.family import PAIR_ROWS, Family, Kind
-from capfilt.options import Checked, option
+from capfilt.options import MODEL, Checked, option
 
 _CODE = "capfilt.models.clip.model"
 
@@ -14,23 +14,23 @@ _CODE = "capfilt.models.clip.model"
 class Options(Checked):
     """A CLIP's own options, with its published defaults (section 2.5, tables 18 and 20, of ViT-B/32)."""
 
-    learning_rate: float = option(5e-4, "peak (table 20: 5e-4 for ViT-B/32)", above=0)
-    min_lr: float = option(0.0, "the schedule's end (section 2.5: a cosine)")
-    weight_decay: float = option(0.2, "AdamW's (table 18)")
+    panel = MODEL
+
+    learning_rate: float = option(5e-4, "peak (CLIP: 5e-4 for ViT-B/32)", above=0)
+    min_lr: float = option(0.0, "learning rate at the end (CLIP: 0)")
+    weight_decay: float = option(0.2, "weight decay of AdamW (CLIP: 0.2)")
     beta2: float = option(
-        0.98, "AdamW's second beta (table 18: 0.98 for ViTs, 0.999 for ResNets)", later=True, below=1
+        0.98, "second beta of AdamW (CLIP: 0.98 for ViTs, 0.999 for ResNets)", later=True, below=1, rare=True
     )
-    epochs: float = option(32.0, "passes over the texts, where `steps` is 0 (table 18: 32)")
-    max_text_tokens: int = option(77, "texts are cut to this many tokens (code: 77)", least=2)
+    epochs: float = option(32.0, "passes over the texts (CLIP: 32)")
+    max_text_tokens: int = option(77, "cut texts to N tokens (CLIP's code: 77)", least=2)
     contrast: str = option(
         "softmax",
-        "softmax over the batch, or sigmoid of each pair (SigLIP)",
-        choices=("softmax", "sigmoid"),
+        "loss: softmax over the batch, or sigmoid of each pair (SigLIP)",
         later=True,
+        choices=("softmax", "sigmoid"),
     )
-    contrast_chunk: int = option(
-        0, "rows of the batch's logits at a time, for large batches; 0 for all", told=True
-    )
+    contrast_chunk: int = option(0, "rows of the logits at a time; 0: all", told=True, rare=True)
 
 
 FAMILY = Family(

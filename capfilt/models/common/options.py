@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.options import Checked, option
+from capfilt.options import MODEL, Checked, option
 
 
 @dataclass(frozen=True)
 class VisionStart(Checked):
     """A vision side that may start from published weights."""
 
+    panel = MODEL
+
     vision_init: str = option(
-        "", "directory of a transformers ViT or DeiT to start the vision tower from", kind="path"
+        "",
+        "transformers ViT or DeiT directory to start the vision tower from",
+        kind="path",
+        panel=MODEL,
+        rare=True,
     )
 
 
@@ -22,14 +28,17 @@ class TowerOptions(VisionStart):
 
     stem: str = option(
         "",
-        "patch (as published, needed to export the model) or conv; default: the preset's",
+        "first layers; patch is as published and can be exported; default: the preset's",
         choices=("", "patch", "conv"),
         later=True,
+        rare=True,
     )
     text_init: str = option(
         "",
-        "directory of a transformers BERT to start the text side from; --vocab must be its own",
+        "transformers BERT directory to start the text side from; needs its own --vocab",
         kind="path",
+        panel=MODEL,
+        rare=True,
     )
 
 
@@ -37,26 +46,32 @@ class TowerOptions(VisionStart):
 class MomentumOptions(Checked):
     """ITC and ITM with momentum towers and a queue (ALBEF, arXiv 2107.07651, section 3; BLIP, section 3.2)."""
 
-    queue_size: int = option(57600, "momentum features kept as candidates (BLIP's released code: 57600)")
-    momentum: float = option(0.995, "of the momentum towers (BLIP's released code); 0 for none", below=1)
+    panel = MODEL
+
+    queue_size: int = option(57600, "momentum features kept as candidates (BLIP's code: 57600)")
+    momentum: float = option(
+        0.995, "momentum of the momentum towers (BLIP's code: 0.995); 0: no towers", below=1
+    )
     momentum_batch_size: int = option(
         0,
-        "the batch that `momentum` is meant for: with another it is scaled (BLIP, section 4.1: 2880); 0: as given",
+        "batch that `momentum` is meant for; other batches scale it (BLIP: 2880); 0: no scaling",
         later=True,
+        rare=True,
     )
-    alpha: float = option(0.4, "weight of the momentum towers' soft targets (BLIP's released code)", most=1)
-    alpha_ramp_epochs: float = option(2.0, "alpha grows over this many epochs (BLIP's released code: 2)")
+    alpha: float = option(0.4, "weight of the momentum towers' targets (BLIP's code: 0.4)", most=1, rare=True)
+    alpha_ramp_epochs: float = option(2.0, "epochs over which alpha grows (BLIP's code: 2)", rare=True)
     hardness_ramp_steps: int = option(
-        0, "ITM's negatives go from uniform to hard over this many steps (BLIP: hard from the start)"
+        0, "steps over which ITM's negatives go from uniform to hard (BLIP: 0)", rare=True
     )
     multi_positive: bool = option(
         True,
-        "candidates of the same image or with the same text count as matches (not in BLIP's released pretraining)",
+        "texts and pictures that occur twice count as matches (BLIP's pretraining: off)",
         later=True,
+        rare=True,
     )
     global_negatives: bool = option(
         True,
-        "with several ranks, ITC and ITM draw on the whole batch, as one process would; off: on each rank's own texts, "
-        "and the queue (BLIP's released pretraining)",
+        "compare the batch of all ranks; off: each rank's own texts and the queue (BLIP's code)",
         later=True,
+        rare=True,
     )

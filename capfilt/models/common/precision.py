@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from capfilt.errors import UserError
-
 
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` is a GPU that computes in bf16 itself: Ampere or newer, or an AMD one that does.
@@ -24,9 +22,3 @@ def has_bf16(device: torch.device) -> bool:
 def auto_precision(device: torch.device) -> str:
     """bf16 where `has_bf16`, else fp32."""
     return "bf16" if has_bf16(device) else "fp32"
-
-
-def check_precision(precision: str) -> None:
-    """UserError where it is none that training and evaluation compute in; the engines have more."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision {precision!r}: choose auto, fp32 or bf16")

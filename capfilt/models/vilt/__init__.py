@@ -17,24 +17,25 @@ _STARTS = {CLASSES: f"{_TASKS}:classifier_from_vilt", PAIRS: f"{_TASKS}:pair_fro
 class Options(VisionStart):
     """A ViLT's own options, with its published defaults (section 4.2 and code)."""
 
-    learning_rate: float = option(1e-4, "peak (section 4.2)", above=0)
-    min_lr: float = option(0.0, "the schedule's end (code)")
+    learning_rate: float = option(1e-4, "peak (ViLT: 1e-4)", above=0)
+    min_lr: float = option(0.0, "learning rate at the end (ViLT's code: 0)")
     schedule: str = option(
         "linear",
-        "linear (section 4.2), cosine, epoch-cosine or epoch-decay",
+        "learning rate (ViLT: linear)",
         later=True,
         choices=("cosine", "linear", "epoch-cosine", "epoch-decay"),
     )
-    weight_decay: float = option(0.01, "AdamW's (section 4.2)")
-    beta2: float = option(0.98, "AdamW's second beta (code)", later=True, below=1)
-    max_text_tokens: int = option(40, "texts are cut to this many tokens (code: 40)", least=2)
+    weight_decay: float = option(0.01, "weight decay of AdamW (ViLT: 0.01)")
+    beta2: float = option(0.98, "second beta of AdamW (ViLT's code: 0.98)", later=True, below=1, rare=True)
+    max_text_tokens: int = option(40, "cut texts to N tokens (ViLT's code: 40)", least=2)
     mask_share: float = option(
-        0.15, "share of a text's words that are hidden (section 3.2)", later=True, above=0, below=1
+        0.15, "share of words to hide (ViLT: 0.15)", later=True, above=0, below=1, rare=True
     )
-    alignment: float = option(0.1, "weight of word-patch alignment, 0 for none (code: 0.1)", later=True)
-    max_patches: int = option(
-        200, "patches of a picture that a step sees at most, 0 for all (section 4.2: 200)", later=True
+    alignment: float = option(
+        0.1, "weight of word-patch alignment; 0: none (ViLT's code: 0.1)", later=True, rare=True
     )
+    # Of pictures of up to 384x640. Squares have 144 patches at 384 px, and more than 200 from 480 px.
+    max_patches: int = option(200, "patches per picture and step (ViLT: 200); 0: all", later=True, rare=True)
 
 
 FAMILY = Family(

@@ -26,8 +26,6 @@ from capfilt.stages.download.presets import Layout, fitting
 from capfilt.stages.download.urls import short
 from capfilt.tables.sealed import fingerprint
 
-INPUT_FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
-
 
 @dataclass(frozen=True)
 class Slice:
@@ -51,8 +49,6 @@ def open_list(path: str, input_format: str, layout: Layout, extra: Sequence[str]
 
     Raises UserError where there is none, or it is not what the options say.
     """
-    if input_format not in ("auto", *INPUT_FORMATS):
-        raise UserError(f"--input-format {input_format!r}: choose auto, {', '.join(INPUT_FORMATS)}")
     suffixes = frozenset(
         suffix for suffix, format in SUFFIXES.items() if input_format in ("auto", format)
     )  # of a folder; a file that is named may be called anything

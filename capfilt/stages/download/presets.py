@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from capfilt.errors import UserError
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,9 +44,7 @@ PRESETS = {
 
 
 def layout(preset: str, url_col: str, caption_col: str) -> Layout:
-    """The layout of a preset ("" for none); columns that were named otherwise than by default win. Raises UserError."""
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset!r}: choose {', '.join(PRESETS)}")
+    """The layout of a preset ("" for none); columns that were named otherwise than by default win."""
     found, plain = PRESETS.get(preset, Layout()), Layout()
     if url_col != plain.url_col:
         found = replace(found, url_col=url_col)

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import UserError
+from capfilt.options import REQUIRED
 from capfilt.stages.base import Produced
+from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of
 from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
 from capfilt.stages.download.worker import shared_worker
-from capfilt.stages.options import REQUIRED, DownloadOptions
 from capfilt.tables.contracts import DOWNLOAD_FAILURES, IMAGE_FAILURES
 from capfilt.tables.manifest import Manifest, Successor
 from capfilt.tables.shards import Part
@@ -39,8 +40,6 @@ class Retry(Fetching):
     """
 
     def __init__(self, options: DownloadOptions, workspace: Workspace, output: Part | None = None) -> None:
-        if options.retry != "failed":
-            raise UserError(f"--retry {options.retry!r}: choose failed")
         known = (*DOWNLOAD_FAILURES, *IMAGE_FAILURES)
         for failure in options.failure:
             if failure not in known:

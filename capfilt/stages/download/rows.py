@@ -11,9 +11,9 @@ import pyarrow as pa
 
 import capfilt
 from capfilt.formats.values import storable
+from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Row
-from capfilt.stages.options import DownloadOptions
 from capfilt.tables.manifest import Counts
 
 HOSTS_TOLD = 50

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
@@ -26,7 +27,6 @@ from capfilt.stages.download.rows import (
 )
 from capfilt.stages.download.tally import DownloadTally
 from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
-from capfilt.stages.options import DownloadOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.shards import Part

@@ -19,15 +19,16 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.stages.download import Download, Retry, wire
+from capfilt.stages.download import DownloadOptions, wire
 from capfilt.stages.download.opener import _retry_after
 from capfilt.stages.download.rests import Rests
+from capfilt.stages.download.retry import Retry
 from capfilt.stages.download.robots import RobotsCache, Rules, parse_robots
 from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.schedule import Errand, Schedule
+from capfilt.stages.download.stage import Download
 from capfilt.stages.download.urls import Fault, parse_url
 from capfilt.stages.download.worker import close_shared_worker, shared_worker
-from capfilt.stages.options import DownloadOptions
 from capfilt.tables.workspace import Workspace
 from tests.loopback import UNAVAILABLE
 from tests.stages.download.web import BODIES, GOOD, Server, make, needs_img2dataset, redirect, run

@@ -16,8 +16,8 @@ from capfilt.doctor import workspace as doctor
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import process_and_commit, run_stage, todo
-from capfilt.stages.download import Retry
-from capfilt.stages.options import DownloadOptions
+from capfilt.stages.download import DownloadOptions
+from capfilt.stages.download.retry import Retry
 from capfilt.tables.publish import link_new
 from capfilt.tables.workspace import Workspace
 from tests.stages.download.web import BODIES, Handler, make, needs_img2dataset, run
@@ -148,8 +148,8 @@ def test_of_two_retries_at_once_one_counts(failed, server):
 
 
 def test_what_was_made_from_the_old_generation_does_not_pass_for_made_from_the_new(failed):
-    from capfilt.stages.duplicates import Duplicates
-    from capfilt.stages.options import DuplicatesOptions
+    from capfilt.stages.duplicates import DuplicatesOptions
+    from capfilt.stages.duplicates.stage import Duplicates
 
     place = Workspace(failed.output.path.parents[1])
     go(Duplicates(DuplicatesOptions("web"), place))
@@ -169,7 +169,7 @@ def test_a_retry_needs_the_hashes_it_has_to_compare(tmp_path, server):
         url_list=str(tmp_path / "urls.csv"), caption_col="", verify_hash="sha256",
         allow_host=(f"127.0.0.1:{server.port}",),
     )  # fmt: skip
-    from capfilt.stages.download import Download
+    from capfilt.stages.download.stage import Download
 
     place = Workspace(tmp_path / "ws")
     assert [row["failure"] for row in run(Download(options, place))] == ["http_error"]

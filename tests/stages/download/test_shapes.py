@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from capfilt.data.images import BadImage
+from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.engine import Engine
 from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.shapes import check_shape
-from capfilt.stages.options import DownloadOptions
 from tests.stages.download.web import encoded, picture
 
 PLAIN = settings_of(DownloadOptions(url_list="x"))

@@ -24,9 +24,10 @@ from PIL import Image
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.stages.download import Download
-from capfilt.stages.duplicates import Duplicates
-from capfilt.stages.options import DownloadOptions, DuplicatesOptions
+from capfilt.stages.download import DownloadOptions
+from capfilt.stages.download.stage import Download
+from capfilt.stages.duplicates import DuplicatesOptions
+from capfilt.stages.duplicates.stage import Duplicates
 from capfilt.tables.contracts import FAILURES, IMAGES, STATUSES
 from capfilt.tables.workspace import Workspace
 from tests.stages.download.web import (

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from capfilt.errors import RunError
+from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Worker, shared_worker
-from capfilt.stages.options import DownloadOptions
 from tests.stages.download.web import (
     make,
     needs_img2dataset,

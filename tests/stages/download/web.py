@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from capfilt.stages.download import Download
-from capfilt.stages.options import DownloadOptions
+from capfilt.stages.download import DownloadOptions
+from capfilt.stages.download.stage import Download
 from capfilt.tables.workspace import Workspace
 
 needs_img2dataset = pytest.mark.skipif(

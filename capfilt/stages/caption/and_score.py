@@ -18,11 +18,12 @@ from capfilt.models import checkpoint
 from capfilt.plugins.checkpoints import BlipCaptioner, BlipFilter
 from capfilt.plugins.registry import SCORERS, reference
 from capfilt.stages.base import Produced
-from capfilt.stages.caption import CaptionRows, CaptionStage
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionRows, CaptionStage
 from capfilt.stages.inputs import input_hashes, shards_of
-from capfilt.stages.options import CaptionOptions, ScoreOptions
 from capfilt.stages.pixels import Clock, done, pictures
-from capfilt.stages.score import ScoreRows, ScoreStage, texts_by_image
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.score.stage import ScoreRows, ScoreStage, texts_by_image
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.manifest import Manifest
 from capfilt.tables.shards import Part

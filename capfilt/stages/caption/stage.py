@@ -11,8 +11,8 @@ from typing import Any
 from capfilt.errors import UserError
 from capfilt.plugins.registry import CAPTIONERS, checked_captions, open_captioner, reference
 from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.caption import CaptionOptions
 from capfilt.stages.inputs import input_hashes, shards_of
-from capfilt.stages.options import CaptionOptions
 from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id

@@ -19,7 +19,7 @@ from capfilt.formats.files import read_file
 from capfilt.inference.adapters import opened
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
-from capfilt.stages.options import GradeOptions
+from capfilt.stages.grade import GradeOptions
 from capfilt.stages.results import ResultStage
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
-from capfilt.stages.options import SelectOptions
+from capfilt.stages.select import SelectOptions
 from capfilt.tables.contracts import PAIRS, SCORES, SOURCES, VERDICTS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part

@@ -18,8 +18,8 @@ from capfilt.data.cleaning import clean
 from capfilt.plugins.registry import SCORERS, checked_scores, open_scorer, reference, score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
-from capfilt.stages.options import ScoreOptions
 from capfilt.stages.pixels import Clock, Pictures, batch_size_for, done, pictures, settle, settled_batch_size
+from capfilt.stages.score import ScoreOptions
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part

@@ -22,7 +22,7 @@ import pyarrow as pa
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import input_hashes, shards_of
-from capfilt.stages.options import SubsetOptions
+from capfilt.stages.subset import SubsetOptions
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.duplicates import DuplicatesOptions
 from capfilt.stages.inputs import shards_of
-from capfilt.stages.options import DuplicatesOptions
 from capfilt.tables.contracts import SIGNALS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part

@@ -16,9 +16,8 @@ from capfilt.data.example_set import ExampleSet, read_examples
 from capfilt.errors import MissingInput, UserError
 from capfilt.inference.adapters import capable, opened
 from capfilt.models import checkpoint, kind_of
-from capfilt.models.common.precision import check_precision
 from capfilt.stages.base import Report, option_values
-from capfilt.stages.options import EvaluateOptions
+from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.stages.results import ResultStage
 from capfilt.stages.sources import IMAGE_COLUMNS
 from capfilt.tables.shards import Part
@@ -44,7 +43,6 @@ class Evaluate(ResultStage):
         asking = [task.name for task in named if task.reads != CAPTIONS]
         if asking and not options.examples:
             raise UserError(f"--tasks {asking[0]}: name examples to evaluate on (--examples)")
-        check_precision(options.precision)
         self.checkpoint = workspace.model(options.model)
         config = checkpoint.shape_of(self.checkpoint)
         self.kind = kind_of(config)

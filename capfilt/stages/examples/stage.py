@@ -18,9 +18,9 @@ from capfilt.formats.examples.daquar import in_parts
 from capfilt.formats.examples.row import ExampleRow, example_rows
 from capfilt.formats.values import storable
 from capfilt.stages.base import Produced, ShardStage, option_values
+from capfilt.stages.examples import ExamplesOptions
 from capfilt.stages.named_pictures import NamedPictures
-from capfilt.stages.options import ExamplesOptions
-from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS, TASKS
+from capfilt.tables.contracts import EXAMPLES, LABELS, MAX_TEXT_CHARACTERS
 from capfilt.tables.ids import example_id, file_sha256
 from capfilt.tables.manifest import Counts
 from capfilt.tables.sealed import fingerprint
@@ -182,5 +182,3 @@ def _check(options: ExamplesOptions) -> None:
         raise UserError(
             "examples: --images must name at least one images part, whose pictures are asked about"
         )
-    if options.task not in ("auto", *TASKS):
-        raise UserError(f"--task {options.task!r}: choose auto, {', '.join(TASKS)}")

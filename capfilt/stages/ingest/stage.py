@@ -21,7 +21,7 @@ from capfilt.formats.files import MAX_FILE_BYTES, read_file
 from capfilt.formats.source import Reading, SourceRow, counted, open_source
 from capfilt.formats.values import CAPTION_COLUMNS, storable
 from capfilt.stages.base import Produced, ShardStage, option_values
-from capfilt.stages.options import IngestOptions
+from capfilt.stages.ingest import IngestOptions
 from capfilt.stages.pictures import read_header
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id

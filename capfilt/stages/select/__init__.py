@@ -1,0 +1,46 @@
+"""`select`: its options and its record; the stages are in stage.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from capfilt.options import INPUTS, REQUIRED, ROWS, SOURCES, Checked, option
+from capfilt.stages.command import StageCommand
+
+
+@dataclass(frozen=True)
+class SelectOptions(Checked):
+    """Step 2: turn scores into verdicts and into the corpus. No model, no GPU."""
+
+    panel = ROWS
+
+    images: str = option(REQUIRED, "images part", kind="images")
+    captions: tuple[str, ...] = option((), "captions part; repeatable", kind="captions")
+    scores: str = option("filter", "scores part", kind="scores")
+    duplicates: str = option("", "signals part of `duplicates`: keep one image per cluster", kind="signals")
+    out: str = option("capfilt", "name of the verdicts part and of the pairs part to write")
+    pairs: bool = option(True, "also write the pairs part, with pictures", panel=INPUTS)
+    by: str = option("itm_score", "score to judge by: itm_score, itc_score, itm_probability or a plug-in's")
+    threshold: float = option(
+        0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)", least=-math.inf
+    )
+    keep_fraction: float = option(
+        0.0, "keep this share of all scored texts instead; 0: by --threshold", most=1
+    )
+    sources: tuple[str, ...] = option(
+        ("web", "synthetic"), "texts that may be kept, by source; repeatable", choices=SOURCES
+    )
+
+
+COMMAND = StageCommand(
+    ("select",),
+    SelectOptions,
+    ("capfilt.stages.select.stage:Select", "capfilt.stages.select.stage:WritePairs"),
+    (
+        "capfilt select --images cc12m --captions captioner --scores filter --threshold 0.5",
+        "capfilt select --images cc12m --captions captioner --keep-fraction 0.3 --out top30 --no-pairs",
+        "capfilt select --images cc12m --scores clip --by clip_score --threshold 0.28 --out clip28",
+    ),
+    without="pairs",
+)
