@@ -131,7 +131,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def shape_of(path: str | Path) -> Shape:
     """The config of the model at `path`; no weights are loaded."""
     meta = read_config(path)
-    return kind_named(str(meta["model_type"])).config.from_dict(meta["config"])
+    shape: Shape = kind_named(str(meta["model_type"])).config.from_dict(meta["config"])
+    return shape
 
 
 def fingerprint(path: str | Path) -> str:

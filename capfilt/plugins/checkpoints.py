@@ -51,6 +51,11 @@ class _Checkpoint:
         self.draft = bool(draft)
         self.image_size = int(checkpoint.shape_of(self.path).image_size)
 
+    @property
+    def device(self) -> torch.device:
+        """Where pictures are seen, once `setup` was called."""
+        return device()
+
     def fingerprint(self) -> str:
         return checkpoint.fingerprint(self.path)
 
@@ -60,7 +65,7 @@ class _Checkpoint:
 
     def gather(self, images: list[Pixels]) -> Tensor:
         """uint8 [B, 3, S, S]; for a GPU in memory that it can read by itself."""
-        shape, pinned = (len(images), *images[0].shape), torch.cuda.is_available()
+        shape, pinned = (len(images), *images[0].shape), self.device.type == "cuda"
         with RECORDING if pinned else nullcontext():
             # PyTorch hands pinned memory out again only once the copies from it have ended.
             batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
@@ -71,6 +76,10 @@ class _ByEngine(_Checkpoint, Generic[EngineT]):
     """A BLIP behind one of the engines."""
 
     kind: ClassVar[type[Any]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
 
     def setup(self) -> None:
         self.engine: EngineT = self.kind.load(self.path, precision=self.precision, compiled=self.compiled)

@@ -16,7 +16,7 @@ from capfilt.stages.command import StageCommand
 
 def refuse_foreign(options: Any, family: str) -> None:
     """UserError naming an option of other families that is given and means nothing to this one."""
-    own = family_named(family).options.__dataclass_fields__
+    own = {each.name for each in fields(family_named(family).options)}
     for each in fields(options):
         value = getattr(options, each.name)
         if (

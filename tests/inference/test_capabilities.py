@@ -13,6 +13,7 @@ import torch
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.adapters import adapted, opened
 from capfilt.inference.capabilities import (
+    AnswersQuestions,
     EmbedsImagesAndTexts,
     GeneratesText,
     MatchesPairs,
@@ -62,7 +63,7 @@ def test_blip_is_what_the_protocols_ask_for(model, tokenizer):
     assert isinstance(able, EmbedsImagesAndTexts)
     assert isinstance(able, MatchesPairs)
     assert isinstance(able, RetrievesAndMatches)
-    assert not isinstance(able, GeneratesText)
+    assert not isinstance(able, AnswersQuestions)
 
 
 def test_the_captioner_is_what_captioning_asks_for(model, tokenizer, images):

@@ -21,8 +21,7 @@ import dataclasses, sys, torch
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
-from capfilt.models.blip import build
-from capfilt.models.presets import preset
+from capfilt.models import build, preset
 
 rows, ways = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)

@@ -11,7 +11,8 @@ import torch
 from capfilt.data.tokenizer import ADDED
 from capfilt.errors import UserError
 from capfilt.models import build, preset
-from capfilt.models.albef.model import ALBEF, Albef, AlbefConfig, without_end
+from capfilt.models.albef.model import PRESETS as ALBEF
+from capfilt.models.albef.model import Albef, AlbefConfig, without_end
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from tests.models.rows import rows

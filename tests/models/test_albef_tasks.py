@@ -14,7 +14,7 @@ from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.decoding import Limits, sample
-from capfilt.models import build, checkpoint, kinds
+from capfilt.models import build, checkpoint
 from capfilt.models.albef.model import without_end
 from capfilt.models.albef.tasks import (
     ASSIGNED,
@@ -183,7 +183,7 @@ def test_a_checkpoint_holds_it_and_shared_weights_stay_shared(kind, tmp_path, to
     loaded = checkpoint.open_any(tmp_path / "run")[0].model
     assert type(loaded) is type(model)
     assert loaded.config == model.config
-    assert kinds.of(loaded).name == f"albef_{kind}"
+    assert kind_of(loaded).name == f"albef_{kind}"
     for name, each in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], each), name
     if kind == "nlvr":

@@ -13,7 +13,8 @@ from torch import nn
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models import build, checkpoint, preset
-from capfilt.models.clip.model import CLIP, Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.clip.model import PRESETS as CLIP
+from capfilt.models.clip.model import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.interop.clip_layouts import (
     OPENAI,
     TRANSFORMERS,

@@ -19,6 +19,7 @@ import pytest
 
 from capfilt import models
 from capfilt.cli import main
+from capfilt.tables.workspace import Workspace
 from tests.plugins.packages import install, use
 from tests.worlds import image_rows, write_images
 
@@ -38,6 +39,11 @@ def install_documented(site: Path, change: tuple[str, str] = ("", "")) -> Path:
         file.write_text(code)
     install(site, "toy_meta", "", entries)
     return site
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "workspace")
 
 
 @pytest.fixture
