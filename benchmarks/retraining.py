@@ -29,13 +29,12 @@ from bootstrapping import BOOTSTRAP, arms, run
 
 from capfilt import recipe as recipes
 from capfilt.execution.run import Executor, executor
-from capfilt.models import family_named
 from capfilt.quickstart.language import HUMAN, one_attribute_off, state, write
 from capfilt.quickstart.run import SIZES, Size, open_world
 from capfilt.quickstart.truth import is_true
 from capfilt.quickstart.web import build_human
 from capfilt.recipe import Step
-from capfilt.stages.training_options import retrain_options
+from capfilt.stages.registry import stage_command
 from capfilt.tables.workspace import Workspace
 
 PHOTOGRAPHS: Mapping[str, Mapping[str, Any]] = {
@@ -121,7 +120,7 @@ def compared(
                 name = f"{name}-seed{seed}"
                 options |= {"seed": seed, "out": name}
             # What the quickstart's BLIP has and this model has not (queue, momentum, hardness) is no option of it.
-            known = retrain_options(family_named(model)).__dataclass_fields__
+            known = stage_command(f"retrain-{model}").options.__dataclass_fields__
             options = {each: value for each, value in options.items() if each in known}
             steps.append(Step(stage=f"retrain-{model}", name=f"retrain-{name}", options=options))
             judged = {

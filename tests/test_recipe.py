@@ -287,7 +287,7 @@ SNLI_VE = {
 }  # fmt: skip
 
 CLIP_B_32 = {
-    "model": "clip", "preset": "base", "batch_size": 32768, "epochs": 32.0, "contrast": "softmax", "learning_rate": 5e-4,
+    "preset": "base", "batch_size": 32768, "epochs": 32.0, "contrast": "softmax", "learning_rate": 5e-4,
     "min_lr": 0.0, "warmup_steps": 2000, "schedule": "cosine", "weight_decay": 0.2, "decay": "matrices", "beta2": 0.98,
     "max_text_tokens": 77, "clip_norm": 0.0, "randaugment": 0, "flip": False,
 }  # fmt: skip
@@ -296,7 +296,7 @@ ALBEF = {
     "clip_norm": 0.0, "epochs": 30.0, "image_size": 256, "crop_scale": 0.2, "flip": True, "randaugment": 2,
     "randaugment_level": 7.0, "queue_size": 65536, "momentum": 0.995, "momentum_batch_size": 512, "alpha": 0.4,
     "alpha_ramp_epochs": 1.0, "max_text_tokens": 26, "multi_positive": False, "global_negatives": False,
-    "learning_rate": 1e-4, "batch_size": 512, "micro_batch": 64, "model": "albef",
+    "learning_rate": 1e-4, "batch_size": 512, "micro_batch": 64,
 }  # fmt: skip
 ALBEF_FINETUNED = {
     "schedule": "epoch-cosine", "min_lr": 1e-6, "weight_decay": 0.02, "decay": "matrices", "clip_norm": 0.0,
@@ -313,7 +313,7 @@ VILT = {
     "clip_norm": 0.0, "image_size": 384,
 }  # fmt: skip
 VILT_4M = {
-    **VILT, "model": "vilt", "batch_size": 4096, "micro_batch": 64, "steps": 200000, "warmup_steps": 20000,
+    **VILT, "batch_size": 4096, "micro_batch": 64, "steps": 200000, "warmup_steps": 20000,
     "max_text_tokens": 40, "mask_share": 0.15, "alignment": 0.1, "max_patches": 200, "augment": False,
 }  # fmt: skip
 VILT_FINETUNING = {

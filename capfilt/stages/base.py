@@ -178,7 +178,7 @@ class ModelStage(ABC):
     """A stage from parts to a checkpoint directory, or to one result file. It runs as one piece of work."""
 
     name: ClassVar[str]
-    version: int
+    version: ClassVar[int]
     unit: ClassVar[str] = "steps"
     gaps: Mapping[str, str] = MappingProxyType({})
 

@@ -70,7 +70,7 @@ class Preset(Start):
         for name in ("vision_init", "text_init"):
             if directory := getattr(self.options, name, ""):
                 digests[name] = file_sha256(Path(directory) / "model.safetensors")
-        return {"family": self.family.name, **digests}
+        return digests
 
     def planned(self) -> Any:
         # A vocabulary that is learned later is none that was published, whatever its size.

@@ -8,6 +8,7 @@ Each says which rows, which start and which losses; the losses are the family's 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Pretrain(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.family = family_named(options.family)
-        self.version, self.shown = self.family.version, self.family.shown
+        self.shown = self.family.shown
         super().__init__(options, workspace, output)
         given = getattr(options, "init", "")
         allowed = (self.family.kinds[0].name, *self.family.starts)
@@ -49,6 +50,9 @@ class Pretrain(Train):
             else Preset(self.family, options)
         )
         self.compose(PairSource(options, workspace), start)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity(), "family": self.family.name, "family_version": self.family.version}
 
     def initial(self, data: Any) -> tuple[Model, Any]:
         model, tokenizer = super().initial(data)

@@ -64,7 +64,7 @@ class Train(ModelStage):
         start: the model that it starts from.
     """
 
-    version: int = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
+    version = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
     least: ClassVar[int] = 1
     shown: tuple[str, ...]
     source: Source[Any]

@@ -115,10 +115,10 @@ def test_the_closed_list_is_that_of_training_and_val_is_judged_whole(place):
     assert sorted(model.config.classes) == sorted({colour(n) for n in range(4)})  # "odd" is val's alone
     options = stage_command("finetune-vqa").options(**FAST, examples=("asked",), closed=True, min_answers=4)
     stage = FinetuneClosedVqa(options, place)
-    whole = stage._corpus(48, ("val",), **stage.reading(model))
+    whole = stage.source._corpus(48, ("val",), **stage.reading(model))
     assert len(whole) == 8
     assert [len(each) for each in whole.targets].count(0) == 1
-    corpus = stage._corpus(48, ("train",), **stage.reading())
+    corpus = stage.source._corpus(48, ("train",), **stage.reading())
     assert len(corpus) == 16
     tokenizer = checkpoint.open_any(place.model("pretrained"))[0].tokenizer
     (batch,) = task_batches(corpus, tokenizer, 16, epochs=1, max_text_tokens=30)
@@ -156,7 +156,7 @@ def test_it_goes_on_from_its_own_and_takes_a_new_head_for_other_classes(place, s
     command = stage_command("finetune-vqa")
     made = command.options(**FAST, examples=("asked",), init="a", out="d")
     with pytest.raises(
-        UserError, match="start from a BLIP or an ALBEF or a BLIP for questions or an ALBEF for questions"
+        UserError, match="start from a BLIP or a BLIP for questions or an ALBEF or an ALBEF for questions"
     ):
         command.build(command.classes(made)[0], made, place)
 

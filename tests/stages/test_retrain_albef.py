@@ -63,7 +63,7 @@ def run(stage):
 
 
 def test_an_albef_is_retrained_and_evaluated_like_a_blip(place):
-    (summary,) = run_command(stage_command("retrain"), FAST, place, "inline", quiet=True)
+    (summary,) = run_command(stage_command("retrain-albef"), FAST, place, "inline", quiet=True)
     assert summary.figures["steps"] == 4
     directory = place.model("albef")
     seen = pq.read_table(directory / "exposures.parquet").to_pylist()
@@ -120,8 +120,8 @@ def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_pat
     answers = vqa_from_albef(start)
     checkpoint.save(pretrained.model("answers"), answers, tokenizer)
     message = (
-        "is an ALBEF for questions, which learns from examples, and finetune-filter reads pairs; start from a BLIP or an ALBEF "
-        "or a ViLT"
+        "is an ALBEF for questions, which learns from examples, and finetune-filter reads pairs; start from a BLIP or a ViLT "
+        "or an ALBEF"
     )
     with pytest.raises(UserError, match=message):
         FinetuneFilter(FinetuneFilterOptions(init="answers", human=("human",), out="x"), pretrained)

@@ -46,7 +46,7 @@ def run(stage):
 
 
 def test_a_vilt_is_retrained_and_evaluated_like_a_blip(place):
-    (summary,) = run_command(stage_command("retrain"), FAST, place, "inline", quiet=True)
+    (summary,) = run_command(stage_command("retrain-vilt"), FAST, place, "inline", quiet=True)
     assert summary.figures["steps"] == 4
     directory = place.model("vilt")
     seen = pq.read_table(directory / "exposures.parquet").to_pylist()
@@ -130,7 +130,6 @@ def test_it_starts_from_a_vit(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_init": "somewhere"}, "--text-init somewhere: means nothing to retrain of a vilt"),
         ({"alignment": -1.0}, "alignment"),
         ({"max_patches": -1}, "--max-patches -1: give 0 or more"),
         ({"preset": "huge"}, "tiny, trunk, small, base"),

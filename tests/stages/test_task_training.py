@@ -118,7 +118,7 @@ def test_validation_by_hand(place):
     found = finetune(place, "nlvr", validate=5).figures
     stage = FinetuneNlvr(FinetuneNlvrOptions(**{**FAST, "examples": ("pairs",)}), place)
     contents, _ = checkpoint.open_any(place.model("nlvr"))
-    corpus = stage._corpus(48, ("val",), 5)
+    corpus = stage.source._corpus(48, ("val",), 5)
     assert found["val_examples"] == len(corpus) == 5
     (batch,) = task_batches(corpus, contents.tokenizer, 5, epochs=1, max_text_tokens=30)
     with torch.no_grad():

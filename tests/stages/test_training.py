@@ -16,9 +16,8 @@ from capfilt.models import checkpoint, kind_of, preset
 from capfilt.models.family import CLASSES
 from capfilt.models.interop.export import export, homes, places
 from capfilt.models.interop.layouts import CAPFILT, LAYOUTS
-from capfilt.stages.registry import stage_command
+from capfilt.stages.registry import STAGES, stage_command
 from capfilt.stages.starts import ForTask
-from capfilt.stages.training_options import RetrainOptions
 from capfilt.tables.workspace import Workspace
 from tests.worlds import image_rows, tiny_checkpoint, write_images
 
@@ -53,7 +52,7 @@ def built(place, name, **options):
 def test_a_training_says_where_its_model_can_go(place, tmp_path, capsys, model, options, can, cannot):
     out = f"{model}-{'-'.join(options)}"
     extra = {"queue_size": 0, "momentum": 0.0} if model in ("blip", "albef") else {}
-    stage = built(place, "retrain", human=("human",), model=model, out=out, **{**FAST, **options, **extra})
+    stage = built(place, f"retrain-{model}", human=("human",), out=out, **{**FAST, **options, **extra})
     summary = run_stage(stage, InlineExecutor(), quiet=False)
     early, late = capsys.readouterr().err, "\n".join(summary.lines())
     assert ("no other project will read this model" in early) == (not can)
@@ -105,7 +104,7 @@ def test_where_a_config_can_go_and_what_would_have_helped(kind, vocab, open_):
     assert lines
     if not open_:
         assert len(lines) == len(LAYOUTS) - 1
-    options = {field.name for field in dataclasses.fields(RetrainOptions)}
+    options = {name for command in STAGES for name in command.options.__dataclass_fields__}
     for error in found.values():
         for option in re.findall(r"--([a-z-]+)", error.cure if error else ""):
             assert option.replace("-", "_") in options
