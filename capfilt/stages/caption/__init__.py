@@ -67,5 +67,5 @@ COMMAND = StageCommand(
         "capfilt caption --images cc12m --captioner my-vlm:./checkpoint --captioner-option style=short",
         "capfilt caption --images cc12m --captioner captioner --filter filter",
     ),
-    instead=("filter", "capfilt.stages.caption_and_score:CaptionAndScore"),
+    instead=("filter", "capfilt.stages.caption.and_score:CaptionAndScore"),
 )

@@ -151,5 +151,5 @@ COMMAND = StageCommand(
     ),
     positional="url_list",
     out=True,
-    instead=("retry", "capfilt.stages.download.stage:Retry"),
+    instead=("retry", "capfilt.stages.download.retry:Retry"),
 )
