@@ -24,5 +24,5 @@ def test_every_class_that_a_record_names_is_there(command):
 def test_names_are_unique_and_an_unknown_one_is_told_which_there_are():
     names = [command.name for command in STAGES]
     assert len(names) == len(set(names))
-    with pytest.raises(UserError, match="'captoin'.*caption.*grade"):
+    with pytest.raises(UserError, match=r"'captoin'.*caption.*grade"):
         stage_command("captoin")
