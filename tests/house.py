@@ -73,14 +73,15 @@ def helps() -> Iterator[tuple[str, str]]:
     """Every option of every command, with its help text as it is declared."""
     import typer
 
-    from capfilt.cli import OTHERS, build_app
+    from capfilt.cli import build_app
+    from capfilt.commands import EXAMPLES
     from capfilt.stages.registry import STAGES
 
     for command in STAGES:
         for each in dataclasses.fields(command.options):
             yield f"{' '.join(command.words)} {each.name}", each.metadata["help"]
     shared = STAGES[0].words
-    for words in (shared, *(tuple(name.split()) for name in OTHERS)):
+    for words in (shared, *(tuple(name.split()) for name in EXAMPLES)):
         found: Any = typer.main.get_command(build_app(words))
         for word in words:
             found = found.commands[word]
