@@ -12,12 +12,12 @@ from capfilt.stages.registry import STAGES, stage_command
 
 @pytest.mark.parametrize("command", STAGES, ids=lambda command: command.name)
 def test_every_class_that_a_record_names_is_there(command):
-    paths = [*command.stages, *filter(None, [command.instead[1]]), *command.kinds[1].values()]
+    paths = [*command.stages, *filter(None, [command.instead[1]])]
     for path in paths:
         module, _, name = path.partition(":")
         stage = getattr(importlib.import_module(module), name)
         assert callable(stage.identity), path
-    for option in (command.positional, command.without, command.instead[0], command.kinds[0]):
+    for option in (command.positional, command.without, command.instead[0]):
         assert not option or option in command.options.__dataclass_fields__, option
 
 
