@@ -126,7 +126,7 @@ FINETUNE_VQA = StageCommand(
         "capfilt finetune vqa --closed --examples vqav2 --images coco --out vqa-closed",
         "capfilt finetune vqa --examples vqav2 --examples vg --answer-weight vg=0.2 --images coco --images vg",
     ),
-    instead=("closed", "capfilt.stages.classifier_training:FinetuneClosedVqa"),
+    instead=("closed", "capfilt.stages.task_training:FinetuneClosedVqa"),
 )
 
 FINETUNE_NLVR = StageCommand(
@@ -137,19 +137,19 @@ FINETUNE_NLVR = StageCommand(
         "capfilt finetune nlvr --init pretrained --examples nlvr2 --images nlvr2",
         "capfilt finetune nlvr --single --init pretrained --examples nlvr --images nlvr",
     ),
-    instead=("single", "capfilt.stages.classifier_training:FinetuneSingleNlvr"),
+    instead=("single", "capfilt.stages.task_training:FinetuneSingleNlvr"),
 )
 
 FINETUNE_ENTAILMENT = StageCommand(
     ("finetune", "entailment"),
     FinetuneEntailmentOptions,
-    ("capfilt.stages.classifier_training:FinetuneEntailment",),
+    ("capfilt.stages.task_training:FinetuneEntailment",),
     ("capfilt finetune entailment --init pretrained --examples snli-ve --images flickr30k",),
 )
 
 FINETUNE_CLASSIFICATION = StageCommand(
     ("finetune", "classification"),
     FinetuneClassificationOptions,
-    ("capfilt.stages.classifier_training:FinetuneClassification",),
+    ("capfilt.stages.task_training:FinetuneClassification",),
     ("capfilt finetune classification --init pretrained --examples cifar10 --images cifar10",),
 )
