@@ -31,19 +31,6 @@ from capfilt.stages.registry import STAGES, stages
 from capfilt.tables.visible import say, visible
 from capfilt.training.launched import launched_rank
 
-OTHERS = {
-    "run": "Run a recipe: its stages in order, skipping what is done.",
-    "quickstart": "Run the whole loop on a generated world, end to end, on this machine.",
-    "query": "Ask a workspace in SQL.",
-    "compare": "Show a result of evaluate, or set several side by side.",
-    "report": "Write one HTML file about a workspace.",
-    "doctor": "Check this machine, and a workspace's shards against their manifests.",
-    "convert": "Convert a workspace that an earlier capfilt wrote to today's layout.",
-    "recipe list": "List the recipes that come with capfilt.",
-    "recipe show": "Print a recipe as it is written, or with every option resolved.",
-    "export": "Write a checkpoint in transformers' layout, the original repository's, or capfilt's.",
-}
-
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -264,10 +251,8 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
             raise typer.Exit
 
     groups = {
-        "finetune": _app(
-            "Step 2: finetune the captioner or the filter on clean pairs; or a model for a task."
-        ),
-        "retrain": _app("Step 3: train a model of a family on human, kept web and kept synthetic pairs."),
+        "finetune": _app("Step 2: finetune the captioner, the filter, or for a task."),
+        "retrain": _app("Step 3: train a model of a family on the bootstrapped corpus."),
         "recipe": _app("List the recipes that come with capfilt, or print one."),
     }
     # Families of other packages are looked for where they can be meant: looking costs more time than help may take.
@@ -275,28 +260,25 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         target = groups[command.words[0]] if len(command.words) == 2 else app
         name = command.words[-1]
         wanted = words[: len(command.words)] == command.words
-        function = _stage_function(command) if wanted else _without_options(command)
+        function = _stage_function(command) if wanted else _bare(command.options)
         target.command(name, cls=_command_class(command), epilog=_epilog(command.examples))(function)
-    for name, text in OTHERS.items():
+    for name, examples in commands.EXAMPLES.items():
         path = tuple(name.split())
         target = groups[path[0]] if len(path) == 2 else app
-        function = getattr(commands, "_".join(path)) if words[: len(path)] == path else _bare(text)
-        target.command(path[-1], help=text, epilog=_epilog(commands.EXAMPLES[name]))(function)
+        function = getattr(commands, "_".join(path))
+        wanted = words[: len(path)] == path
+        target.command(path[-1], epilog=_epilog(examples))(function if wanted else _bare(function))
     for name, group in groups.items():
         app.add_typer(group, name=name)
     return app
 
 
-def _bare(text: str) -> Callable[[], None]:
+def _bare(described: object) -> Callable[[], None]:
     def command() -> None:
         raise AssertionError
 
-    command.__doc__ = text
+    command.__doc__ = inspect.getdoc(described)
     return command
-
-
-def _without_options(command: StageCommand) -> Callable[[], None]:
-    return _bare(inspect.getdoc(command.options) or "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -150,7 +150,7 @@ def quickstart(
     execution: EXECUTION = "auto",
     quiet: QUIET = False,
 ) -> None:
-    """Run the whole loop on a generated world, end to end, on this machine."""
+    """Run the whole loop on a generated world, on this machine."""
     from capfilt.quickstart.run import run_quickstart
 
     run_quickstart(out, size=size, seed=seed, execution=execution, quiet=quiet)
@@ -166,7 +166,7 @@ def query(
     ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
-    """Ask a workspace in SQL. Views: images texts scores verdicts pairs funnel."""
+    """Ask a workspace in SQL. Without a query, list the views and their columns."""
     from capfilt.catalog.query import print_query
     from capfilt.tables.workspace import Workspace
 
@@ -187,7 +187,7 @@ def compare(
     ] = "table",
     workspace: WORKSPACE = ".",
 ) -> None:
-    """Show a result of evaluate, or set several side by side and say which differences are outside their interval."""
+    """Compare results of `evaluate`. Says which differences are outside their interval."""
     from capfilt.results import show
     from capfilt.tables.workspace import Workspace
 
@@ -200,7 +200,7 @@ def report(
     ] = "",
     workspace: WORKSPACE = ".",
 ) -> None:
-    """Write one self-contained HTML file: funnel, scores, samples, learning curves, evaluations, lineage."""
+    """Write one HTML file about a workspace. Funnel, scores, samples, learning curves, evaluations, lineage."""
     from pathlib import Path
 
     from capfilt.catalog.report import write_report
@@ -225,7 +225,7 @@ def doctor(
     ] = "",
     verify: Annotated[bool, typer.Option("--verify", help="read and hash every byte of every shard")] = False,
 ) -> None:
-    """Check this machine, and a workspace's shards against their manifests."""
+    """Check this machine and the shards of a workspace."""
     from capfilt import doctor as checks
 
     healthy = True
@@ -245,7 +245,7 @@ def doctor(
 def convert(
     path: Annotated[str, typer.Argument(help="a workspace, or one part")] = ".",
 ) -> None:
-    """Convert a workspace that an earlier capfilt wrote: rows, files and ids stay, records move to .capfilt."""
+    """Convert a workspace of an earlier capfilt. Rows, files and ids stay, records move to .capfilt."""
     from pathlib import Path
 
     from capfilt.tables.convert import convert as convert_parts
@@ -289,7 +289,7 @@ def export(
     ] = 0,
     workspace: WORKSPACE = ".",
 ) -> None:
-    """Write a checkpoint in transformers' layout, the original repository's, or capfilt's."""
+    """Convert a checkpoint between capfilt's and other layouts."""
     from capfilt.models.interop.export import export as write
     from capfilt.tables.workspace import Workspace
 
@@ -304,7 +304,7 @@ def recipe_show(
     ] = False,
     settings: SETTINGS = None,
 ) -> None:
-    """Print a recipe as it is written, with its sources, or with every option resolved."""
+    """Print a recipe as it is written, or with every option resolved."""
     from capfilt import recipe as module
     from capfilt.errors import UserError
     from capfilt.resources import find_recipe

@@ -60,10 +60,8 @@ def option(
         choices: the texts that it may be.
         least: of numbers, as `most`, `above` and `below`. A number is finite, unless its default is not.
     """
-    known = {"help": help, "kind": kind, "later": later, "told": told, "unless": unless}
-    shown = {"panel": panel, "rare": rare}
-    bounds = {"choices": choices, "least": least, "most": most, "above": above, "below": below}
-    return field(default=default, metadata={**known, **shown, **bounds})
+    marks = dict(locals())
+    return field(default=marks.pop("default"), metadata=marks)
 
 
 _MOST_WHOLE = 2**63 - 1

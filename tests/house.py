@@ -18,19 +18,14 @@ ABSTRACT = {"ShardStage", "ModelStage"}
 MOST_ABOVE, MOST_LINES, MOST_HELP = 2, 500, 90
 """Of capfilt's classes between a stage and the abstract one; of a file's lines; of a help text's characters."""
 
-DEEP = dict.fromkeys(
-    (
-        "FinetuneCaptioner", "FinetuneFilter", "FinetuneTextAssignment", "FinetuneClosedVqa", "FinetuneSingleNlvr",
-        "FinetuneEntailment", "FinetuneClassification", "Retrain", "RetrainAlbef", "RetrainClip", "RetrainVilt",
-    ),
-    "trains by inheritance",
-)  # fmt: skip
+DEEP: dict[str, str] = {}
 """Known stages that are deeper, and why."""
 
 LONG = {
     "capfilt/catalog/report.py": "one page, written from top to bottom",
     "capfilt/data/stream.py": "one reader: order, cache and resume hold each other up",
     "capfilt/formats/records.py": "one record reader for CSV, JSON and Parquet, with all its refusals",
+    "capfilt/models/vilt/model.py": "a family, readable from its config to its presets",
     "capfilt/tables/shards.py": "the one place that commits rows",
     "capfilt/tasks/filter_quality.py": "one protocol with its intervals",
 }
@@ -73,14 +68,15 @@ def helps() -> Iterator[tuple[str, str]]:
     """Every option of every command, with its help text as it is declared."""
     import typer
 
-    from capfilt.cli import OTHERS, build_app
+    from capfilt.cli import build_app
+    from capfilt.commands import EXAMPLES
     from capfilt.stages.registry import STAGES
 
     for command in STAGES:
         for each in dataclasses.fields(command.options):
             yield f"{' '.join(command.words)} {each.name}", each.metadata["help"]
     shared = STAGES[0].words
-    for words in (shared, *(tuple(name.split()) for name in OTHERS)):
+    for words in (shared, *(tuple(name.split()) for name in EXAMPLES)):
         found: Any = typer.main.get_command(build_app(words))
         for word in words:
             found = found.commands[word]

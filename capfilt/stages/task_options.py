@@ -49,7 +49,7 @@ class TaskOptions(LoopOptions):
 
 @dataclass(frozen=True)
 class FinetuneVqaOptions(TaskOptions):
-    """Finetune a BLIP to answer questions about pictures: by writing (BLIP, section 5.3), or from a closed list."""
+    """Finetune a model to answer questions about pictures. It writes (BLIP, section 5.3), or chooses."""
 
     panel = MODEL
 
@@ -75,7 +75,7 @@ class FinetuneVqaOptions(TaskOptions):
 
 @dataclass(frozen=True)
 class FinetuneNlvrOptions(TaskOptions):
-    """Finetune a BLIP to judge statements about two pictures (NLVR2; BLIP, section 5.4), or about one (NLVR)."""
+    """Finetune a model to judge statements about pictures. Two pictures: NLVR2 (BLIP, section 5.4); one: NLVR."""
 
     panel = MODEL
 
@@ -92,7 +92,7 @@ class FinetuneNlvrOptions(TaskOptions):
 
 @dataclass(frozen=True)
 class FinetuneEntailmentOptions(TaskOptions):
-    """Finetune a BLIP to tell whether a picture entails a text, contradicts it, or neither (SNLI-VE; as ALBEF does)."""
+    """Finetune a model for visual entailment. SNLI-VE, as ALBEF does."""
 
     panel = MODEL
 
@@ -106,7 +106,7 @@ class FinetuneEntailmentOptions(TaskOptions):
 
 @dataclass(frozen=True)
 class FinetuneClassificationOptions(TaskOptions):
-    """Finetune a vision tower to tell the classes of pictures apart: a linear head on [CLS], every weight trained."""
+    """Finetune a vision tower to classify pictures. A linear head on [CLS]; every weight is trained."""
 
     panel = MODEL
 

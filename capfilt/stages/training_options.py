@@ -184,7 +184,7 @@ class OptimisationOptions(LoopOptions):
 
 @dataclass(frozen=True)
 class PretrainOptions(BlipOptions, OptimisationOptions, ModelOptions):
-    """Step 1: train a BLIP on noisy web pairs and human pairs with ITC, ITM and LM."""
+    """Step 1: train a BLIP on web pairs and human pairs. It learns ITC, ITM and LM."""
 
     family: ClassVar[str] = "blip"
 
@@ -236,7 +236,7 @@ class FinetuneFilterOptions(MomentumOptions, OptimisationOptions):
 
 @dataclass(frozen=True)
 class FinetuneTextAssignmentOptions(OptimisationOptions):
-    """Let an ALBEF learn which of two pictures a text belongs to, before `finetune nlvr` (ALBEF, section 5)."""
+    """Teach an ALBEF which of two pictures a text belongs to. `finetune nlvr` follows (ALBEF, section 5)."""
 
     panel = MODEL
 

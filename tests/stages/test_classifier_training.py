@@ -115,10 +115,10 @@ def test_the_closed_list_is_that_of_training_and_val_is_judged_whole(place):
     assert sorted(model.config.classes) == sorted({colour(n) for n in range(4)})  # "odd" is val's alone
     options = stage_command("finetune-vqa").options(**FAST, examples=("asked",), closed=True, min_answers=4)
     stage = FinetuneClosedVqa(options, place)
-    whole = stage.source._corpus(48, ("val",), **stage.reading(model))
+    whole = stage.source._corpus(48, ("val",), model=model)
     assert len(whole) == 8
     assert [len(each) for each in whole.targets].count(0) == 1
-    corpus = stage.source._corpus(48, ("train",), **stage.reading())
+    corpus = stage.source._corpus(48, ("train",))
     assert len(corpus) == 16
     tokenizer = checkpoint.open_any(place.model("pretrained"))[0].tokenizer
     (batch,) = task_batches(corpus, tokenizer, 16, epochs=1, max_text_tokens=30)

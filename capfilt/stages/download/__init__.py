@@ -133,7 +133,7 @@ class NetworkOptions(Remembering):
 
 @dataclass(frozen=True)
 class DownloadOptions(NetworkOptions, PictureOptions, ListOptions):
-    """Fetch a list of URLs into an images part, one row per URL, failures included.
+    """Fetch a list of URLs into an images part. Every URL is one row, failures included.
 
     Flag names and defaults are img2dataset's (its README, "API"); where one is another, its help says why.
     """
@@ -151,5 +151,5 @@ COMMAND = StageCommand(
     ),
     positional="url_list",
     out=True,
-    instead=("retry", "capfilt.stages.download.stage:Retry"),
+    instead=("retry", "capfilt.stages.download.retry:Retry"),
 )

@@ -10,7 +10,7 @@ from capfilt.stages.command import StageCommand
 
 @dataclass(frozen=True)
 class DuplicatesOptions(Checked):
-    """Find exact and near duplicates among the pictures of an images part; no pixels are read, no model is needed."""
+    """Find exact and near duplicates in an images part. No pixels are read, no model is needed."""
 
     panel = ROWS
 

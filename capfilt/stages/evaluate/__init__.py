@@ -11,7 +11,7 @@ from capfilt.tasks import registry
 
 @dataclass(frozen=True)
 class EvaluateOptions(Checked):
-    """Measure what a checkpoint can do, task by task, on one split: see docs/evaluation.md."""
+    """Evaluate a checkpoint, task by task, on one split. See docs/evaluation.md."""
 
     panel = TASKS
 

@@ -10,7 +10,7 @@ from capfilt.stages.command import StageCommand
 
 @dataclass(frozen=True)
 class ExamplesOptions(Checked):
-    """Bring questions, statements or labels of ingested pictures into an examples part.
+    """Bring questions, statements or labels into an examples part.
 
     SOURCE_PATH is a file of VQA v2, NLVR, NLVR2, SNLI-VE, DAQUAR or easy-VQA, a folder of class folders, or records
     (JSON Lines or a JSON list): image or images; question, sentence, hypothesis or caption; answers, ratings,

@@ -10,7 +10,7 @@ from capfilt.stages.command import StageCommand
 
 @dataclass(frozen=True)
 class GradeOptions(Checked):
-    """Grade scores and verdicts against known truth: planted noise, expert ratings."""
+    """Grade scores and verdicts against known truth. Planted noise, expert ratings."""
 
     panel = ROWS
 

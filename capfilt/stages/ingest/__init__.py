@@ -11,7 +11,7 @@ from capfilt.stages.command import StageCommand
 
 @dataclass(frozen=True)
 class IngestOptions(Checked):
-    """Bring images and captions made by other tools into an images part."""
+    """Bring other tools' images and captions into an images part."""
 
     panel = ROWS
 

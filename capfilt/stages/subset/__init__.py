@@ -10,10 +10,10 @@ from capfilt.stages.command import StageCommand
 
 @dataclass(frozen=True)
 class SubsetOptions(Checked):
-    """Take a share of an images part, and plant known noise in its texts: for measuring a filter where truth is known.
+    """Take a share of an images part, and plant known noise in it.
 
-    The column `planted` of the new part says of each text what was done to it: true, other_image, truncated or
-    file_name. Nothing but `grade` reads it.
+    A filter is measured where truth is known. The column `planted` of the new part says what was done to each text: true,
+    other_image, truncated or file_name. Only `grade` reads it.
     """
 
     panel = ROWS
