@@ -290,7 +290,7 @@ def export(
     workspace: WORKSPACE = ".",
 ) -> None:
     """Write a checkpoint in transformers' layout, the original repository's, or capfilt's."""
-    from capfilt.models.interop.export import export as write
+    from capfilt.models.export import export as write
     from capfilt.tables.workspace import Workspace
 
     for line in write(Workspace(workspace).model(model), to, out, only or "", image_size):
