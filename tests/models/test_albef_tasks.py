@@ -14,7 +14,7 @@ from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.decoding import Limits, sample
-from capfilt.models import build, checkpoint
+from capfilt.models import build, checkpoint, kind_of
 from capfilt.models.albef.model import without_end
 from capfilt.models.albef.tasks import (
     ASSIGNED,
