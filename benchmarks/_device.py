@@ -11,8 +11,8 @@ from typing import Any
 import _form  # noqa: F401 - a checkout that is not installed is found by it
 import torch
 
+from capfilt.models.blip.layouts import TRANSFORMERS
 from capfilt.models.blip.model import Blip, BlipConfig
-from capfilt.models.interop.keymaps import transformers_names
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -85,8 +85,7 @@ def twins(model: Blip, sep_id: int) -> tuple[Any, Any]:
     }
     own = model.state_dict()
     for name, twin in made.items():
-        names = transformers_names(dataclasses.replace(model.config, half=name))
-        state = {theirs: own[ours] for ours, theirs in names.items()}
+        state = TRANSFORMERS.given(dataclasses.replace(model.config, half=name), own)
         missing = twin.load_state_dict(state, strict=False).missing_keys
         # What is left is tied to what was loaded.
         assert all("predictions.decoder" in each for each in missing), missing

@@ -290,7 +290,7 @@ def export(
     workspace: WORKSPACE = ".",
 ) -> None:
     """Convert a checkpoint between capfilt's and other layouts."""
-    from capfilt.models.interop.export import export as write
+    from capfilt.models.export import export as write
     from capfilt.tables.workspace import Workspace
 
     for line in write(Workspace(workspace).model(model), to, out, only or "", image_size):

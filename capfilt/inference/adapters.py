@@ -24,9 +24,9 @@ from capfilt.inference.captioner import Caption, Captioner
 from capfilt.inference.decoding import TRANSFORMERS, Limits, beam_search
 from capfilt.models import build, kind_of
 from capfilt.models.common.config import Shape
+from capfilt.models.common.layouts.contents import Contents
 from capfilt.models.common.precision import auto_precision
 from capfilt.models.family import ABILITIES
-from capfilt.models.interop.contents import Contents
 
 
 @dataclass(frozen=True)

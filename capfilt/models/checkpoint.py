@@ -1,6 +1,6 @@
 """A model on disk: a directory of config.json, model.safetensors and tokenizer.json. Nothing here unpickles.
 
-Whatever reads a checkpoint comes through here; other projects' layouts are recognised and handed to `interop`.
+Whatever reads a checkpoint comes through here; other projects' layouts are recognised and handed to `layouts`.
 Optimiser state and exact resume are capfilt.training's.
 """
 
@@ -19,9 +19,10 @@ import torch
 import capfilt
 from capfilt.data.tokenizer import Encodes, Tokenizer
 from capfilt.errors import MissingInput, UserError
-from capfilt.models import Model, kind_named, kind_of, kinds
+from capfilt.models import Model, kind_named, kind_of, kinds, layouts
 from capfilt.models.blip.model import Blip
 from capfilt.models.common.config import Shape
+from capfilt.models.common.layouts.contents import LEFTOVERS, Contents, assemble, blank
 from capfilt.models.common.weights import (
     check_tensors,
     read_json,
@@ -29,8 +30,6 @@ from capfilt.models.common.weights import (
     tensors,
     write_safetensors,
 )
-from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, assemble, cleaning_of, remember, remembered
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import sync_directory
 from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
@@ -72,7 +71,7 @@ def save(
             "capfilt_version": capfilt.__version__,
             "config": model.config.to_dict(),
             "extra": extra or {},
-            **remember(model, tokenizer),
+            **layouts.remember(model, tokenizer),
             "files": {each.name: file_sha256(each) for each in files if each.is_file()},
             SEAL: UNSEALED,
         }
@@ -105,9 +104,9 @@ def load(
 def open_any(path: str | Path, image_size: int = 0) -> tuple[Contents, dict[str, Any]]:
     """(everything the checkpoint holds, meta), on the processor; as `load`, for every class of model there is."""
     layout, place = layouts.locate(path)
-    if layout != layouts.CAPFILT:
+    if layout is not None:
         contents = layouts.read(layout, place, image_size)
-        return contents, _meta(layout, contents.model.config, contents.extra)
+        return contents, _meta(layout.name, contents.model.config, contents.extra)
     contents, meta = _read(place)
     if image_size and image_size != contents.model.config.image_size:
         resize = getattr(contents.model, "resize_image", None)
@@ -123,8 +122,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     A checkpoint in another layout is described in the same form; its `files` are none.
     """
     layout, place = layouts.locate(path)
-    if layout != layouts.CAPFILT:
-        return _meta(layout, *layouts.read_config(layout, place))
+    if layout is not None:
+        return _meta(layout.name, *layouts.read_config(layout, place))
     return _read_config(place)
 
 
@@ -138,7 +137,7 @@ def shape_of(path: str | Path) -> Shape:
 def fingerprint(path: str | Path) -> str:
     """sha256 (hex) over the files it is read from: two checkpoints with one fingerprint caption and score alike."""
     layout, place = layouts.locate(path)
-    if layout != layouts.CAPFILT:
+    if layout is not None:
         return layouts.fingerprint(layout, place)
     total = hashlib.sha256()
     for name in (CONFIG, WEIGHTS, TOKENIZER):
@@ -169,8 +168,9 @@ def sweep(directory: Path) -> None:
 
 
 def layout_of(path: str | Path) -> str:
-    """The layout of a checkpoint: capfilt, transformers or original. UserError where there is none."""
-    return layouts.locate(path)[0]
+    """The name of a checkpoint's layout, one of `layouts.names`. UserError where there is none."""
+    layout, _ = layouts.locate(path)
+    return layout.name if layout else layouts.CAPFILT
 
 
 def origin(path: str | Path, given: str) -> dict[str, dict[str, str]]:
@@ -193,7 +193,7 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
     _verify(directory, meta)
-    model = assemble(weights_path, config, read_safetensors(weights_path))
+    model = assemble(weights_path, blank(kind.model, config), read_safetensors(weights_path))
     try:
         tokenizer = kind.tokenizer.load(directory)
     except UserError:
@@ -206,7 +206,7 @@ def _read(directory: Path) -> tuple[Contents, dict[str, Any]]:
         )
     rest = read_safetensors(directory / LEFTOVERS) if (directory / LEFTOVERS).is_file() else {}
     extra = meta.get("extra", {})
-    cleaning = cleaning_of(model, extra, remembered(config_path, meta))
+    cleaning = layouts.cleaning_of(model, extra, layouts.remembered(config_path, meta))
     return Contents(model, tokenizer.cleaned_as(cleaning), extra, rest), meta
 
 

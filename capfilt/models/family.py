@@ -144,6 +144,7 @@ class Family:
         options: the dataclass of the options that this family alone has in training, with its own published defaults.
         shown: figures of its losses that progress and summaries show.
         version: of its training: raised whenever the same options and rows give other weights.
+        layouts: its tables of other projects' checkpoint layouts, as "module:LAYOUTS"; "" for none.
         starts: by the `model_type` of another family, the function that starts a model of this one from it, as
             "module:function": (their model, options, its tokenizer) -> model.
     """
@@ -156,6 +157,7 @@ class Family:
     shown: tuple[str, ...]
     version: int = 1
     starts: Mapping[str, str] = field(default_factory=dict)
+    layouts: str = ""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -186,7 +188,7 @@ class Family:
                 self._check(model, tuple(name for each in model.abilities for name in ABILITIES[each]))
             for path in (*kind.starts.values(), *kind.learns.values()):
                 self._found(path)
-        for path in self.starts.values():
+        for path in (*self.starts.values(), *([self.layouts] if self.layouts else [])):
             self._found(path)
 
     def _check(self, owner: Any, names: tuple[str, ...]) -> None:

@@ -33,7 +33,7 @@ from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import Model, build, checkpoint, kind_of
 from capfilt.models.common.ranks import ALONE, Ranks
-from capfilt.models.interop.export import homes, places
+from capfilt.models.export import homes, places
 from capfilt.stages.base import ModelStage, Report, option_values
 from capfilt.stages.sources import Source
 from capfilt.stages.starts import Start, frozen

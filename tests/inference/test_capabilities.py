@@ -23,7 +23,7 @@ from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
 from capfilt.models import build, preset
 from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
-from capfilt.models.interop.contents import Contents, halved
+from capfilt.models.common.layouts.contents import Contents
 from capfilt.models.vilt.tasks import pair_from_vilt
 from capfilt.tasks.captioning import evaluate_captioning
 from capfilt.tasks.retrieval import evaluate_retrieval, from_embeddings
@@ -170,9 +170,9 @@ def test_what_each_model_can_do(model, tokenizer):
     whole = opened(Contents(copy.deepcopy(model), tokenizer))
     assert whole.image_size == 48
     assert whole.can == ("embeds images and texts", "embeds images", "matches pairs", "generates text")
-    judges = opened(Contents(halved(copy.deepcopy(model), "filter"), tokenizer))
+    judges = opened(Contents(copy.deepcopy(model).halved("filter"), tokenizer))
     assert judges.can == ("embeds images and texts", "embeds images", "matches pairs")
-    writes = opened(Contents(halved(copy.deepcopy(model), "captioner"), tokenizer))
+    writes = opened(Contents(copy.deepcopy(model).halved("captioner"), tokenizer))
     assert writes.can == ("embeds images", "generates text")
     assert opened(Contents(vqa_from_blip(model), tokenizer)).can == ("embeds images", "answers questions")
     assert opened(Contents(nlvr_from_blip(model), tokenizer)).can == ("embeds images", "classifies pairs")

@@ -24,7 +24,7 @@ from capfilt.models.blip.model import BlipConfig
 from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
-from capfilt.models.interop.export import export
+from capfilt.models.export import export
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
 from tests.limits import refused

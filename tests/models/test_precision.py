@@ -16,9 +16,9 @@ from capfilt.inference.captioner import Captioner
 from capfilt.models import build
 from capfilt.models.blip.model import BlipConfig
 from capfilt.models.common import layers, precision
+from capfilt.models.common.layouts.contents import Contents
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
-from capfilt.models.interop.contents import Contents
 from capfilt.plugins.clip import ClipScorer
 
 

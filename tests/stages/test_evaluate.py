@@ -14,7 +14,6 @@ from capfilt.execution.run import run_stage
 from capfilt.inference.adapters import opened
 from capfilt.models import checkpoint
 from capfilt.models.blip.tasks import nlvr_from_blip, vqa_from_blip
-from capfilt.models.interop.contents import halved
 from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.stages.evaluate.stage import Evaluate, _Result
 from capfilt.tables.contracts import EXAMPLES
@@ -164,7 +163,7 @@ def _without_red(made):
 def test_a_model_is_told_what_it_can_do(made, kind, task, line):
     if not made.model(kind).exists():
         model, tokenizer, _ = checkpoint.load(made.model("both"))
-        change = {"vqa": vqa_from_blip, "nlvr": nlvr_from_blip}.get(kind, lambda model: halved(model, kind))
+        change = {"vqa": vqa_from_blip, "nlvr": nlvr_from_blip}.get(kind, lambda model: model.halved(kind))
         checkpoint.save(made.model(kind), change(model), tokenizer)
     with pytest.raises(UserError) as caught:
         run(evaluate(made, model=kind, examples=("all",), tasks=(task,), out=f"{kind}-{task}"))
@@ -174,7 +173,7 @@ def test_a_model_is_told_what_it_can_do(made, kind, task, line):
 
 def test_half_a_model_does_its_half(made):
     model, tokenizer, _ = checkpoint.load(made.model("both"))
-    checkpoint.save(made.model("writes"), halved(model, "captioner"), tokenizer)
+    checkpoint.save(made.model("writes"), model.halved("captioner"), tokenizer)
     stage = evaluate(made, model="writes", examples=("all",), tasks=("captioning", "few-shot"), out="half")
     run(stage)
     assert {"cider", "probe@1"} <= set(json.loads(stage.output.read_bytes())["metrics"])
@@ -295,7 +294,7 @@ def of_kind(place, name):
         checkpoint.save(path, build(preset("clip", "tiny", bpe.vocab_size), seed=0), bpe)
     elif name in ("captioner", "filter"):
         model, _, _ = checkpoint.load(place.model("both"))
-        checkpoint.save(path, halved(model, name), tokenizer)
+        checkpoint.save(path, model.halved(name), tokenizer)
     return name
 
 

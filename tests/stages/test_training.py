@@ -12,10 +12,9 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.models import checkpoint, kind_of, preset
+from capfilt.models import checkpoint, kind_of, layouts, preset
+from capfilt.models.export import export, homes, places
 from capfilt.models.family import CLASSES
-from capfilt.models.interop.export import export, homes, places
-from capfilt.models.interop.layouts import CAPFILT, LAYOUTS
 from capfilt.stages.registry import STAGES, stage_command
 from capfilt.stages.starts import ForTask
 from capfilt.tables.workspace import Workspace
@@ -61,10 +60,10 @@ def test_a_training_says_where_its_model_can_go(place, tmp_path, capsys, model, 
         assert cure in said[0]
         assert (said[0] in early) == (not can)
     assert re.findall(r"can go to ([a-z, ]+):", late) == ([", ".join(can)] if can else [])
-    for layout in LAYOUTS:
+    for layout in layouts.names()[1:]:
         if layout in can:
             export(place.model(out), layout, tmp_path / layout)
-        elif layout != CAPFILT:
+        else:
             with pytest.raises(UserError):
                 export(place.model(out), layout, tmp_path / layout)
     assert run_stage(stage, InlineExecutor(), quiet=True).lines()[1:] == summary.lines()[1:]
@@ -103,7 +102,7 @@ def test_where_a_config_can_go_and_what_would_have_helped(kind, vocab, open_):
     lines = homes("x", found)
     assert lines
     if not open_:
-        assert len(lines) == len(LAYOUTS) - 1
+        assert len(lines) == len(layouts.names()) - 1
     options = {name for command in STAGES for name in command.options.__dataclass_fields__}
     for error in found.values():
         for option in re.findall(r"--([a-z-]+)", error.cure if error else ""):

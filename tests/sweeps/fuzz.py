@@ -712,7 +712,7 @@ def make_published(root: Path) -> None:
 
     from capfilt.data.bpe import BpeTokenizer
     from capfilt.models import checkpoint
-    from capfilt.models.interop.export import export
+    from capfilt.models.export import export
     from tests.models.interop.clips import VIT, sharpened
     from tests.models.interop.reference import saved
     from tests.models.interop.test_layouts import original, save

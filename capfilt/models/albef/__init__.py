@@ -84,4 +84,5 @@ FAMILY = Family(
     Options,
     ("itc", "itm", "mlm", "itm_balanced_accuracy"),
     3,  # texts are cleaned by ALBEF's rule
+    layouts="capfilt.models.albef.layouts:LAYOUTS",
 )

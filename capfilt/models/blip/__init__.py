@@ -85,4 +85,5 @@ FAMILY = Family(
     Options,
     ("itc", "itm", "lm", "itm_balanced_accuracy"),
     2,
+    layouts="capfilt.models.blip.layouts:LAYOUTS",
 )

@@ -24,6 +24,7 @@ from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.models.common.config import ModelConfig
 from capfilt.models.common.layers import Pair, exact, init_truncated, project
+from capfilt.models.common.layouts.contents import assemble, blank
 from capfilt.models.common.momentum import Alignment, AlignmentConfig, Embeds, length_chunks, told
 from capfilt.models.common.objectives import OBJECTIVES, language_labels, language_loss, token_loss
 from capfilt.models.common.presets import (
@@ -208,6 +209,14 @@ class Blip(nn.Module):
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""
         self.config = dataclasses.replace(self.config, vision=self.visual_encoder.resize(image_size))
+
+    def halved(self, half: str) -> Blip:
+        """The captioner or the filter inside a model of both, its tensors the same objects; UserError where it has none."""
+        self.require(half)
+        if self.config.half == half:
+            return self
+        made, own = blank(Blip, dataclasses.replace(self.config, half=half)), self.state_dict()
+        return assemble(Path(half), made, {name: own[name] for name in made.state_dict()})
 
     @staticmethod
     def _start(ids: Tensor, token: int) -> Tensor:

@@ -54,4 +54,5 @@ FAMILY = Family(
     # Since 2, texts are no longer cut to their first 30 words; since 3, a ResNet's running statistics follow what trains; since
     # 4, texts are repaired and the image side is initialised as released.
     4,
+    layouts="capfilt.models.clip.layouts:LAYOUTS",
 )

@@ -1,6 +1,6 @@
 """Tensors by name: read from files, compared with what a model expects, put into it. Nothing here runs code from a file.
 
-Which name means what in another project's layout is `capfilt.models.interop`'s.
+Which name means what in another project's layout is a family's `layouts.py`.
 """
 
 from __future__ import annotations

@@ -477,7 +477,7 @@ def start_vision(model: Vilt, directory: str | Path) -> None:
         ("norm.", model.norm),
     ):
         parameters |= {prefix + name: parameter for name, parameter in module.named_parameters()}
-    copy_vit(Path(directory), parameters, model.config, vision.patch_size, vision.grid)
+    copy_vit(Path(directory), parameters, model.config, vision.patch_size)
 
 
 # ViLT, arXiv 2102.03334, sec. 4.2: ViLT-B/32. Its definition leaves no stem to see shapes early with: tiny and small have

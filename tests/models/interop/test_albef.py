@@ -22,11 +22,11 @@ from capfilt.models.albef.tasks import (
     nlvr_from_albef,
     vqa_from_albef,
 )
+from capfilt.models.common.layouts import vocabulary
 from capfilt.models.common.pretrained import load_vit
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig, resize_position_embedding
-from capfilt.models.interop import vocabulary
-from capfilt.models.interop.export import export
+from capfilt.models.export import export
 from tests.models import albef_reference as plain
 from tests.models.interop.reference import DEC, WORDS, loud, write_vocabulary
 
@@ -385,7 +385,7 @@ def test_it_travels_to_every_layout_that_has_a_place_for_it_and_back(path, state
             for each in (state, written)
         )
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="no home in a layout of BLIPs"):
+    with pytest.raises(UserError, match="no home in the layout transformers"):
         export(place, "transformers", tmp_path / "no")
 
 

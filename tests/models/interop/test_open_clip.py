@@ -17,7 +17,7 @@ import torch
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.models import checkpoint
 from capfilt.models.clip.model import ClipTextConfig, ClipVisionConfig
-from capfilt.models.interop.export import export
+from capfilt.models.export import export
 from tests.models.interop.clips import RESNET, VIT, sharpened, texts
 
 

@@ -14,9 +14,9 @@ import torch
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
+from capfilt.models.clip.layouts import OPENAI
 from capfilt.models.clip.model import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
-from capfilt.models.interop.clip_layouts import OPENAI, exported, from_openai_shapes
-from capfilt.models.interop.export import export
+from capfilt.models.export import export
 from tests.models.interop.clips import RESNET, VIT, sharpened
 from tests.worlds import tiny_checkpoint
 
@@ -31,6 +31,14 @@ def tokenizer():
 def made(config, tokenizer):
     text = dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size)
     return sharpened(dataclasses.replace(config, text=text))
+
+
+def told(directory, state, said):
+    """The config of a file of these tensors, with what open_clip says of them beside it."""
+    (directory / "open_clip_config.json").unlink(missing_ok=True)
+    if said is not None:
+        (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": said}))
+    return OPENAI.told(directory / "clip.pt", state)[0]
 
 
 def same(contents, model) -> None:
@@ -74,7 +82,7 @@ def test_there_and_back(tmp_path, tokenizer, config):
 def test_tensors_are_read_as_openai_and_open_clip_save_them(tmp_path, tokenizer, name):
     config = dataclasses.replace(VIT, vision=ClipVisionConfig(32, 8, 128, 2, 2, 256))
     model = made(config, tokenizer)
-    state = exported(model, OPENAI)
+    state = OPENAI.given(model.config, model.state_dict())
     tokenizer.save(tmp_path)
     if name == "ViT.pt":
         # OpenAI's own: half precision, and the three numbers.
@@ -108,7 +116,7 @@ def test_tensors_are_read_as_openai_and_open_clip_save_them(tmp_path, tokenizer,
 def test_heads_that_widths_do_not_tell_are_asked_for(tmp_path):
     def state(config: ClipConfig):
         with torch.device("meta"):
-            return {**exported(Clip(config), OPENAI), **NUMBERS}
+            return {**OPENAI.given(config, Clip(config).state_dict()), **NUMBERS}
 
     # open_clip's ViT-H-14: 16 heads of 80, where 64 would make 20.
     huge = ClipConfig(
@@ -117,41 +125,42 @@ def test_heads_that_widths_do_not_tell_are_asked_for(tmp_path):
     with pytest.raises(
         UserError, match=r"a width of 1280 does not say the number of heads.*vision_cfg\.head_width"
     ):
-        from_openai_shapes(tmp_path, state(huge), None)
+        told(tmp_path, state(huge), None)
     with pytest.raises(UserError, match="a width of 1280 does not say"):
-        from_openai_shapes(tmp_path, state(huge), {"quick_gelu": False})
-    found = from_openai_shapes(
+        told(tmp_path, state(huge), {"quick_gelu": False})
+    found = told(
         tmp_path, state(huge), {"vision_cfg": {"width": 1280, "head_width": 80}, "text_cfg": {"heads": 16}}
     )
     assert found == huge
     odd = dataclasses.replace(huge, vision=ClipVisionConfig(28, 14, 96, 1, 2, 96))
     with pytest.raises(UserError, match="a width of 96 does not say"):
-        from_openai_shapes(tmp_path, state(odd), None)
+        told(tmp_path, state(odd), None)
     # What a table of open_clip's leaves out is open_clip's default.
     sizes = {"vision": ClipVisionConfig(28, 14, 128, 1, 2, 96), "text": ClipTextConfig(99, 16, 128, 1, 8, 96)}
     narrow = dataclasses.replace(huge, **sizes)
-    told = {"vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
-    assert from_openai_shapes(tmp_path, state(narrow), told) == narrow
+    said = {"vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
+    assert told(tmp_path, state(narrow), said) == narrow
 
 
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"custom_text": True}, "model_cfg of .* custom_text True"),
+        ({"custom_text": True}, "model_cfg says custom_text True"),
         ({"vision_cfg": {"timm_model_name": "vit"}}, "timm_model_name 'vit'"),
         ({"vision_cfg": {"pool_type": "avg"}}, "pool_type 'avg'"),
         ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask True"),
     ],
 )
 def test_what_no_clip_of_ours_has_is_refused(tmp_path, tokenizer, said, message):
-    state = exported(made(VIT, tokenizer), OPENAI)
+    model = made(VIT, tokenizer)
+    state = OPENAI.given(model.config, model.state_dict())
     fine = {
         "vision_cfg": {"pool_type": "tok", "no_ln_pre": False, "ls_init_value": None},
         "text_cfg": {"pool_type": "argmax"},
     }
-    assert from_openai_shapes(tmp_path, state, fine).activation == "gelu"
+    assert told(tmp_path, state, fine).activation == "gelu"
     with pytest.raises(UserError, match=message):
-        from_openai_shapes(tmp_path, state, said)
+        told(tmp_path, state, said)
 
 
 def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer):
@@ -162,7 +171,7 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     with pytest.raises(UserError, match=r"TorchScript archive.*torch\.jit\.load"):
         checkpoint.open_any(tmp_path / "ViT-B-32.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.bin")
-    with pytest.raises(UserError, match="no CLIP in OpenAI's layout: it holds a"):
+    with pytest.raises(UserError, match="no CLIP in the layout openai: it holds a"):
         checkpoint.open_any(tmp_path / "other.bin")
     model = made(VIT, tokenizer)
     checkpoint.save(tmp_path / "ours", model, tokenizer)
@@ -173,7 +182,7 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     with pytest.raises(UserError, match="another mean than CLIP's"):
         checkpoint.open_any(tmp_path / "theirs")
     tiny_checkpoint(tmp_path / "blip")
-    with pytest.raises(UserError, match="no home in OpenAI's layout"):
+    with pytest.raises(UserError, match="no home in the layout openai"):
         export(tmp_path / "blip", "openai", tmp_path / "blip-openai")
     assert not (tmp_path / "blip-openai").exists()
 

@@ -1,6 +1,6 @@
 """A checkpoint of any layout written in any layout: what `capfilt export` does.
 
-The layouts themselves are behind `layouts.writer`; capfilt's own is `checkpoint`.
+The layouts themselves are behind `layouts.home`; capfilt's own is `checkpoint`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.models import checkpoint, family_of, kind_of
-from capfilt.models.blip.model import Blip
+from capfilt.models import checkpoint, kind_of, layouts
 from capfilt.models.common.config import Shape
-from capfilt.models.interop import layouts
-from capfilt.models.interop.contents import LEFTOVERS, Contents, NoHome, halved, write_leftovers
-from capfilt.models.interop.keymaps import blip_kind, reason
-from capfilt.models.interop.layouts import CAPFILT, LAYOUTS, ORIGINAL
+from capfilt.models.common.layouts.contents import LEFTOVERS, Contents, NoHome, reason, write_leftovers
+from capfilt.models.layouts import CAPFILT
 
 
 def export(source: str | Path, to: str, out: str | Path, only: str = "", image_size: int = 0) -> list[str]:
@@ -30,17 +27,18 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
     layout; `out` is then not made.
     """
     out = Path(out)
-    if to not in LAYOUTS:
-        raise UserError(f"--to {to!r}: choose one of {', '.join(LAYOUTS)}")
+    if to not in layouts.names():
+        raise UserError(f"--to {to!r}: choose one of {', '.join(layouts.names())}")
     if only not in ("", "captioner", "filter"):
         raise UserError(f"--only {only!r}: choose captioner or filter")
     if out.exists():
         raise UserError(f"{out}: exists already; name a new directory")
     contents, _ = checkpoint.open_any(source, image_size)
     if only:
-        if not isinstance(contents.model, Blip):
+        halved = getattr(contents.model, "halved", None)
+        if halved is None:
             raise UserError(f"{source}: {kind_of(contents.model).what}; it has no {only} inside")
-        contents = replace(contents, model=halved(contents.model, only))
+        contents = replace(contents, model=halved(only))
         if only == "captioner":
             # They belong to ITC, which a captioner does not have.
             contents.leftovers = {}
@@ -49,17 +47,29 @@ def export(source: str | Path, to: str, out: str | Path, only: str = "", image_s
         made = Path(name) / "made"
         made.mkdir()
         try:
-            _write(made, to, contents)
+            place = write(made, to, contents)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         made.rename(out)
-    model = contents.model
-    kind = blip_kind(model.config) if family_of(model).name == "blip" else kind_of(model).name
-    what = "captioner and filter" if kind == "both" else kind
-    lines = [f"wrote {out}: {what}, layout {to}"]
+    half = getattr(contents.model.config, "half", kind_of(contents.model).name.removeprefix("blip_"))
+    what = "captioner and filter" if half == "both" else half
     kept = Counter(str(reason(name)) for name in contents.leftovers)
-    place = "model.pth" if to == ORIGINAL else LEFTOVERS
-    return lines + [f"  {count} tensors kept in {place}: {why}" for why, count in sorted(kept.items())]
+    return [
+        f"wrote {out}: {what}, layout {to}",
+        *(f"  {count} tensors kept in {place}: {why}" for why, count in sorted(kept.items())),
+    ]
+
+
+def write(directory: Path, to: str, contents: Contents) -> str:
+    """Writes the contents in the layout `to` into an empty directory; returns the name of the file with the leftovers."""
+    if to != CAPFILT:
+        layout = layouts.home(to, contents.model.config)
+        layout.write(directory, contents, layouts.remember(contents.model, contents.tokenizer))
+        return layout.weights if layout.pickled else LEFTOVERS
+    if contents.leftovers:
+        write_leftovers(directory, contents.leftovers)
+    checkpoint.save(directory, contents.model, contents.tokenizer, contents.extra)
+    return LEFTOVERS
 
 
 def places(config: Shape, tokenizer: Any = None) -> dict[str, NoHome | None]:
@@ -68,14 +78,12 @@ def places(config: Shape, tokenizer: Any = None) -> dict[str, NoHome | None]:
     Without its tokenizer, which may still have to be learned, it is judged by the size of the vocabulary.
     """
     found: dict[str, NoHome | None] = {}
-    for layout in LAYOUTS:
-        if layout == CAPFILT:
-            continue
+    for name in layouts.names()[1:]:
         try:
-            layouts.writer(layout, config).refuse(config, tokenizer)
-            found[layout] = None
+            layouts.home(name, config).refusals(config, tokenizer)
+            found[name] = None
         except NoHome as error:
-            found[layout] = error
+            found[name] = error
     return found
 
 
@@ -95,12 +103,3 @@ def homes(name: str, found: Mapping[str, NoHome | None]) -> list[str]:
         if error is not None and (error.cure or not open_)
     ]
     return lines
-
-
-def _write(directory: Path, to: str, contents: Contents) -> None:
-    if to == CAPFILT:
-        if contents.leftovers:
-            write_leftovers(directory, contents.leftovers)
-        checkpoint.save(directory, contents.model, contents.tokenizer, contents.extra)
-    else:
-        layouts.writer(to, contents.model).write(directory, contents)

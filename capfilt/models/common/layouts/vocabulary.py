@@ -1,4 +1,4 @@
-"""The vocabulary that travels with a checkpoint in another layout: transformers' tokenizer files, or a `vocab.txt`.
+"""The WordPiece vocabulary that travels with a checkpoint in another layout: transformers' tokenizer files, or a `vocab.txt`.
 
 Only tokens are taken from a file: how a text is split is the tokenizer's own (`capfilt.data.tokenizer`), and a file that
 says otherwise is refused.
@@ -6,7 +6,6 @@ says otherwise is refused.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,23 @@ from capfilt.data.tokenizer import (
     Tokenizer,
 )
 from capfilt.errors import UserError
+from capfilt.models.common.layouts.contents import NoHome
 from capfilt.models.common.weights import read_json
 
 VOCABULARY = "vocab.txt"
 BERT_SIZE = 30522
 # bert-base-uncased: the ids its tokenizer and BLIP's code write as numbers.
 BERT_IDS = {"pad_id": 0, "unk_id": 100, "cls_id": 101, "sep_id": 102, "mask_id": 103}
+BERT_TOKENIZER: dict[str, Any] = {
+    "tokenizer_class": "BertTokenizer",
+    "do_lower_case": True,
+    "pad_token": PAD,
+    "unk_token": UNK,
+    "cls_token": CLS,
+    "sep_token": SEP,
+    "mask_token": MASK,
+}
+"""What transformers' `tokenizer_config.json` says of every such vocabulary."""
 
 
 def find(directory: Path) -> Path:
@@ -86,57 +96,23 @@ def _from_json(path: Path) -> Tokenizer:
         raise UserError(f"{path}: {error}; take the vocabulary that belongs to the model") from None
 
 
-def tokens_of(tokenizer: Tokenizer) -> list[str]:
-    """All tokens, by id."""
-    return [tokenizer.token(index) for index in range(tokenizer.vocab_size)]
-
-
-def is_bert(tokenizer: Tokenizer) -> bool:
-    """Whether the ids that the original code writes as numbers mean in this vocabulary what they mean in BERT's."""
-    return tokenizer.vocab_size == BERT_SIZE + len(ADDED) and all(
-        getattr(tokenizer, name) == index for name, index in BERT_IDS.items()
-    )
-
-
-def write_vocabulary(directory: Path, tokenizer: Tokenizer) -> None:
+def write(directory: Path, tokenizer: Tokenizer) -> None:
     """`vocab.txt` without [DEC] and [ENC], which the original code and `read` add."""
-    text = "\n".join(tokens_of(tokenizer)[: -len(ADDED)]) + "\n"
-    (directory / VOCABULARY).write_text(text, encoding="utf-8", newline="\n")
+    tokens = [tokenizer.token(index) for index in range(tokenizer.vocab_size - len(ADDED))]
+    (directory / VOCABULARY).write_text("\n".join(tokens) + "\n", encoding="utf-8", newline="\n")
 
 
-def write_transformers(directory: Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer files that transformers' `BertTokenizer.from_pretrained` opens, [DEC] and [ENC] included."""
-    tokenizer.save(directory)
-    config: dict[str, Any] = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "bos_token": DEC,
-        "pad_token": PAD,
-        "unk_token": UNK,
-        "cls_token": CLS,
-        "sep_token": SEP,
-        "mask_token": MASK,
-        "extra_special_tokens": [ENC],
-        "model_max_length": 512,
-        "added_tokens_decoder": {
-            str(index): {
-                "content": tokenizer.token(index),
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": True,
-            }
-            for index in (
-                tokenizer.pad_id,
-                tokenizer.unk_id,
-                tokenizer.cls_id,
-                tokenizer.sep_id,
-                tokenizer.mask_id,
-                tokenizer.dec_id,
-                tokenizer.enc_id,
-            )
-        },
-    }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+def refuse_unlike_bert(vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    """NoHome where the ids that the original code writes as numbers do not mean what they mean in BERT's vocabulary.
+
+    Without a tokenizer, the size of one tells.
+    """
+    same = vocab_size == BERT_SIZE + len(ADDED) and all(
+        tokenizer is None or getattr(tokenizer, name) == index for name, index in BERT_IDS.items()
+    )
+    if not same:
+        raise NoHome(
+            f"a vocabulary of {vocab_size} tokens that is not bert-base-uncased's has no home in the original layout, "
+            "whose code loads BERT's and writes its ids as numbers",
+            "--vocab with bert-base-uncased's vocab.txt",
+        )
