@@ -20,25 +20,36 @@ from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.loader import Batch
 from capfilt.data.task_corpus import TaskBatch
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
-from capfilt.models.albef import AlbefConfig, build_albef
-from capfilt.models.albef_pretraining import AlbefObjective, AlbefPretraining
-from capfilt.models.albef_tasks import classifier_from_albef, nlvr_from_albef, vqa_from_albef
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.classifier import classifier_from_blip
-from capfilt.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
-from capfilt.models.contrast import ClipTraining, ContrastConfig
-from capfilt.models.kinds import KINDS, empty, of
-from capfilt.models.masking import Masking
-from capfilt.models.matching import MatchingConfig, RankingTraining, ViltTraining
-from capfilt.models.nlvr import nlvr_from_blip
-from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
-from capfilt.models.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
-from capfilt.models.text import TextConfig
-from capfilt.models.text_assignment import ASSIGNED, TextAssignment
-from capfilt.models.vilt import ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
-from capfilt.models.vilt_classifier import classifier_from_vilt, pair_from_vilt
-from capfilt.models.vision import VisionConfig
-from capfilt.models.vqa import vqa_from_blip
+from capfilt.models import build, kind_of, kinds
+from capfilt.models.albef.model import AlbefConfig, AlbefObjective, AlbefPretraining
+from capfilt.models.albef.tasks import (
+    ASSIGNED,
+    TextAssignment,
+    classifier_from_albef,
+    nlvr_from_albef,
+    vqa_from_albef,
+)
+from capfilt.models.blip.model import BlipConfig, BlipPretraining, PretrainingConfig
+from capfilt.models.blip.tasks import classifier_from_blip, nlvr_from_blip, vqa_from_blip
+from capfilt.models.clip.model import (
+    ClipConfig,
+    ClipTextConfig,
+    ClipTraining,
+    ClipVisionConfig,
+    ContrastConfig,
+)
+from capfilt.models.common.masking import Masking
+from capfilt.models.common.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
+from capfilt.models.vilt.model import (
+    MatchingConfig,
+    ViltConfig,
+    ViltTextConfig,
+    ViltTraining,
+    ViltVisionConfig,
+)
+from capfilt.models.vilt.tasks import RankingTraining, classifier_from_vilt, pair_from_vilt
 
 WORDS = ("a", "red", "blue", "green", "white", "square", "circle", "on", "left", "right", "two")
 PIECES = ("##s", "##e", "##d", "##n", "##t", "##r")
@@ -85,17 +96,15 @@ def _blip(**changes: Any) -> Any:
 
 
 def _albef(**changes: Any) -> Any:
-    return filled(build_albef(dataclasses.replace(ALBEF, **changes)))
+    return filled(build(dataclasses.replace(ALBEF, **changes)))
 
 
 def _vilt(**changes: Any) -> Any:
-    return filled(build_vilt(dataclasses.replace(VILT, **changes)))
+    return filled(build(dataclasses.replace(VILT, **changes)))
 
 
 def _clip(config: ClipConfig) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return empty(config)
+    return build(config, 3)
 
 
 MODELS: Mapping[str, Callable[[], Any]] = {
@@ -112,14 +121,14 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "clip": lambda: _clip(CLIP),
     "clip_sigmoid": lambda: _clip(dataclasses.replace(CLIP, logit_bias=True, activation="gelu")),
     "clip_resnet": lambda: _clip(RESNET),
-    "vilt": lambda: build_vilt(VILT, 3),
-    "vilt_tied": lambda: build_vilt(dataclasses.replace(VILT, tied=True), 3),
+    "vilt": lambda: build(VILT, 3),
+    "vilt_tied": lambda: build(dataclasses.replace(VILT, tied=True), 3),
     "vilt_classifier": lambda: classifier_from_vilt(_vilt(), "vqa", ANSWERS, 3),
     "vilt_single": lambda: classifier_from_vilt(_vilt(), "nlvr", TRUTH, 3),
     "vilt_nlvr": lambda: pair_from_vilt(_vilt(), 3),
     "vilt_entailment": lambda: classifier_from_vilt(_vilt(), "entailment", ENTAILMENT, 3),
-    "albef": lambda: build_albef(ALBEF, 3),
-    "albef_retrieval": lambda: build_albef(dataclasses.replace(ALBEF, words=False), 3),
+    "albef": lambda: build(ALBEF, 3),
+    "albef_retrieval": lambda: build(dataclasses.replace(ALBEF, words=False), 3),
     "albef_vqa": lambda: vqa_from_albef(_albef(), 3),
     "albef_nlvr": lambda: nlvr_from_albef(_albef(), 3),
     "albef_assignment": lambda: nlvr_from_albef(_albef(), 3, classes=ASSIGNED),
@@ -131,13 +140,13 @@ MODELS: Mapping[str, Callable[[], Any]] = {
 }
 """As each is initialised: with its seed, or from a pretrained model."""
 
-CLASSES = tuple(kind.name for kind in KINDS)
+CLASSES = tuple(kind.name for kind in kinds())
 """The classes of models that a checkpoint may hold."""
 
 
 def tokenizer_of(model: Any) -> Tokenizer | BpeTokenizer:
     """A tokenizer of VOCAB tokens, for texts cleaned as the model's released code cleans them."""
-    kind = of(model)
+    kind = kind_of(model)
     if kind.tokenizer is Tokenizer:
         return Tokenizer(TOKENS, kind.cleaning)
     letters = [chr(97 + index) for index in range(10)]
@@ -235,7 +244,10 @@ def outputs(name: str, model: Any) -> dict[str, Tensor]:
         return {"judge": model.judge(batch.ids, batch.mask, seen)}
     if name.startswith("clip"):
         batch = clip_pairs(model.config.image_size)
-        return {"image": model.embed_image(batch.pixels), "text": model.embed_text(batch.ids)}
+        return {
+            "image": model.embed_image(model.encode_image(batch.pixels)),
+            "text": model.embed_text(batch.ids),
+        }
     if name.endswith("_vqa"):
         asked = questions()
         question = model.encode_question(asked.ids, asked.mask, model.encode_image(asked.pixels))

@@ -20,24 +20,22 @@ from typing import Any
 from PIL import Image
 
 from capfilt.stages.base import ShardStage
-from capfilt.stages.caption import CaptionStage
-from capfilt.stages.download import Download
-from capfilt.stages.duplicates import Duplicates
-from capfilt.stages.examples import Examples
-from capfilt.stages.ingest import Ingest
-from capfilt.stages.options import (
-    CaptionOptions,
-    DownloadOptions,
-    DuplicatesOptions,
-    ExamplesOptions,
-    IngestOptions,
-    ScoreOptions,
-    SelectOptions,
-    SubsetOptions,
-)
-from capfilt.stages.score import ScoreStage
-from capfilt.stages.select import Select, WritePairs
-from capfilt.stages.subset import Subset
+from capfilt.stages.caption import CaptionOptions
+from capfilt.stages.caption.stage import CaptionStage
+from capfilt.stages.download import DownloadOptions
+from capfilt.stages.download.stage import Download
+from capfilt.stages.duplicates import DuplicatesOptions
+from capfilt.stages.duplicates.stage import Duplicates
+from capfilt.stages.examples import ExamplesOptions
+from capfilt.stages.examples.stage import Examples
+from capfilt.stages.ingest import IngestOptions
+from capfilt.stages.ingest.stage import Ingest
+from capfilt.stages.score import ScoreOptions
+from capfilt.stages.score.stage import ScoreStage
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select, WritePairs
+from capfilt.stages.subset import SubsetOptions
+from capfilt.stages.subset.stage import Subset
 from capfilt.tables.workspace import Workspace
 from tests.golden.families import SIZE
 

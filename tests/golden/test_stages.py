@@ -12,8 +12,8 @@ from capfilt.doctor import workspace as doctor
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.download.worker import close_shared_worker
-from capfilt.stages.options import SelectOptions
-from capfilt.stages.select import Select, WritePairs
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select, WritePairs
 from capfilt.tables.workspace import Workspace
 from tests.golden import make
 from tests.golden.stages import RULE, STAGES, server, shown, write_sources

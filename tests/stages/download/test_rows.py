@@ -8,6 +8,7 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
+from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.rows import (
     ANSWERED,
     HOSTS_TOLD,
@@ -19,7 +20,6 @@ from capfilt.stages.download.rows import (
     stats_of,
 )
 from capfilt.stages.download.worker import Row
-from capfilt.stages.options import DownloadOptions
 
 
 def table(*pairs):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.models.ranks import ALONE, Ranks, Rows
+from capfilt.models.common.ranks import ALONE, Ranks, Rows
 
 
 @settings(max_examples=30)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capfilt.errors import UserError
-from capfilt.models.text import TextConfig, TextDecoder, TextTransformer
+from capfilt.models.common.text import TextConfig, TextDecoder, TextTransformer
 
 CONFIG = TextConfig(30, 16, 2, 2, 24, max_positions=12, dropout=0.0, attention_dropout=0.0)
 IMAGES, WAYS, PROMPT, STEPS = 3, 2, 3, 4

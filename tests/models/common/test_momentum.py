@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from capfilt.errors import UserError
-from capfilt.models.alignment import CHUNK_ROWS, MAX_CHUNKS, AlignmentConfig, followed, length_chunks
+from capfilt.models.common.momentum import CHUNK_ROWS, MAX_CHUNKS, AlignmentConfig, followed, length_chunks
 
 
 @settings(max_examples=30)

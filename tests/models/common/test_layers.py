@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from capfilt.models import layers as m
+from capfilt.models.common import layers as m
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.arange(5) < torch.tensor([5, 2, 4])[:, None]

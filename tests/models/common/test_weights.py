@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from capfilt.errors import UserError
-from capfilt.models import weights as m
+from capfilt.models.common import weights as m
 
 
 class Tied(nn.Module):
