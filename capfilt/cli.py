@@ -23,7 +23,8 @@ import typer
 from capfilt import commands
 from capfilt.errors import RunError, UserError
 from capfilt.stages import options as stage_options
-from capfilt.stages.registry import STAGES, StageCommand
+from capfilt.stages.command import StageCommand
+from capfilt.stages.registry import STAGES, installed, stage_command
 from capfilt.tables.visible import say, visible
 from capfilt.training.launched import launched_rank
 
@@ -230,6 +231,16 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         wanted = words[: len(command.words)] == command.words
         function = _stage_function(command) if wanted else _without_options(command)
         target.command(name, epilog=_epilog(command.examples), no_args_is_help=False)(function)
+    own = {*groups, *OTHERS, *(command.words[0] for command in STAGES)}
+    others = {} if words and words[0] in own else installed()
+    for name in [name for name in others if name not in own]:
+        found = others[name][0].dist
+        function = _bare(f"A stage of the package {found.name if found else '?'}.")
+        epilog = None
+        if words[:1] == (name,):
+            command = stage_command(name)
+            function, epilog = _stage_function(command), _epilog(command.examples)
+        app.command(name, epilog=epilog)(function)
     for name, text in OTHERS.items():
         path = tuple(name.split())
         target = groups[path[0]] if len(path) == 2 else app
@@ -280,9 +291,9 @@ def _show_all() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # A shell that completes a command line puts it in the environment, the program's name first.
-    app = build_app(arguments or os.environ.get("COMP_WORDS", "").split()[1:])
     try:
+        # A shell that completes a command line puts it in the environment, the program's name first.
+        app = build_app(arguments or os.environ.get("COMP_WORDS", "").split()[1:])
         result = app(args=list(arguments), prog_name="capfilt", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         # What some releases of typer make of Ctrl-C; others let it through.

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from capfilt.errors import RunError, UserError
 from capfilt.execution.progress import StageProgress
 from capfilt.stages.base import ModelStage, Report, ShardStage
-from capfilt.stages.registry import StageCommand
+from capfilt.stages.command import StageCommand
 from capfilt.tables.manifest import Counts, Manifest
 from capfilt.tables.shards import Part
 from capfilt.tables.visible import say

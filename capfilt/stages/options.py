@@ -54,6 +54,9 @@ def _option(
     return field(default=default, metadata={**known, **bounds})
 
 
+option = _option
+
+
 _MOST_WHOLE = 2**63 - 1
 """The range of 64 bits, which every library wants of a whole number."""
 
@@ -863,7 +866,11 @@ class ScoreOptions(Checked):
 
 @dataclass(frozen=True)
 class SelectOptions(Checked):
-    """Step 2: turn scores into verdicts and into the corpus. No model, no GPU."""
+    """Step 2: turn scores into verdicts and into the corpus. No model, no GPU.
+
+    --require is one SQL expression on a text. It names text_id, image_id, source and text; columns of the image, such as width
+    or license; scores, such as itc_score; and columns of signals, as PART.column, or column where one table alone has it.
+    """
 
     images: str = _option(REQUIRED, "images part", kind="images")
     captions: tuple[str, ...] = _option((), "captions parts; repeatable", kind="captions")
@@ -881,10 +888,13 @@ class SelectOptions(Checked):
         most=1,
     )
     sources: tuple[str, ...] = _option(("web", "synthetic"), "which texts may be kept", choices=SOURCES)
-    duplicates: str = _option(
+    signals: tuple[str, ...] = _option(
+        (), "signals part of the same images, for --require to name; repeatable", kind="signals"
+    )
+    require: str = _option(
         "",
-        "signals part of `capfilt duplicates`: texts are kept of one image per cluster only",
-        kind="signals",
+        "drop a text for which this SQL is not true, such as duplicates.first (docs/signals.md)",
+        later=True,
     )
     pairs: bool = _option(True, "also write the pairs part, with pictures")
 

@@ -1,80 +1,22 @@
-"""Which stages there are: the words that call each, its options, its classes by name, its examples.
+"""Which stages there are: capfilt's own, and those that installed packages add.
 
-Light: nothing of a stage is imported before it runs.
+Light: nothing of a stage is imported before it runs, and nothing of another package before its stage is asked for.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from capfilt.errors import UserError
 from capfilt.stages import options as stage_options
+from capfilt.stages.command import StageCommand
 
 if TYPE_CHECKING:
-    from capfilt.stages.base import ModelStage, ShardStage
-    from capfilt.tables.shards import Part
-    from capfilt.tables.workspace import Workspace
+    from importlib.metadata import EntryPoint
 
-
-@dataclass(frozen=True)
-class StageCommand:
-    """How one stage is called: its words, the classes it runs in order, its examples."""
-
-    words: tuple[str, ...]
-    options: type
-    stages: tuple[str, ...]
-    examples: tuple[str, ...]
-    positional: str = ""
-    out: bool = False  # whether --out names a directory (the option dataclass has none of its own)
-    without: str = ""  # a boolean option that, when off, leaves out all stages but the first
-    instead: tuple[str, str] = ("", "")  # an option that, when set, runs this class in place of the others
-    kinds: tuple[str, dict[str, str]] = (
-        "",
-        {},
-    )  # an option whose value may name a class to run in place of the others
-    shows: str = (
-        ""  # "module:function" that the command line calls with (output, options, quiet, where) at the end
-    )
-
-    @property
-    def name(self) -> str:
-        """The words joined by `-`, as recipes write them."""
-        return "-".join(self.words)
-
-    def classes(self, options: Any) -> tuple[str, ...]:
-        """The classes to run with these options, in order."""
-        option, path = self.instead
-        if option and getattr(options, option):
-            return (path,)
-        option, by_value = self.kinds
-        if option and getattr(options, option) in by_value:
-            return (by_value[getattr(options, option)],)
-        return self.stages[:1] if self.without and not getattr(options, self.without) else self.stages
-
-    def build(
-        self, path: str, options: Any, workspace: Workspace, output: Part | None = None
-    ) -> ShardStage | ModelStage:
-        """An instance of the class at "module:Class". Raises UserError for an option that must be given and was not."""
-        missing = stage_options.missing(options)
-        if missing:
-            raise UserError(
-                f"{self.name}: {missing[0]} must be given (see capfilt {' '.join(self.words)} --help)"
-            )
-        # Before the inputs are looked at: they may not be there yet when a recipe's steps are checked.
-        if hasattr(options, "dataset"):
-            workspace.dataset("images", options.dataset)
-        if getattr(options, "out", ""):
-            workspace.model(options.out)
-        module, _, name = path.partition(":")
-        place = workspace.noting()
-        stage: ShardStage | ModelStage = getattr(importlib.import_module(module), name)(
-            options, place, output
-        )
-        stage.gaps = place.gaps
-        return stage
-
+GROUP = "capfilt.stages"
+"""The group of entry points by which a package adds stages; each names a StageCommand."""
 
 STAGES = (
     StageCommand(
@@ -264,11 +206,42 @@ STAGES = (
 )
 
 
+def installed() -> dict[str, list[EntryPoint]]:
+    """The entry points of the stages that other packages add, by name; capfilt's own names are not theirs to take."""
+    # Not at the top: a command of capfilt's own needs no look at what is installed.
+    from importlib.metadata import entry_points
+
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
+        if entry.name not in {command.name for command in STAGES}:
+            found.setdefault(entry.name, []).append(entry)
+    return found
+
+
 def stage_command(name: str) -> StageCommand:
-    """The stage called `name`, its words joined by `-`. Raises UserError naming the stages there are."""
+    """The stage called `name`, its words joined by `-`.
+
+    Raises UserError naming the stages there are, and for a package's stage that cannot be had.
+    """
     for command in STAGES:
         if command.name == name:
             return command
-    raise UserError(
-        f"no stage is called {name!r}; the stages are {', '.join(command.name for command in STAGES)}"
-    )
+    others = installed()
+    if name not in others:
+        names = [*(command.name for command in STAGES), *others]
+        raise UserError(f"no stage is called {name!r}; the stages are {', '.join(names)}")
+    values = {entry.value: entry for entry in others[name]}
+    if len(values) > 1:
+        raise UserError(f"stage {name!r}: declared twice, as {' and '.join(values)}; uninstall one package")
+    ((value, entry),) = values.items()
+    where = f"stage {name!r} ({value} of the package {entry.dist.name if entry.dist else '?'})"
+    try:
+        command = entry.load()
+    except Exception as error:
+        raise UserError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(command, StageCommand) or command.words != (name,):
+        raise UserError(f"{where}: is no StageCommand of that one word")
+    plain = [field.name for field in fields(command.options) if "help" not in field.metadata]
+    if plain:
+        raise UserError(f"{where}: its option {plain[0]!r} is not made by `capfilt.stages.options.option`")
+    return command
