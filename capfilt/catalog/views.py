@@ -103,7 +103,8 @@ def describe(connection: duckdb.DuckDBPyConnection) -> list[View]:
     comments = {
         _shown(*place): comment
         for *place, comment in connection.execute(
-            f"SELECT schema_name, view_name, coalesce(comment, '') FROM duckdb_views() WHERE {_OURS} ORDER BY 2"
+            "SELECT schema_name, view_name, coalesce(comment, '') FROM duckdb_views() "
+            "WHERE NOT internal AND schema_name IN ('main', 'signals') ORDER BY 2"
         ).fetchall()
     }
     docs = {
@@ -115,7 +116,7 @@ def describe(connection: duckdb.DuckDBPyConnection) -> list[View]:
     columns: dict[str, list[Column]] = {}
     for *place, name, type_, comment in connection.execute(
         "SELECT schema_name, table_name, column_name, data_type, coalesce(comment, '') FROM duckdb_columns() "
-        f"WHERE {_OURS} ORDER BY column_index"
+        "WHERE NOT internal AND schema_name IN ('main', 'signals') ORDER BY column_index"
     ).fetchall():
         view = _shown(*place)
         table = view.partition(".")[0]
@@ -124,9 +125,6 @@ def describe(connection: duckdb.DuckDBPyConnection) -> list[View]:
     names = re.findall(r"^CREATE VIEW (\w+)", _script(), re.MULTILINE)
     names += [name for name in comments if name not in names]
     return [View(name, comments[name], tuple(columns[name])) for name in names]
-
-
-_OURS = "NOT internal AND schema_name IN ('main', 'signals')"
 
 
 def _shown(schema: str, name: str) -> str:

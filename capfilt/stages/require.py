@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from capfilt.errors import UserError
 from capfilt.formats.columns import connected, quoted, refusal
-from capfilt.stages.sandbox import NoAnswer, ask
+from capfilt.stages.sandbox import SANDBOX, NoAnswer
 from capfilt.tables.visible import shortened
 
 SECONDS = 30.0
@@ -53,7 +53,7 @@ class Requirement:
             nodes = _nodes_of(connection, sql)
             _check_functions(connection, nodes)
         names = [[name.lower() for name in node.get("column_names", ())] for node in nodes]
-        self.names = frozenset(sum(names, []))
+        self.names = frozenset(name for several in names for name in several)
         """Every name in it, in lower case, that may be a table's or a column's."""
         lambdas = [each for node in nodes if node.get("class") == "LAMBDA" for each in _nodes(node["lhs"])]
         parameters = {name.lower() for node in lambdas for name in node.get("column_names", ())}
@@ -109,7 +109,7 @@ class Requirement:
                 if schema.names:
                     columns = [_in_type(tables[name], field, rows) for field in schema]
                     given[name] = pa.table(columns, schema=schema)
-            answer = ask(f"{row}, (\n{self.sql}\n) AS answer", given, self.seconds)
+            answer = SANDBOX.ask(f"{row}, (\n{self.sql}\n) AS answer", given, self.seconds)
         except (NoAnswer, pa.ArrowException) as error:
             raise _refused(self.sql, shortened(str(error), 300)) from error
         return answer.sort_by(_ROW)["answer"]

@@ -1,4 +1,4 @@
-"""A child process that asks DuckDB about tables in memory: it reads no file, takes no setting, and has bounds of time and memory.
+"""A child process that asks DuckDB about tables in memory: no files, no settings, and bounds of time and memory.
 
 A thread would not do: DuckDB heeds an interrupt between blocks of rows alone, and one block may take for ever, or all memory.
 What is asked, and whether it is a condition on one row, is `require.py`'s.
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from threading import Lock
 
 import duckdb
@@ -31,68 +32,68 @@ _SETTINGS = {
     "temp_directory": "",
 }
 
-_lock = Lock()
-_child: subprocess.Popen[bytes] | None = None
-"""The child of this process, from its first question on."""
-
 
 class NoAnswer(Exception):
     """Why there is no answer, in one line."""
 
 
-def ask(sql: str, tables: Mapping[str, pa.Table], seconds: float) -> pa.Table:
-    """The rows of `SELECT {sql}` over `tables`, which have as many rows each and stand beside each other, row by row.
+class Sandbox:
+    """The child of this process, started by its first question."""
 
-    Raises NoAnswer where DuckDB refuses, and where an answer takes longer than `seconds`, or more than MEMORY.
-    """
-    global _child
-    with _lock:
-        if _child is None:
-            start = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-            start += "from capfilt.stages.sandbox import serve; serve()"
-            # Ctrl-C is for this process; the child goes when its input ends.
-            _child = subprocess.Popen(
-                [sys.executable, "-c", start, json.dumps(sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-            )
-        child, answer = _child, None
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            pickle.dump((sql, dict(tables), seconds), child.stdin)
-            child.stdin.flush()
-            answer = pickle.load(child.stdout)  # noqa: S301 - of capfilt's own child
-        except (EOFError, BrokenPipeError):
-            killed = child.wait() == -signal.SIGALRM
-            why = (
-                f"no answer within {seconds:g} s"
-                if killed
-                else f"it needs more than {MEMORY:,} bytes of memory"
-            )
-            raise NoAnswer(f"{why}; make it simpler") from None
-        finally:
-            if answer is None:
-                end()
-    if isinstance(answer, str):
-        raise NoAnswer(answer)
-    return answer
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._one_by_one = Lock()
+        atexit.register(self.end)
 
+    def ask(self, sql: str, tables: Mapping[str, pa.Table], seconds: float) -> pa.Table:
+        """The rows of `SELECT {sql}` over `tables`, which have as many rows each and stand beside each other, row by row.
 
-def end() -> None:
-    """End the child, if there is one."""
-    global _child
-    if _child is not None:
-        _child.kill()
-        _child.wait()
-        for pipe in (_child.stdin, _child.stdout):
-            if pipe is not None:
-                pipe.close()
-    _child = None
+        Raises NoAnswer where DuckDB refuses, and where an answer takes longer than `seconds`, or more than MEMORY.
+        """
+        with self._one_by_one:
+            child = self._child = self._child or _started()
+            assert child.stdin is not None
+            assert child.stdout is not None
+            answer = None
+            try:
+                pickle.dump((sql, dict(tables), seconds), child.stdin)
+                child.stdin.flush()
+                answer = pickle.load(child.stdout)  # noqa: S301 - of capfilt's own child
+            except (EOFError, BrokenPipeError):
+                late = child.wait() == -signal.SIGALRM
+                why = (
+                    f"no answer within {seconds:g} s"
+                    if late
+                    else f"it needs more than {MEMORY:,} bytes of memory"
+                )
+                raise NoAnswer(f"{why}; make it simpler") from None
+            finally:
+                if answer is None:
+                    self.end()
+        if isinstance(answer, str):
+            raise NoAnswer(answer)
+        return answer
+
+    def end(self) -> None:
+        """End the child, if there is one."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            for pipe in filter(None, (child.stdin, child.stdout)):
+                with suppress(BrokenPipeError):  # what the child never read
+                    pipe.close()
 
 
-atexit.register(end)
+SANDBOX = Sandbox()
+
+
+def _started() -> subprocess.Popen[bytes]:
+    start = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    start += "from capfilt.stages.sandbox import serve; serve()"
+    command = [sys.executable, "-c", start, json.dumps(sys.path)]
+    # Ctrl-C is for this process; the child goes when its input ends.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 
 def serve() -> None:

@@ -117,7 +117,7 @@ class Select(ShardStage):
             return self.options.threshold
         by = self.options.by
         judged = map(self._judged, self.shards())
-        values = np.concatenate([each.filter(pc.is_null(each["reason"]))[by].to_numpy() for each in judged])
+        values = np.concatenate([each.filter(each["counts"])[by].to_numpy() for each in judged])
         if not len(values):
             raise UserError(
                 f"{self.scores.path}: no text that may be kept has an {by}, so there is no quantile"
@@ -175,7 +175,10 @@ class Select(ShardStage):
         ]
 
     def _judged(self, shard: int) -> pa.Table:
-        """The texts of a shard with their scores. `reason`: what drops a text whatever its score; `failure`: that it failed."""
+        """The texts of a shard with their scores.
+
+        `reason` is what drops a text whatever its score, `failure` how it failed; `counts` is whether --keep-fraction is of it.
+        """
         named = self.require.columns["images"].names if self.require else ()
         images = self.images.read(shard, [*FOUND_COLUMNS, "status", *named])
         texts = texts_of(images, captions_of(self.images, images["image_id"], self.captions, shard))
@@ -183,10 +186,10 @@ class Select(ShardStage):
         ids = images["image_id"]
         images = images.drop_columns(["captions"]).take(pc.index_in(texts["image_id"], value_set=ids))
         value = scores[self.options.by]
-        finite = pc.fill_null(pc.is_finite(value), True)
-        failure = pc.coalesce(texts["failure"], scores["failure"], _where(pc.invert(finite), "not_finite"))
-        reasons = [
-            _where(pc.not_equal(images["status"], "success"), "no_image"),
+        wrong = _where(pc.invert(pc.is_finite(value)), "not_finite")
+        failure = pc.coalesce(texts["failure"], scores["failure"], wrong)
+        lost = _where(pc.not_equal(images["status"], "success"), "no_image")
+        others = [
             _where(
                 pc.invert(pc.is_in(texts["source"], pa.array(self.options.sources))), "source_not_selected"
             ),
@@ -198,11 +201,12 @@ class Select(ShardStage):
                 rows = part.read(shard, [*_KEY, *self.require.columns[name].names])
                 tables[name] = rows_for(texts, of_images(rows, part, self.images, ids, shard), part, shard)
             holds = self.require.holds(tables)
-            reasons += [_where(pc.invert(holds), "require_false"), _where(pc.is_null(holds), "require_null")]
+            others += [_where(pc.invert(holds), "require_false"), _where(pc.is_null(holds), "require_null")]
         judged = texts.set_column(texts.column_names.index("failure"), "failure", failure)
         for name in {*self.contract.score_names} & {*scores.column_names}:
             judged = judged.append_column(name, scores[name])
-        return judged.append_column("reason", pc.coalesce(failure, *reasons))
+        judged = judged.append_column("counts", pc.is_null(pc.coalesce(wrong, *others)))
+        return judged.append_column("reason", pc.coalesce(failure, lost, *others))
 
     def process(self, shard: int) -> Produced:
         judged, by = self._judged(shard), self.options.by
@@ -211,7 +215,7 @@ class Select(ShardStage):
         by_score = pc.if_else(enough, f"{by}_at_threshold", f"{by}_below_threshold")
         reason = pc.coalesce(judged["reason"], by_score)
         failed = pc.is_valid(judged["failure"])
-        table = judged.drop_columns(["failure", "reason"]).append_column("keep", keep)
+        table = judged.drop_columns(["failure", "counts", "reason"]).append_column("keep", keep)
         counts = Counts(
             judged.num_rows,
             pc.sum(keep).as_py() or 0,

@@ -131,7 +131,7 @@ def put_signal(place, name, shards):
 
 @pytest.fixture
 def judged(tmp_path):
-    """Two shards of pictures, one lost, with two texts each; every text but one has a score; a signal of pictures and of texts."""
+    """Two shards of pictures, one lost, with two texts each, which have scores but for one; signals of pictures and texts."""
     place = Workspace(tmp_path / "ws")
     shards = [
         [*image_rows("web", 4, texts=2), failed_row("web", "lost")],
@@ -218,7 +218,8 @@ def test_a_condition_drops_what_it_is_not_true_of_and_says_so(judged):
 @pytest.mark.parametrize(
     "require",
     ["watermark < 0.25", "images.watermark < 0.25 AND width = 32", "itm_score > 0.3 AND itc_score < 0.2",
-     "source = 'web' AND text LIKE '%0'", "copies.size + coalesce(place, 0) < 3", "copies.first IS NOT false OR dataset = 'web'"],
+     "source = 'web' AND text LIKE '%0'", "copies.size + coalesce(place, 0) < 3",
+     "copies.first IS NOT false OR dataset = 'web'"],
 )  # fmt: skip
 def test_a_condition_is_the_same_as_the_query(judged, require):
     """Would catch: a name that means one thing in `select` and another in `query`."""

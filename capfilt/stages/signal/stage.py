@@ -90,14 +90,16 @@ class SignalStage(ShardStage):
     def _measured(self, rows: Sequence[Row]) -> Sequence[Mapping[str, Any] | None]:
         """What the signal says of each row. Raises RunError where that is not what a signal has to say."""
         made = self.options.measure(rows) if rows else []
-        known = set(self.options.columns)
-        good = isinstance(made, Sequence) and all(
-            each is None or (isinstance(each, Mapping) and known >= set(each)) for each in made
+        # Somebody else's code: it may return anything.
+        said: Any = made
+        good = isinstance(said, list | tuple) and all(
+            each is None or (isinstance(each, Mapping) and {*each} <= {*self.options.columns})
+            for each in said
         )
         if not good or len(made) != len(rows):
             raise RunError(
                 f"signal {self.name}: `measure` must return, for each of {len(rows)} rows, None or a value for some of "
-                f"{', '.join(known)}"
+                f"{', '.join(self.options.columns)}"
             )
         return made
 
