@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import duckdb
@@ -161,6 +162,19 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
+@lru_cache(maxsize=1)
+def _functions() -> dict[str, list[tuple[str, str, str, int]]]:
+    """By lower-case name, the kind, stability, definition (of a macro) and number of parameters of each function."""
+    found: dict[str, list[tuple[str, str, str, int]]] = {}
+    with connected() as connection:
+        rows = connection.execute(
+            "SELECT lower(function_name), function_type, stability, macro_definition, len(parameters) FROM duckdb_functions()"
+        ).fetchall()
+    for name, *row in rows:
+        found.setdefault(name, []).append(tuple(row))
+    return found
+
+
 def _check_functions(connection: duckdb.DuckDBPyConnection, nodes: Iterable[dict[str, Any]]) -> None:
     """Raise UserError for a function that needs more than one row, or has another answer the next time; also within a macro."""
     left, seen = list(nodes), set[tuple[str, int]]()
@@ -174,11 +188,7 @@ def _check_functions(connection: duckdb.DuckDBPyConnection, nodes: Iterable[dict
             continue
         seen.add(call)
         name, count = call
-        found = connection.execute(
-            "SELECT function_type, stability, macro_definition, len(parameters) FROM duckdb_functions() "
-            "WHERE lower(function_name) = ?",
-            [name],
-        ).fetchall()
+        found = _functions().get(name, [])
         kinds = {kind for kind, *_ in found}
         if found and (kinds & {"aggregate", "window"} or not kinds & {"scalar", "macro"}):
             raise _refused(f"{name}()", "is no function of one row")
