@@ -162,6 +162,7 @@ STAGES = (
             "capfilt select --images cc12m --captions captioner --scores filter --threshold 0.5",
             "capfilt select --images cc12m --captions captioner --keep-fraction 0.3 --out top30 --no-pairs",
             "capfilt select --images cc12m --scores clip --by clip_score --threshold 0.28 --out clip28",
+            "capfilt select --images cc12m --signals duplicates --require 'first AND width >= 200' --out unique",
         ),
         without="pairs",
     ),
