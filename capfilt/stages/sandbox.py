@@ -51,6 +51,9 @@ class Sandbox:
         Raises NoAnswer where DuckDB refuses, and where an answer takes longer than `seconds`, or more than MEMORY.
         """
         with self._one_by_one:
+            # The end of a Ray session takes all children along.
+            if self._child is not None and self._child.poll() is not None:
+                self.end()
             child = self._child = self._child or _started()
             assert child.stdin is not None
             assert child.stdout is not None

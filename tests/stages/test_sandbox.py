@@ -45,7 +45,10 @@ def test_a_child_that_was_killed_is_replaced(sandbox):
         sandbox.ask(f"{endless} AS y", GIVEN, 0.2)
     with pytest.raises(NoAnswer, match=r"[mM]emory"):
         sandbox.ask("length(list_transform(range(3000000000), lambda y: y + x)) AS y", GIVEN, 20)
-    assert sandbox.ask("x + 1 AS y", GIVEN, 20)["y"].to_pylist() == [2, 3, 4]
+    for _ in range(2):
+        assert sandbox.ask("x + 1 AS y", GIVEN, 20)["y"].to_pylist() == [2, 3, 4]
+        sandbox._child.kill()  # as the end of a Ray session does
+        sandbox._child.wait()
 
 
 def test_the_child_goes_with_its_parent(tmp_path):
