@@ -27,7 +27,7 @@ from capfilt import commands
 from capfilt.errors import RunError, UserError
 from capfilt.options import INPUTS, PANELS, PARTS, REQUIRED, panel_of
 from capfilt.stages.command import StageCommand
-from capfilt.stages.registry import STAGES, stages
+from capfilt.stages.registry import STAGES, installed, stage_command, stages
 from capfilt.tables.visible import say, visible
 from capfilt.training.launched import launched_rank
 
@@ -262,6 +262,18 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         wanted = words[: len(command.words)] == command.words
         function = _stage_function(command) if wanted else _bare(command.options)
         target.command(name, cls=_command_class(command), epilog=_epilog(command.examples))(function)
+    own = {*groups, *commands.EXAMPLES, *(command.words[0] for command in STAGES)}
+    others = {} if words and words[0] in own else installed()
+    for name in [name for name in others if name not in own]:
+        found = others[name][0].dist
+        package = found.name if found else "?"
+        shown: dict[str, Any] = {"help": f"A stage of the package {package}."}
+        function = _bare(None)
+        if words[:1] == (name,):
+            command = stage_command(name)
+            function = _stage_function(command)
+            shown = {"cls": _command_class(command), "epilog": _epilog(command.examples)}
+        app.command(name, **shown)(function)
     for name, examples in commands.EXAMPLES.items():
         path = tuple(name.split())
         target = groups[path[0]] if len(path) == 2 else app
@@ -309,10 +321,10 @@ def _show_all() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # A shell that completes a command line puts it in the environment, the program's name first: bash, and the others.
-    completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
-    app = build_app(arguments or completed.split()[1:])
     try:
+        # A shell that completes a command line puts it in the environment, the program's name first: bash, and the others.
+        completed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+        app = build_app(arguments or completed.split()[1:])
         result = app(args=list(arguments), prog_name="capfilt", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         # What some releases of typer make of Ctrl-C; others let it through.

@@ -71,6 +71,14 @@ MISTAKES = [
     (["caption", "--images", "web", "--yes"], ["--yes", "--overwrite"]),
     (["finetune", "vqa", "--images", "web"], ["examples"]),
     (["query", "SELECT nothing FROM images"], ["nothing"]),
+    # Conditions.
+    (["select", "--images", "web", "--require", "read_text('/etc/passwd') = ''"], ["--require", "read_text()"]),
+    (["select", "--images", "web", "--require", "true; SELECT 1"], ["--require", "true; SELECT 1"]),
+    (["select", "--images", "web", "--require", "itm_score > (SELECT 0.5)"], ["--require", "subquery"]),
+    (["select", "--images", "web", "--require", "count(*) > 1"], ["--require", "count_star()"]),
+    (["select", "--images", "web", "--require", "text = "], ["--require", "syntax"]),
+    (["select", "--images", "web", "--signals", "duplicates"], ["--signals", "--require"]),
+    (["select", "--images", "web", "--duplicates", "duplicates"], ["--duplicates"]),
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from capfilt.catalog.views import View, describe, open_catalog
 from capfilt.errors import UserError
-from capfilt.formats.columns import quoted
+from capfilt.formats.columns import quoted, refusal
 from capfilt.tables.visible import shortened, visible, visible_json
 from capfilt.tables.workspace import Workspace
 
@@ -158,12 +158,12 @@ def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
 
 
 def _explain(message: str, connection: duckdb.DuckDBPyConnection | None = None) -> str:
-    """DuckDB's message in one line, without the caret picture; a missing table gets the names of the views."""
-    text = message.split("\n\nLINE ", maxsplit=1)[0]
+    """DuckDB's message in one line; a missing table gets the names of the views."""
+    text = refusal(message)
     if connection is not None and "Table with name" in text:
         names = " ".join(view.name for view in describe(connection))
         text = f"{text.split('!')[0]}; the views are {names}"
-    return visible(f"query: {' '.join(text.split())}")
+    return visible(f"query: {text}")
 
 
 # -- values --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import duckdb
@@ -20,15 +21,14 @@ import pyarrow.parquet as pq
 
 from capfilt.catalog.funnel import Account, accounts, funnel_table, parts_table
 from capfilt.errors import RunError, UserError
-from capfilt.formats.columns import SETTINGS, TEXT, common_type, in_type, literal, pattern, quoted, rows_of
+from capfilt.formats.columns import TEXT, common_type, connected, in_type, literal, lock, quoted, rows_of
 from capfilt.resources import schema_dir
 from capfilt.tables import ids
-from capfilt.tables.contracts import CONTRACTS, Contract
+from capfilt.tables.contracts import CONTRACTS, IDENTIFIER, Contract
 from capfilt.tables.ddl import BY_HAND, sql_type
 from capfilt.tables.workspace import Workspace
 
 _SETTINGS = {
-    **SETTINGS,
     # Prefetching reads about 1 MB per row group beside a list column, half of the pixels; measured on 500 MB of
     # pictures, `SELECT count(*) FROM texts` read 251 MB with it and 0.8 MB without (DuckDB 2.0.0).
     "disable_parquet_prefetching": "true",
@@ -59,6 +59,8 @@ def open_catalog(
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with the views `images captions texts scores signals verdicts pairs examples funnel parts`.
 
+    Each signals part also has a view of its own, `signals.<part>`, with the columns of that signal alone.
+
     It reads the files of the shards that were committed when it was opened, and no other file; it cannot be told
     otherwise (`lock_configuration`). Pixels are read only by a query that names `raw.images.image` or
     `raw.pairs.image`. A table without a part is an empty view with the contract's columns.
@@ -77,22 +79,19 @@ def open_catalog(
         if account.part.gap:
             warnings.warn(f"{account.part.path}: {account.part.gap}", RuntimeWarning, stacklevel=3)
     # DuckDB would spill large sorts into the working directory.
-    with tempfile.TemporaryDirectory(prefix="capfilt-query-") as spill, duckdb.connect() as connection:
-        for name, value in (_SETTINGS | {"temp_directory": spill}).items():
-            connection.execute(f"SET {name} = {literal(value)}")
+    with (
+        tempfile.TemporaryDirectory(prefix="capfilt-query-") as spill,
+        connected(**_SETTINGS, temp_directory=spill) as connection,
+    ):
         comments = _make_raw(connection, found)
         # The enumeration of kinds lives elsewhere in each release of DuckDB; its names work in all of them.
         kind: Any = "arrow"
         parameters: Any = ["VARCHAR", "VARCHAR", "VARCHAR", "INTEGER"]
         connection.create_function("found_text_id", _found_text_ids, parameters, "VARCHAR", type=kind)
         connection.execute(_script())
-        for account in found:
-            further = account.part.contract.further if account.manifests else {}
-            for name, meaning in further.items():
-                comments[account.table, name] = meaning
-        for (table, name), comment in comments.items():
-            connection.execute(f"COMMENT ON COLUMN {table}.{quoted(name)} IS {literal(comment)}")
-        _lock(connection, found)
+        for (view, name), comment in comments.items():
+            connection.execute(f"COMMENT ON COLUMN {view}.{quoted(name)} IS {literal(comment)}")
+        lock(connection, [path for account in found for path in _files(account)])
         yield connection
 
 
@@ -101,11 +100,13 @@ def describe(connection: duckdb.DuckDBPyConnection) -> list[View]:
 
     A column that has no comment there has its contract's.
     """
-    comments: dict[str, str] = dict(
-        connection.execute(
-            "SELECT view_name, coalesce(comment, '') FROM duckdb_views() WHERE NOT internal AND schema_name = 'main'"
+    comments = {
+        _shown(*place): comment
+        for *place, comment in connection.execute(
+            "SELECT schema_name, view_name, coalesce(comment, '') FROM duckdb_views() "
+            "WHERE NOT internal AND schema_name IN ('main', 'signals') ORDER BY 2"
         ).fetchall()
-    )
+    }
     docs = {
         (name, field.name): (field.metadata or {}).get(b"doc", b"").decode()
         for name, contract in CONTRACTS.items()
@@ -113,14 +114,22 @@ def describe(connection: duckdb.DuckDBPyConnection) -> list[View]:
     }
     shared = {column: doc for (_, column), doc in docs.items()}
     columns: dict[str, list[Column]] = {}
-    for view, name, type_, comment in connection.execute(
-        "SELECT table_name, column_name, data_type, coalesce(comment, '') FROM duckdb_columns() "
-        "WHERE NOT internal AND schema_name = 'main' ORDER BY column_index"
+    for *place, name, type_, comment in connection.execute(
+        "SELECT schema_name, table_name, column_name, data_type, coalesce(comment, '') FROM duckdb_columns() "
+        "WHERE NOT internal AND schema_name IN ('main', 'signals') ORDER BY column_index"
     ).fetchall():
-        doc = docs.get((view, name), "") if view in CONTRACTS else shared.get(name, "")
+        view = _shown(*place)
+        table = view.partition(".")[0]
+        doc = docs.get((table, name), "") if table in CONTRACTS else shared.get(name, "")
         columns.setdefault(view, []).append(Column(name, type_, comment or doc))
     names = re.findall(r"^CREATE VIEW (\w+)", _script(), re.MULTILINE)
+    names += [name for name in comments if name not in names]
     return [View(name, comments[name], tuple(columns[name])) for name in names]
+
+
+def _shown(schema: str, name: str) -> str:
+    """The name of a view as SQL takes it."""
+    return name if schema == "main" else f"{schema}.{name if IDENTIFIER.fullmatch(name) else quoted(name)}"
 
 
 def _script() -> str:
@@ -141,16 +150,17 @@ def _found_text_ids(images: pa.Array, sources: pa.Array, texts: pa.Array, places
 
 @dataclass(frozen=True)
 class _Files:
-    """Files of one part that have the same columns, each with its DuckDB type."""
+    """Files of one part that have the same columns, each with its DuckDB type and, where the file says it, its meaning."""
 
     part: str
     files: tuple[str, ...]
     types: Mapping[str, Any]
+    docs: Mapping[str, str]
 
 
 def _make_raw(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> dict[tuple[str, str], str]:
-    """Make the schema `raw`. Returns comments on the columns, by (table, column), whose type differs between files."""
-    connection.execute("CREATE SCHEMA raw")
+    """Make the schemas `raw` and `signals`. Returns comments on the further columns, by (view, column)."""
+    connection.execute("CREATE SCHEMA raw; CREATE SCHEMA signals")
     comments: dict[tuple[str, str], str] = {}
     for name, contract in CONTRACTS.items():
         # No rows, but every contract column with its type, whatever the parts hold or lack.
@@ -165,8 +175,16 @@ def _make_raw(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -
         further = _further_types(groups, contract)
         selects += [_select(group, further) for group in groups]
         connection.execute(f"CREATE VIEW raw.{name} AS {' UNION ALL BY NAME '.join(selects)}")
-        for column, type_ in further.items():
-            comments[name, column] = _on_types(column, type_, groups)
+        comments |= _comments(name, groups, contract)
+        for part, files in groupby(groups if name == "signals" else (), lambda group: group.part):
+            own = list(files)
+            view = f"signals.{quoted(part)}"
+            selects = [_select(group, _further_types(own, contract)) for group in own]
+            connection.execute(
+                f"CREATE VIEW {view} AS SELECT * EXCLUDE (part) FROM ({' UNION ALL BY NAME '.join(selects)})"  # noqa: S608
+            )
+            connection.execute(f"COMMENT ON VIEW {view} IS {literal(f'the signals part {part} alone')}")
+            comments |= _comments(view, own, contract)
     for name, table in (("parts", parts_table(found)), ("funnel", funnel_table(found))):
         connection.register("incoming", table)
         connection.execute(f"CREATE TABLE raw.{name} AS SELECT * FROM incoming")  # noqa: S608 - our own two names
@@ -188,7 +206,12 @@ def _groups(connection: duckdb.DuckDBPyConnection, account: Account, contract: C
             for name, type_ in zip(relation.columns, relation.types, strict=True)
             if name.lower() != "part"  # a carried column called so gives way to the part's name
         }
-        yield _Files(account.part.name, tuple(files), types)
+        docs = {
+            field.name: field.metadata[b"doc"].decode(errors="replace")
+            for field in pq.read_schema(files[0])
+            if field.metadata and b"doc" in field.metadata
+        }
+        yield _Files(account.part.name, tuple(files), types, docs)
 
 
 def _further_types(groups: Sequence[_Files], contract: Contract) -> dict[str, str]:
@@ -199,6 +222,18 @@ def _further_types(groups: Sequence[_Files], contract: Contract) -> dict[str, st
             if name not in contract.schema.names:
                 found.setdefault(name.lower(), {}).setdefault(str(type_), type_)
     return {name: common_type(list(types.values())) for name, types in found.items() if len(types) > 1}
+
+
+def _comments(view: str, groups: Sequence[_Files], contract: Contract) -> dict[tuple[str, str], str]:
+    """What the columns of these files mean that the contract does not have, by (view, column)."""
+    found = {
+        (view, name): meaning
+        for group in groups
+        for name, meaning in group.docs.items()
+        if name in group.types and name not in contract.schema.names
+    }
+    mixed = _further_types(groups, contract)
+    return found | {(view, name): _on_types(name, type_, groups) for name, type_ in mixed.items()}
 
 
 def _on_types(column: str, type_: str, groups: Sequence[_Files]) -> str:
@@ -223,12 +258,3 @@ def _select(group: _Files, further: Mapping[str, str]) -> str:
 def _files(account: Account) -> list[str]:
     # Only files that a manifest vouches for: a crashed run may have left others.
     return [str(account.part.file(manifest).absolute()) for manifest in account.manifests]
-
-
-def _lock(connection: duckdb.DuckDBPyConnection, found: Sequence[Account]) -> None:
-    files = [path for account in found for path in _files(account)]
-    # DuckDB asks for permission under the pattern as well as under the file's name.
-    allowed = sorted({name for path in files for name in (path, pattern(path))})
-    connection.execute(f"SET allowed_paths = [{', '.join(map(literal, allowed))}]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")

@@ -41,6 +41,20 @@ SETTINGS = {
 """Settings of every connection here, so that a value has the same text on every machine."""
 
 
+def lock(connection: duckdb.DuckDBPyConnection, files: Sequence[str] = ()) -> None:
+    """From now on the connection reads these files and nothing else, and takes no setting."""
+    # DuckDB asks for permission under the pattern as well as under the file's name.
+    allowed = sorted({name for path in files for name in (path, pattern(path))})
+    connection.execute(f"SET allowed_paths = [{', '.join(map(literal, allowed))}]")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+
+
+def refusal(message: str) -> str:
+    """DuckDB's message in one line, without the caret picture."""
+    return " ".join(message.split("\n\nLINE ", maxsplit=1)[0].split())
+
+
 def quoted(name: str) -> str:
     """`name` as an identifier of SQL."""
     return '"' + name.replace('"', '""') + '"'
@@ -163,7 +177,7 @@ def _types(files: Files, names: tuple[str, ...]) -> list[pa.DataType]:
 
 
 def _shared(name: str, files: Sequence[Path]) -> pa.DataType:
-    with _connection() as connection:
+    with connected() as connection:
         asked = (f"SELECT {quoted(name)} FROM {rows_of([str(file)])}" for file in files)  # noqa: S608
         wanted = common_type([connection.sql(sql).types[0] for sql in asked])
         # DuckDB knows which Arrow type its type is.
@@ -174,7 +188,7 @@ def _ask(file: Path, name: str, type_: pa.DataType) -> pa.ChunkedArray:
     """The column, read by DuckDB."""
     import duckdb
 
-    with _connection() as connection:
+    with connected() as connection:
         try:
             source = f"FROM {rows_of([str(file)])}"
             found = connection.sql(f"SELECT {quoted(name)} {source}").types[0]
@@ -192,17 +206,18 @@ def values(column: pa.ChunkedArray) -> list[Any]:
     try:
         return list(column.to_pylist())
     except (OverflowError, ValueError):
-        with _connection() as connection:
+        with connected() as connection:
             connection.register("incoming", pa.table([column], names=["x"]))
             rows = connection.sql("SELECT CAST(x AS VARCHAR) FROM incoming").fetchall()
             return [row[0] for row in rows]
 
 
 @contextmanager
-def _connection() -> Iterator[duckdb.DuckDBPyConnection]:
+def connected(**settings: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection with SETTINGS, and with these in their place."""
     import duckdb
 
     with duckdb.connect() as connection:
-        for name, value in SETTINGS.items():
+        for name, value in (SETTINGS | settings).items():
             connection.execute(f"SET {name} = {literal(value)}")
         yield connection

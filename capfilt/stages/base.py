@@ -69,13 +69,13 @@ class ShardStage(ABC):
         gaps: the incomplete parts that it reads by permission, by path; said by whoever builds the stage.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
+    name: str
+    version: int
     contract: Contract
     uses_gpu: ClassVar[bool] = False
     rows_per_second: ClassVar[float] = 2000.0
     reads_manifests: ClassVar[bool] = True
-    accounts: ClassVar[str] = "images"
+    accounts: str = "images"
     workers: int = 1
     gaps: Mapping[str, str] = MappingProxyType({})
 

@@ -5,7 +5,7 @@ Light: nothing of a stage is imported before it runs.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,10 @@ class StageCommand:
     def build(
         self, path: str, options: Any, workspace: Workspace, output: Part | None = None
     ) -> ShardStage | ModelStage:
-        """An instance of the class at "module:Class". Raises UserError for an option that must be given and was not."""
+        """An instance of the class at "module:Class".
+
+        Raises UserError for an option that must be given and was not, and for a class that lacks a part of a stage.
+        """
         open_ = missing(options)
         if open_:
             raise UserError(
@@ -60,10 +63,26 @@ class StageCommand:
             workspace.dataset("images", options.dataset)
         if getattr(options, "out", ""):
             workspace.model(options.out)
-        module, _, name = path.partition(":")
         place = workspace.noting()
-        stage: ShardStage | ModelStage = getattr(importlib.import_module(module), name)(
-            options, place, output
-        )
+        stage: ShardStage | ModelStage = self._class(path)(options, place, output)
+        wanted = ("name", "version", "output", *(("contract",) if hasattr(stage, "process") else ()))
+        self._complete(path, [each for each in wanted if not hasattr(stage, each)])
         stage.gaps = place.gaps
         return stage
+
+    def _class(self, path: str) -> Any:
+        """The class at "module:Class". Raises UserError where it cannot be imported, or a method is missing."""
+        from capfilt.stages.base import ModelStage, ShardStage
+
+        try:
+            kind = pkgutil.resolve_name(path)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"stage {self.name}: {path} cannot be imported: {error}") from error
+        if not isinstance(kind, type) or not issubclass(kind, ShardStage | ModelStage):
+            raise UserError(f"stage {self.name}: {path} is neither a ShardStage nor a ModelStage")
+        self._complete(path, sorted(kind.__abstractmethods__))
+        return kind
+
+    def _complete(self, path: str, missing: list[str]) -> None:
+        if missing:
+            raise UserError(f"stage {self.name}: {path} has no {', '.join(missing)}")

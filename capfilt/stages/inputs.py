@@ -48,16 +48,43 @@ def captions_of(
 ) -> Iterator[pa.Table]:
     """The given shard of each captions part; `ids` are the images of the same shard of `images`.
 
-    Raises UserError where a caption is of an image that is not among them: parts made from different lists have shards
-    of the same numbers.
+    Raises UserError as `of_images`.
     """
     for part in captions:
-        table = part.read(shard)
-        known = pc.is_in(table["image_id"], value_set=ids)
-        if not pc.all(known, min_count=0).as_py():
-            image = table["image_id"].filter(pc.invert(known))[0].as_py()
+        yield of_images(part.read(shard), part, images, ids, shard)
+
+
+def of_images(table: pa.Table, part: Part, images: Part, ids: pa.ChunkedArray, shard: int) -> pa.Table:
+    """`table`, rows of a shard of `part`; `ids` are the images of the same shard of `images`.
+
+    Raises UserError where a row is of an image that is not among them: parts made from different lists have shards of the
+    same numbers.
+    """
+    known = pc.is_in(table["image_id"], value_set=ids)
+    if pc.all(known, min_count=0).as_py():
+        return table
+    image = table["image_id"].filter(pc.invert(known))[0].as_py()
+    raise UserError(
+        f"{part.path}: shard {shard:05d} has a row of image {image}, which that shard of {images.path} has not; "
+        "it was made from other images: name the parts that belong together"
+    )
+
+
+def rows_for(texts: pa.Table, table: pa.Table, part: Part, shard: int) -> pa.Table:
+    """For each of `texts` its row of `table`, a shard of `part`: the text's own, else that of its image, else nulls.
+
+    Raises UserError where a text or an image has several rows.
+    """
+    of_image = pc.is_null(table["text_id"])
+    pieces, place, before = [], pa.nulls(texts.num_rows, pa.int32()), 0
+    for key, chosen in (("text_id", pc.invert(of_image)), ("image_id", of_image)):
+        rows = table.filter(chosen)
+        if pc.count_distinct(rows[key]).as_py() < rows.num_rows:
             raise UserError(
-                f"{part.path}: shard {shard:05d} has a caption of image {image}, which that shard of {images.path} has not; "
-                "these captions were made from other images: name the parts that belong together"
+                f"{part.path}: shard {shard:05d} has several rows of one {key}; make the part again"
             )
-        yield table
+        found = pc.index_in(texts[key], value_set=rows[key])
+        place = pc.coalesce(place, pc.add(found, pa.scalar(before, pa.int32())))
+        pieces.append(rows)
+        before += rows.num_rows
+    return pa.concat_tables(pieces).take(place)

@@ -287,6 +287,25 @@ SIGNALS = Contract(
     open=True,
 )
 
+
+def signal_fields(columns: Mapping[str, tuple[str, str]]) -> list[pa.Field]:
+    """The columns of one test behind those of SIGNALS, from the name, Arrow type and meaning of each.
+
+    Raises UserError for a name that is no plain lower-case SQL identifier or has another column already, and for a type
+    without a plain name such as "bool", "int64", "float" or "string".
+    """
+    fields = []
+    for name, said in columns.items():
+        if not IDENTIFIER.fullmatch(name) or name in SIGNALS.schema.names:
+            raise UserError(f"table signals: {name!r} cannot be the name of a further column")
+        try:
+            type_, doc = said
+            fields.append(_field(name, pa.type_for_alias(type_), doc, null=True))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"table signals: column {name!r} is {said!r}; give (type, meaning)") from error
+    return fields
+
+
 VERDICTS = Contract(
     "verdicts",
     1,

@@ -638,6 +638,11 @@ class Part:
             if pc.any(pc.is_in(ids, value_set=images)).as_py():
                 yield self.read(shard, columns)
 
+    def schemas(self) -> list[pa.Schema]:
+        """The schemas of the committed shards, each once; they may differ in what an open table carries along."""
+        found = (self._opened(shard, ())[0].schema_arrow.remove_metadata() for shard in self.shards())
+        return list(dict.fromkeys(found))
+
     def open(self, shard: int) -> pq.ParquetFile:
         """One committed shard, to be read by row groups. Raises UserError where it is not committed or does not agree."""
         return self._opened(shard, None)[0]

@@ -178,6 +178,38 @@ def test_signals_of_several_tests_stand_side_by_side(tmp_path: Path) -> None:
     assert rows == [("cluster", "a", None, 7), ("language", "a", "en", None)]
 
 
+def test_each_signal_has_a_view_of_its_own_in_its_own_types(tmp_path: Path) -> None:
+    """Would catch: a signal whose columns turn into text beside another's of the same name, or that nothing explains."""
+    workspace = Workspace(tmp_path)
+    for name, rows in (
+        ("clip-score", [{"image_id": "a", "score": 0.5}]),
+        ("language", [{"image_id": "a", "text_id": "t", "score": "en", "sure": True}]),
+        ("select", [{"image_id": "a", "first": True}]),
+        ('we"i.rd', [{"image_id": "a", "first": 1}]),
+    ):
+        part = workspace.part("signals", name)
+        mark = part.begin(SIGNALS, name, {"version": 1})
+        table = SIGNALS.table(rows)
+        fields = [
+            f.with_metadata({"doc": f"of {name}: {f.name}"}) if f.name == "score" else f for f in table.schema
+        ]
+        part.commit(0, table.cast(pa.schema(fields)), Counts(1, 1), mark, 0.1)
+    with open_catalog(workspace) as connection:
+        rows = connection.execute('SELECT * FROM signals."clip-score"').fetchall()
+        assert rows == [("a", None, 0.5)]
+        assert connection.execute("SELECT * FROM signals.language").fetchall() == [("a", "t", "en", True)]
+        assert connection.execute('SELECT first FROM signals."select"').fetchall() == [(True,)]
+        assert connection.execute("SELECT count(*), count(score) FROM signals").fetchall() == [(4, 2)]
+        views = {view.name: {column.name: column for column in view.columns} for view in describe(connection)}
+        for name in views:
+            connection.execute(f"SELECT * FROM {name}").fetchall()
+    assert {*views} >= {"signals", 'signals."clip-score"', "signals.language", 'signals."we""i.rd"'}
+    assert [*views["signals.language"]] == ["image_id", "text_id", "score", "sure"]
+    assert views["signals.language"]["score"].comment == "of language: score"
+    assert views['signals."clip-score"']["score"].type == "DOUBLE"
+    assert "128-bit hash" in views["signals.language"]["image_id"].comment
+
+
 @pytest.mark.parametrize("name", ["we[i]rd *x?", "it's", "k=3", 'a"b', "ünï ☃"])
 def test_directories_with_strange_names(tmp_path: Path, name: str) -> None:
     workspace = Workspace(tmp_path / name)

@@ -153,11 +153,12 @@ def test_the_stage_marks_copies_over_all_shards_and_select_drops_them(place):
         ]  # fmt: skip
         scores.commit(shard, SCORES.table(rows), Counts(len(rows), len(rows)), f"{mark}{shard}", 1.0)
     plain = go(Select(SelectOptions("web"), place)).counts
-    assert "duplicate" not in plain.dropped
-    counts = go(Select(SelectOptions("web", duplicates="duplicates", out="unique"), place)).counts
+    assert plain.dropped == {"no_image": 1}
+    unique = SelectOptions("web", signals=("duplicates",), require="duplicates.first", out="unique")
+    counts = go(Select(unique, place)).counts
     copy = max(ids[0][0], ids[1][0])
     texts = query(place, f"SELECT count(*) n FROM texts WHERE image_id = '{copy}'").to_pylist()[0]["n"]
-    assert counts.dropped["duplicate"] == texts > 0
+    assert counts.dropped["require_false"] == texts > 0
     assert counts.kept == plain.kept - texts
 
 
@@ -200,6 +201,6 @@ def test_the_end_says_how_many_were_found(tmp_path):
     for _ in range(2):
         said = run_stage(stage, InlineExecutor(), quiet=True).lines()
         assert (
-            "  6 pictures: 2 clusters with 3 copies; capfilt select --duplicates d keeps one picture of each"
+            "  6 pictures: 2 clusters with 3 copies; capfilt select --signals d --require first keeps one picture of each"
             in said
         )

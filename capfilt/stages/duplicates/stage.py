@@ -21,7 +21,7 @@ from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.duplicates import DuplicatesOptions
 from capfilt.stages.inputs import shards_of
-from capfilt.tables.contracts import SIGNALS
+from capfilt.tables.contracts import SIGNALS, signal_fields
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -32,17 +32,20 @@ _BLOCK = 2048
 """Hashes compared with so many others at once: 32 MB of differences."""
 
 COLUMNS = pa.schema(
-    [
-        pa.field("cluster", pa.string()),
-        pa.field("cluster_size", pa.int64()),
-        pa.field("exact_cluster", pa.string()),
-        pa.field("exact_size", pa.int64()),
-        pa.field("first", pa.bool_()),
-    ]
+    signal_fields(
+        {
+            "cluster": ("string", "smallest image_id of the pictures that are the same, exactly or nearly"),
+            "cluster_size": ("int64", "pictures in the cluster"),
+            "exact_cluster": ("string", "smallest image_id of the pictures with equal bytes"),
+            "exact_size": ("int64", "pictures with equal bytes"),
+            "first": (
+                "bool",
+                "whether it is the picture of its cluster to keep: the largest, then of the smallest image_id",
+            ),
+        }
+    )
 )
-"""Behind the table's own: the smallest image_id of the cluster (its name) and its size, the same for equal bodies alone,
-and whether this is the one picture of its cluster to keep: the largest as received, then the smallest image_id. All are
-null for a row without a picture."""
+"""Behind the table's own; all are null for a row without a picture."""
 
 
 class Duplicates(ShardStage):
@@ -104,7 +107,7 @@ class Duplicates(ShardStage):
         lines = [
             f"{pictures:,} pictures: {clusters:,} clusters with {copies:,} copies"
             + (
-                f"; capfilt select --duplicates {self.output.name} keeps one picture of each"
+                f"; capfilt select --signals {self.output.name} --require first keeps one picture of each"
                 if copies
                 else ""
             )
@@ -168,7 +171,8 @@ def cluster(images: pa.Table, distance: int) -> pa.Table:
     for place in best.values():
         columns["first"][rows[place]] = True
     arrays = [pa.array(columns[field.name], field.type) for field in COLUMNS]
-    return pa.table([images["image_id"].combine_chunks(), *arrays], names=["image_id", *COLUMNS.names])
+    schema = pa.schema([SIGNALS.schema.field("image_id"), *COLUMNS])
+    return pa.table([images["image_id"].combine_chunks(), *arrays], schema=schema)
 
 
 def _malformed(images: pa.Table) -> Array:

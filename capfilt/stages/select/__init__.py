@@ -11,14 +11,18 @@ from capfilt.stages.command import StageCommand
 
 @dataclass(frozen=True)
 class SelectOptions(Checked):
-    """Step 2: turn scores into verdicts and into the corpus. No model, no GPU."""
+    """Step 2: turn scores into verdicts and into the corpus. No model, no GPU.
+
+    --require is one SQL expression on a text. It names text_id, image_id, source and text; columns of the image, such as width
+    or license; scores, such as itc_score; and columns of signals, as PART.column, or column where one table alone has it.
+    """
 
     panel = ROWS
 
     images: str = option(REQUIRED, "images part", kind="images")
     captions: tuple[str, ...] = option((), "captions part; repeatable", kind="captions")
     scores: str = option("filter", "scores part", kind="scores")
-    duplicates: str = option("", "signals part of `duplicates`: keep one image per cluster", kind="signals")
+    signals: tuple[str, ...] = option((), "signals part for --require to name; repeatable", kind="signals")
     out: str = option("capfilt", "name of the verdicts part and of the pairs part to write")
     pairs: bool = option(True, "also write the pairs part, with pictures", panel=INPUTS)
     by: str = option("itm_score", "score to judge by: itm_score, itc_score, itm_probability or a plug-in's")
@@ -31,6 +35,9 @@ class SelectOptions(Checked):
     sources: tuple[str, ...] = option(
         ("web", "synthetic"), "texts that may be kept, by source; repeatable", choices=SOURCES
     )
+    require: str = option(
+        "", "drop a text for which this SQL is not true, such as duplicates.first", later=True
+    )
 
 
 COMMAND = StageCommand(
@@ -41,6 +48,7 @@ COMMAND = StageCommand(
         "capfilt select --images cc12m --captions captioner --scores filter --threshold 0.5",
         "capfilt select --images cc12m --captions captioner --keep-fraction 0.3 --out top30 --no-pairs",
         "capfilt select --images cc12m --scores clip --by clip_score --threshold 0.28 --out clip28",
+        "capfilt select --images cc12m --signals duplicates --require 'first AND width >= 200' --out unique",
     ),
     without="pairs",
 )

@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
-from capfilt.stages.inputs import captions_of, input_hashes, shards_of
+from capfilt.stages.inputs import captions_of, input_hashes, of_images, rows_for, shards_of
+from capfilt.stages.require import SECONDS, Requirement
 from capfilt.stages.select import SelectOptions
-from capfilt.tables.contracts import PAIRS, SCORES, SOURCES, VERDICTS
+from capfilt.tables.contracts import IMAGES, PAIRS, SCORES, SOURCES, VERDICTS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
-from capfilt.tables.texts import FOUND_COLUMNS, texts_of
+from capfilt.tables.texts import FOUND_COLUMNS, TEXT_SCHEMA, texts_of
 from capfilt.tables.workspace import Workspace
 
 _RANGES = {"itm_score": (0, 1), "itm_probability": (0, 1), "itc_score": (-1, 1)}
 """From where to where the table's own scores are; a plug-in's are anywhere."""
+
+_KEY = ("image_id", "text_id")
+_OF_IMAGES = (*_KEY, "source", "captions", "image", "status", "failure", "error_message")
+"""Columns of images that `--require` does not name: texts have them too, or they are not of the picture."""
+
+_TABLES = ("texts", "images", "scores")
+"""The tables that `--require` may name, beside one for each signals part."""
 
 
 class Select(ShardStage):
@@ -38,6 +47,7 @@ class Select(ShardStage):
     name = "select"
     accounts = "texts"
     version = 2  # a score that is not finite is a failure, and none of those that --keep-fraction counts
+    seconds = SECONDS
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
         if not options.sources:
@@ -46,15 +56,22 @@ class Select(ShardStage):
             raise UserError(
                 f"--keep-fraction {options.keep_fraction:g} finds the threshold; give it or --threshold, not both"
             )
+        if options.signals and not options.require:
+            raise UserError(f"--signals {options.signals[0]}: is read for --require alone; give both")
         self.options = options
-        self.workspace = workspace
+        # Before the inputs are looked at, which may not be there yet when a recipe's steps are checked.
+        self.require = Requirement(options.require, self.seconds) if options.require else None
         self.images = workspace.input("images", options.images)
         self.captions = [workspace.input("captions", name) for name in options.captions]
         self.scores = workspace.input("scores", options.scores)
         self.output = output or workspace.part("verdicts", options.out)
-        self.duplicates = workspace.input("signals", options.duplicates) if options.duplicates else None
-        if self.duplicates is not None and self.duplicates.info.get("stage") != "duplicates":
-            raise UserError(f"--duplicates {options.duplicates}: {self.duplicates.path} is of another stage")
+        self.signals = {part.name: part for part in (workspace.input("signals", n) for n in options.signals)}
+        names = [name.lower() for name in (*_TABLES, *self.signals)]
+        if len({*names}) < len(_TABLES) + len(options.signals):
+            raise UserError(
+                f"--signals {' '.join(options.signals)}: --require names each by the last part of its path, so these must "
+                f"differ, from {', '.join(_TABLES)} too"
+            )
         contract = self.scores.contract
         # A plug-in tells which columns it fills; the others of its part are null.
         choices = self.scores.info.get("identity", {}).get("columns") or SCORES.score_names
@@ -67,6 +84,26 @@ class Select(ShardStage):
             )
         used = {} if options.by in VERDICTS.score_names else {options.by: contract.doc_of(options.by)}
         self.contract = VERDICTS.extended(used)
+        if self.require:
+            self.require.bind(self._tables(self.require.names))
+
+    def _tables(self, names: Iterable[str]) -> dict[str, list[pa.Schema]]:
+        """The tables that --require may name some of `names` of, each with the schemas of its shards."""
+        images = [_without(IMAGES.schema, *_OF_IMAGES)]
+        tables = {
+            "texts": [_without(TEXT_SCHEMA, "failure")],
+            "images": images,
+            "scores": [_without(self.scores.contract.schema, *_KEY, "failure")],
+            **{
+                name: [_without(each, *_KEY) for each in part.schemas()]
+                for name, part in self.signals.items()
+            },
+        }
+        known = {name.lower() for schemas in tables.values() for schema in schemas for name in schema.names}
+        # Columns carried along are named in the footers of the shards alone, which take long to read where there are many.
+        if {*names} - known - {name.lower() for name in tables}:
+            images += [_without(each, *_OF_IMAGES) for each in self.images.schemas()]
+        return tables
 
     @cached_property
     def threshold(self) -> float:
@@ -78,75 +115,16 @@ class Select(ShardStage):
         """
         if not self.options.keep_fraction:
             return self.options.threshold
-        import duckdb
-
-        with duckdb.connect() as connection:
-            self._put_candidates(connection)
-            row = connection.execute("SELECT count(*) FROM candidates").fetchone()
-            count = int(row[0]) if row else 0
-            if not count:
-                raise UserError(
-                    f"{self.scores.path}: no text of {', '.join(self.options.sources)} has an {self.options.by}, so there "
-                    "is no quantile of it"
-                )
-            # The k-th largest score, counted exactly: a quantile function would interpolate or round.
-            place = max(1, round(self.options.keep_fraction * count))
-            row = connection.execute(
-                "SELECT value FROM candidates ORDER BY 1 DESC LIMIT 1 OFFSET ?", [place - 1]
-            ).fetchone()
-        assert row is not None
-        return float(row[0])
-
-    def _put_candidates(self, connection: Any) -> None:
-        """Makes the table `candidates`: the scores (`value`) of all texts that may be kept."""
         by = self.options.by
-        kinds = {"first": pa.bool_(), "value": pa.float32()}
-        wanted: dict[str, tuple[list[Part], tuple[str, ...]]] = {
-            "scored": ([self.scores], ("text_id", "image_id", by)),
-            "pictures": ([self.images], ("image_id", "source")),
-            "chosen": (self.captions, ("text_id",)),
-            "others": (self._scored_captions(), ("text_id",)),
-            "copies": ([self.duplicates] if self.duplicates else [], ("image_id", "first")),
-        }
-        for name, (parts, columns) in wanted.items():
-            names = ["value" if column == by else column for column in columns]
-            schema = pa.schema([(each, kinds.get(each, pa.string())) for each in names])
-            connection.register("incoming", schema.empty_table())
-            connection.execute(f"CREATE TABLE {name} AS FROM incoming")
-            # Not by DuckDB from the files: it checks no page of theirs.
-            for table in (table for part in parts for table in part.tables(columns)):
-                connection.register("incoming", table.select(columns).rename_columns(names).cast(schema))
-                connection.execute(f"INSERT INTO {name} FROM incoming")
-            connection.unregister("incoming")
-        # What was found with the pictures is whatever no captioner wrote.
-        connection.execute(
-            """
-            CREATE TABLE candidates AS
-            SELECT value FROM scored JOIN pictures USING (image_id)
-            WHERE isfinite(value)
-              AND image_id NOT IN (SELECT image_id FROM copies WHERE NOT first)
-              AND CASE
-                    WHEN text_id IN (SELECT text_id FROM chosen) THEN 'synthetic'
-                    WHEN text_id IN (SELECT text_id FROM others) THEN 'not asked for'
-                    ELSE source
-                  END IN (SELECT unnest($sources))
-            """,
-            {"sources": list(self.options.sources)},
-        )
-
-    def _scored_captions(self) -> list[Part]:
-        """The captions parts whose texts were scored and are not to be judged. Raises UserError where one is gone."""
-        ours = {part.info["fingerprint"] for part in self.captions}
-        scored = [mark for mark in self.scores.info["identity"].get("captions", ()) if mark not in ours]
-        if not scored:
-            return []
-        here = {part.info["fingerprint"]: part for part in self.workspace.parts("captions")}
-        if any(mark not in here for mark in scored):
+        judged = map(self._judged, self.shards())
+        values = np.concatenate([each.filter(each["counts"])[by].to_numpy() for each in judged])
+        if not len(values):
             raise UserError(
-                f"{self.scores.path}: scores captions that are neither named nor in {self.workspace.path}, so their share "
-                "cannot be told from the others'; name them with --captions"
+                f"{self.scores.path}: no text that may be kept has an {by}, so there is no quantile"
             )
-        return [here[mark] for mark in scored]
+        # The k-th largest score, counted exactly: a quantile function would interpolate or round.
+        place = len(values) - max(1, round(self.options.keep_fraction * len(values)))
+        return float(np.partition(values, place)[place])
 
     def identity(self) -> Mapping[str, Any]:
         return {
@@ -156,11 +134,15 @@ class Select(ShardStage):
             "captions": [part.info["fingerprint"] for part in self.captions],
             "scores": self.scores.info["fingerprint"],
             # Absent where it was not asked for, as before there was any.
-            **({"duplicates": self.duplicates.info["fingerprint"]} if self.duplicates else {}),
+            **(
+                {"signals": {n: p.info["fingerprint"] for n, p in self.signals.items()}}
+                if self.signals
+                else {}
+            ),
         }
 
     def _parts(self) -> list[Part]:
-        return [self.images, *self.captions, self.scores, *([self.duplicates] if self.duplicates else [])]
+        return [self.images, *self.captions, self.scores, *self.signals.values()]
 
     def shards(self) -> list[int]:
         return shards_of(*self._parts())
@@ -168,18 +150,16 @@ class Select(ShardStage):
     def inputs(self, shard: int) -> list[str]:
         return input_hashes(shard, *self._parts())
 
-    def _later_copies(self, shard: int) -> set[str]:
-        """The images of a shard that show what another, kept in their place, shows."""
-        if self.duplicates is None:
-            return set()
-        table = self.duplicates.read(shard, ["image_id", "first"])
-        rows = zip(table["image_id"].to_pylist(), table["first"].to_pylist(), strict=True)
-        return {image for image, first in rows if first is False}
-
     def remarks(self) -> list[str]:
-        if self.output.counts().kept:
+        counts, by = self.output.counts(), self.options.by
+        if counts.kept:
             return []
-        by = self.options.by
+        unmet = counts.dropped.get("require_false", 0) + counts.dropped.get("require_null", 0)
+        if unmet and not counts.dropped.get(f"{by}_below_threshold"):
+            null = counts.dropped.get("require_null", 0)
+            return [
+                f"nothing is kept: --require is true of none of {unmet:,} scored texts, and null of {null:,}"
+            ]
         column = pa.chunked_array(
             [chunk for table in self.output.tables([by]) for chunk in table[by].chunks], pa.float32()
         )
@@ -194,44 +174,68 @@ class Select(ShardStage):
             )
         ]
 
+    def _judged(self, shard: int) -> pa.Table:
+        """The texts of a shard with their scores.
+
+        `reason` is what drops a text whatever its score, `failure` how it failed; `counts` is whether --keep-fraction is of it.
+        """
+        named = self.require.columns["images"].names if self.require else ()
+        images = self.images.read(shard, [*FOUND_COLUMNS, "status", *named])
+        texts = texts_of(images, captions_of(self.images, images["image_id"], self.captions, shard))
+        scores = rows_for(texts, self.scores.read(shard), self.scores, shard)
+        ids = images["image_id"]
+        images = images.drop_columns(["captions"]).take(pc.index_in(texts["image_id"], value_set=ids))
+        value = scores[self.options.by]
+        wrong = _where(pc.invert(pc.is_finite(value)), "not_finite")
+        failure = pc.coalesce(texts["failure"], scores["failure"], wrong)
+        lost = _where(pc.not_equal(images["status"], "success"), "no_image")
+        others = [
+            _where(
+                pc.invert(pc.is_in(texts["source"], pa.array(self.options.sources))), "source_not_selected"
+            ),
+            _where(pc.is_null(value), "no_score"),
+        ]
+        if self.require:
+            tables = {"texts": texts, "images": images, "scores": scores}
+            for name, part in self.signals.items():
+                rows = part.read(shard, [*_KEY, *self.require.columns[name].names])
+                tables[name] = rows_for(texts, of_images(rows, part, self.images, ids, shard), part, shard)
+            holds = self.require.holds(tables)
+            others += [_where(pc.invert(holds), "require_false"), _where(pc.is_null(holds), "require_null")]
+        judged = texts.set_column(texts.column_names.index("failure"), "failure", failure)
+        for name in {*self.contract.score_names} & {*scores.column_names}:
+            judged = judged.append_column(name, scores[name])
+        judged = judged.append_column("counts", pc.is_null(pc.coalesce(wrong, *others)))
+        return judged.append_column("reason", pc.coalesce(failure, lost, *others))
+
     def process(self, shard: int) -> Produced:
-        images = self.images.read(shard, [*FOUND_COLUMNS, "status", "failure"])
-        captions = captions_of(self.images, images["image_id"], self.captions, shard)
-        rows = texts_of(images, captions).to_pylist()
-        fetched = dict(zip(images["image_id"].to_pylist(), images["status"].to_pylist(), strict=True))
-        copies = self._later_copies(shard)
-        scores = {row["text_id"]: row for row in self.scores.read(shard).to_pylist()}
-        dropped: Counter[str] = Counter()
-        failed: Counter[str] = Counter()
-        kept = 0
-        for row in rows:
-            score = scores.get(row["text_id"], {})
-            failure = row.pop("failure") or score.get("failure")
-            row |= {name: score.get(name) for name in self.contract.score_names}
-            row["keep"], row["reason"] = False, ""
-            value = score.get(self.options.by)
-            if not failure and value is not None and not math.isfinite(value):
-                failure = "not_finite"
-            if failure:
-                row["reason"] = failure
-                failed[failure] += 1
-                continue
-            if fetched.get(row["image_id"]) != "success":
-                row["reason"] = "no_image"
-            elif row["image_id"] in copies:
-                row["reason"] = "duplicate"
-            elif row["source"] not in self.options.sources:
-                row["reason"] = "source_not_selected"
-            elif value is None:
-                row["reason"] = "no_score"
-            elif value < self.threshold:
-                row["reason"] = f"{self.options.by}_below_threshold"
-            else:
-                row["keep"], row["reason"] = True, f"{self.options.by}_at_threshold"
-                kept += 1
-                continue
-            dropped[row["reason"]] += 1
-        return Produced(self.contract.table(rows), Counts(len(rows), kept, dict(dropped), dict(failed)))
+        judged, by = self._judged(shard), self.options.by
+        enough = pc.fill_null(pc.greater_equal(judged[by].cast(pa.float64()), self.threshold), False)
+        keep = pc.and_(pc.is_null(judged["reason"]), enough)
+        by_score = pc.if_else(enough, f"{by}_at_threshold", f"{by}_below_threshold")
+        reason = pc.coalesce(judged["reason"], by_score)
+        failed = pc.is_valid(judged["failure"])
+        table = judged.drop_columns(["failure", "counts", "reason"]).append_column("keep", keep)
+        counts = Counts(
+            judged.num_rows,
+            pc.sum(keep).as_py() or 0,
+            _tally(reason.filter(pc.invert(pc.or_(keep, failed)))),
+            _tally(reason.filter(failed)),
+        )
+        return Produced(self.contract.conform(table.append_column("reason", reason)), counts)
+
+
+def _without(schema: pa.Schema, *names: str) -> pa.Schema:
+    return pa.schema([field for field in schema if field.name not in names])
+
+
+def _where(test: pa.ChunkedArray, reason: str) -> pa.ChunkedArray:
+    """`reason` for each row where the test is true, else null."""
+    return pc.if_else(pc.fill_null(test, False), reason, pa.scalar(None, pa.string()))
+
+
+def _tally(reasons: pa.ChunkedArray) -> dict[str, int]:
+    return {each["values"]: each["counts"] for each in pc.value_counts(reasons).to_pylist()}
 
 
 class WritePairs(ShardStage):
