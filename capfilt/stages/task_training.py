@@ -48,8 +48,8 @@ class Finetune(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        start = ForTask(workspace, options, self.form, self.task, self.name)
-        self.compose(ExampleSource(options, workspace, self.task, **self.reading()), start)
+        source = ExampleSource(options, workspace, self.task, **self.reading())
+        self.compose(source, ForTask(workspace, options, self.form, self.task, self.name))
 
     def reading(self) -> dict[str, Any]:
         """Further options of the source."""
@@ -167,7 +167,7 @@ def frequent_answers(least: int, questions: Sequence[Answers]) -> tuple[str, ...
     answers = closed_list(questions, least)
     if len(answers) < 2:
         raise UserError(
-            f"--min-answers {least}: of {len(questions)} questions, {len(answers)} answers are the most frequent of {least} "
-            "or more, and a closed list needs two: lower it"
+            f"of {len(questions)} questions, {len(answers)} answers are the most frequent of {least} "
+            "or more, and a closed list needs two; lower --min-answers"
         )
     return answers

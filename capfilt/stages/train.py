@@ -42,6 +42,7 @@ class Pretrain(Train):
         self.family = family_named(options.family)
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
+        source = PairSource(options, workspace)
         given = getattr(options, "init", "")
         allowed = (self.family.kinds[0].name, *self.family.starts)
         start = (
@@ -49,7 +50,7 @@ class Pretrain(Train):
             if given
             else Preset(self.family, options)
         )
-        self.compose(PairSource(options, workspace), start)
+        self.compose(source, start)
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "family": self.family.name, "family_version": self.family.version}
@@ -82,10 +83,11 @@ class FinetuneCaptioner(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
+        source = PairSource(options, workspace, options.prompt)
         start = Checkpoint(
             workspace, options.init, options.image_size, lambda kind: CAPTIONING in kind.learns, self.name
         )
-        self.compose(PairSource(options, workspace, options.prompt), start)
+        self.compose(source, start)
 
     def initial(self, data: Any) -> tuple[Model, Any]:
         model, tokenizer = super().initial(data)
@@ -112,11 +114,12 @@ class FinetuneFilter(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
+        source = PairSource(options, workspace)
         start = Checkpoint(
             workspace, options.init, options.image_size, lambda kind: RETRIEVAL in kind.learns, self.name
         )
         refuse_foreign(options, start.kind.name)
-        self.compose(PairSource(options, workspace), start)
+        self.compose(source, start)
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         made: torch.nn.Module = found(self.start.kind.learns[RETRIEVAL])(
@@ -138,10 +141,11 @@ class FinetuneTextAssignment(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
+        source = PairSource(options, workspace)
         start = Checkpoint(
             workspace, options.init, options.image_size, lambda kind: kind.name == "albef", self.name
         )
-        self.compose(PairSource(options, workspace), start)
+        self.compose(source, start)
 
     def planned(self) -> None:
         # A step on the way to `finetune nlvr`, whose model is the one to export.

@@ -13,8 +13,9 @@ from capfilt.stages.command import StageCommand
 class SelectOptions(Checked):
     """Step 2: turn scores into verdicts and into the corpus. No model, no GPU.
 
-    --require is one SQL expression on a text. It names text_id, image_id, source and text; columns of the image, such as width
-    or license; scores, such as itc_score; and columns of signals, as PART.column, or column where one table alone has it.
+    The condition of --require is one SQL expression on a text. It names text_id, image_id, source and text; columns of the
+    image, such as width or license; scores, such as itc_score; and columns of signals, as PART.column, or column where one
+    table alone has it.
     """
 
     panel = ROWS
