@@ -136,7 +136,7 @@ def write_sources(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
 
 
-RULE = {"images": "web", "captions": ("blip",), "scores": "blip", "duplicates": "duplicates"}
+RULE = {"images": "web", "captions": ("blip",), "scores": "blip"}
 WRITTEN = {"captioner": "blip", "images": "web", "prompt": "a red", "max_new_tokens": 5, "batch_size": 4}
 FP32 = {"precision": "fp32"}
 

@@ -75,7 +75,7 @@ def test_doctor_finds_the_workspace_whole(place):
 
 
 def test_a_new_rule_selects_from_it(place):
-    options = SelectOptions(**{**RULE, "duplicates": ""}, threshold=0.0, out="all")
+    options = SelectOptions(**RULE, threshold=0.0, out="all")
     for stage in (Select, WritePairs):
         run_stage(stage(options, place), InlineExecutor(), quiet=True)
     verdicts = [row for table in place.part("verdicts", "all").tables() for row in table.to_pylist()]
@@ -102,7 +102,6 @@ def test_what_the_fixture_holds_exercises_every_branch(place):
         == {True, False}
         == {row["keep"] for row in rows["select a share"]}
     )
-    assert "duplicate" in {row["reason"] for row in rows["select"]}
     assert {kind for row in rows["subset"] for kind in row["planted"]} >= {
         "true",
         "other_image",
