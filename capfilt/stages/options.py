@@ -422,7 +422,7 @@ class LoopOptions(Checked):
         30, "texts are cut to this many tokens (BLIP's released code: 30)", least=2
     )
     augment: bool = _option(
-        True, "random resized crops: bicubic, of whole pictures, with --stream; else of squares that are held"
+        True, "random resized crops: of whole pictures, bicubic; of examples' pictures, as squares"
     )
     crop_scale: float = _option(
         0.5, "smallest share of the picture a crop may show (BLIP: 0.2, finetuning 0.5)", least=0.001, most=1
@@ -478,8 +478,8 @@ class OptimisationOptions(LoopOptions):
     cache_features: bool = _option(False, "compute the frozen trunk's feature maps once")
     stream: bool = _option(
         False,
-        "read pictures from their shards as they are needed: memory does not grow with the corpus",
-        later=True,
+        "keep no decoded pictures: memory does not grow with the corpus",
+        told=True,
     )
     loader_workers: int = _option(0, "with `stream`: processes that decode; 0 for threads", told=True)
     mix: tuple[str, ...] = _option(

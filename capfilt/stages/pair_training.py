@@ -1,4 +1,4 @@
-"""Training on pairs of a picture and a text, held or read as they are needed, with ITC, ITM and LM.
+"""Training on pairs of a picture and a text, with ITC, ITM and LM.
 
 What every training shares is `training.py`'s; what each stage starts from is `train.py`'s.
 """
@@ -6,27 +6,25 @@ What every training shares is `training.py`'s; what each stage starts from is `t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import torch
 
-from capfilt.data.corpus import Corpus, concat, from_images
-from capfilt.data.stream import PairStream, StreamInput, refuse_barren
+from capfilt.data.pair_shards import PairInput
+from capfilt.data.pairs import Pairs
+from capfilt.data.store import MEMORY_LIMIT
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models.blip import Blip
 from capfilt.models.kinds import PAIR_ROWS
 from capfilt.models.pretraining import BlipPretraining, PretrainingConfig
 from capfilt.models.ranks import Ranks
-from capfilt.stages.pairs import Held, Pairs, Streamed, shares
 from capfilt.stages.training import Training
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-
-IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure", "image")
-
 
 NAMED = 500_000
 """Texts named at a time, a row group each."""
@@ -35,6 +33,7 @@ NAMED = 500_000
 class PairTraining(Training[Pairs]):
     """What the four stages that train a BLIP on pairs share."""
 
+    version = 3  # one order and one crop, held or streamed, on any number of ranks
     rows = PAIR_ROWS
     least = 2  # contrast and hard negatives
     shown: ClassVar[tuple[str, ...]] = ("itc", "itm", "lm", "itm_balanced_accuracy")
@@ -66,26 +65,20 @@ class PairTraining(Training[Pairs]):
     def inputs(self) -> list[Part]:
         return [*self.human, *self.web]
 
-    def corpora(self, size: int) -> list[Corpus]:
-        """The pairs, a corpus per kind of input."""
-        return [
-            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size, training=True)
-            for parts in (self.human, self.web)
-            if parts
-        ]
-
-    def streamed(self) -> list[StreamInput]:
-        """The same pairs, as a stream takes them."""
-        return [StreamInput(part) for part in (*self.human, *self.web)]
+    def pair_inputs(self) -> list[PairInput]:
+        """The parts with the pairs."""
+        return [PairInput(part) for part in (*self.human, *self.web)]
 
     # What a training asks of its stage.
 
     def data(self, size: int) -> Pairs:
-        if self.options.stream:
-            return Streamed(PairStream(self.streamed()), size, self.options.loader_workers)
-        corpus = concat(self.corpora(size))
-        refuse_barren(self.streamed(), set(corpus.image_ids))
-        return Held(corpus)
+        o = self.options
+        return Pairs(
+            self.pair_inputs(),
+            size=size,
+            cache=0 if o.stream else MEMORY_LIMIT,
+            workers=o.loader_workers,
+        )
 
     def module(self, model: Blip, tokenizer: Tokenizer, ranks: Ranks) -> torch.nn.Module:
         return BlipPretraining(model, self.objective(tokenizer), ranks)
@@ -98,16 +91,28 @@ class PairTraining(Training[Pairs]):
             return
         if not (model.config.vision.trunk and model.config.vision.trunk_frozen):
             raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
-        assert isinstance(data, Held)
-        data.corpus = data.corpus.with_features(
-            lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)),
-            progress=lambda count: None,
-        )
+        data.with_features(lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)))
 
     def account(self, data: Pairs) -> dict[str, Any]:
         return {"texts": len(data), "images": data.pictures, "by_source": data.texts_by_source()}
 
     def named(self, data: Pairs) -> Iterator[pa.Table]:
-        texts = data.identities()
+        texts = ((text.key, image_id, text.source) for image_id, text in data.identities())
         while some := list(itertools.islice(texts, NAMED)):
             yield pa.table(dict(zip(("text_id", "image_id", "source"), zip(*some, strict=True), strict=True)))
+
+
+def shares(mix: Sequence[str]) -> dict[str, float] | None:
+    """`--mix SOURCE=WEIGHT ...` as the loader takes it; None where nothing is given. Raises UserError."""
+    found: dict[str, float] = {}
+    for item in mix:
+        source, equals, weight = item.partition("=")
+        try:
+            found[source] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or not source or not 0 <= found[source] < math.inf:
+            raise UserError(
+                f"--mix {item}: write SOURCE=WEIGHT, as in human=1, the weight a finite number of 0 or more"
+            )
+    return found or None

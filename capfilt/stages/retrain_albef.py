@@ -22,7 +22,7 @@ class RetrainAlbef(Retrain):
     """ITC, ITM and MLM with momentum distillation (ALBEF, section 3)."""
 
     model = "albef"
-    version = 3  # texts are cleaned by ALBEF's rule
+    version = 4  # texts are cleaned by ALBEF's rule; one order, held or streamed
     shown = ("itc", "itm", "mlm", "itm_balanced_accuracy")
 
     def shape(self, vocab_size: int) -> AlbefConfig:

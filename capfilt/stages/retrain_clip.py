@@ -29,8 +29,8 @@ class RetrainClip(Retrain):
 
     # Since 2, texts are no longer cut to their first 30 words; since 3, a ResNet's running statistics follow what trains:
     # averaged over ranks and by --ema, moved once a step; since 4, texts are repaired and the image side is initialised as
-    # released.
-    version = 4
+    # released; since 5, one order, held or streamed.
+    version = 5
     model = "clip"
     shown = ("contrast", "accuracy", "scale")
 

@@ -26,7 +26,7 @@ class RetrainVilt(Retrain):
     """Matching, whole masked words, word-patch alignment (ViLT, section 3.2)."""
 
     model = "vilt"
-    version = 3  # texts are read as found, however many words they have
+    version = 4  # texts are read as found, however many words they have; one order, held or streamed
     shown = ("itm", "mlm", "wpa", "itm_balanced_accuracy")
 
     def __init__(self, options: RetrainOptions, workspace: Workspace, output: Part | None = None) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from capfilt.data.pairs import Pairs
 from capfilt.models.albef import Albef
 from capfilt.models.albef_tasks import nlvr_from_albef
 from capfilt.models.kinds import Model
 from capfilt.models.ranks import Ranks
 from capfilt.models.text_assignment import ASSIGNED, TextAssignment
 from capfilt.stages.options import FinetuneTextAssignmentOptions
-from capfilt.stages.pairs import Pairs
 from capfilt.stages.train import Finetune
 
 

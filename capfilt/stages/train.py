@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from capfilt.data.corpus import Corpus, from_pairs, from_verdicts
-from capfilt.data.examples import unweighted
-from capfilt.data.stream import StreamInput
+from capfilt.data.pair_shards import PairInput
+from capfilt.data.pairs import Pairs
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, kinds
@@ -41,13 +40,10 @@ from capfilt.stages.options import (
     PretrainOptions,
     RetrainOptions,
 )
-from capfilt.stages.pair_training import IMAGE_COLUMNS, PairTraining
-from capfilt.stages.pairs import Pairs
+from capfilt.stages.pair_training import PairTraining
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-
-VERDICT_COLUMNS = ("text_id", "image_id", "source", "text", "keep")
 
 
 class Pretrain(PairTraining):
@@ -195,26 +191,9 @@ class Retrain(Pretrain):
             return _image_size_of(self.start)
         return super().image_size()
 
-    def corpora(self, size: int) -> list[Corpus]:
-        corpora = super().corpora(size)
-        if self.pairs:
-            tables = (
-                unweighted(part.read(shard), f"{part.path}, shard {shard:05d}")
-                for part in self.pairs
-                for shard in part.shards()
-            )
-            corpora.append(from_pairs(tables, size=size, training=True))
-        for images, verdicts in self.joined:
-            corpora.append(
-                from_verdicts(
-                    images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS), size=size, training=True
-                )
-            )
-        return corpora
-
-    def streamed(self) -> list[StreamInput]:
-        joined = [StreamInput(images, verdicts) for images, verdicts in self.joined]
-        return [*super().streamed(), *(StreamInput(part) for part in self.pairs), *joined]
+    def pair_inputs(self) -> list[PairInput]:
+        joined = [PairInput(images, verdicts) for images, verdicts in self.joined]
+        return [*super().pair_inputs(), *(PairInput(part) for part in self.pairs), *joined]
 
     def planned(self) -> Any:
         return checkpoint.shape_of(self.start) if self.start else super().planned()
@@ -292,7 +271,7 @@ class FinetuneFilter(Finetune):
     """
 
     name = "finetune-filter"
-    version = 3  # negatives by the model's own similarities, without a floor
+    version = 4  # negatives by the model's own similarities, without a floor; one order, held or streamed
     starts = (Blip, Albef, Vilt)
     shown = (*PairTraining.shown, "accuracy")
     options: FinetuneFilterOptions

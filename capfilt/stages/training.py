@@ -63,11 +63,9 @@ class Data(Protocol):
     def deselected(self) -> Mapping[str, int]:
         """What is left out without a fault, by reason."""
 
-    def batches(
-        self, tokenizer: Encodes, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
-    ) -> Iterator[Batch]:
-        """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
-        `max_words`, `transform`, and what the stage's `feed` adds.
+    def batches(self, *given: Any, **options: Any) -> Iterator[Batch]:
+        """This rank's share of batches, of a tokenizer and a batch size; options: `seed`, `steps`, `start_step`, `rank`,
+        `world`, `parts`, `max_text_tokens`, `max_words`, `views` or `transform`, and those that the stage's `feed` adds.
         """
 
 
@@ -83,7 +81,7 @@ class Training(ModelStage, Generic[D]):
         rows: what its loader yields, one of those that a kind of model declares it learns from (`kinds`).
     """
 
-    version = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
+    version = 2  # epoch-cosine counts a run's own epochs
     least: ClassVar[int] = 1
     shown: ClassVar[tuple[str, ...]]
     rows: ClassVar[str]
@@ -326,9 +324,14 @@ class Training(ModelStage, Generic[D]):
         epoch = len(data) / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
         by_step = o.schedule in BY_STEP
-        # Squares that are held are cropped where the model is; whoever decodes whole pictures can crop those.
-        cropped = o.augment and getattr(data, "crops", False)
-        crops = {"crops": transforms.Crops(self._augmentation(), (o.seed, ranks.rank))} if cropped else {}
+        # Squares are cropped where the model is; data that decodes whole pictures crops those.
+        whole = getattr(data, "crops", False)
+        changes: dict[str, Any] = {}
+        if whole and o.augment and not o.cache_features:
+            how = (self._augmentation(), o.seed, o.randaugment, o.randaugment_level)
+            changes["views"] = transforms.Views(*how)
+        elif not whole and o.randaugment:
+            changes["transform"] = partial(self._vary, ranks.rank)
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
@@ -351,9 +354,7 @@ class Training(ModelStage, Generic[D]):
             alpha_ramp_steps=math.ceil(ramp * epoch),
             hardness_ramp_steps=getattr(o, "hardness_ramp_steps", 0),
             precision=o.precision,
-            augment=None
-            if not o.augment or cropped or getattr(o, "cache_features", False) or o.randaugment
-            else self._augment,
+            augment=None if not o.augment or whole or o.randaugment else self._augment,
             log_every=LOG_EVERY,
             save_every=o.save_every,
             keep_states=o.keep_states,
@@ -374,11 +375,10 @@ class Training(ModelStage, Generic[D]):
                 steps=steps,
                 start_step=start,
                 **self.longest(model),
-                transform=partial(self._vary, ranks.rank, cropped) if o.randaugment else None,
                 rank=ranks.rank,
                 world=ranks.world,
                 parts=accumulate,
-                **crops,
+                **changes,
                 **self.feed(),
             ),
             config,
@@ -387,7 +387,7 @@ class Training(ModelStage, Generic[D]):
             log_path=self.output / "log.jsonl",
             tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
-            fingerprint=self._state_fingerprint(ranks),
+            fingerprint=self.fingerprint(),
             examples=len(data),
             ranks=ranks,
             shard=o.shard,
@@ -422,11 +422,6 @@ class Training(ModelStage, Generic[D]):
             state.remove(state_path)
         return {name: value for name, value in figures.items() if name not in _APART}
 
-    def _state_fingerprint(self, ranks: Ranks) -> str:
-        """What a saved state must share: where ranks have shards of their own, how many they are too."""
-        own = getattr(self.options, "stream", False) and ranks.world > 1
-        return f"{self.fingerprint()} in {ranks.world} ranks" if own else self.fingerprint()
-
     def _keep(
         self, name: str, model: Model, tokenizer: Encodes, ranks: Ranks, step: int, loss: float | None
     ) -> None:
@@ -454,15 +449,17 @@ class Training(ModelStage, Generic[D]):
         views = transforms.augment(pictures, generator, self._augmentation(), keep_sides=sided)[0]
         return views.view_as(batch.pixels)
 
-    def _vary(
-        self, rank: int, cropped: bool, pixels: torch.Tensor, sided: torch.Tensor, step: int
-    ) -> torch.Tensor:
+    def _vary(self, rank: int, pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
         o = self.options
-        seed = (o.seed, step, rank) if rank else (o.seed, step)
-        how = {"operations": o.randaugment, "level": o.randaugment_level, "workers": cpu_workers()}
-        if cropped:
-            return transforms.rand_augmented(pixels, seed, **how)
-        return transforms.training_views(pixels, seed, self._augmentation(), keep_sides=sided, **how)
+        return transforms.training_views(
+            pixels,
+            (o.seed, step, rank) if rank else (o.seed, step),
+            self._augmentation(),
+            operations=o.randaugment,
+            level=o.randaugment_level,
+            keep_sides=sided,
+            workers=cpu_workers(),
+        )
 
 
 _APART = ("by_source", "left_out", "skipped_steps", "seconds")
