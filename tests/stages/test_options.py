@@ -18,7 +18,7 @@ from capfilt.stages.options import (
     SelectOptions,
     missing,
 )
-from capfilt.stages.pairs import shares
+from capfilt.stages.pair_training import shares
 from capfilt.stages.registry import STAGES
 from capfilt.tables import contracts
 
