@@ -1,6 +1,6 @@
 """The training loader from shards to batches, beside a plain PyTorch DataLoader over the same Parquet, on one core.
 
-Made pictures, 512 pixels wide, JPEG quality 90, in shards of 100-row groups. Ours is `PairStream.batches` (shuffled,
+Made pictures, 512 pixels wide, JPEG quality 90, in shards of 100-row groups. Ours is `Pairs.batches` without a cache (shuffled,
 tokenised, bounded window); theirs reads row groups in order, decodes with Pillow, resizes bicubic, and collates. Both
 end with normalised float batches. In pairs, in one process that is pinned to one core. At 48 pixels, the tiny model's, two
 workers of ours have to be ahead of that model in training (`benchmarks/training.py`'s step), each with the machine alone.
@@ -26,9 +26,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 from training import stepper
 
-from capfilt.data.stream import PairStream, StreamInput
+from capfilt.data.pair_shards import PairInput
+from capfilt.data.pairs import Pairs
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.data.transforms import MEAN, STD, Augmentation, Crops, normalise
+from capfilt.data.transforms import MEAN, STD, Augmentation, Views, normalise
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
@@ -94,7 +95,7 @@ class Plain(IterableDataset[tuple[torch.Tensor, str]]):
                     yield (pixels - self.mean) / self.std, row["captions"][0]
 
 
-def outrun(pairs: PairStream, tokenizer: Tokenizer, args: argparse.Namespace, record: Record) -> None:
+def outrun(part: Part, tokenizer: Tokenizer, args: argparse.Namespace, record: Record) -> None:
     """Images per second of two workers at the tiny model's pixels, beside the model's own in training."""
     rows, turns = 64, 1 if args.quick else 3
     batches, steps = (8, 2) if args.quick else (48, 8)
@@ -107,9 +108,8 @@ def outrun(pairs: PairStream, tokenizer: Tokenizer, args: argparse.Namespace, re
         for _ in range(steps):
             step()
         trained = rows * steps / (time.perf_counter() - start)
-        found = pairs.batches(
-            tokenizer, rows, size=48, steps=warm + batches, window=200, workers=2, prefetch=1, seed=args.seed
-        )
+        pairs = Pairs([PairInput(part)], size=48, cache=0, workers=2)
+        found = pairs.batches(tokenizer, rows, steps=warm + batches, seed=args.seed)
         for _ in range(warm):
             next(found)
         start = time.perf_counter()
@@ -130,30 +130,30 @@ def measure(args: argparse.Namespace, record: Record) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         part = write(Path(scratch), count, args.seed)
         paths = [part.path / f"{shard:05d}.parquet" for shard in part.shards()]
-        pairs = PairStream([StreamInput(part)])
-        tokenizer = Tokenizer.train([text.text or "" for _, text in pairs.rows()], 200)
-        outrun(pairs, tokenizer, args, record)
+        sizes = {size: Pairs([PairInput(part)], size=size, cache=0) for size in (48, 224, 384)}
+        tokenizer = Tokenizer.train(sizes[48].texts(), 200)
+        outrun(part, tokenizer, args, record)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
         mean, std = statistics_of_clip()
         steps = count // BATCH
         delivered: list[int] = []
-        for size in (48, 224, 384):
+        for size, pairs in sizes.items():
 
-            def ours(size: int = size) -> float:
+            def ours(pairs: Pairs = pairs) -> float:
                 found: Any = 0.0
                 delivered.append(0)
-                for batch in pairs.batches(tokenizer, BATCH, size=size, steps=steps, window=200):
+                for batch in pairs.batches(tokenizer, BATCH, steps=steps):
                     assert batch.pixels is not None
                     delivered[-1] += len(batch)
                     found = normalise(batch.pixels, mean, std)[0, 0, 0, 0].item()
                 return float(found)
 
-            def cropping(size: int = size) -> float:
+            def cropping(pairs: Pairs = pairs) -> float:
                 found: Any = 0.0
-                crops = Crops(Augmentation(scale=(0.2, 1.0), flip=0.5), (args.seed, 0))
-                for batch in pairs.batches(tokenizer, BATCH, size=size, steps=steps, window=200, crops=crops):
+                views = Views(Augmentation(scale=(0.2, 1.0), flip=0.5), args.seed)
+                for batch in pairs.batches(tokenizer, BATCH, steps=steps, views=views):
                     assert batch.pixels is not None
                     found = normalise(batch.pixels, mean, std)[0, 0, 0, 0].item()
                 return float(found)

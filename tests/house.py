@@ -23,7 +23,7 @@ DEEP: dict[str, str] = {}
 
 LONG = {
     "capfilt/catalog/report.py": "one page, written from top to bottom",
-    "capfilt/data/stream.py": "one reader: order, cache and resume hold each other up",
+    "capfilt/data/pairs.py": "one pair source: order, crops, cache and resume hold each other up",
     "capfilt/formats/records.py": "one record reader for CSV, JSON and Parquet, with all its refusals",
     "capfilt/models/vilt/model.py": "a family, readable from its config to its presets",
     "capfilt/tables/shards.py": "the one place that commits rows",

@@ -1,7 +1,6 @@
 """Rows of tables to texts: which texts a row has, and which of them can be trained on.
 
-One rule for whoever trains, whether the pictures are held (`corpus.py`) or read as they are needed (`stream.py`). No
-pixels here.
+One rule for training (`pair_shards.py`) and evaluation (`corpus.py`). No pixels here.
 """
 
 from __future__ import annotations
@@ -41,15 +40,10 @@ class Entry(NamedTuple):
     texts: list[Text]
 
 
-def image_entries(
-    rows: Iterable[dict[str, Any]], source: str | None, deselected: Counter[str]
-) -> list[Entry]:
-    """The found texts of rows of an images table; rows of another source than `source` are counted and left out."""
+def image_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
+    """The found texts of rows of an images table."""
     entries = []
     for row in rows:
-        if source is not None and row["source"] != source:
-            deselected["source"] += 1
-            continue
         texts = []
         for index, text in enumerate(row["captions"] or []):
             key = text_id(row["image_id"], row["source"], text or "", "", index)
@@ -58,19 +52,14 @@ def image_entries(
     return entries
 
 
-def pair_entries(
-    rows: Iterable[dict[str, Any]], sources: Sequence[str] | None, deselected: Counter[str]
-) -> list[Entry]:
-    """The texts of rows of a pairs table; texts of other sources than `sources` are counted and left out."""
+def pair_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
+    """The texts of rows of a pairs table."""
     entries = []
     for row in rows:
         texts = []
         for index, found in enumerate(row["texts"] or []):
             found = found or {}
             text, origin, weight = found.get("text"), found.get("source") or "", found.get("weight")
-            if sources is not None and origin not in sources:
-                deselected["source"] += 1
-                continue
             key = text_id(row["image_id"], origin, text or "", "", index)
             texts.append(Text(text, origin, key, 1.0 if weight is None else weight))
         entries.append(Entry(row, texts))

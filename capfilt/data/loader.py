@@ -1,7 +1,7 @@
-"""A corpus to batches: which examples in which order, assembled one batch ahead of the model.
+"""A batch, and what makers of batches share: orders, shares of sources and ranks, token tables, a thread that works ahead.
 
-Not here: where examples come from (`corpus.py`) or where their pixels are (`store.py`). The order is a pure function of
-(corpus, options, seed, step), so a run resumes at any step without reading what came before.
+Not here: where a batch's rows come from (`pairs.py`, `task_corpus.py`). Every order is a pure function of options, seed and
+step, so a run resumes at any step without reading what came before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,7 @@ from torch import Tensor
 
 from capfilt.data.cleaning import MAX_WORDS
 from capfilt.data.tokenizer import MAX_TOKENS, Encodes
-from capfilt.data.transforms import mentions_sides
 from capfilt.errors import UserError
-
-if TYPE_CHECKING:
-    from capfilt.data.corpus import Corpus
 
 Index = npt.NDArray[np.int64]
 S = TypeVar("S")
@@ -43,13 +39,13 @@ class Batch:
         ids, mask: the texts, int64 and bool [B, L]; [CLS] prompt text [SEP], mask False on padding.
         image_index: int64 [B]; equal exactly where the `image_id` is equal.
         text_index: int64 [B]; equal exactly where the cleaned text is equal.
-        example: int64 [B], the row of each text in the corpus.
+        example: int64 [B], the number of each text among all there are.
         weight: float32 [B], the examples' weights.
         sided: bool [B], True where the text names left or right (see `transforms.augment`).
         texts: the texts as found.
         step, epoch: this batch's number from 0, and the epoch its first example belongs to.
-        pixels: uint8 [B, 3, S, S], None where the corpus has features.
-        features: float16 [B, N, C], None where it has not.
+        pixels: uint8 [B, 3, S, S], None where there are features.
+        features: float16 [B, N, C] of a frozen trunk, None without.
     """
 
     ids: Tensor
@@ -70,7 +66,7 @@ class Batch:
 
     @property
     def images(self) -> Tensor:
-        """What a model sees: the features where the corpus has them, else the pixels."""
+        """The model's input: the features where there are any, else the pixels."""
         found = self.pixels if self.features is None else self.features
         if found is None:
             raise UserError("a batch has neither pixels nor features: the loader must yield one of them")
@@ -104,120 +100,57 @@ class Batch:
         return changed
 
 
-class _Stream:
-    """An endless shuffled sequence of units; unit u is one of `rows[starts[u] : starts[u] + lengths[u]]`.
-
-    Every unit comes once per pass. A unit of K rows gives each of them once in K passes.
-    """
-
-    def __init__(self, groups: Index, rows: Index, seed: Sequence[int]) -> None:
-        order = np.argsort(groups, kind="stable")
-        self._rows = rows[order]
-        _, self._starts, self._lengths = np.unique(groups[order], return_index=True, return_counts=True)
-        self._seed = list(seed)
-        phases = np.random.default_rng([*self._seed, 0]).integers(0, 2**31, size=len(self._starts))
-        self._phases = phases % self._lengths
-        self._passes: dict[int, Index] = {}
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def at(self, positions: Index) -> Index:
-        """The rows at these positions of the sequence."""
-        passes, offsets = positions // len(self), positions % len(self)
-        units = np.empty_like(positions)
-        for number in np.unique(passes).tolist():
-            chosen = passes == number
-            units[chosen] = self._permutation(number)[offsets[chosen]]
-        chosen_rows: Index = self._rows[
-            self._starts[units] + (passes + self._phases[units]) % self._lengths[units]
-        ]
-        return chosen_rows
-
-    def _permutation(self, number: int) -> Index:
-        if number not in self._passes:
-            for old in [n for n in self._passes if n < number - 1]:
-                del self._passes[old]
-            self._passes[number] = np.random.default_rng([*self._seed, 1, number]).permutation(len(self))
-        return self._passes[number]
-
-
 class Plan:
-    """Which rows of a corpus make up which batch.
-
-    Without `mixing`, epochs follow one another without a seam: each holds every unit once, and the batch that an
-    epoch leaves unfinished goes on with the next. With `mixing`, every source has such a sequence of its own and
-    position p of the whole takes its next row from the source that a low-discrepancy sequence names: the shares hold
-    in every stretch of batches, not only on average. An epoch then is as many examples as the mixed sources have.
+    """Which of `count` rows make up which batch: epochs of shuffled rows that follow one another without a seam.
 
     Args:
-        image_of_text, sources: of the corpus, one entry per text.
-        batch_size: examples per batch.
+        count: how many rows there are.
+        batch_size: rows per batch; the batch that an epoch leaves unfinished goes on with the next.
         seed: decides everything random.
         epochs, steps: how long, exactly one of the two. The last batch of `epochs` may be smaller.
-        mixing: source to weight; weights are made to sum to 1, and a source of the corpus must be named, if with 0.
-        one_text_per_image: a unit is an image (of one source, with `mixing`) with one of its texts, another one each
-            epoch, instead of a text.
 
-    Raises UserError for a corpus without examples, an unknown source or weights that are not shares.
+    Raises UserError where there is no row.
     """
 
     def __init__(
         self,
-        image_of_text: Index,
-        sources: Sequence[str],
+        count: int,
         batch_size: int,
         *,
         seed: int = 0,
         epochs: float | None = None,
         steps: int | None = None,
-        mixing: Mapping[str, float] | None = None,
-        one_text_per_image: bool = False,
     ) -> None:
         if (epochs is None) == (steps is None):
             raise ValueError("give epochs or steps, and not both")
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is not positive")
-        count = len(image_of_text)
         if not count:
             raise UserError("the corpus has no examples: see its skipped and deselected counts for why")
-        rows = np.arange(count, dtype=np.int64)
-        groups = np.asarray(image_of_text, dtype=np.int64) if one_text_per_image else rows
-        self.batch_size = batch_size
-        self.mix = Mix(set(sources), mixing, seed)
-        if mixing is None:
-            self._streams = [_Stream(groups, rows, [seed, 0])]
-        else:
-            named = np.asarray(sources)
-            self._streams = []
-            for number, source in enumerate(self.mix.sources):
-                mine = np.flatnonzero(named == source)
-                self._streams.append(_Stream(groups[mine], rows[mine], [seed, 1 + number]))
-        self.epoch_size = sum(map(len, self._streams))
-        self.examples = (
-            math.ceil(epochs * self.epoch_size) if epochs is not None else (steps or 0) * batch_size
-        )
+        self.count, self.batch_size, self._seed = count, batch_size, seed
+        self.examples = math.ceil(epochs * count) if epochs is not None else (steps or 0) * batch_size
         self.steps = math.ceil(self.examples / batch_size)
+        self._epochs: dict[int, Index] = {}
 
     def rows(self, step: int) -> Index:
         """The rows of batch `step`, int64 [B]. Raises IndexError outside the plan."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         first, last = step * self.batch_size, min((step + 1) * self.batch_size, self.examples)
-        positions = np.arange(first, last, dtype=np.int64)
-        if len(self._streams) == 1:
-            return self._streams[0].at(positions)
-        before = self.mix.counts(first)
-        which = self.mix.which(positions)
-        out = np.empty_like(positions)
-        for number, stream in enumerate(self._streams):
-            places = np.flatnonzero(which == number)
-            out[places] = stream.at(before[number] + np.arange(len(places), dtype=np.int64))
-        return out
+        epochs, offsets = np.divmod(np.arange(first, last, dtype=np.int64), self.count)
+        return np.concatenate(
+            [self._order(number)[offsets[epochs == number]] for number in np.unique(epochs).tolist()]
+        )
 
     def epoch(self, step: int) -> int:
-        """The epoch that the first example of batch `step` belongs to."""
-        return step * self.batch_size // self.epoch_size
+        """The epoch that the first row of batch `step` belongs to."""
+        return step * self.batch_size // self.count
+
+    def _order(self, epoch: int) -> Index:
+        if epoch not in self._epochs:
+            self._epochs = {n: order for n, order in self._epochs.items() if n == epoch - 1}
+            self._epochs[epoch] = np.random.default_rng([self._seed, 0, 1, epoch]).permutation(self.count)
+        return self._epochs[epoch]
 
 
 class Mix:
@@ -230,7 +163,8 @@ class Mix:
     def __init__(self, present: AbstractSet[str], mixing: Mapping[str, float] | None, seed: int) -> None:
         shares = _shares(present, mixing)
         self.sources = [source for source, _ in shares]
-        self._bounds = _bounds([share for _, share in shares])
+        self.shares = [share for _, share in shares]
+        self._bounds = _bounds(self.shares)
         self._first = int(np.random.default_rng([seed, 2**32 - 1]).integers(0, 2**63))
         self._taken = (0, [0] * len(shares))
 
@@ -317,91 +251,6 @@ class TokenTable:
         places = np.minimum(begin[:, None] + columns[None, :], max(len(self.flat) - 1, 0))
         ids = np.where(mask, self.flat[places], self.pad_id).astype(np.int64)
         return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-def batches(
-    corpus: Corpus,
-    tokenizer: Encodes,
-    batch_size: int,
-    *,
-    seed: int = 0,
-    epochs: float | None = None,
-    steps: int | None = None,
-    start_step: int = 0,
-    max_text_tokens: int = MAX_TOKENS,
-    max_words: int | None = MAX_WORDS,
-    prompt: str = "",
-    pad_to: int | None = None,
-    mixing: Mapping[str, float] | None = None,
-    one_text_per_image: bool = False,
-    transform: Transform | None = None,
-    prefetch: int = 1,
-    rank: int = 0,
-    world: int = 1,
-    parts: int = 1,
-) -> Iterator[Batch]:
-    """Batches of a corpus, the same for the same arguments; see `Plan` for the order.
-
-    Args:
-        corpus: the examples; its features are given instead of pixels where it has them.
-        tokenizer: its ids for every text are made once and kept with the corpus.
-        batch_size, seed, epochs, steps, mixing, one_text_per_image: as in `Plan`.
-        start_step: the first batch to yield; what comes before is neither decoded nor read.
-        max_text_tokens: tokens per text, [CLS] and [SEP] included (BLIP pretrains with 30, finetunes with 35 or 40).
-        max_words: words per text before tokenising (BLIP, official code: 30).
-        prompt: put before every text.
-        pad_to: a fixed L; the batch's longest text where None.
-        transform: changes the pictures where batches are assembled, so ahead of the model. Where it is a function of its
-            arguments alone, a resumed run sees what it would have seen.
-        prefetch: batches assembled ahead, in one thread.
-        rank, world, parts: only this rank's share of every batch, so that all ranks' shares are the batch; and of each of
-            the `parts` that the batch is split into as well.
-
-    Raises UserError at once, not at the first batch, for what `Plan` refuses.
-    """
-    plan = Plan(
-        corpus.image_of_text,
-        corpus.sources,
-        batch_size,
-        seed=seed,
-        epochs=epochs,
-        steps=steps,
-        mixing=mixing,
-        one_text_per_image=one_text_per_image,
-    )
-    if start_step < 0:
-        raise ValueError(f"start_step {start_step} is negative")
-    table = corpus.tokens(tokenizer, max_text_tokens, prompt, max_words)
-
-    def assemble(step: int) -> Batch:
-        rows = share(plan.rows(step), rank, world, parts)
-        images = corpus.image_of_text[rows]
-        ids, mask = table.read(rows, pad_to)
-        texts = [corpus.texts[row] for row in rows.tolist()]
-        pixels = features = None
-        if corpus.features is not None:
-            features = torch.from_numpy(corpus.features.read(images))
-        else:
-            pixels = torch.from_numpy(corpus.images.read(images))
-        sided = torch.tensor([mentions_sides(text) for text in texts], dtype=torch.bool)
-        if transform is not None and pixels is not None:
-            pixels = transform(pixels, sided, step)
-        return Batch(
-            ids=ids,
-            mask=mask,
-            image_index=torch.from_numpy(corpus.image_index[images]),
-            text_index=torch.from_numpy(corpus.text_index[rows]),
-            example=torch.from_numpy(rows),
-            weight=torch.from_numpy(corpus.weights[rows]),
-            sided=sided,
-            texts=texts,
-            step=step,
-            epoch=plan.epoch(step),
-            pixels=pixels,
-            features=features,
-        )
-
-    return ahead(assemble, range(start_step, plan.steps), prefetch)
 
 
 def share(rows: Index, rank: int, world: int, parts: int = 1) -> Index:

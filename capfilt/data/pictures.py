@@ -31,7 +31,7 @@ class Pictures:
     Attributes:
         store: the pixels.
         row_of: the store's row by image_id; None where the picture cannot be used.
-        image_ids, splits: of the store's rows, in order.
+        image_ids: of the store's rows, in order.
         skipped: counts pictures that cannot be used, by failure.
     """
 
@@ -41,28 +41,26 @@ class Pictures:
         self.store = ImageStore(size, **given)  # type: ignore[arg-type]
         self.row_of: dict[str, int | None] = {}
         self.image_ids: list[str] = []
-        self.splits: list[str | None] = []
         self.skipped = skipped
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Decode the pictures of rows with `image_id`, `image` and perhaps `split` that are not there yet."""
-        fresh: dict[str, tuple[bytes, str | None]] = {}
+        """Decode the pictures of rows with `image_id` and `image` that are not there yet."""
+        fresh: dict[str, bytes] = {}
         for row in rows:
             key = row["image_id"]
             if key in self.row_of or key in fresh:
                 continue
             data = (row["image"] or {}).get("bytes")
             if data:
-                fresh[key] = (data, row.get("split"))
+                fresh[key] = data
             else:
                 self.row_of[key] = None
                 self.skipped["no_image"] += 1
-        added = self.store.add([data for data, _ in fresh.values()])
-        for (key, (_, split)), result in zip(fresh.items(), added, strict=True):
+        added = self.store.add(list(fresh.values()))
+        for key, result in zip(fresh, added, strict=True):
             if isinstance(result, BadImage):
                 self.row_of[key] = None
                 self.skipped[result.failure] += 1
             else:
                 self.row_of[key] = result
                 self.image_ids.append(key)
-                self.splits.append(split)

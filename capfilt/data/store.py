@@ -1,6 +1,6 @@
-"""Where a corpus keeps its pixels and features: in memory up to a limit, beyond it in an unnamed file.
+"""Where pixels and features are kept: in memory up to a limit, beyond it in an unnamed file.
 
-Not here: texts, ids and batches (`corpus.py`, `loader.py`).
+Not here: texts and ids (`corpus.py`, `task_corpus.py`), and the pictures of pairs in training (`pairs.py`).
 
 Design: pictures are decoded once, when they are added, because only decoding tells which are usable. Up to
 `memory_limit` bytes they stay in memory as uint8 at the model's size. The rest goes to one temporary file, each as
@@ -105,12 +105,6 @@ class ImageStore:
                 results.append(self._keep(pixels, data))
         return results
 
-    def add_pixels(self, pixels: npt.NDArray[np.uint8]) -> int:
-        """Keep one picture given as uint8 [3, size, size] and return its row. Raises ValueError for another shape."""
-        if pixels.shape != self.shape or pixels.dtype != np.uint8:
-            raise ValueError(f"expected uint8 {self.shape}, got {pixels.dtype} {pixels.shape}")
-        return self._keep(pixels, None)
-
     def read(self, rows: Index) -> npt.NDArray[np.uint8]:
         """uint8 [len(rows), 3, size, size]."""
         out = np.empty((len(rows), *self.shape), dtype=np.uint8)
@@ -141,7 +135,7 @@ class ImageStore:
         except BadImage as error:
             return error
 
-    def _keep(self, pixels: npt.NDArray[np.uint8], data: bytes | None) -> int:
+    def _keep(self, pixels: npt.NDArray[np.uint8], data: bytes) -> int:
         row = self._count
         if row < self._in_memory:
             place = row % self._per_chunk
@@ -150,7 +144,7 @@ class ImageStore:
             self._chunks[-1][place] = pixels
         else:
             # A record as long as the pixels is the pixels: encoded bytes are kept only where they are shorter.
-            self._append(data if data is not None and len(data) < self._item else pixels.tobytes())
+            self._append(data if len(data) < self._item else pixels.tobytes())
         self._count += 1
         return row
 
@@ -213,53 +207,6 @@ class ArrayStore:
     def read(self, rows: Index) -> npt.NDArray[Any]:
         """[len(rows), *shape], a copy."""
         return np.asarray(self.array[rows])
-
-
-class JoinedRows:
-    """Rows picked from several stores, without copying them: row i is row `row_of[i]` of `stores[store_of[i]]`."""
-
-    def __init__(self, stores: Sequence[Rows], store_of: Index, row_of: Index) -> None:
-        shapes = {store.shape for store in stores}
-        if len(shapes) != 1:
-            raise ValueError(f"stores of different shapes cannot be joined: {sorted(shapes)}")
-        self.shape = shapes.pop()
-        self._stores = list(stores)
-        self._store_of = store_of
-        self._row_of = row_of
-
-    def __len__(self) -> int:
-        return len(self._row_of)
-
-    def read(self, rows: Index) -> npt.NDArray[Any]:
-        """[len(rows), *shape]."""
-        stores, inner = self._store_of[rows], self._row_of[rows]
-        used = np.unique(stores)
-        if len(used) == 1:
-            return self._stores[int(used[0])].read(inner)
-        out: npt.NDArray[Any] | None = None
-        for number in used.tolist():
-            places = np.flatnonzero(stores == number)
-            part = self._stores[number].read(inner[places])
-            if out is None:
-                out = np.empty((len(rows), *self.shape), dtype=part.dtype)
-            out[places] = part
-        if out is None:
-            return self._stores[0].read(inner)
-        return out
-
-
-class NoRows:
-    """The pixels of a corpus that kept only its features."""
-
-    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def read(self, rows: Index) -> npt.NDArray[Any]:
-        raise ValueError("this corpus kept features only: build it again to have pixels")
 
 
 class _full_disk:  # noqa: N801 - reads as a statement: `with _full_disk(directory):`

@@ -297,7 +297,7 @@ def task_batches(
     if start_step < 0:
         raise ValueError(f"start_step {start_step} is negative")
     count = len(corpus)
-    plan = Plan(np.arange(count), [""] * count, batch_size, seed=seed, epochs=epochs, steps=steps)
+    plan = Plan(count, batch_size, seed=seed, epochs=epochs, steps=steps)
     paired = corpus.paired
     # Both orders' texts, the exchanged ones behind the others.
     spoken = corpus.texts + ([swap_left_right(text) for text in corpus.texts] if swap else [])

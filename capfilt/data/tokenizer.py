@@ -1,6 +1,6 @@
 """Text to ids and back: one WordPiece tokenizer for every text model, learned or read from BERT's vocabulary.
 
-Not here: how texts are cleaned (`cleaning.py`), which texts a batch holds (`corpus.py`), or what a model does with position 0
+Not here: how texts are cleaned (`cleaning.py`), which texts a batch holds (`pairs.py`), or what a model does with position 0
 (`models/blip.py`).
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
@@ -299,16 +300,14 @@ class Tokenizer:
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
     """Lists of ids as one int64 [B, L] tensor and its bool mask; L is the longest's length, or `pad_to`."""
-    longest = max((len(row) for row in rows), default=0)
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    longest = int(lengths.max(initial=0))
     if pad_to is not None and pad_to < longest:
         raise ValueError(f"pad_to {pad_to} is smaller than a text of {longest} tokens")
-    width = longest if pad_to is None else pad_to
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-        mask[index, : len(row)] = True
-    return ids, mask
+    mask = np.arange(longest if pad_to is None else pad_to) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.fromiter((number for row in rows for number in row), dtype=np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def write_tokenizer(directory: str | Path, text: str) -> Path:

@@ -1,6 +1,6 @@
 """Pictures to model input: the square uint8 array, normalisation, and augmentation of batches and of single pictures.
 
-Not here: decoding bytes (`images.py`), or which pictures make a batch (`corpus.py`).
+Not here: decoding bytes (`images.py`), or which pictures make a batch (`pairs.py`).
 """
 
 from __future__ import annotations
@@ -39,20 +39,18 @@ def to_uint8(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def quick_uint8(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """As `to_uint8`, for training: torch computes the same filter in 16 bits, in about a fifth of the time.
+def quick_uint8(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """As `to_uint8` of uint8 [H, W, 3], for training: torch computes the same filter in 16 bits, in about a fifth of the time.
 
     Some values in a thousand differ from Pillow's, smooth ones by 1 or 2 of 255, sharp edges by more.
     """
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    rows = np.asarray(image)
-    if image.size != (size, size):
+    if picture.shape[:2] != (size, size):
         # Seen as a batch of one with its channels last, which is how the picture lies and what the fast path is for.
-        pixels = torch.from_numpy(np.require(rows, requirements="W")).permute(2, 0, 1)[None]
+        rows = np.require(picture, requirements=("C", "W"))
+        pixels = torch.from_numpy(rows).permute(2, 0, 1)[None]
         resized = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-        rows = resized[0].permute(1, 2, 0).numpy()
-    return np.ascontiguousarray(rows.transpose(2, 0, 1))
+        picture = resized[0].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(picture.transpose(2, 0, 1))
 
 
 def decode_uint8(
@@ -66,9 +64,18 @@ def decode_uint8(
     return to_uint8(decode(data, max_pixels=max_pixels, draft_size=2 * size if draft else None), size)
 
 
+def training_picture(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Encoded bytes as the whole picture, uint8 [H, W, 3], for training at `size` pixels. Raises BadImage.
+
+    Large JPEGs are scaled by their decoder, to no less than twice that size.
+    """
+    image = decode(data, max_pixels=max_pixels, draft_size=2 * size)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def training_uint8(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """As `decode_uint8`, for training: large JPEGs are scaled by their decoder, then `quick_uint8`. Raises BadImage."""
-    return quick_uint8(decode(data, max_pixels=max_pixels, draft_size=2 * size), size)
+    """As `decode_uint8`, for training: `training_picture`, then `quick_uint8`. Raises BadImage."""
+    return quick_uint8(training_picture(data, size, max_pixels=max_pixels), size)
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -83,23 +90,36 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Crops:
-    """Random resized crops of whole pictures, each text's its own: `options`' scale, ratio and flip, and the seed of the run
-    and the rank. Unlike `augment`, which has squares already, they are as published: aspect kept before, bicubic.
+class Views:
+    """Random views of whole pictures, each text's its own: a resized crop and a flip by `options`, then RandAugment.
+
+    Unlike `augment`, which has squares already, crops are as published: aspect kept before, bicubic.
+
+    Attributes:
+        options: whose scale, ratio and flip count.
+        seed: of the run; with step and place in the batch it decides everything, so that ranks change nothing.
+        operations, level: `rand_augment`'s n and m.
     """
 
     options: Augmentation
-    seed: tuple[int, ...]
+    seed: int
+    operations: int = 0
+    level: float = 5
 
     def view(
-        self, image: Image.Image, size: int, step: int, row: int, keep_sides: bool
+        self, picture: npt.NDArray[np.uint8], size: int, step: int, place: int, keep_sides: bool
     ) -> npt.NDArray[np.uint8]:
-        """uint8 [3, size, size]: the view of `image` that row `row` of batch `step` has; never flipped with `keep_sides`."""
-        rng = np.random.default_rng([*self.seed, step, row])
-        left, top, width, height = random_box(image.width, image.height, self.options, rng)
-        pixels = quick_uint8(image.crop((left, top, left + width, top + height)), size)
-        flipped = rng.random() < self.options.flip and not keep_sides
-        return np.ascontiguousarray(pixels[:, :, ::-1]) if flipped else pixels
+        """uint8 [3, size, size] of uint8 [H, W, 3], for the text at `place` of batch `step`; `keep_sides`: never flipped."""
+        rng = np.random.default_rng([self.seed, step, place])
+        left, top, width, height = random_box(picture.shape[1], picture.shape[0], self.options, rng)
+        pixels = quick_uint8(picture[top : top + height, left : left + width], size)
+        if rng.random() < self.options.flip and not keep_sides:
+            pixels = pixels[:, :, ::-1]
+        if self.operations:
+            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            image = rand_augment(image, rng, self.operations, self.level)
+            pixels = np.asarray(image).transpose(2, 0, 1)
+        return np.ascontiguousarray(pixels)
 
 
 def random_box(
@@ -360,13 +380,6 @@ def training_views(
     """
     number = int(np.random.SeedSequence([*seed]).generate_state(1, np.uint64)[0]) >> 1
     views = augment(pixels, torch.Generator().manual_seed(number), options, keep_sides=keep_sides)[0]
-    return rand_augmented(views, seed, operations=operations, level=level, workers=workers)
-
-
-def rand_augmented(
-    views: Tensor, seed: Sequence[int], *, operations: int = 2, level: float = 5, workers: int = 1
-) -> Tensor:
-    """RandAugment on each picture of uint8 [B, 3, H, W], alike; arguments as in `training_views`."""
 
     def varied(row: int) -> npt.NDArray[np.uint8]:
         image = Image.fromarray(np.ascontiguousarray(views[row].permute(1, 2, 0).numpy()))

@@ -7,6 +7,7 @@ Which rows make a batch is decided in `capfilt/data/`. Not here: where the model
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,22 +15,18 @@ from typing import Any, Generic, Protocol, TypeVar
 import pyarrow as pa
 import torch
 
-from capfilt.data.corpus import Corpus, concat, from_images, from_pairs, from_verdicts
-from capfilt.data.examples import unweighted
 from capfilt.data.loader import Batch
-from capfilt.data.stream import PairStream, StreamInput, refuse_barren
+from capfilt.data.pair_shards import PairInput
+from capfilt.data.pairs import Pairs
+from capfilt.data.store import MEMORY_LIMIT
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
-from capfilt.data.tokenizer import Encodes
 from capfilt.errors import UserError
 from capfilt.models import Model
 from capfilt.models.family import EXAMPLE_ROWS, PAIR_ROWS
-from capfilt.stages.pairs import Held, Pairs, Streamed, shares
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
-IMAGE_COLUMNS = ("image_id", "source", "captions", "split", "status", "failure", "image")
 PICTURE_COLUMNS = ("image_id", "image", "split")
-VERDICT_COLUMNS = ("text_id", "image_id", "source", "text", "keep")
 NAMED = 500_000
 """Texts named at a time, a row group each."""
 
@@ -47,11 +44,9 @@ class Data(Protocol):
     def deselected(self) -> Mapping[str, int]:
         """Rows left out without a fault, by reason."""
 
-    def batches(
-        self, tokenizer: Encodes, batch_size: int, *, rank: int, world: int, parts: int, **options: Any
-    ) -> Iterator[Batch]:
-        """This rank's share of batches of `batch_size`; options: `seed`, `steps`, `start_step`, `max_text_tokens`,
-        `max_words`, `transform`, and those of the source's `feed`.
+    def batches(self, *given: Any, **options: Any) -> Iterator[Batch]:
+        """This rank's share of batches, of a tokenizer and a batch size; options: `seed`, `steps`, `start_step`, `rank`,
+        `world`, `parts`, `max_text_tokens`, `max_words`, `views` or `transform`, and those of the source's `feed`.
         """
 
 
@@ -144,36 +139,15 @@ class PairSource(Source[Pairs]):
     def outlook(self) -> str:
         return f"{sum(part.rows for part in self.inputs()):,} images"
 
-    def streamed(self) -> list[StreamInput]:
-        """The pairs, as a stream takes them."""
-        joined = [StreamInput(images, verdicts) for images, verdicts in self.joined]
-        return [*(StreamInput(part) for part in (*self.human, *self.web, *self.pairs)), *joined]
-
-    def corpora(self, size: int) -> list[Corpus]:
-        """The pairs, a corpus per kind of input."""
-        corpora = [
-            from_images((t for part in parts for t in part.tables(IMAGE_COLUMNS)), size=size, training=True)
-            for parts in (self.human, self.web)
-            if parts
-        ]
-        if self.pairs:
-            tables = (
-                unweighted(part.read(shard), f"{part.path}, shard {shard:05d}")
-                for part in self.pairs
-                for shard in part.shards()
-            )
-            corpora.append(from_pairs(tables, size=size, training=True))
-        for images, verdicts in self.joined:
-            seen = images.tables(IMAGE_COLUMNS), verdicts.tables(VERDICT_COLUMNS)
-            corpora.append(from_verdicts(*seen, size=size, training=True))
-        return corpora
+    def pair_inputs(self) -> list[PairInput]:
+        """The parts with the pairs."""
+        joined = [PairInput(images, verdicts) for images, verdicts in self.joined]
+        return [*(PairInput(part) for part in (*self.human, *self.web, *self.pairs)), *joined]
 
     def data(self, size: int) -> Pairs:
-        if self.options.stream:
-            return Streamed(PairStream(self.streamed()), size, self.options.loader_workers)
-        corpus = concat(self.corpora(size))
-        refuse_barren(self.streamed(), set(corpus.image_ids))
-        return Held(corpus)
+        o = self.options
+        cache = 0 if o.stream else MEMORY_LIMIT
+        return Pairs(self.pair_inputs(), size=size, cache=cache, workers=o.loader_workers)
 
     def feed(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "mixing": shares(self.options.mix)}
@@ -184,17 +158,13 @@ class PairSource(Source[Pairs]):
         vision = model.config.vision
         if not (getattr(vision, "trunk", "") and vision.trunk_frozen):
             raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
-        assert isinstance(data, Held)
-        data.corpus = data.corpus.with_features(
-            lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)),
-            progress=lambda count: None,
-        )
+        data.with_features(lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)))
 
     def account(self, data: Pairs) -> dict[str, Any]:
         return {"texts": len(data), "images": data.pictures, "by_source": data.texts_by_source()}
 
     def named(self, data: Pairs) -> Iterator[pa.Table]:
-        texts = data.identities()
+        texts = ((text.key, image_id, text.source) for image_id, text in data.identities())
         while some := list(itertools.islice(texts, NAMED)):
             yield pa.table(dict(zip(("text_id", "image_id", "source"), zip(*some, strict=True), strict=True)))
 
@@ -294,3 +264,19 @@ class ExampleSource(Source[TaskCorpus]):
             training=True,
             **reading,
         )
+
+
+def shares(mix: Sequence[str]) -> dict[str, float] | None:
+    """`--mix SOURCE=WEIGHT ...` as the loader takes it; None where nothing is given. Raises UserError."""
+    found: dict[str, float] = {}
+    for item in mix:
+        source, equals, weight = item.partition("=")
+        try:
+            found[source] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or not source or not 0 <= found[source] < math.inf:
+            raise UserError(
+                f"--mix {item}: write SOURCE=WEIGHT, as in human=1, the weight a finite number of 0 or more"
+            )
+    return found or None

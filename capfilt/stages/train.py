@@ -36,6 +36,7 @@ class Pretrain(Train):
     """Step 1: a new BLIP, from noisy web pairs and human pairs (BLIP, section 3.2)."""
 
     name = "pretrain"
+    version = 3  # one order and one crop, held or streamed, on any number of ranks
     least = 2  # contrast and hard negatives
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
@@ -77,6 +78,7 @@ class FinetuneCaptioner(Train):
     """Step 2: language modelling on clean pairs, after a prompt that is given and not learned (BLIP, section 3.3, code)."""
 
     name = "finetune-captioner"
+    version = 3
     least = 2
     shown = SHOWN
     options: FinetuneCaptionerOptions
@@ -107,7 +109,7 @@ class FinetuneFilter(Train):
     """
 
     name = "finetune-filter"
-    version = 3  # negatives by the model's own similarities, without a floor
+    version = 4  # negatives by the model's own similarities, without a floor; one order, held or streamed
     least = 2
     shown = (*SHOWN, "accuracy")
     options: FinetuneFilterOptions
@@ -135,6 +137,7 @@ class FinetuneTextAssignment(Train):
     """
 
     name = "finetune-text-assignment"
+    version = 3
     least = 3  # a text's own picture and two others
     shown = ("loss", "accuracy")
     options: FinetuneTextAssignmentOptions

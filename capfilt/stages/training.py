@@ -64,7 +64,7 @@ class Train(ModelStage):
         start: the model that it starts from.
     """
 
-    version = 2  # epoch-cosine counts a run's own epochs; streamed pictures are cropped whole
+    version = 2  # epoch-cosine counts a run's own epochs
     least: ClassVar[int] = 1
     shown: tuple[str, ...]
     source: Source[Any]
@@ -278,9 +278,14 @@ class Train(ModelStage):
         epoch = len(data) / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
         by_step = o.schedule in BY_STEP
-        # Squares that are held are cropped where the model is; whoever decodes whole pictures can crop those.
-        cropped = o.augment and getattr(data, "crops", False)
-        crops = {"crops": transforms.Crops(self._augmentation(), (o.seed, ranks.rank))} if cropped else {}
+        # Squares are cropped where the model is; data that decodes whole pictures crops those.
+        whole = getattr(data, "crops", False)
+        changes: dict[str, Any] = {}
+        if whole and o.augment and not o.cache_features:
+            how = (self._augmentation(), o.seed, o.randaugment, o.randaugment_level)
+            changes["views"] = transforms.Views(*how)
+        elif not whole and o.randaugment:
+            changes["transform"] = partial(self._vary, ranks.rank)
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
@@ -303,9 +308,7 @@ class Train(ModelStage):
             alpha_ramp_steps=math.ceil(ramp * epoch),
             hardness_ramp_steps=getattr(o, "hardness_ramp_steps", 0),
             precision=o.precision,
-            augment=None
-            if not o.augment or cropped or getattr(o, "cache_features", False) or o.randaugment
-            else self._augment,
+            augment=None if not o.augment or whole or o.randaugment else self._augment,
             log_every=LOG_EVERY,
             save_every=o.save_every,
             keep_states=o.keep_states,
@@ -326,11 +329,10 @@ class Train(ModelStage):
                 steps=steps,
                 start_step=start,
                 **self.longest(model),
-                transform=partial(self._vary, ranks.rank, cropped) if o.randaugment else None,
                 rank=ranks.rank,
                 world=ranks.world,
                 parts=accumulate,
-                **crops,
+                **changes,
                 **self.source.feed(),
             ),
             config,
@@ -339,7 +341,7 @@ class Train(ModelStage):
             log_path=self.output / "log.jsonl",
             tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
-            fingerprint=self._state_fingerprint(ranks),
+            fingerprint=self.fingerprint(),
             examples=len(data),
             ranks=ranks,
             shard=o.shard,
@@ -374,11 +376,6 @@ class Train(ModelStage):
             state.remove(state_path)
         return {name: value for name, value in figures.items() if name not in _APART}
 
-    def _state_fingerprint(self, ranks: Ranks) -> str:
-        """What a saved state must share: where ranks have shards of their own, how many they are too."""
-        own = getattr(self.options, "stream", False) and ranks.world > 1
-        return f"{self.fingerprint()} in {ranks.world} ranks" if own else self.fingerprint()
-
     def _keep(
         self, name: str, model: Model, tokenizer: Encodes, ranks: Ranks, step: int, loss: float | None
     ) -> None:
@@ -406,15 +403,17 @@ class Train(ModelStage):
         views = transforms.augment(pictures, generator, self._augmentation(), keep_sides=sided)[0]
         return views.view_as(batch.pixels)
 
-    def _vary(
-        self, rank: int, cropped: bool, pixels: torch.Tensor, sided: torch.Tensor, step: int
-    ) -> torch.Tensor:
+    def _vary(self, rank: int, pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
         o = self.options
-        seed = (o.seed, step, rank) if rank else (o.seed, step)
-        how = {"operations": o.randaugment, "level": o.randaugment_level, "workers": cpu_workers()}
-        if cropped:
-            return transforms.rand_augmented(pixels, seed, **how)
-        return transforms.training_views(pixels, seed, self._augmentation(), keep_sides=sided, **how)
+        return transforms.training_views(
+            pixels,
+            (o.seed, step, rank) if rank else (o.seed, step),
+            self._augmentation(),
+            operations=o.randaugment,
+            level=o.randaugment_level,
+            keep_sides=sided,
+            workers=cpu_workers(),
+        )
 
 
 _APART = ("by_source", "left_out", "skipped_steps", "seconds")

@@ -106,7 +106,7 @@ class AugmentationOptions(Checked):
 
     panel = AUGMENTATION
 
-    augment: bool = option(True, "random resized crops")
+    augment: bool = option(True, "random resized crops: of whole pictures; of examples, as squares")
     crop_scale: float = option(
         0.5, "smallest share of the picture in a crop (BLIP: 0.2, finetuning: 0.5)", least=0.001, most=1
     )
@@ -162,9 +162,7 @@ class OptimisationOptions(LoopOptions):
     mix: tuple[str, ...] = option(
         (), "SOURCE=WEIGHT of web, human, synthetic texts; repeatable", later=True, panel=INPUTS, rare=True
     )
-    stream: bool = option(
-        False, "read pictures when needed: memory does not grow with the corpus", later=True
-    )
+    stream: bool = option(False, "keep no decoded pictures: memory does not grow with the corpus", told=True)
     loader_workers: int = option(0, "with --stream: processes that decode; 0: threads", told=True, rare=True)
     cache_features: bool = option(False, "compute the frozen trunk's feature maps once", rare=True)
     # The loss at ITM's class prior is 0.6365.

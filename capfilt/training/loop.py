@@ -4,7 +4,7 @@ The same loop runs in one process and in each of several that train together.
 
 Any module with `losses(batch, alpha, hardness) -> {"loss": ..., ...}` trains here (BLIP's is `BlipPretraining`). Not
 here: its settings (`config.py`), its log's file (`log.py`), what the log is watched for (`watch.py`), the losses
-(`capfilt.models.objectives`), which rows make a batch (`capfilt.data.corpus`), finished checkpoints
+(`capfilt.models.objectives`), which rows make a batch (`capfilt.data.pairs`), finished checkpoints
 (`capfilt.models.checkpoint`).
 """
 
@@ -95,7 +95,7 @@ def train(
             moves the count of steps, which learning rate and ramps go by, and the random state, and nothing else: what
             `losses` changes must be buffers or extra state, which are put back.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
-            the batches it has had (`partial(capfilt.data.corpus.batches, ...)` by its `start_step`). An iterable that
+            the batches it has had (`capfilt.data.pairs.Pairs.batches` by its `start_step`). An iterable that
             ends is started again; one that yields nothing then ends the run with RunError.
         on_step: progress, on rank 0; an exception from it ends the run, and True stops it as a signal does.
         on_best: keep these weights: called when a state is due (`save_every`, and the last step) and the mean loss of the
@@ -118,7 +118,7 @@ def train(
             with batches of its own, as many per step and in as many parts as the others'. A step's gradient and figures
             are the means over ranks; rank 0 writes, logs, warns and calls `on_step`, and has the exposures of all;
             `on_best` is called on every rank. A signal to one ends them all after the same step. A state continues with
-            any number of ranks; only their own draws (dropout, crops) then differ.
+            any number of ranks; only their own draws (dropout) then differ.
         shard: split weights, gradients and moments over the ranks: see `distributed.Together`. `distributed.unsplit` has
             the trained module then.
 

@@ -37,7 +37,6 @@ def test_each_id_has_its_own_picture(rows):
         pixels = pictures.store.read(np.array([place]))[0]
         assert np.array_equal(pixels, decode_uint8(row["image"]["bytes"], 16))
         assert pictures.image_ids[place] == row["image_id"]
-    assert pictures.splits == ["val", None, None, None]
 
 
 def test_what_cannot_be_used_has_no_row_and_is_counted_once(rows):

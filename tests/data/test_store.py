@@ -1,5 +1,5 @@
 """Catches: pixels that change when a corpus outgrows memory, memory that grows with the corpus, a spill file left
-behind, rows mixed up between joined stores, and a full disk that is reported as anything else.
+behind, and a full disk that is reported as anything else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capfilt.data.images import BadImage
-from capfilt.data.store import ArrayStore, ImageStore, JoinedRows, NoRows
+from capfilt.data.store import ArrayStore, ImageStore
 from capfilt.data.transforms import decode_uint8, training_uint8
 from capfilt.errors import RunError
 
@@ -54,9 +54,7 @@ def test_the_shorter_of_file_and_pixels_is_spilled() -> None:
     assert store.spilled_bytes == len(small)
     store.add([large])
     assert store.spilled_bytes == len(small) + ITEM
-    store.add_pixels(PIXELS[3])
-    assert store.spilled_bytes == len(small) + 2 * ITEM
-    assert np.array_equal(store.read(np.array([2, 0]))[0], PIXELS[3])
+    assert np.array_equal(store.read(np.array([0]))[0], decode_uint8(small, SIZE))
     assert np.array_equal(store.read(np.array([1]))[0], decode_uint8(large, SIZE))
 
 
@@ -82,14 +80,12 @@ def test_bad_pictures_take_no_row() -> None:
     assert store.read(np.array([], dtype=np.int64)).shape == (0, 3, SIZE, SIZE)
 
 
-def test_rows_outside_and_other_shapes_are_refused() -> None:
+def test_rows_outside_are_refused() -> None:
     store = ImageStore(SIZE)
     store.add(PHOTOS[:2])
     for row in (-1, 2):
         with pytest.raises(IndexError, match="of 2 pictures"):
             store.read(np.array([row]))
-    with pytest.raises(ValueError, match="expected uint8"):
-        store.add_pixels(np.zeros((3, SIZE, SIZE + 1), dtype=np.uint8))
 
 
 def test_max_pixels_reaches_the_decoder() -> None:
@@ -144,36 +140,6 @@ def test_many_threads_read_the_same_store() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-@given(st.lists(st.integers(0, 6), max_size=10))
-def test_joined_rows(rows: list[int]) -> None:
-    one, other = (ArrayStore(count, (2,), np.int64) for count in (3, 4))
-    one.array[:] = np.arange(6).reshape(3, 2)
-    other.array[:] = 100 + np.arange(8).reshape(4, 2)
-    joined = JoinedRows([one, other], np.array([0, 1, 1, 0, 1, 0, 1]), np.array([2, 0, 3, 0, 1, 1, 2]))
-    whole = np.stack(
-        [
-            one.array[2],
-            other.array[0],
-            other.array[3],
-            one.array[0],
-            other.array[1],
-            one.array[1],
-            other.array[2],
-        ]
-    )
-    assert len(joined) == 7
-    assert np.array_equal(joined.read(np.array(rows, dtype=np.int64)), whole[rows])
-    twice = JoinedRows([joined], np.zeros(7, dtype=np.int64), np.arange(7)[::-1].copy())
-    assert np.array_equal(twice.read(np.array(rows, dtype=np.int64)), whole[::-1][rows])
-
-
-def test_different_shapes_do_not_join() -> None:
-    with pytest.raises(ValueError, match="different shapes"):
-        JoinedRows([ImageStore(8), ImageStore(9)], np.array([0]), np.array([0]))
-    with pytest.raises(ValueError, match="features only"):
-        NoRows(3, (3, 8, 8)).read(np.array([0]))
 
 
 def test_memory_stays_flat_while_the_corpus_grows() -> None:

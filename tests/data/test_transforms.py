@@ -61,7 +61,7 @@ def test_to_uint8_is_pillows_bicubic_without_a_crop() -> None:
         expected = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC))
         assert np.array_equal(array.transpose(1, 2, 0), expected), "to the bit"
         # Training sees nearly that: two roundings of fixed-point weights show in noise of full contrast.
-        away = np.abs(quick_uint8(image, 24).transpose(1, 2, 0).astype(int) - expected)
+        away = np.abs(quick_uint8(np.asarray(image), 24).transpose(1, 2, 0).astype(int) - expected)
         assert away.max() <= 11
         assert away.mean() < 0.2
     assert np.array_equal(to_uint8(noise(24, 24), 24).transpose(1, 2, 0), np.asarray(noise(24, 24)))
@@ -361,12 +361,12 @@ def slopes(view: np.ndarray) -> tuple[float, float]:
 def test_crops_of_whole_pictures_keep_their_aspect() -> None:
     """A wide picture squashed to a square before it is cropped: people of a third of their width in every step."""
     rows, columns = np.mgrid[0:80, 0:240]
-    image = Image.fromarray(np.stack([columns, rows, rows * 0], axis=2).astype(np.uint8))
-    crops = transforms.Crops(Augmentation(scale=(0.2, 0.3), ratio=(1, 1)), (3, 0))
+    picture = np.stack([columns, rows, rows * 0], axis=2).astype(np.uint8)
+    views = transforms.Views(Augmentation(scale=(0.2, 0.3), ratio=(1, 1)), 3)
     for row in range(5):
-        right, down = slopes(crops.view(image, 32, 7, row, False))
+        right, down = slopes(views.view(picture, 32, 7, row, False))
         assert right == pytest.approx(down, rel=0.05)
-    squashed = slopes(transforms.to_uint8(image, 32))
+    squashed = slopes(transforms.to_uint8(Image.fromarray(picture), 32))
     assert squashed[0] == pytest.approx(3 * squashed[1], rel=0.05)
 
 
@@ -391,17 +391,19 @@ def test_a_crop_of_no_less_than_everything_is_none() -> None:
     assert transforms.random_box(90, 160, Augmentation(scale=(1, 1)), rng) == (0, 0, 90, 160)
 
 
-def test_crops_depend_on_seed_step_and_row_and_leave_sides_alone() -> None:
+def test_views_depend_on_seed_step_and_place_and_leave_sides_alone() -> None:
     rng = np.random.default_rng(1)
-    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    crops = transforms.Crops(Augmentation(scale=(0.3, 1.0), flip=0.5), (3, 0))
-    one = crops.view(image, 16, 4, 2, False)
-    assert np.array_equal(one, crops.view(image, 16, 4, 2, False))
-    others = [crops.view(image, 16, 4, 3, False), crops.view(image, 16, 5, 2, False)]
-    others.append(transforms.Crops(crops.options, (3, 1)).view(image, 16, 4, 2, False))
+    picture = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    picture.flags.writeable = False  # as Pillow gives pictures
+    views = transforms.Views(Augmentation(scale=(0.3, 1.0), flip=0.5), 3)
+    one = views.view(picture, 16, 4, 2, False)
+    assert np.array_equal(one, views.view(picture, 16, 4, 2, False))
+    others = [views.view(picture, 16, 4, 3, False), views.view(picture, 16, 5, 2, False)]
+    others.append(transforms.Views(views.options, 4).view(picture, 16, 4, 2, False))
+    others.append(transforms.Views(views.options, 3, operations=20).view(picture, 16, 4, 2, False))
     assert not any(np.array_equal(one, other) for other in others)
     mirrored = [
-        not np.array_equal(crops.view(image, 16, 0, row, False), crops.view(image, 16, 0, row, True))
-        for row in range(200)
+        not np.array_equal(views.view(picture, 16, 0, place, False), views.view(picture, 16, 0, place, True))
+        for place in range(200)
     ]
     assert 70 < sum(mirrored) < 130

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import psutil
 
+from capfilt.data.pairs import Pairs
 from capfilt.errors import RunError, UserError
 from capfilt.execution.run import executor, run_stage
-from capfilt.stages.pairs import Held
 from capfilt.stages.train import FinetuneFilter
 from capfilt.stages.training_options import FinetuneFilterOptions
 from capfilt.tables.workspace import Workspace
 from capfilt.training.launched import launched_rank
 
 
-class Dies(Held):
+class Dies(Pairs):
     """Pairs whose reader, on rank 1, kills its process once, or says that it cannot go on."""
 
     def batches(self, *arguments, **options):
-        mark = self.corpus.mark
+        mark = self.mark
         for batch in super().batches(*arguments, **options):
             if launched_rank() == 1 and batch.step == 3 and mark.suffix == ".fails":
                 raise RunError("the disk is on fire")
@@ -46,10 +46,9 @@ class Filter(FinetuneFilter):
 
     def data(self, size):
         pairs = super().data(size)
-        if self.mark is None:
-            return pairs
-        pairs.corpus.mark = self.mark
-        return Dies(pairs.corpus)
+        if self.mark is not None:
+            pairs.mark, pairs.__class__ = self.mark, Dies
+        return pairs
 
 
 def attempt(place: Workspace, work, out: str, ranks: int, mark: Path | None = None, **more):

@@ -23,9 +23,10 @@ import sys, time, torch
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
-from capfilt.models.blip import BlipConfig, build
-from capfilt.models.text import TextConfig
-from capfilt.models.vision import VisionConfig
+from capfilt.models import build
+from capfilt.models.blip.model import BlipConfig
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 
 torch.set_num_threads(1)
 tokenizer = Tokenizer([*SPECIALS, "a", "dog", *ADDED])

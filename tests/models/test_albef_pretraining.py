@@ -9,7 +9,6 @@ import dataclasses
 import pytest
 import torch
 
-from capfilt.data.corpus import batches, from_images
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
 from capfilt.models import build, preset
@@ -20,7 +19,7 @@ from capfilt.training.loop import TrainConfig, train
 from tests.models.contrast_ranks import ROWS, gradients, gradients_of_two_ranks
 from tests.models.rows import Rows, rows
 from tests.models.test_albef import MICRO_ALBEF
-from tests.training.grids import pairs
+from tests.training.grids import pairs, source
 
 FIXED = torch.zeros(40, dtype=torch.bool)
 FIXED[[0, 2, 4, 38, 39]] = True
@@ -233,22 +232,22 @@ def test_what_is_trained_is_an_albef_and_needs_a_vocabulary():
         AlbefObjective(objectives=("itc", "lm"))
 
 
-def test_64_pairs_are_learned_by_heart():
+def test_64_pairs_are_learned_by_heart(tmp_path):
     count, steps = 64, 50
-    corpus = from_images([pairs(count)], size=48)
-    tokenizer = Tokenizer.train(corpus.texts, vocab_size=200)
+    corpus = source(tmp_path / "grids", pairs(count), 48)
+    tokenizer = Tokenizer.train(corpus.texts(), vocab_size=200)
     model = build(preset("albef", "tiny", tokenizer.vocab_size))
     named = []
     train(
         AlbefPretraining(model, Masking.of(tokenizer), AlbefObjective(momentum=None, queue_size=0)),
-        lambda start: batches(corpus, tokenizer, 32, steps=steps, start_step=start),
+        lambda start: corpus.batches(tokenizer, 32, steps=steps, start_step=start),
         TrainConfig(steps=steps, learning_rate=1e-3, warmup_steps=5, log_every=10),
         on_step=lambda _, values: named.append(values["mlm"]),
         examples=count,
     )
     assert named[-1] < named[0] - 1.0
     model.eval()
-    (everything,) = batches(corpus, tokenizer, count, steps=1)
+    (everything,) = corpus.batches(tokenizer, count, steps=1)
     with torch.inference_mode():
         images = model.embed_image(model.encode_image(everything.pixels))
         similarity = images @ model.embed_text(*without_end(everything.ids, everything.mask)).T

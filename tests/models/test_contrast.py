@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capfilt.data.bpe import BpeTokenizer
-from capfilt.data.corpus import batches, from_images
 from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.models import build, preset
@@ -27,7 +26,7 @@ from capfilt.models.clip.model import (
 )
 from capfilt.training.loop import TrainConfig, train
 from tests.models.contrast_ranks import ROWS, gradients, gradients_of_two_ranks
-from tests.training.grids import pairs
+from tests.training.grids import pairs, source
 
 CONFIG = ClipConfig(ClipVisionConfig(16, 8, 32, 1, 2, 64), ClipTextConfig(40, 8, 32, 1, 2, 64), embed_dim=8)
 
@@ -160,10 +159,10 @@ def test_the_scale_stays_below_a_hundred_and_the_losses_fit_their_models():
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_64_pairs_are_learned_by_heart(loss):
+def test_64_pairs_are_learned_by_heart(tmp_path, loss):
     count, steps = 64, 60
-    corpus = from_images([pairs(count)], size=64)
-    tokenizer = BpeTokenizer.train(corpus.texts, vocab_size=600)
+    corpus = source(tmp_path / "grids", pairs(count), 64)
+    tokenizer = BpeTokenizer.train(corpus.texts(), vocab_size=600)
     model = build(
         dataclasses.replace(preset("clip", "tiny", tokenizer.vocab_size), logit_bias=loss == "sigmoid")
     )
@@ -174,7 +173,7 @@ def test_64_pairs_are_learned_by_heart(loss):
         examples=count,
     )
     model.eval()
-    (everything,) = batches(corpus, tokenizer, count, steps=1)
+    (everything,) = corpus.batches(tokenizer, count, steps=1)
     with torch.inference_mode():
         similarity = (
             model.embed_image(model.encode_image(everything.pixels)) @ model.embed_text(everything.ids).T
@@ -185,4 +184,4 @@ def test_64_pairs_are_learned_by_heart(loss):
 
 
 def step_batches(corpus, tokenizer, steps, start):
-    return batches(corpus, tokenizer, 32, steps=steps, start_step=start)
+    return corpus.batches(tokenizer, 32, steps=steps, start_step=start)

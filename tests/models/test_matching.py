@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from capfilt.data.corpus import batches, from_images
 from capfilt.data.loader import Batch
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.errors import UserError
@@ -32,7 +31,7 @@ from capfilt.models.vilt.model import (
 from capfilt.models.vilt.tasks import RankingTraining
 from capfilt.models.vilt.transport import cosine_cost, transport_plan
 from capfilt.training.loop import TrainConfig, train
-from tests.training.grids import coloured
+from tests.training.grids import coloured, source
 
 CONFIG = ViltConfig(ViltVisionConfig(16, 8), ViltTextConfig(40, 8), 32, 1, 2, 64, dropout=0.0)
 ROWS = 8
@@ -232,10 +231,10 @@ def test_several_ranks_take_means_over_all_their_rows(tmp_path):
     torch.testing.assert_close(found["loss"], total, atol=1e-5, rtol=1e-5)
 
 
-def test_64_pairs_are_learned_by_heart():
+def test_64_pairs_are_learned_by_heart(tmp_path):
     count, steps = 64, 220
-    corpus = from_images([coloured(count)], size=24)
-    tokenizer = Tokenizer.train(corpus.texts, vocab_size=200)
+    corpus = source(tmp_path / "grids", coloured(count), 24)
+    tokenizer = Tokenizer.train(corpus.texts(), vocab_size=200)
     shape = ViltVisionConfig(24, 12), ViltTextConfig(tokenizer.vocab_size, 8, tokenizer.pad_id)
     model = build(ViltConfig(*shape, 64, 2, 4, 128, dropout=0.0, tied=True))
     train(
@@ -245,7 +244,7 @@ def test_64_pairs_are_learned_by_heart():
         examples=count,
     )
     model.eval()
-    (everything,) = batches(corpus, tokenizer, count, steps=1)
+    (everything,) = corpus.batches(tokenizer, count, steps=1)
     with torch.inference_mode():
         tokens = model.encode_image(everything.pixels).tokens
         scores = [
@@ -262,7 +261,7 @@ def test_64_pairs_are_learned_by_heart():
 
 
 def step_batches(corpus, tokenizer, steps, start):
-    return batches(corpus, tokenizer, 64, steps=steps, start_step=start)
+    return corpus.batches(tokenizer, 64, steps=steps, start_step=start)
 
 
 def test_ranking_is_the_cross_entropy_of_the_own_text_among_others():

@@ -24,9 +24,9 @@ from capfilt.options import (
 from capfilt.stages.base import option_values
 from capfilt.stages.caption import CaptionOptions
 from capfilt.stages.examples import ExamplesOptions
-from capfilt.stages.pairs import shares
 from capfilt.stages.registry import STAGES
 from capfilt.stages.select import SelectOptions
+from capfilt.stages.sources import shares
 from capfilt.stages.task_options import FinetuneVqaOptions
 from capfilt.stages.training_options import PretrainOptions
 from capfilt.tables import contracts

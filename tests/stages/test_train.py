@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import warnings
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from capfilt.data import transforms
@@ -18,11 +20,10 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import build, checkpoint, preset
 from capfilt.models.blip.model import PretrainingConfig, retrieval
-from capfilt.models.common.ranks import ALONE
+from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.stages import sources, training
 from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.stages.evaluate.stage import Evaluate
-from capfilt.stages.pairs import Streamed
 from capfilt.stages.registry import stage_command
 from capfilt.stages.train import FinetuneCaptioner, FinetuneFilter, Pretrain, Retrain
 from capfilt.stages.training_options import (
@@ -36,6 +37,7 @@ from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
+from capfilt.training import distributed
 from tests.worlds import failed_row, image_rows, write_images
 
 FAST = {
@@ -65,9 +67,9 @@ def test_pretraining_sees_training_pairs_and_says_how_often(place):
     directory = place.model("pretrained")
     seen = pq.read_table(directory / "exposures.parquet").to_pylist()
     assert sum(row["exposures"] for row in seen) == 8
-    # 6 human images x 2 texts; test images and pictures that are broken, lost or without text are not there.
+    # 6 human images x 2 texts; test images and pictures that are lost or without text are not there, a broken one is unseen.
     assert sum(row["source"] == "human" for row in seen) == 12
-    assert sum(row["source"] == "web" for row in seen) == 9
+    assert sum(row["source"] == "web" for row in seen) == 10
     assert (directory / "log.jsonl").read_text().count("\n") >= 1
     assert not (directory / "state.safetensors").exists()
     assert run(Pretrain(options, place)).done_before == 1
@@ -143,7 +145,7 @@ def test_the_weights_are_safe_before_it_is_written_what_they_saw(place, monkeypa
     assert run(Pretrain(options, place)).done_now == 1
     assert file_sha256(directory / "model.safetensors") == weights
     written = pq.ParquetFile(directory / "exposures.parquet")
-    assert [written.metadata.row_group(n).num_rows for n in range(written.num_row_groups)] == [5, 5, 5, 5, 1]
+    assert [written.metadata.row_group(n).num_rows for n in range(written.num_row_groups)] == [5, 5, 5, 5, 2]
     assert sum(row["exposures"] for row in written.read().to_pylist()) == 8
     assert not (directory / "state.safetensors").exists()
     assert run(Pretrain(options, place)).done_before == 1
@@ -159,30 +161,71 @@ def test_a_checkpoint_of_earlier_code_does_not_count_as_done(place, monkeypatch)
         run(Pretrain(options, place))
 
 
-def test_streamed_pairs_are_the_held_ones_and_shares_hold_for_both(place):
-    """A stream that trains on other rows than a held corpus, or exposures that name the wrong texts."""
+@pytest.mark.parametrize(
+    "changes", [{}, {"augment": True, "flip": True, "randaugment": 1}], ids=["plain", "varied"]
+)
+def test_streamed_pairs_are_the_held_ones_and_shares_hold_for_both(place, changes):
+    """A stream that trains on other rows, in another order or on other crops than a held corpus, or exposures that name the
+    wrong texts."""
     write_images(place.part("images", "clean"), [image_rows("clean", 9)])
-    found = {}
-    for out, how in (("held", {}), ("streamed", {"stream": True}), ("again", {"stream": True})):
+    found, weights = {}, {}
+    for out, how in (
+        ("held", {}),
+        ("streamed", {"stream": True}),
+        ("apart", {"stream": True, "loader_workers": 1}),
+    ):
         options = PretrainOptions(
             human=("human",),
             web=("clean",),
             out=out,
             mix=("human=3", "web=1"),
-            **{**FAST, "steps": 10},
+            **{**FAST, "steps": 10, **changes},
             **how,
         )
-        summary = run(Pretrain(options, place))
+        stage = Pretrain(options, place)
+        summary = run(stage)
         rows = pq.read_table(place.model(out) / "exposures.parquet").to_pylist()
-        found[out] = {(row["text_id"], row["image_id"], row["source"]) for row in rows}
+        found[out] = {(row["text_id"], row["image_id"], row["source"], row["exposures"]) for row in rows}
         seen = {
             source: sum(r["exposures"] for r in rows if r["source"] == source) for source in ("human", "web")
         }
         assert sum(seen.values()) == summary.figures["steps"] * 4 == 40
         assert abs(seen["human"] - 30) <= 1
-    assert found["held"] == found["streamed"] == found["again"]
-    weights = [file_sha256(place.model(out) / "model.safetensors") for out in found]
-    assert weights[1] == weights[2] != weights[0]
+        weights[out] = file_sha256(place.model(out) / "model.safetensors"), stage.fingerprint()
+    assert found["held"] == found["streamed"] == found["apart"]
+    assert weights["held"] == weights["streamed"] == weights["apart"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
+def test_a_state_belongs_to_any_number_of_ranks_held_or_streamed(place, monkeypatch, stream):
+    """A run that is refused because another number of GPUs is free, or goes on with other texts than it would have seen."""
+    states, seen = set(), {}
+
+    def train(module, batches, config, *, fingerprint, **_):
+        states.add(fingerprint)
+        world = distributed.joined.world
+        found = [batch.example.tolist() for batch in batches(2)]
+        for step, some in enumerate(found):
+            seen.setdefault(world, {}).setdefault(step, []).extend(some)
+        raise MemoryError
+
+    monkeypatch.setattr(training, "train", train)
+    for world in (1, 2):
+        for rank in range(world):
+
+            @contextlib.contextmanager
+            def joined(rank=rank, world=world):
+                yield Ranks(rank, world)
+
+            joined.world = world
+            monkeypatch.setattr(distributed, "joined", joined)
+            options = PretrainOptions(human=("human",), stream=stream, **{**FAST, "steps": 5})
+            stage = Pretrain(options, place)
+            with pytest.raises(MemoryError):
+                stage.run(lambda *_: None)
+    assert len(states) == 1
+    assert seen[1] == seen[2]
+    assert [len(some) for some in seen[1].values()] == [4, 4, 4]
 
 
 def test_averaged_weights_are_the_checkpoint_and_the_best_and_the_live_ones_lie_beside_it(place):
@@ -244,33 +287,31 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
         Retrain(Retrain_blip(verdicts=("web",), **FAST), place)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_streamed_batches_lie_where_a_gpu_can_fetch_them(monkeypatch, there):
-    """Copies that a GPU waits for, because they start from ordinary memory."""
-    given = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    stream = SimpleNamespace(batches=lambda *_, **options: given.update(options))
-    Streamed(stream, 16, 0).batches(None, 8, 0, 2, 1)
-    assert given["pin_memory"] is there
-
-
+@pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
 @pytest.mark.parametrize("randaugment", [0, 2])
-def test_streamed_pictures_are_cropped_whole_and_once(place, monkeypatch, randaugment):
+def test_pictures_are_cropped_whole_and_once(place, monkeypatch, randaugment, stream):
     """A crop of a crop, or one of a picture that was squashed to a square."""
+    rows = image_rows("wide", 6, source="human", texts=2)
+    for number, row in enumerate(rows):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(row["image"]["bytes"])).resize((60, 20 + number)).save(buffer, "PNG")
+        row["image"] = {"bytes": buffer.getvalue(), "path": None}
+    write_images(place.part("images", "wide"), [rows])
     seen = []
-    whole = transforms.Crops.view
+    whole = transforms.Views.view
 
-    def view(self, image, *rest):
-        seen.append((image.size, self.options.scale))
-        return whole(self, image, *rest)
+    def view(self, picture, *rest):
+        seen.append((picture.shape, self.options.scale, self.operations))
+        return whole(self, picture, *rest)
 
-    monkeypatch.setattr(transforms.Crops, "view", view)
+    monkeypatch.setattr(transforms.Views, "view", view)
     monkeypatch.setattr(transforms, "augment", None)
-    augmented = {**FAST, "augment": True, "stream": True, "randaugment": randaugment}
-    run(Pretrain(PretrainOptions(human=("human",), out=f"cropped{randaugment}", **augmented), place))
+    augmented = {**FAST, "augment": True, "stream": stream, "randaugment": randaugment}
+    run(Pretrain(PretrainOptions(human=("wide",), out=f"cropped{randaugment}", **augmented), place))
     # Read ahead of the model, two steps of four texts.
     assert len(seen) >= 8
-    assert {scale for _, scale in seen} == {(0.5, 1.0)}
+    assert {(scale, operations) for _, scale, operations in seen} == {((0.5, 1.0), randaugment)}
+    assert {shape for shape, _, _ in seen} <= {(20 + number, 60, 3) for number in range(6)}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -473,16 +514,13 @@ def test_a_part_that_gives_no_pair_is_refused_by_name(place, kind, stream):
         Retrain(Retrain_clip(web=("bad",), **given), place),
     ]
     for stage in stages:
-        if kind == "broken" and stream:
-            stage.source.data(32)  # found out when its pictures are read
-            continue
         with pytest.raises(UserError, match=r"images/bad: gives no training pair") as caught:
             stage.source.data(32)
         assert BARREN[kind] in str(caught.value)
     for kept in (False, True):
         stage = Pretrain(PretrainOptions(**{**given, "web": ("web",) if kept else ()}), place)
-        # Of the web one picture is broken, which a stream finds out later.
-        assert len(stage.source.data(32)) == 12 + (9 + stream) * kept
+        # Of the web one picture is broken, which is found out when it is read.
+        assert len(stage.source.data(32)) == 12 + 10 * kept
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])

@@ -31,9 +31,7 @@ class Store:
 @pytest.fixture
 def corpus():
     texts = [f"text {place}" for place in range(6)]
-    return Corpus(
-        Store(), np.array(OWNERS), texts, ["human"] * 6, texts, [f"image {n}" for n in range(4)], np.ones(6), ["test"] * 4
-    )  # fmt: skip
+    return Corpus(Store(), np.array(OWNERS), texts, [f"image {n}" for n in range(4)])
 
 
 TABLE = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)

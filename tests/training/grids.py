@@ -5,12 +5,17 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from capfilt.data.pair_shards import PairInput
+from capfilt.data.pairs import Pairs
 from capfilt.tables.contracts import IMAGES
+from capfilt.tables.manifest import Counts
+from capfilt.tables.shards import Part
 
 WORDS = (
     "amber",
@@ -65,3 +70,15 @@ def _table(grids: Iterable[np.ndarray], captions: Iterable[str]) -> pa.Table:
             }
         )
     return pa.Table.from_pylist(rows, schema=IMAGES.schema)
+
+
+def written(path: Path, table: pa.Table) -> Part:
+    """An images part with these rows."""
+    part = Part(path)
+    part.commit(0, table, Counts(len(table), len(table)), part.begin(IMAGES, "test", {}), 0.1)
+    return part
+
+
+def source(path: Path, table: pa.Table, size: int) -> Pairs:
+    """The pairs of a part with these rows."""
+    return Pairs([PairInput(written(path, table))], size=size)

@@ -8,20 +8,19 @@ from functools import partial
 
 import torch
 
-from capfilt.data.corpus import batches, from_images
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.models import build, preset
 from capfilt.models.blip.model import BlipPretraining, PretrainingConfig
 from capfilt.training.loop import TrainConfig, train
-from tests.training.grids import pairs
+from tests.training.grids import pairs, source
 
 PAIRS = 64
 
 
-def test_64_pairs_are_learned_by_heart():
-    corpus = from_images([pairs(PAIRS)], size=48)
+def test_64_pairs_are_learned_by_heart(tmp_path):
+    corpus = source(tmp_path / "grids", pairs(PAIRS), 48)
     assert len(corpus) == PAIRS
-    tokenizer = Tokenizer.train(corpus.texts, vocab_size=200)
+    tokenizer = Tokenizer.train(corpus.texts(), vocab_size=200)
     model = build(preset("blip", "tiny", tokenizer.vocab_size))
     steps = 50
     lm = []
@@ -36,7 +35,7 @@ def test_64_pairs_are_learned_by_heart():
     assert result.skipped_steps == 0
     assert lm[-1] < lm[0] - 1.0
     model.eval()
-    (everything,) = batches(corpus, tokenizer, PAIRS, steps=1)
+    (everything,) = corpus.batches(tokenizer, PAIRS, steps=1)
     with torch.inference_mode():
         images = model.embed_image(model.encode_image(everything.pixels))
         similarity = images @ model.embed_text(everything.ids, everything.mask).T
@@ -46,4 +45,4 @@ def test_64_pairs_are_learned_by_heart():
 
 
 def step_batches(corpus, tokenizer, steps, start):
-    return batches(corpus, tokenizer, 32, steps=steps, start_step=start)
+    return corpus.batches(tokenizer, 32, steps=steps, start_step=start)

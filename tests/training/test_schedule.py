@@ -98,7 +98,7 @@ def test_pretraining_by_epoch_is_the_released_decay():
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 60))
 def test_an_epoch_is_the_loaders(texts, batch_size, steps):
-    plan = Plan(list(range(texts)), ["human"] * texts, batch_size, steps=steps)
+    plan = Plan(texts, batch_size, steps=steps)
     config = TrainConfig(
         steps=steps, batch_size=batch_size, epoch_texts=texts, schedule="epoch-cosine", min_lr=0.0
     )

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from capfilt.data import corpus as corpora
 from capfilt.data.bpe import BpeTokenizer
-from capfilt.data.corpus import from_images
+from capfilt.data.pair_shards import PairInput
+from capfilt.data.pairs import Pairs
 from capfilt.data.tokenizer import ADDED, Tokenizer
 from capfilt.models import build
 from capfilt.models.albef.model import AlbefConfig, AlbefObjective, AlbefPretraining
@@ -25,9 +25,10 @@ from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from capfilt.models.vilt import model as matching
 from capfilt.models.vilt.model import ViltConfig, ViltTextConfig, ViltVisionConfig
+from capfilt.tables.shards import Part
 from capfilt.training import distributed, loop, throughput
 from capfilt.training.loop import TrainConfig, train
-from tests.training.grids import pairs
+from tests.training.grids import pairs, written
 from tests.training.spoilt import spoil
 
 
@@ -35,6 +36,7 @@ def launch(world: int, out: Path, cases: dict[str, dict]) -> subprocess.Complete
     """Trains every case into `out` / its name, in `world` processes through torchrun, or in one without it."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cases.json").write_text(json.dumps(cases))
+    written(out / "grids", pairs(40))
     command = [sys.executable, "-m"]
     if world > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
@@ -50,7 +52,7 @@ VISION = VisionConfig(16, 8, width=32, depth=2, heads=2, hidden=64)
 
 
 def blip(corpus, ranks, dropout, objective):
-    tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
+    tokenizer = Tokenizer.train(corpus.texts(), 100, min_frequency=1)
     text = TextConfig(
         tokenizer.vocab_size, 32, 2, 2, 64, max_positions=30, dropout=dropout, attention_dropout=0.0
     )
@@ -59,7 +61,7 @@ def blip(corpus, ranks, dropout, objective):
 
 
 def clip(corpus, ranks, dropout, objective, vision=None):
-    tokenizer = BpeTokenizer.train(corpus.texts, 600)
+    tokenizer = BpeTokenizer.train(corpus.texts(), 600)
     text = ClipTextConfig(tokenizer.vocab_size, 30, 32, 2, 2, 64)
     model = build(
         ClipConfig(vision or ClipVisionConfig(16, 8, 32, 2, 2, 64), text, embed_dim=16, max_text_tokens=30),
@@ -90,14 +92,14 @@ def neighbours(image_index, text_index):
 
 def vilt(corpus, ranks, dropout, objective):
     matching.mismatched = neighbours
-    tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
+    tokenizer = Tokenizer.train(corpus.texts(), 100, min_frequency=1)
     text = ViltTextConfig(tokenizer.vocab_size, 30)
     model = build(ViltConfig(ViltVisionConfig(16, 8), text, 32, 2, 2, 64, dropout=dropout), seed=1)
     return matching.ViltTraining(model, second, None, ranks), tokenizer
 
 
 def albef(corpus, ranks, dropout, objective):
-    tokenizer = Tokenizer.train(corpus.texts, 100, min_frequency=1)
+    tokenizer = Tokenizer.train(corpus.texts(), 100, min_frequency=1)
     text = TextConfig(
         tokenizer.vocab_size - len(ADDED),
         32,
@@ -131,7 +133,8 @@ def run(
     """One training run; a signal is sent to one rank, once. The last rank's gradients at the steps `spoilt` are not finite."""
     out.mkdir(parents=True, exist_ok=True)
     loop.EXPOSED = 7  # fewer than there are: counts travel in pieces
-    corpus = from_images([pairs(40)], size=32 if kind == "resnet" else 16)
+    grids = PairInput(Part(out.parent / "grids"))
+    corpus = Pairs([grids], size=32 if kind == "resnet" else 16)
     settings = TrainConfig(
         **{"steps": 4, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1, **(config or {})}
     )
@@ -144,8 +147,8 @@ def run(
         throughput.peak_flops = lambda device: peak
 
     def batches(start):
-        for batch in corpora.batches(
-            corpus, tokenizer, 12, seed=3, steps=settings.steps, start_step=start,
+        for batch in corpus.batches(
+            tokenizer, 12, seed=3, steps=settings.steps, start_step=start,
             rank=ranks.rank, world=ranks.world, parts=settings.accumulate,
         ):  # fmt: skip
             if signal_at == batch.step + 1 and ranks.rank == of_rank and not (out / "sent").exists():

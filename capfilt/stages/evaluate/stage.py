@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.data.corpus import Corpus, from_images
+from capfilt.data.corpus import COLUMNS, Corpus, from_images
 from capfilt.data.example_set import ExampleSet, read_examples
 from capfilt.errors import MissingInput, UserError
 from capfilt.inference.adapters import capable, opened
@@ -19,7 +19,6 @@ from capfilt.models import checkpoint, kind_of
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.stages.results import ResultStage
-from capfilt.stages.sources import IMAGE_COLUMNS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks import registry
@@ -221,7 +220,7 @@ class _Data:
     def _corpus(self) -> Corpus:
         o, images = self.stage.options, self.stage.images
         splits = (o.split,) if o.split else None
-        batches = (batch for shard in images.shards() for batch in images.batches(shard, IMAGE_COLUMNS))
+        batches = (batch for shard in images.shards() for batch in images.batches(shard, COLUMNS))
         tables = (pa.Table.from_batches([batch]) for batch in batches)
         looked_at: list[int] = []
         corpus = from_images(tables, splits=splits, size=self.size, limit=o.limit, progress=looked_at.append)
