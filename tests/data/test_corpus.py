@@ -36,9 +36,9 @@ from capfilt.data.corpus import (
 )
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import decode_uint8
-from capfilt.errors import UserError
 from capfilt.tables.contracts import FAILURES, IMAGES, PAIRS, VERDICTS
 from capfilt.tables.ids import image_id, text_id
+from tests.refusals import refused
 
 SIZE = 8
 
@@ -152,14 +152,14 @@ def test_tables_stream_and_images_are_unique_across_them() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.drop(["captions"]), "images has no column 'captions'"),
-        (lambda t: t.set_column(5, "captions", pa.array(["text"])), "has 'captions' as string: make it list"),
-        (lambda t: t.set_column(0, "image_id", pa.array([None], pa.string())), "1 nulls in 'image_id'"),
+        (lambda t: t.drop(["captions"]), "images column captions"),
+        (lambda t: t.set_column(5, "captions", pa.array(["text"])), "captions string list"),
+        (lambda t: t.set_column(0, "image_id", pa.array([None], pa.string())), "1 nulls image_id"),
     ],
     ids=["missing", "type", "null"],
 )
 def test_wrong_tables_are_one_line(change: object, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with refused(said):
         from_images([change(images(image_row(0)))], size=SIZE)  # type: ignore[operator]
 
 
@@ -260,7 +260,7 @@ def test_concat_unites_images_by_id() -> None:
     assert both.texts_by_source() == {"human": 1, "web": 3}
     expected = np.stack([decode_uint8(photo(key), SIZE) for key in (2, 0, 1)])
     assert np.array_equal(both.images.read(np.array([2, 0, 1])), expected)
-    with pytest.raises(UserError, match="build them at one size"):
+    with refused("shapes", "size"):
         concat([one, from_images([images(image_row(5))], size=SIZE + 1)])
 
 
@@ -292,15 +292,15 @@ def test_features_follow_their_pictures(tokenizer: Tokenizer, tmp_path: Path) ->
             pixels = torch.from_numpy(corpus.images.read(corpus.image_of_text[batch.example.numpy()]))
             assert torch.equal(batch.features, mean_features(pixels).half())
     assert calls == [3, 3, 1] * 2
-    with pytest.raises(ValueError, match="features only"):
+    with pytest.raises(ValueError, match="features"):
         made.images.read(np.array([0]))
     assert corpus.with_features(mean_features, keep_pixels=True).images is corpus.images
     joined = concat([made.take([4, 5]), made.take([0])])
     assert joined.features is not None
     assert np.array_equal(joined.features.read(np.array([2, 0])), made.features.read(np.array([0, 4])))
-    with pytest.raises(UserError, match="compute them after joining"):
+    with refused("features", "joining"):
         concat([corpus, made])
-    with pytest.raises(ValueError, match="not finite in float16"):
+    with pytest.raises(ValueError, match="float16"):
         corpus.with_features(lambda pixels: mean_features(pixels) * 1e5)
 
 
@@ -311,7 +311,7 @@ def test_a_corpus_checks_its_columns() -> None:
     }
     columns |= {name: getattr(corpus, name) for name in ("image_ids", "weights", "image_split")}
     Corpus(**columns)
-    with pytest.raises(ValueError, match="sources has 1 entries for 2 texts"):
+    with pytest.raises(ValueError, match="sources"):
         Corpus(**{**columns, "sources": ["web"]})
     with pytest.raises(ValueError, match="not there"):
         Corpus(**{**columns, "image_of_text": [0, 2]})
@@ -419,9 +419,9 @@ def test_texts_are_tokenised_once(tokenizer: Tokenizer, monkeypatch: pytest.Monk
 
 def test_wrong_options_are_refused_before_the_first_batch(tokenizer: Tokenizer) -> None:
     corpus = from_images([images(image_row(0))], size=SIZE)
-    with pytest.raises(UserError, match="mixing"):
+    with refused("mixing"):
         batches(corpus, tokenizer, 2, epochs=1, mixing={"human": 1})
-    with pytest.raises(UserError, match="no examples"):
+    with refused("examples"):
         batches(from_images([], size=SIZE), tokenizer, 2, epochs=1)
 
 

@@ -19,11 +19,11 @@ from capfilt.data.loader import Batch
 from capfilt.data.stream import PairStream, StreamInput, _Order
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import Augmentation, Crops, training_uint8
-from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import text_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
+from tests.refusals import failed, refused
 from tests.worlds import failed_row, image_rows, jpeg, write_images
 
 SIZE = 16
@@ -72,7 +72,7 @@ def test_ranks_share_an_epoch_without_loss_or_repetition(tmp_path, tokenizer, wo
 
 def test_more_ranks_than_row_groups_is_an_error_not_a_hang(tmp_path, tokenizer):
     pairs = stream(web(tmp_path, (4, 4)))
-    with pytest.raises(UserError, match="2 row groups with texts for 3 ranks"):
+    with refused("2 row groups", "3 ranks"):
         pairs.batches(tokenizer, 2, size=SIZE, steps=1, world=3)
 
 
@@ -228,16 +228,13 @@ def test_pictures_that_are_all_bad_end_the_run_by_name(tmp_path, tokenizer, work
     for row in rows:
         row["image"]["bytes"] = jpeg("red")[:40]
     pairs = stream(write_images(Part(tmp_path / "p"), [rows]))
-    with pytest.raises(
-        RunError, match=r"step 1: 4 pictures in a row do not decode .*doctor --verify"
-    ) as caught:
+    with failed("step 1", "4 pictures", "--verify"):
         list(pairs.batches(tokenizer, 4, size=SIZE, steps=1, workers=workers))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_corpus_without_a_text_is_refused_with_the_reasons(tmp_path):
     part = write_images(Part(tmp_path / "p"), [[failed_row("web", "lost")]])
-    with pytest.raises(UserError, match=r"p: gives no training pair \(left out: not_found 1\)"):
+    with refused(tmp_path / "p", "not_found 1"):
         stream(part)
 
 
