@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from capfilt.data.tokenizer import ADDED
-from capfilt.errors import UserError
 from capfilt.models.albef import Albef, AlbefConfig, build_albef, without_end
 from capfilt.models.presets import ALBEF, albef_preset
 from capfilt.models.text import TextConfig
 from capfilt.models.vision import VisionConfig
 from tests.models.rows import rows
+from tests.refusals import refused
 
 MICRO_ALBEF = AlbefConfig(
     vision=VisionConfig(16, 8, width=32, depth=1, heads=2, hidden=64),
@@ -59,7 +59,7 @@ def test_every_preset_can_be_built_and_written_down():
         assert AlbefConfig.from_dict(config.to_dict()) == config
         with torch.device("meta"):
             assert Albef(config).config.vocab_size == 1000
-    with pytest.raises(UserError, match="tiny, small, trunk, base"):
+    with refused("preset", "huge"):
         albef_preset("huge", 1000)
 
 

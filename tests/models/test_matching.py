@@ -15,12 +15,12 @@ import torch
 from capfilt.data.corpus import batches, from_images
 from capfilt.data.loader import Batch
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.errors import UserError
 from capfilt.models.masking import Masking
 from capfilt.models.matching import MatchingConfig, RankingTraining, ViltTraining, alignment_loss, mismatched
 from capfilt.models.transport import cosine_cost, transport_plan
 from capfilt.models.vilt import ImageTokens, States, ViltConfig, ViltTextConfig, ViltVisionConfig, build_vilt
 from capfilt.training.loop import TrainConfig, train
+from tests.refusals import refused
 from tests.training.grids import coloured
 
 CONFIG = ViltConfig(ViltVisionConfig(16, 8), ViltTextConfig(40, 8), 32, 1, 2, 64, dropout=0.0)
@@ -182,7 +182,7 @@ def test_without_alignment_it_is_not_computed():
 
 @pytest.mark.parametrize("options", [{"alignment": -1.0}, {"alignment": float("nan")}, {"max_patches": -1}])
 def test_options_that_cannot_be_are_named(options):
-    with pytest.raises(UserError, match=next(iter(options))):
+    with refused(next(iter(options))):
         MatchingConfig(**options)
 
 

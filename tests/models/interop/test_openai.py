@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from capfilt.data.bpe import BpeTokenizer
-from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.interop.clip_layouts import OPENAI, exported, from_openai_shapes
 from capfilt.models.interop.export import export
 from tests.models.interop.clips import RESNET, VIT, sharpened
+from tests.refusals import refused
 from tests.worlds import tiny_checkpoint
 
 NUMBERS = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -93,7 +93,7 @@ def test_tensors_are_read_as_openai_and_open_clip_save_them(tmp_path, tokenizer,
     else:
         torch.save(state, tmp_path / name)
     if name != "ViT.pt":
-        with pytest.raises(UserError, match=r"do not say its activation; put open_clip_config\.json"):
+        with refused("activation", "open_clip_config.json"):
             checkpoint.open_any(tmp_path / name)
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
     for place in (tmp_path / name, tmp_path):
@@ -114,18 +114,16 @@ def test_heads_that_widths_do_not_tell_are_asked_for(tmp_path):
     huge = ClipConfig(
         ClipVisionConfig(28, 14, 1280, 1, 16, 5120), ClipTextConfig(99, 16, 1024, 1, 16, 4096), 1024, "gelu"
     )
-    with pytest.raises(
-        UserError, match=r"a width of 1280 does not say the number of heads.*vision_cfg\.head_width"
-    ):
+    with refused("heads", 1280, "vision_cfg.head_width"):
         from_openai_shapes(tmp_path, state(huge), None)
-    with pytest.raises(UserError, match="a width of 1280 does not say"):
+    with refused("heads", 1280):
         from_openai_shapes(tmp_path, state(huge), {"quick_gelu": False})
     found = from_openai_shapes(
         tmp_path, state(huge), {"vision_cfg": {"width": 1280, "head_width": 80}, "text_cfg": {"heads": 16}}
     )
     assert found == huge
     odd = dataclasses.replace(huge, vision=ClipVisionConfig(28, 14, 96, 1, 2, 96))
-    with pytest.raises(UserError, match="a width of 96 does not say"):
+    with refused("heads", 96):
         from_openai_shapes(tmp_path, state(odd), None)
     # What a table of open_clip's leaves out is open_clip's default.
     sizes = {"vision": ClipVisionConfig(28, 14, 128, 1, 2, 96), "text": ClipTextConfig(99, 16, 128, 1, 8, 96)}
@@ -137,9 +135,9 @@ def test_heads_that_widths_do_not_tell_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"custom_text": True}, "model_cfg of .* custom_text True"),
-        ({"vision_cfg": {"timm_model_name": "vit"}}, "timm_model_name 'vit'"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "pool_type 'avg'"),
+        ({"custom_text": True}, "model_cfg custom_text True"),
+        ({"vision_cfg": {"timm_model_name": "vit"}}, "timm_model_name vit"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "pool_type avg"),
         ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask True"),
     ],
 )
@@ -150,7 +148,7 @@ def test_what_no_clip_of_ours_has_is_refused(tmp_path, tokenizer, said, message)
         "text_cfg": {"pool_type": "argmax"},
     }
     assert from_openai_shapes(tmp_path, state, fine).activation == "gelu"
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         from_openai_shapes(tmp_path, state, said)
 
 
@@ -159,10 +157,10 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     with zipfile.ZipFile(tmp_path / "ViT-B-32.pt", "w") as archive:
         archive.writestr("model/data.pkl", b"")
         archive.writestr("model/constants.pkl", b"")
-    with pytest.raises(UserError, match=r"TorchScript archive.*torch\.jit\.load"):
+    with refused("TorchScript", "torch.jit.load"):
         checkpoint.open_any(tmp_path / "ViT-B-32.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.bin")
-    with pytest.raises(UserError, match="no CLIP in OpenAI's layout: it holds a"):
+    with refused("other.bin", "OpenAI"):
         checkpoint.open_any(tmp_path / "other.bin")
     model = made(VIT, tokenizer)
     checkpoint.save(tmp_path / "ours", model, tokenizer)
@@ -170,10 +168,10 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     path = tmp_path / "theirs" / "open_clip_config.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}))
-    with pytest.raises(UserError, match="another mean than CLIP's"):
+    with refused("mean"):
         checkpoint.open_any(tmp_path / "theirs")
     tiny_checkpoint(tmp_path / "blip")
-    with pytest.raises(UserError, match="no home in OpenAI's layout"):
+    with refused("BLIP", "OpenAI"):
         export(tmp_path / "blip", "openai", tmp_path / "blip-openai")
     assert not (tmp_path / "blip-openai").exists()
 
@@ -194,9 +192,8 @@ def test_settings_of_an_unexpected_kind_are_refused_in_one_line(tmp_path, tokeni
     export(tmp_path / "ours", "openai", tmp_path / "theirs")
     path = tmp_path / "theirs" / "open_clip_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError) as caught:
+    with refused():
         checkpoint.open_any(tmp_path / "theirs")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("cleaning", [{}, [], 7, "polish"])
@@ -206,5 +203,5 @@ def test_a_cleaning_that_is_none_is_refused_by_name(tmp_path, tokenizer, cleanin
     export(tmp_path / "ours", "openai", tmp_path / "theirs")
     path = tmp_path / "theirs" / "capfilt.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cleaning": cleaning}))
-    with pytest.raises(UserError, match=r"capfilt\.json: cleaning .* is unknown"):
+    with refused("capfilt.json", "cleaning"):
         checkpoint.open_any(tmp_path / "theirs")
