@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from capfilt.errors import RunError, UserError
+from capfilt.errors import RunError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import checkpoint
@@ -19,6 +19,7 @@ from capfilt.stages.caption_and_score import CaptionAndScore
 from capfilt.stages.options import CaptionOptions, ScoreOptions
 from capfilt.stages.registry import stage_command
 from capfilt.stages.score import ScoreStage
+from tests.refusals import failed, refused
 from tests.worlds import tiny_checkpoint
 
 OPTIONS = CaptionOptions(
@@ -96,7 +97,7 @@ def test_either_goes_on_with_what_the_other_began(workspace, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(type(workspace.part("scores", "shared")), "commit", killed)
-        with pytest.raises(RunError, match="killed"):
+        with failed("killed"):
             run(CaptionAndScore(OPTIONS, workspace))
     assert workspace.part("captions", "captioner").shards() == [0]
     assert workspace.part("scores", "shared").shards() == []
@@ -116,8 +117,8 @@ def test_either_goes_on_with_what_the_other_began(workspace, monkeypatch):
 
 
 def test_two_towers_and_plug_ins_are_refused(workspace):
-    with pytest.raises(UserError, match="freeze-vision"):
+    with refused("--freeze-vision"):
         run(CaptionAndScore(dataclasses.replace(OPTIONS, filter="filter"), workspace))
     assert not workspace.part("captions", "captioner").exists
-    with pytest.raises(UserError, match="clip:there is a plug-in"):
+    with refused("clip:there", "plug-in"):
         CaptionAndScore(dataclasses.replace(OPTIONS, filter="clip:there"), workspace)

@@ -11,12 +11,12 @@ import pytest
 
 from capfilt import recipe as recipes
 from capfilt.data.bpe import BpeTokenizer
-from capfilt.errors import UserError
 from capfilt.stages import options as o
 from capfilt.stages.registry import stage_command
 from capfilt.stages.retrain_albef import RetrainAlbef
 from capfilt.stages.retrain_clip import RetrainClip
 from capfilt.stages.train import FinetuneFilter
+from tests.refusals import refused
 from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -52,9 +52,7 @@ def retrain(place, **given):
 
 @pytest.mark.parametrize(("model", "name"), MEANT)
 def test_what_means_nothing_is_refused_by_name(place, model, name):
-    with pytest.raises(
-        UserError, match=rf"--{name.replace('_', '-')} .*means nothing to retrain of a {model}"
-    ):
+    with refused(f"--{name.replace('_', '-')}", model):
         retrain(place, model=model, **{name: other(KNOWN[name])})
     retrain(place, model=model, **{name: KNOWN[name].default})
 
@@ -87,11 +85,11 @@ def test_a_filter_that_is_a_vilt_has_neither_queue_nor_towers(place):
         "collapse_steps",
     ):
         value = other(o.FinetuneFilterOptions.__dataclass_fields__[name])
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* of a vilt"):
+        with refused(f"--{name.replace('_', '-')}", "vilt"):
             FinetuneFilter(o.FinetuneFilterOptions(**given, **{name: value}), place)
     tiny_checkpoint(place.model("blip"))
     FinetuneFilter(o.FinetuneFilterOptions(human=("human",), init="blip", queue_size=4), place)
-    with pytest.raises(UserError, match=r"--label-smoothing 0\.2"):
+    with refused("--label-smoothing", 0.2):
         FinetuneFilter(o.FinetuneFilterOptions(human=("human",), init="blip", label_smoothing=0.2), place)
 
 
@@ -99,7 +97,7 @@ def test_patches_and_hidden_words_are_as_asked(place):
     tokenizer = BpeTokenizer.train(["a photo of a dog"] * 3, 530)
     options = o.RetrainOptions(model="clip", human=("human",), preset="base", patch_size=16, out="made")
     assert RetrainClip(options, place).sized(tokenizer).vision.patch_size == 16
-    with pytest.raises(UserError, match="--patch-size 16: the preset tiny is a ResNet"):
+    with refused("--patch-size 16", "tiny"):
         RetrainClip(dataclasses.replace(options, preset="tiny"), place)
     stage = retrain(place, model="albef", mask_share=0.4, vocab_size=200)
     assert isinstance(stage, RetrainAlbef)

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from capfilt.data import transforms
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
@@ -30,6 +29,7 @@ from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
+from tests.refusals import refused
 from tests.worlds import failed_row, image_rows, write_images
 
 FAST = {
@@ -66,7 +66,7 @@ def test_pretraining_sees_training_pairs_and_says_how_often(place):
     assert not (directory / "state.safetensors").exists()
     assert run(Pretrain(options, place)).done_before == 1
     other = o.PretrainOptions(human=("human",), web=("web",), **{**FAST, "learning_rate": 1e-5})
-    with pytest.raises(UserError, match=r"learning_rate was 0\.0003, is now 1e-05"):
+    with refused("learning_rate", 0.0003, 1e-05):
         run(Pretrain(other, place))
 
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_earlier_code_does_not_count_as_done(place, monkeypatch)
     with monkeypatch.context() as before:
         before.setattr(Pretrain, "version", 1)
         run(Pretrain(options, place))
-    with pytest.raises(UserError, match="by another version of this stage's code; name another output"):
+    with refused("version", "--out"):
         run(Pretrain(options, place))
 
 
@@ -234,7 +234,7 @@ def test_retraining_takes_pairs_or_verdicts_and_starts_anew_or_goes_on(place):
     run(Retrain(o.RetrainOptions(human=("human",), out="more", continue_from="retrained", **FAST), place))
     first, second = (checkpoint.load(place.model(name))[1] for name in ("retrained", "more"))
     assert first.fingerprint == second.fingerprint
-    with pytest.raises(UserError, match="IMAGES=VERDICTS"):
+    with refused("--verdicts web", "IMAGES=VERDICTS"):
         Retrain(o.RetrainOptions(verdicts=("web",), **FAST), place)
 
 
@@ -286,8 +286,7 @@ def test_weights_that_nothing_honours_are_refused_by_file_and_image(place, strea
             for row, weight in zip(images, weights, strict=True)
         ]
         pairs.commit(shard, PAIRS.table(rows), Counts(4, 4), mark, 0.0)
-    said = rf"weighted, shard 00001: a text of image {images[2]['image_id']} has weight 0\.25, which no training honours"
-    with pytest.raises(UserError, match=said):
+    with refused("weighted", "00001", images[2]["image_id"], "weight 0.25"):
         run(Retrain(o.RetrainOptions(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
 
 
@@ -300,38 +299,42 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
     assert "k = 2" in result["tasks"]["retrieval"]["protocol"]
     assert 0 <= result["metrics"]["tr@1"] <= result["metrics"]["tr@5"] <= 100
     assert len(result["captions"]) == 4
-    with pytest.raises(UserError, match="no texts in split 'val'"):
+    with refused("images/human", "split val"):
         run(Evaluate(o.EvaluateOptions(split="val", out="v", **choice), place))
 
 
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
     [
-        (Pretrain, o.PretrainOptions(human=("human",), mix=("human",)), r"--mix human: write SOURCE=WEIGHT"),
+        (Pretrain, o.PretrainOptions(human=("human",), mix=("human",)), "--mix human SOURCE=WEIGHT"),
         (
             Pretrain,
             o.PretrainOptions(human=("human",), stream=True, cache_features=True),
-            r"--stream and --cache-features",
+            "--stream --cache-features",
         ),
         (
             Pretrain,
             o.PretrainOptions(human=("human",), loader_workers=2),
-            r"--loader-workers 2: only with --stream",
+            "--loader-workers 2 --stream",
         ),
-        (Pretrain, o.PretrainOptions(), "at least one part"),
+        (Pretrain, o.PretrainOptions(), "part"),
         (Pretrain, o.PretrainOptions(human=("nowhere",)), "nowhere"),
         (Pretrain, o.PretrainOptions(human=("human",), preset="huge"), "huge"),
-        (Pretrain, o.PretrainOptions(human=("human",), vocab="none.txt"), r"none\.txt"),
-        (Pretrain, o.PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
+        (Pretrain, o.PretrainOptions(human=("human",), vocab="none.txt"), "none.txt"),
+        (Pretrain, o.PretrainOptions(human=("human",), batch_size=1), "--batch-size 1"),
         (Pretrain, o.PretrainOptions(human=("human",), precision="fp8"), "fp8"),
-        (Pretrain, o.PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),
+        (Pretrain, o.PretrainOptions(human=("human",), accumulate=40), "--accumulate 40"),
         (
             Pretrain,
             o.PretrainOptions(human=("human",), micro_batch=8, accumulate=2),
-            "--micro-batch 8, --accumulate 2: give one",
+            "--micro-batch 8 --accumulate 2",
         ),
-        (Pretrain, o.PretrainOptions(human=("human",), batch_size=97, micro_batch=90), "parts of 45 to 90"),
-        (Pretrain, o.PretrainOptions(human=("human",), randaugment=2, augment=False), "needs --augment"),
+        (Pretrain, o.PretrainOptions(human=("human",), batch_size=97, micro_batch=90), "--micro-batch 90"),
+        (
+            Pretrain,
+            o.PretrainOptions(human=("human",), randaugment=2, augment=False),
+            "--randaugment 2 --augment",
+        ),
         (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), init="nowhere"), "nowhere"),
         (FinetuneCaptioner, o.FinetuneCaptionerOptions(init="captioner"), "--human"),
         (Evaluate, o.EvaluateOptions(model="captioner", images="human", tasks=("dance",)), "dance"),
@@ -339,9 +342,8 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
 )
 def test_what_is_wrong_is_named_before_anything_is_written(place, stage, options, message):
     before = sorted(str(path) for path in place.path.rglob("*"))
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         stage(options, place)
-    assert "\n" not in str(caught.value)
     assert sorted(str(path) for path in place.path.rglob("*")) == before
 
 
@@ -403,7 +405,7 @@ def test_a_text_side_starts_from_a_bert_directory(place, tmp_path):
     assert torch.equal(model.text_encoder.layers[0].attention.self.query.weight, theirs)
     assert torch.equal(model.text_decoder.bert.layers[0].attention.self.query.weight, theirs)
     assert stage.identity()["text_init"] == file_sha256(directory / "model.safetensors")
-    with pytest.raises(UserError, match="--text-init"):
+    with refused("--text-init"):
         Pretrain(dataclasses.replace(options, text_init=str(tmp_path / "none")), place)
 
 
@@ -420,7 +422,7 @@ def test_tensorboard_is_refused_before_the_run_where_it_is_missing_and_written_w
     run(Pretrain(options, place))
     assert list((place.model("pretrained") / "tensorboard").glob("events.*"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"capfilt\[tensorboard\]"):
+    with refused("capfilt[tensorboard]"):
         Pretrain(options, place)
 
 
@@ -446,7 +448,7 @@ BARREN = {
     "empty texts": "empty_text 6, too_long 3",
     "lost": "not_found 1",
     "test": "split 3",
-    "no rows": "nothing, it is empty",
+    "no rows": "empty",
     "broken": "no_picture 3",
 }
 
@@ -472,9 +474,8 @@ def test_a_part_that_gives_no_pair_is_refused_by_name(place, kind, stream):
         if kind == "broken" and stream:
             stage.data(32)  # found out when its pictures are read
             continue
-        with pytest.raises(UserError, match=r"images/bad: gives no training pair") as caught:
+        with refused("images/bad", "training pair", BARREN[kind]):
             stage.data(32)
-        assert BARREN[kind] in str(caught.value)
     for kept in (False, True):
         stage = Pretrain(o.PretrainOptions(**{**given, "web": ("web",) if kept else ()}), place)
         # Of the web one picture is broken, which a stream finds out later.
@@ -501,11 +502,11 @@ def test_a_selection_that_kept_nothing_is_refused_by_name(place, model, stream):
     command = stage_command("retrain")
     for chosen, named in (
         ({"pairs": ("none",)}, "pairs/none"),
-        ({"verdicts": ("human=none",)}, "images/human with .*verdicts/none"),
+        ({"verdicts": ("human=none",)}, "images/human verdicts/none"),
     ):
         options = o.RetrainOptions(model=model, human=("human",), stream=stream, **chosen)
         (path,) = command.classes(options)
-        with pytest.raises(UserError, match=rf"{named}: gives no training pair"):
+        with refused(named, "training pair"):
             command.build(path, options, place).data(32)
 
 
