@@ -12,13 +12,17 @@ from capfilt.errors import RunError, UserError
 
 
 def names(line: str, *said: object) -> bool:
-    """Whether every word of `said` stands in `line` as a whole word: `--mix` is not in `--mixed`, 5 not in 15 or -5."""
+    """Whether every word of `said` stands in `line` as a whole word: `--mix` is not in `--mixed`, 5 not in 15, -5 or 0.5."""
     return all(_whole(word).search(line) for each in said for word in str(each).split())
 
 
 def _whole(word: str) -> re.Pattern[str]:
-    before = r"(?<![\w-])" if re.match(r"\w", word) else ""
-    after = r"(?![\w-])" if re.search(r"\w$", word) else ""
+    before = (
+        r"(?<![\w-])(?<!\d\.)" if re.match(r"\d", word) else r"(?<![\w-])" if re.match(r"\w", word) else ""
+    )
+    after = (
+        r"(?![\w-])(?!\.\d)" if re.search(r"\d$", word) else r"(?![\w-])" if re.search(r"\w$", word) else ""
+    )
     return re.compile(before + re.escape(word) + after)
 
 
