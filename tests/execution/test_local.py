@@ -133,9 +133,6 @@ def test_an_address_where_nothing_listens_is_said_at_once(address, monkeypatch):
     """Ray itself tries for minutes."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     start = time.monotonic()
-    with (
-        refused(f"RAY_ADDRESS={address}"),
-        executor("ray"),
-    ):
+    with refused(f"RAY_ADDRESS={address}"), executor("ray"):
         pass
     assert time.monotonic() - start < 15

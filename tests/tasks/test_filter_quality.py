@@ -260,7 +260,7 @@ def test_a_calibration_survives_json():
 def test_refusals():
     with refused("one class"):
         calibrate([0.1, 0.2], [1, 1], 0.5)
-    with refused("prior 1"):
+    with refused("prior 1.0"):
         calibrate([0.1, 0.2], [0, 1], 1.0)
     with refused("identity"):
         calibrate([-0.1, 0.2], [0, 1], 0.5)
