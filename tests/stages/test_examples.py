@@ -248,7 +248,7 @@ def test_a_flat_picture_is_not_two_folders_pictures(place):
         ('[{"question": "a"}]', {"task": "vcr"}, "--task vcr"),
         ('[{"question": "a"}]', {"splits": ("test",)}, "splits test"),
         ('[{"question": "a"}]', {"images": ()}, "--images"),
-        ('[{"question": "a"}]', {"annotations": "x.json"}, "--annotations x.json"),
+        ('[{"question": "a"}]', {"annotations": "x.json"}, "--annotations answers"),
     ],
 )
 def test_wrong_sources_and_options_are_named(place, source, options, message):

@@ -133,7 +133,7 @@ def test_it_starts_from_a_vit(place, tmp_path):
     ("changes", "message"),
     [
         ({"text_init": "somewhere"}, "--text-init vilt"),
-        ({"alignment": -1.0}, "alignment"),
+        ({"alignment": -1.0}, "--alignment -1"),
         ({"max_patches": -1}, "--max-patches -1"),
         ({"preset": "huge"}, "preset huge"),
     ],

@@ -333,7 +333,7 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
         (
             Pretrain,
             o.PretrainOptions(human=("human",), randaugment=2, augment=False),
-            "--randaugment 2 --augment",
+            "--randaugment --augment",
         ),
         (FinetuneFilter, o.FinetuneFilterOptions(human=("human",), init="nowhere"), "nowhere"),
         (FinetuneCaptioner, o.FinetuneCaptionerOptions(init="captioner"), "--human"),
