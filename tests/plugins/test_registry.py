@@ -175,12 +175,12 @@ def test_captions_that_are_not_what_was_asked_for(made, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([[0.5]], "shape 2 texts 1 columns"),
-        ([0.5, 0.5], "shape 2 texts"),
-        (np.zeros((2, 2)), "shape"),
+        ([[0.5]], "[1, 1]; 2 texts 1 columns"),
+        ([0.5, 0.5], "[2]; 2 texts"),
+        (np.zeros((2, 2)), "[2, 2];"),
         ([["a"], ["b"]], "rows numbers"),
         ([[0.5], [0.5, 0.5]], "rows numbers"),
-        (None, "shape"),
+        (None, "[];"),
     ],
 )
 def test_scores_that_are_not_what_was_asked_for(made, message):

@@ -171,5 +171,5 @@ def test_damaged_units_are_named(tmp_path, change):
     else:
         content["units"]["tr@1"] |= change
     path.write_text(json.dumps(content))
-    with refused(path):
+    with refused("read", "evaluate"):
         read_result(path).units("tr@1")
