@@ -8,7 +8,6 @@ import pytest
 
 from capfilt import doctor
 from capfilt.catalog.query import query
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.duplicates import DuplicatesOptions
@@ -17,6 +16,7 @@ from capfilt.tables.contracts import CAPTIONS, IMAGES, SIGNALS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.worlds import image_rows, write_images
 
 
@@ -136,16 +136,14 @@ def test_a_folder_of_pictures_on_another_disk_is_as_good(tmp_path):
 def test_shards_without_a_record_are_not_passed_over_in_silence(place):
     """A copy that leaves `.capfilt` behind looked like an empty workspace."""
     shutil.rmtree(place.path / ".capfilt")
-    with pytest.warns(
-        RuntimeWarning, match=r"images/web: holds shards but has no record in .*\.capfilt/images/web"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"images/web: .*\.capfilt/images/web"):
         assert query(place, "SELECT count(*) AS n FROM images").to_pylist() == [{"n": 0}]
 
 
 def test_nothing_at_all_is_no_workspace(tmp_path):
-    with pytest.raises(UserError, match="no such workspace"):
+    with refused(tmp_path / "nowhere"):
         list(doctor.workspace(str(tmp_path / "nowhere"), full=True))
     (tmp_path / "empty" / "images").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no part"):
+    with refused(tmp_path / "empty"):
         list(doctor.workspace(str(tmp_path / "empty"), full=True))
     assert not Part(tmp_path / "empty" / "images").exists

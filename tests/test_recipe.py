@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from capfilt import recipe as recipes
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.resources import list_recipes
 from capfilt.stages.registry import stage_command
 from capfilt.tables.workspace import Workspace
-from tests.limits import refused
+from tests import limits
+from tests.refusals import names, refused
 from tests.worlds import image_rows, tiny_checkpoint, write_images
 
 
@@ -91,32 +91,31 @@ def test_inputs_and_settings_reach_the_options_with_their_types(tmp_path):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({}, [], r"needs --set part=VALUE: an images part"),
-        ({}, ["part=web", "parts=x"], r"no such input; did you mean 'part'"),
-        ({}, ["part=web", "captoin.seed=1"], r"no step 'captoin'; did you mean 'caption'"),
-        ({}, ["part=web", "caption.sed=1"], r"no option 'sed'; did you mean 'seed'"),
-        ({}, ["part=web", "caption.seed=many"], r"option seed: Input should be a valid integer.*got 'many'"),
-        ({}, ["part=web", "seed"], r"write NAME=VALUE"),
-        ({"version": 2}, [], r"version"),
-        ({"stage": []}, [], r"stage: Extra inputs"),
-        ({"stages": [{"stage": "captoin"}]}, [], r"no stage is called 'captoin'"),
-        ({"stages": [{"stage": "caption", "option": {}}]}, [], r"stages\.0\.option"),
-        ({"stages": [{"stage": "caption"}]}, [], r"option 'images' must be given"),
-        ({"stages": [{"stage": "caption"}, {"stage": "caption"}]}, [], r"two steps are called 'caption'"),
-        ({"stages": [{"stage": "caption", "options": {"images": "${nothing}"}}]}, [], r"\$\{nothing\}"),
+        ({}, [], "--set part=VALUE"),
+        ({}, ["part=web", "parts=x"], "parts 'part'"),
+        ({}, ["part=web", "captoin.seed=1"], "step captoin caption"),
+        ({}, ["part=web", "caption.sed=1"], "option sed seed"),
+        ({}, ["part=web", "caption.seed=many"], "option seed many"),
+        ({}, ["part=web", "seed"], "NAME=VALUE"),
+        ({"version": 2}, [], "version"),
+        ({"stage": []}, [], "stage"),
+        ({"stages": [{"stage": "captoin"}]}, [], "stage captoin"),
+        ({"stages": [{"stage": "caption", "option": {}}]}, [], "stages.0.option"),
+        ({"stages": [{"stage": "caption"}]}, [], "option images"),
+        ({"stages": [{"stage": "caption"}, {"stage": "caption"}]}, [], "two steps caption"),
+        ({"stages": [{"stage": "caption", "options": {"images": "${nothing}"}}]}, [], "${nothing}"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(tmp_path, change, settings, message):
     path = write(tmp_path / "r.yaml", **change)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         resolved(path, *settings)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_yaml_is_named(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("a: [")
-    with pytest.raises(UserError, match=r"r\.yaml: not readable as YAML"):
+    with refused("r.yaml YAML"):
         recipes.load_recipe(str(path))
 
 
@@ -124,7 +123,7 @@ def test_only_and_from(tmp_path):
     steps = resolved(write(tmp_path / "r.yaml"), "part=web")
     assert [step.label for step, _ in recipes.chosen_steps(steps, start="score")] == ["score", "select"]
     assert [step.label for step, _ in recipes.chosen_steps(steps, only=["score"])] == ["score"]
-    with pytest.raises(UserError, match="no step 'scor'"):
+    with refused("step", "scor"):
         recipes.chosen_steps(steps, start="scor")
 
 
@@ -161,9 +160,9 @@ def test_a_wrong_value_of_a_later_step_is_found_before_anything_is_done(tmp_path
     tiny_checkpoint(place.model("captioner"), seed=1)
     tiny_checkpoint(place.model("filter"), seed=2)
     path = write(tmp_path / "r.yaml")
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         list(recipes.dry_run(resolved(path, "part=web", setting), place))
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         next(iter(recipes.run_recipe("r", resolved(path, "part=web", setting), place, "inline", quiet=True)))
     assert not place.part("captions", "captioner").exists
 
@@ -179,7 +178,7 @@ def test_a_training_tells_of_its_options_before_it_misses_its_inputs(tmp_path, o
     write_images(place.part("images", "web"), [image_rows("web", 4)])
     path = write(tmp_path / "r.yaml", stages=stages, inputs={})
     assert "waits for an earlier step" in list(recipes.dry_run(resolved(path), place))[1]
-    with pytest.raises(UserError, match=option.split("=")[1]):
+    with refused(option.split("=")[1]):
         list(recipes.dry_run(resolved(path, f"pretrain.{option}"), place))
 
 
@@ -226,7 +225,7 @@ def test_steps_that_belong_together_run_at_the_same_time(tmp_path):
 def test_where_one_of_them_fails_the_others_are_told_to_stop(tmp_path):
     place, steps = two_captions(tmp_path, second="nowhere")
     work = Threads()
-    with pytest.raises(UserError, match="nowhere"):
+    with refused("nowhere"):
         list(recipes.run_recipe("r", steps, place, work, quiet=True))
     assert work.stopped
 
@@ -468,7 +467,7 @@ def test_a_step_whose_output_has_no_name_ends_a_recipe_before_its_first(tmp_path
     ]
     steps = resolved(write(tmp_path / "r.yaml", stages=stages))
     for run in (recipes.run_recipe("r", steps, place, InlineExecutor()), recipes.dry_run(steps, place)):
-        with pytest.raises(UserError, match="is no name"):
+        with refused("no name"):
             list(run)
     assert place.parts("signals") == []
 
@@ -479,7 +478,7 @@ def test_an_option_with_a_nul_is_refused(tmp_path, value):
     path = write(
         tmp_path / "r.yaml", stages=[{"stage": "score", "options": {"images": "w", "captions": value}}]
     )
-    with pytest.raises(UserError, match="option 'captions' has a NUL"):
+    with refused("captions NUL"):
         resolved(path)
 
 
@@ -521,11 +520,11 @@ def test_a_recipe_that_explodes_is_refused_in_one_line(tmp_path):
     for name, text in bombs().items():
         paths[name].write_bytes(text if isinstance(text, bytes) else text.encode())
     code = "from capfilt import recipe\ndef read(path): recipe.show(recipe.load_recipe(path)[1], [])"
-    told = dict(zip(paths, refused(code, [*map(str, paths.values())]), strict=True))
+    told = dict(zip(paths, limits.refused(code, [*map(str, paths.values())]), strict=True))
     for name in ("aliases", "merges"):
-        assert "aliases stand for more than 10,000 values" in told[name]
+        assert names(told[name], "aliases 10,000")
     for name in ("utf-16", "utf-32", "latin-1"):
-        assert "save it as UTF-8" in told[name]
+        assert names(told[name], "UTF-8")
     assert all(
         ".yaml" in words or "step 'caption'" in words or "inputs" in words for words in told.values()
     ), told
@@ -533,9 +532,8 @@ def test_a_recipe_that_explodes_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("value", ["[", "9" * 5000, "2001-99-99", "[" * 5000, "&a [*a]", "*a"])
 def test_a_setting_is_read_as_warily_as_a_recipe(tmp_path, value):
-    with pytest.raises(UserError) as caught:
+    with refused():
         resolved(write(tmp_path / "r.yaml"), f"part={value}")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_date_among_the_options_is_no_traceback(tmp_path):
@@ -543,7 +541,7 @@ def test_a_date_among_the_options_is_no_traceback(tmp_path):
     path.write_text(
         "version: 1\ninputs: {a: {help: x}}\nstages:\n- {stage: caption, options: {images: 2001-01-01}}\n"
     )
-    with pytest.raises(UserError, match="option images: "):
+    with refused("option images"):
         recipes.resolve(recipes.load_recipe(str(path))[1], [])
 
 
@@ -554,6 +552,5 @@ def test_a_value_that_is_not_of_its_tag_is_refused_in_one_line(tmp_path, value):
     """PyYAML's own error of a date that is none ended capfilt with a traceback."""
     path = tmp_path / "r.yaml"
     path.write_text(f"version: {value}\nstages: []\n")
-    with pytest.raises(UserError, match=r"r\.yaml: ") as caught:
+    with refused("r.yaml"):
         recipes.load_recipe(str(path))
-    assert "\n" not in str(caught.value)

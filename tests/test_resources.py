@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from capfilt import resources
-from capfilt.errors import RunError, UserError
+from tests.refusals import failed, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,20 +82,18 @@ def test_a_path_is_taken_as_given(house, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("photograph", "no recipe of that name; did you mean the recipe 'photographs'?"),
-        ("nonsense", "one of: photographs, quickstart"),
-        ("pipelines/quickstart.yaml", "no such file; did you mean the recipe 'quickstart'?"),
-        ("./deep.yaml", "is a directory"),
-        ("", "no recipe of that name"),
-        ("..", "no recipe of that name"),
+        ("photograph", "photograph photographs"),
+        ("nonsense", "nonsense photographs, quickstart"),
+        ("pipelines/quickstart.yaml", "pipelines/quickstart.yaml 'quickstart'"),
+        ("./deep.yaml", "./deep.yaml directory"),
+        ("", "recipe name"),
+        ("..", "recipe name"),
     ],
 )
 def test_an_unknown_recipe_is_one_line_that_says_what_to_do(house, tmp_path, asked, told):
     (tmp_path / "deep.yaml").mkdir()
-    with pytest.raises(UserError) as caught:
+    with refused(told):
         resources.find_recipe(asked)
-    assert told in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_packaged_copy_is_preferred(house):
@@ -108,7 +106,7 @@ def test_the_packaged_copy_is_preferred(house):
 
 def test_a_neighbour_in_site_packages_is_not_ours(house):
     (house / "pyproject.toml").unlink()
-    with pytest.raises(RunError, match="install capfilt again"):
+    with failed("installation"):
         resources.schema_dir()
 
 

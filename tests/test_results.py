@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from capfilt import results
-from capfilt.errors import UserError
 from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.outcome import pack, units
+from tests.refusals import refused
 
 
 def write(place, name, share, **content):
@@ -135,7 +135,7 @@ def test_after_an_evaluation_the_table_is_shown_and_written(place, tmp_path):
 
 
 def test_unknown_runs_and_forms(place):
-    with pytest.raises(UserError, match=r"nowhere\.json: no such result"):
+    with refused("nowhere.json"):
         shown(place, "raw", "nowhere")
-    with pytest.raises(UserError, match="--format 'html': choose table, markdown, json"):
+    with refused("--format html"):
         shown(place, "raw", form="html")

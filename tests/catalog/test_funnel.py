@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from capfilt.catalog.funnel import FUNNEL_SCHEMA, PARTS_SCHEMA, accounts, funnel_table, parts_table
-from capfilt.errors import UserError
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 
 
 def score(workspace: Workspace, name: str, counts: list[Counts]) -> None:
@@ -81,7 +79,7 @@ def test_a_shard_that_disagrees_is_named(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     score(workspace, "f", [Counts(1, 1)] * 2)
     (tmp_path / "scores" / "f" / "00001.parquet").unlink()
-    with pytest.raises(UserError, match=r"00001\.parquet: the manifest stands but the file is gone"):
+    with refused("00001.parquet", "gone"):
         accounts(workspace)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from capfilt.catalog.query import print_query, query
-from capfilt.errors import UserError
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 
 ODD = """
 SELECT 'tab\t"quote", comma' AS text, chr(27) || '[31m' || chr(8238) || chr(13) || chr(10) AS control, '' AS empty,
@@ -90,9 +90,8 @@ def test_a_workspace_is_read_only(workspace: Workspace, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     shard = workspace.part("scores", "filter").path / "00000.parquet"
     before = shard.read_bytes()
-    with pytest.raises(UserError) as error:
+    with refused():
         printed(workspace, sql.replace("{shard}", str(shard)))
-    assert "\n" not in str(error.value)
     assert shard.read_bytes() == before
     assert list(tmp_path.iterdir()) == []
 
@@ -101,13 +100,13 @@ def test_a_workspace_is_read_only(workspace: Workspace, tmp_path: Path, monkeypa
     ("sql", "said"),
     [
         ("SELEC 1", "syntax error"),
-        ("SELECT nope FROM scores", 'Referenced column "nope" not found'),
-        ("SELECT * FROM missing", "the views are images captions texts scores"),
-        ("SELECT CAST(text AS INT) FROM captions", "Could not convert string"),
+        ("SELECT nope FROM scores", "column nope"),
+        ("SELECT * FROM missing", "views images captions texts scores"),
+        ("SELECT CAST(text AS INT) FROM captions", "convert"),
         ("SELECT error('a' || chr(10) || chr(27) || 'b')", r"a \u001bb"),
         ("SELECT 'a", "unterminated"),
         ("SELECT 1; SELECT 2", "2 statements"),
-        ("SELECT * FROM read_csv('/etc/hostname')", "disabled by configuration"),
+        ("SELECT * FROM read_csv('/etc/hostname')", "disabled"),
     ],
 )
 @pytest.mark.parametrize("format", ["table", "json", "csv"])
@@ -115,20 +114,18 @@ def test_errors_are_one_line_and_nothing_is_written(
     workspace: Workspace, sql: str, said: str, format: str
 ) -> None:
     out = io.StringIO()
-    with pytest.raises(UserError) as error:
+    with refused(said) as error:
         print_query(workspace, sql, format, out)
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
     assert "LINE 1" not in str(error.value)
     assert out.getvalue() == ""
 
 
 def test_options_are_checked(workspace: Workspace) -> None:
-    with pytest.raises(UserError, match="--format 'xml': choose table, json, csv"):
+    with refused("--format xml"):
         printed(workspace, "SELECT 1", "xml")
-    with pytest.raises(UserError, match="--rows -1"):
+    with refused("--rows -1"):
         printed(workspace, "SELECT 1", rows=-1)
-    with pytest.raises(UserError, match="no such directory"):
+    with refused("/nonexistent --workspace"):
         printed(Workspace("/nonexistent"), "SELECT 1")
 
 

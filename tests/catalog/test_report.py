@@ -21,11 +21,11 @@ from PIL import Image
 from capfilt.catalog.artefacts import number
 from capfilt.catalog.report import SAMPLES_PER_GROUP, write_report
 from capfilt.catalog.views import open_catalog
-from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import IMAGES, VERDICTS
 from capfilt.tables.manifest import Counts
 from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace
+from tests.refusals import failed, refused
 
 VOID = {"meta", "img"}
 
@@ -302,7 +302,7 @@ def test_rules_can_be_chosen(workspace: Workspace, tmp_path: Path) -> None:
     page = write(workspace, tmp_path / "r.html", rules=["best"])
     assert "Scores and samples: best" in page.text
     assert "Scores and samples: capfilt" not in page.text
-    with pytest.raises(UserError, match="rule 'mine': no verdicts part of that name; there is best, capfilt"):
+    with refused("verdicts", "mine", "best"):
         write_report(workspace, tmp_path / "s.html", rules=["mine"])
     assert not (tmp_path / "s.html").exists()
 
@@ -335,12 +335,12 @@ def test_results_kept_elsewhere(workspace: Workspace, tmp_path: Path) -> None:
 
 
 def test_wrong_workspaces_and_targets(workspace: Workspace, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="absent: no such directory"):
+    with refused(tmp_path / "absent"):
         write_report(Workspace(tmp_path / "absent"), tmp_path / "r.html")
-    with pytest.raises(UserError, match="holds no parts, models or runs"):
+    with refused(tmp_path, "parts"):
         write_report(Workspace(tmp_path), tmp_path / "r.html")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="could not be written"):
+    with failed(tmp_path / "file" / "r.html"):
         write_report(workspace, tmp_path / "file" / "r.html")
 
 
@@ -361,9 +361,8 @@ def test_a_shard_damaged_inside_is_one_line(build_workspace: Workspace, tmp_path
     with (part.path / "00000.parquet").open("r+b") as file:
         file.seek(4)
         file.write(b"\xff" * 300)
-    with pytest.raises(RunError, match="a shard could not be read") as error:
+    with failed("shard --verify"):
         write_report(build_workspace, tmp_path / "r.html")
-    assert "\n" not in str(error.value)
     assert not (tmp_path / "r.html").exists()
 
 

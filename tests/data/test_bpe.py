@@ -9,7 +9,7 @@ import pytest
 
 from capfilt.data.bpe import BpeTokenizer
 from capfilt.data.cleaning import cleaned
-from capfilt.errors import UserError
+from tests.refusals import refused
 
 TEXTS = [
     "A photo of a dog, running on 2 beaches!",
@@ -80,9 +80,9 @@ def test_the_same_texts_in_any_order_give_one_vocabulary_and_it_survives_the_dis
 )
 def test_a_file_that_is_no_tokenizer_is_named(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    with refused("tokenizer.json"):
         BpeTokenizer.load(tmp_path)
-    with pytest.raises(UserError, match="absent"):
+    with refused(tmp_path / "absent"):
         BpeTokenizer.from_merges(tmp_path / "absent")
-    with pytest.raises(UserError, match="too small"):
+    with refused("vocab_size 500"):
         BpeTokenizer.train(TEXTS, 500)

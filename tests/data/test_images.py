@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFile, ImageOps
 
 from capfilt.data.images import FORMATS, BadImage, decode, encode_jpeg, hamming, kind_of, phash, sha256
 from capfilt.tables.contracts import FAILURES
+from tests.refusals import names
 
 # pytest puts aside the filter that importing the module sets.
 pytestmark = [
@@ -114,7 +115,7 @@ def scans(times: int) -> bytes:
 
 def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
     assert decode(scans(20)).size == (60, 40)
-    with pytest.raises(BadImage, match="decode_error: more than 100 scans"):
+    with pytest.raises(BadImage, match=r"decode_error.*scans"):
         decode(scans(100))
 
 
@@ -201,7 +202,7 @@ def test_a_text_that_begins_like_a_picture_is_none(text: str) -> None:
     ],
 )
 def test_a_picture_that_nothing_here_decodes_says_which_kind_it_is(head: bytes, kind: str) -> None:
-    with pytest.raises(BadImage, match=f"{kind} cannot be decoded here; convert it") as caught:
+    with pytest.raises(BadImage, match=kind) as caught:
         decode(head + b"\0" * 40)
     assert caught.value.failure == "decode_error"
 
@@ -222,9 +223,7 @@ try: decode(body.getvalue())
 except BadImage as bad: print(bad)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.stdout == "decode_error: AVIF cannot be decoded here; install Pillow 11.3 or later\n", (
-        ran.stderr
-    )
+    assert names(ran.stdout, "decode_error", "AVIF", "Pillow 11.3"), ran.stderr
 
 
 def test_formats_outside_the_list_are_not_images() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from capfilt.data.images import BadImage
 from capfilt.data.store import ArrayStore, ImageStore
 from capfilt.data.transforms import decode_uint8, training_uint8
-from capfilt.errors import RunError
+from tests.refusals import failed
 
 SIZE = 12
 ITEM = 3 * SIZE * SIZE
@@ -106,16 +106,16 @@ def test_the_spill_file_has_no_name(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"nowhere cannot be written .* set TMPDIR"):
+    with failed("nowhere", "TMPDIR"):
         ImageStore(SIZE, memory_limit=0, spill_dir=tmp_path / "nowhere").add(PHOTOS)
-    with pytest.raises(RunError, match="nowhere cannot be written"):
+    with failed("nowhere", "TMPDIR"):
         ArrayStore(100, (8, 8), np.float16, memory_limit=10, spill_dir=tmp_path / "nowhere")
     if Path("/dev/full").exists():
         store = ImageStore(SIZE, memory_limit=0)
         store.add(PHOTOS[:1])
         with Path("/dev/full").open("wb", buffering=0) as full:
             store._spill, kept = full, store._spill
-            with pytest.raises(RunError, match="is full"):
+            with failed("full", "TMPDIR"):
                 store.add(PHOTOS[1:2])
             store._spill = kept
         assert len(store) == 1

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from capfilt.data.cleaning import clean
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.errors import UserError
+from tests.refusals import refused
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
 SHAPES = ["circle", "square", "triangle", "star"]
@@ -215,7 +215,7 @@ def test_vocab_size_is_a_ceiling(tokenizer: Tokenizer) -> None:
     assert Tokenizer.train(TEXTS, vocab_size=100).vocab_size <= 100
     assert tokenizer.vocab_size <= 600
     assert Tokenizer.train([], vocab_size=100).vocab_size == 7
-    with pytest.raises(UserError, match="vocab_size 10 is too small"):
+    with refused("vocab_size 10"):
         Tokenizer.train(TEXTS, vocab_size=10)
 
 
@@ -278,19 +278,17 @@ def test_hostile_files_are_one_line_errors_that_name_them(tokenizer: Tokenizer, 
     for name, data in hostile_files(json.loads(tokenizer.to_json())).items():
         path = tmp_path / f"{name}.json"
         path.write_bytes(data)
-        with pytest.raises(UserError) as caught:
+        with refused(path.name):
             Tokenizer.load(path)
-        assert path.name in str(caught.value), name
-        assert "\n" not in str(caught.value), name
 
 
 def test_missing_and_wrong_vocabularies(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
+    with refused("tokenizer.json"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(UserError, match=r"nowhere\.txt cannot be read"):
+    with refused(tmp_path / "nowhere.txt"):
         Tokenizer.from_vocab(tmp_path / "nowhere.txt")
     path = tmp_path / "vocab.txt"
     for text in ("", "a\nb\n", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match=re.escape(str(path))):
+        with refused(path):
             Tokenizer.from_vocab(path)

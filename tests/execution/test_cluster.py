@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.loopback import UNAVAILABLE
+from tests.refusals import names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,20 +84,14 @@ def test_a_piece_of_work_whose_node_is_killed_fits_itself_to_those_that_are_left
 
 def test_a_worker_that_waits_for_a_node_that_is_killed_fits_itself_to_those_that_are_left(found):
     run = found["waits"]
-    assert run["said"][0].startswith("rows: waits for 1 worker with 3 processors to begin; free now, in all ")
+    assert names(run["said"][0], "rows", "1 worker", "3 processors")
     assert run["ids"] == ["0-2"]
 
 
 def test_what_no_node_can_hold_is_refused_unless_an_autoscaler_may_add_one(found):
     refused, said = found["scaled"]
-    assert refused == (
-        "--ranks 9: the cluster has no room for 9 workers with a share of a processor and a GPU each; "
-        "nodes (processors, GPUs): (2, 0)"
-    )
-    assert said.startswith(
-        "pretrain: waits for 9 workers with 1 processor and a GPU each to begin; free now, in all "
-    )
-    assert said.endswith("; the cluster's autoscaler may add nodes\n")
+    assert names(refused, "--ranks 9", "(2, 0)")
+    assert names(said, "pretrain", "9 workers", "autoscaler")
 
 
 def test_capfilt_runs_as_a_ray_job(found):
@@ -110,7 +105,4 @@ def test_capfilt_runs_as_a_ray_job(found):
 def test_ranks_that_lost_their_node_end_where_the_others_have_no_room(tmp_path):
     run = of_a_cluster(tmp_path, "ranks")["ranks_killed"]
     assert run["error"] == "RunError"
-    assert run["message"] == (
-        "piece: the nodes that are left have no room for 2 workers with 2 processors each; nodes (processors, GPUs): (2, 0); "
-        "run again with fewer --ranks to go on from the last state"
-    )
+    assert names(run["message"], "piece", "2 workers", "(2, 0)", "--ranks")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from capfilt.errors import UserError
 from capfilt.execution.run import executor
+from tests.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,7 +117,7 @@ def test_everything_listens_on_the_loopback_only(run):
 
 
 def test_who_has_not_the_token_is_refused(run):
-    assert "the cluster does not let this run in" in run.stranger.stdout, run.stranger.stderr
+    assert "RAY_AUTH_TOKEN" in run.stranger.stdout, run.stranger.stderr
     assert len(run.tokens) == 1
     assert not run.shown  # command lines are for everyone to read
 
@@ -134,9 +133,6 @@ def test_an_address_where_nothing_listens_is_said_at_once(address, monkeypatch):
     """Ray itself tries for minutes."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     start = time.monotonic()
-    with (
-        pytest.raises(UserError, match=re.escape(f"RAY_ADDRESS={address}: no Ray cluster answers there")),
-        executor("ray"),
-    ):
+    with refused(f"RAY_ADDRESS={address}"), executor("ray"):
         pass
     assert time.monotonic() - start < 15

@@ -117,7 +117,7 @@ def test_without_a_terminal_nothing_is_removed(standing, place, call, monkeypatc
         (("evaluate", "--images", "web", "--model", "filter", "--out", "./note.json"), "not readable"),
         (("finetune", "filter", "--human", "train", "--init", "filter", "--out", "filter"), "models/filter"),
         ((*TRAIN, "--out", "./notes"), "notes"),
-        (("duplicates", "--images", "web", "--out", "./scores/notes"), "is not empty and not a part"),
+        (("duplicates", "--images", "web", "--out", "./scores/notes"), "scores/notes"),
         (("score", "--images", "web", "--filter", "filter", "--out", "linked"), "is a link"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capfilt.errors import UserError
 from capfilt.formats.places import Place
 from capfilt.formats.records import FILE, URL, EmptyFile, open_records
+from tests.refusals import refused
 
 ROWS = [{"url": f"http://a/{n}", "caption": f"日本 🙂 {n}, ü", "n": n} for n in range(300)]
 
@@ -163,7 +163,7 @@ def test_a_json_file_may_have_an_object_per_line(tmp_path):
         (5, {}),
         (6, {"a": 3}),
     ]
-    assert "is not JSON" in found[2].fault
+    assert "JSON" in found[2].fault
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,7 @@ def test_bytes_that_are_not_utf8_are_told(tmp_path):
     }.items():
         path = tmp_path / name
         path.write_bytes(text.encode("latin-1"))
-        with pytest.warns(
-            RuntimeWarning, match=r"2 records have bytes that are not UTF-8, .* iconv"
-        ) as caught:
+        with pytest.warns(RuntimeWarning, match="2 records .*iconv") as caught:
             found = list(open_records(Place(str(path))))
         assert str(path) in str(caught[0].message)
         assert [record.fields["caption"] for record in found] == ["caf\ufffd", "x", "\ufffd"]
@@ -214,32 +212,30 @@ def test_bytes_that_are_not_utf8_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.csv", b"PK\x03\x04" + b"\0" * 100, "is zip, which is not read"),
-        ("x.csv", b"\x89PNG\r\n" + b"\0" * 100, "is no text"),
-        ("x.txt", "http://a".encode("utf-16-le"), "byte order mark"),
-        ("x.jsonl", b"<html>\n<p>", "is not JSON"),
-        ("x.json", b'"text"', "does not begin with"),
-        ("x.json", b'{\n "images": []\n}', "is not JSON"),
-        ("x.json", b'[{"a": 1}', "neither , nor"),
-        ("x.csv.gz", gzip.compress(b"a,b\n" + b"c,d\n" * 99_999)[:-9], "cannot be read to its end"),
-        ("x.csv.gz", gzip.compress(b"a,b\nc,d\n")[:-9], "cannot be read to its end"),
-        ("x.json.gz", gzip.compress(b"[{}, {}]")[:-9], "cannot be read to its end"),
-        ("x.txt", "\ufeffa\n".encode("utf-16-le")[:-1], "cannot be read to its end"),
-        ("x.txt.zst", zstd(bytes(range(65, 91)) * 999)[:-3], "cannot be read to its end"),
-        ("x.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 9)[:-3], "cannot be read to its end"),
-        ("x.csv.xz", lzma.compress(b"a,b\n"), "is xz, which is not read"),
-        ("x.parquet", b"PAR1 no", "not a whole Parquet file"),
-        ("x.parquet.gz", gzip.compress(b"PAR1 no"), "not a whole Parquet file"),
-        ("x.list", b"http://a\n", "does not tell the format"),
+        ("x.csv", b"PK\x03\x04" + b"\0" * 100, "zip"),
+        ("x.csv", b"\x89PNG\r\n" + b"\0" * 100, "text"),
+        ("x.txt", "http://a".encode("utf-16-le"), "byte order"),
+        ("x.jsonl", b"<html>\n<p>", "JSON"),
+        ("x.json", b'"text"', "begin"),
+        ("x.json", b'{\n "images": []\n}', "JSON"),
+        ("x.json", b'[{"a": 1}', "neither ,"),
+        ("x.csv.gz", gzip.compress(b"a,b\n" + b"c,d\n" * 99_999)[:-9], "end"),
+        ("x.csv.gz", gzip.compress(b"a,b\nc,d\n")[:-9], "end"),
+        ("x.json.gz", gzip.compress(b"[{}, {}]")[:-9], "end"),
+        ("x.txt", "\ufeffa\n".encode("utf-16-le")[:-1], "end"),
+        ("x.txt.zst", zstd(bytes(range(65, 91)) * 999)[:-3], "end"),
+        ("x.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 9)[:-3], "end"),
+        ("x.csv.xz", lzma.compress(b"a,b\n"), "xz"),
+        ("x.parquet", b"PAR1 no", "Parquet"),
+        ("x.parquet.gz", gzip.compress(b"PAR1 no"), "Parquet"),
+        ("x.list", b"http://a\n", "format"),
     ],
 )
 def test_a_file_that_is_no_list_is_named(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError, match=words) as caught:
+    with refused(path, words):
         list(open_records(Place(str(path))))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.txt", "x.jsonl", "x.json", "x.csv.gz", "x.json.zst"])
@@ -247,7 +243,7 @@ def test_an_empty_file_is_told_from_a_broken_one(tmp_path, name):
     (tmp_path / name).write_bytes(
         COMPRESSORS[(tmp_path / name).suffix if name.count(".") > 1 else ""](b" \n" * ("sv" not in name))
     )
-    with pytest.raises(EmptyFile, match="is empty"):
+    with refused(tmp_path / name, error=EmptyFile):
         open_records(Place(str(tmp_path / name)))
 
 
@@ -281,7 +277,7 @@ def test_a_file_that_is_endless_is_one_line_of_words(tmp_path):
     nulls = pa.ListArray.from_arrays(pa.array([0, 2 * 10**7], pa.int32()), pa.nulls(2 * 10**7))
     good = b"url,caption\nu1,c1\n"
     files = {
-        **{f"zeros.{kind}.gz": (zeros, "is no text") for kind in ("csv", "tsv", "txt", "jsonl", "json")},
+        **{f"zeros.{kind}.gz": (zeros, "text") for kind in ("csv", "tsv", "txt", "jsonl", "json")},
         **{f"letters.{kind}": (letters, "longer than|does not begin") for kind in ("csv", "txt", "json")},
         "zeros.parquet.gz": (zeros, "decompress it"),
         "ends.txt": (ends, "empty lines"),
@@ -295,11 +291,11 @@ def test_a_file_that_is_endless_is_one_line_of_words(tmp_path):
         "columns.csv": (",".join(map(str, range(1_000_000))).encode(), "has 1000000 columns"),
         "columns.tsv": ("\t".join(map(str, range(1_000_000))).encode(), "has 1000000 columns"),
         "columns.jsonl": (json.dumps(dict.fromkeys(map(str, range(500_000)))).encode(), "has 500000 columns"),
-        "deep.json": (b"[" * 1_000_000, "is not JSON"),
-        "deeper.json": (b'[{"a":' * 1_000_000, "is not JSON"),
+        "deep.json": (b"[" * 1_000_000, "JSON"),
+        "deeper.json": (b'[{"a":' * 1_000_000, "JSON"),
         "deep.jsonl": (b'{"a": 1}\n' + b"[" * 1_000_000 + b'\n{"a": 2}', "3 records, .*is not JSON"),
         "digits.jsonl": (b'{"a": 1}\n{"a": ' + b"1" * 1_000_000 + b"}", "2 records, .*is not JSON"),
-        "value.json": (gzip.compress(b'["') + letters, "is not JSON"),
+        "value.json": (gzip.compress(b'["') + letters, "JSON"),
         "nulls.parquet": (pa.table({"url": ["u"], "caption": nulls}), "has 20,000,000 values in"),
         "bytes.parquet": (pa.table({"url": ["u" * 20_000_000]}), "20.* bytes in 1 rows"),
         "columns.parquet": (pa.table({str(n): [n] for n in range(10_001)}), "has 10001 columns"),
@@ -339,11 +335,11 @@ def test_what_no_text_can_hold_is_told_in_utf16_too(tmp_path):
     """Would catch: half a character of UTF-16, which JavaScript writes, lost without a word, or all rows lost for it."""
     data = "a,b\n1,x\n2,\ud83d\n3,z\n".encode("utf-16", "surrogatepass")
     (tmp_path / "x.csv").write_bytes(data)
-    with pytest.warns(RuntimeWarning, match="1 records have bytes that are not UTF-8"):
+    with pytest.warns(RuntimeWarning, match="1 records .*UTF-8"):
         found = list(open_records(Place(str(tmp_path / "x.csv"))))
     assert [record.fields["b"].strip("\ufffd") for record in found] == ["x", "", "z"]
     (tmp_path / "x.csv").write_bytes(data[:-1])
-    with pytest.raises(UserError, match="cannot be read to its end"):
+    with refused(tmp_path / "x.csv", "end"):
         list(open_records(Place(str(tmp_path / "x.csv"))))
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import capfilt
-from capfilt.errors import UserError
 from capfilt.inference.captioner import Caption, Captioner
 from capfilt.models import checkpoint
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,9 @@ def test_a_picture_is_upright_and_on_white(captioner):
 def test_an_unreadable_picture_is_named_by_its_index(captioner, tmp_path):
     good = pictures(1)[0]
     for bad in (b"<html>", b"", as_bytes(good)[:60], tmp_path / "absent.png", 7):
-        with pytest.raises(UserError, match=r"^image 1 ") as caught:
+        with refused("image 1"):
             captioner.caption([good, bad])
-        assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"uint8 \[B, 3, 16, 16\]"):
+    with refused("uint8", "[B, 3, 16, 16]"):
         captioner.caption(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
 
@@ -112,7 +111,7 @@ def test_an_unreadable_picture_is_named_by_its_index(captioner, tmp_path):
     ids=str,
 )  # fmt: skip
 def test_a_wrong_option_is_named(captioner, images, option):
-    with pytest.raises(UserError, match=next(iter(option))):
+    with refused(next(iter(option))):
         captioner.caption(images, **option)
 
 
@@ -121,9 +120,9 @@ def test_loaded_from_disk_it_writes_the_same(pair, captioner, images, tmp_path):
     loaded = capfilt.Captioner.load(tmp_path / "c")
     assert isinstance(loaded, Captioner)
     assert loaded.caption(images) == captioner.caption(images)
-    with pytest.raises(UserError, match="absent"):
+    with refused(tmp_path / "absent"):
         capfilt.Captioner.load(tmp_path / "absent")
-    with pytest.raises(UserError, match="precision"):
+    with refused("precision fp8"):
         capfilt.Captioner.load(tmp_path / "c", precision="fp8")
 
 

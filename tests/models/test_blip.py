@@ -17,6 +17,7 @@ from capfilt.models import build, preset
 from capfilt.models.blip.model import CAPTIONER_PARTS, FILTER_PARTS, PRESETS, Blip, BlipConfig, parameters_of
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
+from tests.refusals import refused
 
 VOCAB = 40
 
@@ -225,7 +226,7 @@ def test_forgotten_images_leave_the_others_as_they_were(model):
 
 def test_too_long_a_caption_is_refused(model):
     pixels, _, _ = batch(1)
-    with pytest.raises(UserError, match="max_new_tokens"):
+    with refused("max_new_tokens"):
         model.new_cache(1, 17, model.prefill_cross(model.encode_image(pixels)))
 
 
@@ -259,7 +260,7 @@ def test_config_goes_through_json_and_refuses_what_it_does_not_know():
         ({"vision": {"trunk": "resnet"}}, "vision.trunk"),
         ({"vision": {"image_size": 50}}, "vision.image_size"),
     ]:
-        with pytest.raises(UserError, match=named):
+        with refused(named):
             BlipConfig.from_dict(wrong)
 
 

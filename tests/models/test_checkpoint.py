@@ -27,7 +27,8 @@ from capfilt.models.common.vision import VisionConfig
 from capfilt.models.export import export
 from capfilt.tables.ids import file_sha256
 from capfilt.training import state
-from tests.limits import refused
+from tests import limits
+from tests.refusals import refused
 from tests.sweeps.disk import durable_steps
 
 CONFIG = BlipConfig(
@@ -122,10 +123,8 @@ def test_a_damaged_file_is_named_in_one_line(saved, name, fault):
         path.write_bytes(data)
     else:
         path.write_bytes(pickle.dumps({"weights": 1}))
-    with pytest.raises(UserError) as caught:
+    with refused(path):
         checkpoint.load(directory)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
@@ -133,9 +132,8 @@ def test_garbage_with_a_fitting_digest_is_still_refused(saved, name):
     directory, _ = saved
     (directory / name).write_bytes(pickle.dumps(print))
     redigest(directory)
-    with pytest.raises(UserError, match=name) as caught:
+    with refused(name):
         checkpoint.load(directory)
-    assert "\n" not in str(caught.value)
 
 
 def test_tensors_that_do_not_fit_are_listed(saved):
@@ -146,14 +144,8 @@ def test_tensors_that_do_not_fit_are_listed(saved):
     weights["vision_proj.bias"] = torch.zeros(3)
     save_file(weights, directory / "model.safetensors")
     redigest(directory)
-    with pytest.raises(UserError) as caught:
+    with refused("missing: itm_head.bias", "unexpected: surplus", "vision_proj.bias [3] [8]"):
         checkpoint.load(directory)
-    for part in (
-        "1 tensors missing: itm_head.bias",
-        "unexpected: surplus",
-        "vision_proj.bias [3] instead of [8]",
-    ):
-        assert part in str(caught.value)
 
 
 def test_config_of_another_kind_is_refused(saved):
@@ -167,17 +159,17 @@ def test_config_of_another_kind_is_refused(saved):
         {"config": {"text": {"vocab_size": "x"}}},
     ):
         (directory / "config.json").write_text(json.dumps({**content, **change}))
-        with pytest.raises(UserError, match=r"config\.json"):
+        with refused("config.json"):
             checkpoint.load(directory)
 
 
 def test_a_tokenizer_of_another_size_is_refused(saved, tokenizer_of):
     directory, model = saved
-    with pytest.raises(UserError, match="41"):
+    with refused(41):
         checkpoint.save(directory, model, tokenizer_of(41))
     tokenizer_of(41).save(directory)
     redigest(directory)
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    with refused("tokenizer.json"):
         checkpoint.load(directory)
 
 
@@ -222,7 +214,7 @@ def test_a_checkpoint_cleans_texts_as_it_was_trained_with(tmp_path, kind, publis
             path.write_text(json.dumps(content))
             assert checkpoint.open_any(here)[0].tokenizer.cleaning == (before if extra else published)
             path.write_text(json.dumps({**content, "cleaning": "by-hand"}))
-            with pytest.raises(UserError, match=r"config\.json: cleaning 'by-hand' is unknown"):
+            with refused("config.json", "cleaning by-hand"):
                 checkpoint.open_any(here)
 
 
@@ -246,24 +238,22 @@ def test_every_byte_of_every_file_counts(saved):
         "model.safetensors", "tokenizer.json", "log.jsonl", "answers.json",
     }  # fmt: skip
 
-    def refused(path, place, flip):
+    def flipped(path, place, flip):
         data = bytearray(path.read_bytes())
         data[place] ^= flip
         path.write_bytes(data)
-        with pytest.raises(UserError) as caught:
+        with refused(path):
             checkpoint.open_any(directory)
         data[place] ^= flip
         path.write_bytes(data)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
 
     for name in ("config.json", "log.jsonl", "answers.json"):
         path = directory / name
         for place, byte in enumerate(path.read_bytes()):
-            refused(path, place, ord(" ") ^ ord("\t") if byte == ord(" ") else 1)
+            flipped(path, place, ord(" ") ^ ord("\t") if byte == ord(" ") else 1)
     for name in ("model.safetensors", "tokenizer.json"):
         for place in (0, 8, 100, -1):
-            refused(directory / name, place, 1)
+            flipped(directory / name, place, 1)
     checkpoint.load(directory)
     # Nobody needs the log to caption: it may go.
     (directory / "log.jsonl").unlink()
@@ -318,11 +308,8 @@ def test_weights_that_are_no_numbers_are_refused_by_name(saved, value, name):
     with torch.no_grad():
         dict(model.named_parameters())[name].view(-1)[-1] = value
     checkpoint.save(directory, model, checkpoint.load(directory)[1])
-    with pytest.raises(
-        UserError, match=f"1 tensors with values that are no finite numbers: {name}"
-    ) as caught:
+    with refused("model.safetensors", "1 tensors", "finite", name):
         checkpoint.load(directory)
-    assert "model.safetensors" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -333,7 +320,7 @@ def test_a_config_has_finite_numbers(saved, value):
     text = re.sub(r'"dropout": [\d.]+', f'"dropout": {value}', path.read_text())
     assert value in text
     path.write_text(text)
-    with pytest.raises(UserError, match=r"dropout is (nan|-?inf)"):
+    with refused("dropout"):
         checkpoint.load(directory)
 
 
@@ -410,17 +397,17 @@ def test_a_checkpoint_that_explodes_is_refused_in_one_line(saved, tmp_path, toke
     """Catches layers without end, vocabularies of millions, nested or packed files: minutes, gigabytes or a traceback."""
     found = [str(each) for each in bombs(tmp_path, saved[0], tokenizer_of)]
     code = "from capfilt.models import checkpoint\ndef read(path): checkpoint.open_any(path)"
-    for path, told in zip(found, refused(code, found), strict=True):
+    for path, told in zip(found, limits.refused(code, found), strict=True):
         assert path in told
 
 
 def test_a_vocabulary_of_millions_is_refused_before_it_is_built(saved, monkeypatch):
     """Catches a tokenizer.json of some megabytes that becomes gigabytes of tables."""
     monkeypatch.setattr(tokenizer, "MAX_VOCABULARY", 39)
-    with pytest.raises(UserError, match=r"tokenizer\.json .*40 tokens are more than 39"):
+    with refused("tokenizer.json", "40 tokens", 39):
         checkpoint.load(saved[0])
     monkeypatch.setattr(bpe, "MAX_VOCABULARY", 3)
-    with pytest.raises(ValueError, match="4 tokens are more than 3"):
+    with pytest.raises(ValueError, match="4 tokens"):
         bpe.BpeTokenizer(["a", "b", bpe.START, bpe.END], [])
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
-from capfilt.errors import UserError
 from capfilt.models.common.masking import IGNORED, Masking
+from tests.refusals import refused
 
 PIECES = ["a", "b", "c", "d", "##e", "##f", "##g", *(f"w{i}" for i in range(200))]
 
@@ -76,5 +76,5 @@ def test_a_seed_repeats_its_draw_and_a_share_must_be_one(tokenizer):
     made = [Masking.of(tokenizer)(ids, mask, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(made[0][0], made[1][0])
     assert torch.equal(made[0][1], made[1][1])
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with refused("masking", 1.5):
         Masking.of(tokenizer, share=1.5)

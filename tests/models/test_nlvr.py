@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 
-from capfilt.errors import UserError
 from capfilt.models import build
 from capfilt.models.blip.model import BlipConfig
 from capfilt.models.blip.tasks import NlvrConfig, nlvr_from_blip, vqa_from_blip
@@ -19,6 +18,7 @@ from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from capfilt.models.common.weights import start_from
 from tests.models.interop.reference import loud
+from tests.refusals import refused
 
 VISION = VisionConfig(16, 8, 24, 1, 2, 48)
 TEXT = TextConfig(30, 16, 4, 2, 40, max_positions=12)
@@ -151,10 +151,10 @@ def test_it_starts_from_a_blip_with_both_sides_alike(half):
 
 
 def test_a_captioner_is_no_start():
-    with pytest.raises(UserError, match="captioner and no filter"):
+    with refused("captioner", "filter"):
         nlvr_from_blip(build(BlipConfig(VISION, TEXT, half="captioner")))
     for half in ("captioner", "filter"):
-        with pytest.raises(UserError, match="and no"):
+        with refused(half, "filter", "captioner"):
             vqa_from_blip(build(BlipConfig(VISION, TEXT, half=half)))
 
 
@@ -178,7 +178,7 @@ def test_answering_starts_from_both_halves_and_unties_them(width):
 def test_a_start_accounts_for_every_tensor(model):
     state = dict(model.state_dict())
     state.pop("cls_head.0.bias")
-    with pytest.raises(ValueError, match=r"1 tensors .* cls_head\.0\.bias"):
+    with pytest.raises(ValueError, match=r"cls_head\.0\.bias"):
         start_from(model, state, new=lambda name: False)
     start_from(model, state, new=lambda name: name == "cls_head.0.bias")
     with pytest.raises(ValueError, match="stray"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from capfilt.errors import UserError
 from capfilt.models import build
 from capfilt.models.common.layers import PreNormBlock
 from capfilt.models.vilt.model import Vilt, ViltConfig, ViltTextConfig, ViltVisionConfig
+from tests.refusals import refused
 
 CONFIG = ViltConfig(ViltVisionConfig(24, 8), ViltTextConfig(42, 12), 32, 2, 4, 64, dropout=0.0)
 SIZES = ((3, 4), (2, 5), (3, 3))  # patches down and across
@@ -122,7 +122,7 @@ def test_black_and_grey_pixels_are_no_padding_and_bytes_are_normalised_by_halves
     )
     grey = model.encode_image(torch.zeros(1, 3, 24, 24))
     assert grey.mask is None
-    with pytest.raises(UserError, match=r"\[24, 30\].*8"):
+    with refused("[24, 30]", 8):
         model.encode_image(torch.zeros(1, 3, 24, 30))
 
 
@@ -177,18 +177,18 @@ def test_recomputing_changes_no_gradient():
     ("changes", "message"),
     [
         ({"width": 30}, "width 30"),
-        ({"has": "itm"}, "both, match, words, none"),
+        ({"has": "itm"}, "has itm"),
         ({"vision": {"image_size": 20, "patch_size": 8}}, "vision.image_size 20"),
         ({"depth": "2"}, "depth"),
     ],
 )
 def test_shapes_that_cannot_be_are_named(changes, message):
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         ViltConfig.from_dict({**CONFIG.to_dict(), **changes})
 
 
 def test_a_missing_head_is_named():
     words = Vilt(dataclasses.replace(CONFIG, has="words"))
     words.require("words")
-    with pytest.raises(UserError, match="of matches"):
+    with refused("ViLT", "matches"):
         words.require("match")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from capfilt.errors import UserError
 from capfilt.plugins.clip import ClipScorer
+from tests.refusals import names, refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -137,7 +137,7 @@ def test_a_large_jpeg_is_scaled_by_its_decoder_only_where_told(directory, scorer
         < np.abs(quick.prepare(buffer.getvalue()).astype(int) - scorer.prepare(buffer.getvalue())).max()
         < 40
     )
-    with pytest.raises(UserError, match="draft 'no'"):
+    with refused("draft no"):
         ClipScorer(str(directory), draft="no")
 
 
@@ -165,33 +165,32 @@ def test_the_fingerprint_is_of_weights_words_and_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("config.json", {"model_type": "blip"}, "model_type is 'blip', not 'clip'"),
-        ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "not the preprocessing of a CLIP"),
-        ("preprocessor_config.json", {"crop_size": 30}, "size 32, crop_size 30"),
+        ("config.json", {"model_type": "blip"}, "model_type blip clip"),
+        ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "preprocessing"),
+        ("preprocessor_config.json", {"crop_size": 30}, "size 32 crop_size 30"),
         ("preprocessor_config.json", {"resample": 2}, "resample 2"),
-        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is off"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize"),
         ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std"),
-        ("preprocessor_config.json", {"size": 24, "crop_size": 24}, "pictures of 24 pixels, but the model takes 32"),
+        ("preprocessor_config.json", {"size": 24, "crop_size": 24}, "24 pixels 32"),
     ],
 )  # fmt: skip
 def test_a_directory_that_is_no_clip_is_one_line(directory, tmp_path, name, change, message):
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / name).write_text(json.dumps({**json.loads((tmp_path / name).read_text()), **change}))
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         ClipScorer(str(tmp_path)).setup()
-    assert "\n" not in str(caught.value)
 
 
 def test_missing_files_and_options_out_of_range_are_one_line(directory, tmp_path):
-    with pytest.raises(UserError, match=r"config\.json: no such file"):
+    with refused("config.json"):
         ClipScorer(str(tmp_path))
-    with pytest.raises(UserError, match="precision 'fp8'"):
+    with refused("precision fp8"):
         ClipScorer(str(directory), precision="fp8")
     for path in directory.iterdir():
         if path.suffix == ".json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match="not a CLIP that transformers can open"):
+    with refused(tmp_path, "CLIP"):
         ClipScorer(str(tmp_path)).setup()
 
 
@@ -203,5 +202,4 @@ def test_without_transformers_the_error_names_the_extra(directory):
         "try: scorer.setup()\nexcept Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("UserError clip: transformers cannot be imported"), done.stderr
-    assert "capfilt[hf]" in done.stdout
+    assert names(done.stdout, "UserError clip:", "transformers capfilt[hf]"), done.stderr

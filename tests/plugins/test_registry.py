@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from capfilt.errors import RunError, UserError
 from capfilt.plugins.registry import (
     BUILT_IN,
     CAPTIONERS,
@@ -23,6 +22,7 @@ from capfilt.plugins.registry import (
     reference,
 )
 from tests.plugins.packages import install, use
+from tests.refusals import failed, refused
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -103,28 +103,28 @@ def test_entry_points_are_found_with_their_argument_and_options(installed):
 @pytest.mark.parametrize(
     ("given", "options", "group", "message"),
     [
-        ("nobody:x", (), SCORERS, "'nobody'.*installed: absent, broken, clip, columns, half"),
-        ("nobody:x", (), CAPTIONERS, "no captioner plug-in is called 'nobody'; installed: whole "),
-        ("needs:x", (), SCORERS, "'needs' .needs:load.: cannot be imported: ModuleNotFoundError: .*not_there"),
-        ("absent:x", (), SCORERS, "'absent' .whole:Missing.: cannot be imported: AttributeError"),
-        ("number:x", (), SCORERS, "'number' .*is 3, which cannot be called"),
-        ("whole:explodes", (), SCORERS, "'whole': 'explodes' cannot be opened: ValueError: no such model$"),
-        ("whole:x", ("colour=red",), SCORERS, "'whole': .*unexpected keyword argument 'colour'"),
-        ("whole:x", ("size",), SCORERS, "--filter-option size: write KEY=VALUE"),
-        ("whole:x", ("a b=1",), SCORERS, "write KEY=VALUE"),
-        ("filter", ("size=1",), SCORERS, "filter is a checkpoint"),
-        ("half:x", (), SCORERS, "'half': Half has no setup, score, columns"),
-        ("nameless:x", (), SCORERS, "'nameless': its fingerprint is ''"),
-        ("broken:x", (), SCORERS, "'broken': fingerprint of 'x': OSError: the disk is gone"),
-        ("columns:drop table", (), SCORERS, "'drop table' is no plain SQL name"),
-        ("columns:Grade", (), SCORERS, "'Grade' is no plain SQL name"),
-        ('columns:a"; DROP', (), SCORERS, "is no plain SQL name"),
-        ("columns:text_id", (), SCORERS, "'text_id' is another column's name"),
-        ("columns:keep", (), SCORERS, "'keep' is another column's name"),
-        ("columns:scorer", (), SCORERS, "'scorer' is another column's name"),
-        ("columns:", (), SCORERS, "'grade' has no meaning"),
-        ("columns:none", (), SCORERS, "its columns are {}"),
-        ("columns:list", (), SCORERS, "its columns are .'a'.,"),
+        ("nobody:x", (), SCORERS, "nobody absent, broken, clip, columns, half"),
+        ("nobody:x", (), CAPTIONERS, "captioner nobody whole"),
+        ("needs:x", (), SCORERS, "needs needs:load ModuleNotFoundError:"),
+        ("absent:x", (), SCORERS, "absent whole:Missing AttributeError"),
+        ("number:x", (), SCORERS, "number 3"),
+        ("whole:explodes", (), SCORERS, "whole explodes ValueError: model"),
+        ("whole:x", ("colour=red",), SCORERS, "whole colour"),
+        ("whole:x", ("size",), SCORERS, "--filter-option size KEY=VALUE"),
+        ("whole:x", ("a b=1",), SCORERS, "--filter-option KEY=VALUE"),
+        ("filter", ("size=1",), SCORERS, "filter checkpoint"),
+        ("half:x", (), SCORERS, "half Half setup, score, columns"),
+        ("nameless:x", (), SCORERS, "nameless fingerprint ''"),
+        ("broken:x", (), SCORERS, "broken fingerprint x OSError: disk"),
+        ("columns:drop table", (), SCORERS, "drop table SQL"),
+        ("columns:Grade", (), SCORERS, "Grade SQL"),
+        ('columns:a"; DROP', (), SCORERS, "SQL"),
+        ("columns:text_id", (), SCORERS, "text_id another column"),
+        ("columns:keep", (), SCORERS, "keep another column"),
+        ("columns:scorer", (), SCORERS, "scorer another column"),
+        ("columns:", (), SCORERS, "grade meaning"),
+        ("columns:none", (), SCORERS, "columns {}"),
+        ("columns:list", (), SCORERS, "columns ['a'],"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_plug_in_is_one_line_that_names_it(installed, given, options, group, message):
@@ -132,9 +132,8 @@ def test_what_is_wrong_with_a_plug_in_is_one_line_that_names_it(installed, given
         found = named(given, *options, group=group)
         return found.mark(open_scorer(found) if group == SCORERS else open_captioner(found))
 
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         use_it()
-    assert "\n" not in str(caught.value)
 
 
 def test_a_plug_in_may_fill_the_filter_s_columns(installed):
@@ -143,7 +142,7 @@ def test_a_plug_in_may_fill_the_filter_s_columns(installed):
 
 def test_one_name_from_two_packages_is_refused(installed, tmp_path, monkeypatch):
     use(monkeypatch, install(tmp_path / "other", "rival", "", {SCORERS: {"whole": "rival:load"}}))
-    with pytest.raises(UserError, match="'whole': declared twice, as rival:load and whole:Whole"):
+    with refused("whole", "rival:load", "whole:Whole"):
         open_scorer(named("whole:x"))
     # The same package seen twice on the path is one.
     install(tmp_path / "other", "rival", WHOLE, {SCORERS: {"whole": "whole:Whole"}})
@@ -159,33 +158,33 @@ def test_the_metadata_declares_what_a_checkout_has():
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([("a", 0.0)], "returned 1 captions where 2 were asked for"),
-        ([("a", 0.0)] * 3, "returned 3 captions where 2"),
-        (["a", "b"], "returned 'a' where .text, log-probability"),
-        ([("a", 0.0), (None, 0.0)], "returned .None, 0.0. where"),
-        ([("a", 0.0), ("b", "c")], "returned .'b', 'c'. where"),
-        ("ab", "returned 'ab' where a list"),
-        (None, "returned None where a list"),
+        ([("a", 0.0)], "1 captions 2"),
+        ([("a", 0.0)] * 3, "3 captions 2"),
+        (["a", "b"], "'a' log-probability"),
+        ([("a", 0.0), (None, 0.0)], "(None, 0.0)"),
+        ([("a", 0.0), ("b", "c")], "('b', 'c')"),
+        ("ab", "'ab' list"),
+        (None, "None list"),
     ],
 )
 def test_captions_that_are_not_what_was_asked_for(made, message):
-    with pytest.raises(RunError, match=f"plug-in 'my-vlm': {message}"):
+    with failed("my-vlm", message):
         checked_captions(named("my-vlm:x", group=CAPTIONERS), made, 2)
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([[0.5]], "shape .1, 1.; 2 texts by 1 columns .clip_score. were asked for"),
-        ([0.5, 0.5], "shape .2.; 2 texts"),
-        (np.zeros((2, 2)), "shape .2, 2.;"),
-        ([["a"], ["b"]], "returned .* where rows of numbers belong"),
-        ([[0.5], [0.5, 0.5]], "rows of numbers belong"),
-        (None, "shape ..;"),
+        ([[0.5]], "[1, 1]; 2 texts 1 columns"),
+        ([0.5, 0.5], "[2]; 2 texts"),
+        (np.zeros((2, 2)), "[2, 2];"),
+        ([["a"], ["b"]], "rows numbers"),
+        ([[0.5], [0.5, 0.5]], "rows numbers"),
+        (None, "[];"),
     ],
 )
 def test_scores_that_are_not_what_was_asked_for(made, message):
-    with pytest.raises(RunError, match=f"plug-in 'clip': .*{message}"):
+    with failed("clip", message):
         checked_scores(named("clip:x"), made, 2, ["clip_score"])
 
 
@@ -198,7 +197,7 @@ def test_rows_of_numbers_in_any_form_are_scores(made):
 
 def test_fp8_without_compiled_kernels_is_refused_before_anything_is_loaded():
     """A precision that is asked for its speed, and slower than bf16 without --compile."""
-    with pytest.raises(UserError, match="--compile"):
+    with refused("--compile"):
         reference(SCORERS, "filter", (), "--filter-option", Path, "fp8")
     assert ("compiled", "yes") in reference(
         SCORERS, "filter", (), "--filter-option", Path, "fp8", True

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.errors import RunError
 from capfilt.quickstart.server import PORTS, WebProcess, WebServer, main
 from capfilt.quickstart.web import Shares, build_web, picture_bytes, troubled_bytes
+from tests.refusals import failed
 
 SHARES = Shares(
     dead_link=0.1,
@@ -135,7 +135,7 @@ def test_it_listens_on_the_loopback_only_and_stops_while_a_body_stalls():
         server.stop()
         server.stop()
         assert time.monotonic() - began < 5
-    with pytest.raises(RunError, match="not being served"):
+    with failed("served"):
         _ = server.url
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)), timeout=5)
@@ -177,7 +177,7 @@ def test_a_taken_port_is_named_with_the_way_out(tmp_path, capsys, monkeypatch):
         assert f"port {port}" in line
         assert str(url_file) in line
         assert "\n" not in line
-        with pytest.raises(RunError, match=f"port {port} on 127.0.0.1 is taken"):
+        with failed(f"port {port}", "127.0.0.1"):
             WebServer(PAGES, int(port)).start()
 
 
@@ -193,9 +193,9 @@ def test_a_process_that_cannot_start_says_why(tmp_path):
     url_file = tmp_path / "web.url"
     url_file.write_text("nonsense")
     process = WebProcess(0, 3, url_file=url_file)
-    with pytest.raises(RunError, match=r"web\.url does not hold an address"):
+    with failed(url_file, "address"):
         process.start()
-    with pytest.raises(RunError, match="not being served"):
+    with failed("served"):
         process.requests()
 
 

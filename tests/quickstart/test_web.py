@@ -180,7 +180,7 @@ def test_human_and_web_pictures_are_other_scenes():
 
 @pytest.mark.parametrize("images", [{"dev": 3}, {"train": -1}])
 def test_an_unknown_split_is_refused(images):
-    with pytest.raises(ValueError, match="splits are train, val, test"):
+    with pytest.raises(ValueError, match="train, val, test"):
         build_human(0, images)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import outlook, run_stage
 from capfilt.stages.base import ModelStage
 from capfilt.stages.duplicates import DuplicatesOptions
 from capfilt.stages.duplicates.stage import Duplicates
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.worlds import image_rows, write_images
 
 
@@ -31,7 +31,7 @@ def test_a_part_of_older_code_is_not_continued_by_newer(place):
         run_stage(Duplicates(DuplicatesOptions("web"), place), work, quiet=True)
         assert run_stage(Duplicates(DuplicatesOptions("web"), place), work, quiet=True).done_now == 0
         for act in (outlook, lambda stage: run_stage(stage, work, quiet=True), Raised.begin):
-            with pytest.raises(UserError, match="version"):
+            with refused("version"):
                 act(Raised(DuplicatesOptions("web"), place))
 
 

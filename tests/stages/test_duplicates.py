@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from capfilt.catalog.query import query
 from capfilt.data.images import hamming
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.duplicates import DuplicatesOptions
@@ -25,6 +24,7 @@ from capfilt.tables.contracts import SCORES
 from capfilt.tables.ids import text_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.worlds import failed_row, image_rows, write_images
 
 SCHEMA = pa.schema(
@@ -163,7 +163,7 @@ def test_the_stage_marks_copies_over_all_shards_and_select_drops_them(place):
 
 
 def test_a_wrong_distance_is_named(place):
-    with pytest.raises(UserError, match="--distance 11"):
+    with refused("--distance 11"):
         Duplicates(DuplicatesOptions("web", distance=11), place)
 
 

@@ -22,13 +22,13 @@ from PIL import Image
 from capfilt.catalog.query import print_query
 from capfilt.catalog.views import open_catalog
 from capfilt.data.images import decode, phash
-from capfilt.errors import UserError
 from capfilt.stages.ingest import IngestOptions
 from capfilt.stages.ingest.stage import Ingest
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 
 
 def picture(width=40, height=30, seed=0):
@@ -168,7 +168,7 @@ def test_changed_bytes_change_the_shard_and_changed_names_the_part(tmp_path, fol
     assert make(tmp_path, folder).shard_fingerprint("mark", 0) != before
     stage.begin()
     (folder / "new.jpg").write_bytes(GOOD)
-    with pytest.raises(UserError, match="another identity"):
+    with refused("identity"):
         make(tmp_path, folder).begin()
 
 
@@ -223,9 +223,9 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"source_path": "nowhere"}, "nowhere: "),
-        ({"source_path": ""}, "SOURCE_PATH must be given"),
-        ({"dataset": ""}, "--dataset '' is no name"),
+        ({"source_path": "nowhere"}, "nowhere"),
+        ({"source_path": ""}, "SOURCE_PATH"),
+        ({"dataset": ""}, "--dataset ''"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
         ({"format": "zip"}, "--format 'zip'"),
         ({"source": "synthetic"}, "--source 'synthetic'"),
@@ -234,15 +234,13 @@ def test_what_download_failed_at_elsewhere_stays_told(tmp_path):
         ({"limit": -1}, "--limit"),
         ({"shard_size": 0}, "--shard-size"),
         ({"images": "nowhere"}, "--images nowhere"),
-        ({"save_additional_columns": ("status",)}, "rename it"),
+        ({"save_additional_columns": ("status",)}, "column status"),
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_written(tmp_path, folder, change, words):
     options = IngestOptions(source_path=str(folder), dataset="set")
-    with pytest.raises(UserError) as caught:
+    with refused(words):
         Ingest(replace(options, **change), Workspace(tmp_path / "ws"))
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert not (tmp_path / "ws").exists()
 
 
@@ -250,7 +248,7 @@ def test_a_broken_annotation_file_writes_nothing(tmp_path):
     path = tmp_path / "captions.json"
     for content in ('{"images": [', '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}'):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"captions\.json"):
+        with refused(path):
             make(tmp_path, path, format="coco").begin()
         assert not (tmp_path / "ws").exists()
 

@@ -12,6 +12,7 @@ import pytest
 from capfilt.catalog.report import write_report
 from capfilt.catalog.views import describe, open_catalog
 from tests.plugins.packages import blocks, install, install_documented, use
+from tests.refusals import names
 
 PROBE = """
 import io, json, os
@@ -190,7 +191,7 @@ def test_another_fingerprint_at_the_same_place_is_refused(workspace, call, probe
     for command, word in ((caption, "captioner"), (score, "filter")):
         code, err = call(*command)
         assert code == 2
-        assert f'{word} was "probe:1", is now "probe:1other weights"' in err
+        assert names(err, word, '"probe:1"', "probe:1other")
     assert rows_of(workspace.part("scores", "probe")) == before
     # The same fingerprint from a checkpoint is not the same captioner.
     assert call("caption", "--images", "web", "--out", "probe")[0] == 2
@@ -220,8 +221,7 @@ def test_an_unknown_plug_in_is_a_wrong_call(workspace, call, documented, argumen
     before = sorted(workspace.path.rglob("*"))
     code, err = call(*arguments, "--images", "web")
     assert code == 2
-    assert "'nobody'; installed: " in err
-    assert "colours" in err
+    assert names(err, "nobody", "colours")
     assert sorted(workspace.path.rglob("*")) == before
 
 
@@ -231,7 +231,7 @@ def test_a_decoder_of_the_plug_in_s_own_loses_the_bad_picture_and_no_other(works
     rows = rows_of(workspace.part("captions", "probe"))
     assert [row["failure"] for row in rows if row["failure"]] == ["truncated"]
     # At a good picture it is the plug-in's error, shown with its traceback.
-    with pytest.raises(IndexError, match="a bug of the plug-in"):
+    with pytest.raises(IndexError, match="bug"):
         call("score", "--images", "web", "--filter", "probe:bug")
 
 
@@ -251,8 +251,7 @@ def test_only_columns_that_the_scorer_fills_can_be_judged_by(workspace, call, pr
     # The filter's columns are there, and null: everything would be dropped without a word.
     code, err = call(*select, "probe")
     assert code == 2
-    assert "--by 'itm_score'" in err
-    assert "first_score, second_score" in err
+    assert names(err, "--by itm_score", "first_score, second_score")
     code, err = call(*select, "filter", "--by", "first_score")
     assert code == 2
     assert "itm_score, itc_score, itm_probability" in err

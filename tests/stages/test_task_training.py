@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from capfilt.data.task_corpus import task_batches
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
@@ -23,6 +22,7 @@ from capfilt.stages.task_options import FinetuneNlvrOptions, FinetuneVqaOptions
 from capfilt.stages.task_training import FinetuneNlvr, FinetuneVqa
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.worlds import COLOURS, image_rows, tiny_checkpoint, tiny_vilt, write_images
 
 NAMES = list(COLOURS)
@@ -151,7 +151,7 @@ def test_a_parts_answers_weigh_what_they_are_told_to(place):
     assert half == pytest.approx(whole / 2, rel=0.1)
     assert quarter == pytest.approx(half / 2, rel=1e-5)
     for wrong in ("more", "other=1", "more=0", "more=x"):
-        with pytest.raises(UserError, match="--answer-weight"):
+        with refused("--answer-weight"):
             finetune(place, "vqa", examples=("more",), answer_weight=(wrong,))
 
 
@@ -172,9 +172,9 @@ def test_it_starts_from_its_checkpoint_and_goes_on_from_its_own(place, kind):
     assert not torch.allclose(weights["a"][name], weights["b"][name], atol=1e-3)
     assert all(torch.allclose(weights["c"][key], weights["a"][key], atol=1e-6) for key in weights["a"])
     other = "nlvr" if kind == "vqa" else "vqa"
-    with pytest.raises(UserError, match="start from a BLIP or "):
+    with refused("--init a", "BLIP"):
         finetune(place, other, out="d", init="a")
-    with pytest.raises(UserError, match="keeps it"):
+    with refused("--image-size 32"):
         finetune(place, kind, out="d", init="a", image_size=32)
 
 
@@ -227,17 +227,17 @@ def test_two_ranks_take_the_steps_of_one(place, kind, shard):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"examples": ()}, "part of examples"),
-        ({"images": ()}, "part of images"),
+        ({"examples": ()}, "examples"),
+        ({"images": ()}, "images"),
         ({"swap": 2.0}, "--swap"),
-        ({"splits": ("dev",)}, "--splits 'dev'"),
+        ({"splits": ("dev",)}, "--splits dev"),
         ({"drop_path": 1.0}, "--drop-path"),
-        ({"examples": ("asked",)}, "no examples of the task nlvr"),
-        ({"examples": ("pairs", "asked")}, "examples/asked: gives no example of the task nlvr"),
+        ({"examples": ("asked",)}, "examples nlvr"),
+        ({"examples": ("pairs", "asked")}, "examples/asked nlvr"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"accumulate": 8}, "--accumulate 8"),
     ],
 )
 def test_wrong_options_are_named(place, options, message):
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         finetune(place, "nlvr", **options)

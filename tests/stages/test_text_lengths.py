@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.inference.adapters import opened
@@ -31,6 +30,7 @@ from capfilt.stages.training_options import (
     Retrain_vilt,
 )
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.stages.test_task_training import ingest
 from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
 
@@ -176,5 +176,5 @@ def test_a_checkpoint_of_before_opens_with_the_published_lengths(tmp_path):
 
 
 def test_fewer_words_than_none_are_refused(place):
-    with pytest.raises(UserError, match="--max-words -1"):
+    with refused("--max-words -1"):
         CASES["pretrain"](max_words=-1)

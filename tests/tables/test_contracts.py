@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from capfilt.errors import UserError
 from capfilt.stages.base import option_values
 from capfilt.stages.caption import CaptionOptions
 from capfilt.stages.score import ScoreOptions
@@ -17,6 +16,7 @@ from capfilt.tables.contracts import CAPTIONS, CONTRACTS, FAILURES, IMAGES, PAIR
 from capfilt.tables.manifest import Counts
 from capfilt.tables.sealed import seal, unseal
 from capfilt.tables.shards import Part
+from tests.refusals import refused
 
 
 def picture(colour="red"):
@@ -48,14 +48,14 @@ def test_absent_nullable_columns_become_nulls_and_order_is_the_contract_s():
 
 
 def test_missing_wrong_and_unknown_columns_are_named():
-    with pytest.raises(UserError, match="'text_id' is missing"):
+    with refused("text_id", "missing"):
         CAPTIONS.conform(pa.table({"text": ["x"]}))
-    with pytest.raises(UserError, match="'captions' is string"):
+    with refused("captions", "string"):
         IMAGES.conform(pa.table({**{k: [v] for k, v in image_row().items()}, "captions": ["x"]}))
     row = {"text_id": "t", "image_id": "i", "sample_index": 0, "captioner": "c", "decoding": "greedy"}
-    with pytest.raises(UserError, match="'extra' is not in the contract"):
+    with refused("extra", "contract"):
         CAPTIONS.conform(pa.table({**{k: [v] for k, v in row.items()}, "extra": [1]}))
-    with pytest.raises(UserError, match="'dataset' has 1 nulls"):
+    with refused("dataset", "nulls"):
         IMAGES.table([image_row(dataset=None)])
 
 
@@ -70,22 +70,22 @@ def test_a_part_s_further_columns_are_of_its_contract_and_of_no_other(tmp_path):
     again = Part(tmp_path / "clip")
     assert again.contract == contract
     assert again.read(0)["clip_score"].to_pylist() == [0.25]
-    with pytest.raises(UserError, match="'other_score' is not in the contract"):
+    with refused("other_score", "contract"):
         again.commit(
             1, pa.table({**{k: [v] for k, v in row.items()}, "other_score": [1.0]}), Counts(1, 1), mark, 0.1
         )
-    with pytest.raises(UserError, match="was written with another identity"):
+    with refused("identity"):
         again.begin(SCORES.extended({"other_score": "a cosine"}), "score", {"a": 1})
     plain = Part(tmp_path / "plain")
     plain.begin(SCORES, "score", {"a": 1})
     assert "columns" not in plain.info
-    with pytest.raises(UserError, match="'clip_score' is not in the contract"):
+    with refused("clip_score", "contract"):
         plain.commit(0, contract.table([row]), Counts(1, 1), mark, 0.1)
 
 
 @pytest.mark.parametrize("name", ["itm_score", "text_id", "Clip", "a b", 'a"b', "1st", "", "x" * 64])
 def test_a_further_column_has_a_plain_name_of_its_own(name):
-    with pytest.raises(UserError, match="cannot be the name of a further column"):
+    with refused(repr(name), "column"):
         SCORES.extended({name: "a meaning"})
 
 
@@ -97,7 +97,7 @@ def test_a_description_with_columns_that_cannot_be_is_refused(tmp_path, columns)
     part.begin(SCORES, "score", {})
     path = part.record / "part.json"
     path.write_bytes(seal({**unseal(path.read_bytes()), "columns": columns}))
-    with pytest.raises(UserError, match=r"part\.json: not readable as a part's record"):
+    with refused("part.json"):
         _ = Part(tmp_path / "part").contract
 
 

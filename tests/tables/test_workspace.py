@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.errors import UserError
 from capfilt.tables.contracts import SIGNALS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 
 
 def test_names_live_in_the_workspace_and_paths_where_they_point(tmp_path, monkeypatch):
@@ -38,7 +38,7 @@ def test_names_that_are_no_names_are_refused(tmp_path, name):
         lambda: place.model(name),
         lambda: place.result(name),
     ):
-        with pytest.raises(UserError, match="is no name: ") as caught:
+        with refused("no name") as caught:
             look_up()
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 200
@@ -49,7 +49,7 @@ def test_a_dataset_is_a_name_and_never_a_path(tmp_path, name):
     """Would catch: `--dataset ../x`, which wrote outside of the workspace."""
     place = Workspace(tmp_path)
     for output in (None, Part(tmp_path / "elsewhere")):
-        with pytest.raises(UserError, match=r"--dataset .* is no name: "):
+        with refused("--dataset", "no name"):
             place.dataset("images", name, output)
 
 
@@ -62,7 +62,7 @@ def test_any_other_name_is_one(tmp_path, name):
 
 @pytest.mark.parametrize("path", ["./a\x1bb", "./a\0b", "/tmp/a\u202eb/c", "./" + "x" * 201, "a\n/b"])
 def test_paths_that_no_file_system_or_nobody_takes_are_refused(tmp_path, path):
-    with pytest.raises(UserError, match="is no path") as caught:
+    with refused("no path") as caught:
         Workspace(tmp_path).part("images", path)
     assert str(caught.value).isprintable()
 
@@ -75,9 +75,9 @@ def test_a_result_is_a_json_file(tmp_path):
 
 
 def test_unknown_tables_and_object_stores_are_refused(tmp_path):
-    with pytest.raises(UserError, match="table 'imags'"):
+    with refused("table imags"):
         Workspace(tmp_path).part("imags", "x")
-    with pytest.raises(UserError, match="s3://"):
+    with refused("s3://"):
         Workspace("s3://bucket/ws")
 
 

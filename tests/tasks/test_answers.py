@@ -14,7 +14,6 @@ import torch
 
 from capfilt.data.example_set import ExampleSet
 from capfilt.data.store import ArrayStore
-from capfilt.errors import UserError
 from capfilt.tasks.answers import (
     answer_list,
     by_annotators,
@@ -24,6 +23,7 @@ from capfilt.tasks.answers import (
     soft_accuracy,
     worth,
 )
+from tests.refusals import refused
 
 
 def questions(
@@ -178,13 +178,13 @@ def test_a_closed_set_is_named_so_and_kinds_are_apart():
 
 
 def test_what_cannot_be_judged_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="1 questions have no answers"):
+    with refused("--tasks vqa", "1 questions"):
         evaluate_vqa(Answering(), questions([[("a", 1)], []]), OPTIONS, silent)
 
     class Truth(Classifying):
         labels = ("false", "true")
 
-    with pytest.raises(UserError, match="no answers; finetune one"):
+    with refused("--tasks vqa", "finetune"):
         evaluate_vqa(Truth(), questions(ONE), OPTIONS, silent)
     assert answer_list("") == []
     lines = tmp_path / "list.txt"
@@ -192,7 +192,7 @@ def test_what_cannot_be_judged_is_one_line(tmp_path):
     assert answer_list(str(lines)) == ["red", "blue"]
     for content in ("[]", "[1]", "[broken"):
         lines.write_text(content)
-        with pytest.raises(UserError, match="--answer-list"):
+        with refused("--answer-list", lines):
             answer_list(str(lines))
-    with pytest.raises(UserError, match="not readable"):
+    with refused("--answer-list", tmp_path / "missing"):
         answer_list(str(tmp_path / "missing"))

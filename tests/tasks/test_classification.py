@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from capfilt.errors import UserError
 from capfilt.tasks import classification
 from capfilt.tasks.classification import (
     TEMPLATES,
@@ -19,6 +18,7 @@ from capfilt.tasks.classification import (
     logistic_regression,
     zero_shot,
 )
+from tests.refusals import refused
 
 
 def clouds(classes=5, each=30, width=12, apart=1.0, seed=0):
@@ -160,14 +160,14 @@ def test_templates_are_clip_s_and_bad_ones_are_refused():
     assert len(TEMPLATES["imagenet"]) == 7
     assert all(template.count("{}") == 1 for each in TEMPLATES.values() for template in each)
     for templates in ((), ("a photo",), ("{} and {}",)):
-        with pytest.raises(UserError, match=r"write \{\} once"):
+        with refused("{}"):
             zero_shot(Speaker(), torch.eye(3)[:2], ["dog", "bear"], templates)
 
 
 def test_classes_that_cannot_be_told_apart_or_learned():
-    with pytest.raises(UserError, match="of 1 class"):
+    with refused("1 class"):
         zero_shot(Speaker(), torch.eye(3)[:2], ["dog", "dog"], ("{}",))
-    with pytest.raises(UserError, match="no examples to learn 'b' from"):
+    with refused("few-shot", "b"):
         few_shot(torch.eye(2), ["a", "b"], torch.eye(2), ["a", "a"])
 
 

@@ -12,10 +12,10 @@ import threading
 
 import pytest
 
-from capfilt.errors import UserError
 from capfilt.tasks import coco_caption
 from capfilt.tasks.captioning import caption_metrics
 from capfilt.tasks.coco_caption import SPICE_MODELS, coco_figures
+from tests.refusals import refused
 
 pytest.importorskip("pycocoevalcap")
 JAVA = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java")
@@ -152,5 +152,5 @@ def test_java_speaks_english_and_only_while_it_scores(monkeypatch, tmp_path):
 def test_without_the_package_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     monkeypatch.setattr(coco_caption.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'capfilt\[eval\]', or use --caption-scorer capfilt"):
+    with refused("--caption-scorer", "capfilt[eval]"):
         coco_figures(CAPTIONS, REFERENCES)

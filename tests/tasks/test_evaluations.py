@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from capfilt.data.corpus import Corpus
-from capfilt.errors import UserError
 from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.tasks import evaluations
 from capfilt.tasks.retrieval import from_scores
+from tests.refusals import refused
 
 OWNERS = [0, 0, 1, 3, 3, 3]
 
@@ -83,7 +83,7 @@ def test_prompts_are_named_or_read(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("a {}.\n\n  the {} \n")
     assert evaluations.prompts(str(path)) == ("a {}.", "the {}")
-    with pytest.raises(UserError, match="none of single, cifar, imagenet, and no file"):
+    with refused("--templates", tmp_path / "none"):
         evaluations.prompts(str(tmp_path / "none"))
 
 

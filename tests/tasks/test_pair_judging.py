@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from capfilt.errors import RunError
 from capfilt.tasks.outcome import units
 from capfilt.tasks.pair_judging import (
     best_threshold,
@@ -21,6 +20,7 @@ from capfilt.tasks.pair_judging import (
     judge_ratings,
     score_pairs,
 )
+from tests.refusals import failed
 
 
 class Both:
@@ -58,7 +58,7 @@ def test_every_pair_has_its_own_scores():
         assert scores["itc"][row] == float(values[image]) * float(text)
         assert scores["itm"][row] == -abs(float(values[image]) - float(text))
     assert list(score_pairs(Cosines(), values.split(2), index, texts)) == ["itc"]
-    with pytest.raises(RunError, match="a pair names image 7"):
+    with failed("image 7"):
         score_pairs(Both(), values.split(2), [7], ["1"])
 
 
@@ -66,7 +66,7 @@ def test_every_pair_has_its_own_scores():
 def test_scores_that_are_no_numbers_end_the_evaluation(value):
     """Catches an accuracy over comparisons with NaN, all of which are false."""
     values = torch.tensor([3.0, value])
-    with pytest.raises(RunError, match=r"2 of 3 it[cm] scores are not finite"):
+    with failed("2 of 3", "finite"):
         score_pairs(Both(), values.split(2), [0, 1, 1], ["1", "2", "3"])
 
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from capfilt.errors import UserError
 from capfilt.tasks.reasoning import evaluate_entailment, evaluate_nlvr, statement_of
+from tests.refusals import refused
 from tests.tasks.test_answers import questions, silent
 
 OPTIONS = SimpleNamespace(batch_size=3)
@@ -121,11 +121,11 @@ def test_entailment_by_class_whatever_the_order_of_the_models_classes():
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        (Judge(("yes", "no")), {"labels": ["true"]}, "2 other classes apart"),
-        (Judge(("false", "true")), {"labels": [None]}, "1 examples have no label"),
-        (Judge(("false", "true")), {"labels": ["true"], "pictures": [(0, 1)]}, "without --single"),
+        (Judge(("yes", "no")), {"labels": ["true"]}, "--tasks nlvr: 2 classes"),
+        (Judge(("false", "true")), {"labels": [None]}, "1 examples label"),
+        (Judge(("false", "true")), {"labels": ["true"], "pictures": [(0, 1)]}, "--single"),
     ],
 )
 def test_what_cannot_be_judged_is_one_line(model, data, message):
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         evaluate_nlvr(model, examples("nlvr", ["true"], **data), OPTIONS, silent)

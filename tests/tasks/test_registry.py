@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.errors import UserError
 from capfilt.inference.capabilities import CAPABILITIES, capabilities
 from capfilt.tables.contracts import TASKS as EXAMPLE_TASKS
 from capfilt.tasks.registry import CAPTIONS, TASKS, Task, check, chosen, matrix
+from tests.refusals import refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,13 +84,9 @@ def test_a_model_gets_every_task_it_can_do(model, can, tasks):
 
 def test_a_refusal_is_one_line_that_says_what_can_be_done():
     check(chosen(["retrieval"]), ["matches pairs"], "models/x (ViLT)")
-    with pytest.raises(UserError) as caught:
+    with refused("--tasks captioning", "models/x (ViLT)", "matches embeds", "retrieval, few-shot"):
         check(chosen(["retrieval", "captioning"]), ["matches pairs", "embeds images"], "models/x (ViLT)")
-    line = str(caught.value)
-    assert line.startswith("--tasks captioning: needs a model that generates text; models/x (ViLT) ")
-    assert "matches pairs and embeds images, which is enough for retrieval, few-shot" in line
-    assert "\n" not in line
-    with pytest.raises(UserError, match=r"models/x \(V\) does nothing of the kind$"):
+    with refused("--tasks few-shot", "models/x (V)", "nothing"):
         check(chosen(["few-shot"]), [], "models/x (V)")
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from capfilt.data.loader import Batch
-from capfilt.errors import RunError, UserError
 from capfilt.models import build
 from capfilt.models.blip.model import BlipConfig, BlipPretraining, PretrainingConfig
 from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipTraining, ClipVisionConfig
@@ -31,6 +30,7 @@ from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from capfilt.training import average, schedule, state
 from capfilt.training.loop import MAX_SKIPS, TrainConfig, train
+from tests.refusals import failed, refused
 from tests.training.spoilt import spoil
 
 MICRO = BlipConfig(
@@ -154,7 +154,7 @@ def test_ranks_that_do_not_see_the_same_state_do_not_train_together(tmp_path):
 
     options = {"batches": batches, "examples": 12, "state_path": tmp_path / "state.safetensors"}
     train(pretraining(), config=dataclasses.replace(CONFIG, steps=4), **options)
-    with pytest.raises(RunError, match=r"different steps \(4, 0\)"):
+    with failed("(4, 0)"):
         train(pretraining(), config=dataclasses.replace(CONFIG, steps=4), ranks=Apart(), **options)
 
 
@@ -178,12 +178,12 @@ def test_a_finished_run_does_nothing_when_run_again(tmp_path):
 def test_a_state_of_another_run_is_refused_by_name(tmp_path, change, said):
     path = tmp_path / "state.safetensors"
     train(pretraining(), batches, CONFIG, state_path=path)
-    with pytest.raises(UserError, match=f"state.safetensors.*{said}"):
+    with refused(path, said):
         train(pretraining(), batches, dataclasses.replace(CONFIG, **change), state_path=path)
-    with pytest.raises(UserError, match="fingerprint"):
+    with refused("fingerprint"):
         train(pretraining(), batches, CONFIG, state_path=path, fingerprint="other data")
     other = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=14))
-    with pytest.raises(UserError, match="module"):
+    with refused("module"):
         train(other, batches, CONFIG, state_path=path)
 
 
@@ -298,7 +298,7 @@ def test_a_state_from_before_an_option_existed_is_continued(tmp_path):
     done = []
     train(pretraining(), batches, CONFIG, on_step=lambda step, _: done.append(step), state_path=path)
     assert done == [5, 6, 7, 8, 9]
-    with pytest.raises(UserError, match="accumulate"):
+    with refused("accumulate"):
         train(pretraining(), batches, dataclasses.replace(CONFIG, accumulate=5), state_path=path)
 
 
@@ -800,7 +800,7 @@ def test_a_log_line_of_skipped_steps_alone_has_no_losses(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_model_that_is_gone_ends_the_run():
-    with pytest.raises(RunError, match=rf"^step {MAX_SKIPS}: .*learning_rate"):
+    with failed(f"step {MAX_SKIPS}", "learning_rate"):
         train(Scripted([math.nan]), batches, TrainConfig(steps=100))
     # Not in a row: one finite step starts the count again.
     values = ([math.nan] * (MAX_SKIPS - 1) + [1.0]) * 2
@@ -856,7 +856,7 @@ def test_a_stretch_at_the_prior_survives_a_resume(tmp_path):
 
 
 def test_the_first_step_that_is_not_finite_is_said_with_the_loss_that_was_not():
-    with pytest.warns(RuntimeWarning, match="step 2: loss, itm, grad_norm not finite") as caught:
+    with pytest.warns(RuntimeWarning, match="step 2: .*itm, grad_norm") as caught:
         result = train(Scripted([1.0, math.nan, math.nan, 1.0]), batches, TrainConfig(steps=4))
     assert len(caught) == 1
     assert len(result.warnings) == 1
@@ -898,9 +898,9 @@ def test_batches_start_again_when_they_end_and_none_is_an_error():
     result = train(pretraining(), listed, dataclasses.replace(CONFIG, steps=5))
     expected = torch.bincount(torch.cat([listed[step % 2].example for step in range(5)])).tolist()
     assert result.exposures.tolist() == expected
-    with pytest.raises(RunError, match="2 of 9"):
+    with failed("2 of 9"):
         train(pretraining(), (each for each in listed), CONFIG)
-    with pytest.raises(RunError, match="0 of 9"):
+    with failed("0 of 9"):
         train(pretraining(), [], CONFIG)
 
 
@@ -913,7 +913,7 @@ def test_wrong_options_are_named():
         ({"steps": 1, "keep_states": 0}, "keep_states"),
         ({"steps": 1, "ema": 1.0}, "ema"),
     ):
-        with pytest.raises(UserError, match=said):
+        with refused(said):
             TrainConfig(**options)
 
 
@@ -934,5 +934,5 @@ def test_every_rate_and_decay_is_a_number(value):
     floats = [each.name for each in dataclasses.fields(TrainConfig) if isinstance(each.default, float)]
     assert len(floats) >= 9
     for name in floats:
-        with pytest.raises(UserError, match=name):
+        with refused(name):
             TrainConfig(steps=1, **{name: value})

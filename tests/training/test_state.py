@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from capfilt.errors import RunError, UserError
+from capfilt.errors import RunError
 from capfilt.training import optim, state
+from tests.refusals import refused
 from tests.sweeps.disk import durable_steps
 
 
@@ -60,18 +61,18 @@ def test_round_trip_continues_as_if_nothing_happened(tmp_path):
 def test_other_models_and_other_files_are_refused_by_name(tmp_path):
     module, optimizer = made()
     tensors = state.capture(module, optimizer)
-    with pytest.raises(UserError, match="another model"):
+    with refused("another model"):
         state.restore_module(made(width=4)[0], tensors)
-    with pytest.raises(UserError, match=r"module\.first\.bias"):
+    with refused("module.first.bias"):
         state.restore_module(module, {k: v for k, v in tensors.items() if k != "module.first.bias"})
     path = tmp_path / "state.safetensors"
     path.write_bytes(b"\x80\x04not a state")
-    with pytest.raises(UserError, match=r"state\.safetensors"):
+    with refused(path):
         state.read(path)
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="no training state"):
+    with refused(path, "no training state"):
         state.read(path)
 
 
@@ -88,13 +89,11 @@ def test_every_byte_of_a_state_counts(tmp_path):
         # White space becomes other white space, which JSON would not mind.
         flip = ord(" ") ^ ord("\t") if whole[place] == ord(" ") else 1 << place % 8
         path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
-        with pytest.raises(UserError, match="start over") as caught:
+        with refused(path):
             state.read(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
     for cut in (whole[:-1], whole + b"\0", b"", whole[:8]):
         path.write_bytes(cut)
-        with pytest.raises(UserError, match="start over"):
+        with refused(path):
             state.read(path)
     path.write_bytes(whole)
     assert state.read(path)[1] == {"step": 1, "a": " "}

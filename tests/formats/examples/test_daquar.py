@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
-from capfilt.errors import UserError
 from capfilt.formats.examples.daquar import in_parts
 from capfilt.formats.examples.row import example_rows
 from tests.formats.examples.written import read
+from tests.refusals import refused
 
 
 def test_daquar(tmp_path):
@@ -44,9 +42,9 @@ red
     }  # fmt: skip
     rows = read(tmp_path, "".join(f"{line}\nbox\n" for line in slips), "qa.894.raw.test.txt")[1]
     assert [(row.text, row.images) for row in rows] == list(slips.values())
-    with pytest.raises(UserError, match="names no picture"):
+    with refused("shifted.txt", "image3"):
         read(tmp_path, "desk\nwhat is it in the image3 ?\n", "shifted.txt")
-    with pytest.raises(UserError, match="3 lines"):
+    with refused("odd.txt", "3 lines"):
         read(tmp_path, text[: text.index("how")] + "what is it in the image4 ?\n", "odd.txt")
-    with pytest.raises(UserError, match="holds its own answers"):
+    with refused("--annotations", "answers"):
         example_rows(tmp_path / "qa.894.raw.train.txt", tmp_path / "odd.txt")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from capfilt.errors import UserError
 from tests.formats.examples.written import read
+from tests.refusals import refused
 
 
 def test_easy_vqa(tmp_path):
@@ -18,5 +16,5 @@ def test_easy_vqa(tmp_path):
         ("is there a red shape?", (("no", 1),), (3,)),
     ]
     assert len({row.key for row in rows}) == 2
-    with pytest.raises(UserError, match="entry 1 is not"):
+    with refused("entry 1"):
         read(tmp_path, [["what?", "circle", 3], ["what?", "circle"]])

@@ -21,6 +21,7 @@ from capfilt.models.blip.layouts import ORIGINAL, TRANSFORMERS
 from capfilt.models.blip.tasks import BlipNlvr
 from capfilt.models.common.vision import resize_position_embedding
 from tests.models.interop.reference import DEC, DEPTH, PATCH, SIDE, pictures, saved, texts, write_vocabulary
+from tests.refusals import refused
 
 pytest.importorskip("transformers")
 
@@ -166,10 +167,10 @@ def test_one_broken_key_of_an_nlvr2_checkpoint_is_named(nlvr2, broken):
     state, path = nlvr2
     wrong = broken.replace("self1", "self2").replace("layer.1", "layer.0").replace("head.2", "head.3")
     state[wrong] = state.pop(broken)
-    with pytest.raises(UserError, match=f"1 tensors missing: {broken}".replace(".", r"\.")):
+    with refused("missing", broken):
         checkpoint.open_any(save(state, path))
     state[broken] = state[wrong]
-    with pytest.raises(UserError, match=f"1 tensors that no BLIP .*: {wrong}".replace("[", r"\[")):
+    with refused("BLIP", wrong):
         checkpoint.open_any(save(state, path))
 
 
@@ -197,43 +198,39 @@ def change(state, name, edit):
         (
             "text_encoder.gate.weight",
             lambda _: torch.zeros(1),
-            r"1 tensors that no BLIP .* text_encoder\.gate\.weight",
+            "1 tensors text_encoder.gate.weight",
         ),
-        ("text_encoder.embeddings.position_ids", lambda t: t + 1, "position_ids does not count"),
+        ("text_encoder.embeddings.position_ids", lambda t: t + 1, "position_ids"),
         (
             "visual_encoder.norm.weight",
             lambda t: t[:-1],
-            r"visual_encoder\.norm\.weight \[23\] instead of \[24\]",
+            "visual_encoder.norm.weight [23] [24]",
         ),
-        ("visual_encoder.pos_embed", lambda t: t[:, :-1], "pos_embed has 8 rows"),
-        ("cls_head.0.weight", lambda _: torch.zeros(16, 16), r"\d+ tensors missing: cls_head\.0\.bias"),
+        ("visual_encoder.pos_embed", lambda t: t[:, :-1], "pos_embed 8 rows"),
+        ("cls_head.0.weight", lambda _: torch.zeros(16, 16), "missing: cls_head.0.bias"),
     ],
 )
 def test_an_unexplained_or_wrong_tensor_is_listed(retrieval, name, edit, message):
     state, path, _ = retrieval
     change(state, name, edit)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(path, message):
         checkpoint.load(save(state, path))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_missing_untied_and_unshared_tensors_are_listed(retrieval, tmp_path):
     state, path, _ = retrieval
     del state["itm_head.bias"], state["text_encoder.encoder.layer.1.crossattention.self.key.weight"]
-    with pytest.raises(
-        UserError, match=r"2 tensors missing: itm_head\.bias, .*crossattention\.self\.key\.weight"
-    ):
+    with refused("2 tensors", "itm_head.bias", "crossattention.self.key.weight"):
         checkpoint.load(save(state, path))
     state, path = original(tmp_path / "c", saved(tmp_path / "captioner", "captioner"))
     change(state, "text_decoder.cls.predictions.decoder.bias", lambda t: t + 1)
-    with pytest.raises(UserError, match=r"decoder\.bias is not .*cls\.predictions\.bias"):
+    with refused("decoder.bias", "cls.predictions.bias"):
         checkpoint.load(save(state, path))
     state, path = original(
         tmp_path / "d", saved(tmp_path / "f", "filter"), saved(tmp_path / "g", "captioner", seed=8)
     )
     state["temp"] = torch.tensor(0.07)
-    with pytest.raises(UserError, match=r"shares differ: text_decoder\.bert\..* and text_encoder\."):
+    with refused("text_decoder.bert.", "text_encoder."):
         checkpoint.load(save(state, path))
 
 
@@ -248,11 +245,10 @@ def test_a_file_that_would_run_code_is_refused(retrieval):
     state, path, _ = retrieval
     for content in ({"model": state, "config": Planted()}, Planted()):
         torch.save(content, path)
-        with pytest.raises(UserError, match="objects besides tensors") as caught:
+        with refused(path, "tensors"):
             checkpoint.load(path)
-        assert str(path) in str(caught.value)
     path.write_bytes(b"no archive")
-    with pytest.raises(UserError, match=r"model_base\.pth"):
+    with refused("model_base.pth"):
         checkpoint.load(path)
 
 
@@ -266,7 +262,7 @@ def test_a_file_that_would_run_code_is_refused(retrieval):
 def test_a_file_of_another_kind_is_refused(retrieval, content, message):
     _, path, _ = retrieval
     torch.save(content, path)
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         checkpoint.load(path)
 
 
@@ -340,15 +336,15 @@ def test_shards_and_their_index_are_one_checkpoint(shards, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda places, name: places.update({name: "../whole/model.safetensors"}), "no name of a"),
-        (lambda places, name: places.update({name: "/etc/model.safetensors"}), "no name of a"),
-        (lambda places, name: places.update({name: "sub/a.safetensors"}), "no name of a"),
-        (lambda places, name: places.update({name: ".."}), "no name of a"),
-        (lambda places, name: places.update({name: "config.json"}), "no name of a"),
-        (lambda places, name: places.update({name: 7}), "no table of files"),
-        (lambda places, name: places.clear(), "no table of files"),
+        (lambda places, name: places.update({name: "../whole/model.safetensors"}), "no name"),
+        (lambda places, name: places.update({name: "/etc/model.safetensors"}), "no name"),
+        (lambda places, name: places.update({name: "sub/a.safetensors"}), "no name"),
+        (lambda places, name: places.update({name: ".."}), "no name"),
+        (lambda places, name: places.update({name: "config.json"}), "no name"),
+        (lambda places, name: places.update({name: 7}), "table files"),
+        (lambda places, name: places.clear(), "table files"),
         (lambda places, name: places.update({name: "gone.safetensors"}), "gone.safetensors"),
-        (lambda places, name: places.update({"other.weight": places[name]}), "no shard has: other.weight"),
+        (lambda places, name: places.update({"other.weight": places[name]}), "shard other.weight"),
     ],
 )
 def test_an_index_names_whole_files_beside_it_and_nothing_else(shards, edit, message):
@@ -357,15 +353,14 @@ def test_an_index_names_whole_files_beside_it_and_nothing_else(shards, edit, mes
     content = json.loads(path.read_text())
     edit(content["weight_map"], min(content["weight_map"]))
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(shards, message):
         checkpoint.load(shards)
-    assert str(shards) in str(caught.value)
 
 
 def test_a_tensor_that_two_shards_have_is_refused(shards):
     first, second, *_ = sorted(shards.glob("*.safetensors"))
     save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(UserError, match="stand in another shard too"):
+    with refused("another shard"):
         checkpoint.load(shards)
 
 
@@ -395,12 +390,11 @@ def test_engines_want_their_own_half(tmp_path, retrieval):
     assert isinstance(Captioner.load(tmp_path / "captioner"), Captioner)
     for place in (save(state, path), directory):
         assert isinstance(Filter.load(place), Filter)
-        with pytest.raises(UserError, match="is a filter and no captioner") as caught:
+        with refused(place, "filter", "captioner"):
             Captioner.load(place)
-        assert str(place) in str(caught.value)
-    with pytest.raises(UserError, match="is a captioner and no filter"):
+    with refused(tmp_path / "captioner", "filter"):
         Filter.load(tmp_path / "captioner")
-    with pytest.raises(UserError, match="answers questions"):
+    with refused(tmp_path / "vqa", "questions"):
         Captioner.load(tmp_path / "vqa")
 
 
@@ -443,7 +437,7 @@ def test_a_config_that_this_blip_is_not_is_named(retrieval):
         with pytest.raises(UserError, match=rf"config\.json: .*({key}|heads)"):
             checkpoint.load(directory)
     (directory / "config.json").write_text(json.dumps({**content, "architectures": ["BlipModel"]}))
-    with pytest.raises(UserError, match="BlipForImageTextRetrieval"):
+    with refused("BlipForImageTextRetrieval"):
         checkpoint.load(directory)
 
 
@@ -474,13 +468,13 @@ def test_the_vocabulary_is_checked_and_transformers_own_is_read(retrieval):
     content = json.loads((directory / "tokenizer.json").read_text())
     content["normalizer"]["lowercase"] = False
     (directory / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="not uncased BERT's"):
+    with refused("tokenizer.json", "normalizer"):
         checkpoint.load(directory)
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt"):
+    with refused("tokenizer.json", "vocab.txt"):
         checkpoint.load(directory)
     (directory / "vocab.txt").write_text("\n".join(before.token(i) for i in range(before.vocab_size - 3)))
-    with pytest.raises(UserError, match=r"29 tokens with .* but the model has 30"):
+    with refused("vocab.txt", "29 tokens", 30):
         checkpoint.load(directory)
 
 
@@ -489,23 +483,23 @@ def test_places_that_are_no_checkpoint(tmp_path, retrieval):
     save(state, path)
     assert layouts.locate(path.parent) == (ORIGINAL, path)
     save(state, path.with_name("other.pth"))
-    with pytest.raises(UserError, match="2 files that may be the checkpoint"):
+    with refused(path.parent, "2 files"):
         checkpoint.load(path.parent)
-    with pytest.raises(UserError, match=r"a file, but none of \.pth, \.pt"):
+    with refused("vocab.txt", ".pth", ".pt"):
         checkpoint.load(path.with_name("vocab.txt"))
-    with pytest.raises(UserError, match=r"some-owner/some-model.*hf download some-owner/some-model"):
+    with refused("hf download some-owner/some-model"):
         checkpoint.load("some-owner/some-model")
 
 
 def test_the_file_says_its_heads_or_asks_for_them(retrieval):
     state, path, _ = retrieval
     (path.parent / "capfilt.json").unlink()
-    with pytest.raises(UserError, match=r"width of 24 does not say the number of heads.*vision\.heads"):
+    with refused("heads", 24, "vision.heads"):
         checkpoint.load(save(state, path))
     (path.parent / "capfilt.json").write_text(
         json.dumps({"settings": {"vision.width": 9, **SETTINGS}, "extra": {}})
     )
-    with pytest.raises(UserError, match=r"vision\.width are decided by the checkpoint itself"):
+    with refused("vision.width"):
         checkpoint.load(path)
     assert DEPTH == 2
 
@@ -533,10 +527,8 @@ def test_settings_of_an_unexpected_kind_are_refused_in_one_line(tmp_path, change
     for name, value in change.items():
         content[name] = {**content[name], **value} if isinstance(value, dict) else value
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError) as caught:
+    with refused(tmp_path / "blip"):
         checkpoint.open_any(tmp_path / "blip")
-    assert str(tmp_path / "blip") in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_archive_whose_list_of_members_is_damaged_is_refused_in_one_line(retrieval):

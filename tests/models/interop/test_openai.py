@@ -18,6 +18,7 @@ from capfilt.models.clip.layouts import OPENAI
 from capfilt.models.clip.model import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from capfilt.models.export import export
 from tests.models.interop.clips import RESNET, VIT, sharpened
+from tests.refusals import refused
 from tests.worlds import tiny_checkpoint
 
 NUMBERS = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -101,7 +102,7 @@ def test_tensors_are_read_as_openai_and_open_clip_save_them(tmp_path, tokenizer,
     else:
         torch.save(state, tmp_path / name)
     if name != "ViT.pt":
-        with pytest.raises(UserError, match=r"do not say its activation; put open_clip_config\.json"):
+        with refused("activation", "open_clip_config.json"):
             checkpoint.open_any(tmp_path / name)
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
     for place in (tmp_path / name, tmp_path):
@@ -168,7 +169,7 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     with zipfile.ZipFile(tmp_path / "ViT-B-32.pt", "w") as archive:
         archive.writestr("model/data.pkl", b"")
         archive.writestr("model/constants.pkl", b"")
-    with pytest.raises(UserError, match=r"TorchScript archive.*torch\.jit\.load"):
+    with refused("TorchScript", "torch.jit.load"):
         checkpoint.open_any(tmp_path / "ViT-B-32.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.bin")
     with pytest.raises(UserError, match="no CLIP in the layout openai: it holds a"):
@@ -179,7 +180,7 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     path = tmp_path / "theirs" / "open_clip_config.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}))
-    with pytest.raises(UserError, match="another mean than CLIP's"):
+    with refused("mean"):
         checkpoint.open_any(tmp_path / "theirs")
     tiny_checkpoint(tmp_path / "blip")
     with pytest.raises(UserError, match="no home in the layout openai"):
@@ -203,9 +204,8 @@ def test_settings_of_an_unexpected_kind_are_refused_in_one_line(tmp_path, tokeni
     export(tmp_path / "ours", "openai", tmp_path / "theirs")
     path = tmp_path / "theirs" / "open_clip_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError) as caught:
+    with refused():
         checkpoint.open_any(tmp_path / "theirs")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("cleaning", [{}, [], 7, "polish"])
@@ -215,5 +215,5 @@ def test_a_cleaning_that_is_none_is_refused_by_name(tmp_path, tokenizer, cleanin
     export(tmp_path / "ours", "openai", tmp_path / "theirs")
     path = tmp_path / "theirs" / "capfilt.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cleaning": cleaning}))
-    with pytest.raises(UserError, match=r"capfilt\.json: cleaning .* is unknown"):
+    with refused("capfilt.json", "cleaning"):
         checkpoint.open_any(tmp_path / "theirs")

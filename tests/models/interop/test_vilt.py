@@ -23,6 +23,7 @@ from capfilt.models.export import export
 from capfilt.models.vilt.model import Vilt
 from capfilt.models.vilt.tasks import ViltClassifier, ViltClassifierConfig
 from tests.models.test_vilt import CONFIG, pictures, texts, widened
+from tests.refusals import refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -143,7 +144,7 @@ def test_it_has_no_home_in_the_original_repositorys_layout_and_no_halves(tmp_pat
     checkpoint.save(tmp_path / "ours", build(CONFIG), Tokenizer([*VOCABULARY, "[DEC]", "[ENC]"]))
     with pytest.raises(UserError, match=r"\(Vilt\) has no home"):
         export(tmp_path / "ours", "original", tmp_path / "out")
-    with pytest.raises(UserError, match=r"matches pictures with texts.*no captioner inside"):
+    with refused("matches", "captioner"):
         export(tmp_path / "ours", "transformers", tmp_path / "out", only="captioner")
     assert not (tmp_path / "out").exists()
 
@@ -190,12 +191,12 @@ def test_their_text_types_become_positions_and_older_names_are_read(tmp_path):
     [
         ({"qkv_bias": False}, {}, "qkv_bias False"),
         ({"layer_norm_eps": 1e-3}, {}, "layer_norm_eps"),
-        ({"modality_type_vocab_size": 3}, {}, "modality_type_vocab_size 3 for 1 pictures"),
-        ({"architectures": ["ViltForTokenClassification"]}, {}, "none of ViltModel"),
-        ({}, {"vilt.extra": torch.zeros(1)}, "no ViLT of this kind has: vilt.extra"),
-        ({}, {"vilt.pooler.dense.bias": None}, "missing: vilt.pooler.dense.bias"),
-        ({}, {"itm_score.fc.weight": torch.zeros(2, 32)}, "not the match row"),
-        ({}, {"vilt.embeddings.text_embeddings.position_ids": torch.ones(1, 12).long()}, "does not count"),
+        ({"modality_type_vocab_size": 3}, {}, "modality_type_vocab_size 3 1"),
+        ({"architectures": ["ViltForTokenClassification"]}, {}, "ViltForTokenClassification ViltModel"),
+        ({}, {"vilt.extra": torch.zeros(1)}, "ViLT vilt.extra"),
+        ({}, {"vilt.pooler.dense.bias": None}, "missing vilt.pooler.dense.bias"),
+        ({}, {"itm_score.fc.weight": torch.zeros(2, 32)}, "match"),
+        ({}, {"vilt.embeddings.text_embeddings.position_ids": torch.ones(1, 12).long()}, "position_ids"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, changes, tensors, message):
@@ -205,5 +206,5 @@ def test_what_does_not_fit_is_named(tmp_path, changes, tensors, message):
     state = {**load_file(directory / "model.safetensors"), **tensors}
     state = {name: each for name, each in state.items() if each is not None}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         checkpoint.open_any(directory)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.errors import UserError
 from capfilt.stages.download.lists import open_list
 from capfilt.stages.download.presets import Layout, layout
+from tests.refusals import refused
 
 
 def read_all(path, extra=(), rows=2, **options):
@@ -31,7 +31,7 @@ def read_all(path, extra=(), rows=2, **options):
 def test_txt_is_a_url_per_line(tmp_path):
     path = tmp_path / "u.txt"
     path.write_bytes(b"\xef\xbb\xbfhttp://a/1,2.jpg\r\n\n  http://a/3.jpg \nhttp://a/\xff.jpg")
-    with pytest.warns(RuntimeWarning, match=r"u.txt: 1 records have bytes that are not UTF-8, .* record 4"):
+    with pytest.warns(RuntimeWarning, match=r"u\.txt.*record 4"):
         urls, captions, _, _ = read_all(path)
     assert urls == ["http://a/1,2.jpg", "http://a/3.jpg", "http://a/\ufffd.jpg"]
     assert captions == [[], [], []]
@@ -47,7 +47,7 @@ def test_a_line_that_cannot_be_read_is_a_row(tmp_path):
     jsonl.write_bytes(b'{"url": "u1", "caption": "a"}\n' + b"[" * 100_000 + b'\n{"url": "u3"}\n')
     urls, _, faults, _ = read_all(jsonl)
     assert urls == ["u1", None, "u3"]
-    assert "is not JSON" in faults[1]
+    assert "JSON" in faults[1]
 
 
 def test_a_row_of_parquet_that_is_no_text_is_a_row(tmp_path):
@@ -100,27 +100,26 @@ def test_jsonl_and_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("u.json", b'{"url": 1}', "no column 'caption'"),
-        ("u.json", b'"url"', "does not begin with"),
-        ("u.json", b"[", "is not JSON"),
-        ("u.json", b"[]", "is empty"),
-        ("u.json", b'[{"url": "u", "caption": "c"}', "is not JSON"),
-        ("u.json", b'[{"url": "u", "caption": "c"}] 3', "more follows its end"),
-        ("u.json", b'[{"url": "u", "caption": "c"} {}]', "neither , nor ]"),
-        ("u.json", b"\xff\xfe[\0", "is not JSON"),
-        ("u.txt", b"\n", "is empty"),
-        ("u.jsonl", b"", "is empty"),
-        ("u.jsonl", b"<html>\n", "is not JSON"),
-        ("u.csv", b"", "is empty"),
-        ("u.parquet", b"PAR1 no", "not a whole Parquet file"),
+        ("u.json", b'{"url": 1}', "column caption"),
+        ("u.json", b'"url"', "begin"),
+        ("u.json", b"[", "JSON"),
+        ("u.json", b"[]", "empty"),
+        ("u.json", b'[{"url": "u", "caption": "c"}', "JSON"),
+        ("u.json", b'[{"url": "u", "caption": "c"}] 3', "more end"),
+        ("u.json", b'[{"url": "u", "caption": "c"} {}]', "neither , ]"),
+        ("u.json", b"\xff\xfe[\0", "JSON"),
+        ("u.txt", b"\n", "empty"),
+        ("u.jsonl", b"", "empty"),
+        ("u.jsonl", b"<html>\n", "JSON"),
+        ("u.csv", b"", "empty"),
+        ("u.parquet", b"PAR1 no", "Parquet"),
         ("u.list", b"http://a\n", "--input-format"),
     ],
 )
 def test_a_broken_list_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words) as caught:
+    with refused(tmp_path / name, words):
         open_list(str(tmp_path / name), "auto", Layout(), (), 10)
-    assert str(tmp_path / name) in str(caught.value)
 
 
 def test_a_quote_left_open_takes_no_other_line_along(tmp_path):
@@ -149,7 +148,7 @@ def test_a_quote_left_open_takes_no_other_line_along(tmp_path):
         offset = path.read_bytes().index(b"http://a/4")
         assert f"at byte {offset} " in faults[4]
     path.write_text('url,"caption\nhttp://a/1,b\n')
-    with pytest.raises(UserError, match="does not close it"):
+    with refused(path, "quote"):
         open_list(str(path), "auto", Layout(), (), 10)
 
 
@@ -231,7 +230,7 @@ def test_presets_are_the_published_layouts(tmp_path):
     assert opened(tmp_path / "named.tsv", "cc12m", caption_col="")[1] == [("http://a", [])]
     # What is given by name wins.
     assert opened(laion, "laion", caption_col="LICENSE")[1] == [("u", ["?"])]
-    with pytest.raises(UserError, match="--preset laion"):
+    with refused("--preset laion"):
         opened(laion, url_col="link")
 
 
@@ -256,7 +255,7 @@ def test_columns_are_found_in_any_case_where_one_is_meant(tmp_path, names, found
     (tmp_path / "u.csv").write_text(", ".join(names) + "\n" + ",".join(row.values()))
     for name in ("u.parquet", "u.jsonl", "u.csv"):
         if found is None:
-            with pytest.raises(UserError, match="has no column"):
+            with refused(name, "column"):
                 opened(tmp_path / name)
         else:
             assert opened(tmp_path / name)[1] == [(f"http://{found[0]}", [f"http://{found[1]}"])]
@@ -324,7 +323,7 @@ def test_a_folder_is_its_lists_one_after_the_other(tmp_path):
     before = listing.digest
     (folder / "b.csv").write_text("url,caption\nx,t\n")
     assert opened(folder)[0].digest != before
-    with pytest.raises(UserError, match="no list in this folder"):
+    with refused(tmp_path, "list"):
         opened(tmp_path)
 
 
@@ -333,15 +332,15 @@ def test_an_empty_list_of_a_folder_is_left_out_and_said_to_be(tmp_path, name):
     """Would catch: a crawl of a thousand lists that one empty shard of it refuses; columns lost for it."""
     (tmp_path / name).write_text("\n")
     (tmp_path / "b.csv").write_text("url,caption,n\nu1,t,1\n")
-    with pytest.warns(RuntimeWarning, match=rf"left out 1 of 2 lists, for they are empty: .*{name}"):
+    with pytest.warns(RuntimeWarning, match=rf"1 of 2 lists.*{name}"):
         listing = open_list(str(tmp_path), "auto", Layout(carried=("n",)), (), 2)
     assert listing.read(0).urls == ["u1"]
     assert listing.extra == ("n",)
     (tmp_path / "b.csv").unlink()
-    with pytest.raises(UserError, match="is empty"):
+    with refused(tmp_path, "empty"):
         open_list(str(tmp_path), "auto", Layout(), (), 2)
     (tmp_path / "b.csv").write_text("")
-    with pytest.raises(UserError, match="none of its 2 lists has URLs"):
+    with refused(tmp_path, "2 lists", "URLs"):
         open_list(str(tmp_path), "auto", Layout(), (), 2)
 
 
@@ -440,7 +439,7 @@ def test_a_list_behind_a_url_is_read_the_same(tmp_path, name):
     local, remote = opened(plain), opened(f"file://{plain}")
     assert remote[1] == local[1]
     assert remote[0].digest == local[0].digest
-    with pytest.raises(UserError, match="no such list"):
+    with refused(f"{plain}.gone", "list"):
         opened(f"file://{plain}.gone")
 
 
@@ -450,5 +449,5 @@ def test_a_parquet_list_with_one_column_twice_is_refused_by_name(tmp_path, twice
     columns = {"url": ["http://a/1.jpg"], "caption": ["a"], "license": ["x"], "other": [1]}
     table = pa.table(columns).append_column(twice, pa.array(columns[twice]))
     pq.write_table(table, tmp_path / "u.parquet")
-    with pytest.raises(UserError, match=rf"u\.parquet: has 1 columns twice, as '{twice}'; rename one"):
+    with refused("u.parquet", "twice", twice):
         open_list(str(tmp_path / "u.parquet"), "auto", Layout(), ("license",), 2)

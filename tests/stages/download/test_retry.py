@@ -13,13 +13,13 @@ import pytest
 
 from capfilt.catalog.query import query
 from capfilt.doctor import workspace as doctor
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import process_and_commit, run_stage, todo
 from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.retry import Retry
 from capfilt.tables.publish import link_new
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.stages.download.web import BODIES, Handler, make, needs_img2dataset, run
 
 pytestmark = needs_img2dataset
@@ -92,7 +92,7 @@ def test_failures_narrow_a_retry(failed, server):
     go(retry(failed, failure=("http_error",)))
     assert server.log == ["/flaky/r"]
     assert go(retry(failed, failure=("timeout",))).done_now == 0
-    with pytest.raises(UserError, match="--failure 'gone'"):
+    with refused("--failure gone"):
         retry(failed, failure=("gone",))
 
 
@@ -101,15 +101,15 @@ def test_a_retry_makes_rows_as_the_part_was_made(failed, server):
     row = failed.output.read(0).to_pylist()[1]
     assert row["failure"] is None
     assert failed.output.manifest(0).changed == {"timeout": 7.0}
-    with pytest.raises(UserError, match="--image-size 100"):
+    with refused("--image-size 100"):
         retry(failed, image_size=64)
     other = make(
         failed.output.path.parents[2], ["http://a.invalid/"], name="other", number_sample_per_shard=3
     )
-    with pytest.raises(UserError, match="another list"):
+    with refused(other.options.url_list, "another list"):
         retry(failed, url_list=str(other.options.url_list))
     assert retry(failed, url_list=failed.options.url_list).expected_rows(0) == 1
-    with pytest.raises(UserError, match="no such part"):
+    with refused("images/nowhere"):
         Retry(DownloadOptions(retry="failed", dataset="nowhere"), Workspace(failed.output.path.parents[1]))
 
 
@@ -154,7 +154,7 @@ def test_what_was_made_from_the_old_generation_does_not_pass_for_made_from_the_n
     place = Workspace(failed.output.path.parents[1])
     go(Duplicates(DuplicatesOptions("web"), place))
     go(retry(failed))
-    with pytest.raises(UserError, match="another identity"):
+    with refused("identity"):
         go(Duplicates(DuplicatesOptions("web"), place))
 
 
@@ -173,7 +173,7 @@ def test_a_retry_needs_the_hashes_it_has_to_compare(tmp_path, server):
 
     place = Workspace(tmp_path / "ws")
     assert [row["failure"] for row in run(Download(options, place))] == ["http_error"]
-    with pytest.raises(UserError, match="name the list"):
+    with refused("--retry", "--verify-hash"):
         Retry(DownloadOptions(retry="failed"), place)
     go(Retry(replace(options, retry="failed"), place))
     assert place.part("images", "web").read(0)["failure"].to_pylist() == ["hash_mismatch"]
@@ -194,7 +194,7 @@ def test_what_is_given_wins_over_what_the_part_was_made_with_also_at_its_default
     assert (given.options.timeout, given.options.retries, given.options.host_rate) == (10.0, 0, 0.0)
     assert given.changed == {"timeout": 10.0, "retries": 0, "host_rate": 0.0, "allow_host": []}
     assert pickle.loads(pickle.dumps(given)).options.timeout == 10.0
-    with pytest.raises(UserError, match="--image-size 100"):
+    with refused("--image-size 100"):
         Retry(DownloadOptions(retry="failed", image_size=256), place)
 
 

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from capfilt.errors import UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.download import DownloadOptions
@@ -30,6 +29,7 @@ from capfilt.stages.duplicates import DuplicatesOptions
 from capfilt.stages.duplicates.stage import Duplicates
 from capfilt.tables.contracts import FAILURES, IMAGES, STATUSES
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.stages.download.web import (
     BODIES,
     Server,
@@ -261,9 +261,9 @@ def test_a_second_run_asks_for_nothing_and_changes_no_byte(tmp_path, server):
     assert len(server.log) == before + 2
     assert files == {path: path.read_bytes() for path in (tmp_path / "ws").rglob("*") if path.is_file()}
     assert [row["url"] for row in rows] == urls
-    with pytest.raises(UserError, match="image_size"):
+    with refused("image_size"):
         make(tmp_path, urls, server, number_sample_per_shard=2, image_size=99).begin()
-    with pytest.raises(UserError, match="url_list"):
+    with refused("url_list"):
         make(tmp_path, [*urls, urls[0]], server, number_sample_per_shard=2).begin()
 
 
@@ -325,14 +325,14 @@ def test_a_stage_travels_to_a_worker(tmp_path, server):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"url_list": "nowhere.csv"}, "nowhere.csv: no such list"),
-        ({"url_list": ""}, "URL_LIST must be given"),
+        ({"url_list": "nowhere.csv"}, "nowhere.csv list"),
+        ({"url_list": ""}, "URL_LIST"),
         ({"dataset": "a/b"}, "--dataset 'a/b'"),
-        ({"url_list": "nosuch://bucket/urls.csv"}, "cannot be read"),
+        ({"url_list": "nosuch://bucket/urls.csv"}, "nosuch://bucket/urls.csv"),
         ({"url_col": "link"}, "--url-col"),
         ({"caption_col": "TEXT"}, "--caption-col ''"),
         ({"save_additional_columns": ("nope",)}, "--save-additional-columns"),
-        ({"save_additional_columns": ("width",)}, "rename it"),
+        ({"save_additional_columns": ("width",)}, "column width"),
         ({"input_format": "xml"}, "--input-format"),
         ({"resize_mode": "stretch"}, "--resize-mode"),
         ({"encode_format": "avif"}, "--encode-format"),
@@ -349,17 +349,15 @@ def test_a_stage_travels_to_a_worker(tmp_path, server):
 def test_a_wrong_option_is_named_and_nothing_is_written(tmp_path, change, words):
     (tmp_path / "urls.csv").write_text("url,caption\nhttp://example.com/x.jpg,a text\n")
     options = DownloadOptions(url_list=str(tmp_path / "urls.csv"))
-    with pytest.raises(UserError) as caught:
+    with refused(words):
         Download(replace(options, **change), Workspace(tmp_path / "ws"))
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert not (tmp_path / "ws").exists()
 
 
 def test_a_missing_engine_is_named(tmp_path, monkeypatch):
     (tmp_path / "urls.txt").write_text("http://example.com/x.jpg\n")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'capfilt\[img2dataset\]'"):
+    with refused("capfilt[img2dataset]"):
         Download(DownloadOptions(url_list=str(tmp_path / "urls.txt")), Workspace(tmp_path / "ws"))
 
 
@@ -372,12 +370,12 @@ def test_a_format_that_the_name_tells_may_be_named(tmp_path):
     for name, then, now in (("a", "auto", "csv"), ("b", "csv", "auto"), ("c", "csv", "csv")):
         first = Download(replace(made, dataset=name, input_format=then), Workspace(tmp_path)).begin()
         assert Download(replace(made, dataset=name, input_format=now), Workspace(tmp_path)).begin() == first
-        with pytest.raises(UserError, match="input_format"):
+        with refused("input_format"):
             Download(replace(made, dataset=name, input_format="txt"), Workspace(tmp_path)).begin()
     # Of a file whose name does not tell, it is what was named.
     other = replace(made, url_list=str(tmp_path / "urls"), dataset="d", input_format="csv")
     Download(other, Workspace(tmp_path)).begin()
-    with pytest.raises(UserError, match="was written with another identity"):
+    with refused("identity"):
         Download(replace(other, input_format="txt"), Workspace(tmp_path)).begin()
 
 

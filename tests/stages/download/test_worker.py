@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.errors import RunError
 from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Worker, shared_worker
+from tests.refusals import failed
 from tests.stages.download.web import (
     make,
     needs_img2dataset,
@@ -173,7 +173,7 @@ def test_a_child_that_never_starts_ends_the_run(puppet, monkeypatch):
         "capfilt.stages.download.worker.command",
         lambda path: [sys.executable, "-S", "-c", "raise SystemExit('broken')"],
     )
-    with pytest.raises(RunError, match=r"does not start \(exit status 1: broken\)"):
+    with failed("exit status 1", "broken"):
         puppet.run([(0, "ok")], PLAIN)
 
 
