@@ -29,7 +29,7 @@ from training import stepper
 from capfilt.data.pair_shards import PairInput
 from capfilt.data.pairs import Pairs
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.data.transforms import MEAN, STD, Augmentation, Views, normalise
+from capfilt.data.transforms import MEAN, STD, Views, normalise
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
 
             def cropping(pairs: Pairs = pairs) -> float:
                 found: Any = 0.0
-                views = Views(Augmentation(scale=(0.2, 1.0), flip=0.5), args.seed)
+                views = Views((0.2, 1.0), flip=0.5, seed=args.seed)
                 for batch in pairs.batches(tokenizer, BATCH, steps=steps, views=views):
                     assert batch.pixels is not None
                     found = normalise(batch.pixels, mean, std)[0, 0, 0, 0].item()

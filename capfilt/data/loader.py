@@ -27,8 +27,6 @@ from capfilt.errors import UserError
 Index = npt.NDArray[np.int64]
 S = TypeVar("S")
 T = TypeVar("T")
-Transform = Callable[[Tensor, Tensor, int], Tensor]
-"""Pixels uint8 [B, 3, S, S], whether each text names a side, bool [B], and the step -> pixels alike, on the CPU."""
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Batch:
         text_index: int64 [B]; equal exactly where the cleaned text is equal.
         example: int64 [B], the number of each text among all there are.
         weight: float32 [B], the examples' weights.
-        sided: bool [B], True where the text names left or right (see `transforms.augment`).
+        sided: bool [B], True where the text names left or right, so that a flip makes it false.
         texts: the texts as found.
         step, epoch: this batch's number from 0, and the epoch its first example belongs to.
         pixels: uint8 [B, 3, S, S], None where there are features.

@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -98,8 +98,6 @@ class Pairs:
 
     `len()` is the number of texts. Raises UserError for a part without such a column, or that gives no pair.
     """
-
-    crops: ClassVar[bool] = True  # a text's own view of its picture, made by whoever decodes
 
     def __init__(
         self,

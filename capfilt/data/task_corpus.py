@@ -1,7 +1,7 @@
 """Rows of examples tables to batches: questions with their answers, texts about one picture or two with their labels, pictures
 with their classes.
 
-Held in memory as `corpus.py` holds pairs, in the same order of batches (`loader.Plan`): a pure function of (corpus,
+Held in memory, in the order of `loader.Plan`: a pure function of (corpus,
 options, seed, step). What cannot be trained on is left out and counted, never raised.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -21,11 +22,11 @@ from torch import Tensor
 from capfilt.data.answers import normalised, soft_targets
 from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import TRAINING_SPLITS, slices
-from capfilt.data.loader import Batch, Plan, TokenTable, Transform, ahead, share
+from capfilt.data.loader import Batch, Plan, TokenTable, ahead, share
 from capfilt.data.pictures import BuildOptions, Pictures
-from capfilt.data.store import Index, Rows
+from capfilt.data.store import Index, Rows, cpu_workers
 from capfilt.data.tokenizer import Encodes
-from capfilt.data.transforms import mentions_sides, swap_left_right
+from capfilt.data.transforms import Views, mentions_sides, swap_left_right
 from capfilt.tables.contracts import LABELS
 
 PICTURES = {"vqa": 1, "nlvr": 2, "entailment": 1, "classification": 1}
@@ -270,7 +271,7 @@ def task_batches(
     max_words: int | None = MAX_WORDS,
     max_answer_tokens: int = 20,
     swap: float = 0.0,
-    transform: Transform | None = None,
+    views: Views | None = None,
     prefetch: int = 1,
     rank: int = 0,
     world: int = 1,
@@ -283,14 +284,14 @@ def task_batches(
         tokenizer: makes the ids, of texts after `clean`, of answers as they are ("10:30" keeps its colon).
         batch_size, seed, epochs, steps: as in `Plan`.
         start_step: the first batch to yield; what comes before is neither decoded nor read.
-        max_text_tokens, max_words: per text, as in `loader.batches` (BLIP's code: 50 words and 35 tokens of
+        max_text_tokens, max_words: per text, as in `Pairs.batches` (BLIP's code: 50 words and 35 tokens of
             questions, whose punctuation it drops where `clean` makes it a space; 40 words of statements).
         max_answer_tokens: per answer, [CLS] and [SEP] included.
         swap: chance that an example with two pictures shows them in the other order, left and right exchanged in its text
             (BLIP, released code for NLVR2: 0.5).
-        transform: as in `loader.batches`; gets pairs as a batch of pictures, the two of an example side by side.
+        views: each picture's own view, of the stored square; all of it where None.
         prefetch: batches assembled ahead, in one thread.
-        rank, world, parts: only this rank's share of every batch, as in `loader.batches`.
+        rank, world, parts: only this rank's share of every batch, as in `loader.share`.
 
     Raises UserError at once, not at the first batch, for what `Plan` refuses.
     """
@@ -313,6 +314,8 @@ def task_batches(
         dtype=np.bool_,
     )
 
+    decoders = ThreadPoolExecutor(cpu_workers(), thread_name_prefix="capfilt-views")
+
     def assemble(step: int) -> TaskBatch:
         rows = plan.rows(step)
         # Drawn per step, not in sequence: a resumed run must see what it would have seen.
@@ -323,9 +326,16 @@ def task_batches(
         spoken_rows = rows + count * turned
         ids, mask = table.read(spoken_rows)
         keep = torch.from_numpy(sided[rows])
-        pixels = torch.from_numpy(corpus.images.read(shown.reshape(-1)))
-        if transform is not None:
-            pixels = transform(pixels, keep.repeat_interleave(shown.shape[1]), step)
+        squares = corpus.images.read(shown.reshape(-1))
+        if views is not None:
+            places = (mine[:, None] * shown.shape[1] + np.arange(shown.shape[1])).reshape(-1)
+            sides = np.repeat(sided[rows], shown.shape[1])
+            seen = decoders.map(
+                lambda square, place, side: views.view(square.transpose(1, 2, 0), square.shape[1], step, place, side),
+                squares, places.tolist(), sides.tolist(),
+            )  # fmt: skip
+            squares = np.stack(list(seen))
+        pixels = torch.from_numpy(squares)
         index = torch.from_numpy(shown)
         if shown.shape[1] > 1:
             pixels = pixels.view(*shown.shape, *pixels.shape[1:])

@@ -46,7 +46,7 @@ class Data(Protocol):
 
     def batches(self, *given: Any, **options: Any) -> Iterator[Batch]:
         """This rank's share of batches, of a tokenizer and a batch size; options: `seed`, `steps`, `start_step`, `rank`,
-        `world`, `parts`, `max_text_tokens`, `max_words`, `views` or `transform`, and those of the source's `feed`.
+        `world`, `parts`, `max_text_tokens`, `max_words`, `views`, and those of the source's `feed`.
         """
 
 

@@ -64,7 +64,7 @@ class FinetuneVqa(Finetune):
 
     name = "finetune-vqa"
     task, form = "vqa", ANSWERS
-    version = 4  # questions are cleaned by the family's rule of questions
+    version = 5  # questions are cleaned by the family's rule of questions; crops are the same on any number of ranks
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -91,7 +91,7 @@ class FinetuneClosedVqa(Finetune):
 
     name = "finetune-vqa"
     task = "vqa"
-    version = 3
+    version = 4
     options: FinetuneVqaOptions
 
     def __init__(self, options: FinetuneVqaOptions, workspace: Workspace, output: Part | None = None) -> None:

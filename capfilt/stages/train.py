@@ -78,7 +78,6 @@ class FinetuneCaptioner(Train):
     """Step 2: language modelling on clean pairs, after a prompt that is given and not learned (BLIP, section 3.3, code)."""
 
     name = "finetune-captioner"
-    version = 3
     least = 2
     shown = SHOWN
     options: FinetuneCaptionerOptions
@@ -137,7 +136,6 @@ class FinetuneTextAssignment(Train):
     """
 
     name = "finetune-text-assignment"
-    version = 3
     least = 3  # a text's own picture and two others
     shown = ("loss", "accuracy")
     options: FinetuneTextAssignmentOptions

@@ -26,10 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from capfilt.data import transforms
-from capfilt.data.loader import Batch
-from capfilt.data.store import cpu_workers
 from capfilt.data.tokenizer import Encodes
+from capfilt.data.transforms import Views
 from capfilt.errors import UserError
 from capfilt.models import Model, build, checkpoint, kind_of
 from capfilt.models.common.ranks import ALONE, Ranks
@@ -64,7 +62,7 @@ class Train(ModelStage):
         start: the model that it starts from.
     """
 
-    version = 2  # epoch-cosine counts a run's own epochs
+    version = 3  # crops are the same on any number of ranks, of pairs the order too, held or streamed
     least: ClassVar[int] = 1
     shown: tuple[str, ...]
     source: Source[Any]
@@ -278,14 +276,15 @@ class Train(ModelStage):
         epoch = len(data) / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
         by_step = o.schedule in BY_STEP
-        # Squares are cropped where the model is; data that decodes whole pictures crops those.
-        whole = getattr(data, "crops", False)
-        changes: dict[str, Any] = {}
-        if whole and o.augment and not o.cache_features:
-            how = (self._augmentation(), o.seed, o.randaugment, o.randaugment_level)
-            changes["views"] = transforms.Views(*how)
-        elif not whole and o.randaugment:
-            changes["transform"] = partial(self._vary, ranks.rank)
+        views = None
+        if o.augment and not getattr(o, "cache_features", False):
+            views = Views(
+                (o.crop_scale, 1.0),
+                flip=0.5 if o.flip else 0.0,
+                operations=o.randaugment,
+                level=o.randaugment_level,
+                seed=o.seed,
+            )
         config = TrainConfig(
             steps=steps,
             batch_size=o.batch_size,
@@ -308,7 +307,6 @@ class Train(ModelStage):
             alpha_ramp_steps=math.ceil(ramp * epoch),
             hardness_ramp_steps=getattr(o, "hardness_ramp_steps", 0),
             precision=o.precision,
-            augment=None if not o.augment or whole or o.randaugment else self._augment,
             log_every=LOG_EVERY,
             save_every=o.save_every,
             keep_states=o.keep_states,
@@ -332,7 +330,7 @@ class Train(ModelStage):
                 rank=ranks.rank,
                 world=ranks.world,
                 parts=accumulate,
-                **changes,
+                views=views,
                 **self.source.feed(),
             ),
             config,
@@ -387,33 +385,6 @@ class Train(ModelStage):
 
     def _shown(self, values: Mapping[str, Any]) -> dict[str, float]:
         return {name: float(values[name]) for name in (*self.shown, "images_per_second") if name in values}
-
-    def _augmentation(self) -> transforms.Augmentation:
-        return transforms.Augmentation(
-            scale=(self.options.crop_scale, 1.0), flip=0.5 if self.options.flip else 0.0
-        )
-
-    # A flip makes "on the left" false: pictures whose text names a side keep theirs.
-
-    def _augment(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        assert batch.pixels is not None
-        # An example may have two pictures: [B, 2, 3, S, S].
-        pictures = batch.pixels.flatten(0, -4)
-        sided = batch.sided.repeat_interleave(len(pictures) // len(batch.sided))
-        views = transforms.augment(pictures, generator, self._augmentation(), keep_sides=sided)[0]
-        return views.view_as(batch.pixels)
-
-    def _vary(self, rank: int, pixels: torch.Tensor, sided: torch.Tensor, step: int) -> torch.Tensor:
-        o = self.options
-        return transforms.training_views(
-            pixels,
-            (o.seed, step, rank) if rank else (o.seed, step),
-            self._augmentation(),
-            operations=o.randaugment,
-            level=o.randaugment_level,
-            keep_sides=sided,
-            workers=cpu_workers(),
-        )
 
 
 _APART = ("by_source", "left_out", "skipped_steps", "seconds")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from capfilt.data.loader import Batch
@@ -23,8 +22,6 @@ from capfilt.training import schedule
 PRECISIONS = ("auto", "fp32", "bf16")
 
 Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
-Augment = Callable[[Batch, torch.Generator], Tensor]
-"""A batch on its device and a CPU generator -> the pixels to train on in place of the batch's, on the same device."""
 OnStep = Callable[[int, Mapping[str, float]], bool | None]
 """Called after every step with the number of steps done and that step's figures (losses, "lr", "grad_norm", ...); True
 asks the run to save and stop, as a signal does."""
@@ -65,7 +62,6 @@ class TrainConfig:
     precision: str = (
         "auto"  # bf16 autocast on GPUs that have it, fp32 elsewhere: on many CPUs bf16 is emulated
     )
-    augment: Augment | None = None
     log_every: int = 50  # steps per log line; its figures are means over those steps
     save_every: int = 0  # steps between saved states; 0: only when interrupted
     keep_states: int = 1  # so many of the newest states are kept
@@ -94,12 +90,12 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the weights, JSON-able: a saved state continues only under an equal identity."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        for name in ("augment", "log_every", "save_every", "keep_states", "stuck_steps", "collapse_steps"):
+        for name in ("log_every", "save_every", "keep_states", "stuck_steps", "collapse_steps"):
             del values[name]
         if self.micro_batch:
             # With other ranks it is another number, and the same run.
             del values["accumulate"]
-        return {**values, "betas": list(self.betas), "augment": self.augment is not None}
+        return {**values, "betas": list(self.betas)}
 
     def rate(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""

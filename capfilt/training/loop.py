@@ -328,15 +328,9 @@ class _Run:
         return {**values, "lr": rate, "alpha": alpha}
 
     def _losses(self, batch: Batch, alpha: float, hardness: float) -> dict[str, Tensor]:
-        on_device = self._prepare(batch)
+        on_device = batch.to(self.device, non_blocking=True)
         with self._autocast():
             return self.together.losses(on_device, alpha, hardness)
-
-    def _prepare(self, batch: Batch) -> Batch:
-        batch = batch.to(self.device, non_blocking=True)
-        if self.config.augment is None or batch.pixels is None:
-            return batch
-        return dataclasses.replace(batch, pixels=self.config.augment(batch, torch.default_generator))
 
     def _autocast(self) -> AbstractContextManager[object]:
         precision = self.config.precision

@@ -27,15 +27,15 @@ from capfilt.data.loader import Batch
 from capfilt.data.pair_shards import PairInput
 from capfilt.data.pairs import Pairs, _Order
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.data.transforms import Augmentation, Views, training_picture, training_uint8
+from capfilt.data.transforms import Views, training_picture, training_uint8
 from capfilt.errors import RunError, UserError
 from capfilt.tables.shards import Part
 from tests.worlds import failed_row, image_rows, jpeg, write_images
 
 SIZE = 16
 SHARDS = (7, 3, 11, 5, 9)
-CROPS = Views(Augmentation(scale=(0.2, 0.5), flip=0.5), 1)
-VARIED = Views(Augmentation(scale=(0.2, 0.5), flip=0.5), 1, operations=2)
+CROPS = Views((0.2, 0.5), flip=0.5, seed=1)
+VARIED = Views((0.2, 0.5), flip=0.5, operations=2, seed=1)
 
 
 @pytest.fixture(scope="module")

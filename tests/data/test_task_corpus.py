@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -16,6 +15,7 @@ from PIL import Image
 
 from capfilt.data.task_corpus import from_examples, task_batches
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
+from capfilt.data.transforms import Views
 from capfilt.tables.contracts import EXAMPLES, IMAGES
 
 WORDS = [
@@ -184,12 +184,8 @@ def test_batches_are_the_same_again_and_from_any_step(task):
     rows = [(example if task == "vqa" else statement)(n) for n in range(1, 12)]
     found = corpus(rows, task)
 
-    def views(pixels, sided, step):
-        assert len(pixels) == len(sided)
-        rng = np.random.default_rng(step)
-        return pixels + torch.from_numpy(rng.integers(0, 9, (len(pixels), 1, 1, 1))).to(torch.uint8)
-
-    options = {"swap": 0.5, "transform": views, "seed": 3}
+    views = Views((0.3, 1.0), flip=0.5, seed=3)
+    options = {"swap": 0.5, "views": views, "seed": 3}
     whole = list(batches(found, **options))
     assert all(same(a, b) for a, b in zip(whole, batches(found, **options), strict=True))
     assert all(same(a, b) for a, b in zip(whole[4:], batches(found, start_step=4, **options), strict=True))

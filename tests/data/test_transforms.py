@@ -4,6 +4,7 @@ or on options that are off, captions made false by a flip, and RandAugment level
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -19,9 +20,8 @@ from capfilt.data.transforms import (
     MEAN,
     OPERATIONS,
     STD,
-    Augmentation,
+    Views,
     apply_operation,
-    augment,
     decode_uint8,
     mentions_sides,
     normalise,
@@ -31,8 +31,6 @@ from capfilt.data.transforms import (
     to_uint8,
     training_uint8,
 )
-
-STILL = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0))
 
 
 def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -104,112 +102,12 @@ def test_normalise_known_answer() -> None:
 # ------------------------------------------------------------------ batches
 
 
-def test_doing_nothing_changes_nothing() -> None:
-    pixels = batch()
-    views, flipped = augment(pixels, seeded(), STILL)
-    assert torch.equal(views, pixels)
-    assert not flipped.any()
-
-
-def test_views_are_seeded() -> None:
-    options = Augmentation(flip=0.5, translate=0.1, brightness=0.3, contrast=0.3)
-    one, other, third = (augment(batch(), seeded(s), options)[0] for s in (1, 1, 2))
-    assert torch.equal(one, other)
-    assert not torch.equal(one, third)
-    assert (one.dtype, one.shape) == (torch.uint8, (4, 3, 16, 16))
-
-
-def test_flip_is_exact_and_can_be_kept_off() -> None:
-    pixels = batch(64)
-    always = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=1.0)
-    views, flipped = augment(pixels, seeded(), always)
-    assert flipped.all()
-    assert torch.equal(views, pixels.flip(3))
-    keep = torch.arange(64) % 2 == 0
-    views, flipped = augment(pixels, seeded(), always, keep_sides=keep)
-    assert torch.equal(flipped, ~keep)
-    assert torch.equal(views[::2], pixels[::2])
-    half = augment(pixels, seeded(), Augmentation(flip=0.5))[1]
-    assert 16 < int(half.sum()) < 48
-    assert not augment(pixels, seeded(), Augmentation())[1].any()
-
-
-def test_crops_are_crops() -> None:
-    """A picture whose value is its position: the view tells where it was cut, and how large."""
-    ramp = torch.arange(0, 256, 2, dtype=torch.uint8).expand(200, 1, 128, 128)
-    pixels = torch.cat([ramp, ramp.transpose(2, 3), ramp], 1)
-    views = augment(pixels, seeded(), Augmentation(scale=(0.3, 0.6)))[0].float()
-    widths = (views[:, 0, 64, -1] - views[:, 0, 64, 0]) / 254 * 128 / 127
-    heights = (views[:, 1, -1, 64] - views[:, 1, 0, 64]) / 254 * 128 / 127
-    area, ratio = widths * heights, widths / heights
-    assert 0.28 < area.min() < 0.34
-    assert 0.56 < area.max() < 0.62
-    assert area.mean().item() == pytest.approx(0.45, abs=0.03)
-    assert 0.72 < ratio.min() < 0.8
-    assert 1.25 < ratio.max() < 1.4
-    assert views[:, 0, 64, 0].min() < 5
-    assert views[:, 0, 64, -1].max() > 249
-    assert torch.allclose(views[:, 2], views[:, 0])
-
-
-def test_crop_falls_back_to_the_whole_picture() -> None:
-    wide = Augmentation(scale=(1.0, 1.0), ratio=(3.0, 3.0))
-    views, _ = augment(batch(), seeded(), wide)
-    assert views.shape == (4, 3, 16, 16)
-
-
-def test_larger_stored_pictures_give_views_of_the_models_size() -> None:
-    stored = batch(size=32)
-    views, _ = augment(stored, seeded(), STILL, size=16)
-    assert views.shape == (4, 3, 16, 16)
-    assert (views.float() - stored.float().reshape(4, 3, 16, 2, 16, 2).mean((3, 5))).abs().max() <= 1
-
-
-def test_translation_brings_in_grey() -> None:
-    white = torch.full((64, 3, 20, 20), 255, dtype=torch.uint8)
-    views, _ = augment(white, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), translate=0.25))
-    shares = (views != 255).float().mean((1, 2, 3))
-    assert shares.max() <= 1 - 0.75**2 + 0.1
-    assert shares.max() > 0.2
-    assert views.min() == 128
-
-
-def test_brightness_and_contrast() -> None:
-    grey = torch.full((100, 3, 4, 4), 100, dtype=torch.uint8)
-    bright = augment(grey, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), brightness=0.2))[0]
-    assert 80 <= bright.min() < 85
-    assert 115 < bright.max() <= 120
-    assert torch.equal(
-        augment(grey, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), contrast=0.5))[0], grey
-    )
-    pixels = batch(50)
-    contrast = augment(pixels, seeded(), Augmentation(scale=(1, 1), ratio=(1, 1), contrast=0.5))[0]
-    spread = contrast.float().std((2, 3)).mean(1) / pixels.float().std((2, 3)).mean(1)
-    assert spread.min() < 0.7
-    assert spread.max() > 1.1
-
-
-def test_switching_one_change_off_leaves_the_others_alone() -> None:
-    pixels = batch(32)
-    plain = augment(pixels, seeded(), Augmentation())[0]
-    views, flipped = augment(pixels, seeded(), Augmentation(flip=0.5))
-    assert torch.equal(views[~flipped], plain[~flipped])
-
-
 @pytest.mark.parametrize(
     "wrong", [{"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"flip": 1.1}]
 )
 def test_impossible_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Augmentation(**wrong)
-
-
-@pytest.mark.gpu
-def test_the_gpu_gives_the_same_views() -> None:
-    options = Augmentation(flip=0.5, translate=0.1, brightness=0.2)
-    on_cpu = augment(batch(), seeded(), options)[0]
-    on_gpu = augment(batch().cuda(), seeded(), options)[0]
-    assert (on_cpu.int() - on_gpu.cpu().int()).abs().max() <= 1
+        Views(**wrong)
 
 
 # ------------------------------------------------------------------ left and right
@@ -328,31 +226,6 @@ def test_operations_are_drawn_with_replacement_and_alike_often(monkeypatch: pyte
     assert sum(a == b for a, b in both) / len(both) == pytest.approx(0.1, abs=0.03)
 
 
-def test_training_views_depend_on_seed_and_step_alone() -> None:
-    """A resumed run, or one with other threads, that trains on other pictures than the run it continues."""
-    pixels = batch(6)
-    choice = Augmentation(scale=(0.2, 1.0), flip=0.5)
-    views = transforms.training_views(pixels, (3, 7), choice)
-    torch.rand(5)
-    assert torch.equal(transforms.training_views(pixels, (3, 7), choice, workers=4), views)
-    assert not torch.equal(transforms.training_views(pixels, (3, 8), choice), views)
-    assert not torch.equal(transforms.training_views(pixels, (4, 7), choice), views)
-    assert (views.shape, views.dtype) == (pixels.shape, torch.uint8)
-    # Pictures of one batch are varied independently of one another.
-    same = pixels[:1].repeat(6, 1, 1, 1)
-    varied = transforms.training_views(same, (3, 7), Augmentation(scale=(1, 1), ratio=(1, 1)))
-    assert len({view.numpy().tobytes() for view in varied}) > 1
-
-
-def test_training_views_crop_and_flip_before_operations_and_keep_sides() -> None:
-    pixels = batch(8)
-    choice = Augmentation(scale=(1, 1), ratio=(1, 1), flip=1.0)
-    sided = torch.tensor([True, False] * 4)
-    views = transforms.training_views(pixels, (0, 0), choice, operations=0, keep_sides=sided)
-    assert torch.equal(views[sided], pixels[sided])
-    assert torch.equal(views[~sided], pixels[~sided].flip(3))
-
-
 def slopes(view: np.ndarray) -> tuple[float, float]:
     """How fast red grows to the right, and green downwards, per pixel."""
     return float(np.diff(view[0].mean(0)).mean()), float(np.diff(view[1].mean(1)).mean())
@@ -362,7 +235,7 @@ def test_crops_of_whole_pictures_keep_their_aspect() -> None:
     """A wide picture squashed to a square before it is cropped: people of a third of their width in every step."""
     rows, columns = np.mgrid[0:80, 0:240]
     picture = np.stack([columns, rows, rows * 0], axis=2).astype(np.uint8)
-    views = transforms.Views(Augmentation(scale=(0.2, 0.3), ratio=(1, 1)), 3)
+    views = Views((0.2, 0.3), (1, 1), seed=3)
     for row in range(5):
         right, down = slopes(views.view(picture, 32, 7, row, False))
         assert right == pytest.approx(down, rel=0.05)
@@ -372,8 +245,8 @@ def test_crops_of_whole_pictures_keep_their_aspect() -> None:
 
 def test_crops_are_what_rand_resized_crop_draws() -> None:
     rng = np.random.default_rng(0)
-    options = Augmentation(scale=(0.2, 1.0))
-    boxes = [transforms.random_box(300, 200, options, rng) for _ in range(3000)]
+    views = Views((0.2, 1.0))
+    boxes = [views.box(300, 200, rng) for _ in range(3000)]
     shares = np.array([width * height / 60_000 for *_, width, height in boxes])
     ratios = np.array([width / height for *_, width, height in boxes])
     assert all(0 <= x <= 300 - w and 0 <= y <= 200 - h and w > 0 and h > 0 for x, y, w, h in boxes)
@@ -381,26 +254,26 @@ def test_crops_are_what_rand_resized_crop_draws() -> None:
     assert shares.max() > 0.85
     assert 0.73 < ratios.min() < ratios.max() < 1.36
     # A ribbon has no crop of these shapes that is large enough: the largest that there is, from its middle.
-    assert transforms.random_box(900, 90, Augmentation(scale=(0.9, 1)), rng) == (390, 0, 120, 90)
+    assert Views((0.9, 1)).box(900, 90, rng) == (390, 0, 120, 90)
 
 
 def test_a_crop_of_no_less_than_everything_is_none() -> None:
     """A picture of which `--crop-scale 1` hides the sides, since it is wider than crops may be."""
     rng = np.random.default_rng(0)
-    assert transforms.random_box(900, 90, Augmentation(scale=(1, 1)), rng) == (0, 0, 900, 90)
-    assert transforms.random_box(90, 160, Augmentation(scale=(1, 1)), rng) == (0, 0, 90, 160)
+    assert Views((1, 1)).box(900, 90, rng) == (0, 0, 900, 90)
+    assert Views((1, 1)).box(90, 160, rng) == (0, 0, 90, 160)
 
 
 def test_views_depend_on_seed_step_and_place_and_leave_sides_alone() -> None:
     rng = np.random.default_rng(1)
     picture = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
     picture.flags.writeable = False  # as Pillow gives pictures
-    views = transforms.Views(Augmentation(scale=(0.3, 1.0), flip=0.5), 3)
+    views = Views((0.3, 1.0), flip=0.5, seed=3)
     one = views.view(picture, 16, 4, 2, False)
     assert np.array_equal(one, views.view(picture, 16, 4, 2, False))
     others = [views.view(picture, 16, 4, 3, False), views.view(picture, 16, 5, 2, False)]
-    others.append(transforms.Views(views.options, 4).view(picture, 16, 4, 2, False))
-    others.append(transforms.Views(views.options, 3, operations=20).view(picture, 16, 4, 2, False))
+    others.append(dataclasses.replace(views, seed=4).view(picture, 16, 4, 2, False))
+    others.append(dataclasses.replace(views, operations=20).view(picture, 16, 4, 2, False))
     assert not any(np.array_equal(one, other) for other in others)
     mirrored = [
         not np.array_equal(views.view(picture, 16, 0, place, False), views.view(picture, 16, 0, place, True))

@@ -68,13 +68,7 @@ def pretraining(seed: int = 0) -> BlipPretraining:
     return BlipPretraining(build(MICRO, seed), PretrainingConfig(queue_size=13))
 
 
-def shift(given: Batch, generator: torch.Generator) -> torch.Tensor:
-    return torch.roll(given.pixels, int(torch.randint(0, 4, (), generator=generator)), dims=3)
-
-
-CONFIG = TrainConfig(
-    steps=9, learning_rate=1e-2, warmup_steps=2, alpha_ramp_steps=5, augment=shift, log_every=2, seed=3
-)
+CONFIG = TrainConfig(steps=9, learning_rate=1e-2, warmup_steps=2, alpha_ramp_steps=5, log_every=2, seed=3)
 
 
 def lines(path):
@@ -173,7 +167,7 @@ def test_a_finished_run_does_nothing_when_run_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"learning_rate": 0.5}, "learning_rate"), ({"steps": 10}, "steps"), ({"augment": None}, "augment")],
+    [({"learning_rate": 0.5}, "learning_rate"), ({"steps": 10}, "steps")],
 )
 def test_a_state_of_another_run_is_refused_by_name(tmp_path, change, said):
     path = tmp_path / "state.safetensors"
@@ -363,7 +357,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(parts, sizes):
 
 
 def test_momentum_towers_move_once_per_step_and_a_part_is_contrasted_with_itself_and_the_queue():
-    config = dataclasses.replace(CONFIG, steps=1, accumulate=2, augment=None, learning_rate=1e-9, min_lr=1e-9)
+    config = dataclasses.replace(CONFIG, steps=1, accumulate=2, learning_rate=1e-9, min_lr=1e-9)
     module = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=13, momentum=0.5))
     with torch.no_grad():
         for parameter in module.model.vision_proj.parameters():
@@ -751,7 +745,7 @@ def test_a_skipped_step_moves_nothing(tmp_path, make, by, part, more):
 @pytest.mark.filterwarnings("ignore:step .* not finite:RuntimeWarning")
 def test_a_run_resumed_behind_a_skipped_step_is_the_uninterrupted_one(tmp_path):
     """Towers that follow once more because the run does not know that its last step moved nothing."""
-    config = dataclasses.replace(CONFIG, steps=5, augment=None)
+    config = dataclasses.replace(CONFIG, steps=5)
     whole, parts = (tmp_path / name for name in ("whole", "parts"))
     train(spoil(contrast(), [2]), batches, config, state_path=whole)
     with pytest.raises(Stop):
@@ -820,7 +814,7 @@ def test_one_broken_batch_does_not_poison_queue_or_towers():
                 made = dataclasses.replace(made, pixels=torch.full((5, 3, 16, 16), math.nan))
             yield made
 
-    result = train(module, broken, dataclasses.replace(CONFIG, augment=None))
+    result = train(module, broken, dataclasses.replace(CONFIG))
     assert result.skipped_steps == 1
     assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
     assert math.isfinite(result.losses["loss"])
