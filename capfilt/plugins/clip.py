@@ -1,4 +1,4 @@
-"""A CLIP as a scorer: `clip_score` is the cosine that DataComp and LAION filter by.
+"""A CLIP or a SigLIP of transformers as a scorer: `clip_score` is the cosine that DataComp and LAION filter by.
 
 The model and its tokenizer are transformers', imported when they are needed. Pictures are prepared here, with Pillow:
 transformers has several implementations, whose pixels differ, and which one it takes depends on what else is installed.
@@ -51,25 +51,25 @@ class ClipScorer:
     columns: ClassVar[dict[str, str]] = {
         "clip_score": "cosine of a CLIP's image and text embeddings, in [-1, 1]"
     }
+    who: ClassVar[str] = "CLIP"
 
     def __init__(self, argument: str, precision: str = "auto", draft: str = "") -> None:
         self.directory = expanded(argument)
         if precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"clip: precision {precision!r} is unknown: use auto, fp32 or bf16")
+            raise UserError(f"{self.who}: precision {precision!r} is unknown: use auto, fp32 or bf16")
         if draft not in ("", "yes"):
-            raise UserError(f"clip: draft {draft!r} is unknown: give yes, or leave it out")
+            raise UserError(f"{self.who}: draft {draft!r} is unknown: give yes, or leave it out")
         self.precision, self.draft = precision, bool(draft)
-        config = _read(self.directory / _CONFIG)
-        if config.get("model_type") != "clip":
-            raise UserError(
-                f"{self.directory / _CONFIG}: model_type is {config.get('model_type')!r}, not 'clip'"
-            )
+        kind = _read(self.directory / _CONFIG).get("model_type")
+        if kind != self.who.lower():
+            raise UserError(f"{self.directory / _CONFIG}: model_type is {kind!r}, not {self.who.lower()!r}")
         path = self.directory / _PICTURES
         pictures = _read(path)
         try:
-            self.size, self.mean, self.std = _settings(pictures)
+            self.size = self.side(pictures)
+            self.mean, self.std = _settings(pictures)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not the preprocessing of a CLIP ({error!r})") from error
+            raise UserError(f"{path}: not the preprocessing of a {self.who} ({error!r})") from error
 
     def fingerprint(self) -> str:
         """sha256 (hex) over this code's version and every file the model may be read from."""
@@ -80,22 +80,25 @@ class ClipScorer:
 
     def setup(self) -> None:
         try:
-            from transformers import AutoTokenizer, CLIPModel
+            from transformers import AutoTokenizer, CLIPModel, SiglipModel
             from transformers.utils import logging as transformers_logging
         except ImportError as error:
             raise UserError(
-                f"clip: transformers cannot be imported ({error}); pip install 'capfilt[hf]'"
+                f"{self.who}: transformers cannot be imported ({error}); pip install 'capfilt[hf]'"
             ) from error
         # Its bar would be drawn by every worker, and with --quiet too.
         logging: Any = transformers_logging
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model: Any = CLIPModel.from_pretrained(self.directory, local_files_only=True)
+            kind: Any = CLIPModel if self.who == "CLIP" else SiglipModel
+            model: Any = kind.from_pretrained(self.directory, local_files_only=True)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             said = " ".join(str(error).split())
-            raise UserError(f"{self.directory}: not a CLIP that transformers can open ({said})") from error
+            raise UserError(
+                f"{self.directory}: not a {self.who} that transformers can open ({said})"
+            ) from error
         finally:
             if bar:
                 logging.enable_progress_bar()
@@ -112,16 +115,34 @@ class ClipScorer:
         return {"precision": auto_precision(self.device) if self.precision == "auto" else self.precision}
 
     def prepare(self, data: bytes) -> Pixels:
-        """uint8 [3, S, S]: the shorter side made S by Pillow's bicubic filter, then the middle."""
-        image = decode(data, draft_size=2 * self.size if self.draft else None)
+        """uint8 [3, S, S], as `squared` makes the picture."""
+        image = self.squared(decode(data, draft_size=2 * self.size if self.draft else None))
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def side(self, pictures: dict[str, Any]) -> int:
+        """The side of the model's pictures, by its preprocessing. Raises KeyError, TypeError or ValueError for another kind."""
+        size, crop = pictures["size"], pictures["crop_size"]
+        # Older files hold plain numbers.
+        size = size if isinstance(size, int) else size["shortest_edge"]
+        sides = {crop} if isinstance(crop, int) else {crop["height"], crop["width"]}
+        if sides != {size}:
+            raise ValueError(f"size {size}, crop_size {crop}")
+        if not pictures.get("do_center_crop", True):
+            raise ValueError("do_center_crop is off")
+        return int(size)
+
+    def squared(self, image: Image.Image) -> Image.Image:
+        """The shorter side made S by Pillow's bicubic filter, then the middle."""
         width, height = image.size
-        short, long = min(width, height), max(width, height)
-        other = int(self.size * long / short)
+        other = int(self.size * max(width, height) / min(width, height))
         wanted = (self.size, other) if width <= height else (other, self.size)
         image = image.resize(wanted, Image.Resampling.BICUBIC)
         left, top = (wanted[0] - self.size) // 2, (wanted[1] - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def judged(self, cosine: Tensor) -> Tensor:
+        """The columns [texts, columns] of cosines [texts, 1]."""
+        return cosine
 
     @torch.inference_mode()
     def score(
@@ -133,7 +154,7 @@ class ClipScorer:
         batch_size: int,
         **_rest: Any,
     ) -> npt.NDArray[np.float32]:
-        """float32 [texts, 1]: the cosine of each text and its picture; a picture is encoded once."""
+        """float32 [texts, columns], of the cosine of each text and its picture; a picture is encoded once."""
         low = self.computed()["precision"] == "bf16"
         wanted = sorted(set(image_index))
         row_of = {image: row for row, image in enumerate(wanted)}
@@ -148,18 +169,18 @@ class ClipScorer:
             ]
         seen = torch.cat(pictures)[[row_of[image] for image in image_index]]
         cosine = (seen * torch.cat(said)).sum(-1, keepdim=True).clamp(-1, 1)
-        found: npt.NDArray[np.float32] = cosine.cpu().numpy()
+        found: npt.NDArray[np.float32] = self.judged(cosine).cpu().numpy()
         return found
 
     def _embed_images(self, images: Sequence[Pixels]) -> Tensor:
         pixels = torch.from_numpy(np.stack(images)).to(self.device).float() / 255
         mean, std = (torch.tensor(each, device=self.device)[:, None, None] for each in (self.mean, self.std))
         found = self.model.vision_model(pixel_values=(pixels - mean) / std).pooler_output
-        return _unit(self.model.visual_projection(found))
+        return _unit(self.model.visual_projection(found) if self.who == "CLIP" else found)
 
     def _embed_texts(self, texts: list[str]) -> Tensor:
         longest = self.model.config.text_config.max_position_embeddings
-        # transformers' tokenizer leaves out what the released code does first.
+        # transformers' tokenizer leaves out the first steps of the released code.
         read = [cleaned(text, CLIP) for text in texts]
         tokens = self.tokenizer(
             read, padding=True, truncation=True, max_length=longest, return_tensors="pt"
@@ -170,6 +191,40 @@ class ClipScorer:
         return _unit(self.model.text_projection(found))
 
 
+class SiglipScorer(ClipScorer):
+    """The plug-in `siglip:DIR`: a directory that holds a transformers `SiglipModel`, its tokenizer and its preprocessing.
+
+    Pictures become squares without a crop; texts are padded to the model's longest and read whole, pads included, as they were
+    in its training (arXiv 2303.15343, released code).
+    """
+
+    columns: ClassVar[dict[str, str]] = {
+        "siglip_score": "cosine of a SigLIP's image and text embeddings, in [-1, 1]",
+        "siglip_probability": "sigmoid of its scaled cosine and bias, in [0, 1]",
+    }
+    who: ClassVar[str] = "SigLIP"
+
+    def side(self, pictures: dict[str, Any]) -> int:
+        size = pictures["size"]
+        if size["height"] != size["width"] or pictures.get("do_center_crop"):
+            raise ValueError(f"size {size}, do_center_crop {pictures.get('do_center_crop')}")
+        return int(size["height"])
+
+    def squared(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+    def judged(self, cosine: Tensor) -> Tensor:
+        logits = cosine * self.model.logit_scale.exp() + self.model.logit_bias
+        return torch.cat([cosine, logits.sigmoid()], dim=1)
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        longest = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+        ).to(self.device)
+        return _unit(self.model.text_model(tokens["input_ids"]).pooler_output)
+
+
 def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
@@ -178,7 +233,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; clip:DIR is a directory with a transformers CLIP") from error
+        raise UserError(
+            f"{path}: no such file; clip:DIR and siglip:DIR are directories of transformers"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})".splitlines()[0]) from error
     if not isinstance(content, dict):
@@ -186,15 +243,9 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _settings(content: dict[str, Any]) -> tuple[int, list[float], list[float]]:
-    """(side in pixels, mean, std). Raises KeyError, TypeError or ValueError for anything but CLIP's preprocessing."""
-    size, crop = content["size"], content["crop_size"]
-    # Older files hold plain numbers.
-    size = size if isinstance(size, int) else size["shortest_edge"]
-    sides = {crop} if isinstance(crop, int) else {crop["height"], crop["width"]}
-    if sides != {size}:
-        raise ValueError(f"size {size}, crop_size {crop}")
-    for step in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
+def _settings(content: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """(mean, std). Raises KeyError, TypeError or ValueError for a step that is not known here."""
+    for step in ("do_resize", "do_normalize", "do_rescale"):
         if not content.get(step, True):
             raise ValueError(f"{step} is off")
     if content.get("resample", 3) != Image.Resampling.BICUBIC:
@@ -202,4 +253,4 @@ def _settings(content: dict[str, Any]) -> tuple[int, list[float], list[float]]:
     mean, std = ([float(each) for each in content[name]] for name in ("image_mean", "image_std"))
     if len(mean) != 3 or len(std) != 3 or not all(std):
         raise ValueError(f"image_mean {mean}, image_std {std}")
-    return int(size), mean, std
+    return mean, std

@@ -27,7 +27,7 @@ CAPTIONERS, SCORERS = "capfilt.captioners", "capfilt.scorers"
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     CAPTIONERS: {},
-    SCORERS: {"clip": "capfilt.plugins.clip:ClipScorer"},
+    SCORERS: {"clip": "capfilt.plugins.clip:ClipScorer", "siglip": "capfilt.plugins.clip:SiglipScorer"},
 }
 """The plug-ins that come with capfilt. pyproject.toml declares the same; a plain checkout has no metadata to find them in."""
 

@@ -202,4 +202,4 @@ def test_without_transformers_the_error_names_the_extra(directory):
         "try: scorer.setup()\nexcept Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert names(done.stdout, "UserError clip:", "transformers capfilt[hf]"), done.stderr
+    assert names(done.stdout, "UserError CLIP:", "transformers capfilt[hf]"), done.stderr
