@@ -142,6 +142,7 @@ class Family:
             directory), which fill a tower with published weights.
         kinds: its classes of models, the pretrained one first.
         options: the dataclass of the options that this family alone has in training, with its own published defaults.
+        presets: the names of its PRESETS, for help and completion; the first one is the default where there is no "small".
         shown: figures of its losses that progress and summaries show.
         version: of its training: raised whenever the same options and rows give other weights.
         layouts: its tables of other projects' checkpoint layouts, as "module:LAYOUTS"; "" for none.
@@ -154,6 +155,7 @@ class Family:
     code: str
     kinds: tuple[Kind, ...]
     options: type
+    presets: tuple[str, ...]
     shown: tuple[str, ...]
     version: int = 1
     starts: Mapping[str, str] = field(default_factory=dict)
@@ -173,8 +175,9 @@ class Family:
 
     def check(self) -> None:
         """UserError naming the first part of the protocol that is missing: see the attributes above and `ABILITIES`."""
-        for name in ("PRESETS", "objective"):
-            self.part(name)
+        self.part("objective")
+        if {*self.part("PRESETS")} != {*self.presets}:
+            raise UserError(f"model family {self.name}: its PRESETS are not {', '.join(self.presets)}")
         for kind in self.kinds:
             config, model = self._found(kind.config_path), self._found(kind.model_path)
             for owner, names in ((config, CONFIG), (model, MODEL)):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from capfilt.errors import UserError
 from capfilt.models import families, family_named
+from capfilt.models.blip import FAMILY as BLIP
 from capfilt.models.blip import Options as BlipOptions
 from capfilt.models.common.options import MomentumOptions
 from capfilt.models.family import Family
@@ -33,7 +34,8 @@ class ModelOptions(Checked):
 
     panel = MODEL
 
-    preset: str = option("small", "tiny, small, trunk (a frozen ImageNet trunk), base or large")
+    # A family has choices of its own; trunk is a frozen ImageNet trunk.
+    preset: str = option("small", "size of the model", choices=BLIP.presets)
     image_size: int = option(0, "side of the input in pixels; 0: the preset's")
     patch_size: int = option(0, "side of a patch in pixels; 0: the preset's", later=True, rare=True)
     vocab: str = option(
@@ -285,8 +287,14 @@ def retrain(family: Family) -> StageCommand:
 def _made(family: Family) -> Any:
     """The options of `retrain FAMILY`: the family's own, whose defaults win, and the shared ones."""
     name = _class_of(family.name)
+    default = "small" if "small" in family.presets else family.presets[0]
+    preset = option(default, "size of the model", choices=family.presets, panel=MODEL)
     made = make_dataclass(
-        name, [], bases=(family.options, RetrainOptions), frozen=True, namespace={"family": family.name}
+        name,
+        [("preset", str, preset)],
+        bases=(family.options, RetrainOptions),
+        frozen=True,
+        namespace={"family": family.name},
     )
     made.__doc__ = f"Step 3: train {family.kinds[0].one} on human, kept web and kept synthetic pairs."
     # Other processes unpickle options by the name of their class.

@@ -132,7 +132,7 @@ def test_it_starts_from_a_vit(place, tmp_path):
     [
         ({"alignment": -1.0}, "alignment"),
         ({"max_patches": -1}, "--max-patches -1: give 0 or more"),
-        ({"preset": "huge"}, "tiny, trunk, small, base"),
+        ({"preset": "huge"}, "preset"),
     ],
 )
 def test_wrong_options_are_named(place, changes, message):

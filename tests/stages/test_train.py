@@ -368,7 +368,6 @@ def test_an_evaluation_has_its_protocol_and_counts(place):
         ),
         (Pretrain, PretrainOptions(), "at least one part"),
         (Pretrain, PretrainOptions(human=("nowhere",)), "nowhere"),
-        (Pretrain, PretrainOptions(human=("human",), preset="huge"), "huge"),
         (Pretrain, PretrainOptions(human=("human",), vocab="none.txt"), r"none\.txt"),
         (Pretrain, PretrainOptions(human=("human",), batch_size=1), "batch-size 1"),
         (Pretrain, PretrainOptions(human=("human",), accumulate=40), "accumulate 40"),

@@ -82,6 +82,7 @@ FAMILY = Family(
         ),
     ),
     Options,
+    ("tiny", "small", "trunk", "base"),
     ("itc", "itm", "mlm", "itm_balanced_accuracy"),
     3,  # texts are cleaned by ALBEF's rule
     layouts="capfilt.models.albef.layouts:LAYOUTS",

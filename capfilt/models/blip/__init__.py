@@ -83,6 +83,7 @@ FAMILY = Family(
         ),
     ),
     Options,
+    ("tiny", "small", "trunk", "base", "large"),
     ("itc", "itm", "lm", "itm_balanced_accuracy"),
     2,
     layouts="capfilt.models.blip.layouts:LAYOUTS",

@@ -50,6 +50,7 @@ FAMILY = Family(
         ),
     ),
     Options,
+    ("tiny", "small", "trunk", "base", "large"),
     ("contrast", "accuracy", "scale"),
     # Since 2, texts are no longer cut to their first 30 words; since 3, a ResNet's running statistics follow what trains; since
     # 4, texts are repaired and the image side is initialised as released.

@@ -69,6 +69,7 @@ FAMILY = Family(
         ),
     ),
     Options,
+    ("tiny", "small", "trunk", "base"),
     ("itm", "mlm", "wpa", "itm_balanced_accuracy"),
     3,  # texts are read as found, however many words they have
     layouts="capfilt.models.vilt.layouts:LAYOUTS",
