@@ -11,14 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from capfilt.quickstart.run import SIZES
-from capfilt.quickstart.web import (
-    build_human,
-    build_web,
-    troubled_bytes,
-    write_human,
-    write_truth,
-    write_url_list,
-)
+from capfilt.quickstart.web import build_human, build_web, troubled_bytes, write_human, write_web
 from capfilt.quickstart.world import Scene, render
 
 BASE = "http://127.0.0.1:20000"
@@ -44,8 +37,7 @@ def digest(*parts):
 @pytest.mark.parametrize(("size", "seed"), [("full", 0), ("small", 0), ("small", 1), ("miniature", 0)])
 def test_the_texts_and_the_truth_of_a_seed_stay(tmp_path, size, seed):
     pages = build_web(seed, SIZES[size].web)
-    write_url_list(tmp_path / "urls.parquet", pages, BASE)
-    write_truth(tmp_path / "truth.parquet", pages, BASE)
+    write_web(tmp_path, pages, BASE)
     human = [
         [row.id, row.file_name, row.split, row.captions, row.scene.to_json()]
         for row in build_human(seed, SIZES[size].human, SIZES[size].captions)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capfilt.quickstart import spam
-from capfilt.quickstart.language import WEB, Mention, Statement, parse, state
+from capfilt.quickstart.language import Mention, Statement, parse, state
 from capfilt.quickstart.world import COLOURS, SHAPES, SIZES, Scene
 
 seeds = st.integers(0, 2**32)
@@ -20,7 +20,7 @@ seeds = st.integers(0, 2**32)
 @given(seeds)
 def test_no_spam_is_a_sentence(seed):
     rng = np.random.default_rng(seed)
-    statement = state(Scene.sample(rng), rng, WEB)
+    statement = state(Scene.sample(rng), rng)
     texts = [spam.file_name(rng), spam.boilerplate(rng), spam.truncated(statement, rng)]
     texts.append(spam.other_language(statement, rng))
     for text in texts:
