@@ -66,11 +66,9 @@ def run_quickstart(
 ) -> dict[str, Any]:
     """Run the whole loop into the workspace `out`. Returns what `summary.json` holds.
 
-    A second call continues where the first stopped. Raises UserError for an unknown size, or a directory that holds
-    a quickstart of another size or seed.
+    A second call continues where the first stopped. Raises UserError for a directory that holds a quickstart of
+    another size or seed.
     """
-    if size not in SIZES:
-        raise UserError(f"--size {size!r}: choose full or small")
     began = time.monotonic()
     console = Console()
     workspace = Workspace(out)
