@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from capfilt.errors import UserError
+from capfilt.execution.commit import process_and_commit
 from capfilt.execution.inline import InlineExecutor
-from capfilt.execution.run import process_and_commit, run_stage
+from capfilt.execution.run import run_stage
 from capfilt.inference import engine
 from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter
