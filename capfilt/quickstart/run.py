@@ -147,8 +147,7 @@ def _claim(world: Path, identity: dict[str, Any]) -> None:
 def _summary(
     workspace: Workspace, world: Path, captions: Path, accounts: dict[str, dict[str, Any]], seed: int
 ) -> dict[str, Any]:
-    known = grading.read_truth(world / "truth.parquet")
-    web, synthetic = grading.read_texts(workspace, known, "web", "captioner", "capfilt")
+    web, synthetic = grading.read_texts(workspace, world / "truth.parquet", "web", "captioner", "capfilt")
     return {
         "rows": {name: _rows(account) for name, account in accounts.items()},
         "seconds": _seconds(workspace, accounts),
