@@ -18,7 +18,7 @@ from _form import Record
 from PIL import Image
 
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.execution.run import process_and_commit
+from capfilt.execution.commit import process_and_commit
 from capfilt.inference import decoding
 from capfilt.models import checkpoint
 from capfilt.models.blip.model import Blip

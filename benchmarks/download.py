@@ -136,7 +136,7 @@ def good_rows(folder: Path) -> int:
 OURS_WARM = """
 import os, sys, time
 from pathlib import Path
-from capfilt.execution.run import process_and_commit
+from capfilt.execution.commit import process_and_commit
 from capfilt.stages.download.stage import Download
 from capfilt.stages.download.worker import shared_worker
 from capfilt.stages.download import DownloadOptions

@@ -29,7 +29,7 @@ from bootstrapping import BOOTSTRAP, arms, run
 
 from capfilt import recipe as recipes
 from capfilt.execution.run import Executor, executor
-from capfilt.quickstart.language import HUMAN, one_attribute_off, state, write
+from capfilt.quickstart.language import one_attribute_off, state, write
 from capfilt.quickstart.run import SIZES, Size, open_world
 from capfilt.quickstart.truth import is_true
 from capfilt.quickstart.web import build_human
@@ -85,7 +85,7 @@ def write_choices(path: Path, seed: int, images: int) -> Path:
     for image in build_human(seed, {"test": images}, 1):
         rng = np.random.default_rng((seed, 10_000, image.id))
         for _ in range(100):
-            true = state(image.scene, rng, HUMAN)
+            true = state(image.scene, rng)
             wrong, changed = one_attribute_off(true, rng)
             if not is_true(wrong, image.scene):
                 break

@@ -141,8 +141,8 @@ def run(
 def quickstart(
     out: Annotated[str, typer.Option("--out", help="directory to make the workspace in")] = "quickstart",
     size: Annotated[
-        Literal["full", "small"],
-        typer.Option("--size", help="full: a quarter of an hour; small: a few minutes"),
+        Literal["full", "small", "miniature"],
+        typer.Option("--size", help="full: a quarter of an hour; small: minutes; miniature: a try"),
     ] = "full",
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="of the generated world and of the training")

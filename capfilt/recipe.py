@@ -344,7 +344,7 @@ def _run_together(
 
 def title(step: Step, summary: Summary) -> str:
     """What an account is filed under: the step's label, and for a step's further stages what they add to its name."""
-    return step.label + summary.stage.removeprefix(step.stage)
+    return step.label + summary.stage.partition(step.stage)[2]
 
 
 def account(summary: Summary) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def test_the_floors_hold():
 VIOLATIONS = [
     ("tables/climbs.py", "import capfilt.models.bait", "floors"),
     ("stages/climbs.py", "def f():\n    import capfilt.execution.bait", "floors"),
+    ("training/circles.py", "from capfilt.training import bait", "circles"),
     ("models/clip/borrows.py", "from capfilt.models.blip import model", "families"),
     ("models/common/knows.py", "from capfilt.models.vilt import model", "families-common"),
     ("models/lazy.py", "def f():\n    import transformers", "gpu-box"),
@@ -74,8 +75,13 @@ VIOLATIONS = [
     ("stages/asks.py", "def f():\n    from transformers import CLIPModel", "transformers"),
     ("stages/shows.py", "import typer", "presentation"),
 ]
-# What the indirect cases go through: allowed where it is.
-BAIT = {"models": "", "execution": "import ray\n", "catalog": "import duckdb\n"}
+# What the indirect cases and the circle go through: allowed where it is.
+BAIT = {
+    "models": "",
+    "execution": "import ray\n",
+    "catalog": "import duckdb\n",
+    "training": "from capfilt.training import circles\n",
+}
 
 
 def contract_names() -> dict[str, str]:
@@ -109,7 +115,9 @@ def test_a_violation_is_caught(broken_report, where, line, contract):
     details = broken_report.rpartition("Brokencontracts")[2].partition(title)[2]
     following = ["".join(name.split()) for key, name in contract_names().items() if key != contract]
     cut = min((details.index(name) for name in following if name in details), default=len(details))
-    assert f"capfilt.{where.removesuffix('.py').replace('/', '.')}->" in details[:cut]
+    path = f"capfilt.{where.removesuffix('.py').replace('/', '.')}"
+    # Of a circle the report names the ends of an import without their package.
+    assert (".circles" if contract == "circles" else f"{path}->") in details[:cut]
 
 
 def test_a_module_outside_the_floors_is_caught(tmp_path):

@@ -12,6 +12,7 @@ import yaml
 
 from capfilt import recipe as recipes
 from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import Summary
 from capfilt.resources import list_recipes
 from capfilt.stages.registry import stage_command
 from capfilt.tables.workspace import Workspace
@@ -554,3 +555,13 @@ def test_a_value_that_is_not_of_its_tag_is_refused_in_one_line(tmp_path, value):
     path.write_text(f"version: {value}\nstages: []\n")
     with refused("r.yaml"):
         recipes.load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("command", "stage", "title"),
+    [(f"retrain-{family}", "retrain", "mine") for family in ("albef", "blip", "clip", "vilt")]
+    + [("score", "score", "mine"), ("select", "select", "mine"), ("select", "select-pairs", "mine-pairs")],
+)
+def test_an_account_is_filed_under_the_label_of_its_step(command, stage, title):
+    """Would catch: the account of `retrain-blip` filed as "mineretrain", for its stage is called retrain."""
+    assert recipes.title(recipes.Step(stage=command, name="mine"), Summary(stage, "out", 0.0)) == title

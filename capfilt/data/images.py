@@ -175,7 +175,7 @@ def sha256(data: bytes) -> str:
 
 
 def phash(image: Image.Image) -> str:
-    """64-bit DCT perceptual hash, 16 hex digits; near-duplicates differ in few bits (see `hamming`).
+    """64-bit DCT perceptual hash, 16 hex digits; near-duplicates differ in few bits.
 
     Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), sec. 3.2.1, in the form the
     ImageHash package made common: grey, 32x32 by Lanczos (after averaging to at least 64x64, where it is larger),
@@ -189,11 +189,6 @@ def phash(image: Image.Image) -> str:
     ranked = np.sort(low, axis=None)
     bits = (low > (ranked[31] + ranked[32]) / 2).ravel()
     return np.packbits(bits).tobytes().hex()
-
-
-def hamming(one: str, other: str) -> int:
-    """In how many bits two hashes of `phash` differ, 0 to 64."""
-    return (int(one, 16) ^ int(other, 16)).bit_count()
 
 
 def _dct_rows(low: int, size: int) -> npt.NDArray[np.float64]:

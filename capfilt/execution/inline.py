@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from capfilt.errors import UserError
-from capfilt.execution.run import process_and_commit
+from capfilt.execution.commit import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.tables.manifest import Manifest
 from capfilt.training.launched import started_together

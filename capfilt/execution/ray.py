@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 from ray.exceptions import RayTaskError
 
 from capfilt.errors import RunError, UserError
+from capfilt.execution.board import attend, new_board, run_and_post
 from capfilt.execution.cluster import (
     LOST,
     Connection,
@@ -26,16 +26,14 @@ from capfilt.execution.cluster import (
     autoscaled,
     death,
     described,
-    here,
     nodes,
     ray,
 )
+from capfilt.execution.commit import process_and_commit
 from capfilt.execution.placement import Node, Size, crew, room
-from capfilt.execution.run import process_and_commit
 from capfilt.stages.base import ModelStage, Report, ShardStage
 from capfilt.tables.manifest import Manifest
 from capfilt.tables.visible import say
-from capfilt.training.interrupt import PATIENCE, Interrupt, Interrupted
 
 PLACEMENT = 600.0
 """Seconds that ranks may wait for room on the cluster, which other jobs may have taken."""
@@ -62,92 +60,6 @@ class _Worker:
         return process_and_commit(self.stage, mark, shard)
 
 
-class Board:
-    """An actor without a processor, on which a piece of work posts how far it is, what came out, and why it failed."""
-
-    def __init__(self) -> None:
-        self.latest: tuple[int, int, dict[str, Any]] = (0, 0, {})
-        self.result: dict[str, Any] | None = None
-        self.failure: Exception | None = None
-        self.asked = False
-        self.began = False
-
-    def begin(self) -> None:
-        self.began = True
-
-    def begun(self) -> bool:
-        return self.began
-
-    def ask(self) -> None:
-        """Has the next post answered by True: stop."""
-        self.asked = True
-
-    def post(self, step: int, total: int, figures: dict[str, Any]) -> bool:
-        self.latest = (step, total, figures)
-        return self.asked
-
-    def finish(self, result: dict[str, Any]) -> None:
-        self.result = result
-
-    def fail(self, failure: Exception) -> None:
-        self.failure = failure
-
-    def read(self) -> tuple[int, int, dict[str, Any]]:
-        return self.latest
-
-    def end(self) -> tuple[dict[str, Any] | None, Exception | None]:
-        return self.result, self.failure
-
-
-def run_and_post(stage: ModelStage, board: Any) -> Mapping[str, Any] | None:
-    """Runs the stage, telling the board now and then how far it is; None where it was asked to stop."""
-    board.begin.remote()
-    last = 0.0
-
-    def report(step: int, total: int, figures: Mapping[str, Any]) -> bool:
-        nonlocal last
-        if time.monotonic() - last <= 0.5:
-            return False
-        last = time.monotonic()
-        return bool(ray.get(board.post.remote(step, total, dict(figures))))
-
-    try:
-        return stage.run(report)
-    except Interrupted:
-        return None
-
-
-def attend(
-    stage: ModelStage, board: Any, report: Report, ended: Callable[[float], bool], check: Callable[[], None]
-) -> None:
-    """Returns when `ended`, which waits for so many seconds, says so, and reports until then.
-
-    A first signal, or an error from `check`, asks a stage that saves to stop, and is raised when it has, or `PATIENCE` is
-    over; a stage that does not, or has done nothing yet, and a second signal end it at once.
-    """
-    interrupt = Interrupt()
-    stop: Exception | None = None
-    asked = 0.0
-    with interrupt.listening(True):
-        while not ended(0.5):
-            step, total, figures = ray.get(board.read.remote())
-            if step:
-                report(step, total, figures)
-            try:
-                check()
-            except RunError as error:
-                stop = error
-            if interrupt.number is None and stop is None:
-                continue
-            if not (step and stage.saves()) or (asked and time.monotonic() - asked > PATIENCE):
-                break
-            if not asked:
-                asked = time.monotonic()
-                ray.get(board.ask.remote())
-    if stop is not None:
-        raise stop
-
-
 def _threads(cpus: float) -> dict[str, Any]:
     return {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}}
 
@@ -155,15 +67,6 @@ def _threads(cpus: float) -> dict[str, Any]:
 def _options(size: Size) -> dict[str, Any]:
     """The options with which Ray is asked for one of the workers."""
     return {"num_cpus": size.cpus, "num_gpus": int(size.gpu), "runtime_env": _threads(size.cpus)}
-
-
-def new_board() -> Any:
-    """A board on the driver's node, so that no other node's death takes it along."""
-    return (
-        ray.remote(Board)
-        .options(num_cpus=0, scheduling_strategy=here(), max_restarts=-1, max_task_retries=-1)
-        .remote()
-    )
 
 
 def _reraise(error: RayTaskError, what: str) -> NoReturn:

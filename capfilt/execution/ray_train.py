@@ -20,9 +20,9 @@ import torch
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from capfilt.errors import RunError, UserError
+from capfilt.execution.board import attend, new_board, run_and_post
 from capfilt.execution.cluster import NoRoom, Wait, here, ray
 from capfilt.execution.placement import Size
-from capfilt.execution.ray import attend, new_board, run_and_post
 from capfilt.execution.together import keep_to_loopback, meeting_point
 from capfilt.stages.base import ModelStage, Report
 from capfilt.training.launched import launched_rank

@@ -61,11 +61,6 @@ class MatchesPairs(Protocol):
         ...
 
 
-@runtime_checkable
-class RetrievesAndMatches(EmbedsImagesAndTexts, MatchesPairs, Protocol):
-    """Both: what re-ranking needs."""
-
-
 class HasText(Protocol):
     """A caption: its `text` excludes the prompt; empty or None where the model wrote nothing."""
 

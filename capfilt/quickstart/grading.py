@@ -26,129 +26,105 @@ THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
-class WebText:
-    """A found text of a picture that arrived, with the truth about it and the filter's score (None: it failed)."""
+class Graded:
+    """A text of a picture that arrived, the truth about its page, and the filter's verdict (no score: it failed)."""
 
+    text: str
     kind: str
-    text: str
-    score: float | None
-    keep: bool
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """A synthetic text, its scene, and the filter's score."""
-
-    text: str
     scene: Scene
     score: float | None
     keep: bool
 
+    @property
+    def true(self) -> bool:
+        return truth.KINDS[self.kind].true
 
-def read_truth(path: Path) -> dict[str, dict[str, Any]]:
-    """truth.parquet by URL."""
-    return {row["url"]: row for row in pq.read_table(path).to_pylist()}
+    @property
+    def passes(self) -> bool:
+        return self.score is not None and self.score >= THRESHOLD
 
 
 def read_texts(
-    workspace: Workspace, known: dict[str, dict[str, Any]], images: str, captions: str, verdicts: str
-) -> tuple[list[WebText], list[Synthetic]]:
-    """The web and synthetic texts of pictures that arrived, with their verdicts. Null synthetic texts are left out."""
-    web: list[WebText] = []
-    synthetic: list[Synthetic] = []
+    workspace: Workspace, known: Path, images: str, captions: str, verdicts: str
+) -> tuple[list[Graded], list[Graded]]:
+    """The web and synthetic texts of pictures that arrived. Null texts are left out. `known` is the path of truth.parquet."""
+    facts = {row["url"]: row for row in pq.read_table(known).to_pylist()}
+    web: list[Graded] = []
+    synthetic: list[Graded] = []
     pictures = workspace.part("images", images)
     for shard in pictures.shards():
         table = pictures.read(shard, ["image_id", "url", "source", "captions", "status"])
-        rows = {row["image_id"]: row for row in table.to_pylist() if row["status"] == "success"}
+        urls = {row["image_id"]: row["url"] for row in table.to_pylist() if row["status"] == "success"}
         judged = {row["text_id"]: row for row in workspace.part("verdicts", verdicts).read(shard).to_pylist()}
-        for text in found_texts(table).to_pylist():
-            if text["image_id"] in rows:
-                fact = known[rows[text["image_id"]]["url"]]
-                verdict = judged[text["text_id"]]
-                web.append(WebText(fact["kind"], text["text"], verdict["itm_score"], verdict["keep"]))
-        for row in workspace.part("captions", captions).read(shard).to_pylist():
-            if row["text"] is not None:
-                scene = Scene.from_json(known[rows[row["image_id"]]["url"]]["scene"])
-                verdict = judged[row["text_id"]]
-                synthetic.append(Synthetic(row["text"], scene, verdict["itm_score"], verdict["keep"]))
+        written = workspace.part("captions", captions).read(shard)
+        for texts, graded in ((found_texts(table), web), (written, synthetic)):
+            for text in texts.to_pylist():
+                if text["text"] is not None and text["image_id"] in urls:
+                    fact, verdict = facts[urls[text["image_id"]]], judged[text["text_id"]]
+                    scene = Scene.from_json(fact["scene"])
+                    score = verdict["itm_score"]
+                    graded.append(Graded(text["text"], fact["kind"], scene, score, verdict["keep"]))
     return web, synthetic
 
 
-def noise(texts: Sequence[WebText]) -> dict[str, Any]:
+def noise(texts: Sequence[Graded]) -> dict[str, Any]:
     """The web's true rate: of the texts of pictures that arrived, how many are true."""
-    kinds = Counter(text.kind for text in texts)
-    true = sum(count for kind, count in kinds.items() if truth.KINDS[kind].true)
     return {
         "texts": len(texts),
-        "true_rate": _share(true, len(texts)),
-        "by_kind": dict(sorted(kinds.items())),
+        "true_rate": _share([text.true for text in texts]),
+        "by_kind": dict(sorted(Counter(text.kind for text in texts).items())),
     }
 
 
-def filter_figures(texts: Sequence[WebText], seed: int) -> dict[str, Any]:
+def filter_figures(texts: Sequence[Graded], seed: int) -> dict[str, Any]:
     """The filter against the truth, over well-formed captions; spam kinds apart."""
-    scored = [text for text in texts if text.score is not None]
-    formed = [text for text in scored if truth.KINDS[text.kind].well_formed]
-    true = [text for text in formed if truth.KINDS[text.kind].true]
-    false = [text for text in formed if not truth.KINDS[text.kind].true]
+    by_kind = {kind: [t for t in texts if t.kind == kind and t.score is not None] for kind in truth.KINDS}
+    formed = [text for text in texts if text.score is not None and text.kind not in truth.SPAM_KINDS]
+    false = [text for text in formed if not text.true]
 
-    def area(wrong: Sequence[WebText]) -> float:
-        both = [*true, *wrong]
-        scores = np.array([text.score for text in both], np.float64)
-        return roc_auc(scores, [truth.KINDS[text.kind].true for text in both])
+    def area(wrong: Sequence[Graded]) -> float:
+        both = [*by_kind["true"], *wrong]
+        return roc_auc(np.array([text.score for text in both], np.float64), [text.true for text in both])
 
-    labels = [truth.KINDS[text.kind].true for text in formed]
-    spam = {
-        kind: {
-            "texts": sum(text.kind == kind for text in scored),
-            "kept": sum(text.kind == kind and _kept(text) for text in scored),
-        }
-        for kind in truth.SPAM_KINDS
-    }
     return {
         "roc_auc": area(false),
-        "roc_auc_other_image": area([text for text in false if text.kind == "other_image"]),
-        "roc_auc_one_attribute_off": area([text for text in false if text.kind == "one_attribute_off"]),
-        "roc_auc_text_only": text_only_auc([text.text for text in formed], labels, seed),
-        "kept_true": _share(sum(map(_kept, true)), len(true)),
-        "dropped_false": _share(sum(not _kept(text) for text in false), len(false)),
+        "roc_auc_other_image": area(by_kind["other_image"]),
+        "roc_auc_one_attribute_off": area(by_kind["one_attribute_off"]),
+        "roc_auc_text_only": text_only_auc([t.text for t in formed], [t.true for t in formed], seed),
+        "kept_true": _share([text.passes for text in by_kind["true"]]),
+        "dropped_false": _share([not text.passes for text in false]),
         "well_formed": len(formed),
-        "spam": spam,
+        "spam": {
+            kind: {"texts": len(by_kind[kind]), "kept": sum(text.passes for text in by_kind[kind])}
+            for kind in truth.SPAM_KINDS
+        },
     }
 
 
-def _kept(text: WebText | Synthetic) -> bool:
-    return text.score is not None and text.score >= THRESHOLD
-
-
-def captioner_figures(texts: Sequence[Synthetic], human: Iterable[str]) -> dict[str, Any]:
+def captioner_figures(texts: Sequence[Graded], human: Iterable[str]) -> dict[str, Any]:
     """Synthetic captions against their scenes: true and naming every object, before and after selecting.
 
     `best_constant` is the share that the one best caption among `human` would reach on the same pictures.
     """
     right = [truth.is_complete_and_true(text.text, text.scene) for text in texts]
     kept = [good for good, text in zip(right, texts, strict=True) if text.keep]
-    scenes = [text.scene for text in texts]
     candidates = [text for text, _ in Counter(text.lower() for text in human).most_common(300)]
-    best = max(
-        (sum(truth.is_complete_and_true(text, scene) for scene in scenes) for text in candidates), default=0
-    )
+    constant = [[truth.is_complete_and_true(each, text.scene) for text in texts] for each in candidates]
+    stated = [truth.attributes_stated(text.text) for text in texts]
     return {
         "texts": len(texts),
         "kept": len(kept),
-        "true_before": _share(sum(right), len(right)),
-        "true_after": _share(sum(kept), len(kept)),
-        "mean_attributes": float(np.mean([truth.attributes_stated(text.text) for text in texts]))
-        if texts
-        else 0.0,
+        "true_before": _share(right),
+        "true_after": _share(kept),
+        "mean_attributes": sum(stated) / max(len(stated), 1),
         "distinct": len({text.text for text in texts}),
-        "best_constant": _share(best, len(scenes)),
+        "best_constant": _share(max(constant, key=sum, default=[])),
     }
 
 
-def _share(part: int, whole: int) -> float | None:
+def _share(good: Sequence[bool]) -> float | None:
     """None where there is nothing to take a share of: JSON has no NaN."""
-    return part / whole if whole else None
+    return sum(good) / len(good) if good else None
 
 
 def evaluation_figures(workspace: Workspace, models: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -7,12 +7,15 @@ of its templates, so that a slip in one does not excuse itself in the other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from capfilt.quickstart.world import BACKGROUNDS, COLOURS, OPPOSITE, RELATIONS, SHAPES, SIZES, Scene
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,10 @@ class Statement:
         return 2 * len(self.objects) + sizes + (self.relation is not None) + (self.background is not None)
 
 
-@dataclass(frozen=True)
-class Style:
-    """How often a writer states what may be left out (colour and shape of every object never are)."""
-
-    size: float
-    relation: float
-    background: float
-
-
-# People who caption and the authors of alt texts write the same sentences, so that models trained on one or the other
-# differ in what is true and not in manner.
-HUMAN = WEB = Style(size=0.25, relation=0.15, background=0.25)
+# How often a text states what may be left out (colour and shape of every object never are). People who caption and the
+# authors of alt texts write the same sentences, so that models trained on one or the other differ in what is true and not in
+# manner.
+_SIZES_STATED, _RELATIONS_STATED, _BACKGROUNDS_STATED = 0.25, 0.15, 0.25
 
 _RELATION_WORDS = {
     "left": ("to the left of", "left of"),
@@ -62,22 +57,20 @@ _RELATION_WORDS = {
 }
 
 
-def state(scene: Scene, rng: np.random.Generator, style: Style) -> Statement:
-    """A true statement about the scene: every object with colour and shape, the rest as often as the style says."""
-    order = list(range(len(scene.objects)))
+def state(scene: Scene, rng: np.random.Generator) -> Statement:
+    """A true statement about the scene: every object with colour and shape, now and then the rest."""
+    things = scene.objects
     relation = scene.relation
     if relation is not None:
         if rng.random() < 0.5:
-            order.reverse()
-            relation = OPPOSITE[relation]
-        if rng.random() >= style.relation:
+            things, relation = things[::-1], OPPOSITE[relation]
+        if rng.random() >= _RELATIONS_STATED:
             relation = None
-    mentions = []
-    for index in order:
-        thing = scene.objects[index]
-        mentions.append(Mention(thing.shape, thing.colour, thing.size if rng.random() < style.size else None))
-    background = scene.background if rng.random() < style.background else None
-    return Statement(tuple(mentions), relation, background)
+    mentions = tuple(
+        Mention(thing.shape, thing.colour, thing.size if rng.random() < _SIZES_STATED else None)
+        for thing in things
+    )
+    return Statement(mentions, relation, scene.background if rng.random() < _BACKGROUNDS_STATED else None)
 
 
 def one_attribute_off(statement: Statement, rng: np.random.Generator) -> tuple[Statement, str]:
@@ -88,61 +81,46 @@ def one_attribute_off(statement: Statement, rng: np.random.Generator) -> tuple[S
     was (the step is symmetric within every class of statements of one form), so that no classifier can tell
     the changed ones from true ones by their words. The statement is about a scene, so its objects are not alike.
     """
-    kinds = ["colour", "shape"]
     sized = [i for i, mention in enumerate(statement.objects) if mention.size is not None]
-    if sized:
-        kinds.append("size")
-    if statement.relation is not None:
-        kinds.append("relation")
-    if statement.background is not None:
-        kinds.append("background")
-    kind = kinds[int(rng.integers(len(kinds)))]
-    if kind == "relation":
-        others = [relation for relation in RELATIONS if relation != statement.relation]
-        return replace(statement, relation=others[int(rng.integers(len(others)))]), kind
-    if kind == "background":
-        others = [background for background in BACKGROUNDS if background != statement.background]
-        return replace(statement, background=others[int(rng.integers(len(others)))]), kind
-    candidates = sized if kind == "size" else list(range(len(statement.objects)))
-    index = candidates[int(rng.integers(len(candidates)))]
-    mention = statement.objects[index]
-    changed = {
-        "colour": [replace(mention, colour=colour) for colour in COLOURS if colour != mention.colour],
-        "shape": [replace(mention, shape=shape) for shape in SHAPES if shape != mention.shape],
-        "size": [replace(mention, size=size) for size in SIZES if size != mention.size],
-    }[kind]
+    stated = {"size": sized, "relation": statement.relation, "background": statement.background}
+    kinds = ["colour", "shape", *(kind for kind, value in stated.items() if value)]
+    kind = _pick(kinds, rng)
+    values = {
+        "colour": COLOURS,
+        "shape": SHAPES,
+        "size": SIZES,
+        "relation": RELATIONS,
+        "background": BACKGROUNDS,
+    }
+
+    def others(whole: Any) -> list[Any]:
+        return [replace(whole, **{kind: value}) for value in values[kind] if value != getattr(whole, kind)]
+
+    if kind in ("relation", "background"):
+        return _pick(others(statement), rng), kind
+    index = _pick(sized if kind == "size" else range(len(statement.objects)), rng)
     rest = [(m.shape, m.colour) for i, m in enumerate(statement.objects) if i != index]
-    allowed = [m for m in changed if (m.shape, m.colour) not in rest]
+    changed = [m for m in others(statement.objects[index]) if (m.shape, m.colour) not in rest]
     objects = list(statement.objects)
-    objects[index] = allowed[int(rng.integers(len(allowed)))]
+    objects[index] = _pick(changed, rng)
     return replace(statement, objects=tuple(objects)), kind
+
+
+def _pick(values: Sequence[T], rng: np.random.Generator) -> T:
+    return values[int(rng.integers(len(values)))]
 
 
 def write(statement: Statement, rng: np.random.Generator) -> str:
     """A sentence that states exactly this, at most 18 words; wording, capital and full stop vary with `rng`."""
     names = [_name(mention) for mention in statement.objects]
     if len(names) == 1:
-        forms: list[Callable[[], str]] = [
-            lambda: names[0],
-            lambda: f"there is {names[0]}",
-            lambda: f"one shape: {names[0]}",
-        ]
+        forms: tuple[str, ...] = ("{0}", "there is {0}", "one shape: {0}")
     elif statement.relation is not None:
-        words = _RELATION_WORDS[statement.relation]
-        where = words[int(rng.integers(len(words)))]
-        forms = [
-            lambda: f"{names[0]} {where} {names[1]}",
-            lambda: f"{names[0]} is {where} {names[1]}",
-            lambda: f"there is {names[0]} {where} {names[1]}",
-        ]
+        where = _pick(_RELATION_WORDS[statement.relation], rng)
+        forms = ("{0} " + where + " {1}", "{0} is " + where + " {1}", "there is {0} " + where + " {1}")
     else:
-        forms = [
-            lambda: f"{names[0]} and {names[1]}",
-            lambda: f"{names[0]} with {names[1]}",
-            lambda: f"there is {names[0]} and {names[1]}",
-            lambda: f"two shapes: {names[0]} and {names[1]}",
-        ]
-    text = forms[int(rng.integers(len(forms)))]()
+        forms = ("{0} and {1}", "{0} with {1}", "there is {0} and {1}", "two shapes: {0} and {1}")
+    text = _pick(forms, rng).format(*names)
     if statement.background is not None:
         ground = f"on a {statement.background} background"
         text = f"{ground} {text}" if rng.random() < 0.25 else f"{text} {ground}"
@@ -153,20 +131,13 @@ def write(statement: Statement, rng: np.random.Generator) -> str:
     return text
 
 
-def caption(scene: Scene, rng: np.random.Generator, style: Style = WEB) -> str:
-    """A true caption of the scene that names every object with colour and shape."""
-    return write(state(scene, rng, style), rng)
-
-
-def captions(scene: Scene, count: int, rng: np.random.Generator, style: Style = HUMAN) -> tuple[str, ...]:
-    """`count` different true captions of the scene. Raises ValueError where the style cannot word that many."""
+def captions(scene: Scene, count: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """`count` different true captions of the scene that name every object with colour and shape."""
     found: dict[str, str] = {}
-    for _ in range(50 * count):
-        text = caption(scene, rng, style)
+    while len(found) < count:
+        text = write(state(scene, rng), rng)
         found.setdefault(text.lower().rstrip("."), text)
-        if len(found) == count:
-            return tuple(found.values())
-    raise ValueError(f"{count} different captions of one scene are more than this style can word")
+    return tuple(found.values())
 
 
 def _name(mention: Mention) -> str:
@@ -174,12 +145,8 @@ def _name(mention: Mention) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words} {mention.shape}"
 
 
-def _one_of(words: tuple[str, ...]) -> str:
-    return "|".join(words)
-
-
-_NOUN = rf"an? (?:({_one_of(SIZES)}) )?({_one_of(COLOURS)}) ({_one_of(SHAPES)})"
-_GROUND = rf"on an? ({_one_of(BACKGROUNDS)}) background"
+_NOUN = rf"an? (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_GROUND = rf"on an? ({'|'.join(BACKGROUNDS)}) background"
 _SENTENCE = re.compile(
     rf"(?:{_GROUND} )?"
     r"(?:(?P<lead>there is|one shape|two shapes) )?"
@@ -187,9 +154,7 @@ _SENTENCE = re.compile(
     rf"(?: (?P<link>(?:is )?(?:to the )?(?:left|right) of|(?:is )?(?:above|over|below|under)|and|with) {_NOUN})?"
     rf"(?: {_GROUND})?"
 )
-_RELATION_READ = {
-    "left of": "left", "right of": "right", "above": "above", "over": "above", "below": "below", "under": "below",
-}  # fmt: skip
+_RELATION_READ = {word: relation for relation, words in _RELATION_WORDS.items() for word in words}
 # What BLIP's caption cleaning turns into blanks (pre_caption in its data/utils.py), and the comma: a
 # captioner trained on cleaned text can write none of them, and a person may.
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~,]")
@@ -216,5 +181,5 @@ def parse(text: str | None) -> Statement | None:
         return None
     relation = None
     if link is not None and link not in ("and", "with"):
-        relation = _RELATION_READ[link.removeprefix("is ").removeprefix("to the ")]
+        relation = _RELATION_READ[link.removeprefix("is ")]
     return Statement(tuple(objects), relation, before or after)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -22,9 +24,9 @@ from capfilt import recipe as recipes
 from capfilt.catalog.report import write_report
 from capfilt.errors import UserError
 from capfilt.quickstart import grading
-from capfilt.quickstart.memory import PeakMemory
-from capfilt.quickstart.server import WebProcess
-from capfilt.quickstart.web import build_human, build_web, write_human, write_truth, write_url_list
+from capfilt.quickstart.memory import peak_memory
+from capfilt.quickstart.server import serve
+from capfilt.quickstart.web import build_human, build_web, write_human, write_web
 from capfilt.tables.publish import replace
 from capfilt.tables.visible import say
 from capfilt.tables.workspace import Workspace
@@ -40,46 +42,20 @@ class Size:
     settings: dict[str, float]
 
 
+def _settings(pretrain: int, captioner: int, filter: int, retrain: int, **more: float) -> dict[str, float]:
+    """The recipe's inputs: the steps of its trainings, and more by name."""
+    steps = {"pretrain": pretrain, "captioner": captioner, "filter": filter, "retrain": retrain}
+    return {**{f"{name}_steps": count for name, count in steps.items()}, **more}
+
+
+# Small: so little training may keep nothing at a probability of 0.5. Miniature is not for people: the same path, as short as
+# it gets.
 SIZES = {
-    "full": Size(
-        web=4000,
-        human={"train": 600, "test": 500},
-        captions=5,
-        settings={
-            "pretrain_steps": 480,
-            "captioner_steps": 450,
-            "filter_steps": 250,
-            "retrain_steps": 430,
-            "shard": 500,
-        },
-    ),
+    "full": Size(4000, {"train": 600, "test": 500}, 5, _settings(480, 450, 250, 430, shard=500)),
     "small": Size(
-        web=800,
-        human={"train": 300, "test": 100},
-        captions=5,
-        settings={
-            "pretrain_steps": 60,
-            "captioner_steps": 40,
-            "filter_steps": 30,
-            "retrain_steps": 40,
-            "keep_fraction": 0.5,  # so little training may keep nothing at a probability of 0.5
-            "shard": 200,
-        },
+        800, {"train": 300, "test": 100}, 5, _settings(60, 40, 30, 40, shard=200, keep_fraction=0.5)
     ),
-    # Not for people: the same path, as short as it gets.
-    "miniature": Size(
-        web=60,
-        human={"train": 40, "test": 20},
-        captions=2,
-        settings={
-            "pretrain_steps": 4,
-            "captioner_steps": 3,
-            "filter_steps": 3,
-            "retrain_steps": 3,
-            "keep_fraction": 0.5,
-            "shard": 40,
-        },
-    ),
+    "miniature": Size(60, {"train": 40, "test": 20}, 2, _settings(4, 3, 3, 3, shard=40, keep_fraction=0.5)),
 }
 
 MODELS = ("raw", "human_only", "curated")
@@ -90,11 +66,9 @@ def run_quickstart(
 ) -> dict[str, Any]:
     """Run the whole loop into the workspace `out`. Returns what `summary.json` holds.
 
-    A second call continues where the first stopped. Raises UserError for an unknown size, or a directory that holds
-    a quickstart of another size or seed.
+    A second call continues where the first stopped. Raises UserError for a directory that holds a quickstart of
+    another size or seed.
     """
-    if size not in SIZES:
-        raise UserError(f"--size {size!r}: choose full or small")
     began = time.monotonic()
     console = Console()
     workspace = Workspace(out)
@@ -107,7 +81,7 @@ def run_quickstart(
 
     tell(f"capfilt quickstart ({size}) into {workspace.path}")
     ended: list[tuple[int, str, dict[str, Any]]] = []
-    with PeakMemory() as peak, open_world(workspace, chosen, size, seed) as settings:
+    with peak_memory() as peak, open_world(workspace, chosen, size, seed) as settings:
         tell(
             f"a web of {chosen.web:,} pages at http://{settings['host']}, {sum(chosen.human.values()):,} human images"
         )
@@ -123,7 +97,7 @@ def run_quickstart(
     captions = world / "human" / "captions.json"
     summary = _summary(workspace, world, captions, accounts, seed)
     summary["size"] = size
-    summary["peak_memory_gb"] = round(peak.gb, 2)
+    summary["peak_memory_gb"] = round(peak[0], 2)
     summary["seconds"]["total"] = round(time.monotonic() - began, 1)
     # Smaller sizes show the way, not what it leads to.
     summary["targets"] = grading.met(summary) if size == "full" else {}
@@ -145,16 +119,13 @@ def open_world(workspace: Workspace, chosen: Size, size: str, seed: int) -> Iter
     captions = world / "human" / "captions.json"
     if not captions.is_file():
         write_human(world / "human", build_human(seed, chosen.human, chosen.captions))
-    with WebProcess(seed, chosen.web, url_file=world / "server.url") as server:
-        if not (world / "urls.parquet").is_file():
-            pages = build_web(seed, chosen.web)
-            write_truth(world / "truth.parquet", pages, server.url)
-            write_url_list(world / "urls.parquet", pages, server.url)
-        yield {
-            "url_list": str(world / "urls.parquet"),
-            "captions": str(captions),
-            "host": server.url.removeprefix("http://"),
-        }
+    urls = world / "urls.parquet"
+    # The addresses of a list that stands are what a resumed run recognises.
+    port = urlsplit(pq.read_table(urls)["url"][0].as_py()).port if urls.is_file() else None
+    with serve(seed, chosen.web, port) as address:
+        if port is None:
+            write_web(world, build_web(seed, chosen.web), address)
+        yield {"url_list": str(urls), "captions": str(captions), "host": address.removeprefix("http://")}
 
 
 def _claim(world: Path, identity: dict[str, Any]) -> None:
@@ -176,8 +147,7 @@ def _claim(world: Path, identity: dict[str, Any]) -> None:
 def _summary(
     workspace: Workspace, world: Path, captions: Path, accounts: dict[str, dict[str, Any]], seed: int
 ) -> dict[str, Any]:
-    known = grading.read_truth(world / "truth.parquet")
-    web, synthetic = grading.read_texts(workspace, known, "web", "captioner", "capfilt")
+    web, synthetic = grading.read_texts(workspace, world / "truth.parquet", "web", "captioner", "capfilt")
     return {
         "rows": {name: _rows(account) for name, account in accounts.items()},
         "seconds": _seconds(workspace, accounts),
@@ -201,15 +171,8 @@ def _rows(account: dict[str, Any]) -> dict[str, Any]:
             "by_failure": account["failed"],
         }
     texts = int(account["figures"].get("texts", 0))  # a done stage run again reports none
-    return {
-        "in": texts,
-        "kept": texts,
-        "dropped": 0,
-        "failed": 0,
-        "out": 0,
-        "by_reason": {},
-        "by_failure": {},
-    }
+    counts = {"in": texts, "kept": texts, "dropped": 0, "failed": 0, "out": 0}
+    return {**counts, "by_reason": {}, "by_failure": {}}
 
 
 def _seconds(workspace: Workspace, accounts: dict[str, dict[str, Any]]) -> dict[str, float]:

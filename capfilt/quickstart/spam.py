@@ -6,40 +6,50 @@ says what holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from capfilt.quickstart.language import Mention, Statement, parse, write
 
 BOILERPLATE = (
-    "click to enlarge",
-    "Click here to view full size image",
-    "image may be subject to copyright",
-    "All rights reserved",
-    "photo gallery",
-    "previous next",
-    "loading...",
-    "advertisement",
-    "share on social media",
-    "no image available",
-    "product image 1 of 3",
-    "free shipping on orders over $50",
-    "logo",
-    "thumbnail",
-    "sign up for our newsletter",
-)
+    "click to enlarge", "Click here to view full size image", "image may be subject to copyright", "All rights reserved",
+    "photo gallery", "previous next", "loading...", "advertisement", "share on social media", "no image available",
+    "product image 1 of 3", "free shipping on orders over $50", "logo", "thumbnail", "sign up for our newsletter",
+)  # fmt: skip
 _FILE_NAMES = (
-    "IMG_{:04d}.jpg",
-    "dsc{:05d}",
-    "DSC_{:04d}.JPG",
-    "P{:07d}.JPG",
-    "image ({}).png",
-    "{:05d}.jpeg",
-    "photo-{}-scaled.webp",
-    "untitled-{}",
-    "screenshot_2021-03-{:02d}.png",
-)
+    "IMG_{:04d}.jpg", "dsc{:05d}", "DSC_{:04d}.JPG", "P{:07d}.JPG", "image ({}).png", "{:05d}.jpeg",
+    "photo-{}-scaled.webp", "untitled-{}", "screenshot_2021-03-{:02d}.png",
+)  # fmt: skip
+# Each row has German, Spanish and French. The forms of an article or an adjective, apart by blanks: for a masculine noun,
+# for another noun, and in German both again behind a preposition. A single form serves for all.
+_WORDS = {
+    "a": ("ein ein einem einem", "un una", "un une"),
+    "red": ("roter rotes roten roten", "rojo roja", "rouge"),
+    "orange": ("oranger oranges orangen orangen", "naranja", "orange"),
+    "yellow": ("gelber gelbes gelben gelben", "amarillo amarilla", "jaune"),
+    "green": ("grüner grünes grünen grünen", "verde", "vert verte"),
+    "blue": ("blauer blaues blauen blauen", "azul", "bleu bleue"),
+    "small": ("kleiner kleines kleinen kleinen", "pequeño pequeña", "petit petite"),
+    "large": ("großer großes großen großen", "grande", "grand grande"),
+}
+_PHRASES = {
+    "circle": ("Kreis", "círculo", "cercle"),
+    "square": ("Quadrat", "cuadrado", "carré"),
+    "triangle": ("Dreieck", "triángulo", "triangle"),
+    "star": ("Stern", "estrella", "étoile"),
+    "ring": ("Ring", "anillo", "anneau"),
+    "and": ("und ", "y ", "et "),
+    "left": ("links von ", "a la izquierda de ", "à gauche d'"),
+    "right": ("rechts von ", "a la derecha de ", "à droite d'"),
+    "above": ("über ", "encima de ", "au-dessus d'"),
+    "below": ("unter ", "debajo de ", "au-dessous d'"),
+    "white": ("auf weißem Hintergrund", "sobre fondo blanco", "sur fond blanc"),
+    "black": ("auf schwarzem Hintergrund", "sobre fondo negro", "sur fond noir"),
+    "gray": ("auf grauem Hintergrund", "sobre fondo gris", "sur fond gris"),
+    "striped": ("auf gestreiftem Hintergrund", "sobre fondo rayado", "sur fond rayé"),
+    "grassy": ("auf einer Wiese", "sobre la hierba", "sur l'herbe"),
+}
+_NOT_MASCULINE = ("Quadrat", "Dreieck", "estrella", "étoile")
+_ORDERS = ("{a} {size} {colour} {noun}", "{a} {noun} {colour} {size}", "{a} {size} {noun} {colour}")
 
 
 def file_name(rng: np.random.Generator) -> str:
@@ -64,121 +74,25 @@ def truncated(statement: Statement, rng: np.random.Generator) -> str:
 
 def other_language(statement: Statement, rng: np.random.Generator) -> str:
     """The statement said in German, Spanish or French."""
-    tongue = LANGUAGES[int(rng.integers(len(LANGUAGES)))]
-    first = tongue.name(statement.objects[0], tongue.article)
-    if len(statement.objects) == 1:
-        text = first
-    elif statement.relation is None:
-        text = f"{first} {tongue.conjunction} {tongue.name(statement.objects[1], tongue.article)}"
-    else:
-        text = f"{first} {tongue.relations[statement.relation]} {tongue.name(statement.objects[1], tongue.after)}"
+    tongue = int(rng.integers(len(_ORDERS)))
+    text = _name(statement.objects[0], tongue)
+    if len(statement.objects) == 2:
+        link = _PHRASES[statement.relation or "and"][tongue]
+        text += f" {link}{_name(statement.objects[1], tongue, behind=statement.relation is not None)}"
     if statement.background is not None:
-        text += f" {tongue.backgrounds[statement.background]}"
+        text += f" {_PHRASES[statement.background][tongue]}"
     return text
 
 
-@dataclass(frozen=True)
-class Language:
-    """The words of one language. Nouns are (word, gender); adjectives are given per gender."""
+def _name(mention: Mention, tongue: int, behind: bool = False) -> str:
+    """One object's article, adjectives and noun; `behind` a preposition German bends them otherwise."""
+    noun = _PHRASES[mention.shape][tongue]
 
-    article: dict[str, str]
-    after: dict[str, str]
-    """The article behind a relation, where case or elision change it."""
-    nouns: dict[str, tuple[str, str]]
-    adjectives: dict[str, dict[str, str]]
-    order: str
-    """A template over {article}, {size}, {noun} and {colour}."""
-    conjunction: str
-    relations: dict[str, str]
-    backgrounds: dict[str, str]
-    oblique: dict[str, dict[str, str]] | None = None
-    """Adjectives behind a relation, where they differ."""
+    def bent(word: str | None) -> str:
+        forms = _WORDS[word][tongue].split() if word else [""]
+        return forms[((noun in _NOT_MASCULINE) + 2 * behind) % len(forms)]
 
-    def name(self, mention: Mention, article: dict[str, str]) -> str:
-        noun, gender = self.nouns[mention.shape]
-        behind_relation = article is self.after and self.oblique is not None
-        words = self.oblique if behind_relation and self.oblique is not None else self.adjectives
-        size = words[mention.size][gender] if mention.size else ""
-        text = self.order.format(
-            article=article[gender], size=size, noun=noun, colour=words[mention.colour][gender]
-        )
-        return " ".join(text.replace("' ", "'").split())
-
-
-def _german(ending: dict[str, str]) -> dict[str, dict[str, str]]:
-    stems = {
-        "red": "rot", "orange": "orange", "yellow": "gelb", "green": "grün", "blue": "blau",
-        "small": "klein", "large": "groß",
-    }  # fmt: skip
-    words = {name: {gender: stem + ending[gender] for gender in ending} for name, stem in stems.items()}
-    words["orange"] = {gender: "orange" + tail.removeprefix("e") for gender, tail in ending.items()}
-    return words
-
-
-LANGUAGES = (
-    Language(
-        article={"m": "ein", "n": "ein"},
-        after={"m": "einem", "n": "einem"},
-        nouns={
-            "circle": ("Kreis", "m"), "square": ("Quadrat", "n"), "triangle": ("Dreieck", "n"),
-            "star": ("Stern", "m"), "ring": ("Ring", "m"),
-        },
-        adjectives=_german({"m": "er", "n": "es"}),
-        oblique=_german({"m": "en", "n": "en"}),
-        order="{article} {size} {colour} {noun}",
-        conjunction="und",
-        relations={"left": "links von", "right": "rechts von", "above": "über", "below": "unter"},
-        backgrounds={
-            "white": "auf weißem Hintergrund", "black": "auf schwarzem Hintergrund",
-            "gray": "auf grauem Hintergrund", "striped": "auf gestreiftem Hintergrund", "grassy": "auf einer Wiese",
-        },
-    ),
-    Language(
-        article={"m": "un", "f": "una"},
-        after={"m": "de un", "f": "de una"},
-        nouns={
-            "circle": ("círculo", "m"), "square": ("cuadrado", "m"), "triangle": ("triángulo", "m"),
-            "star": ("estrella", "f"), "ring": ("anillo", "m"),
-        },
-        adjectives={
-            "red": {"m": "rojo", "f": "roja"}, "orange": {"m": "naranja", "f": "naranja"},
-            "yellow": {"m": "amarillo", "f": "amarilla"}, "green": {"m": "verde", "f": "verde"},
-            "blue": {"m": "azul", "f": "azul"},
-            "small": {"m": "pequeño", "f": "pequeña"},
-            "large": {"m": "grande", "f": "grande"},
-        },
-        order="{article} {noun} {colour} {size}",
-        conjunction="y",
-        relations={
-            "left": "a la izquierda", "right": "a la derecha", "above": "encima", "below": "debajo",
-        },
-        backgrounds={
-            "white": "sobre fondo blanco", "black": "sobre fondo negro", "gray": "sobre fondo gris",
-            "striped": "sobre fondo rayado", "grassy": "sobre la hierba",
-        },
-    ),
-    Language(
-        article={"m": "un", "f": "une"},
-        after={"m": "d' un", "f": "d' une"},
-        nouns={
-            "circle": ("cercle", "m"), "square": ("carré", "m"), "triangle": ("triangle", "m"),
-            "star": ("étoile", "f"), "ring": ("anneau", "m"),
-        },
-        adjectives={
-            "red": {"m": "rouge", "f": "rouge"}, "orange": {"m": "orange", "f": "orange"},
-            "yellow": {"m": "jaune", "f": "jaune"}, "green": {"m": "vert", "f": "verte"},
-            "blue": {"m": "bleu", "f": "bleue"},
-            "small": {"m": "petit", "f": "petite"},
-            "large": {"m": "grand", "f": "grande"},
-        },
-        order="{article} {size} {noun} {colour}",
-        conjunction="et",
-        relations={
-            "left": "à gauche", "right": "à droite", "above": "au-dessus", "below": "au-dessous",
-        },
-        backgrounds={
-            "white": "sur fond blanc", "black": "sur fond noir", "gray": "sur fond gris",
-            "striped": "sur fond rayé", "grassy": "sur l'herbe",
-        },
-    ),
-)  # fmt: skip
+    words = _ORDERS[tongue].format(
+        a=bent("a"), size=bent(mention.size), colour=bent(mention.colour), noun=noun
+    )
+    return " ".join(words.split())

@@ -19,31 +19,20 @@ class Kind:
 
     well_formed: bool
     true: bool
-    doc: str
 
 
 # Measures of the filter use the well-formed kinds only; the others are spam and are reported apart, each
 # under its own name.
-KINDS: dict[str, Kind] = {
-    "true": Kind(True, True, "a true caption that names every object with colour and shape"),
-    "other_image": Kind(True, False, "a true caption of another page's picture that is false of this one"),
-    "one_attribute_off": Kind(
-        True, False, "a true caption with one colour, shape, size, relation or background changed"
-    ),
-    "file_name": Kind(False, False, "the name of a file"),
-    "boilerplate": Kind(False, False, "words of the web page, not of the picture"),
-    "truncated": Kind(False, False, "a true caption cut off before it states what it began to"),
-    "other_language": Kind(
-        False, False, "a true caption in German, Spanish or French, which the captions' language is not"
-    ),
+KINDS = {
+    "true": Kind(True, True),
+    "other_image": Kind(True, False),  # a true caption of another page's picture that is false of this one
+    "one_attribute_off": Kind(True, False),  # a true caption with one stated fact changed
+    "file_name": Kind(False, False),
+    "boilerplate": Kind(False, False),  # words of the web page, not of the picture
+    "truncated": Kind(False, False),  # a true caption cut off before it states what it began to
+    "other_language": Kind(False, False),  # a true caption in German, Spanish or French
 }
-WELL_FORMED_KINDS = tuple(name for name, kind in KINDS.items() if kind.well_formed)
 SPAM_KINDS = tuple(name for name, kind in KINDS.items() if not kind.well_formed)
-
-
-def well_formed(text: str | None) -> bool:
-    """Whether the text is a sentence of the language, true or not."""
-    return parse(text) is not None
 
 
 def is_true(text: str | Statement | None, scene: Scene) -> bool:
@@ -56,7 +45,7 @@ def is_true(text: str | Statement | None, scene: Scene) -> bool:
     statement = text if isinstance(text, Statement) else parse(text)
     if statement is None:
         return False
-    if statement.background is not None and statement.background != scene.background:
+    if statement.background not in (None, scene.background):
         return False
     indexes = range(len(scene.objects))
     return any(
@@ -81,16 +70,11 @@ def attributes_stated(text: str | Statement | None) -> int:
 
 
 def _is(mention: Mention, thing: SceneObject) -> bool:
-    return (
-        mention.shape == thing.shape
-        and mention.colour == thing.colour
-        and (mention.size is None or mention.size == thing.size)
-    )
+    same = (mention.shape, mention.colour) == (thing.shape, thing.colour)
+    return same and mention.size in (None, thing.size)
 
 
 def _relation_holds(statement: Statement, scene: Scene, places: tuple[int, ...]) -> bool:
-    if statement.relation is None:
-        return True
-    if len(places) != 2 or scene.relation is None:
-        return False
+    if statement.relation is None or scene.relation is None:
+        return statement.relation is None
     return statement.relation == (scene.relation if places == (0, 1) else OPPOSITE[scene.relation])

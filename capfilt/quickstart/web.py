@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,90 +19,35 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from capfilt.quickstart import spam
-from capfilt.quickstart.language import HUMAN, WEB, captions, one_attribute_off, state, write
+from capfilt.quickstart.language import captions, one_attribute_off, state, write
 from capfilt.quickstart.truth import KINDS, is_true
 from capfilt.quickstart.world import Scene, render
+from capfilt.tables.publish import replace
 
-
-@dataclass(frozen=True)
-class Trouble:
-    """What the server does to one page: whether a picture can still be had, and img2dataset's status for the row."""
-
-    arrives: bool
-    status: str
-    doc: str
-
-
-# The statuses were observed with img2dataset 1.47: pages that give no bytes fail to download, bytes that give
-# no picture (or one below --min_image_size) fail to resize.
-TROUBLES: dict[str, Trouble] = {
-    "none": Trouble(True, "success", "the picture is served"),
-    "redirect": Trouble(True, "success", "301 or 302 to the live picture"),
-    "dead_link": Trouble(False, "failed_to_download", "404"),
-    "server_error": Trouble(False, "failed_to_download", "500"),
-    "slow": Trouble(
-        False, "failed_to_download", "a body that stalls and never ends: the reader's deadline passes"
-    ),
-    "cut_short": Trouble(
-        False, "failed_to_resize", "a JPEG cut off at 30 to 80% of its bytes, and said to be that long"
-    ),
-    "corrupt": Trouble(False, "failed_to_resize", "a JPEG's first bytes, then noise"),
-    "wrong_type": Trouble(False, "failed_to_resize", "an HTML page served as image/jpeg"),
-    "tiny": Trouble(
-        False, "failed_to_resize", "a picture of at most TINY_PIXELS px a side: below the least size"
-    ),
+# The share of each kind of text but "true", which is the rest, a little over half. Texts and troubles are drawn
+# independently.
+KIND_SHARES = {
+    "other_image": 0.24,
+    "one_attribute_off": 0.12,
+    "file_name": 0.03,
+    "boilerplate": 0.03,
+    "truncated": 0.03,
+    "other_language": 0.03,
+}
+# The share of each trouble but "none", which is the rest. Pages that give no bytes fail to download; bytes that give no
+# picture, or one below --min-image-size, fail to resize.
+TROUBLE_SHARES = {
+    "redirect": 0.02,  # 301 or 302 to the live picture, which arrives
+    "dead_link": 0.012,  # 404
+    "server_error": 0.006,  # 500
+    "slow": 0.003,  # a body that stalls and never ends: the reader's deadline passes
+    "cut_short": 0.01,  # a JPEG cut off at 30 to 80% of its bytes, and said to be that long
+    "corrupt": 0.01,  # a JPEG's first bytes, then noise
+    "wrong_type": 0.01,  # an HTML page served as image/jpeg
+    "tiny": 0.009,  # a picture of at most TINY_PIXELS a side
 }
 TINY_PIXELS = 16
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How much of the web is what. Texts and troubles are drawn independently; the rest is true and untroubled.
-
-    The defaults leave a little over half of the texts true. `wrong` counts well-formed false texts only, and
-    may be at most 0.5.
-    """
-
-    wrong: float = 0.36
-    one_attribute_of_wrong: float = 1 / 3
-    file_name: float = 0.03
-    boilerplate: float = 0.03
-    truncated: float = 0.03
-    other_language: float = 0.03
-    dead_link: float = 0.012
-    server_error: float = 0.006
-    slow: float = 0.003
-    cut_short: float = 0.01
-    corrupt: float = 0.01
-    wrong_type: float = 0.01
-    tiny: float = 0.009
-    redirect: float = 0.02
-    duplicate: float = 0.03
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is a share in [0, 1], not {value}")
-        if self.wrong > 0.5:
-            raise ValueError(f"at most half of the web's texts may be wrong, not {self.wrong}")
-        if sum(self.kinds().values()) > 1 + 1e-9 or sum(self.troubles().values()) > 1 + 1e-9:
-            raise ValueError("shares of texts, and shares of troubles, add up to at most 1 each")
-
-    def kinds(self) -> dict[str, float]:
-        """The share of each kind of text but "true", which is the rest."""
-        one_off = self.wrong * self.one_attribute_of_wrong
-        return {
-            "other_image": self.wrong - one_off,
-            "one_attribute_off": one_off,
-            "file_name": self.file_name,
-            "boilerplate": self.boilerplate,
-            "truncated": self.truncated,
-            "other_language": self.other_language,
-        }
-
-    def troubles(self) -> dict[str, float]:
-        """The share of each trouble but "none", which is the rest."""
-        return {name: getattr(self, name) for name in TROUBLES if name != "none"}
+_DUPLICATES = 0.03
 
 
 @dataclass(frozen=True)
@@ -111,7 +55,7 @@ class WebPage:
     """One row of the generated web.
 
     `kind` is the text's (truth.KINDS), `changed` the fact changed where the kind is one_attribute_off,
-    `trouble` one of TROUBLES. `picture` is the number of the page whose picture this one shows: its own, or
+    `trouble` "none" or one of TROUBLE_SHARES. `picture` is the number of the page whose picture this one shows: its own, or
     for a duplicate an earlier one's.
     """
 
@@ -131,47 +75,38 @@ class WebPage:
         """The page's name in URL lists and in truth.parquet."""
         return f"{self.number:07d}"
 
-    def url(self, base_url: str) -> str:
-        """The page's address under the server's, for example http://127.0.0.1:20000/img/0000003.jpg."""
-        return base_url.rstrip("/") + self.path
-
 
 _SCENE, _TEXT, _TROUBLE, _PICTURE, _BYTES, _HUMAN, _HUMAN_PICTURE = range(7)
 _NEIGHBOURS = 256
 _FOLDERS = ("img", "photos", "shop/items", "blog/uploads", "gallery")
-# Most of the web's pictures are JPEG; the others keep the decoders honest.
-_FORMATS = (("jpeg", "jpg", 0.87), ("png", "png", 0.08), ("webp", "webp", 0.05))
+# Most of the web's pictures are JPEG, the rest WebP; the others keep the decoders honest.
+_FORMAT_SHARES = {"jpeg": 0.87, "png": 0.08}
+_ENDINGS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
-def build_web(seed: int, images: int, shares: Shares | None = None) -> list[WebPage]:
+def build_web(seed: int, images: int) -> list[WebPage]:
     """The first `images` pages of the web of this seed.
 
     Text of a wrong page: a caption of another page's picture that is false here, or a true caption with one
     attribute changed. Both have the words of true captions in the same proportions. Duplicates show an
     earlier page's picture under their own address and text.
     """
-    shares = shares or Shares()
     pages: list[WebPage] = []
     for number in range(images):
         rng = _stream(seed, _TROUBLE, number)
-        trouble = _draw(shares.troubles(), rng, "none")
-        fresh = int(rng.integers(max(number, 1)))
-        duplicate = rng.random() < shares.duplicate and number > 0 and trouble in ("none", "redirect")
+        trouble = _draw(TROUBLE_SHARES, rng, "none")
+        earlier = int(rng.integers(max(number, 1)))
+        duplicate = rng.random() < _DUPLICATES and number > 0 and trouble in ("none", "redirect")
         folder = _FOLDERS[int(rng.integers(len(_FOLDERS)))]
-        roll, kind_of_file = rng.random(), 0
-        while kind_of_file < len(_FORMATS) - 1 and roll >= _FORMATS[kind_of_file][2]:
-            roll -= _FORMATS[kind_of_file][2]
-            kind_of_file += 1
-        image_format, ending, _ = _FORMATS[kind_of_file]
+        image_format = _draw(_FORMAT_SHARES, rng, "webp")
         if trouble in ("cut_short", "corrupt", "wrong_type"):
-            image_format, ending, _ = _FORMATS[0]
+            image_format = "jpeg"
         picture, scene = number, _scene(seed, number)
         if duplicate:
-            source = pages[fresh]
+            source = pages[earlier]
             picture, scene, image_format = source.picture, source.scene, source.format
-            ending = next(e for f, e, _ in _FORMATS if f == image_format)
-        text, kind, changed = _text(seed, number, scene, shares)
-        path = f"/{folder}/{number:07d}.{ending}"
+        text, kind, changed = _text(seed, number, scene)
+        path = f"/{folder}/{number:07d}.{_ENDINGS[image_format]}"
         pages.append(WebPage(seed, number, path, text, kind, changed, scene, trouble, picture, image_format))
     return pages
 
@@ -199,39 +134,32 @@ def troubled_bytes(page: WebPage) -> tuple[bytes, str]:
     return data, content_type
 
 
-def write_url_list(path: Path, pages: Sequence[WebPage], base_url: str) -> None:
-    """The list a download starts from: Parquet with `url`, `caption`, `scene_id`; a row per page, nothing of truth."""
-    table = pa.table(
-        {
-            "url": pa.array([page.url(base_url) for page in pages], pa.string()),
-            "caption": pa.array([page.text for page in pages], pa.string()),
-            "scene_id": pa.array([page.scene_id for page in pages], pa.string()),
-        }
-    )
-    _write_parquet(path, table)
+def write_web(directory: Path, pages: Sequence[WebPage], base_url: str) -> None:
+    """Write `truth.parquet` and `urls.parquet`, a row per page.
 
-
-def write_truth(path: Path, pages: Sequence[WebPage], base_url: str) -> None:
-    """The grading file, kept apart from everything a stage reads. One row per page of the URL list, in its order.
-
-    Columns: `url`, `scene_id`, `kind`, `changed` (null but for one_attribute_off), `well_formed`, `true` (of
-    the text, from its kind), `scene` (JSON, `Scene.from_json`), `trouble`, `picture` (scene_id of the page
-    whose picture this one shows).
+    A download starts from the list urls.parquet: `url`, `caption`, `scene_id`, nothing of truth. It is written last: where
+    it exists, both files are whole. Only grading reads truth.parquet, never a stage. Its columns: `url`, `scene_id`,
+    `kind`, `changed` (null but for one_attribute_off), `well_formed`, `true` (of the text, from its kind), `scene` (JSON,
+    `Scene.from_json`), `trouble`, `picture` (scene_id of the page whose picture this page shows).
     """
-    table = pa.table(
-        {
-            "url": pa.array([page.url(base_url) for page in pages], pa.string()),
-            "scene_id": pa.array([page.scene_id for page in pages], pa.string()),
-            "kind": pa.array([page.kind for page in pages], pa.string()),
-            "changed": pa.array([page.changed for page in pages], pa.string()),
-            "well_formed": pa.array([KINDS[page.kind].well_formed for page in pages], pa.bool_()),
-            "true": pa.array([KINDS[page.kind].true for page in pages], pa.bool_()),
-            "scene": pa.array([page.scene.to_json() for page in pages], pa.string()),
-            "trouble": pa.array([page.trouble for page in pages], pa.string()),
-            "picture": pa.array([f"{page.picture:07d}" for page in pages], pa.string()),
-        }
-    )
-    _write_parquet(path, table)
+    urls = [base_url.rstrip("/") + page.path for page in pages]
+    names = [page.scene_id for page in pages]
+    truth = {
+        "url": urls,
+        "scene_id": names,
+        "kind": [page.kind for page in pages],
+        "changed": pa.array([page.changed for page in pages], pa.string()),
+        "well_formed": [KINDS[page.kind].well_formed for page in pages],
+        "true": [KINDS[page.kind].true for page in pages],
+        "scene": [page.scene.to_json() for page in pages],
+        "trouble": [page.trouble for page in pages],
+        "picture": [f"{page.picture:07d}" for page in pages],
+    }
+    listed = {"url": urls, "caption": [page.text for page in pages], "scene_id": names}
+    for name, columns in (("truth", truth), ("urls", listed)):
+        file = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), file)
+        replace(directory / f"{name}.parquet", file.getvalue().to_pybytes())
 
 
 @dataclass(frozen=True)
@@ -246,27 +174,22 @@ class HumanImage:
     captions: tuple[str, ...]
 
 
-SPLITS = ("train", "val", "test")
-_SPLIT_STRIDE = 1_000_000
+# The id of each split's first image.
+_FIRST = {"train": 0, "test": 2_000_000}
 
 
 def build_human(seed: int, images: Mapping[str, int], captions_per_image: int = 5) -> list[HumanImage]:
-    """The clean set: so many images per split ("train", "val", "test"), each with different careful captions.
+    """The clean set: so many images per split ("train", "test"), each with different careful captions.
 
-    An image is the same whatever the other counts are. Raises ValueError for another split's name.
+    An image is the same whatever the other counts are.
     """
-    for split, count in images.items():
-        if split not in SPLITS or not 0 <= count < _SPLIT_STRIDE:
-            raise ValueError(
-                f"{count} images of split {split!r}: splits are {', '.join(SPLITS)}, below a million each"
-            )
     rows = []
-    for split_number, split in enumerate(SPLITS):
-        for number in range(images.get(split, 0)):
-            identity = split_number * _SPLIT_STRIDE + number
+    for split, count in images.items():
+        for number in range(count):
+            identity = _FIRST[split] + number
             rng = _stream(seed, _HUMAN, identity)
             scene = Scene.sample(rng)
-            texts = captions(scene, captions_per_image, rng, HUMAN)
+            texts = captions(scene, captions_per_image, rng)
             rows.append(HumanImage(seed, identity, f"{split}_{number:06d}.jpg", split, scene, texts))
     return rows
 
@@ -291,9 +214,7 @@ def write_human(directory: Path, rows: Iterable[HumanImage]) -> Path:
         for text in row.captions:
             annotations.append({"id": len(annotations), "image_id": row.id, "caption": text})
     path = directory / "captions.json"
-    waiting = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    waiting.write_text(json.dumps({"images": images, "annotations": annotations}, indent=1), encoding="utf-8")
-    waiting.replace(path)
+    replace(path, json.dumps({"images": images, "annotations": annotations}, indent=1).encode())
     return path
 
 
@@ -314,45 +235,35 @@ def _draw(shares: Mapping[str, float], rng: np.random.Generator, rest: str) -> s
     return rest
 
 
-def _text(seed: int, number: int, scene: Scene, shares: Shares) -> tuple[str, str, str | None]:
+def _text(seed: int, number: int, scene: Scene) -> tuple[str, str, str | None]:
     """A page's alt text, its kind, and the fact changed."""
     rng = _stream(seed, _TEXT, number)
-    kind = _draw(shares.kinds(), rng, "true")
+    kind = _draw(KIND_SHARES, rng, "true")
+    changed = None
     if kind == "file_name":
         return spam.file_name(rng), kind, None
     if kind == "boilerplate":
         return spam.boilerplate(rng), kind, None
     if kind == "other_image":
-        while True:
+        statement = None
+        while statement is None or is_true(statement, scene):
             # A neighbour's, not any page's: a page must not depend on how many pages there are.
             other = number - number % _NEIGHBOURS + int(rng.integers(_NEIGHBOURS))
-            statement = state(_scene(seed, other), rng, WEB)
-            if not is_true(statement, scene):
-                return write(statement, rng), kind, None
-    statement = state(scene, rng, WEB)
+            statement = state(_scene(seed, other), rng)
+    else:
+        statement = state(scene, rng)
     if kind == "one_attribute_off":
         statement, changed = one_attribute_off(statement, rng)
-        return write(statement, rng), kind, changed
-    if kind == "truncated":
-        return spam.truncated(statement, rng), kind, None
-    if kind == "other_language":
-        return spam.other_language(statement, rng), kind, None
-    return write(statement, rng), kind, None
+    writer = {"truncated": spam.truncated, "other_language": spam.other_language}.get(kind, write)
+    return writer(statement, rng), kind, changed
 
 
 def _encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, str]:
+    options = {
+        "jpeg": {"quality": quality},
+        "png": {"compress_level": 1},
+        "webp": {"quality": quality, "method": 0},
+    }
     buffer = io.BytesIO()
-    if image_format == "png":
-        image.save(buffer, "PNG", compress_level=1)
-    elif image_format == "webp":
-        image.save(buffer, "WEBP", quality=quality, method=0)
-    else:
-        image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, image_format, **options[image_format])
     return buffer.getvalue(), f"image/{image_format}"
-
-
-def _write_parquet(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    waiting = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, waiting)
-    waiting.replace(path)

@@ -7,6 +7,7 @@ place, tilt, shade, light, grain), so that a model has to read the stated parts 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -55,40 +56,16 @@ class SceneObject:
     x: float
     y: float
 
-    def __post_init__(self) -> None:
-        for value, allowed in ((self.shape, SHAPES), (self.colour, COLOURS), (self.size, SIZES)):
-            if value not in allowed:
-                raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
-        half = HALF_EXTENT[self.size]
-        if not (half - 1e-6 <= self.x <= 1 - half + 1e-6 and half - 1e-6 <= self.y <= 1 - half + 1e-6):
-            raise ValueError(f"a {self.size} object at ({self.x}, {self.y}) does not fit the canvas")
-
 
 @dataclass(frozen=True)
 class Scene:
     """One or two objects, different in colour or shape, on a background.
 
-    Two objects stand clearly apart along one axis, so that exactly one of the four relations holds. A scene
-    that breaks any of this raises ValueError.
+    Two objects stand clearly apart along one axis, so that exactly one of the four relations holds.
     """
 
     objects: tuple[SceneObject, ...]
     background: str
-
-    def __post_init__(self) -> None:
-        if self.background not in BACKGROUNDS:
-            raise ValueError(f"{self.background!r} is not one of {', '.join(BACKGROUNDS)}")
-        if len(self.objects) not in (1, 2):
-            raise ValueError(f"a scene holds one or two objects, not {len(self.objects)}")
-        if len(self.objects) == 2:
-            first, second = self.objects
-            if (first.shape, first.colour) == (second.shape, second.colour):
-                raise ValueError(
-                    f"two objects that are both a {first.colour} {first.shape} cannot be told apart"
-                )
-            across, along = sorted((abs(first.x - second.x), abs(first.y - second.y)))
-            if along < HALF_EXTENT[first.size] + HALF_EXTENT[second.size] or along < 2 * across:
-                raise ValueError("two objects must stand clearly apart along one axis")
 
     @property
     def relation(self) -> str | None:
@@ -102,8 +79,8 @@ class Scene:
         return "above" if dy < 0 else "below"
 
     @classmethod
-    def sample(cls, rng: np.random.Generator, two_objects: float = 0.5) -> Scene:
-        """A scene with uniform, independent attributes; two objects with probability `two_objects`.
+    def sample(cls, rng: np.random.Generator) -> Scene:
+        """A scene with uniform, independent attributes, and one object or two.
 
         Uniform on purpose: changing one attribute to any other value then leaves the distribution of scenes
         as it was, and so a wrong text cannot be told from a true one by its words alone (web.py).
@@ -113,7 +90,7 @@ class Scene:
         kinds = len(SHAPES) * len(COLOURS)
         kind = int(rng.integers(kinds))
         objects = [_somewhere(rng, kind, row, column)]
-        if rng.random() < two_objects:
+        if rng.random() < 0.5:
             other = (kind + int(rng.integers(1, kinds))) % kinds
             beside = rng.random() < 0.5
             objects.append(
@@ -123,14 +100,11 @@ class Scene:
 
     def to_json(self) -> str:
         """The scene as a line of JSON; `from_json` reads it back equal. The relation is in it for human readers."""
-        objects = [
-            {"shape": o.shape, "colour": o.colour, "size": o.size, "x": o.x, "y": o.y} for o in self.objects
-        ]
-        return json.dumps({"objects": objects, "background": self.background, "relation": self.relation})
+        return json.dumps({**dataclasses.asdict(self), "relation": self.relation})
 
     @classmethod
     def from_json(cls, text: str) -> Scene:
-        """The scene that `to_json` wrote. Raises ValueError or KeyError where the text is no scene."""
+        """The scene that `to_json` wrote."""
         data = json.loads(text)
         return cls(tuple(SceneObject(**o) for o in data["objects"]), data["background"])
 

@@ -57,6 +57,8 @@ def finished(tmp_path_factory):
 def test_the_summary_holds_what_it_promises(finished):
     out, _ = finished
     summary = json.loads((out / "summary.json").read_bytes())
+    models = {f"retrain-{model}" for model in ("raw", "human-only", "curated")}
+    assert {name for name in summary["rows"] if name.startswith("retrain")} == models
     for name, each in summary["rows"].items():
         assert each["in"] == each["kept"] + each["dropped"] + each["failed"], name
     assert summary["rows"]["download"]["in"] == 60

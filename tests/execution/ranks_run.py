@@ -77,10 +77,11 @@ if __name__ == "__main__":
             if name == "crowded":
                 # Another job has the cluster, for as long as this process is there.
                 import capfilt.execution.ray as execution
+                from capfilt.execution.board import Board
                 from capfilt.execution.cluster import ray
 
                 execution.PLACEMENT = 2.0
-                other = ray.remote(execution.Board).options(num_cpus=os.cpu_count()).remote()
+                other = ray.remote(Board).options(num_cpus=os.cpu_count()).remote()
                 ray.get(other.read.remote())
             path = None if mark is None else (Path(sys.argv[1]) / how).with_suffix(mark)
             print(json.dumps(attempt(place, work, f"{how}-{name}", 2, path, **more)), flush=True)

@@ -17,7 +17,6 @@ from capfilt.inference.capabilities import (
     EmbedsImagesAndTexts,
     GeneratesText,
     MatchesPairs,
-    RetrievesAndMatches,
 )
 from capfilt.inference.captioner import Captioner
 from capfilt.inference.filter import Filter
@@ -62,7 +61,6 @@ def test_blip_is_what_the_protocols_ask_for(model, tokenizer):
     able = adapted(model, tokenizer)
     assert isinstance(able, EmbedsImagesAndTexts)
     assert isinstance(able, MatchesPairs)
-    assert isinstance(able, RetrievesAndMatches)
     assert not isinstance(able, AnswersQuestions)
 
 

@@ -14,12 +14,18 @@ from hypothesis import strategies as st
 
 from capfilt.errors import UserError
 from capfilt.models import build, preset
-from capfilt.models.blip.model import CAPTIONER_PARTS, FILTER_PARTS, PRESETS, Blip, BlipConfig, parameters_of
+from capfilt.models.blip.model import CAPTIONER_PARTS, FILTER_PARTS, PRESETS, Blip, BlipConfig
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from tests.refusals import refused
 
 VOCAB = 40
+
+
+def parameters_of(model, parts=None):
+    """How many parameters the named parts hold together, shared ones counted once; all of them by default."""
+    modules = [model] if parts is None else [getattr(model, part) for part in parts]
+    return sum({id(each): each.numel() for module in modules for each in module.parameters()}.values())
 
 
 def small_config(**text) -> BlipConfig:

@@ -7,19 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from capfilt.quickstart.language import (
-    HUMAN,
-    WEB,
-    Mention,
-    Statement,
-    Style,
-    caption,
-    captions,
-    one_attribute_off,
-    parse,
-    state,
-    write,
-)
+from capfilt.quickstart.language import Mention, Statement, captions, one_attribute_off, parse, state, write
 from capfilt.quickstart.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene
 
 seeds = st.integers(0, 2**32)
@@ -149,19 +137,15 @@ def test_one_attribute_off_changes_exactly_one_stated_fact(statement, seed):
     assert changed.stated() == statement.stated()
 
 
-def test_styles_are_kept():
+def test_what_may_be_left_out_is_stated_as_often_as_promised():
     rng = np.random.default_rng(0)
-    scenes = [Scene.sample(rng, 1.0) for _ in range(1500)]
-    for style in (HUMAN, WEB, Style(0, 0, 0), Style(1, 1, 1)):
-        said = [state(scene, rng, style) for scene in scenes]
-        sizes = [m.size is not None for s in said for m in s.objects]
-        assert np.mean(sizes) == pytest.approx(style.size, abs=0.04)
-        assert np.mean([s.relation is not None for s in said]) == pytest.approx(style.relation, abs=0.04)
-        assert np.mean([s.background is not None for s in said]) == pytest.approx(style.background, abs=0.04)
-        assert (
-            np.mean([s.objects[0].shape == c.objects[0].shape for s, c in zip(said, scenes, strict=True)])
-            < 0.7
-        )
+    scenes = [scene for scene in (Scene.sample(rng) for _ in range(3000)) if scene.relation]
+    said = [state(scene, rng) for scene in scenes]
+    assert np.mean([m.size is not None for s in said for m in s.objects]) == pytest.approx(0.25, abs=0.04)
+    assert np.mean([s.relation is not None for s in said]) == pytest.approx(0.15, abs=0.04)
+    assert np.mean([s.background is not None for s in said]) == pytest.approx(0.25, abs=0.04)
+    same = [s.objects[0].shape == c.objects[0].shape for s, c in zip(said, scenes, strict=True)]
+    assert np.mean(same) < 0.7
 
 
 def test_captions_of_one_scene_differ_in_more_than_case():
@@ -171,15 +155,10 @@ def test_captions_of_one_scene_differ_in_more_than_case():
         assert len({text.lower().rstrip(".") for text in found}) == 5
 
 
-def test_more_captions_than_can_be_worded_are_refused():
-    with pytest.raises(ValueError, match="50 different captions"):
-        captions(Scene.sample(np.random.default_rng(0), 0.0), 50, np.random.default_rng(0), Style(0, 0, 0))
-
-
 def test_the_language_is_small_and_its_sentences_short():
     rng = np.random.default_rng(0)
     words = [
-        caption(Scene.sample(rng), rng, HUMAN).lower().replace(":", "").rstrip(".").split()
+        write(state(Scene.sample(rng), rng), rng).lower().replace(":", "").rstrip(".").split()
         for _ in range(3000)
     ]
     assert len({word for text in words for word in text}) == 38

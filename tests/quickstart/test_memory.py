@@ -6,15 +6,15 @@ import subprocess
 import sys
 import time
 
-from capfilt.quickstart.memory import PeakMemory
+from capfilt.quickstart.memory import peak_memory
 
 HOLD = "held = bytearray(b'x' * {size}); print('ready', flush=True); input()"
 
 
 def test_what_children_hold_together_is_counted():
-    with PeakMemory() as before:
+    with peak_memory() as before:
         pass
-    with PeakMemory() as peak:
+    with peak_memory() as peak:
         children = [
             subprocess.Popen(
                 [sys.executable, "-c", HOLD.format(size=150_000_000)],
@@ -27,19 +27,20 @@ def test_what_children_hold_together_is_counted():
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 20
-        while peak.gb < before.gb + 0.3 and time.monotonic() < deadline:
+        while peak[0] < before[0] + 0.3 and time.monotonic() < deadline:
             time.sleep(0.1)
         for child in children:
             child.communicate(b"\n")
-    assert before.gb > 0.005
-    assert before.gb + 0.3 <= peak.gb < before.gb + 0.4
+    assert before[0] > 0.005
+    # Loose above: this process's share of common pages grows when others that map them end.
+    assert before[0] + 0.3 <= peak[0] < before[0] + 0.55
 
 
 def test_a_watch_that_is_over_watches_no_more():
-    with PeakMemory() as peak:
+    with peak_memory() as peak:
         pass
-    held = peak.gb
+    held = peak[0]
     more = bytearray(b"x" * 50_000_000)
     time.sleep(1.2)
-    assert peak.gb == held
+    assert peak[0] == held
     assert len(more) == 50_000_000

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,21 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from capfilt.quickstart.server import PORTS, WebProcess, WebServer, main
-from capfilt.quickstart.web import Shares, build_web, picture_bytes, troubled_bytes
+from capfilt.quickstart.server import HOST, PORTS, WebServer, serve
+from capfilt.quickstart.web import build_web, picture_bytes, troubled_bytes
 from tests.refusals import failed
 
-SHARES = Shares(
-    dead_link=0.1,
-    server_error=0.1,
-    slow=0.1,
-    cut_short=0.1,
-    corrupt=0.1,
-    wrong_type=0.1,
-    tiny=0.1,
-    redirect=0.2,
-)
-PAGES = build_web(11, 80, SHARES)
+PAGES = build_web(11, 800)
 
 
 def page_with(trouble):
@@ -45,22 +36,25 @@ def get(url, timeout=5.0):
 
 @pytest.fixture(scope="module")
 def server():
-    with WebServer(PAGES, slow_seconds=0.5).start() as running:
-        yield running
+    """The address of a server in this process, with bodies that stall for half a second."""
+    with WebServer(socket.create_server((HOST, 0)), PAGES, slow_seconds=0.5) as running:
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://{HOST}:{running.server_address[1]}"
+        running.shutdown()
 
 
 def test_an_untroubled_page_is_its_picture(server):
     page = page_with("none")
-    body, headers, _ = get(page.url(server.url))
+    body, headers, _ = get(server + page.path)
     assert (body, headers["Content-Type"]) == picture_bytes(page)
     assert int(headers["Content-Length"]) == len(body)
-    assert get(page.url(server.url) + "?utm_source=feed")[0] == body
+    assert get(server + page.path + "?utm_source=feed")[0] == body
 
 
 @pytest.mark.parametrize(("trouble", "status"), [("dead_link", 404), ("server_error", 500)])
 def test_errors_are_http_errors(server, trouble, status):
     with pytest.raises(urllib.error.HTTPError) as caught:
-        get(page_with(trouble).url(server.url))
+        get(server + page_with(trouble).path)
     assert caught.value.code == status
     caught.value.close()
 
@@ -68,11 +62,11 @@ def test_errors_are_http_errors(server, trouble, status):
 def test_redirects_lead_to_the_live_picture(server):
     codes = set()
     for page in [page for page in PAGES if page.trouble == "redirect"]:
-        body, headers, address = get(page.url(server.url))
+        body, headers, address = get(server + page.path)
         assert (body, headers["Content-Type"]) == picture_bytes(page)
-        assert address.startswith(server.url + "/")
-        assert address != page.url(server.url)
-        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=5)
+        assert address.startswith(server + "/")
+        assert address != server + page.path
+        connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=5)
         connection.request("GET", page.path)
         codes.add(connection.getresponse().status)
         connection.close()
@@ -82,12 +76,12 @@ def test_redirects_lead_to_the_live_picture(server):
 @pytest.mark.parametrize("trouble", ["cut_short", "corrupt", "wrong_type", "tiny"])
 def test_bad_bodies_come_with_status_200_and_their_own_length(server, trouble):
     page = page_with(trouble)
-    body, headers, _ = get(page.url(server.url))
+    body, headers, _ = get(server + page.path)
     assert (body, headers["Content-Type"]) == troubled_bytes(page)
 
 
 def test_a_slow_body_outlasts_an_impatient_reader_and_never_completes_for_a_patient_one(server):
-    url = page_with("slow").url(server.url)
+    url = server + page_with("slow").path
     with pytest.raises(TimeoutError):
         get(url, timeout=0.2)
     began = time.monotonic()
@@ -99,124 +93,78 @@ def test_a_slow_body_outlasts_an_impatient_reader_and_never_completes_for_a_pati
 def test_unknown_paths_and_live_paths_of_ordinary_pages_are_404(server):
     for path in ("/nothing.jpg", "/", "/live" + page_with("none").path, "/live/" + "x" * 3000):
         with pytest.raises(urllib.error.HTTPError) as caught:
-            get(server.url + path)
+            get(server + path)
         assert caught.value.code == 404
         caught.value.close()
 
 
-def test_requests_are_counted_by_trouble():
-    with WebServer(PAGES, slow_seconds=0.1) as server:
-        page = page_with("none")
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(get, [page.url(server.url)] * 20))
-        get(page_with("redirect").url(server.url))
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            get(server.url + "/nothing")
-        caught.value.close()
-        assert server.requests() == {"live": 1, "none": 20, "redirect": 1, "unknown": 1}
-
-
 def test_many_readers_at_once_are_all_answered(server):
-    pages = [page for page in PAGES if page.trouble == "none"] * 10
+    pages = [page for page in PAGES[:60] if page.trouble == "none"] * 10
     with ThreadPoolExecutor(64) as pool:
-        bodies = list(pool.map(lambda page: get(page.url(server.url), 30)[0], pages))
+        bodies = list(pool.map(lambda page: get(server + page.path, 30)[0], pages))
     assert bodies[: len(pages) // 10] == [picture_bytes(page)[0] for page in pages[: len(pages) // 10]]
 
 
-def test_it_listens_on_the_loopback_only_and_stops_while_a_body_stalls():
-    server = WebServer(PAGES, slow_seconds=60).start()
-    host, port = server.url.removeprefix("http://").split(":")
-    assert host == "127.0.0.1"
-    assert int(port) in PORTS
-    with socket.create_connection((host, int(port)), timeout=5) as reader:
-        reader.sendall(f"GET {page_with('slow').path} HTTP/1.0\r\n\r\n".encode())
-        assert reader.recv(64)
-        began = time.monotonic()
-        server.stop()
-        server.stop()
-        assert time.monotonic() - began < 5
-    with failed("served"):
-        _ = server.url
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((host, int(port)), timeout=5)
-
-
 def test_a_reader_that_hangs_up_leaves_no_trace(server, capfd):
-    host, port = server.url.removeprefix("http://").split(":")
+    host, port = server.removeprefix("http://").split(":")
     for _ in range(5):
         with socket.create_connection((host, int(port)), timeout=5) as reader:
             reader.sendall(f"GET {page_with('none').path} HTTP/1.0\r\n\r\n".encode())
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     time.sleep(0.2)
     assert capfd.readouterr().err == ""
-    assert get(page_with("none").url(server.url))[0]
+    assert get(server + page_with("none").path)[0]
 
 
-def test_a_process_serves_the_same_web_and_comes_back_to_its_port(tmp_path):
-    url_file = tmp_path / "world" / "web.url"
-    pages = build_web(11, 30, SHARES)
-    with WebProcess(11, 30, SHARES, url_file, slow_seconds=0.2).start() as first:
-        url = first.url
-        assert url_file.read_text().strip() == url
-        page = next(page for page in pages if page.trouble == "none")
-        assert get(page.url(url))[0] == picture_bytes(page)[0]
-        assert first.requests() == {"none": 1}
-    with WebProcess(11, 30, SHARES, url_file) as second:
-        assert second.url == url
-        assert second.requests() == {}
+def test_a_process_serves_the_same_web_and_comes_back_to_its_port():
+    page = next(page for page in build_web(5, 30) if page.trouble == "none")
+    with serve(5, 30) as address:
+        host, port = address.removeprefix("http://").split(":")
+        assert host == "127.0.0.1"
+        assert int(port) in PORTS
+        assert get(address + page.path)[0] == picture_bytes(page)[0]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), timeout=5)
+    with serve(5, 30, int(port)) as again:
+        assert again == address
 
 
-def test_a_taken_port_is_named_with_the_way_out(tmp_path, capsys, monkeypatch):
+def test_a_taken_port_is_named(monkeypatch):
     monkeypatch.setattr("capfilt.quickstart.server._TAKEN_PATIENCE_S", 0.3)
-    url_file = tmp_path / "web.url"
-    with WebServer(PAGES) as holder:
-        url_file.write_text(holder.url)
-        port = holder.url.rsplit(":", 1)[1]
-        assert main(["--url-file", str(url_file), "--images", "3"]) == 1
-        line = capsys.readouterr().out.strip()
-        assert f"port {port}" in line
-        assert str(url_file) in line
-        assert "\n" not in line
-        with failed(f"port {port}", "127.0.0.1"):
-            WebServer(PAGES, int(port)).start()
+    with socket.create_server((HOST, 0)) as holder:
+        port = holder.getsockname()[1]
+        with failed(str(port)), serve(0, 3, port):
+            pass
 
 
-@pytest.mark.parametrize("content", ["", "http://example.com:80", "http://127.0.0.1:99999", "20000"])
-def test_a_spoiled_url_file_is_named(tmp_path, capsys, content):
-    url_file = tmp_path / "web.url"
-    url_file.write_text(content)
-    assert main(["--url-file", str(url_file), "--images", "3"]) == 1
-    assert str(url_file) in capsys.readouterr().out
+def test_a_process_that_cannot_start_is_a_failed_run(capfd):
+    with failed("does not answer"), serve(-1, 3):
+        pass
+    assert "ValueError" in capfd.readouterr().err
 
 
-def test_a_process_that_cannot_start_says_why(tmp_path):
-    url_file = tmp_path / "web.url"
-    url_file.write_text("nonsense")
-    process = WebProcess(0, 3, url_file=url_file)
-    with failed(url_file, "address"):
-        process.start()
-    with failed("served"):
-        process.requests()
-
-
-def test_the_process_ends_when_its_parent_is_killed(tmp_path):
-    url_file = tmp_path / "web.url"
+def test_the_process_hears_no_ctrl_c_and_ends_when_its_parent_is_killed():
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom capfilt.quickstart.server import WebProcess\n"
-        "server = WebProcess(0, 3, url_file=Path(sys.argv[1])).start()\nprint('up', flush=True)\ntime.sleep(60)\n"
+        "import signal, time\nfrom capfilt.quickstart.server import serve\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "with serve(0, 3) as address:\n    print(address, flush=True)\n    time.sleep(60)\n"
     )
     root = str(Path(__file__).resolve().parents[2])
     parent = subprocess.Popen(
-        [sys.executable, "-c", script, str(url_file)],
+        [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": root},
     )
-    assert parent.stdout.readline() == b"up\n"
-    host, port = url_file.read_text().strip().removeprefix("http://").split(":")
-    socket.create_connection((host, int(port)), timeout=5).close()
-    parent.send_signal(signal.SIGKILL)
+    address = parent.stdout.readline().strip()
+    os.killpg(parent.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert get(address + next(page for page in build_web(0, 3) if page.trouble == "none").path)[0]
+    parent.kill()
     parent.wait()
     parent.stdout.close()
+    host, port = address.removeprefix("http://").split(":")
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:

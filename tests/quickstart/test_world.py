@@ -39,8 +39,14 @@ def painted(scene: Scene, size: int = 96, seed: int = 0) -> np.ndarray:
 def test_a_sampled_scene_is_clear_and_survives_json(seed):
     scene = Scene.sample(np.random.default_rng(seed))
     assert Scene.from_json(scene.to_json()) == scene
+    for thing in scene.objects:
+        assert (thing.shape in SHAPES, thing.colour in COLOURS, thing.size in SIZES) == (True, True, True)
+        half = HALF_EXTENT[thing.size]
+        assert half <= thing.x <= 1 - half
+        assert half <= thing.y <= 1 - half
     if len(scene.objects) == 2:
         first, second = scene.objects
+        assert (first.shape, first.colour) != (second.shape, second.colour)
         dx, dy = first.x - second.x, first.y - second.y
         holds = {"left": dx < 0, "right": dx > 0, "above": dy < 0, "below": dy > 0}[scene.relation]
         axis, other = (abs(dx), abs(dy)) if scene.relation in ("left", "right") else (abs(dy), abs(dx))
@@ -60,25 +66,6 @@ def test_relation_is_the_first_object_seen_from_the_second(x, y, relation):
         (SceneObject("star", "red", "small", x, y), SceneObject("ring", "red", "small", 1 - x, 1 - y)), "gray"
     )
     assert scene.relation == relation
-
-
-@pytest.mark.parametrize(
-    ("objects", "background"),
-    [
-        ((("blob", "red", "small", 0.5, 0.5),), "gray"),
-        ((("star", "mauve", "small", 0.5, 0.5),), "gray"),
-        ((("star", "red", "huge", 0.5, 0.5),), "gray"),
-        ((("star", "red", "small", 0.5, 0.5),), "tartan"),
-        ((("star", "red", "large", 0.1, 0.5),), "gray"),
-        ((), "gray"),
-        ((("star", "red", "small", 0.2, 0.5), ("star", "red", "large", 0.7, 0.5)), "gray"),
-        ((("star", "red", "small", 0.2, 0.2), ("ring", "red", "small", 0.8, 0.8)), "gray"),
-        ((("star", "red", "small", 0.5, 0.5), ("ring", "red", "small", 0.5, 0.6)), "gray"),
-    ],
-)
-def test_an_impossible_or_ambiguous_scene_is_refused(objects, background):
-    with pytest.raises(ValueError, match=r"one of|fit|holds|told apart|apart along"):
-        Scene(tuple(SceneObject(*o) for o in objects), background)
 
 
 def test_attributes_are_uniform_and_independent_of_the_number_of_objects():
@@ -162,6 +149,6 @@ def test_backgrounds_are_distinct_and_no_object_drowns_in_one():
 
 @pytest.mark.parametrize("size", [6, 16, 48, 96, 130])
 def test_any_size_can_be_drawn(size):
-    picture = render(Scene.sample(np.random.default_rng(3), 1.0), np.random.default_rng(0), size)
+    picture = render(Scene.sample(np.random.default_rng(3)), np.random.default_rng(0), size)
     assert picture.size == (size, size)
     assert picture.mode == "RGB"

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from capfilt.execution.commit import process_and_commit
 from capfilt.execution.inline import InlineExecutor
-from capfilt.execution.run import process_and_commit, run_stage
+from capfilt.execution.run import run_stage
 from capfilt.inference import engine
 from capfilt.inference.engine import Engine
 from capfilt.inference.graphs import RecordedWriter

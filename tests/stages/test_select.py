@@ -17,8 +17,9 @@ from capfilt.catalog.report import write_report
 from capfilt.data.images import decode
 from capfilt.doctor import workspace as doctor
 from capfilt.errors import UserError
+from capfilt.execution.commit import process_and_commit
 from capfilt.execution.inline import InlineExecutor
-from capfilt.execution.run import process_and_commit, run_stage
+from capfilt.execution.run import run_stage
 from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.stages.registry import stage_command
 from capfilt.stages.select import SelectOptions

@@ -225,13 +225,6 @@ class Blip(nn.Module):
         return ids
 
 
-def parameters_of(model: Blip, parts: Sequence[str] | None = None) -> int:
-    """How many parameters the named parts hold together, shared ones counted once; all of them by default."""
-    modules = [getattr(model, part) for part in parts] if parts is not None else [model]
-    unique = {id(each): each.numel() for module in modules for each in module.parameters()}
-    return sum(unique.values())
-
-
 @dataclass(frozen=True)
 class PretrainingConfig(AlignmentConfig):
     """Which losses, and their constants. The paper's and its released code's values, cited beside each.

@@ -386,7 +386,6 @@ class TextTransformer(nn.Module):
         mask: Tensor | None,
         layers: slice,
         cross: Sequence[Pair] | None = None,
-        cross_mask: Tensor | None = None,
         first: bool = False,
     ) -> Tensor:
         """Hidden states after these layers, of what the one before them (or `embeddings`) gave, [R, L, D].
@@ -395,7 +394,7 @@ class TextTransformer(nn.Module):
         `forward`.
         """
         attend = mask[:, None, None, :] if mask is not None else None
-        return self._run(self.layers[layers], states, attend, cross, cross_mask, None, first)
+        return self._run(self.layers[layers], states, attend, cross, None, None, first)
 
     def _run(
         self,

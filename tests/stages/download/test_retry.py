@@ -13,8 +13,9 @@ import pytest
 
 from capfilt.catalog.query import query
 from capfilt.doctor import workspace as doctor
+from capfilt.execution.commit import process_and_commit
 from capfilt.execution.inline import InlineExecutor
-from capfilt.execution.run import process_and_commit, run_stage, todo
+from capfilt.execution.run import run_stage, todo
 from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.retry import Retry
 from capfilt.tables.publish import link_new
