@@ -16,6 +16,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -285,33 +286,19 @@ class Train(ModelStage):
                 level=o.randaugment_level,
                 seed=o.seed,
             )
+        # An option with the name of a field is that field; the rest follow from options and data.
+        told = {each.name: getattr(o, each.name) for each in fields(TrainConfig) if hasattr(o, each.name)}
         config = TrainConfig(
-            steps=steps,
-            batch_size=o.batch_size,
-            accumulate=accumulate,
-            micro_batch=o.micro_batch,
-            learning_rate=o.learning_rate,
-            min_lr=o.min_lr,
-            warmup_steps=min(o.warmup_steps, steps // 2) if by_step else o.warmup_steps,
-            schedule=o.schedule,
-            decay_rate=o.decay_rate,
-            epoch_texts=0 if by_step else len(data),
-            weight_decay=o.weight_decay,
-            decay=o.decay,
-            betas=(0.9, o.beta2),
-            head_rate=getattr(o, "head_rate", 1.0),
-            clip_norm=o.clip_norm,
-            ema=o.ema,
-            seed=o.seed,
-            alpha=getattr(o, "alpha", 0.0),
-            alpha_ramp_steps=math.ceil(ramp * epoch),
-            hardness_ramp_steps=getattr(o, "hardness_ramp_steps", 0),
-            precision=o.precision,
-            log_every=LOG_EVERY,
-            save_every=o.save_every,
-            keep_states=o.keep_states,
-            stuck_steps=getattr(o, "stuck_steps", 0),
-            collapse_steps=getattr(o, "collapse_steps", 0),
+            **{
+                **told,
+                "steps": steps,
+                "accumulate": accumulate,
+                "warmup_steps": min(o.warmup_steps, steps // 2) if by_step else o.warmup_steps,
+                "epoch_texts": 0 if by_step else len(data),
+                "betas": (0.9, o.beta2),
+                "alpha_ramp_steps": math.ceil(ramp * epoch),
+                "log_every": LOG_EVERY,
+            }
         )
         self.output.mkdir(parents=True, exist_ok=True)
         if ranks.rank == 0:

@@ -301,11 +301,10 @@ def test_pictures_are_cropped_whole_and_once(place, monkeypatch, randaugment, st
     whole = transforms.Views.view
 
     def view(self, picture, *rest):
-        seen.append((picture.shape, self.options.scale, self.operations))
+        seen.append((picture.shape, self.scale, self.operations))
         return whole(self, picture, *rest)
 
     monkeypatch.setattr(transforms.Views, "view", view)
-    monkeypatch.setattr(transforms, "augment", None)
     augmented = {**FAST, "augment": True, "stream": stream, "randaugment": randaugment}
     run(Pretrain(PretrainOptions(human=("wide",), out=f"cropped{randaugment}", **augmented), place))
     # Read ahead of the model, two steps of four texts.
