@@ -51,3 +51,11 @@ def test_a_long_help_is_found_in_options_and_in_other_commands(monkeypatch):
         "capfilt.stages.registry.STAGES", (dataclasses.replace(select.COMMAND, options=Options),)
     )
     assert list(house.long_helps()) == ["select further"]
+
+
+def test_lines_of_code_are_neither_words_nor_imports(tmp_path):
+    (tmp_path / "capfilt").mkdir()
+    words = '"""Words.\n\nMore."""\nimport a\nfrom b import (\n    c,\n)\n\n# why\n'
+    code = 'x = 1  # one\n\n\ndef f():\n    """Words."""\n    return (\n        x\n    )\n'
+    (tmp_path / "capfilt" / "a.py").write_text(words + code)
+    assert house.code_lines(tmp_path) == 5
