@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from capfilt.catalog.terminal import write_table
 from capfilt.errors import UserError
 from capfilt.tables.visible import visible
 from capfilt.tables.workspace import Workspace
@@ -173,32 +174,11 @@ def markdown(told: Shown) -> str:
 
 
 def _print(told: Shown, out: TextIO) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    told = Shown(
-        tuple(map(visible, told.before)),
-        tuple(map(visible, told.header)),
-        tuple(tuple(map(visible, row)) for row in told.rows),
-        tuple(map(visible, told.after)),
-        told.plain,
-    )
     # Figures are for reading and copying: not cut where the terminal is narrow or there is none.
-    widths = [max(map(len, column)) for column in zip(told.header, *told.rows, strict=True)]
-    terminal = Console(file=out)
-    needed = sum(widths) + 3 * len(widths) + 1
-    console = Console(file=out, width=max(terminal.width, needed), highlight=False)
-    for line in told.before:
-        console.print(Text(line), soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(told.header):
-        table.add_column(Text(name), justify="right" if "–" in name or place > 1 else "left", no_wrap=True)
-    for row in told.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    for line in told.after:
-        console.print(Text(line), soft_wrap=True)
+    out.writelines(f"{visible(line)}\n" for line in told.before)
+    right = [place > 1 or "–" in name for place, name in enumerate(told.header)]
+    write_table(told.header, told.rows, right, out)
+    out.writelines(f"{visible(line)}\n" for line in told.after)
 
 
 def _heading(result: Result) -> str:

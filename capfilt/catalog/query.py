@@ -1,29 +1,26 @@
 """Asking a workspace in SQL: one read-only statement, printed as a table, JSON or CSV.
 
-Which views there are is `schemas/views.sql`; what the connection may touch is in `views.py`.
+DuckDB turns every value into the text that is printed; this module writes the texts. Which views there are is
+`schemas/views.sql`; what the connection may touch is in `views.py`.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-import re
 import shutil
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
-from itertools import islice
+from dataclasses import astuple
+from itertools import chain, islice
 from typing import Any, TextIO
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
+from capfilt.catalog.terminal import write_table
 from capfilt.catalog.views import View, describe, open_catalog
 from capfilt.errors import UserError
-from capfilt.formats.columns import quoted, refusal
+from capfilt.formats.columns import literal, quoted, refusal
 from capfilt.tables.visible import shortened, visible, visible_json
 from capfilt.tables.workspace import Workspace
 
@@ -33,7 +30,6 @@ TABLE_ROWS = 40
 
 _BATCH_ROWS = 10_000
 _CELL_CHARACTERS = 400
-_NARROWEST_CELL = 8
 
 
 def query(workspace: Workspace, sql: str) -> pa.Table:
@@ -73,12 +69,13 @@ def print_query(
         raise UserError(f"--format {format!r}: choose {', '.join(FORMATS)}")
     if rows < 0:
         raise UserError(f"--rows {rows}: give a number of rows, or 0 for all")
-    if not sql.strip():
-        _print_help(workspace, out, format)
+    if not sql.strip() and format == "table":
+        _print_views(workspace, out)
         return
     with _answer(workspace, sql) as relation:
         names = _distinct(relation.columns)
-        reader, found = _plain_rows(relation)
+        found = _texts(relation, format)
+        found = chain([*islice(found, 1)], found)  # asked before anything is written
         if format == "json":
             _print_json(names, found, out)
         elif format == "csv":
@@ -86,7 +83,8 @@ def print_query(
         elif names == ["explain_key", "explain_value"]:
             out.writelines(f"{row[1]}\n" for row in found)
         else:
-            _print_table(names, found, reader.schema, out, rows, width or _terminal_width(out))
+            right = [type_.id in (*_EXACT[1:], *_FLOATS) for type_ in relation.types]
+            _print_table(names, found, right, out, rows, width or _terminal_width(out))
 
 
 # -- asking --------------------------------------------------------------------------------------------------
@@ -96,8 +94,11 @@ def print_query(
 def _answer(workspace: Workspace, sql: str) -> Iterator[duckdb.DuckDBPyRelation]:
     with open_catalog(workspace) as connection:
         try:
-            _refuse_all_but_reading(connection, sql)
-            relation = connection.sql(sql)
+            if sql.strip():
+                _refuse_all_but_reading(connection, sql)
+                relation = connection.sql(sql)
+            else:
+                relation = connection.from_arrow(_columns_table(describe(connection)))
         except duckdb.Error as error:
             raise UserError(_explain(str(error), connection)) from error
         yield relation
@@ -169,103 +170,67 @@ def _explain(message: str, connection: duckdb.DuckDBPyConnection | None = None) 
 # -- values --------------------------------------------------------------------------------------------------
 
 
-_KEPT = (
+_EXACT = (
     "boolean", "tinyint", "smallint", "integer", "bigint", "utinyint", "usmallint", "uinteger", "ubigint", "hugeint",
-    "float", "double", "decimal", "varchar", "blob", "null",
+    "decimal",
 )  # fmt: skip
-"""The types whose every value Arrow and Python hold. Of dates and times they know no infinity, nor the year 10000."""
-
-_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d+)?)(\+00)?")
-
-
-def _plain_rows(relation: duckdb.DuckDBPyRelation) -> tuple[pa.RecordBatchReader, Iterator[list[Any]]]:
-    """The answer in types that `_KEPT` has, with its rows as the plain types of JSON; all other values are text."""
-    types = relation.types
-    plain = [_plain_type(type_) for type_ in types]
-    if any(wanted != str(type_) for wanted, type_ in zip(plain, types, strict=True)):
-        # By place, because names may be there twice.
-        casts = (f"CAST(#{place} AS {wanted})" for place, wanted in enumerate(plain, start=1))
-        relation = relation.project(", ".join(casts))
-    reader = _reader(relation)
-    return reader, _rows(reader, [_converter(type_) for type_ in types])
+_FLOATS = ("float", "double")
+_NESTED = ("list", "array", "struct", "map")
 
 
-def _plain_type(type_: Any) -> str:
-    if type_.id in _KEPT:
-        return str(type_)
-    if type_.id in ("list", "array"):
-        return f"{_plain_type(type_.children[0][1])}[]"
-    if type_.id == "map":
-        key, value = (_plain_type(child) for _, child in type_.children)
-        return f"MAP({key}, {value})"
-    if type_.id == "struct" and type_.children:
-        fields = (f"{quoted(name)} {_plain_type(child)}" for name, child in type_.children)
-        return f"STRUCT({', '.join(fields)})"
-    return "VARCHAR"
+def _texts(relation: duckdb.DuckDBPyRelation, format: str) -> Iterator[tuple[str | None, ...]]:
+    """The rows, each value as the text that the format has of it; a null is None."""
+    # By place, because names may be there twice.
+    columns = (_text(f"#{place}", type_, format) for place, type_ in enumerate(relation.types, start=1))
+    for batch in _batches(_reader(relation.project(", ".join(columns)))):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
-def _rows(
-    reader: pa.RecordBatchReader, converters: Sequence[Callable[[Any], Any] | None]
-) -> Iterator[list[Any]]:
-    for batch in _batches(reader):
-        columns = [
-            [None if value is None else convert(value) for value in column.to_pylist()]
-            if convert
-            else column.to_pylist()
-            for convert, column in zip(converters, batch.columns, strict=True)
-        ]
-        yield from (list(row) for row in zip(*columns, strict=True))
+def _text(value: str, type_: Any, format: str) -> str:
+    """SQL for the text of a value: JSON in JSON and of all that is nested, and otherwise as people write it."""
+    if format == "json" or (type_.id in _NESTED and type_.children):
+        value = f"to_json({_plain(value, type_, format)})"
+    elif type_.id not in _FLOATS:
+        value = _plain(value, type_, format)
+    elif format == "table":
+        value = f"format('{{:.6g}}', {value})"
+    return f"CAST({value} AS VARCHAR)"
 
 
-def _converter(type_: Any) -> Callable[[Any], Any] | None:
-    """The function from a value, no null, of a DuckDB type to JSON's plain types; None where nothing needs doing."""
-    if type_.id == "float":
-        # As few digits as tell the 32-bit number from its neighbours: 0.3, not 0.30000001192092896.
-        return lambda value: float(str(np.float32(value)))
-    if type_.id in ("decimal", "hugeint"):
-        return _decimal
-    if type_.id.startswith("timestamp"):
-        return _iso
-    if type_.id in ("list", "array"):
-        inner = _converter(type_.children[0][1])
-        return inner and (lambda values: [None if value is None else inner(value) for value in values])
-    if type_.id == "struct":
-        inners = {name: inner for name, child in type_.children if (inner := _converter(child))}
-        if not inners:
-            return None
-        return lambda value: {
-            name: inners[name](each) if name in inners and each is not None else each
-            for name, each in value.items()
-        }
-    if type_.id == "map":
-        return lambda value: {str(key): item for key, item in value}
-    return None
+def _plain(value: str, type_: Any, format: str, depth: int = 0) -> str:
+    """SQL for a value in types of which DuckDB makes right JSON. Of other types, as dates and times, it is text."""
+    kind, each = type_.id, f"each{depth}"
 
+    def inner(part: str, child: Any) -> str:
+        return _plain(part, child, format, depth + 1)
 
-def _iso(text: str) -> str:
-    """DuckDB's text of a moment as ISO 8601 has it; infinity, and years beyond four digits, as they are."""
-    found = _MOMENT.fullmatch(text)
-    return f"{found[1]}T{found[2]}{'+00:00' if found[3] else ''}" if found else text
-
-
-def _decimal(value: Decimal) -> int | float:
-    # DuckDB sums integers to DECIMAL(38, 0), and reads 0.5 as a DECIMAL.
-    return (
-        int(value) if value == value.to_integral_value() and value.as_tuple().exponent == 0 else float(value)
-    )
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can say it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return value
+    if kind in _EXACT:
+        return value
+    if kind in _FLOATS:
+        # By way of text, which has as few digits as tell a 32-bit number from its neighbours. JSON has no infinity.
+        return f"CASE WHEN isfinite({value}) THEN CAST(CAST({value} AS VARCHAR) AS DOUBLE) END"
+    if kind == "blob":
+        return (
+            f"format('<{{:,}} bytes>', octet_length({value}))" if format == "table" else f"to_base64({value})"
+        )
+    if kind.startswith("timestamp"):
+        # ISO 8601; infinity, and years beyond four digits, as they are.
+        moment = rf"regexp_replace(CAST({value} AS VARCHAR), '^(\d{{4}}-\d\d-\d\d) (\d\d:[\d:.]+)', '\1T\2')"
+        return rf"regexp_replace({moment}, '(T.*\+00)$', '\1:00')"
+    if kind in ("list", "array"):
+        return f"list_transform({value}, lambda {each}: {inner(each, type_.children[0][1])})"
+    if kind == "map":
+        pair = (
+            f"{{'key': CAST({each}.key AS VARCHAR), 'value': {inner(f'{each}.value', type_.children[1][1])}}}"
+        )
+        return f"map_from_entries(list_transform(map_entries({value}), lambda {each}: {pair}))"
+    if kind == "struct" and type_.children:
+        fields = (
+            f"{quoted(name)} := {inner(f'struct_extract({value}, {literal(name)})', child)}"
+            for name, child in type_.children
+        )
+        return f"CASE WHEN {value} IS NOT NULL THEN struct_pack({', '.join(fields)}) END"
+    return f"CAST({value} AS VARCHAR)"
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -285,129 +250,46 @@ def _distinct(names: Sequence[str]) -> list[str]:
 # -- printing ------------------------------------------------------------------------------------------------
 
 
-def _print_json(names: Sequence[str], rows: Iterator[list[Any]], out: TextIO) -> None:
+Rows = Iterator[tuple[str | None, ...]]
+
+
+def _print_json(names: Sequence[str], rows: Rows, out: TextIO) -> None:
+    keys = [json.dumps(name, ensure_ascii=False) for name in names]
     opening = "["
     for row in rows:
-        record = {name: _plain(value) for name, value in zip(names, row, strict=True)}
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        out.write(f"{opening}\n{visible_json(line)}")
+        fields = ", ".join(f"{key}: {value or 'null'}" for key, value in zip(keys, row, strict=True))
+        out.write(f"{opening}\n{{{visible_json(fields)}}}")
         opening = ","
     out.write("[]\n" if opening == "[" else "\n]\n")
 
 
-def _print_csv(names: Sequence[str], rows: Iterator[list[Any]], out: TextIO) -> None:
-    first = next(rows, None)
+def _print_csv(names: Sequence[str], rows: Rows, out: TextIO) -> None:
     # A terminal would obey what a file or a program has to get as it is.
     shown = visible if out.isatty() else str
-    line: Sequence[Any] | None = names
-    while line is not None:
-        out.write(",".join(_csv_field(value, shown) for value in line) + "\r\n")
-        line, first = first, next(rows, None)
+    lines = (",".join(_csv_field(value, shown) for value in row) for row in chain([names], rows))
+    out.writelines(f"{line}\r\n" for line in lines)
 
 
-def _csv_field(value: Any, shown: Callable[[str], str]) -> str:
+def _csv_field(value: str | None, shown: Callable[[str], str]) -> str:
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        text = repr(value)
-    else:
-        plain = _plain(value)
-        text = shown(json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain))
-    if not text or any(character in text for character in '",\r\n'):
-        return '"' + text.replace('"', '""') + '"'
-    return text
+    text = shown(value)
+    return '"' + text.replace('"', '""') + '"' if not text or set(text) & set('",\r\n') else text
 
 
 def _print_table(
-    names: Sequence[str], rows: Iterator[list[Any]], schema: pa.Schema, out: TextIO, limit: int, width: int
+    names: Sequence[str], rows: Rows, right: Sequence[bool], out: TextIO, limit: int, width: int
 ) -> None:
-    shown = list(islice(rows, limit)) if limit else list(rows)
-    more = bool(limit) and next(rows, None) is not None
-    cells = [[_cell(value) for value in row] for row in shown]
-    header = [visible(name) for name in names]
-    widths = [
-        max([_columns(name), *(_columns(row[place]) for row in cells)]) for place, name in enumerate(header)
+    shown = list(islice(rows, limit or None))
+    more = next(rows, None) is not None
+    cells = [
+        ["null" if value is None else shortened(visible(value), _CELL_CHARACTERS) for value in row]
+        for row in shown
     ]
-    widths = _fit(widths, width)
-    right = [_is_number(field.type) for field in schema]
-    for line in (header, ["─" * size for size in widths], *cells):
-        fields = (
-            _pad(cell, size, right=number) for cell, size, number in zip(line, widths, right, strict=True)
-        )
-        out.write("  ".join(fields).rstrip() + "\n")
+    write_table(names, cells, right, out, width)
     count = f"{len(shown):,} {'row' if len(shown) == 1 else 'rows'}"
-    out.write(
-        f"\nthe first {count}; there are more: --format csv or json gives all\n" if more else f"\n{count}\n"
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return str(value) if not math.isfinite(value) else f"{value:.6g}"
-    if isinstance(value, bytes):
-        return f"<{len(value):,} bytes>"
-    if isinstance(value, dict | list):
-        return shortened(
-            visible(json.dumps(_brief(value), ensure_ascii=False, default=str)), _CELL_CHARACTERS
-        )
-    return shortened(visible(value if isinstance(value, str) else str(value)), _CELL_CHARACTERS)
-
-
-def _brief(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _brief(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_brief(item) for item in value]
-    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else value
-
-
-def _is_number(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_))
-
-
-def _fit(widths: list[int], total: int) -> list[int]:
-    """`widths` with the widest columns narrowed until all fit into `total` columns of the terminal (0: no limit)."""
-    result = list(widths)
-    gaps = 2 * (len(widths) - 1)
-    while total and sum(result) + gaps > total:
-        widest = max(range(len(result)), key=lambda place: result[place])
-        if result[widest] <= _NARROWEST_CELL:
-            break
-        result[widest] -= 1
-    return result
-
-
-def _columns(text: str) -> int:
-    """How many terminal columns `text` takes: East Asian wide characters two, combining ones none."""
-    if text.isascii():
-        return len(text)
-    return sum(map(_character_columns, text))
-
-
-def _character_columns(character: str) -> int:
-    if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
-
-
-def _pad(text: str, size: int, *, right: bool) -> str:
-    room = size - _columns(text)
-    if room < 0:
-        kept, used = [], 0
-        for character in text:
-            used += _character_columns(character)
-            if used > size - 1:
-                break
-            kept.append(character)
-        text = "".join(kept) + "…"
-        room = size - _columns(text)
-    return " " * room + text if right else text + " " * room
+    said = f"the first {count}; there are more: --format csv or json gives all" if more else count
+    out.write(f"\n{said}\n")
 
 
 def _terminal_width(out: TextIO) -> int:
@@ -417,24 +299,18 @@ def _terminal_width(out: TextIO) -> int:
 # -- help ----------------------------------------------------------------------------------------------------
 
 
-def _print_help(workspace: Workspace, out: TextIO, format: str) -> None:
-    with open_catalog(workspace) as connection:
-        views = describe(connection)
-        counts = dict(connection.execute(_HELD).fetchall())
-    if format == "table":
-        _print_views(views, counts, out)
-        return
-    names = ["view", "column", "type", "comment"]
-    rows = (
-        [view.name, column.name, column.type, column.comment] for view in views for column in view.columns
-    )
-    (_print_json if format == "json" else _print_csv)(names, rows, out)
-
-
 _HELD = "SELECT table_name, sum(rows_out)::BIGINT FROM parts GROUP BY table_name"
 
 
-def _print_views(views: Sequence[View], counts: Mapping[str, int], out: TextIO) -> None:
+def _columns_table(views: Sequence[View]) -> pa.Table:
+    rows = [(view.name, *astuple(column)) for view in views for column in view.columns]
+    return pa.table(list(map(list, zip(*rows, strict=True))), names=["view", "column", "type", "comment"])
+
+
+def _print_views(workspace: Workspace, out: TextIO) -> None:
+    with open_catalog(workspace) as connection:
+        views = describe(connection)
+        counts = dict(connection.execute(_HELD).fetchall())
     wide = max(len(column.name) for view in views for column in view.columns)
     types = max(min(len(column.type), 24) for view in views for column in view.columns)
     for view in views:

@@ -229,3 +229,41 @@ def test_every_type_of_duckdb_is_printed(tmp_path: Path, format: str) -> None:
             "5",
             [4, 5, 6],
         )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("999999999999.999999::DECIMAL(18, 6)", "999999999999.999999"),
+        ("[12345678901234567890.12::DECIMAL(30, 2)]", "[12345678901234567890.12]"),
+        ("{'a': {'b': (-170141183460469231731687303715884105727)::HUGEINT}}",
+         '{"a":{"b":-170141183460469231731687303715884105727}}'),
+        ("map {1: 0.00000000000000000001::DECIMAL(38, 20)}", '{"1":0.00000000000000000001}'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("format", ["table", "json", "csv"])
+def test_numbers_keep_their_digits(tmp_path: Path, value: str, said: str, format: str) -> None:
+    """Would catch: a DECIMAL of 18 digits printed as 1000000000000.0, by way of a 64-bit float."""
+    assert said in printed(Workspace(tmp_path), f"SELECT {value} AS x", format).replace('""', '"')
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("NULL::STRUCT(a INT, b INT[])", None),
+        ("{'a': NULL, 'b': 'inf'::DOUBLE}", {"a": None, "b": None}),
+        ("""{'quo"te''s': 'x'}""", {"quo\"te's": "x"}),
+        ("[map {'k': [0.1::FLOAT, 'nan'::FLOAT]}, NULL]", [{"k": [0.1, None]}, None]),
+        ("[[{'each0': '\x01'::BLOB}]]", [[{"each0": "AQ=="}]]),
+        ("map {DATE '2020-01-02': TIMESTAMP '2020-01-02 03:04:05.5'}", {"2020-01-02": "2020-01-02T03:04:05.5"}),
+        ("""'{"a": 1}'::JSON""", '{"a": 1}'),
+    ],
+)  # fmt: skip
+def test_nested_values_read_back(tmp_path: Path, value: str, read: object) -> None:
+    """Would catch: a struct of nulls in place of a null, a name that ends SQL early, JSON that is no JSON."""
+    (row,) = json.loads(printed(Workspace(tmp_path), f"SELECT {value} AS x", "json"))
+    assert row["x"] == read
+    _, (_, cell) = csv.reader(
+        io.StringIO(printed(Workspace(tmp_path), f"SELECT 1, {value}", "csv"), newline="")
+    )
+    assert (cell if isinstance(read, str) else json.loads(cell or "null")) == read
