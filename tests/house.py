@@ -22,7 +22,6 @@ DEEP: dict[str, str] = {}
 """Known stages that are deeper, and why."""
 
 LONG = {
-    "capfilt/catalog/report.py": "one page, written from top to bottom",
     "capfilt/data/pairs.py": "one pair source: order, crops, cache and resume hold each other up",
     "capfilt/formats/records.py": "one record reader for CSV, JSON and Parquet, with all its refusals",
     "capfilt/models/vilt/model.py": "a family, readable from its config to its presets",

@@ -74,6 +74,11 @@ class Account:
     finished: datetime | None
 
     @property
+    def name(self) -> str:
+        """The part's, behind its table's: images/web."""
+        return f"{self.table}/{self.part.name}"
+
+    @property
     def stage(self) -> str:
         return str(self.part.info.get("stage", ""))
 

@@ -1,8 +1,8 @@
 """The report: one HTML file about a workspace that asks for nothing outside itself.
 
-Everything read from tables, logs and results is data: text becomes markup only through `html.py`, pictures reach the
+Everything read from tables, logs and results is data: `report.html.jinja` makes the page of it, and pictures reach the
 page only as JPEGs encoded here. Pixels are read for the sampled rows alone. What the numbers are is in `funnel.py`,
-`artefacts.py` and the views; how charts are drawn is in `plots.py`.
+`yields.py`, `artefacts.py` and the views; how charts are drawn is in `plots.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,10 @@ from capfilt.catalog.artefacts import (
     shown_figures,
 )
 from capfilt.catalog.funnel import Account, accounts
-from capfilt.catalog.html import Html, element, join, section, table
-from capfilt.catalog.plots import (
-    CURVE_COLOURS,
-    Curve,
-    Reference,
-    curves,
-    histogram,
-    share,
-    stacked_bar,
-)
+from capfilt.catalog.pages import template
+from capfilt.catalog.plots import Curve, Reference, colour, curves, histogram, share, stacked_bar
 from capfilt.catalog.views import open_catalog
-from capfilt.catalog.yields import yield_section
+from capfilt.catalog.yields import yields
 from capfilt.data.images import BadImage, decode, encode_jpeg
 from capfilt.errors import RunError, UserError
 from capfilt.tables.contracts import SOURCES
@@ -60,8 +51,6 @@ LONGEST_TEXT = 220
 _SCORE = "itm_score"
 _PRIOR = Reference(0.6365, "knows only its prior: 0.6365")
 """ITM's cross-entropy for a head that always answers one match in three: -(1/3 ln 1/3 + 2/3 ln 2/3)."""
-
-_CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(
@@ -108,52 +97,42 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
             f"{workspace.path}: holds no parts, models or runs; run a stage first, or name the workspace"
         )
     chosen = _chosen_rules(found, rules)
-    names = _names(found, models, runs)
     scorers = [account for account in found if account.table == "scores"]
     judged = any(account.table == "verdicts" for account in found)
     with open_catalog(workspace, found) as connection:
         try:
-            sections: list[Html] = [
-                _summary_section(summary),
-                _funnel_section(found),
-                yield_section(connection, found),
-                *(_rule_section(connection, account) for account in chosen),
-                *(_scorer_section(connection, account) for account in scorers if not judged),
-            ]
-            tiles = _tiles(connection, found, chosen)
+            asked = {
+                "tiles": list(_tiles(connection, found, chosen)),
+                "yields": list(yields(connection, found)),
+                "rules": [_rule(connection, account) for account in chosen],
+                "scorers": [] if judged else [_scorer(connection, account) for account in scorers],
+            }
         except duckdb.Error as error:
             # Manifests vouch for a file's end; what lies before it is read here first.
             message = " ".join(visible(str(error)).split())
             raise RunError(
                 f"{workspace.path}: a shard could not be read ({message}); `capfilt doctor --verify` names it"
             ) from error
-    sections += [_curves_section(models), _runs_section(runs), _lineage_section(found, models, runs, names)]
-    return _page(workspace, found, tiles, sections)
-
-
-def _page(workspace: Workspace, found: Sequence[Account], tiles: Html, sections: Iterable[Html]) -> str:
-    name = workspace.path.resolve().name
-    dates = [account.finished for account in found if account.finished]
-    newest = f"newest shard of {max(dates):%Y-%m-%d %H:%M} UTC" if dates else "no shard yet"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{_CSP}">'),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"{name}: capfilt report"),
-        Html(f"<style>{Path(__file__).with_name('report.css').read_text(encoding='utf-8')}</style>"),
+    drawn = [model for model in models if model.series]
+    page = template("report.html.jinja").render(
+        asked,
+        name=workspace.path.resolve().name,
+        newest=max((account.finished for account in found if account.finished), default=None),
+        evaluation=_evaluation(mapping(summary.get("evaluation"))),
+        figures=list(_summary_figures(summary)),
+        found=found,
+        drawn=drawn,
+        curves=list(_curves(drawn)),
+        runs=runs,
+        run_figures=dict.fromkeys(name for run in runs for name in run.figures),
+        lineage=list(_lineage(found, models, runs)),
+        bar=stacked_bar,
+        colour=colour,
+        share=share,
+        shortened=shortened,
+        longest_text=LONGEST_TEXT,
     )
-    lead = element("p", f"capfilt report, {newest}", class_="lead")
-    body = element("body", element("main", element("header", element("h1", name), lead, tiles), *sections))
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _legend(*kinds: str) -> Html:
-    return element(
-        "div",
-        *(element("span", element("i", class_=f"swatch {kind}"), kind) for kind in kinds),
-        class_="legend",
-    )
+    return f"{page}\n"
 
 
 # -- at a glance ---------------------------------------------------------------------------------------------
@@ -161,16 +140,16 @@ def _legend(*kinds: str) -> Html:
 
 def _tiles(
     connection: duckdb.DuckDBPyConnection, found: Sequence[Account], chosen: Sequence[Account]
-) -> Html:
-    tiles: list[tuple[str, str]] = []
+) -> Iterator[tuple[str, str]]:
     images = [account for account in found if account.table == "images"]
     if images:
         asked = sum(account.counts.rows_in for account in images)
         kept = sum(account.counts.kept for account in images)
-        tiles += [(f"{asked:,}", "images asked for"), (share(kept, asked), "of them usable")]
+        yield f"{asked:,}", "images asked for"
+        yield share(kept, asked), "of them usable"
     written = sum(account.counts.kept for account in found if account.table == "captions")
     if written:
-        tiles.append((f"{written:,}", "images captioned"))
+        yield f"{written:,}", "images captioned"
     if chosen:
         rule = chosen[0].part.name
         rows = connection.execute(
@@ -182,119 +161,40 @@ def _tiles(
         for source in SOURCES:
             if source in counts:
                 texts, kept = counts[source]
-                tiles.append((share(kept, texts), f"of {texts:,} {source} texts kept{suffix}"))
+                yield share(kept, texts), f"of {texts:,} {source} texts kept{suffix}"
     for account in found:
         if account.table == "pairs" and account.part.name in {rule.part.name for rule in chosen}:
-            tiles.append((f"{account.rows_out:,}", f"images in the corpus {account.part.name}"))
-    if not tiles:
-        return Html("")
-    boxes = (element("div", element("b", big), element("span", small), class_="tile") for big, small in tiles)
-    return element("div", *boxes, class_="tiles")
+            yield f"{account.rows_out:,}", f"images in the corpus {account.part.name}"
 
 
-def _summary_section(summary: Mapping[str, Any]) -> Html:
-    """The headline figures of a `summary.json`: noise, filter, captioner, and the models side by side."""
-    children: list[Html] = []
-    evaluation = summary.get("evaluation")
-    if isinstance(evaluation, Mapping):
-        children.append(_evaluation_table(evaluation))
-    boxes = []
+def _summary_figures(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """The headline figures of a `summary.json`, those of each key together."""
     for key in ("noise", "filter", "captioner"):
-        figures = list(shown_figures(summary.get(key)))
-        if figures:
-            rows = [(name or "rate", shown) for name, shown in figures]
-            boxes.append(element("figure", element("h3", key.capitalize()), table((), rows, numeric=(1,))))
-    if boxes:
-        children.append(element("div", *boxes, class_="charts"))
-    return section("Summary", *children) if children else Html("")
+        if figures := list(shown_figures(summary.get(key))):
+            yield key, figures
 
 
-def _evaluation_table(evaluation: Mapping[str, Any]) -> Html:
-    """Models by metric, the best of each column bold; the metrics of a summary are all better when higher."""
+def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Models by metric; a cell is its text, and whether it is the best of several: higher is better in a summary."""
     models = {name: metrics for name, metrics in evaluation.items() if isinstance(metrics, Mapping)}
-    columns = list(
-        dict.fromkeys(
-            key for metrics in models.values() for key, value in metrics.items() if is_number(value)
-        )
-    )
-    if not columns:
-        return Html("")
-    best = {
-        key: max(metrics[key] for metrics in models.values() if is_number(metrics.get(key)))
-        for key in columns
-    }
+    columns: dict[str, list[Any]] = {}
+    for metrics in models.values():
+        for key, value in metrics.items():
+            if is_number(value):
+                columns.setdefault(key, []).append(value)
 
-    def cell(metrics: Mapping[str, Any], key: str) -> Html | str:
-        value: Any = metrics.get(key)
+    def cell(key: str, value: Any) -> tuple[str, bool]:
+        best = max(columns[key])
         if not is_number(value):
-            return "–"
-        shown = f"{value:.1f}" if max(abs(best[key]), abs(value)) >= 10 else number(value)
-        return element("b", shown) if value == best[key] and len(models) > 1 else shown
+            return "–", False
+        shown = f"{value:.1f}" if max(abs(best), abs(value)) >= 10 else number(value)
+        return shown, value == best and len(models) > 1
 
     rows = [
-        (name.replace("_", " "), *(cell(metrics, key) for key in columns)) for name, metrics in models.items()
+        (name.replace("_", " "), [cell(key, metrics.get(key)) for key in columns])
+        for name, metrics in models.items()
     ]
-    shown = table(("trained on", *columns), rows, numeric=range(1, len(columns) + 1), class_="narrow")
-    return element("div", element("h3", "Evaluation"), shown)
-
-
-# -- funnel --------------------------------------------------------------------------------------------------
-
-
-def _funnel_section(found: Sequence[Account]) -> Html:
-    if not found:
-        return Html("")
-    most = max(account.counts.rows_in for account in found)
-    rows: list[Html] = []
-    for account in found:
-        rows += _funnel_rows(account, most)
-    headers = ("stage", "part", "rows in", "kept", "dropped", "failed", "rows out", "")
-    head = element(
-        "tr",
-        *(element("th", name, class_="n" if 2 <= place <= 6 else None) for place, name in enumerate(headers)),
-    )
-    return section(
-        "Funnel",
-        element(
-            "p",
-            "What each stage did with its input rows: rows in = kept + dropped + failed. Bars share one scale.",
-            class_="quiet",
-        ),
-        _legend("kept", "dropped", "failed"),
-        element(
-            "div",
-            element("table", element("thead", head), element("tbody", *rows), class_="lines"),
-            class_="scroll",
-        ),
-    )
-
-
-def _funnel_rows(account: Account, most: int) -> Iterator[Html]:
-    counts = account.counts
-    dropped, failed = sum(counts.dropped.values()), sum(counts.failed.values())
-    reasons = [item for item in account.outcomes() if item[1] is not None]
-    bar = stacked_bar([("kept", counts.kept), ("dropped", dropped), ("failed", failed)], most or 1)
-    cells = [
-        element("td", account.stage),
-        element("td", f"{account.table}/{account.part.name}"),
-        *(
-            element("td", f"{value:,}", class_="n")
-            for value in (counts.rows_in, counts.kept, dropped, failed, account.rows_out)
-        ),
-        element("td", bar, class_="wide"),
-    ]
-    yield element("tr", *cells, class_="parthead" if reasons else None)
-    for place, (outcome, reason, rows) in enumerate(reasons):
-        known = 0 if outcome == "missing" or rows is None else rows
-        cells = [
-            element("td", element("i", class_=f"swatch {outcome}"), outcome),
-            element("td", f"{reason}, {share(known, counts.rows_in)}" if known else reason, colspan="3"),
-            element("td", f"{known:,}" if outcome == "dropped" else "", class_="n"),
-            element("td", f"{known:,}" if outcome == "failed" else "", class_="n"),
-            element("td"),
-            element("td", stacked_bar([(outcome, known)], most or 1), class_="wide"),
-        ]
-        yield element("tr", *cells, class_="reason last" if place == len(reasons) - 1 else "reason")
+    return {"columns": list(columns), "rows": rows} if columns else {}
 
 
 # -- scores and samples --------------------------------------------------------------------------------------
@@ -312,10 +212,10 @@ def _chosen_rules(found: Sequence[Account], rules: Sequence[str] | None) -> list
     return [known[rule] for rule in dict.fromkeys(rules)]
 
 
-def _rule_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Html:
+def _rule(connection: duckdb.DuckDBPyConnection, account: Account) -> dict[str, Any]:
     rule = account.part.name
-    options = account.identity.get("options")
-    by = options.get("by") if isinstance(options, Mapping) else None
+    options = mapping(account.identity.get("options"))
+    by = options.get("by")
     score = by if by in account.part.contract.score_names else _SCORE
     cut = account.identity.get("threshold") if by in (None, score) else None
     if not is_number(cut):
@@ -324,121 +224,78 @@ def _rule_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Ht
             [rule],
         ).fetchone()
         cut = row[0] if row and by in (None, score) else None
-    parts = [f"Texts are judged by {by or score}"]
-    if isinstance(options, Mapping) and options.get("keep_fraction"):
-        parts.append(
-            f"keeping the best {share(options['keep_fraction'], 1)} of the scored texts that may be kept"
-        )
-    if cut is not None:
-        parts.append(f"kept from {number(cut)}")
-    figures = _histograms(
-        connection,
-        score,
-        cut,
-        f'SELECT source, keep, "{score}" AS score FROM verdicts WHERE rule = ?',  # noqa: S608 - as above
-        [rule],
-    )
-    return section(
-        f"Scores and samples: {rule}",
-        element("p", ", ".join(parts) + ".", class_="quiet"),
-        _legend("kept", "dropped"),
-        figures,
-        _source_table(connection, rule, score),
-        *_sample_groups(connection, rule, score),
-    )
+    rows = f'SELECT source, keep, "{score}" AS score FROM verdicts WHERE rule = ?'  # noqa: S608 - as above
+    return {
+        "name": rule,
+        "by": by or score,
+        "keep_fraction": options.get("keep_fraction"),
+        "cut": cut,
+        "score": score,
+        "charts": list(_histograms(connection, score, cut, rows, rule)),
+        "sources": _sources(connection, score, rule),
+        "groups": list(_groups(connection, score, rule)),
+    }
 
 
-def _scorer_section(connection: duckdb.DuckDBPyConnection, account: Account) -> Html:
+def _scorer(connection: duckdb.DuckDBPyConnection, account: Account) -> dict[str, Any]:
     score = next(iter(account.part.contract.further), _SCORE)
-    figures = _histograms(
-        connection,
-        score,
-        None,
-        f'SELECT source, true AS keep, "{score}" AS score FROM texts JOIN scores USING (text_id) '  # noqa: S608 - as above
-        "WHERE scorer = ?",
-        [account.part.name],
-    )
-    return section(
-        f"Scores: {account.part.name}", element("p", "Nothing is selected yet.", class_="quiet"), figures
-    )
+    rows = f'SELECT source, true AS keep, "{score}" AS score FROM texts JOIN scores USING (text_id) WHERE scorer = ?'  # noqa: S608
+    name = account.part.name
+    charts = list(_histograms(connection, score, None, rows, name))
+    return {"name": name, "cut": None, "score": score, "charts": charts}
 
 
 def _histograms(
-    connection: duckdb.DuckDBPyConnection, score: str, cut: float | None, rows: str, parameters: list[Any]
-) -> Html:
-    """One histogram per source of the texts, all over the same range of scores."""
+    connection: duckdb.DuckDBPyConnection, score: str, cut: float | None, rows: str, part: str
+) -> Iterator[tuple[str, int, int, str]]:
+    """(source, texts kept, texts, histogram) per source of the texts, all over the same range of scores."""
     low, high = 0.0, 1.0
     finite = f"SELECT * FROM ({rows}) WHERE isfinite(score)"  # noqa: S608 - the callers' own text, values are bound
     if score != "itm_score":
-        row = connection.execute(f"SELECT min(score), max(score) FROM ({finite})", parameters).fetchone()  # noqa: S608
+        row = connection.execute(f"SELECT min(score), max(score) FROM ({finite})", [part]).fetchone()  # noqa: S608
         if row and row[0] is not None:
             low, high = math.floor(row[0] * 20) / 20, math.ceil(row[1] * 20 + 1e-9) / 20
             high = max(high, low + 0.05)
     counted = connection.execute(
-        "SELECT source, keep, CAST(greatest(0, least(? - 1, floor((score - ?) / (? - ?) * ?))) AS INTEGER) AS bin, "  # noqa: S608
-        f"count(*) FROM ({finite}) GROUP BY ALL",
-        [HISTOGRAM_BINS, low, high, low, HISTOGRAM_BINS, *parameters],
+        "SELECT source, CAST(greatest(0, least(? - 1, floor((score - ?) / (? - ?) * ?))) AS INTEGER) AS bin, "  # noqa: S608
+        f"count(*) FILTER (keep), count(*) FILTER (NOT keep) FROM ({finite}) GROUP BY ALL",
+        [HISTOGRAM_BINS, low, high, low, HISTOGRAM_BINS, part],
     ).fetchall()
-    figures = []
     for source in SOURCES:
-        kept, dropped = [0] * HISTOGRAM_BINS, [0] * HISTOGRAM_BINS
-        for text_source, keep, place, count in counted:
-            if text_source == source:
-                (kept if keep else dropped)[place] += count
-        total = sum(kept) + sum(dropped)
-        if total:
-            title = element("h4", f"{source} texts")
-            caption = element(
-                "figcaption", f"{score} of {total:,} {source} texts, {share(sum(kept), total)} kept"
-            )
-            if cut is None:
-                caption = element("figcaption", f"{score} of {total:,} {source} texts")
+        bins = {place: counts for found, place, *counts in counted if found == source}
+        if bins:
+            kept, dropped = zip(*(bins.get(place, (0, 0)) for place in range(HISTOGRAM_BINS)), strict=True)
             chart = histogram(kept, dropped, low, high, cut, f"histogram of {score} of {source} texts")
-            figures.append(element("figure", title, chart, caption))
-    return element("div", *figures, class_="charts large") if figures else Html("")
+            yield source, sum(kept), sum(kept) + sum(dropped), chart
 
 
-def _source_table(connection: duckdb.DuckDBPyConnection, rule: str, score: str) -> Html:
+def _sources(connection: duckdb.DuckDBPyConnection, score: str, rule: str) -> list[tuple[Any, ...]]:
+    """(source, texts, texts kept, median score, why the others were not kept) per source."""
     totals = connection.execute(
         f'SELECT source, count(*), count(*) FILTER (WHERE keep), median("{score}") FROM verdicts '  # noqa: S608
         "WHERE rule = ? GROUP BY source",
         [rule],
     ).fetchall()
-    reasons: dict[str, list[tuple[str, int]]] = {}
-    for source, reason, count in connection.execute(
-        "SELECT source, reason, count(*) FROM verdicts WHERE rule = ? AND NOT keep GROUP BY ALL ORDER BY 3 DESC, 2",
+    reasons = connection.execute(
+        "SELECT source, string_agg(format('{} {:,}', reason, texts), ', ' ORDER BY texts DESC, reason) FROM ("
+        "SELECT source, reason, count(*) AS texts FROM verdicts WHERE rule = ? AND NOT keep GROUP BY ALL) GROUP BY 1",
         [rule],
-    ).fetchall():
-        reasons.setdefault(source, []).append((reason, count))
-    rows = [
-        (
-            source,
-            f"{texts:,}",
-            f"{kept:,}",
-            share(kept, texts),
-            "–" if median is None else number(round(median, 4)),
-            ", ".join(f"{reason} {count:,}" for reason, count in reasons.get(source, [])),
-        )
-        for source, texts, kept, median in sorted(totals, key=lambda row: _source_place(row[0]))
-    ]
-    headers = ("source", "texts", "kept", "share", f"median {score}", "not kept because")
-    return table(headers, rows, numeric=(1, 2, 3, 4), class_="narrow")
+    ).fetchall()
+    return sorted(((*row, dict(reasons).get(row[0], "")) for row in totals), key=_source_place)
 
 
-def _source_place(source: str) -> int:
-    return SOURCES.index(source) if source in SOURCES else len(SOURCES)
+def _source_place(row: Sequence[Any]) -> tuple[int, str]:
+    """Where a row that begins with a source stands."""
+    return (SOURCES.index(row[0]) if row[0] in SOURCES else len(SOURCES), row[0])
 
 
-@dataclass
-class _Sample:
-    """A sampled image: the verdicts on its texts as (source, text, score, keep, reason)."""
+def _groups(
+    connection: duckdb.DuckDBPyConnection, score: str, rule: str
+) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """(heading, images, samples of them) by what became of the images' web and synthetic texts.
 
-    image_id: str
-    texts: list[tuple[str, str | None, float | None, bool, str]] = field(default_factory=list)
-
-
-def _sample_groups(connection: duckdb.DuckDBPyConnection, rule: str, score: str) -> Iterator[Html]:
-    """Images by what became of their web and synthetic texts, a few of each (BLIP, arXiv 2201.12086, figure 4)."""
+    As in BLIP's figure 4 (arXiv 2201.12086).
+    """
     groups = connection.execute(
         # Images that failed have nothing to show. Hashing makes the choice fair where ids are no hashes themselves.
         "WITH judged AS (SELECT image_id, bool_or(keep) FILTER (WHERE source = 'web') AS web, "
@@ -450,77 +307,58 @@ def _sample_groups(connection: duckdb.DuckDBPyConnection, rule: str, score: str)
         "GROUP BY ALL ORDER BY web DESC NULLS LAST, synthetic DESC NULLS LAST",
         [rule, SAMPLES_PER_GROUP],
     ).fetchall()
-    samples = {image: _Sample(image) for _, _, _, images in groups for image in images}
-    chosen = list(samples)
-    for image, *text in connection.execute(
-        f'SELECT image_id, source, text, "{score}", keep, reason FROM verdicts '  # noqa: S608 - as above
-        f'WHERE rule = ? AND image_id IN (SELECT unnest(?)) ORDER BY image_id, "{score}" DESC NULLS LAST, text_id',
-        [rule, chosen],
-    ).fetchall():
-        samples[image].texts.append((text[0], text[1], text[2], text[3], text[4]))
-    pictures = _pictures(connection, chosen)
-    if groups:
-        yield element("h3", "Samples")
+    cards = dict(_cards(connection, score, rule, [image for *_, images in groups for image in images]))
     for web, synthetic, count, images in groups:
         pair = (("web", web), ("synthetic", synthetic))
         said = [f"{source} {'kept' if kept else 'dropped'}" for source, kept in pair if kept is not None]
-        noun = "image" if count == 1 else "images"
-        yield element("h4", ", ".join(said), " ", element("span", f"{count:,} {noun}", class_="quiet"))
-        cards = (_card(samples[image], pictures.get(image)) for image in images)
-        yield element("div", *cards, class_="samples")
+        yield ", ".join(said), count, [cards[image] for image in images]
 
 
-def _pictures(connection: duckdb.DuckDBPyConnection, images: Sequence[str]) -> dict[str, Html]:
-    """An <img> for each image whose picture can be decoded, else what is wrong with it."""
-    rows = connection.execute(
+def _cards(
+    connection: duckdb.DuckDBPyConnection, score: str, rule: str, images: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each image with its picture, the best of its texts, and how many are left out."""
+    pictures = connection.execute(
         "SELECT image_id, any_value(image.bytes) FROM raw.images WHERE image_id IN (SELECT unnest(?)) "
         "GROUP BY image_id",
-        [list(images)],
+        [images],
     ).fetchall()
-    return {image: _thumbnail(data) for image, data in rows if data is not None}
+    texts = connection.execute(
+        "SELECT image_id, source, list({'source': source, 'text': text, 'keep': keep, 'reason': reason, "  # noqa: S608 - as above
+        f'\'score\': "{score}"}} ORDER BY "{score}" DESC NULLS LAST, text_id) '
+        "FROM verdicts WHERE rule = ? AND image_id IN (SELECT unnest(?)) GROUP BY image_id, source",
+        [rule, images],
+    ).fetchall()
+    for image in images:
+        own = [found for _, found in sorted((row[1:] for row in texts if row[0] == image), key=_source_place)]
+        data = dict(pictures).get(image)
+        yield (
+            image,
+            {
+                "picture": "the picture is not in this workspace" if data is None else _thumbnail(data),
+                "texts": [text for found in own for text in found[:TEXTS_PER_SOURCE]],
+                "left_out": sum(len(found[TEXTS_PER_SOURCE:]) for found in own),
+            },
+        )
 
 
-def _thumbnail(data: bytes) -> Html:
+def _thumbnail(data: bytes) -> dict[str, Any] | str:
+    """The picture as base64 of a small JPEG; what is wrong with it, where it cannot be decoded."""
     try:
         picture = decode(data, draft_size=THUMBNAIL_PIXELS)
     except BadImage as error:
-        return element("span", str(error))
+        return str(error)
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     # Encoded anew, so that bytes of the web never reach the browser's own decoders.
     text = base64.b64encode(encode_jpeg(picture, THUMBNAIL_QUALITY)).decode()
-    small = max(picture.size) <= THUMBNAIL_PIXELS // 2
-    return element("img", src=f"data:image/jpeg;base64,{text}", alt="", class_="small" if small else None)
-
-
-def _card(sample: _Sample, picture: Html | None) -> Html:
-    texts: list[Html] = []
-    left_out = 0
-    for source in sorted({text[0] for text in sample.texts}, key=lambda name: (_source_place(name), name)):
-        own = [text for text in sample.texts if text[0] == source]
-        left_out += max(0, len(own) - TEXTS_PER_SOURCE)
-        texts += [_text(*text) for text in own[:TEXTS_PER_SOURCE]]
-    more = element("div", f"{left_out:,} more", class_="more") if left_out else ""
-    shown = picture if picture is not None else element("span", "the picture is not in this workspace")
-    return element("article", element("div", shown, class_="picture"), *texts, more, class_="sample")
-
-
-def _text(source: str, text: str | None, score: float | None, keep: bool, reason: str) -> Html:
-    mark = element("span", "✓" if keep else "✗", class_="mark")
-    value = reason if score is None else f"{score:.3f}"
-    words = element("span", shortened(text, LONGEST_TEXT) if text else "no text", class_="what", dir="auto")
-    who = element("div", element("span", mark, f" {source}"), element("span", value), class_="who")
-    return element("div", who, words, class_="text yes" if keep else "text no", title=reason)
+    return {"jpeg": text, "small": max(picture.size) <= THUMBNAIL_PIXELS // 2}
 
 
 # -- models and runs -----------------------------------------------------------------------------------------
 
 
-def _curves_section(models: Sequence[Model]) -> Html:
+def _curves(drawn: Sequence[Model]) -> Iterator[tuple[str, str]]:
     """One chart per figure, one curve per model."""
-    drawn = [model for model in models if model.series]
-    if not drawn:
-        return Html("")
-    figures = []
     keys = dict.fromkeys(key for model in drawn for key in model.series)
     for key in sorted(keys, key=_figure_place):
         lines = [
@@ -528,42 +366,12 @@ def _curves_section(models: Sequence[Model]) -> Html:
             for place, model in enumerate(drawn)
             if key in model.series
         ]
-        reference = _PRIOR if key == "itm" else None
-        chart = curves(lines, f"{key} by step", "step", reference)
-        figures.append(element("figure", element("h4", key), chart))
-    legend = [
-        element(
-            "span",
-            element("i", class_=f"key c{place % CURVE_COLOURS}{' dash' if place >= CURVE_COLOURS else ''}"),
-            model.name,
-        )
-        for place, model in enumerate(drawn)
-    ]
-    warnings = [
-        element("p", f"{model.name}: {warning}", class_="warning")
-        for model in drawn
-        for warning in model.extra.get("warnings") or ()
-    ]
-    return section(
-        "Learning curves",
-        element("div", *legend, class_="legend"),
-        *warnings,
-        element("div", *figures, class_="charts"),
-    )
+        yield key, curves(lines, f"{key} by step", "step", _PRIOR if key == "itm" else None)
 
 
 def _figure_place(key: str) -> tuple[int, str]:
     first = ("loss", "itc", "itm", "lm", "itm_accuracy")
     return (first.index(key) if key in first else len(first), key)
-
-
-def _runs_section(runs: Sequence[Run]) -> Html:
-    if not runs:
-        return Html("")
-    names = dict.fromkeys(name for run in runs for name in run.figures)
-    rows = [(name, *(run.figures.get(name, "–") for run in runs)) for name in names]
-    shown = table(("", *(run.name for run in runs)), rows, numeric=range(1, len(runs) + 1), class_="narrow")
-    return section("Evaluations", shown)
 
 
 # -- lineage -------------------------------------------------------------------------------------------------
@@ -586,77 +394,46 @@ def _names(found: Sequence[Account], models: Sequence[Model], runs: Sequence[Run
     return names
 
 
-@dataclass(frozen=True)
-class _Made:
-    """An output of a stage, as one row of the lineage."""
-
-    name: str
-    stage: str
-    holds: str
-    seconds: float
-    fingerprint: str
-    identity: Mapping[str, Any]
-
-
-def _lineage_section(
-    found: Sequence[Account], models: Sequence[Model], runs: Sequence[Run], names: Mapping[str, str]
-) -> Html:
-    made = [
-        _Made(
-            f"{account.table}/{account.part.name}",
-            account.stage,
-            f"{account.rows_out:,} rows, {_bytes(account.size)}",
-            account.seconds,
-            account.fingerprint,
-            account.identity,
-        )
-        for account in found
-    ]
+def _lineage(
+    found: Sequence[Account], models: Sequence[Model], runs: Sequence[Run]
+) -> Iterator[dict[str, Any]]:
+    """Each output of a stage: what it was made from, and with which options."""
+    names = _names(found, models, runs)
+    for account in found:
+        holds = f"{account.rows_out:,} rows, {_bytes(account.size)}"
+        yield _made(account.name, account.part.info, names, holds, account.seconds)
     for model in models:
         if "stage" in model.extra:
             figures = mapping(model.extra.get("figures"))
-            steps, seconds = figures.get("steps"), figures.get("seconds")
+            steps = figures.get("steps")
             holds = f"{steps:,} steps" if isinstance(steps, int) else ""
-            made.append(_other(f"models/{model.name}", model.extra, holds, seconds))
-    made += [_other(f"runs/{run.name}", run.content, "", None) for run in runs if "stage" in run.content]
-    if not made:
-        return Html("")
-    headers = ("output", "stage", "made from", "holds", "seconds", "fingerprint", "options")
-    return section("Lineage", table(headers, [_lineage_row(row, names) for row in made], numeric=(4,)))
+            yield _made(f"models/{model.name}", model.extra, names, holds, figures.get("seconds"))
+    for run in runs:
+        if "stage" in run.content:
+            yield _made(f"runs/{run.name}", run.content, names)
 
 
-def _other(name: str, said: Mapping[str, Any], holds: str, seconds: Any) -> _Made:
-    return _Made(
-        name,
-        str(said.get("stage", "")),
-        holds,
-        float(seconds) if is_number(seconds) else 0.0,
-        str(said.get("fingerprint", "")),
-        mapping(said.get("identity")),
-    )
-
-
-def _lineage_row(made: _Made, names: Mapping[str, str]) -> tuple[Html | str, ...]:
+def _made(
+    name: str, said: Mapping[str, Any], names: Mapping[str, str], holds: str = "", seconds: Any = None
+) -> dict[str, Any]:
     inputs: dict[str, None] = {}
-    options: list[Html] = []
-    for name, values in leaves(made.identity):
+    options: list[tuple[str, str]] = []
+    for key, values in leaves(mapping(said.get("identity"))):
         known = [names[value] for value in values if isinstance(value, str) and value in names]
         inputs |= dict.fromkeys(known)
         rest = [value for value in values if not (isinstance(value, str) and value in names)]
         if rest or not values:
-            label = "code version" if name == "version" else name.removeprefix("options.")
-            options += [element("dt", label), element("dd", ", ".join(map(_option, rest)) or "none")]
-    count = len(options) // 2
-    summary = element("summary", "1 value" if count == 1 else f"{count} values")
-    return (
-        made.name,
-        made.stage,
-        join([element("div", name) for name in inputs]) if inputs else element("span", "–", class_="quiet"),
-        made.holds,
-        number(round(made.seconds, 1)) if made.seconds else "",
-        element("code", made.fingerprint[:12]),
-        element("details", summary, element("dl", *options)) if options else "",
-    )
+            label = "code version" if key == "version" else key.removeprefix("options.")
+            options.append((label, ", ".join(map(_option, rest)) or "none"))
+    return {
+        "name": name,
+        "stage": str(said.get("stage", "")),
+        "inputs": list(inputs),
+        "holds": holds,
+        "seconds": seconds if is_number(seconds) else None,
+        "fingerprint": str(said.get("fingerprint", "")),
+        "options": options,
+    }
 
 
 def _option(value: Any) -> str:
