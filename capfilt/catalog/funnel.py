@@ -20,38 +20,6 @@ from capfilt.tables.manifest import Counts, Manifest
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
-PARTS_SCHEMA = pa.schema(
-    [
-        pa.field("ordinal", pa.int32()),
-        pa.field("table_name", pa.string()),
-        pa.field("part", pa.string()),
-        pa.field("stage", pa.string()),
-        pa.field("shards", pa.int64()),
-        pa.field("planned_shards", pa.int64()),
-        pa.field("rows_in", pa.int64()),
-        pa.field("rows_out", pa.int64()),
-        pa.field("size", pa.int64()),
-        pa.field("seconds", pa.float64()),
-        pa.field("finished", pa.timestamp("us", "UTC")),
-        pa.field("fingerprint", pa.string()),
-        pa.field("identity", pa.string()),
-    ]
-)
-"""Columns of `parts_table`."""
-
-FUNNEL_SCHEMA = pa.schema(
-    [
-        pa.field("ordinal", pa.int32()),
-        pa.field("stage", pa.string()),
-        pa.field("table_name", pa.string()),
-        pa.field("part", pa.string()),
-        pa.field("outcome", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("rows", pa.int64()),
-    ]
-)
-"""Columns of `funnel_table`."""
-
 
 @dataclass(frozen=True)
 class Account:
@@ -153,41 +121,37 @@ def _number(value: Any) -> float:
 
 
 def parts_table(found: Sequence[Account]) -> pa.Table:
-    """One row per part, PARTS_SCHEMA; `identity` is JSON text."""
-    rows = [
-        {
-            "ordinal": ordinal,
-            "table_name": account.table,
-            "part": account.part.name,
-            "stage": account.stage,
-            "shards": len(account.manifests),
-            "planned_shards": len(account.part.planned),
-            "rows_in": account.counts.rows_in,
-            "rows_out": account.rows_out,
-            "size": account.size,
-            "seconds": account.seconds,
-            "finished": account.finished,
-            "fingerprint": account.fingerprint,
-            "identity": json.dumps(account.identity, sort_keys=True),
-        }
-        for ordinal, account in enumerate(found)
-    ]
-    return pa.Table.from_pylist(rows, schema=PARTS_SCHEMA)
+    """One row per part; `identity` is JSON text."""
+    columns = {
+        "ordinal": pa.array(range(len(found)), pa.int32()),
+        "table_name": pa.array([account.table for account in found], pa.string()),
+        "part": pa.array([account.part.name for account in found], pa.string()),
+        "stage": pa.array([account.stage for account in found], pa.string()),
+        "shards": pa.array([len(account.manifests) for account in found], pa.int64()),
+        "planned_shards": pa.array([len(account.part.planned) for account in found], pa.int64()),
+        "rows_in": pa.array([account.counts.rows_in for account in found], pa.int64()),
+        "rows_out": pa.array([account.rows_out for account in found], pa.int64()),
+        "size": pa.array([account.size for account in found], pa.int64()),
+        "seconds": pa.array([account.seconds for account in found], pa.float64()),
+        "finished": pa.array([account.finished for account in found], pa.timestamp("us", "UTC")),
+        "fingerprint": pa.array([account.fingerprint for account in found], pa.string()),
+        "identity": pa.array(
+            [json.dumps(account.identity, sort_keys=True) for account in found], pa.string()
+        ),
+    }
+    return pa.table(columns)
 
 
 def funnel_table(found: Sequence[Account]) -> pa.Table:
-    """One row per part, outcome and reason, FUNNEL_SCHEMA; the rows of a part add up to its stage's input rows."""
-    rows = [
-        {
-            "ordinal": ordinal,
-            "stage": account.stage,
-            "table_name": account.table,
-            "part": account.part.name,
-            "outcome": outcome,
-            "reason": reason,
-            "rows": count,
-        }
-        for ordinal, account in enumerate(found)
-        for outcome, reason, count in account.outcomes()
-    ]
-    return pa.Table.from_pylist(rows, schema=FUNNEL_SCHEMA)
+    """One row per part, outcome and reason; the rows of a part add up to its stage's input rows."""
+    rows = [(place, account, *said) for place, account in enumerate(found) for said in account.outcomes()]
+    columns = {
+        "ordinal": pa.array([row[0] for row in rows], pa.int32()),
+        "stage": pa.array([row[1].stage for row in rows], pa.string()),
+        "table_name": pa.array([row[1].table for row in rows], pa.string()),
+        "part": pa.array([row[1].part.name for row in rows], pa.string()),
+        "outcome": pa.array([row[2] for row in rows], pa.string()),
+        "reason": pa.array([row[3] for row in rows], pa.string()),
+        "rows": pa.array([row[4] for row in rows], pa.int64()),
+    }
+    return pa.table(columns)

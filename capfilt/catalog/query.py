@@ -104,11 +104,11 @@ def _answer(workspace: Workspace, sql: str) -> Iterator[duckdb.DuckDBPyRelation]
         yield relation
 
 
-def _reader(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
+def _reader(relation: duckdb.DuckDBPyRelation, columns: str = "") -> pa.RecordBatchReader:
     # DuckDB 1.4 renamed the method.
     method = "to_arrow_reader" if hasattr(relation, "to_arrow_reader") else "fetch_arrow_reader"
     try:
-        return getattr(relation, method)(_BATCH_ROWS)
+        return getattr(relation.project(columns) if columns else relation, method)(_BATCH_ROWS)
     except duckdb.Error as error:
         raise UserError(_explain(str(error))) from error
 
@@ -182,7 +182,7 @@ def _texts(relation: duckdb.DuckDBPyRelation, format: str) -> Iterator[tuple[str
     """The rows, each value as the text that the format has of it; a null is None."""
     # By place, because names may be there twice.
     columns = (_text(f"#{place}", type_, format) for place, type_ in enumerate(relation.types, start=1))
-    for batch in _batches(_reader(relation.project(", ".join(columns)))):
+    for batch in _batches(_reader(relation, ", ".join(columns))):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
