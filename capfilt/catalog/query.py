@@ -188,7 +188,9 @@ def _texts(relation: duckdb.DuckDBPyRelation, format: str) -> Iterator[tuple[str
 
 def _text(value: str, type_: Any, format: str) -> str:
     """SQL for the text of a value: JSON in JSON and of all that is nested, and otherwise as people write it."""
-    if format == "json" or (type_.id in _NESTED and type_.children):
+    if type_.id in _EXACT:
+        pass  # the text of numbers is JSON already
+    elif format == "json" or (type_.id in _NESTED and type_.children):
         value = f"to_json({_plain(value, type_, format)})"
     elif type_.id not in _FLOATS:
         value = _plain(value, type_, format)
@@ -208,7 +210,8 @@ def _plain(value: str, type_: Any, format: str, depth: int = 0) -> str:
         return value
     if kind in _FLOATS:
         # By way of text, which has as few digits as tell a 32-bit number from its neighbours. JSON has no infinity.
-        return f"CASE WHEN isfinite({value}) THEN CAST(CAST({value} AS VARCHAR) AS DOUBLE) END"
+        exact = f"CAST(CAST({value} AS VARCHAR) AS DOUBLE)"
+        return exact if format == "table" else f"CASE WHEN isfinite({value}) THEN {exact} END"
     if kind == "blob":
         return (
             f"format('<{{:,}} bytes>', octet_length({value}))" if format == "table" else f"to_base64({value})"

@@ -97,16 +97,14 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
             f"{workspace.path}: holds no parts, models or runs; run a stage first, or name the workspace"
         )
     chosen = _chosen_rules(found, rules)
-    scorers = [account for account in found if account.table == "scores"]
     judged = any(account.table == "verdicts" for account in found)
     with open_catalog(workspace, found) as connection:
         try:
-            asked = {
-                "tiles": list(_tiles(connection, found, chosen)),
-                "yields": list(yields(connection, found)),
-                "rules": [_rule(connection, account) for account in chosen],
-                "scorers": [] if judged else [_scorer(connection, account) for account in scorers],
-            }
+            rules_shown = [_rule(connection, account) for account in chosen]
+            yielded = list(yields(connection, found))
+            scorers = [
+                _scorer(connection, account) for account in found if account.table == "scores" and not judged
+            ]
         except duckdb.Error as error:
             # Manifests vouch for a file's end; what lies before it is read here first.
             message = " ".join(visible(str(error)).split())
@@ -115,12 +113,15 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
             ) from error
     drawn = [model for model in models if model.series]
     page = template("report.html.jinja").render(
-        asked,
         name=workspace.path.resolve().name,
         newest=max((account.finished for account in found if account.finished), default=None),
+        tiles=list(_tiles(found, rules_shown)),
         evaluation=_evaluation(mapping(summary.get("evaluation"))),
         figures=list(_summary_figures(summary)),
         found=found,
+        yields=yielded,
+        rules=rules_shown,
+        scorers=scorers,
         drawn=drawn,
         curves=list(_curves(drawn)),
         runs=runs,
@@ -138,9 +139,7 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
 # -- at a glance ---------------------------------------------------------------------------------------------
 
 
-def _tiles(
-    connection: duckdb.DuckDBPyConnection, found: Sequence[Account], chosen: Sequence[Account]
-) -> Iterator[tuple[str, str]]:
+def _tiles(found: Sequence[Account], rules: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     images = [account for account in found if account.table == "images"]
     if images:
         asked = sum(account.counts.rows_in for account in images)
@@ -150,20 +149,12 @@ def _tiles(
     written = sum(account.counts.kept for account in found if account.table == "captions")
     if written:
         yield f"{written:,}", "images captioned"
-    if chosen:
-        rule = chosen[0].part.name
-        rows = connection.execute(
-            "SELECT source, count(*), count(*) FILTER (WHERE keep) FROM verdicts WHERE rule = ? GROUP BY source",
-            [rule],
-        ).fetchall()
-        counts = {source: (texts, kept) for source, texts, kept in rows}
-        suffix = f" by {rule}" if len(chosen) > 1 else ""
-        for source in SOURCES:
-            if source in counts:
-                texts, kept = counts[source]
-                yield share(kept, texts), f"of {texts:,} {source} texts kept{suffix}"
+    for source, texts, kept, *_ in rules[0]["sources"] if rules else ():
+        if source in SOURCES:
+            suffix = f" by {rules[0]['name']}" if len(rules) > 1 else ""
+            yield share(kept, texts), f"of {texts:,} {source} texts kept{suffix}"
     for account in found:
-        if account.table == "pairs" and account.part.name in {rule.part.name for rule in chosen}:
+        if account.table == "pairs" and account.part.name in {rule["name"] for rule in rules}:
             yield f"{account.rows_out:,}", f"images in the corpus {account.part.name}"
 
 
@@ -276,12 +267,13 @@ def _sources(connection: duckdb.DuckDBPyConnection, score: str, rule: str) -> li
         "WHERE rule = ? GROUP BY source",
         [rule],
     ).fetchall()
-    reasons = connection.execute(
+    found = connection.execute(
         "SELECT source, string_agg(format('{} {:,}', reason, texts), ', ' ORDER BY texts DESC, reason) FROM ("
         "SELECT source, reason, count(*) AS texts FROM verdicts WHERE rule = ? AND NOT keep GROUP BY ALL) GROUP BY 1",
         [rule],
     ).fetchall()
-    return sorted(((*row, dict(reasons).get(row[0], "")) for row in totals), key=_source_place)
+    reasons = dict(found)
+    return sorted(((*row, reasons.get(row[0], "")) for row in totals), key=_source_place)
 
 
 def _source_place(row: Sequence[Any]) -> tuple[int, str]:
@@ -318,7 +310,7 @@ def _cards(
     connection: duckdb.DuckDBPyConnection, score: str, rule: str, images: list[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each image with its picture, the best of its texts, and how many are left out."""
-    pictures = connection.execute(
+    shown = connection.execute(
         "SELECT image_id, any_value(image.bytes) FROM raw.images WHERE image_id IN (SELECT unnest(?)) "
         "GROUP BY image_id",
         [images],
@@ -329,9 +321,10 @@ def _cards(
         "FROM verdicts WHERE rule = ? AND image_id IN (SELECT unnest(?)) GROUP BY image_id, source",
         [rule, images],
     ).fetchall()
+    pictures = dict(shown)
     for image in images:
         own = [found for _, found in sorted((row[1:] for row in texts if row[0] == image), key=_source_place)]
-        data = dict(pictures).get(image)
+        data = pictures.get(image)
         yield (
             image,
             {

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from capfilt.catalog.pages import template
+from capfilt.catalog.pages import FOLDER, template
 from capfilt.tables.visible import visible
 
 PAGES = template("charts.jinja").environment
@@ -61,6 +61,12 @@ def test_no_way_into_a_page_leaves_markup_or_controls(source: str) -> None:
     assert not {"\x00", "\u202e"} & {*page}
     assert "&lt;" in page
     assert not page.count("&amp;lt;")
+
+
+def test_no_template_trusts_a_text() -> None:
+    sources = [path.read_text() for path in FOLDER.glob("*.jinja")]
+    assert len(sources) == 2
+    assert not [word for word in ("safe", "autoescape", "xmlattr") for source in sources if word in source]
 
 
 def test_layout_of_a_template_is_no_part_of_the_page() -> None:
