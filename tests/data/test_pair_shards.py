@@ -11,11 +11,11 @@ import pytest
 from capfilt.data import pair_shards as module
 from capfilt.data.pair_shards import PairInput, PairShards
 from capfilt.data.pairs import Pairs
-from capfilt.errors import UserError
 from capfilt.tables.contracts import IMAGES, PAIRS, VERDICTS
 from capfilt.tables.ids import image_id, text_id
 from capfilt.tables.manifest import Counts, Successor
 from capfilt.tables.shards import Part
+from tests.refusals import refused
 from tests.worlds import failed_row, image_rows, jpeg, write_images
 
 
@@ -147,11 +147,11 @@ def test_a_part_that_may_only_be_read_is_counted_every_time(three, monkeypatch):
 def test_an_input_without_a_pair_is_refused_with_the_reasons(tmp_path):
     part = write_images(Part(tmp_path / "p"), [[failed_row("web", "lost")]])
     for _ in range(2):  # by counts that were taken, and by remembered ones
-        with pytest.raises(UserError, match=r"p: gives no training pair \(left out: not_found 1\)"):
+        with refused(tmp_path / "p", "training pair", "not_found 1"):
             Pairs([PairInput(part)], size=16)
     rows = image_rows("web", 2)
     for row in rows:
         row["image"] = {"bytes": b"broken", "path": None}
     part = write_images(Part(tmp_path / "q"), [rows])
-    with pytest.raises(UserError, match=r"q: gives no training pair \(left out: no_picture 2\)"):
+    with refused(tmp_path / "q", "training pair", "no_picture 2"):
         Pairs([PairInput(part)], size=16)
