@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from capfilt.data.bpe import BpeTokenizer
-from capfilt.errors import UserError
 from capfilt.models import build, checkpoint, preset
 from capfilt.models.clip.layouts import OPENAI, TRANSFORMERS
 from capfilt.models.clip.model import PRESETS as CLIP
@@ -105,7 +104,7 @@ def test_every_preset_can_be_built_and_written_down():
         assert ClipConfig.from_dict(config.to_dict()) == config
         with torch.device("meta"):
             assert Clip(config).config.vocab_size == 1000
-    with pytest.raises(UserError, match="tiny, trunk, small, base, large"):
+    with refused("preset", "huge"):
         preset("clip", "huge", 1000)
 
 
@@ -244,10 +243,10 @@ def test_openais_layout_computed_by_its_own_names(config, tower, heads):
 def test_what_their_config_leaves_out_is_their_default_and_what_no_clip_has_is_refused():
     assert from_config({}) == ClipConfig()
     # A tower that says no activation has transformers' default, not the other tower's.
-    with pytest.raises(UserError, match=r"different activations \(gelu, quick_gelu\)"):
+    with refused("gelu, quick_gelu"):
         from_config({"vision_config": {"hidden_act": "gelu"}})
     for side in ("vision_config", "text_config"):
-        with pytest.raises(UserError, match=rf"no {side}.layer_norm_eps 1e-06 \(only 1e-05\)"):
+        with refused(f"{side}.layer_norm_eps", 1e-06):
             from_config({side: {"layer_norm_eps": 1e-6}})
         assert from_config({side: {"layer_norm_eps": 1e-5, "hidden_act": None}}) == ClipConfig()
 
@@ -256,13 +255,10 @@ def test_keys_without_a_place_and_places_without_a_key_are_listed():
     state = given(sharpened(VIT), OPENAI)
     state["visual.extra"] = torch.zeros(1)
     del state["ln_final.bias"]
-    with pytest.raises(
-        UserError,
-        match=r"1 tensors missing: ln_final\.bias; .* 1 tensors that no CLIP of this kind has: visual\.extra",
-    ):
+    with refused("missing", "ln_final.bias", "visual.extra"):
         filled(VIT, OPENAI, state)
     del state["ln_final.weight"]
-    with pytest.raises(UserError, match=r"no ln_final\.weight of 1 dimensions"):
+    with refused("ln_final.weight"):
         OPENAI.told(HERE, {**state, "input_resolution": 1, "context_length": 1, "vocab_size": 1})
     for lacking in (RESNET, dataclasses.replace(VIT, logit_bias=True)):
         assert "OpenAI's layout" in str(places(lacking)["transformers"])
@@ -278,7 +274,7 @@ def test_pixels_are_normalised_and_positions_resized():
         torch.testing.assert_close(model.encode_image(pixels), model.encode_image(floats))
         model.resize_image(64)
         assert model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 24)
-    with pytest.raises(UserError, match="17 tokens: this model reads 16"):
+    with refused("17 tokens", 16):
         model.embed_text(torch.zeros(1, 17, dtype=torch.int64))
 
 

@@ -123,18 +123,16 @@ def test_heads_that_widths_do_not_tell_are_asked_for(tmp_path):
     huge = ClipConfig(
         ClipVisionConfig(28, 14, 1280, 1, 16, 5120), ClipTextConfig(99, 16, 1024, 1, 16, 4096), 1024, "gelu"
     )
-    with pytest.raises(
-        UserError, match=r"a width of 1280 does not say the number of heads.*vision_cfg\.head_width"
-    ):
+    with refused("heads", 1280, "vision_cfg.head_width"):
         told(tmp_path, state(huge), None)
-    with pytest.raises(UserError, match="a width of 1280 does not say"):
+    with refused("heads", 1280):
         told(tmp_path, state(huge), {"quick_gelu": False})
     found = told(
         tmp_path, state(huge), {"vision_cfg": {"width": 1280, "head_width": 80}, "text_cfg": {"heads": 16}}
     )
     assert found == huge
     odd = dataclasses.replace(huge, vision=ClipVisionConfig(28, 14, 96, 1, 2, 96))
-    with pytest.raises(UserError, match="a width of 96 does not say"):
+    with refused("heads", 96):
         told(tmp_path, state(odd), None)
     # What a table of open_clip's leaves out is open_clip's default.
     sizes = {"vision": ClipVisionConfig(28, 14, 128, 1, 2, 96), "text": ClipTextConfig(99, 16, 128, 1, 8, 96)}
@@ -172,7 +170,7 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     with refused("TorchScript", "torch.jit.load"):
         checkpoint.open_any(tmp_path / "ViT-B-32.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.bin")
-    with pytest.raises(UserError, match="no CLIP in the layout openai: it holds a"):
+    with refused("other.bin", "openai"):
         checkpoint.open_any(tmp_path / "other.bin")
     model = made(VIT, tokenizer)
     checkpoint.save(tmp_path / "ours", model, tokenizer)
@@ -183,7 +181,7 @@ def test_other_normalisation_models_and_archives_are_refused(tmp_path, tokenizer
     with refused("mean"):
         checkpoint.open_any(tmp_path / "theirs")
     tiny_checkpoint(tmp_path / "blip")
-    with pytest.raises(UserError, match="no home in the layout openai"):
+    with refused("BLIP", "openai"):
         export(tmp_path / "blip", "openai", tmp_path / "blip-openai")
     assert not (tmp_path / "blip-openai").exists()
 
