@@ -104,7 +104,7 @@ def test_every_preset_can_be_built_and_written_down():
         assert ClipConfig.from_dict(config.to_dict()) == config
         with torch.device("meta"):
             assert Clip(config).config.vocab_size == 1000
-    with refused("preset", "huge"):
+    with refused("huge", "clip"):
         preset("clip", "huge", 1000)
 
 

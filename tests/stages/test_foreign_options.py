@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from capfilt import recipe as recipes
-from capfilt.errors import UserError
 from capfilt.stages.train import FinetuneFilter, Retrain
 from capfilt.stages.training_options import FinetuneFilterOptions, Retrain_albef, Retrain_clip
+from tests.refusals import refused
 from tests.worlds import image_rows, tiny_checkpoint, tiny_vilt, write_images
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -48,7 +48,7 @@ def test_a_filter_that_is_a_vilt_has_neither_queue_nor_towers(place):
         "hardness_ramp_steps",
     ):
         value = other(FinetuneFilterOptions.__dataclass_fields__[name])
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* vilt"):
+        with refused(f"--{name.replace('_', '-')}", "vilt"):
             FinetuneFilter(FinetuneFilterOptions(**given, **{name: value}), place)
     tiny_checkpoint(place.model("blip"))
     FinetuneFilter(FinetuneFilterOptions(human=("human",), init="blip", queue_size=4), place)
@@ -59,7 +59,7 @@ def test_a_filter_that_is_a_vilt_has_neither_queue_nor_towers(place):
 def test_patches_and_hidden_words_are_as_asked(place):
     options = Retrain_clip(human=("human",), preset="base", patch_size=16, out="made")
     assert Retrain(options, place).planned().vision.patch_size == 16
-    with pytest.raises(UserError, match="--patch-size 16: the preset tiny is a ResNet"):
+    with refused("--patch-size 16", "tiny"):
         Retrain(dataclasses.replace(options, preset="tiny"), place).planned()
     given = {"human": ("human",), "preset": "tiny", "out": "made"}
     stage = Retrain(Retrain_albef(**given, mask_share=0.4, vocab_size=200), place)

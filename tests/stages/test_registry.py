@@ -22,6 +22,7 @@ from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
 from capfilt.tables.workspace import Workspace
 from tests.plugins.packages import install, use
+from tests.refusals import refused
 from tests.worlds import failed_row, image_rows, write_images
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -285,7 +286,7 @@ def test_capfilt_s_own_names_are_not_taken(pictures):
 
 def test_a_name_that_two_packages_declare_is_refused(pictures, tmp_path):
     install(tmp_path / "site", "others", "", {GROUP: {"bytes": "others:BYTES"}})
-    with pytest.raises(UserError, match="declared twice, as others:BYTES and pictures:BYTES"):
+    with refused("others:BYTES", "pictures:BYTES"):
         stage_command("bytes")
 
 

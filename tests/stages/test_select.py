@@ -30,6 +30,7 @@ from capfilt.tables.convert import convert
 from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.worlds import failed_row, image_rows, write_images
 
 OLD = Path(__file__).parents[1] / "fixtures" / "workspace-1"
@@ -115,9 +116,7 @@ def test_pairs_of_version_1_train_and_what_they_train_is_evaluated(old):
 
 def test_a_part_of_version_1_is_not_continued_in_version_2(old):
     """Would catch: one part with rows of two versions, and a message that does not say why."""
-    with pytest.raises(
-        UserError, match=r"pairs/capfilt: was written with .*contract_version was 1, is now 2"
-    ):
+    with refused("pairs/capfilt", "contract_version", 1, 2):
         run(WritePairs(SelectOptions(**RULE), old))
 
 
@@ -268,7 +267,7 @@ def test_a_selection_resumes_and_does_not_depend_on_who_makes_its_shards(judged)
 def test_a_changed_condition_or_signal_is_never_mixed_in(judged):
     verdicts_of(judged, out="rule", signals=("copies",), require="first")
     for options in ({"require": "first OR true"}, {"require": "first", "signals": ("place", "copies")}):
-        with pytest.raises(UserError, match="was written with another identity"):
+        with refused("verdicts/rule", "identity"):
             verdicts_of(judged, out="rule", **{"signals": ("copies",), **options})
 
 
@@ -290,11 +289,11 @@ def test_signals_of_other_pictures_or_with_two_answers_are_refused(judged):
     put_signal(judged, "twice", [[{**row, "first": True} for row in [*rows, rows[0]]] for rows in mine])
     put_signal(judged, "half", [[{**row, "first": True} for row in mine[0]]])
     for name, words in (
-        ("other", "made from other images"),
-        ("twice", "several rows of one image_id"),
+        ("other", "images"),
+        ("twice", "image_id"),
         ("half", "shard 00001"),
     ):
-        with pytest.raises(UserError, match=words):
+        with refused(f"signals/{name}", words):
             verdicts_of(judged, out=name, signals=(name,), require="first")
 
 
@@ -324,7 +323,7 @@ def test_a_condition_that_cannot_be_is_one_line_and_no_part(judged, monkeypatch,
 @pytest.mark.parametrize("name", ["texts", "Images", "scores"])
 def test_a_signal_named_as_another_table_is_refused(judged, name):
     put_signal(judged, name, [[], []])
-    with pytest.raises(UserError, match="differ"):
+    with refused("--signals", "differ"):
         Select(SelectOptions("web", signals=(name,), require="true"), judged)
 
 
@@ -336,5 +335,5 @@ def test_a_condition_that_nothing_fulfils_is_told(judged):
 def test_an_endless_condition_ends_the_call(judged, monkeypatch):
     monkeypatch.setattr(Select, "seconds", 0.2)
     rows = "list_sum(list_transform(range(30000), lambda x: list_sum(list_transform(range(30000), lambda y: x * y))))"
-    with pytest.raises(UserError, match="no answer within"):
+    with refused("--require", "0.2 s"):
         run(Select(SelectOptions("web", require=f"{rows} > size", signals=("copies",)), judged))
