@@ -252,16 +252,16 @@ def test_other_prompts_and_other_examples_are_other_results(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ("vision",)}, "--tasks 'vision': choose retrieval"),
-        ({"tasks": ("few-shot",)}, r"--tasks few-shot: name examples to evaluate on \(--examples\)"),
-        ({"split": "dev"}, "--split 'dev': choose train, val, test"),
-        ({"batch_size": 0}, "--batch-size 0: give 1 or more"),
-        ({"precision": "fp8"}, "--precision 'fp8': choose auto, fp32, bf16"),
-        ({"examples": ("human",), "tasks": ("match",)}, "no such part"),
-        ({"tasks": ("zero-shot",), "examples": ("all",), "templates": "none.txt"}, "is none of single, cifar, imagenet"),
-        ({"tasks": ("few-shot",), "examples": ("all",), "shots": "1,x"}, "--shots '1,x': write numbers"),
-        ({"caption_scorer": "me", "tasks": ("captioning",)}, "--caption-scorer 'me': choose capfilt, pycocoevalcap"),
-        ({"tasks": ("rating",), "examples": ("all",), "split": "val"}, "no examples of the task rating in split 'val'"),
+        ({"tasks": ("vision",)}, "--tasks vision"),
+        ({"tasks": ("few-shot",)}, "--tasks few-shot --examples"),
+        ({"split": "dev"}, "--split dev"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"precision": "fp8"}, "--precision fp8"),
+        ({"examples": ("human",), "tasks": ("match",)}, "examples/human"),
+        ({"tasks": ("zero-shot",), "examples": ("all",), "templates": "none.txt"}, "--templates none.txt"),
+        ({"tasks": ("few-shot",), "examples": ("all",), "shots": "1,x"}, "--shots 1,x"),
+        ({"caption_scorer": "me", "tasks": ("captioning",)}, "--caption-scorer me"),
+        ({"tasks": ("rating",), "examples": ("all",), "split": "val"}, "--tasks rating val"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(made, options, message):

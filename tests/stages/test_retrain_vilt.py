@@ -130,7 +130,7 @@ def test_it_starts_from_a_vit(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alignment": -1.0}, "alignment"),
+        ({"alignment": -1.0}, "--alignment -1"),
         ({"max_patches": -1}, "--max-patches -1"),
         ({"preset": "huge"}, "--preset huge"),
     ],

@@ -44,7 +44,7 @@ def built(place, name, **options):
         ("blip", {"stem": "patch"}, ["transformers"], {"original": "--vocab with bert-base-uncased's vocab.txt"}),
         ("clip", {}, ["openai"], {"transformers": "a --preset that is no ResNet"}),
         ("vilt", {}, ["transformers"], {}),
-        ("albef", {}, [], {"original": "--stem patch", "transformers": "an ALBEF has no home"}),
+        ("albef", {}, [], {"original": "--stem patch", "transformers": "an ALBEF"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

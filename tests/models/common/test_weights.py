@@ -12,6 +12,7 @@ from torch import nn
 
 from capfilt.errors import UserError
 from capfilt.models.common import weights as m
+from tests.refusals import refused
 
 
 class Tied(nn.Module):
@@ -52,18 +53,17 @@ def test_a_shared_tensor_is_written_once_and_read_under_any_of_its_names(tmp_pat
     [
         ({"first.bias": None}, "first.bias"),
         ({"third.bias": torch.ones(2)}, "third.bias"),
-        ({"first.bias": torch.ones(3)}, r"first.bias \[3\] instead of \[2\]"),
+        ({"first.bias": torch.ones(3)}, "first.bias [3] [2]"),
         ({"first.bias": torch.tensor([1.0, float("nan")])}, "first.bias"),
         ({"first.weight": torch.full((2, 2), float("-inf"))}, "first.weight"),
-        ({"second.shared.weight": torch.zeros(2, 2)}, "second.shared.weight and first.weight"),
+        ({"second.shared.weight": torch.zeros(2, 2)}, "second.shared.weight first.weight"),
     ],
 )
 def test_a_state_that_is_not_the_models_is_refused_by_file_and_tensor(tmp_path, change, said):
     state = {name: each for name, each in {**STATE, **change}.items() if each is not None}
     model = Tied(0.5)
-    with pytest.raises(UserError, match=f"model.bin.*{said}") as caught:
+    with refused("model.bin", said):
         m.fill(tmp_path / "model.bin", model, state)
-    assert "\n" not in str(caught.value)
     assert model.first.weight.eq(0.5).all()
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from capfilt.errors import UserError
 from capfilt.models import build, layouts
 from capfilt.models.albef.layouts import ORIGINAL as ALBEF
 from capfilt.models.albef.model import AlbefConfig
@@ -66,24 +65,23 @@ def test_a_table_is_read_as_it_was_written():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out.old_bias": torch.zeros(3)}, r"out\.old_bias is not out\.bias, which it is tied to in every Toy"),
-        ({"position_ids": torch.tensor([[1, 0]])}, r"position_ids does not count"),
-        ({"words": None, "places": None}, r"2 tensors missing: places, words"),
-        ({"layers.0.q_proj.weight": None}, r"1 tensors missing: layers\.0\.q_proj\.weight"),
-        ({"layers.2.q_proj.weight": torch.ones(1)}, r"1 tensors that no Toy of this kind has: layers\.2\.q_proj\.weight"),
+        ({"out.old_bias": torch.zeros(3)}, "out.old_bias out.bias Toy"),
+        ({"position_ids": torch.tensor([[1, 0]])}, "position_ids"),
+        ({"words": None, "places": None}, "missing places words"),
+        ({"layers.0.q_proj.weight": None}, "missing layers.0.q_proj.weight"),
+        ({"layers.2.q_proj.weight": torch.ones(1)}, "Toy layers.2.q_proj.weight"),
         # Of shapes that do not fit, torch's own errors ended capfilt.
-        ({"layers.0.q_proj.weight": torch.ones(2, 3)}, r"no Toy has tensors of these shapes: layers.*\[2, 3\]"),
-        ({"token": torch.ones(5)}, r"no Toy has tensors of these shapes: token \[5\]"),
-        ({"types": torch.ones(2, 3)}, r"no Toy has tensors of these shapes: .*types \[2, 3\]"),
-        ({"types": torch.ones(0)}, r"no Toy has tensors of these shapes: .*types \[0\]"),
-        ({"layers.1.v_proj.bias": torch.tensor(1.0)}, r"no Toy has tensors of these shapes: .*v_proj\.bias \[\]"),
+        ({"layers.0.q_proj.weight": torch.ones(2, 3)}, "shapes layers.0.q_proj.weight [2, 3]"),
+        ({"token": torch.ones(5)}, "shapes token [5]"),
+        ({"types": torch.ones(2, 3)}, "shapes types [2, 3]"),
+        ({"types": torch.ones(0)}, "shapes types [0]"),
+        ({"layers.1.v_proj.bias": torch.tensor(1.0)}, "shapes layers.1.v_proj.bias []"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_a_table_is_named(changes, message):
     given = {**give(ROWS, OURS), **changes}
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         take(HERE, "Toy", ROWS, OURS, {name: each for name, each in given.items() if each is not None})
-    assert "\n" not in str(caught.value)
 
 
 def test_no_file_is_of_two_layouts():
