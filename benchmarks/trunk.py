@@ -12,15 +12,15 @@ import statistics
 import torch
 from _form import Record, in_pairs, main
 
-from capfilt.models.blip.model import TRUNK
+from capfilt.models.common.presets import TRUNK_VISION
 from capfilt.models.common.trunk import TRUNKS, Trunk
 
 
 def measure(args: argparse.Namespace, record: Record) -> None:
     """Images per second of both ways, the median ratio, the largest difference."""
-    size = TRUNK.vision.image_size
+    size = TRUNK_VISION.image_size
     batch = 16 if args.quick else 64
-    recipe = TRUNKS[TRUNK.vision.trunk]
+    recipe = TRUNKS[TRUNK_VISION.trunk]
     trunk = Trunk(recipe, size, frozen=True).eval()
     generator = torch.Generator().manual_seed(args.seed)
     pixels = torch.randn(batch, 3, size, size, generator=generator)
