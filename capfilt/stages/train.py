@@ -18,7 +18,7 @@ from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
 from capfilt.stages.sources import PairSource
-from capfilt.stages.starts import Checkpoint, Preset
+from capfilt.stages.starts import Checkpoint, Preset, Start
 from capfilt.stages.training import Train
 from capfilt.stages.training_options import (
     FinetuneCaptionerOptions,
@@ -43,14 +43,15 @@ class Pretrain(Train):
         self.family = family_named(options.family)
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace)
         given = getattr(options, "init", "")
         allowed = (self.family.kinds[0].name, *self.family.starts)
-        start = (
-            Checkpoint(workspace, given, options.image_size, lambda kind: kind.name in allowed, self.name)
-            if given
-            else Preset(self.family, options)
-        )
+        # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
+        start: Start | None = None if given else Preset(self.family, options)
+        source = PairSource(options, workspace)
+        if start is None:
+            start = Checkpoint(
+                workspace, given, options.image_size, lambda kind: kind.name in allowed, self.name
+            )
         self.compose(source, start)
 
     def identity(self) -> Mapping[str, Any]:
