@@ -42,13 +42,16 @@ class Filter(FinetuneFilter):
         heard = psutil.Process().net_connections("inet")
         place = self.output.with_name(f"{self.output.name}.{ranks.rank}.sockets")
         place.write_text("\n".join(each.laddr.ip for each in heard if each.status == psutil.CONN_LISTEN))
-        return super()._run(ranks, report)
+        read = self.source.data
 
-    def data(self, size):
-        pairs = super().data(size)
-        if self.mark is not None:
-            pairs.mark, pairs.__class__ = self.mark, Dies
-        return pairs
+        def data(size):
+            pairs = read(size)
+            if self.mark is not None:
+                pairs.mark, pairs.__class__ = self.mark, Dies
+            return pairs
+
+        self.source.data = data
+        return super()._run(ranks, report)
 
 
 def attempt(place: Workspace, work, out: str, ranks: int, mark: Path | None = None, **more):
