@@ -25,7 +25,11 @@ RETRIEVAL, CAPTIONING = "retrieval", "captioning"
 ANSWERS, CLASSES, PAIRS = "answers", "classes", "pairs"
 """The forms of a task: answers in words, classes of a text with one picture, statements about two pictures."""
 
-TOKENIZERS = {"wordpiece": "capfilt.data.tokenizer:Tokenizer", "byte-pair": "capfilt.data.bpe:BpeTokenizer"}
+TOKENIZERS = {
+    "wordpiece": "capfilt.data.tokenizer:Tokenizer",
+    "byte-pair": "capfilt.data.bpe:BpeTokenizer",
+    "unigram": "capfilt.data.unigram:UnigramTokenizer",
+}
 """Tokenizers by name, and where their classes are."""
 
 
