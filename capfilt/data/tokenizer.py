@@ -23,7 +23,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from capfilt.data.cleaning import BLIP, MAX_WORDS, cleaned
+from capfilt.data.cleaning import AS_FOUND, BLIP, MAX_WORDS, cleaned
 from capfilt.errors import UserError
 
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
@@ -250,6 +250,60 @@ class Subwords(ABC):
 
     def __len__(self) -> int:
         return self.vocab_size
+
+
+class NoTexts(Subwords):
+    """The tokenizer of a model without a text side: every text becomes no ids, and nothing is written."""
+
+    pad_id = first_id = last_id = 0
+    fingerprint = ""
+
+    def __init__(self, cleaning: str = AS_FOUND) -> None:
+        super().__init__((), cleaning)
+
+    def _made_of(self) -> tuple[()]:
+        return ()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 0, cleaning: str = AS_FOUND) -> NoTexts:
+        """One, whatever the texts."""
+        return cls(cleaning)
+
+    @classmethod
+    def from_published(cls, path: str | Path) -> NoTexts:
+        """UserError: there is nothing to read."""
+        raise UserError(f"{path}: this model has no text side, and takes no vocabulary")
+
+    @classmethod
+    def load(cls, path: str | Path) -> NoTexts:
+        """One, whatever the directory holds."""
+        return cls()
+
+    @classmethod
+    def _from_content(cls, content: Any) -> NoTexts:
+        return cls()
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes nothing, and returns the directory."""
+        return Path(directory)
+
+    def _pieces(self, texts: Sequence[str], max_words: int | None, raw: bool = False) -> list[list[int]]:
+        return [[] for _ in texts]
+
+    def encode_ragged(
+        self,
+        texts: Sequence[str],
+        max_length: int = OWN,
+        prompt: str = "",
+        max_words: int | None = OWN,
+        raw: bool = False,
+    ) -> list[list[int]]:
+        """An empty list per text."""
+        return self._pieces(texts, max_words)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """No text."""
+        return ""
 
 
 def hashed(*parts: str) -> str:
