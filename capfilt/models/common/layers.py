@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from capfilt.models.common.relative import Grid, RelativePositions
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -200,11 +202,15 @@ class Mlp(nn.Module):
         return out
 
 
-class FusedAttention(nn.Module):
-    """Self-attention with one qkv projection (with bias), scale d^-1/2, no dropout; `causal`: to what is before, and itself."""
+class FusedAttention(RelativePositions):
+    """Self-attention with one qkv projection (with bias), scale d^-1/2, no dropout; `causal`: to what is before, and itself.
 
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+    grid: of the patches after [CLS], for a table of its own with biases by relative position; None: no table.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = False, grid: Grid | None = None) -> None:
         super().__init__()
+        self.tabulate(grid, heads)
         self.heads = heads
         self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
@@ -218,6 +224,9 @@ class FusedAttention(nn.Module):
         A causal attention takes a mask only together with a bias. first: only position 0 is wanted, [B, 1, D]. bias: added to
         the logits, [1 or B, H, L, L].
         """
+        own = self.relative_bias()
+        if own is not None:
+            bias = own if bias is None else bias + own
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query, keys, values = qkv.unbind()  # by index each would have a gradient of the size of all three
@@ -233,7 +242,7 @@ class PreNormBlock(nn.Module):
     """A transformer block: x + attention(LN(x)), then x + MLP(LN(x)); eps 1e-6 is ViT's (BLIP, arXiv 2201.12086, code).
 
     dropout: on what both branches add, and inside the MLP. layer_scale: LayerScale (arXiv 2103.17239), a factor per channel of
-    either branch, `gamma_1` and `gamma_2`, that starts at this value; 0: none.
+    either branch, `gamma_1` and `gamma_2`, that starts at this value; 0: none. grid: as of `FusedAttention`.
     """
 
     def __init__(
@@ -248,10 +257,11 @@ class PreNormBlock(nn.Module):
         causal: bool = False,
         dropout: float = 0.0,
         layer_scale: float = 0.0,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = FusedAttention(width, heads, causal)
+        self.attn = FusedAttention(width, heads, causal, grid)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden, activation, dropout)
         self.dropout = nn.Dropout(dropout)
