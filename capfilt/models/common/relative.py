@@ -113,11 +113,8 @@ def _respaced(values: Tensor, old: int, new: int) -> Tensor:
 
 def _ratio(count: int, reach: int) -> float:
     """The ratio, from 1.01 to 1.5, at which 1 + r + ... (`count` terms) is `reach`; to 1e-6, as released."""
-    low, high = 1.01, 1.5
+    low, middle, high = 1.01, 1.5, 1.5
     while high - low > 1e-6:
         middle = (low + high) / 2
-        if (1 - middle**count) / (1 - middle) > reach:
-            high = middle
-        else:
-            low = middle
+        low, high = (low, middle) if (1 - middle**count) / (1 - middle) > reach else (middle, high)
     return middle
