@@ -144,9 +144,11 @@ def fingerprint(path: str | Path) -> str:
     if layout is not None:
         return layouts.fingerprint(layout, place)
     total = hashlib.sha256()
-    kind = kind_named(str(_read_config(place)["model_type"]))
-    for name in _files(kind):
-        total.update(f"{name}:{file_sha256(_existing(place / name))}\n".encode())
+    listed = read_json(_existing(place / CONFIG)).get("files")
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        # Of a model without a text side there is no tokenizer.
+        if name != TOKENIZER or not isinstance(listed, dict) or name in listed:
+            total.update(f"{name}:{file_sha256(_existing(place / name))}\n".encode())
     return total.hexdigest()
 
 
