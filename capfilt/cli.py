@@ -383,4 +383,6 @@ def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     where = context.command_path.removeprefix("capfilt").strip() if context is not None else ""
     text = " ".join(error.format_message().split())
+    if context is not None and where and text.startswith("No such command"):
+        text += f" Choose {', '.join(context.command.list_commands(context))}"
     return f"{where}: {text} (see capfilt {where} --help)" if where else f"{text} (see capfilt --help)"

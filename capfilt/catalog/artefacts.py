@@ -119,7 +119,8 @@ def checkpoint_fingerprint(directory: Path) -> str:
     if not files:
         return ""
     digests = {**files, config.name: hashlib.sha256(config.read_bytes()).hexdigest()}
-    lines = "".join(f"{name}:{digests.get(name, '')}\n" for name in _CHECKPOINT_FILES)
+    # Of a model without a text side there is no tokenizer.
+    lines = "".join(f"{name}:{digests[name]}\n" for name in _CHECKPOINT_FILES if name in digests)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Text to ids and back: one WordPiece tokenizer for every text model, learned or read from BERT's vocabulary.
+"""Text to ids and back: what all tokenizers share, and WordPiece, learned or read from BERT's vocabulary.
 
-Not here: how texts are cleaned (`cleaning.py`), which texts a batch holds (`pairs.py`), or what a model does with position 0
-(`models/blip.py`).
+Not here: the other tokenizers (`bpe.py`, `unigram.py`), how texts are cleaned (`cleaning.py`), which texts a batch holds
+(`pairs.py`), or what a model does with position 0 (`models/blip.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 import os
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import tokenizers
@@ -22,7 +23,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from capfilt.data.cleaning import BLIP, MAX_WORDS, cleaned
+from capfilt.data.cleaning import AS_FOUND, BLIP, MAX_WORDS, cleaned
 from capfilt.errors import UserError
 
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
@@ -75,40 +76,267 @@ class Encodes(Protocol):
         """Writes tokenizer.json into the directory."""
 
 
-class Tokenizer:
+OWN = -1
+"""A limit of the tokenizer's own: `Subwords.longest` or `Subwords.most_words`."""
+
+
+class Subwords(ABC):
+    """What all tokenizers share: a vocabulary, texts cleaned and cut to ids between two special ones, padding, files.
+
+    Attributes: `vocab_size` (ids are below it), `pad_id`, `first_id` and `last_id` (of every text), `fingerprint` (32 hex
+    digits, a hash of the vocabulary), `cleaning` (one of `cleaning.CLEANINGS`), `longest` and `most_words` (of a text).
+    """
+
+    longest: ClassVar[int] = MAX_TOKENS
+    most_words: ClassVar[int | None] = MAX_WORDS
+    most_bytes: ClassVar[int] = MAX_FILE_BYTES
+    published_as: ClassVar[str]
+    """Which file of others `from_published` reads, for messages."""
+    pad_id: int
+    first_id: int
+    last_id: int
+    fingerprint: str
+    _inner: tokenizers.Tokenizer
+
+    def __init__(self, tokens: Sequence[str], cleaning: str) -> None:
+        """`tokens[i]` has id i. ValueError where there are too many, or a token comes twice."""
+        if len(tokens) > MAX_VOCABULARY:
+            raise ValueError(f"{len(tokens):,} tokens are more than {MAX_VOCABULARY:,}")
+        self._vocab = {token: index for index, token in enumerate(tokens)}
+        if len(self._vocab) != len(tokens):
+            twice = next(token for token, count in Counter(tokens).items() if count > 1)
+            raise ValueError(f"token {twice!r} is listed more than once")
+        self._tokens, self.cleaning, self.vocab_size = list(tokens), cleaning, len(tokens)
+
+    @abstractmethod
+    def _made_of(self) -> tuple[Any, ...]:
+        """The arguments that make it, without the cleaning."""
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), (*self._made_of(), self.cleaning)
+
+    def cleaned_as(self, cleaning: str) -> Self:
+        """As `Encodes.cleaned_as`."""
+        made: Any = type(self)
+        return self if cleaning == self.cleaning else made(*self._made_of(), cleaning)
+
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read a vocabulary in any of its forms: `tokenizer.json`, its directory, or as `from_published` does."""
+        own = Path(path).is_dir() or str(path).endswith(".json")
+        return cls.load(path) if own else cls.from_published(path)
+
+    @classmethod
+    @abstractmethod
+    def from_published(cls, path: str | Path) -> Self:
+        """Read the file in which vocabularies of this kind are published. Raises UserError."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a `tokenizer.json` written by `save`: the file, or its directory. Raises UserError.
+
+        Only data is taken from the file: no pattern from an untrusted file is ever run.
+        """
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        text = read_text(path, cls.most_bytes)
+        try:
+            return cls._from_content(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+            hint = f"save it again with {cls.__name__}.save, or give {cls.published_as}"
+            raise UserError(f"{path} is no tokenizer that {cls.__name__} reads ({why}); {hint}") from None
+
+    @classmethod
+    @abstractmethod
+    def _from_content(cls, content: Any) -> Self:
+        """Of a parsed tokenizer.json; ValueError, KeyError or TypeError where it is another's."""
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `directory/tokenizer.json` (created if need be, replaced atomically) and return its path.
+
+        The same vocabulary gives the same bytes. The file also opens with `tokenizers.Tokenizer.from_file`.
+        """
+        return write_tokenizer(directory, self.to_json())
+
+    def to_json(self) -> str:
+        """The content of `tokenizer.json`."""
+        return self._inner.to_str(pretty=True) + "\n"
+
+    # ------------------------------------------------------------------ text to ids
+
+    def encode_ragged(
+        self,
+        texts: Sequence[str],
+        max_length: int = OWN,
+        prompt: str = "",
+        max_words: int | None = OWN,
+        raw: bool = False,
+    ) -> list[list[int]]:
+        """First id, prompt, text, last id, a list per text, unpadded; at most `max_length` ids with the last one kept.
+
+        The word limit (None: no limit) counts the text's words, not the prompt's (BLIP, official code). `raw` texts are not
+        cleaned first, so that "10:30" keeps its colon; no word limit then. Raises ValueError for a `max_length` of 0 or 1.
+        """
+        max_length = self.longest if max_length == OWN else max_length
+        if max_length < 2:
+            raise ValueError(f"max_length {max_length} leaves no room for the first and the last token")
+        lead = self._pieces([prompt], None)[0] if prompt else []
+        room = max_length - 2
+        return [
+            [self.first_id, *(lead + pieces)[:room], self.last_id]
+            for pieces in self._pieces(texts, max_words, raw)
+        ]
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        max_length: int = OWN,
+        prompt: str = "",
+        pad_to: int | None = None,
+        max_words: int | None = OWN,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids (int64 [B, L]) and mask (bool [B, L], True where not padding) of `encode_ragged`.
+
+        L is the longest text's length, or `pad_to` where given (ValueError when that is smaller than a text).
+        """
+        return self.pad(self.encode_ragged(texts, max_length, prompt, max_words), pad_to)
+
+    def pad(self, rows: Sequence[Sequence[int]], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """Lists of ids as one int64 [B, L] tensor and its bool mask; L as in `encode`."""
+        return pad_rows(rows, self.pad_id, pad_to)
+
+    def prompt_length(self, prompt: str) -> int:
+        """How many leading positions carry no language-model loss: position 0 and the prompt's pieces.
+
+        4 for "a picture of " (BLIP, official code: the label is masked for [DEC], a, picture, of).
+        """
+        return 1 + len(self._pieces([prompt], None)[0])
+
+    def _pieces(self, texts: Sequence[str], max_words: int | None, raw: bool = False) -> list[list[int]]:
+        most = self.most_words if max_words == OWN else max_words
+        read = list(texts) if raw else [cleaned(text, self.cleaning, most) for text in texts]
+        return [self._ids(row) for row in self._inner.encode_batch(read, add_special_tokens=False)]
+
+    def _ids(self, row: Any) -> list[int]:
+        """The ids of an `Encoding`."""
+        ids: list[int] = row.ids
+        return ids
+
+    # ------------------------------------------------------------------ ids to text
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of a 1-D sequence of ids up to the first last token, without special tokens."""
+
+    def decode_batch(self, rows: Iterable[Sequence[int] | Tensor]) -> list[str]:
+        """`decode` of every row."""
+        return [self.decode(row) for row in rows]
+
+    def _until_last(self, ids: Sequence[int] | Tensor) -> list[int]:
+        """The ids before the first `last_id`, those that are in the vocabulary."""
+        listed: list[int] = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        if self.last_id in listed:
+            listed = listed[: listed.index(self.last_id)]
+        return [index for index in listed if 0 <= index < self.vocab_size]
+
+    def token(self, index: int) -> str:
+        """The piece with this id. Raises IndexError outside the vocabulary."""
+        if not 0 <= index < self.vocab_size:
+            raise IndexError(f"id {index} is outside the vocabulary of {self.vocab_size}")
+        return self._tokens[index]
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+
+class NoTexts(Subwords):
+    """The tokenizer of a model without a text side: every text becomes no ids, and nothing is written."""
+
+    pad_id = first_id = last_id = 0
+    fingerprint = ""
+
+    def __init__(self, cleaning: str = AS_FOUND) -> None:
+        super().__init__((), cleaning)
+
+    def _made_of(self) -> tuple[()]:
+        return ()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 0, cleaning: str = AS_FOUND) -> NoTexts:
+        """One, whatever the texts."""
+        return cls(cleaning)
+
+    @classmethod
+    def from_published(cls, path: str | Path) -> NoTexts:
+        """UserError: there is nothing to read."""
+        raise UserError(f"{path}: this model has no text side, and takes no vocabulary")
+
+    @classmethod
+    def load(cls, path: str | Path) -> NoTexts:
+        """One, whatever the directory holds."""
+        return cls()
+
+    @classmethod
+    def _from_content(cls, content: Any) -> NoTexts:
+        return cls()
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes nothing, and returns the directory."""
+        return Path(directory)
+
+    def _pieces(self, texts: Sequence[str], max_words: int | None, raw: bool = False) -> list[list[int]]:
+        return [[] for _ in texts]
+
+    def encode_ragged(
+        self,
+        texts: Sequence[str],
+        max_length: int = OWN,
+        prompt: str = "",
+        max_words: int | None = OWN,
+        raw: bool = False,
+    ) -> list[list[int]]:
+        """An empty list per text."""
+        return self._pieces(texts, max_words)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """No text."""
+        return ""
+
+
+def hashed(*parts: str) -> str:
+    """32 hex digits of what decides a vocabulary."""
+    return hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
+
+
+class Tokenizer(Subwords):
     """Lower-case WordPiece with BERT's normalizer, plus [DEC] and [ENC] as the last two ids.
 
-    Attributes: `pad_id unk_id cls_id sep_id mask_id dec_id enc_id` (ints), `vocab_size` (ids are below it),
-    `fingerprint` (32 hex digits, a hash of the vocabulary), `cleaning` (one of `cleaning.CLEANINGS`).
+    Attributes: those of `Subwords`, and `unk_id cls_id sep_id mask_id dec_id enc_id`.
     """
+
+    published_as = "a vocab.txt such as bert-base-uncased's"
 
     def __init__(self, tokens: Sequence[str], cleaning: str = BLIP) -> None:
         """`tokens[i]` has id i; [PAD] [UNK] [CLS] [SEP] [MASK] anywhere, [DEC] [ENC] last; else ValueError."""
-        if len(tokens) > MAX_VOCABULARY:
-            raise ValueError(f"{len(tokens):,} tokens are more than {MAX_VOCABULARY:,}")
-        vocab = {token: index for index, token in enumerate(tokens)}
-        if len(vocab) != len(tokens):
-            twice = next(token for token, count in Counter(tokens).items() if count > 1)
-            raise ValueError(f"token {twice!r} is listed more than once")
+        super().__init__(tokens, cleaning)
+        vocab = self._vocab
         for token in SPECIALS:
             if token not in vocab:
                 raise ValueError(f"token {token} is missing")
         if tuple(tokens[-2:]) != ADDED:
             raise ValueError(f"the last two tokens are {list(tokens[-2:])}, not {list(ADDED)}")
-        self._tokens, self.cleaning = list(tokens), cleaning
         self._inner = _pipeline(vocab)
-        self.vocab_size = len(tokens)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (vocab[t] for t in SPECIALS)
         self.dec_id, self.enc_id = (vocab[t] for t in ADDED)
+        self.first_id, self.last_id = self.cls_id, self.sep_id
         self._special_ids = frozenset(vocab[t] for t in (*SPECIALS, *ADDED))
-        self.fingerprint = hashlib.blake2b("\n".join(tokens).encode(), digest_size=16).hexdigest()
+        self.fingerprint = hashed("\n".join(tokens))
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[list[str], str]]:
-        return Tokenizer, (self._tokens, self.cleaning)
-
-    def cleaned_as(self, cleaning: str) -> Tokenizer:
-        """As `Encodes.cleaned_as`."""
-        return self if cleaning == self.cleaning else Tokenizer(self._tokens, cleaning)
+    def _made_of(self) -> tuple[list[str]]:
+        return (self._tokens,)
 
     # ------------------------------------------------------------------ where one comes from
 
@@ -152,12 +380,7 @@ class Tokenizer:
         return cls([*(token for token, _ in learned), *ADDED], cleaning)
 
     @classmethod
-    def open(cls, path: str | Path) -> Tokenizer:
-        """Read a vocabulary in any of its forms: `vocab.txt`, `tokenizer.json`, or the latter's directory."""
-        return cls.from_vocab(path) if str(path).endswith(".txt") else cls.load(path)
-
-    @classmethod
-    def from_vocab(cls, path: str | Path) -> Tokenizer:
+    def from_published(cls, path: str | Path) -> Tokenizer:
         """Read a `vocab.txt` (one token a line, id = line number) and append [DEC], [ENC].
 
         bert-base-uncased's 30522 lines give BLIP's [DEC] = 30522 and [ENC] = 30523. Raises UserError.
@@ -171,97 +394,13 @@ class Tokenizer:
         try:
             return cls(tokens)
         except ValueError as error:
-            hint = "give a vocab.txt such as bert-base-uncased's"
-            raise UserError(f"{path} is not a WordPiece vocabulary: {error}; {hint}") from None
+            raise UserError(
+                f"{path} is not a WordPiece vocabulary: {error}; give {cls.published_as}"
+            ) from None
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a `tokenizer.json` written by `save`: the file, or its directory. Raises UserError.
-
-        Only the vocabulary is taken from the file: its normalizer and pre-tokenizer have to be this class's
-        own, so that no pattern from an untrusted file is ever run.
-        """
-        path = Path(path)
-        if path.is_dir():
-            path = path / FILE_NAME
-        text = read_text(path)
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is not valid JSON: save the tokenizer again") from None
-        try:
-            tokens = _tokens_of(content)
-            made = cls(tokens)
-        except ValueError as error:
-            hint = "save it again with Tokenizer.save"
-            raise UserError(f"{path} is not a capfilt tokenizer: {error}; {hint}") from None
-        return made
-
-    def save(self, directory: str | Path) -> Path:
-        """Write `directory/tokenizer.json` (created if need be, replaced atomically) and return its path.
-
-        The same vocabulary gives the same bytes. The file also opens with `tokenizers.Tokenizer.from_file`.
-        """
-        return write_tokenizer(directory, self.to_json())
-
-    def to_json(self) -> str:
-        """The content of `tokenizer.json`."""
-        return self._inner.to_str(pretty=True) + "\n"
-
-    # ------------------------------------------------------------------ text to ids
-
-    def encode_ragged(
-        self,
-        texts: Sequence[str],
-        max_length: int = MAX_TOKENS,
-        prompt: str = "",
-        max_words: int | None = MAX_WORDS,
-        raw: bool = False,
-    ) -> list[list[int]]:
-        """[CLS] prompt text [SEP] as ids, a list per text, unpadded; at most `max_length` ids with [SEP] kept.
-
-        The word limit counts the text's words, not the prompt's (BLIP, official code). `raw` texts are not cleaned
-        first, so that "10:30" keeps its colon; no word limit then. Raises ValueError for `max_length` < 2.
-        """
-        if max_length < 2:
-            raise ValueError(f"max_length {max_length} leaves no room for [CLS] and [SEP]")
-        lead = self._pieces([prompt], None)[0]
-        room = max_length - 2
-        return [
-            [self.cls_id, *(lead + pieces)[:room], self.sep_id]
-            for pieces in self._pieces(texts, max_words, raw)
-        ]
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        max_length: int = MAX_TOKENS,
-        prompt: str = "",
-        pad_to: int | None = None,
-        max_words: int | None = MAX_WORDS,
-    ) -> tuple[Tensor, Tensor]:
-        """Ids (int64 [B, L]) and mask (bool [B, L], True where not padding) of `encode_ragged`.
-
-        L is the longest text's length, or `pad_to` where given (ValueError when that is smaller than a text).
-        """
-        return self.pad(self.encode_ragged(texts, max_length, prompt, max_words), pad_to)
-
-    def pad(self, rows: Sequence[Sequence[int]], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-        """Lists of ids as one int64 [B, L] tensor and its bool mask; L as in `encode`."""
-        return pad_rows(rows, self.pad_id, pad_to)
-
-    def prompt_length(self, prompt: str) -> int:
-        """How many leading positions carry no language-model loss: position 0 and the prompt's pieces.
-
-        4 for "a picture of " (BLIP, official code: the label is masked for [DEC], a, picture, of).
-        """
-        return 1 + len(self._pieces([prompt], None)[0])
-
-    def _pieces(self, texts: Sequence[str], max_words: int | None, raw: bool = False) -> list[list[int]]:
-        read = list(texts) if raw else [cleaned(text, self.cleaning, max_words) for text in texts]
-        return [row.ids for row in self._inner.encode_batch(read, add_special_tokens=False)]
-
-    # ------------------------------------------------------------------ ids to text
+    def _from_content(cls, content: Any) -> Tokenizer:
+        return cls(_tokens_of(content))
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """The text of a 1-D sequence of ids up to the first [SEP], special tokens and unknown ids left out.
@@ -269,12 +408,9 @@ class Tokenizer:
         Apostrophes inside a word and commas after one are closed up ("man ' s" gives "man's"); hyphens stay
         apart, as in BLIP's published captions.
         """
-        listed: list[int] = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
         words: list[str] = []
-        for index in listed:
-            if index == self.sep_id:
-                break
-            if index in self._special_ids or not 0 <= index < self.vocab_size:
+        for index in self._until_last(ids):
+            if index in self._special_ids:
                 continue
             piece = self._tokens[index]
             if piece.startswith(PREFIX) and len(piece) > len(PREFIX) and words:
@@ -283,19 +419,6 @@ class Tokenizer:
                 words.append(piece)
         text = re.sub(r"(?<=\w) ' (?=\w)", "'", " ".join(words))
         return re.sub(r" (?=[,?](?: |$))", "", text)
-
-    def decode_batch(self, rows: Iterable[Sequence[int] | Tensor]) -> list[str]:
-        """`decode` of every row."""
-        return [self.decode(row) for row in rows]
-
-    def token(self, index: int) -> str:
-        """The piece with this id. Raises IndexError outside the vocabulary."""
-        if not 0 <= index < self.vocab_size:
-            raise IndexError(f"id {index} is outside the vocabulary of {self.vocab_size}")
-        return self._tokens[index]
-
-    def __len__(self) -> int:
-        return self.vocab_size
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
@@ -324,8 +447,8 @@ def write_tokenizer(directory: str | Path, text: str) -> Path:
     return target
 
 
-def read_text(path: Path, most: int = MAX_FILE_BYTES) -> str:
-    """A vocabulary's or config's file. UserError where it cannot be read, is no UTF-8, or is too large for one."""
+def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
+    """A vocabulary's or config's file. UserError where it cannot be read, or is too large for one."""
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)
@@ -333,8 +456,13 @@ def read_text(path: Path, most: int = MAX_FILE_BYTES) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a file that can") from None
     if len(data) > most:
         raise UserError(f"{path} is larger than {most:,} bytes: that is no vocabulary, and no config")
+    return data
+
+
+def read_text(path: Path, most: int = MAX_FILE_BYTES) -> str:
+    """As `read_bytes`; UserError too where it is no UTF-8."""
     try:
-        return data.decode("utf-8")
+        return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: name a vocabulary or config that is") from None
 

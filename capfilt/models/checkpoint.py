@@ -30,6 +30,7 @@ from capfilt.models.common.weights import (
     tensors,
     write_safetensors,
 )
+from capfilt.models.family import Kind
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.publish import sync_directory
 from capfilt.tables.sealed import SEAL, UNSEALED, intact, seal_file
@@ -50,7 +51,9 @@ _BEFORE = {"vilt": {"max_words": 30}, "vilt_classifier": {"max_words": 50}}
 def save(
     directory: str | Path, model: Model, tokenizer: Encodes, extra: dict[str, Any] | None = None
 ) -> None:
-    """Writes the three files, config.json last; `extra` must be JSON-able and comes back from `load` as meta["extra"].
+    """Writes the three files (no tokenizer.json for a model without a text side), config.json last.
+
+    `extra` must be JSON-able and comes back from `load` as meta["extra"].
 
     The config carries the digests of the other two, of those of BESIDE that are there, and its own, so that `load` refuses a
     file that changed since, and a save killed half-way over an older checkpoint rather than reading a mixture.
@@ -77,7 +80,8 @@ def save(
         }
         (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         seal_file(partial / CONFIG)
-        for each in (WEIGHTS, TOKENIZER, CONFIG):
+        config, *rest = _files(kind_of(model))
+        for each in (*rest, config):
             with (partial / each).open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial / each, directory / each)
@@ -140,8 +144,11 @@ def fingerprint(path: str | Path) -> str:
     if layout is not None:
         return layouts.fingerprint(layout, place)
     total = hashlib.sha256()
+    listed = read_json(_existing(place / CONFIG)).get("files")
     for name in (CONFIG, WEIGHTS, TOKENIZER):
-        total.update(f"{name}:{file_sha256(_existing(place / name))}\n".encode())
+        # Of a model without a text side there is no tokenizer.
+        if name != TOKENIZER or not isinstance(listed, dict) or name in listed:
+            total.update(f"{name}:{file_sha256(_existing(place / name))}\n".encode())
     return total.hexdigest()
 
 
@@ -232,9 +239,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: changed since it was written; take the whole checkpoint from its source")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("files"), dict):
         raise UserError(f"{path}: no capfilt checkpoint (fields 'config' and 'files' are missing)")
-    if not {WEIGHTS, TOKENIZER} <= set(content["files"]) <= {WEIGHTS, TOKENIZER, *BESIDE}:
-        raise UserError(f"{path}: 'files' must name {WEIGHTS} and {TOKENIZER}")
+    needed = _files(kind_named(content["model_type"]))[1:]
+    if not {*needed} <= set(content["files"]) <= {*needed, *BESIDE}:
+        raise UserError(f"{path}: 'files' must name {' and '.join(needed)}")
     return content
+
+
+def _files(kind: Kind) -> tuple[str, ...]:
+    """The files that a checkpoint must have, config.json first; without a text side, no tokenizer."""
+    return (CONFIG, WEIGHTS, *((TOKENIZER,) if kind.tokenizer_name else ()))
 
 
 def _existing(path: Path) -> Path:

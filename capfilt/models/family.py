@@ -25,8 +25,13 @@ RETRIEVAL, CAPTIONING = "retrieval", "captioning"
 ANSWERS, CLASSES, PAIRS = "answers", "classes", "pairs"
 """The forms of a task: answers in words, classes of a text with one picture, statements about two pictures."""
 
-TOKENIZERS = {"wordpiece": "capfilt.data.tokenizer:Tokenizer", "byte-pair": "capfilt.data.bpe:BpeTokenizer"}
-"""Tokenizers by name, and where their classes are."""
+TOKENIZERS = {
+    "wordpiece": "capfilt.data.tokenizer:Tokenizer",
+    "byte-pair": "capfilt.data.bpe:BpeTokenizer",
+    "unigram": "capfilt.data.unigram:UnigramTokenizer",
+    "": "capfilt.data.tokenizer:NoTexts",
+}
+"""Tokenizers by name, and where their classes are; "": of a model without a text side."""
 
 
 Start = Callable[..., Any]
@@ -65,9 +70,21 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 
 def found(path: str) -> Any:
-    """The object at "module:name", imported now."""
+    """The object at "module:name", imported now. UserError naming the module and its package where it is not there."""
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    package = module.partition(".")[0]
+    try:
+        code = importlib.import_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{module} cannot be imported ({why}); install the package {package}, or another version of it"
+        ) from error
+    if not hasattr(code, name):
+        raise UserError(f"{module} has no {name}; install another version of the package {package}")
+    return getattr(code, name)
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,7 @@ class Kind:
         who: its name in messages.
         does: its use, as a verb after its name.
         rows: the rows it learns from, PAIR_ROWS or EXAMPLE_ROWS.
-        tokenizer_name: one of TOKENIZERS.
+        tokenizer_name: one of TOKENIZERS; "": the model has no text side, and its checkpoints no tokenizer.json.
         cleaning: how the released code cleans its texts, one of `capfilt.data.cleaning.CLEANINGS`.
         starts: by a task's form, the function that makes the task's model of this model, as "module:function": (model, seed=,
             drop_path=) -> model; for CLASSES with task= and classes= as well.
@@ -147,7 +164,8 @@ class Family:
         version: of its training: raised whenever the same options and rows give other weights.
         layouts: its tables of other projects' checkpoint layouts, as "module:LAYOUTS"; "" for none.
         starts: by the `model_type` of another family, the function that starts a model of this one from it, as
-            "module:function": (their model, options, its tokenizer) -> model.
+            "module:function": (their model, options, tokenizer) -> model. The tokenizer is theirs where both kinds have one
+            `tokenizer_name`, else a new one as `--vocab` says.
     """
 
     name: str
@@ -200,14 +218,10 @@ class Family:
                 raise UserError(f"model family {self.name}: {owner.__name__} has no {name}")
 
     def _found(self, path: str) -> Any:
-        module, _, name = path.partition(":")
         try:
-            code = importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"model family {self.name}: {module} cannot be imported ({error})") from error
-        if not hasattr(code, name):
-            raise UserError(f"model family {self.name}: {module} has no {name}")
-        return getattr(code, name)
+            return found(path)
+        except UserError as error:
+            raise UserError(f"model family {self.name}: {error}") from error
 
     def preset(self, name: str, vocab_size: int) -> Any:
         """The config of a preset for a tokenizer of `vocab_size`; UserError for an unknown name."""

@@ -141,7 +141,8 @@ def home(name: str, config: Shape) -> Layout:
 
 def remember(model: Model, tokenizer: Encodes) -> dict[str, str]:
     """The fields by which a checkpoint tells how its texts are cleaned: none where there has been but one way."""
-    return {} if kind_of(model).cleaning == BLIP else {"cleaning": tokenizer.cleaning}
+    kind = kind_of(model)
+    return {} if kind.cleaning == BLIP or not kind.tokenizer_name else {"cleaning": tokenizer.cleaning}
 
 
 def read_cleaning(directory: Path) -> str | None:

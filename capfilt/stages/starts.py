@@ -42,6 +42,10 @@ class Start(ABC):
         """As `ShardStage.origins`."""
         return {}
 
+    def becomes(self) -> Kind:
+        """The class of the model that is trained."""
+        return self.kind
+
     @abstractmethod
     def planned(self) -> Any:
         """The model's config, as far as it is known before any rows are read; no weights are loaded."""
@@ -55,8 +59,9 @@ class Preset(Start):
     """A new model of a family: its preset, for a tokenizer that is given or learned, with towers that are given or fresh."""
 
     def __init__(self, family: Family, options: Any) -> None:
-        family.check()
         self.family, self.kind, self.options = family, family.kinds[0], options
+        if options.vocab != "corpus" and not self.kind.tokenizer_name:
+            raise UserError(f"--vocab {options.vocab}: {self.kind.one} reads no texts; leave it out")
         for name in ("vocab", "vision_init", "text_init"):
             path = getattr(options, name, "")
             if path and path != "corpus" and not Path(path).exists():
@@ -64,9 +69,7 @@ class Preset(Start):
         self.image_size = int(options.image_size or self._config(1000).image_size)
 
     def identity(self) -> Mapping[str, Any]:
-        vocab = Path(self.options.vocab)
-        file = vocab / "tokenizer.json" if vocab.is_dir() else vocab
-        digests = {"vocab": "corpus" if self.options.vocab == "corpus" else file_sha256(file)}
+        digests = vocabulary_identity(self.options)
         for name in ("vision_init", "text_init"):
             if directory := getattr(self.options, name, ""):
                 digests[name] = file_sha256(Path(directory) / "model.safetensors")
@@ -75,22 +78,19 @@ class Preset(Start):
     def planned(self) -> Any:
         # A vocabulary that is learned later is none that was published, whatever its size.
         learned = self.options.vocab == "corpus"
-        return self._sized(SimpleNamespace(vocab_size=1000, pad_id=0) if learned else self._tokenizer(None))
+        return self._sized(
+            SimpleNamespace(vocab_size=1000, pad_id=0)
+            if learned
+            else vocabulary(self.kind, self.options, None)
+        )
 
     def initial(self, data: Any) -> tuple[Model, Any]:
-        tokenizer = self._tokenizer(data)
+        tokenizer = vocabulary(self.kind, self.options, data)
         model = build(self._sized(tokenizer), seed=self.options.seed)
         for side in ("vision", "text"):
             if directory := getattr(self.options, f"{side}_init", ""):
                 getattr(importlib.import_module(self.family.code), f"start_{side}")(model, directory)
         return model, tokenizer
-
-    def _tokenizer(self, data: Any) -> Any:
-        kind, vocab = self.family.kinds[0], self.options.vocab
-        cleaning = trained(kind.cleaning)
-        if vocab == "corpus":
-            return kind.tokenizer.train(data.texts(), self.options.vocab_size, cleaning=cleaning)
-        return kind.tokenizer.open(vocab).cleaned_as(cleaning)
 
     def _config(self, vocab_size: int) -> Any:
         return self.family.preset(self.options.preset, vocab_size)
@@ -101,6 +101,21 @@ class Preset(Start):
         config = config.sized(self.image_size, getattr(self.options, "patch_size", 0), tokenizer.pad_id)
         configured = getattr(importlib.import_module(self.family.code), "configured", None)
         return configured(config, self.options) if configured else config
+
+
+def vocabulary(kind: Kind, options: Any, data: Any) -> Any:
+    """A new tokenizer for models of a kind: as `--vocab` says, from a file, or learned on the texts of `data`."""
+    cleaning = trained(kind.cleaning)
+    if options.vocab == "corpus":
+        return kind.tokenizer.train(data.texts(), options.vocab_size, cleaning=cleaning)
+    return kind.tokenizer.open(options.vocab).cleaned_as(cleaning)
+
+
+def vocabulary_identity(options: Any) -> dict[str, str]:
+    """What decides such a tokenizer, beside the options and the texts."""
+    vocab = Path(options.vocab)
+    file = vocab / "tokenizer.json" if vocab.is_dir() else vocab
+    return {"vocab": "corpus" if options.vocab == "corpus" else file_sha256(file)}
 
 
 class Checkpoint(Start):
@@ -144,6 +159,38 @@ class Checkpoint(Start):
         return contents.model, contents.tokenizer
 
 
+class Foreign(Checkpoint):
+    """A model of one family, made of a checkpoint of another by the function that the record has for it."""
+
+    def __init__(self, family: Family, workspace: Workspace, options: Any, stage: str) -> None:
+        self.family, self.own, self.options = family, family.kinds[0], options
+        able = (self.own.name, *family.starts)
+        super().__init__(workspace, options.init, options.image_size, lambda kind: kind.name in able, stage)
+        self.mapped = self.kind.name != self.own.name
+        self.new_vocabulary = self.mapped and self.own.tokenizer_name != self.kind.tokenizer_name
+
+    def becomes(self) -> Kind:
+        return self.own
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            **super().identity(),
+            **(vocabulary_identity(self.options) if self.new_vocabulary else {}),
+        }
+
+    def planned(self) -> Any:
+        # Their config says nothing of the model to come.
+        return None if self.mapped else super().planned()
+
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        model, tokenizer = super().initial(data)
+        if self.new_vocabulary:
+            tokenizer = vocabulary(self.own, self.options, data)
+        if self.mapped:
+            model = found(self.family.starts[self.kind.name])(model, self.options, tokenizer)
+        return model, tokenizer
+
+
 class ForTask(Checkpoint):
     """The model of a task: made of a pretrained model, or one of the task's own that is trained on.
 
@@ -162,6 +209,9 @@ class ForTask(Checkpoint):
             stage,
             EXAMPLE_ROWS,
         )
+
+    def becomes(self) -> Kind:
+        return kind_of(self.planned())
 
     def planned(self) -> Any:
         shape = checkpoint.shape_of(self.path)

@@ -18,7 +18,7 @@ from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
 from capfilt.stages.sources import PairSource
-from capfilt.stages.starts import Checkpoint, Preset, Start
+from capfilt.stages.starts import Checkpoint, Foreign, Preset, Start
 from capfilt.stages.training import Train
 from capfilt.stages.training_options import (
     FinetuneCaptionerOptions,
@@ -43,26 +43,16 @@ class Pretrain(Train):
         self.family = family_named(options.family)
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
-        given = getattr(options, "init", "")
-        allowed = (self.family.kinds[0].name, *self.family.starts)
+        self.family.check()
         # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
-        start: Start | None = None if given else Preset(self.family, options)
+        start: Start | None = None if getattr(options, "init", "") else Preset(self.family, options)
         source = PairSource(options, workspace)
         if start is None:
-            start = Checkpoint(
-                workspace, given, options.image_size, lambda kind: kind.name in allowed, self.name
-            )
+            start = Foreign(self.family, workspace, options, self.name)
         self.compose(source, start)
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "family": self.family.name, "family_version": self.family.version}
-
-    def initial(self, data: Any) -> tuple[Model, Any]:
-        model, tokenizer = super().initial(data)
-        kind = self.start.kind
-        if kind.name in self.family.starts:
-            model = found(self.family.starts[kind.name])(model, self.options, tokenizer)
-        return model, tokenizer
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         made: torch.nn.Module = self.family.objective(model, tokenizer, self.options, ranks)

@@ -9,7 +9,6 @@ Not here: the rows (`sources.py`), the model that a training starts from (`start
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -103,10 +102,11 @@ class Train(ModelStage):
     def compose(self, source: Source[Any], start: Start) -> None:
         """Take the rows and the model of this training. UserError for a part to freeze that the model has not."""
         self.source, self.start = source, start
+        kind = start.becomes() if self.options.freeze else start.kind
         for part in self.options.freeze:
-            if part not in start.kind.parts:
+            if part not in kind.parts:
                 raise UserError(
-                    f"--freeze {part}: {start.kind.one} has no such part; choose {', '.join(start.kind.parts)}"
+                    f"--freeze {part}: {kind.one} has no such part; choose {', '.join(kind.parts)}"
                 )
 
     @abstractmethod
@@ -127,7 +127,9 @@ class Train(ModelStage):
 
     @staticmethod
     def longest(model: Model) -> dict[str, Any]:
-        """The longest texts of a model under training, as `batches` is told."""
+        """The longest texts of a model under training, as `batches` is told; nothing where it reads none."""
+        if "text" not in model.config.sides():
+            return {}
         return {
             "max_text_tokens": model.config.max_text_tokens,
             "max_words": model.config.max_words or None,
@@ -263,11 +265,7 @@ class Train(ModelStage):
         data = self.source.data(self.start.image_size)
         model, tokenizer = self.initial(data)
         # The checkpoint says how long its texts were: whoever reads texts with it later goes by that.
-        model.config = dataclasses.replace(
-            model.config,
-            max_text_tokens=min(o.max_text_tokens, model.config.text.max_positions),
-            max_words=o.max_words or model.config.max_words,
-        )
+        model.config = model.config.read_as(o.max_text_tokens, o.max_words)
         where = distributed.device()
         model.to(where)
         frozen(model, kind_of(model), o.freeze)

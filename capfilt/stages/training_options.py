@@ -39,7 +39,10 @@ class ModelOptions(Checked):
     image_size: int = option(0, "side of the input in pixels; 0: the preset's")
     patch_size: int = option(0, "side of a patch in pixels; 0: the preset's", later=True, rare=True)
     vocab: str = option(
-        "corpus", "vocab.txt or tokenizer.json; corpus: learn one on the texts", kind="path", panel=MODEL
+        "corpus",
+        "vocab.txt, tokenizer.json or .model; corpus: learn one on the texts",
+        kind="path",
+        panel=MODEL,
     )
     vocab_size: int = option(4096, "largest size of a learned vocabulary", least=1)
 

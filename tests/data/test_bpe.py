@@ -37,7 +37,7 @@ def test_ids_are_those_of_transformers(tokenizer, tmp_path):
         (mine,) = tokenizer.encode_ragged([text])
         # It leaves HTML as it is; the released code does not.
         assert mine == theirs(html.unescape(html.unescape(text)))["input_ids"], text
-    assert BpeTokenizer.from_merges(tmp_path / "merges.txt").fingerprint == tokenizer.fingerprint
+    assert BpeTokenizer.from_published(tmp_path / "merges.txt").fingerprint == tokenizer.fingerprint
 
 
 def test_ids_are_laid_out_as_clips(tokenizer):
@@ -83,6 +83,6 @@ def test_a_file_that_is_no_tokenizer_is_named(content, tmp_path):
     with refused("tokenizer.json"):
         BpeTokenizer.load(tmp_path)
     with refused(tmp_path / "absent"):
-        BpeTokenizer.from_merges(tmp_path / "absent")
+        BpeTokenizer.from_published(tmp_path / "absent")
     with refused("vocab_size 500"):
         BpeTokenizer.train(TEXTS, 500)

@@ -95,7 +95,7 @@ def test_order_of_special_ids(tokenizer: Tokenizer) -> None:
 
 
 def test_bert_vocabulary_gives_blips_ids(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_vocab(bert_like(tmp_path))
+    tokenizer = Tokenizer.from_published(bert_like(tmp_path))
     assert (tokenizer.dec_id, tokenizer.enc_id, tokenizer.vocab_size) == (30522, 30523, 30524)
     assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id) == (0, 101, 102)
     ids, mask = tokenizer.encode(["A picture of: doggy!", "a"], max_length=30)
@@ -109,7 +109,7 @@ def test_bert_vocabulary_gives_blips_ids(tmp_path: Path) -> None:
 def test_from_vocab_keeps_ids_already_there(tmp_path: Path) -> None:
     path = bert_like(tmp_path)
     path.write_text(path.read_text() + "[DEC]\n[ENC]\n")
-    assert Tokenizer.from_vocab(path).vocab_size == 30524
+    assert Tokenizer.from_published(path).vocab_size == 30524
 
 
 def test_encode_shapes_and_truncation(tokenizer: Tokenizer) -> None:
@@ -286,9 +286,9 @@ def test_missing_and_wrong_vocabularies(tmp_path: Path) -> None:
     with refused("tokenizer.json"):
         Tokenizer.load(tmp_path)
     with refused(tmp_path / "nowhere.txt"):
-        Tokenizer.from_vocab(tmp_path / "nowhere.txt")
+        Tokenizer.from_published(tmp_path / "nowhere.txt")
     path = tmp_path / "vocab.txt"
     for text in ("", "a\nb\n", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n"):
         path.write_text(text)
         with refused(path):
-            Tokenizer.from_vocab(path)
+            Tokenizer.from_published(path)

@@ -406,7 +406,7 @@ def test_a_vocabulary_of_millions_is_refused_before_it_is_built(saved, monkeypat
     monkeypatch.setattr(tokenizer, "MAX_VOCABULARY", 39)
     with refused("tokenizer.json", "40 tokens", 39):
         checkpoint.load(saved[0])
-    monkeypatch.setattr(bpe, "MAX_VOCABULARY", 3)
+    monkeypatch.setattr(tokenizer, "MAX_VOCABULARY", 3)
     with pytest.raises(ValueError, match="4 tokens"):
         bpe.BpeTokenizer(["a", "b", bpe.START, bpe.END], [])
 

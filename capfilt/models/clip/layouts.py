@@ -46,7 +46,7 @@ def _find(directory: Path) -> Path:
 
 def _read(directory: Path, vocab_size: int) -> BpeTokenizer:
     path = _find(directory)
-    tokenizer = BpeTokenizer.load(path) if path.name == TOKENIZER else BpeTokenizer.from_merges(path)
+    tokenizer = BpeTokenizer.open(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but the model has {vocab_size}")
     return tokenizer

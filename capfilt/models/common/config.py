@@ -16,7 +16,8 @@ from capfilt.models.common.vision import VisionConfig
 class Shape:
     """Base of a frozen dataclass whose fields `vision` and `text` are dataclasses too, and which needs no argument.
 
-    Whoever trains a model writes into its config how long the texts were; whoever evaluates it reads texts so.
+    A model without one of the sides has no such field; its size is then 0. Whoever trains a model writes into its config how
+    long the texts were; whoever evaluates it reads texts so.
     """
 
     vision: Any
@@ -24,33 +25,53 @@ class Shape:
     max_text_tokens: int  # longest text in tokens, [CLS] and [SEP] included, as the model was trained with
     max_words: int  # and before that in words; 0: all of them
 
+    @classmethod
+    def sides(cls) -> tuple[str, ...]:
+        """Which of `vision` and `text` it has."""
+        fields = {each.name for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return tuple(side for side in ("vision", "text") if side in fields)
+
     @property
     def image_size(self) -> int:
-        size: int = self.vision.image_size
-        return size
+        return int(self.vision.image_size) if "vision" in self.sides() else 0
 
     @property
     def vocab_size(self) -> int:
-        size: int = self.text.vocab_size
-        return size
+        return int(self.text.vocab_size) if "text" in self.sides() else 0
 
     @property
     def reading(self) -> dict[str, Any]:
         """How a tokenizer is to encode texts for this model: `max_length` in tokens, and `max_words`, None for all."""
+        if "text" not in self.sides():
+            return {}
         longest = min(self.max_text_tokens, self.text.max_positions)
         return {"max_length": longest, "max_words": self.max_words or None}
 
     def for_vocabulary(self, size: int) -> Self:
         """The same, for a tokenizer of `size` tokens."""
-        text = dataclasses.replace(self.text, vocab_size=size)
-        return dataclasses.replace(self, text=text)  # type: ignore[type-var]
+        return self._with(text={"vocab_size": size})
+
+    def read_as(self, max_text_tokens: int, max_words: int) -> Self:
+        """The same for texts cut to so many tokens, and words (0: its own); itself without a text side."""
+        if "text" not in self.sides():
+            return self
+        longest = min(max_text_tokens, self.text.max_positions)
+        words = max_words or self.max_words
+        return dataclasses.replace(self, max_text_tokens=longest, max_words=words)  # type: ignore[type-var]
 
     def sized(self, image_size: int, patch_size: int, pad_id: int) -> Self:
         """The same for pictures of this side, patches of this side (0: its own), and a tokenizer's padding."""
-        changed = {"image_size": image_size, "patch_size": patch_size or self.vision.patch_size}
-        vision = dataclasses.replace(self.vision, **changed)
-        text = dataclasses.replace(self.text, pad_id=pad_id)
-        return dataclasses.replace(self, vision=vision, text=text)  # type: ignore[type-var]
+        patch = {"patch_size": patch_size} if patch_size else {}
+        return self._with(vision={"image_size": image_size, **patch}, text={"pad_id": pad_id})
+
+    def _with(self, **changes: dict[str, Any]) -> Self:
+        """The same with fields of its sides changed; changes of a side that it has not are dropped."""
+        new = {
+            side: dataclasses.replace(getattr(self, side), **changes[side])
+            for side in self.sides()
+            if side in changes
+        }
+        return dataclasses.replace(self, **new)  # type: ignore[type-var]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict of the fields, nested as the dataclasses are."""
@@ -63,7 +84,8 @@ class Shape:
         rest, base = dict(values), cls()
         sides = {
             name: type(side)(**checked_fields(side, rest.pop(name, {}), f"{name}."))
-            for name, side in (("vision", base.vision), ("text", base.text))
+            for name in cls.sides()
+            for side in (getattr(base, name),)
         }
         return cls(**sides, **checked_fields(base, rest, ""))
 

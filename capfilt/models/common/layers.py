@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from capfilt.models.common.relative import Grid, RelativePositions
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -42,14 +44,41 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(batch, length, heads * depth)
 
 
-def attention(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
     """As `F.scaled_dot_product_attention`, whose fused kernel takes over twice as long as plain products for the gradients of
     bf16 on a processor (benchmarks/attention.py); there it is not used.
+
+    bias: added to the scaled logits, as in `biased`; a mask and `is_causal` may come with it, and with each other.
     """
+    if bias is not None:
+        attn_mask, is_causal = biased(bias, attn_mask, is_causal, query.dtype), False
+    options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, keys, values, **options)
     return F.scaled_dot_product_attention(query, keys, values, **options)
+
+
+def biased(bias: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:
+    """What SDPA adds to the logits of queries of this dtype: a bias [1 or B, H, Lq, Lk], -inf where attention is forbidden.
+
+    mask: bool, broadcast to [B, H, Lq, Lk], true where attention is allowed. Forbidding by a large negative bias is safe in
+    every dtype: the bias stays finite, so that a query all of whose keys have it attends to all of them alike.
+    """
+    limits = torch.finfo(dtype)
+    bias = bias.float().clamp(limits.min, limits.max)
+    if causal:
+        before = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+        mask = before if mask is None else mask & before
+    return (bias if mask is None else bias.masked_fill(~mask, -math.inf)).to(dtype)
 
 
 def init_std(width: int) -> float:
@@ -173,27 +202,38 @@ class Mlp(nn.Module):
         return out
 
 
-class FusedAttention(nn.Module):
-    """Self-attention with one qkv projection (with bias), scale d^-1/2, no dropout; `causal`: to what is before, and itself."""
+class FusedAttention(RelativePositions):
+    """Self-attention with one qkv projection (with bias), scale d^-1/2, no dropout; `causal`: to what is before, and itself.
 
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+    grid: of the patches after [CLS], for a table of its own with biases by relative position; None: no table.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = False, grid: Grid | None = None) -> None:
         super().__init__()
+        self.tabulate(grid, heads)
         self.heads = heads
         self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, first: bool = False) -> Tensor:
-        """New tokens [B, L, D] of x [B, L, D]; mask: bool [B, 1, 1, L], which are attended to (None: all; not if causal).
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, first: bool = False, bias: Tensor | None = None
+    ) -> Tensor:
+        """New tokens [B, L, D] of x [B, L, D]; mask: bool [B, 1, 1, L], which are attended to (None: all).
 
-        first: only position 0 is wanted, [B, 1, D].
+        A causal attention takes a mask only together with a bias. first: only position 0 is wanted, [B, 1, D]. bias: added to
+        the logits, [1 or B, H, L, L].
         """
+        own = self.relative_bias()
+        if own is not None:
+            bias = own if bias is None else bias + own
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query, keys, values = qkv.unbind()  # by index each would have a gradient of the size of all three
         if first:
             query = query[:, :, :1]
-        seen = attention(query, keys, values, attn_mask=mask, is_causal=self.causal)
+            bias = bias[:, :, :1] if bias is not None else None
+        seen = attention(query, keys, values, attn_mask=mask, is_causal=self.causal, bias=bias)
         out: Tensor = self.proj(merge_heads(seen))
         return out
 
@@ -201,7 +241,8 @@ class FusedAttention(nn.Module):
 class PreNormBlock(nn.Module):
     """A transformer block: x + attention(LN(x)), then x + MLP(LN(x)); eps 1e-6 is ViT's (BLIP, arXiv 2201.12086, code).
 
-    dropout: on what both branches add, and inside the MLP.
+    dropout: on what both branches add, and inside the MLP. layer_scale: LayerScale (arXiv 2103.17239), a factor per channel of
+    either branch, `gamma_1` and `gamma_2`, that starts at this value; 0: none. grid: as of `FusedAttention`.
     """
 
     def __init__(
@@ -215,20 +256,53 @@ class PreNormBlock(nn.Module):
         activation: str = "gelu",
         causal: bool = False,
         dropout: float = 0.0,
+        layer_scale: float = 0.0,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = FusedAttention(width, heads, causal)
+        self.attn = FusedAttention(width, heads, causal, grid)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden, activation, dropout)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
+        self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, first: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, first: bool = False, bias: Tensor | None = None
+    ) -> Tensor:
         """New tokens [B, L, D] of x [B, L, D], or the first of them, [B, 1, D]; arguments as in `FusedAttention.forward`."""
-        seen = self.attn(self.norm1(x), mask, first)
-        x = (x[:, :1] if first else x) + self.drop_path(self.dropout(seen))
-        out: Tensor = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+        seen = self.attn(self.norm1(x), mask, first, bias)
+        x = (x[:, :1] if first else x) + self._branch(seen, self.gamma_1)
+        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
+
+    def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
+        x = self.dropout(x)
+        out: Tensor = self.drop_path(x if gamma is None else gamma * x)
+        return out
+
+
+class QueryPooling(nn.Module):
+    """Learned queries that attend to tokens of any width: CoCa's attentional pooler, as open_clip has it.
+
+    LayerNorm on queries and tokens, one attention with biases, no residual and no MLP (CoCa, arXiv 2205.01917, sec. 3.2).
+    """
+
+    def __init__(self, width: int, source_width: int, queries: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(queries, width))
+        self.attn = nn.MultiheadAttention(
+            width, heads, kdim=source_width, vdim=source_width, batch_first=True
+        )
+        self.ln_q = nn.LayerNorm(width)
+        self.ln_k = nn.LayerNorm(source_width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, queries, width] of tokens [B, N, source_width]."""
+        tokens = self.ln_k(tokens)
+        query = self.ln_q(self.query).expand(len(tokens), -1, -1)
+        out: Tensor = self.attn(query, tokens, tokens, need_weights=False)[0]
         return out
 
 

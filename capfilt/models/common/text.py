@@ -19,6 +19,7 @@ from capfilt.errors import UserError
 from capfilt.models.common.layers import (
     Pair,
     attention,
+    biased,
     blank_embedding,
     full_precision,
     init_normal,
@@ -192,10 +193,11 @@ class CrossAttention(nn.Module, ABC):
     def forward(self, x: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
         """New states [R, L, D] of x [R, L, D]; `source` and `mask` as in `attend`."""
 
-    def attend(self, query: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, source: Pair, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
         """The heads' outputs [R, L, D] of queries [R, L, D], before any dense layer.
 
-        source: keys and values of R rows, or of R/K images whose K rows lie side by side. mask: bool, as in SDPA.
+        source: keys and values of R rows, or of R/K images whose K rows lie side by side. mask: bool, as in SDPA. bias: added
+        to the logits, as in `biased`; of R/K images, for the K*L queries of each.
         """
         rows, length, width = query.shape
         keys, values = source
@@ -205,6 +207,8 @@ class CrossAttention(nn.Module, ABC):
         dropout = self.attention_dropout if self.training else 0.0
         # Under autocast the cache may hold another dtype than the query; SDPA wants one.
         keys, values = keys.to(query.dtype), values.to(query.dtype)
+        if bias is not None:
+            mask = biased(bias, mask, False, query.dtype)
         heads = self.product(split_heads(query, self.heads), keys, values, attn_mask=mask, dropout_p=dropout)
         return merge_heads(heads).view(rows, length, width)
 
@@ -223,9 +227,9 @@ class Attention(CrossAttention):
             self.self.value(source), self.heads
         )
 
-    def forward(self, x: Tensor, source: Pair, mask: Tensor | None) -> Tensor:
-        """New states [R, L, D] of x [R, L, D]; `source` and `mask` as in `attend`."""
-        out: Tensor = self.output(self.attend(self.self.query(x), source, mask), x)
+    def forward(self, x: Tensor, source: Pair, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """New states [R, L, D] of x [R, L, D]; `source`, `mask` and `bias` as in `attend`."""
+        out: Tensor = self.output(self.attend(self.self.query(x), source, mask, bias), x)
         return out
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from dataclasses import dataclass, field
 
 import pytest
 
 from capfilt.errors import UserError
+from capfilt.models.common.config import ModelConfig, Shape
+from capfilt.models.common.text import TextConfig
+from capfilt.models.common.vision import VisionConfig
 from tests.golden.families import CLASSES, MODELS
 
 
@@ -89,3 +93,50 @@ def test_texts_are_read_no_longer_than_the_model_has_positions():
         "max_length": 5,
         "max_words": None,
     }
+
+
+@dataclass(frozen=True)
+class Seeing(Shape):
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+
+@dataclass(frozen=True)
+class Reading(Shape):
+    text: TextConfig = field(default_factory=TextConfig)
+    max_text_tokens: int = 9
+    max_words: int = 0
+
+
+@dataclass(frozen=True)
+class Neither(Shape):
+    width: int = 3
+
+
+@pytest.mark.parametrize(
+    ("config", "sides", "image_size", "vocab_size", "reading"),
+    [
+        (Seeing(), ("vision",), 224, 0, {}),
+        (Reading(), ("text",), 0, 30524, {"max_length": 9, "max_words": None}),
+        (Neither(), (), 0, 0, {}),
+        (ModelConfig, ("vision", "text"), None, None, None),
+    ],
+)
+def test_a_config_may_lack_a_side(config, sides, image_size, vocab_size, reading):
+    """Catches a config of pictures or texts alone that fails where a size, a vocabulary or a length is asked for."""
+    assert config.sides() == sides
+    if isinstance(config, type):
+        return
+    assert (config.image_size, config.vocab_size, config.reading) == (image_size, vocab_size, reading)
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    changed = config.for_vocabulary(50).sized(64, 8, 3).read_as(7, 2)
+    assert changed.sides() == sides
+    assert changed.vocab_size == (50 if "text" in sides else 0)
+    assert changed.image_size == (64 if "vision" in sides else 0)
+    if "text" in sides:
+        assert changed.reading == {"max_length": 7, "max_words": 2}
+        assert changed.text.pad_id == 3
+    if "vision" in sides:
+        assert changed.vision.patch_size == 8
+    absent = next(side for side in ("text", "vision") if side not in sides)
+    with pytest.raises(UserError, match=absent):
+        type(config).from_dict({absent: {}})

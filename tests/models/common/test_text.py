@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capfilt.errors import UserError
-from capfilt.models.common.text import TextConfig, TextDecoder, TextTransformer
+from capfilt.models.common.text import Attention, TextConfig, TextDecoder, TextTransformer
 
 CONFIG = TextConfig(30, 16, 2, 2, 24, max_positions=12, dropout=0.0, attention_dropout=0.0)
 IMAGES, WAYS, PROMPT, STEPS = 3, 2, 3, 4
@@ -115,3 +115,21 @@ def test_layers_that_read_text_alone_take_no_image():
     assert stack.cross_keys_values(torch.randn(2, 5, 10)) == []
     with pytest.raises(UserError, match=r"text\.width"):
         TextConfig(width=10, heads=3)
+
+
+@pytest.mark.parametrize("rows", [1, IMAGES])
+@pytest.mark.parametrize("ways", [1, WAYS])
+@torch.no_grad()
+def test_text_attention_adds_a_bias_also_where_rows_share_an_image(rows, ways):
+    """Catches a bias that goes to another text's queries where the texts of an image share its keys."""
+    torch.manual_seed(0)
+    attention = Attention(CONFIG, 10).eval()
+    source = attention.keys_values(torch.randn(IMAGES, 5, 10))
+    x = torch.randn(IMAGES * ways, 3, CONFIG.width)
+    bias, mask = torch.randn(rows, CONFIG.heads, ways * 3, 5), torch.rand(IMAGES, 1, 1, 5) > 0.3
+    mask[..., 0] = True
+    query = attention.self.query(x).view(IMAGES, ways * 3, CONFIG.heads, -1).transpose(1, 2)
+    logits = query @ source[0].transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
+    seen = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ source[1]
+    want = attention.output(seen.transpose(1, 2).reshape(x.shape), x)
+    torch.testing.assert_close(attention(x, source, mask, bias), want)

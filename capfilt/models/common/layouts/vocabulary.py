@@ -60,7 +60,7 @@ def read(directory: Path, vocab_size: int) -> Tokenizer:
     file is no WordPiece vocabulary of that size or splits texts another way.
     """
     path = find(directory)
-    tokenizer = Tokenizer.from_vocab(path) if path.name == VOCABULARY else _from_json(path)
+    tokenizer = Tokenizer.from_published(path) if path.name == VOCABULARY else _from_json(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} tokens with {DEC} and {ENC}, but the model has {vocab_size}; "
