@@ -24,13 +24,13 @@ PICTO = Family(
     "picto", "Picto", "picto.model",
     (Kind("picto", "picto.model:PictoConfig", "picto.model:Picto", "Picto", "sees pictures", PAIR_ROWS, "as-found", "",
           parts={"vision": ("visual_encoder",), "head": ("head",)}),),
-    Options, ("loss",),
+    Options, ("tiny",), ("loss",),
 )
 READER = Family(
-    "reader", "Reader", "picto.model",
+    "reader", "Reader", "picto.reading",
     (Kind("reader", "picto.model:ReaderConfig", "picto.model:Reader", "Reader", "embeds texts", PAIR_ROWS, "as-found",
           parts={"vision": ("visual_encoder",), "words": ("words",)}),),
-    ReadingOptions, ("loss",), starts={"picto": "picto.model:begun", "blip": "picto.model:begun"},
+    ReadingOptions, ("reading",), ("loss",), starts={"picto": "picto.model:begun", "blip": "picto.model:begun"},
 )
 """
 
@@ -103,7 +103,7 @@ class Training(nn.Module):
         return {"loss": nn.functional.mse_loss(self.model.guess(batch).float(), aim)}
 
 
-PRESETS = {"tiny": PictoConfig(TINY_VISION), "reading": ReaderConfig(TINY_VISION, TINY_TEXT)}
+PRESETS = {"tiny": PictoConfig(TINY_VISION)}
 
 
 def objective(model, tokenizer, options, ranks):
@@ -118,13 +118,20 @@ def begun(theirs, options, tokenizer):
     return model
 """
 
+READING = """
+from picto.model import TINY_TEXT, TINY_VISION, ReaderConfig, objective
+
+PRESETS = {"reading": ReaderConfig(TINY_VISION, TINY_TEXT)}
+"""
+
 
 def use_families(site: Path, monkeypatch, record: str = RECORD, code: str = CODE) -> None:
     """Installs the families in `site` and puts them before the path, for this test alone."""
     (site / "picto").mkdir(parents=True)
     (site / "picto" / "__init__.py").write_text(record)
     (site / "picto" / "model.py").write_text(code)
+    (site / "picto" / "reading.py").write_text(READING)
     entries = {"picto": "picto:PICTO", "reader": "picto:READER"}
     install(site, "picto_meta", "", {"capfilt.models": entries})
-    use(monkeypatch, site, "picto", "picto.model")
+    use(monkeypatch, site, "picto", "picto.model", "picto.reading")
     models._foreign.cache_clear()

@@ -163,7 +163,7 @@ def test_a_start_that_the_family_does_not_allow_is_refused_with_the_choices(
 def test_an_unknown_preset_is_refused_with_the_choices(family, foreign, workspace, capsys):
     said = refused(capsys, workspace, family, preset="enormous")
     assert "--preset" in said
-    for name in family_named(family).part("PRESETS"):
+    for name in family_named(family).presets:
         assert name in said
 
 
