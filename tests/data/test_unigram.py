@@ -288,7 +288,7 @@ def test_a_hostile_file_is_one_line_that_names_it(case, tokenizer, tmp_path):
 # ------------------------------------------------------------------ what all tokenizers share
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name])
 def test_every_tokenizer_has_the_same_protocol(name, tmp_path):
     """Catches a tokenizer that a loader, a checkpoint or a family cannot use in place of another."""
     kind = found(TOKENIZERS[name])
@@ -321,6 +321,17 @@ def test_every_tokenizer_has_the_same_protocol(name, tmp_path):
         made.encode_ragged(["a"], max_length=1)
     longest = made.encode_ragged(["star " * 200], max_words=None)[0]
     assert len(longest) == made.longest
+
+
+def test_a_model_without_texts_has_a_tokenizer_that_gives_no_ids(tmp_path):
+    made = found(TOKENIZERS[""]).train(TEXTS, 600, cleaning="as-found")
+    ids, mask = made.encode(["a small star", ""], 50)
+    assert ids.shape == mask.shape == (2, 0)
+    assert made.decode_batch(ids) == ["", ""]
+    assert (made.vocab_size, len(made), made.cleaned_as("blip").cleaning) == (0, 0, "blip")
+    made.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert pickle.loads(pickle.dumps(made)).fingerprint == made.fingerprint
 
 
 def test_tokenizers_of_two_classes_never_share_a_fingerprint():
