@@ -18,13 +18,8 @@ from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
-from capfilt.stages.download.rows import (
-    answered,
-    bad_url,
-    counts_of,
-    settings_of,
-    stats_of,
-)
+from capfilt.stages.download.rows import answered, bad_url, counts_of, stats_of
+from capfilt.stages.download.settings import settings_of
 from capfilt.stages.download.tally import DownloadTally
 from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
 from capfilt.tables.contracts import IMAGES

@@ -16,9 +16,9 @@ from capfilt.stages.download.rows import (
     bad_url,
     counts_of,
     host_of,
-    settings_of,
     stats_of,
 )
+from capfilt.stages.download.settings import settings_of
 from capfilt.stages.download.worker import Row
 
 
