@@ -39,17 +39,14 @@ def settings_of(options: DownloadOptions, workers: int = 1) -> Settings:
 
     What a host is to bear is shared out: workers know nothing of one another, and all of them may meet the same host.
     """
-    told = {each.name: getattr(options, each.name, "") for each in fields(Settings)}
     token, program = options.user_agent_token.strip(), f"capfilt/{capfilt.__version__}"
-    directives = (directive.strip().lower() for directive in options.disallowed_header_directives)
-    return Settings(
-        **told
-        | {
-            "user_agent": program if token.lower() in ("", "capfilt") else f"{token} {program}",
-            # As img2dataset's Downloader prepares them for its comparison with the header.
-            "user_agent_token": token.lower(),
-            "disallowed_header_directives": tuple(directives),
-            "host_concurrency": options.host_concurrency // workers,
-            "host_rate": options.host_rate / workers,
-        }
+    values: dict[str, Any] = {each.name: getattr(options, each.name, "") for each in fields(Settings)}
+    values["user_agent"] = program if token.lower() in ("", "capfilt") else f"{token} {program}"
+    # As img2dataset's Downloader prepares them for its comparison with the header.
+    values["user_agent_token"] = token.lower()
+    values["disallowed_header_directives"] = tuple(
+        directive.strip().lower() for directive in options.disallowed_header_directives
     )
+    values["host_concurrency"] //= workers
+    values["host_rate"] /= workers
+    return Settings(**values)
