@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
 from capfilt.formats.parquet_file import open_parquet
-from capfilt.formats.places import Place
+from capfilt.formats.places import Place, first_line
 
 SUFFIXES = {
     ".txt": "txt", ".csv": "csv", ".psv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl",
@@ -195,7 +195,7 @@ def _text(place: Place, offset: int = 0) -> Iterator[io.BufferedReader]:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = error.filename or str(place)
             raise
-        words = f"cannot be read to its end ({_first_line(error)}); get the file again"
+        words = f"cannot be read to its end ({first_line(error)}); get the file again"
         raise UserError(f"{place}: {words}") from None
 
 
@@ -533,7 +533,7 @@ class ParquetRecords(Records):
                     data = stream.read(_MOST_BYTES)
                 except OSError as error:
                     raise UserError(
-                        f"{self.place}: cannot be read ({_first_line(error)}); {self.form}"
+                        f"{self.place}: cannot be read ({first_line(error)}); {self.form}"
                     ) from None
                 if len(data) == _MOST_BYTES:
                     raise UserError(f"{self.place}: has {_MOST_BYTES} bytes or more; decompress it")
@@ -574,7 +574,7 @@ class ParquetRecords(Records):
                         yield batch.slice(row)
                     row = max(0, row - batch.num_rows)
             except (pa.ArrowException, OSError) as error:
-                words = f"row group {number} cannot be read ({_first_line(error)})"
+                words = f"row group {number} cannot be read ({first_line(error)})"
                 raise UserError(f"{self.place}: {words}; {self.form}") from None
 
     def _rows_at_once(self, group: Any, columns: Sequence[str]) -> int:
@@ -594,10 +594,5 @@ def plain(rows: pa.Table | pa.RecordBatch) -> list[tuple[dict[str, Any], str | N
         return [(values, None) for values in rows.to_pylist()]
     except (ValueError, OverflowError) as error:
         if rows.num_rows == 1:
-            return [({}, f"the row has a value that cannot be read ({_first_line(error)})")]
+            return [({}, f"the row has a value that cannot be read ({first_line(error)})")]
     return [row for number in range(rows.num_rows) for row in plain(rows.slice(number, 1))]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -23,11 +23,6 @@ ANSWERED = (
 """The columns of the images table that fetching decides."""
 
 
-def bad_url(words: str) -> Row:
-    """The answer for a row of the list that cannot be read."""
-    return Row({"status": "failed_to_download", "failure": "bad_url", "error_message": words}, b"")
-
-
 def answered(answer: Row, key: str, encode_format: str) -> dict[str, Any]:
     """The answer as the columns ANSWERED."""
     columns = {name: answer.columns.get(name) for name in ANSWERED}

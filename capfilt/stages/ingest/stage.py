@@ -19,7 +19,7 @@ from capfilt.data.images import BadImage, decode, encode_jpeg, encode_png, phash
 from capfilt.errors import UserError
 from capfilt.formats.files import MAX_FILE_BYTES, read_file
 from capfilt.formats.source import SourceRow, counted, open_source
-from capfilt.formats.values import CAPTION_COLUMNS, storable
+from capfilt.formats.values import CAPTION_COLUMNS, check_further, storable
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.ingest import IngestOptions
 from capfilt.stages.pictures import read_header
@@ -197,10 +197,4 @@ def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     if options.source_path.strip("\0") == "":
         raise UserError("ingest: SOURCE_PATH must be given")
-    for name in options.save_additional_columns:
-        if name in IMAGES.schema.names:
-            raise UserError(
-                f"--save-additional-columns {name}: the images table has a column {name!r} of its own; rename it first"
-            )
-        if options.save_additional_columns.count(name) > 1:
-            raise UserError(f"--save-additional-columns {name}: named twice")
+    check_further(options.save_additional_columns, IMAGES.schema.names)
