@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from capfilt.formats.files import images_beside
+from capfilt.formats import Reading
 from capfilt.formats.places import Place
 from capfilt.formats.records import FILE, SUFFIXES, open_records
-from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow, described, placed
+from capfilt.formats.source import Found, Given, ListedSource, SourceRow, described, pictures_of, placed
 from capfilt.formats.values import caption_columns, folder_split, require
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filename")
@@ -31,7 +31,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
 
     Raises UserError where no column names pictures, or none has texts.
     """
-    rows = table_rows(given.path, reading.images or images_beside(given.path), reading)
+    rows = table_rows(given.path, pictures_of(given.path, reading), reading)
     return ListedSource(given.path, reading, Found(rows))
 
 
@@ -46,11 +46,11 @@ def table_rows(path: Path, root: Path, reading: Reading) -> list[SourceRow]:
     further = (name for _, fields in records for name in fields)
     names = list(dict.fromkeys([*map(str.strip, found.names), *further]))
     require(names, (image_col,), path, "--image-col")
-    columns = caption_columns(names, reading.caption_cols, path)
-    require(names, reading.extra, path, "--save-additional-columns")
+    columns = caption_columns(names, reading.caption_col, path)
+    require(names, reading.save_additional_columns, path, "--save-additional-columns")
     rows: dict[Path | str, SourceRow] = {}
     for number, (record, fields) in enumerate(records):
-        row = described(f"#{number}", fields, columns, reading.extra)
+        row = described(f"#{number}", fields, columns, reading.save_additional_columns)
         if record.fault is not None:
             row = row.failed("decode_error", f"record {record.number} of {path.name}: {record.fault}")
         else:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from capfilt.errors import UserError
-from capfilt.formats import karpathy
-from capfilt.formats.files import images_beside
-from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow, described, placed
+from capfilt.formats import Reading, karpathy
+from capfilt.formats.source import Found, Given, ListedSource, SourceRow, described, pictures_of, placed
 from capfilt.formats.values import identity, text_of
 
 
@@ -27,7 +26,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
         raise UserError(
             f"{path}: is not COCO captions JSON (an object of `images` and `annotations`); leave out --format"
         )
-    root = reading.images or images_beside(path)
+    root = pictures_of(path, reading)
     images = [image if isinstance(image, dict) else {} for image in data["images"]]
     ids = [image.get("id") for image in images]
     # "7" and "007" are one, unless the file has both.
@@ -36,7 +35,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
     for annotation in data["annotations"]:
         if isinstance(annotation, dict) and annotation.get("caption") is not None:
             texts.setdefault(spelled(annotation.get("image_id")), []).append(text_of(annotation["caption"]))
-    if data["annotations"] and not texts and reading.caption_cols != ("",):
+    if data["annotations"] and not texts and reading.caption_col != ("",):
         raise UserError(
             f"{path}: its annotations have no `caption`; give the captions file, not instances or keypoints, or "
             "--caption-col '' for pictures without texts"
@@ -48,7 +47,11 @@ def read(given: Given, reading: Reading) -> ListedSource:
     }
     rows = []
     for number, entry in enumerate(images):
-        row = placed(described(f"#{number}", entry, extra=reading.extra), entry.get("file_name"), root)
+        row = placed(
+            described(f"#{number}", entry, extra=reading.save_additional_columns),
+            entry.get("file_name"),
+            root,
+        )
         license_ = licenses.get(identity(entry.get("license")), row.license)
         rows.append(replace(row, captions=tuple(texts.get(spelled(ids[number]), ())), license=license_))
     listed = set(map(spelled, ids))

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from capfilt.errors import UserError
-from capfilt.formats import annotation_list
+from capfilt.formats import Reading, annotation_list
 from capfilt.formats.files import MAX_TEXT_BYTES, kind_in_words, read_file, same_name, walk
-from capfilt.formats.source import Found, Given, ListedSource, Reading, SourceRow, placed
+from capfilt.formats.source import Found, Given, ListedSource, SourceRow, placed
 from capfilt.formats.values import decoded, folder_split
+from capfilt.tables.workspace import expanded
 
 _METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|parquet)(\.\w+)?")
 
@@ -29,7 +30,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
     """
     if given.is_file:
         return annotation_list.read(given, reading)
-    root = reading.images or given.path
+    root = expanded(reading.images) if reading.images else given.path
     listing = walk(root)
     files = listing.others if root == given.path else walk(given.path).others
     tables = [name for name in files if _METADATA.fullmatch(PurePosixPath(name).name)]
@@ -44,7 +45,7 @@ def read(given: Given, reading: Reading) -> ListedSource:
             key = f"{folder}/{row.key}" if folder else row.key
             rows.append(replace(row, key=key, split=row.split or folder_split(key)))
     named = {row.file for row in rows}
-    nothing = dict.fromkeys(reading.extra)
+    nothing = dict.fromkeys(reading.save_additional_columns)
     texts = {same_name(name[:-4]): name for name in listing.others if name.lower().endswith(".txt")}
     used = {*tables}
     for name in listing.pictures:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.data.images import SUFFIXES
+from capfilt.formats import Reading
 from capfilt.formats.files import find, is_file
 from capfilt.formats.parquet import ENDINGS, ParquetSource, schema_of
-from capfilt.formats.source import Given, Reading, SourceRow
+from capfilt.formats.source import Given, SourceRow
 from capfilt.formats.values import optional_text, text_of
 from capfilt.formats.webdataset import ENDINGS as TARS
 from capfilt.formats.webdataset import REST, read_tar

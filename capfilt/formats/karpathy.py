@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.formats.files import images_beside, safe_join
-from capfilt.formats.source import Found, Given, ListedSource, Reading, described, placed
+from capfilt.formats import Reading
+from capfilt.formats.files import safe_join
+from capfilt.formats.source import Found, Given, ListedSource, described, pictures_of, placed
 from capfilt.formats.values import text_of
 
 
@@ -30,13 +31,13 @@ def read(given: Given, reading: Reading) -> ListedSource:
         raise UserError(
             f"{given.path}: has no list `images` with `sentences`: not Karpathy's layout; leave out --format"
         )
-    root = reading.images or images_beside(given.path)
+    root = pictures_of(given.path, reading)
     folders: dict[str, bool] = {}
     rows = []
     for number, image in enumerate(given.object["images"]):
         entry: dict[str, Any] = image if isinstance(image, dict) else {}
         name, folder = entry.get("filename"), entry.get("filepath")
-        described_ = described(f"#{number}", entry, extra=reading.extra)
+        described_ = described(f"#{number}", entry, extra=reading.save_additional_columns)
         row = placed(described_, name, root)
         if isinstance(name, str) and isinstance(folder, str) and folder:
             full = placed(described_, f"{folder}/{name}", root)

@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from capfilt.data.images import SUFFIXES
 from capfilt.errors import UserError
+from capfilt.formats import Reading
 from capfilt.formats.columns import mixed_types, read_columns, values
 from capfilt.formats.keys import shared_key
 from capfilt.formats.parquet_file import open_parquet, whole
-from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described
+from capfilt.formats.source import FileSource, Found, Given, SourceRow, described
 from capfilt.formats.values import Keyed, caption_columns, require, text_of, unique
 
 ENDINGS = (".parquet", ".pq")
@@ -65,12 +66,12 @@ class ParquetSource(FileSource):
     def __init__(self, given: Given, reading: Reading) -> None:
         super().__init__(given, reading)
         schema = schema_of(self.files[0])
-        caption_columns(schema.names, reading.caption_cols, self.files[0])
-        require(schema.names, reading.extra, self.files[0], "--save-additional-columns")
+        caption_columns(schema.names, reading.caption_col, self.files[0])
+        require(schema.names, reading.save_additional_columns, self.files[0], "--save-additional-columns")
         self._shared = self._find_shared()
 
     def mixed_types(self) -> dict[str, str]:
-        return mixed_types(self.files, self.reading.extra)
+        return mixed_types(self.files, self.reading.save_additional_columns)
 
     def remarks(self) -> Sequence[str]:
         if self._shared is None:
@@ -108,7 +109,7 @@ class ParquetSource(FileSource):
 
     def _read(self, file: Path) -> Found:
         schema = schema_of(file)
-        columns = caption_columns(schema.names, self.reading.caption_cols, file)
+        columns = caption_columns(schema.names, self.reading.caption_col, file)
         picture = picture_column(schema)
         onto = self._pictures(file, picture)
         # Of the others some may be beyond Python: an infinite date, a list that Arrow cannot read.
@@ -116,8 +117,8 @@ class ParquetSource(FileSource):
         wanted = [name for name in schema.names if name in known]
         with open_parquet(file, file, wanted) as source, whole(file):
             records = source.read(columns=wanted).to_pylist()
-        further = read_columns(file, self.files, self.reading.extra)
-        held = {name: values(further.column(name)) for name in self.reading.extra}
+        further = read_columns(file, self.files, self.reading.save_additional_columns)
+        held = {name: values(further.column(name)) for name in self.reading.save_additional_columns}
         keys = self._keyed(file, [record.get("key") for record in records], alone=self._shared is None)
         rows = []
         for number, (row, record) in enumerate(zip(keys, records, strict=True)):

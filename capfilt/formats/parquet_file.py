@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
+from capfilt.formats.places import first_line
 
 FEW, PER_BYTE = 1_000_000, 8
 """Values of a column that every file may have, and further ones per byte of the file: nulls alone take less than a bit."""
@@ -63,10 +64,8 @@ def whole(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"{name}: is not a whole Parquet file ({reason}); make it again, or take it away"
-        ) from None
+        words = f"is not a whole Parquet file ({first_line(error)}); make it again, or take it away"
+        raise UserError(f"{name}: {words}") from None
 
 
 def _dictionary(leaf: Any) -> bool:

@@ -127,5 +127,10 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def _not_readable(name: str, error: Exception) -> UserError:
     # Whatever a file system of fsspec's raises: missing drivers (ImportError), credentials, networks.
-    lines = str(error).strip().splitlines()
-    return UserError(f"{name}: cannot be read ({type(error).__name__}: {lines[0][:200] if lines else ''})")
+    return UserError(f"{name}: cannot be read ({type(error).__name__}: {first_line(error, '')})")
+
+
+def first_line(error: Exception, otherwise: str | None = None) -> str:
+    """The first line of an exception's message; of one without words its type, or `otherwise`."""
+    empty = type(error).__name__ if otherwise is None else otherwise
+    return (str(error).strip().splitlines() or [empty])[0][:200]

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from capfilt.errors import UserError
 from capfilt.formats.parquet_file import open_parquet
-from capfilt.formats.places import Place
+from capfilt.formats.places import Place, first_line
 
 SUFFIXES = {
     ".txt": "txt", ".csv": "csv", ".psv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl",
@@ -195,7 +195,7 @@ def _text(place: Place, offset: int = 0) -> Iterator[io.BufferedReader]:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = error.filename or str(place)
             raise
-        words = f"cannot be read to its end ({_first_line(error)}); get the file again"
+        words = f"cannot be read to its end ({first_line(error)}); get the file again"
         raise UserError(f"{place}: {words}") from None
 
 
@@ -231,16 +231,9 @@ class _Text(Records):
             self.seekable = file.seekable()
             yield from self._scan(file, offset, number)
 
+    @abstractmethod
     def _scan(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[Record]:
         """Records from where `file` stands."""
-        for line in self._lines(file, offset, number):
-            found = _TOO_LONG if line.text is None else self._parse(line.text)
-            if found is not None:
-                yield line.record(found)
-
-    def _parse(self, line: str) -> dict[str, Any] | str | None:
-        """The fields of a line, or what is wrong with it; None of an empty line."""
-        raise NotImplementedError
 
     def _lines(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[_Line]:
         """The lines, ends included."""
@@ -269,7 +262,21 @@ class _Text(Records):
             number += 1
 
 
-class _Values(_Text):
+class _Lines(_Text):
+    """A record per line."""
+
+    def _scan(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[Record]:
+        for line in self._lines(file, offset, number):
+            found = _TOO_LONG if line.text is None else self._parse(line.text)
+            if found is not None:
+                yield line.record(found)
+
+    @abstractmethod
+    def _parse(self, line: str) -> dict[str, Any] | str | None:
+        """The fields of a line, or what is wrong with it; None of an empty line."""
+
+
+class _Values(_Lines):
     """One value per line; lines without any are no records."""
 
     form = "a txt list has one value per line"
@@ -278,7 +285,7 @@ class _Values(_Text):
         return {self.names[0]: text} if (text := line.strip()) else None
 
 
-class _Objects(_Text):
+class _Objects(_Lines):
     """One JSON object per line."""
 
     form = "a jsonl list has one JSON object per line"
@@ -302,13 +309,13 @@ class _Delimited(_Text):
         Records.__init__(self, place)
         self._named = not header
         with _text(place) as file:
-            first = next(self._lines(file, 0, 1), None)
-        # Another separator than usual is only where the usual one is not.
-        found = Counter(re.sub(r'"[^"]*"', "", first.text or "" if first else ""))
-        usual = found[separator] > 0
-        self._separator = separator if usual else max(separator, *",\t|;", key=lambda each: found[each])
-        with _text(place) as file:
-            _, fields = next(self._rows(file, 0, 1), (None, []))
+            lines = self._lines(file, 0, 1)
+            first = list(islice(lines, 1))
+            # Another separator than usual is only where the usual one is not.
+            found = Counter(re.sub(r'"[^"]*"', "", "".join(line.text or "" for line in first)))
+            usual = found[separator] > 0
+            self._separator = separator if usual else max(separator, *",\t|;", key=lambda each: found[each])
+            _, fields = next(self._rows(chain(first, lines)), (None, []))
         if isinstance(fields, str):
             raise UserError(f"{place}: its first line {fields}; {self.form}")
         if not fields:
@@ -316,7 +323,7 @@ class _Delimited(_Text):
         self._name(header or [name.strip() for name in fields])
 
     def _scan(self, file: io.BufferedReader, offset: int, number: int) -> Iterator[Record]:
-        rows = self._rows(file, offset, number)
+        rows = self._rows(self._lines(file, offset, number))
         if self._named and not offset:
             next(rows, None)
         for line, fields in rows:
@@ -329,13 +336,10 @@ class _Delimited(_Text):
             else:
                 yield line.record(dict(zip(self.names, fields, strict=False)))
 
-    def _rows(
-        self, file: io.BufferedReader, offset: int, number: int
-    ) -> Iterator[tuple[_Line, list[str] | str]]:
+    def _rows(self, source: Iterator[_Line]) -> Iterator[tuple[_Line, list[str] | str]]:
         """The lines that are not empty with their fields, or what is wrong with them; of several, the first."""
         # Of each process; whoever reads what was pickled is in another.
         csv.field_size_limit(LONGEST)
-        source = self._lines(file, offset, number)
         fields: list[str] | str | None
         if self._separator == "\t":
             for line in source:
@@ -509,14 +513,12 @@ class ParquetRecords(Records):
         self.close()
 
     def close(self) -> None:
-        self._held: tuple[int, int, pa.RecordBatch] | None = None
         if "_file" in self.__dict__:
             self._file.close(force=True)
             del self._file
 
     def __getstate__(self) -> dict[str, Any]:
-        open_ = ("_file", "_source")
-        return {name: value for name, value in self.__dict__.items() if name not in open_} | {"_held": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
@@ -531,7 +533,7 @@ class ParquetRecords(Records):
                     data = stream.read(_MOST_BYTES)
                 except OSError as error:
                     raise UserError(
-                        f"{self.place}: cannot be read ({_first_line(error)}); {self.form}"
+                        f"{self.place}: cannot be read ({first_line(error)}); {self.form}"
                     ) from None
                 if len(data) == _MOST_BYTES:
                     raise UserError(f"{self.place}: has {_MOST_BYTES} bytes or more; decompress it")
@@ -539,47 +541,41 @@ class ParquetRecords(Records):
         return open_parquet(source, str(self.place), columns)
 
     def iterate(self, first: Record | None = None) -> Iterator[Record]:
-        row = first.offset if first else 0
-        for begin, _, batch in self._batches(row, self.names):
-            for number, found in enumerate(plain(batch.slice(max(0, row - begin))), max(begin, row)):
-                yield Record(number + 1, number, *found)
+        start = first.offset if first else 0
+        found = (row for batch in self._batches(start, self.names) for row in plain(batch))
+        for row, values in enumerate(found, start):
+            yield Record(row + 1, row, *values)
 
-    def table(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        """The rows from `start` to before `stop`. Rows after those of the last call are found the soonest."""
-        held = self._held
-        if held is None or not held[0] <= start < held[1] or held[2].schema.names != list(columns):
-            self._source = self._batches(start, columns)
-            held = next(self._source)
-        pieces = []
-        while True:
-            begin, _, batch = held
-            end = begin + batch.num_rows
-            if end > start:
-                pieces.append(batch.slice(max(0, start - begin), min(stop, end) - max(start, begin)))
-            if end >= stop:
-                self._held = held
-                return pa.Table.from_batches(pieces)
-            held = next(self._source)
+    def tables(self, row: int, size: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows from `row` on, `size` at a time."""
+        held = self.schema.empty_table().select(columns)
+        for batch in self._batches(row, columns):
+            held = pa.concat_tables([held, pa.Table.from_batches([batch])])
+            while held.num_rows >= size:
+                yield held.slice(0, size)
+                held = held.slice(size)
+        if held.num_rows:
+            yield held
 
-    def _batches(self, row: int, columns: Sequence[str]) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-        """(first row, end of its row group, rows), from the row group of `row` on."""
-        begin = 0
+    def _batches(self, row: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The rows from `row` on, of whose row groups those before it are not read."""
         if not self._measured >= {*columns}:
             self._opened(columns).close(force=True)
             self._measured |= {*columns}
         for number in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(number)
-            end = begin + group.num_rows
-            if row < end:
-                try:
-                    most = self._rows_at_once(group, columns)
-                    for batch in self._file.iter_batches(most, [number], list(columns)):
-                        yield begin, end, batch
-                        begin += batch.num_rows
-                except (pa.ArrowException, OSError) as error:
-                    words = f"row group {number} cannot be read ({_first_line(error)})"
-                    raise UserError(f"{self.place}: {words}; {self.form}") from None
-            begin = end
+            if row >= group.num_rows:
+                row -= group.num_rows
+                continue
+            try:
+                most = self._rows_at_once(group, columns)
+                for batch in self._file.iter_batches(most, [number], list(columns)):
+                    if row < batch.num_rows:
+                        yield batch.slice(row)
+                    row = max(0, row - batch.num_rows)
+            except (pa.ArrowException, OSError) as error:
+                words = f"row group {number} cannot be read ({first_line(error)})"
+                raise UserError(f"{self.place}: {words}; {self.form}") from None
 
     def _rows_at_once(self, group: Any, columns: Sequence[str]) -> int:
         """How many rows fit into memory together, by what the file says of itself. Raises UserError for none."""
@@ -598,10 +594,5 @@ def plain(rows: pa.Table | pa.RecordBatch) -> list[tuple[dict[str, Any], str | N
         return [(values, None) for values in rows.to_pylist()]
     except (ValueError, OverflowError) as error:
         if rows.num_rows == 1:
-            return [({}, f"the row has a value that cannot be read ({_first_line(error)})")]
+            return [({}, f"the row has a value that cannot be read ({first_line(error)})")]
     return [row for number in range(rows.num_rows) for row in plain(rows.slice(number, 1))]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -23,8 +23,8 @@ from typing import Any, ClassVar, Protocol, cast
 import pyarrow as pa
 
 from capfilt.errors import UserError
-from capfilt.formats import FORMATS
-from capfilt.formats.files import find, is_file, kind_in_words, leads_out
+from capfilt.formats import FORMATS, Reading
+from capfilt.formats.files import find, images_beside, is_file, kind_in_words, leads_out
 from capfilt.formats.keys import Keys
 from capfilt.formats.places import Place
 from capfilt.formats.values import (
@@ -110,31 +110,6 @@ def placed(row: SourceRow, name: Any, root: Path) -> SourceRow:
         row = replace(row, key=storable(name))
         return row.missing(f"{storable(name)!r} leads out of the folder of pictures")
     return replace(row, key=storable(PurePosixPath(name).as_posix()), file=file)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How to read a source: what may be asked of it beside its path.
-
-    Attributes:
-        images: folder of the pictures, where it is not where the format has it.
-        image_col: field of a table that has the picture's path; "" for `file_name`, else `image`.
-        caption_cols: fields of the texts; empty for the first of CAPTION_COLUMNS that is there, "" for none.
-        extra: further fields to carry through.
-        splits: only rows of these splits; empty for all.
-        split: the split of rows that have none.
-        limit: only the first so many rows; 0 for all.
-        shard_size: rows per shard, where the source has no shards of its own.
-    """
-
-    images: Path | None = None
-    image_col: str = ""
-    caption_cols: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    splits: tuple[str, ...] = ()
-    split: str | None = None
-    limit: int = 0
-    shard_size: int = 1000
 
 
 @dataclass
@@ -266,7 +241,7 @@ def open_source(path: str, format: str, reading: Reading) -> Source:
     if "://" in path or not place.exists():
         remote = "sources are read from a local or shared file system"
         raise UserError(f"{path}: {remote if '://' in path else 'no such file or folder'}")
-    if reading.images is not None and not reading.images.is_dir():
+    if reading.images and not expanded(reading.images).is_dir():
         raise UserError(f"--images {reading.images}: no such folder")
     if format not in ("auto", *FORMATS):
         raise UserError(f"--format {format!r}: choose auto, {', '.join(FORMATS)}")
@@ -281,12 +256,17 @@ def open_source(path: str, format: str, reading: Reading) -> Source:
     )
 
 
+def pictures_of(path: Path, reading: Reading) -> Path:
+    """The folder of the pictures that a file names. Raises UserError for a link elsewhere."""
+    return expanded(reading.images) if reading.images else images_beside(path)
+
+
 class ListedSource(Source):
     """A source that is listed whole, then cut. Pickled with its list, so that every worker cuts the same one."""
 
     def __init__(self, path: Path, reading: Reading, found: Found) -> None:
         super().__init__(path, reading)
-        rows = (replace(row, split=row.split or reading.split) for row in unique(found.rows))
+        rows = (replace(row, split=row.split or reading.split or None) for row in unique(found.rows))
         chosen = [row for row in rows if not reading.splits or row.split in reading.splits]
         self._rows = chosen[: reading.limit] if reading.limit else chosen
         self._left_out = found.left_out
@@ -316,7 +296,7 @@ class ListedSource(Source):
 
     @cached_property
     def _types(self) -> dict[str, pa.DataType]:
-        types = ColumnTypes(self.reading.extra)
+        types = ColumnTypes(self.reading.save_additional_columns)
         for row in self._rows:
             types.notice(row.extra)
         return types.types()
@@ -336,7 +316,7 @@ class FileSource(Source):
             raise UserError(f"{given.path}: has no {' or '.join(self.endings)} files")
         root = given.path.parent if given.is_file else given.path
         names = {file: file.relative_to(root).as_posix() for file in files}
-        self.splits = {file: _shard_split(name) or reading.split for file, name in names.items()}
+        self.splits = {file: _shard_split(name) or reading.split or None for file, name in names.items()}
         if reading.splits and None in self.splits.values():
             raise UserError(f"--splits: {given.path} does not say which split a picture is in; give --split")
         self.files = [file for file in files if not reading.splits or self.splits[file] in reading.splits]

@@ -114,6 +114,17 @@ def require(names: Sequence[str], columns: Sequence[str], source: object, option
             )
 
 
+def check_further(columns: Sequence[str], own: Sequence[str]) -> None:
+    """Raise UserError for the first further column that a table has of its `own`, or that is named twice."""
+    for column in columns:
+        if column in own:
+            raise UserError(
+                f"--save-additional-columns {column}: the images table has a column {column!r} of its own; rename it first"
+            )
+        if columns.count(column) > 1:
+            raise UserError(f"--save-additional-columns {column}: named twice")
+
+
 def storable(text: str) -> str:
     """`text` as Arrow can hold it: a lone surrogate, which JSON can spell and UTF-8 cannot, becomes U+FFFD."""
     try:

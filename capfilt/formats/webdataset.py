@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from capfilt.data.images import HEAD_BYTES, SUFFIXES, kind_of
+from capfilt.formats import Reading
 from capfilt.formats.files import MAX_FILE_BYTES, MAX_TEXT_BYTES, kind_in_words
 from capfilt.formats.places import Place
-from capfilt.formats.source import FileSource, Found, Given, Reading, SourceRow, described, further_columns
+from capfilt.formats.source import FileSource, Found, Given, SourceRow, described, further_columns
 from capfilt.formats.values import caption_columns, decoded, storable
 
 ENDINGS = (".tar", ".tgz")
@@ -172,15 +173,15 @@ class TarSource(FileSource):
         samples, left_out = read_tar(file)
         rows = [self._row(self.keys.of(self.names[file], each.key), each) for each in samples]
         # Each sample brings its own JSON: no type but text holds for all of them.
-        types = dict.fromkeys(self.reading.extra, pa.string())
+        types = dict.fromkeys(self.reading.save_additional_columns, pa.string())
         return Found(rows, left_out, further_columns(rows, types))
 
     def _row(self, key: str, sample: Sample) -> SourceRow:
         record, broken = _fields(sample)
         text = None if "txt" in sample.faults else sample.members.get("txt")
-        columns = caption_columns(list(record), self.reading.caption_cols)
-        row = described(key, record, columns, self.reading.extra)
-        if text is not None and self.reading.caption_cols != ("",):
+        columns = caption_columns(list(record), self.reading.caption_col)
+        row = described(key, record, columns, self.reading.save_additional_columns)
+        if text is not None and self.reading.caption_col != ("",):
             row = replace(row, captions=(decoded(text),))
         elif broken:
             return row.failed("decode_error", f"its .json is broken ({broken}), so its text is unknown")

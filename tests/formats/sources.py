@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from capfilt.formats.source import Reading, SourceRow, open_source
+from capfilt.formats import Reading
+from capfilt.formats.source import SourceRow, open_source
 from capfilt.tables.contracts import FAILURES, SPLITS, STATUSES
 
 

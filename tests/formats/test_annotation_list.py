@@ -30,7 +30,7 @@ def test_annotation_lists_of_blip_albef_and_lavis(tmp_path, name):
     data = (lines if "line" in name or "jsonl" in name else json.dumps(BLIP)).encode()
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    rows = listed(path, images=tmp_path, extra=("image_id",))
+    rows = listed(path, images=str(tmp_path), save_additional_columns=("image_id",))
     assert [(row.key, row.captions, row.file, row.extra["image_id"]) for row in rows] == [
         ("0.jpg", ("a cat", "one cat"), tmp_path / "0.jpg", "coco_0"),
         ("sub/1.jpg", ("a dog", "one dog"), tmp_path / "sub/1.jpg", None),
@@ -46,7 +46,7 @@ def test_albefs_lists_of_retrieval_and_of_the_web(tmp_path):
     path = write_json(tmp_path / "nocaps_test.json", [{"image": "1.jpg", "img_id": 1}])
     with refused("--caption-col", "image, img_id"):
         listed(path)
-    assert listed(path, caption_cols=("",))[0].captions == ()
+    assert listed(path, caption_col=("",))[0].captions == ()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ COCO = {
 
 
 def test_coco_has_a_row_per_image_and_texts_in_order(tmp_path):
-    rows = listed(write_json(tmp_path / "captions.json", COCO), extra=("place",))
+    rows = listed(write_json(tmp_path / "captions.json", COCO), save_additional_columns=("place",))
     assert [(row.key, row.captions, row.split, row.license) for row in rows] == [
         ("b.jpg", ("a \ufffd",), "train", "CC BY"),
         ("a.jpg", (" second? no: first ", ""), "val", None),
@@ -61,7 +61,7 @@ def test_pictures_are_beside_the_file_in_images_or_where_it_is_said(tmp_path):
     path = write_json(tmp_path / "captions.json", COCO)
     (tmp_path / "images").mkdir()
     assert listed(path)[0].file == tmp_path / "images" / "b.jpg"
-    assert listed(path, images=tmp_path)[0].file == tmp_path / "b.jpg"
+    assert listed(path, images=str(tmp_path))[0].file == tmp_path / "b.jpg"
 
 
 def test_splits_limits_and_shards_cut_the_same_list(tmp_path):
@@ -137,7 +137,7 @@ def test_a_compressed_or_utf16_file_is_told_by_its_content(tmp_path, name):
 
 def test_captions_may_be_told_to_be_left_out(tmp_path):
     data = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}
-    assert listed(write_json(tmp_path / "instances.json", data), caption_cols=("",))[0].captions == ()
+    assert listed(write_json(tmp_path / "instances.json", data), caption_col=("",))[0].captions == ()
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_folder_with_metadata(tmp_path, suffix):
         "unnamed.jpg": (),
     }
     assert {row.key: row.captions for row in listed(tmp_path)} == expected
-    rows = listed(tmp_path, caption_cols=("text", "alt"), extra=("n",))
+    rows = listed(tmp_path, caption_col=("text", "alt"), save_additional_columns=("n",))
     assert {row.key: row.captions for row in rows} == expected | {"a.jpg": ("first a", "alt a", "second a")}
     assert [row.extra["n"] for row in rows] == (["1", "2", "4", None] if suffix == "csv" else [1, 2, 4, None])
     # The table alone, named as the source: pictures it does not name are no rows.
@@ -79,8 +79,13 @@ def test_a_folder_with_metadata(tmp_path, suffix):
     ("name", "content", "reading", "words"),
     [
         ("metadata.csv", "a,b\n1,2\n", {}, "--image-col"),
-        ("metadata.csv", "file_name,b\n1,2\n", {"caption_cols": ("c",)}, "--caption-col"),
-        ("metadata.csv", "file_name,text\n1,2\n", {"extra": ("c",)}, "--save-additional-columns"),
+        ("metadata.csv", "file_name,b\n1,2\n", {"caption_col": ("c",)}, "--caption-col"),
+        (
+            "metadata.csv",
+            "file_name,text\n1,2\n",
+            {"save_additional_columns": ("c",)},
+            "--save-additional-columns",
+        ),
         ("metadata.jsonl", "[]\n", {}, "JSON object"),
         ("metadata.parquet", "PAR1", {}, "Parquet"),
     ],

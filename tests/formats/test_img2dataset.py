@@ -69,7 +69,7 @@ def test_the_three_outputs_of_img2dataset(tmp_path, output):
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "00000.parquet")
     (tmp_path / "00000_stats.json").write_text("{}")
     (tmp_path / "_tmp").mkdir()
-    rows = listed(tmp_path, extra=("width",))
+    rows = listed(tmp_path, save_additional_columns=("width",))
     pictures = [
         row.picture if row.picture is not None or row.file is None else b"picture " + row.key.encode()
         for row in rows

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from capfilt.errors import UserError
-from capfilt.formats.source import Reading, open_source
+from capfilt.formats import Reading
+from capfilt.formats.source import open_source
 from tests.formats.sources import listed
 from tests.refusals import refused
 
@@ -105,7 +106,7 @@ def test_texts_are_found_and_their_want_is_told(tmp_path, column):
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with refused("--caption-col", "image_bytes, label"):
         listed(tmp_path)
-    assert listed(tmp_path, caption_cols=("",))[0].captions == ()
+    assert listed(tmp_path, caption_col=("",))[0].captions == ()
 
 
 def test_hugging_faces_files_have_their_split_in_their_name(tmp_path):
@@ -123,7 +124,7 @@ def test_every_damaged_byte_of_a_parquet_file_is_read_or_refused_by_name(tmp_pat
     for place in range(4, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
         try:
-            assert len(listed(path, extra=("license",))) == 3
+            assert len(listed(path, save_additional_columns=("license",))) == 3
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > 20

@@ -24,7 +24,8 @@ INGEST = """
 from pathlib import Path
 from capfilt.formats.places import Place
 from capfilt.formats.records import open_records
-from capfilt.formats.source import Reading, open_source
+from capfilt.formats import Reading
+from capfilt.formats.source import open_source
 def read(path):
     if Path(path).stem in ("list", "struct", "sharedlist"):
         open_source(path, "parquet", Reading()).read(0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from capfilt.formats import EXAMPLE_FORMATS, FORMATS
-from capfilt.formats.source import Reading, open_source
+from capfilt.formats import EXAMPLE_FORMATS, FORMATS, Reading
+from capfilt.formats.source import open_source
 from tests.formats.sources import found, listed, touch, write_tar
 from tests.refusals import refused
 
@@ -19,7 +19,7 @@ def test_sources_are_told_apart_and_the_rest_is_named(tmp_path):
     with refused("x.zip", "--format"):
         open_source(str(tmp_path / "x.zip"), "auto", Reading())
     with refused("--images", tmp_path / "gone"):
-        open_source(str(tmp_path), "folder", Reading(images=tmp_path / "gone"))
+        open_source(str(tmp_path), "folder", Reading(images=str(tmp_path / "gone")))
     with refused(".tar", ".tgz"):
         open_source(str(tmp_path), "webdataset", Reading())
     write_tar(tmp_path / "t.tar", [("a.jpg", b"A")])

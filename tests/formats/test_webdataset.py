@@ -50,7 +50,7 @@ def test_tars_of_other_tools(tmp_path):
             tar.addfile(info)
     write_tar(tmp_path / "b.tar", [("x.jpg", b"other X"), ("../../up.jpg", b"up")])
     write_tar(tmp_path / "c.tar", [("c0001.jpg", b"C")])
-    rows = listed(tmp_path, extra=("n",))
+    rows = listed(tmp_path, save_additional_columns=("n",))
     assert [(row.key, row.captions, row.picture, row.failure) for row in rows] == [
         ("a/x", ("a tëxt\n",), b"X again", None),
         ("a/sub/y", (), b"Y", None),
@@ -198,4 +198,4 @@ def test_a_text_is_found_however_its_field_is_spelled(tmp_path, field):
     write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("0.json", record)])
     (row,) = listed(tmp_path)
     assert (row.captions, row.url) == (("a cat",), "http://a")
-    assert listed(tmp_path, caption_cols=("",))[0].captions == ()
+    assert listed(tmp_path, caption_col=("",))[0].captions == ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from capfilt.errors import UserError
-from capfilt.formats.examples.row import ExampleRow, Examples, counted, no_annotations
+from capfilt.formats.examples.row import Examples, example, no_annotations
 from capfilt.formats.source import Given
 from capfilt.formats.values import text_of
 
@@ -24,5 +24,6 @@ def read(given: Given, annotations: Path | None) -> Examples:
             raise UserError(
                 f"{given.path}: entry {number} is not [question, answer, picture's number] (easy-VQA)"
             )
-        rows.append(ExampleRow(f"#{number}", (each[2],), text_of(each[0]), counted([each[1]])))
+        fields = {"question": text_of(each[0]), "answers": [each[1]], "image": each[2]}
+        rows.append(example(fields, number))
     return "vqa", rows

@@ -14,22 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.formats.examples.row import ExampleRow, Examples, counted, no_annotations
+from capfilt.formats.examples.row import CAPTIONS, TEXTS, ExampleRow, Examples, example, no_annotations
 from capfilt.formats.places import Place
 from capfilt.formats.records import SUFFIXES, EmptyFile, open_records
 from capfilt.formats.source import Given
-from capfilt.formats.values import optional_text, split_named, text_of, texts_in
+from capfilt.formats.values import split_named
 from capfilt.tables.contracts import LABELS
-
-KEYS = ("question_id", "identifier", "pair_id", "pairID", "example_id", "item_id", "id")
-TEXTS = {"question": "vqa", "hypothesis": "entailment", "sentence2": "entailment", "sentence": "nlvr"}
-"""Where a record's text is looked for, and which task that tells (SNLI-VE's own files call the hypothesis sentence2)."""
-
-PICTURE_NAMES = ("Flickr30K_ID", "Flikr30kID")
-"""Where SNLI-VE's own files have the name of the picture, with and without its ending, by their version."""
-
-CAPTIONS = ("caption", "text")
-"""Where a record's text is looked for else: a caption that is rated, or told from a wrong one, or labelled a match."""
 
 ORDERS = 6
 """NLVR draws every picture with its three boxes in each of their orders."""
@@ -81,41 +71,11 @@ def _task(records: list[dict[str, Any]], path: Path) -> str:
 def _rows(fields: Mapping[str, Any], number: int, path: Path) -> list[ExampleRow]:
     """The record's example; where it is NLVR's own, an example per order of the boxes."""
     if "structured_rep" not in fields or not isinstance(fields.get("identifier"), str):
-        return [_row(fields, number)]
+        return [example(fields, number)]
     # Sentence 72-0 of dev.json is about dev-72-0-0.png to dev-72-0-5.png (NLVR, its README).
     name = path.name.partition(".")[0]
-    row = _row({**fields, "image": ""}, number)
+    row = example({**fields, "image": ""}, number)
     keys = [f"{name}-{row.key}-{order}" for order in range(ORDERS)]
     return [
         replace(row, key=key, images=(f"{key}.png",), split=row.split or split_named(name)) for key in keys
     ]
-
-
-def _row(fields: Mapping[str, Any], number: int) -> ExampleRow:
-    key = next((fields[name] for name in KEYS if fields.get(name) is not None), None)
-    images = fields.get("images", fields.get("image"))
-    if images is None:
-        images = next((str(fields[name]) for name in PICTURE_NAMES if fields.get(name) is not None), None)
-    named = images if isinstance(images, list) else [images]
-    names = tuple(each for each in named if isinstance(each, str | int) and not isinstance(each, bool))
-    split = fields.get("split")
-    if images is None and isinstance(key, str) and key.count("-") >= 3:
-        # NLVR2 (its README): sentence train-10171-0-0 is about train-10171-0-img0.png and -img1.png.
-        stem = key.rpartition("-")[0]
-        names = (f"{stem}-img0.png", f"{stem}-img1.png")
-        split = split or key.partition("-")[0]
-    given = fields.get("answers", fields.get("answer", fields.get("ratings")))
-    label = fields.get("label", fields.get("gold_label"))
-    wrong = fields.get("negative_caption", fields.get("wrong_texts"))
-    return ExampleRow(
-        f"#{number}" if key is None else text_of(key),
-        names,
-        optional_text(
-            next((fields[name] for name in (*TEXTS, *CAPTIONS) if fields.get(name) is not None), None)
-        ),
-        None if given is None else counted(given if isinstance(given, list) else [given]),
-        optional_text(label),
-        split_named(split),
-        wrong_texts=tuple(texts_in(wrong)),
-        category=optional_text(fields.get("category", fields.get("answer_type"))),
-    )

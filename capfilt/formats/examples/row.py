@@ -1,9 +1,9 @@
-"""One example as its source describes it, and how the format of a source is found."""
+"""One example as its source describes it, by the names that records have for its fields, and how a source's format is found."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +12,17 @@ from typing import Any, Protocol, cast
 from capfilt.errors import UserError
 from capfilt.formats import EXAMPLE_FORMATS
 from capfilt.formats.source import Given
-from capfilt.formats.values import Keyed, texts_in, unique
+from capfilt.formats.values import Keyed, optional_text, split_named, text_of, texts_in, unique
+
+KEYS = ("question_id", "identifier", "pair_id", "pairID", "example_id", "item_id", "id")
+TEXTS = {"question": "vqa", "hypothesis": "entailment", "sentence2": "entailment", "sentence": "nlvr"}
+"""Where a record's text is looked for, and which task that tells (SNLI-VE's own files call the hypothesis sentence2)."""
+
+PICTURE_NAMES = ("Flickr30K_ID", "Flikr30kID")
+"""Where SNLI-VE's own files have the name of the picture, with and without its ending, by their version."""
+
+CAPTIONS = ("caption", "text")
+"""Where a record's text is looked for else: a caption that is rated, or told from a wrong one, or labelled a match."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,37 @@ def no_annotations(given: Given, annotations: Path | None) -> None:
         raise UserError(
             f"--annotations {annotations}: {given.path} holds its own answers; only VQA v2's does not"
         )
+
+
+def example(fields: Mapping[str, Any], number: int) -> ExampleRow:
+    """The example that a record tells, of the names above; without a key, `number` is its key."""
+    key = next((fields[name] for name in KEYS if fields.get(name) is not None), None)
+    images = fields.get("images", fields.get("image"))
+    if images is None:
+        images = next((str(fields[name]) for name in PICTURE_NAMES if fields.get(name) is not None), None)
+    named = images if isinstance(images, list) else [images]
+    names = tuple(each for each in named if isinstance(each, str | int) and not isinstance(each, bool))
+    split = fields.get("split")
+    if images is None and isinstance(key, str) and key.count("-") >= 3:
+        # NLVR2 (its README): sentence train-10171-0-0 is about train-10171-0-img0.png and -img1.png.
+        stem = key.rpartition("-")[0]
+        names = (f"{stem}-img0.png", f"{stem}-img1.png")
+        split = split or key.partition("-")[0]
+    given = fields.get("answers", fields.get("answer", fields.get("ratings")))
+    label = fields.get("label", fields.get("gold_label"))
+    wrong = fields.get("negative_caption", fields.get("wrong_texts"))
+    return ExampleRow(
+        f"#{number}" if key is None else text_of(key),
+        names,
+        optional_text(
+            next((fields[name] for name in (*TEXTS, *CAPTIONS) if fields.get(name) is not None), None)
+        ),
+        None if given is None else counted(given if isinstance(given, list) else [given]),
+        optional_text(label),
+        split_named(split),
+        wrong_texts=tuple(texts_in(wrong)),
+        category=optional_text(fields.get("category", fields.get("answer_type"))),
+    )
 
 
 def counted(answers: Iterable[Any]) -> tuple[tuple[str, int], ...]:

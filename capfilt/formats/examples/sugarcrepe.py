@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from capfilt.formats.examples.row import ExampleRow, Examples, no_annotations
+from capfilt.formats.examples.row import Examples, example, no_annotations
 from capfilt.formats.source import Given
-from capfilt.formats.values import optional_text, texts_in
 
 
 def detect(given: Given) -> bool:
@@ -23,13 +22,11 @@ def read(given: Given, annotations: Path | None) -> Examples:
     for number, record in given.object.items():
         fields = record if isinstance(record, dict) else {}
         image = fields.get("filename")
-        rows.append(
-            ExampleRow(
-                f"{name}:{number}",
-                (image,) if isinstance(image, str) else (),
-                optional_text(fields.get("caption")),
-                wrong_texts=tuple(texts_in(fields.get("negative_caption"))),
-                category=name,
-            )
-        )
+        known = {
+            "id": f"{name}:{number}",
+            "images": [image] if isinstance(image, str) else [],
+            "category": name,
+            **{text: fields.get(text) for text in ("caption", "negative_caption")},
+        }
+        rows.append(example(known, 0))
     return "choice", rows

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.formats.examples.row import ExampleRow, Examples, counted
+from capfilt.formats.examples.row import Examples, example
 from capfilt.formats.source import Given
-from capfilt.formats.values import identity, optional_text, split_named, text_of
+from capfilt.formats.values import identity, text_of
 
 
 def detect(given: Given) -> bool:
@@ -23,28 +24,21 @@ def read(given: Given, annotations: Path | None) -> Examples:
     rows = []
     for number, question in enumerate(given.object["questions"]):
         fields: dict[str, Any] = question if isinstance(question, dict) else {}
-        key, image = fields.get("question_id"), fields.get("image_id")
+        image = fields.get("image_id")
         if isinstance(image, str) and image.isdecimal() and identity(image) == image:
             image = int(image)
-        answer = (found or {}).get(identity(key), {})
-        given_answers = answer.get("answers")
-        rows.append(
-            ExampleRow(
-                f"#{number}" if key is None else text_of(key),
-                (image,) if isinstance(image, int | str) else (),
-                optional_text(fields.get("question")),
-                None
-                if found is None
-                else counted(
-                    each.get("answer")
-                    for each in (given_answers if isinstance(given_answers, list) else ())
-                    if isinstance(each, dict)
-                ),
-                split=split_named(subset),
-                subset=subset,
-                category=optional_text(answer.get("answer_type")),
-            )
-        )
+        answer = (found or {}).get(identity(fields.get("question_id")), {})
+        listed = answer.get("answers")
+        given_answers = listed if isinstance(listed, list) else []
+        answers = [each.get("answer") for each in given_answers if isinstance(each, dict)]
+        known = {
+            **{name: fields.get(name) for name in ("question_id", "question")},
+            "images": [image],
+            "answers": None if found is None else answers,
+            "split": subset,
+            "answer_type": answer.get("answer_type"),
+        }
+        rows.append(replace(example(known, number), subset=subset))
     if found is not None and not any(row.answers for row in rows):
         raise UserError(f"--annotations {annotations}: answers none of the questions in {given.path}")
     return "vqa", rows

@@ -14,7 +14,7 @@ img2dataset is the engine: its `download_image` fetches and its `Resizer` resize
     opener.py     what img2dataset's urllib calls really do: HTTP within limits
     rests.py      which hosts asked to be left alone (Retry-After), and for how long
     addresses.py  which addresses may be asked at all
-    robots.py     what a robots.txt says
+    robots.py     what a robots.txt says; remembered.py keeps it for a while, as it does addresses
 """
 
 from __future__ import annotations

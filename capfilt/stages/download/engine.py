@@ -23,9 +23,8 @@ from typing import Any
 from PIL import Image
 
 from capfilt.data.images import BadImage, check_scans, decode, phash, sha256
-from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.budget import Share
-from capfilt.stages.download.opener import Limits, SafeOpener
+from capfilt.stages.download.opener import SafeOpener
 from capfilt.stages.download.schedule import Errand, Schedule
 from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.shapes import check_shape, shape_fits
@@ -63,7 +62,6 @@ class Engine:
         self._watch = resizer.cv2 = _Watch(resizer.cv2)
         resizer.A = _Transforms(resizer.A)
         self._opener: SafeOpener | None = None
-        self._settings: Settings | None = None
         self._free_at: dict[str, float] = {}
 
     def run(
@@ -113,14 +111,8 @@ class Engine:
             fetched.share.close()
 
     def _configure(self, settings: Settings) -> SafeOpener:
-        if self._opener is None or self._settings != settings:
-            self._settings = settings
-            self._opener = SafeOpener(
-                AddressPolicy.of(settings.allow_host, settings.allow_private),
-                Limits(settings.timeout, settings.total_timeout, settings.max_bytes),
-                settings.user_agent,
-                (settings.user_agent_token or "capfilt") if settings.robots else "",
-            )
+        if self._opener is None or self._opener.settings != settings:
+            self._opener = SafeOpener(settings)
         # Typed for urllib's own class; `urlopen` calls nothing but its `open`.
         urllib.request.install_opener(self._opener)  # type: ignore[arg-type]
         return self._opener

@@ -149,15 +149,12 @@ class _File:
         self, place: Place, format: str, layout: Layout, asked: Sequence[str], slice_rows: int
     ) -> None:
         self.slice_rows = slice_rows
-        self._going: tuple[int, Iterator[Record]] | None = None
-        if format == "txt":
-            if asked:
-                raise UserError(f"{place}: a txt list has no columns; leave out --save-additional-columns")
-            self.records = open_records(place, format, (layout.url_col,))
-            self.url_col, self.caption_col, self.extra = layout.url_col, "", tuple[str, ...]()
-            return
-        self.records = open_records(place, format)
-        wanted = {"--url-col": layout.url_col, "--caption-col": layout.caption_col}
+        self._going: tuple[int, Iterator[list[Record] | pa.Table]] | None = None
+        plain_ = format == "txt"
+        if plain_ and asked:
+            raise UserError(f"{place}: a txt list has no columns; leave out --save-additional-columns")
+        self.records = open_records(place, format, (layout.url_col,) if plain_ else ())
+        wanted = {"--url-col": layout.url_col, "--caption-col": "" if plain_ else layout.caption_col}
         if (
             format in ("csv", "tsv")
             and layout.header
@@ -209,7 +206,10 @@ class _File:
 
     @cached_property
     def _index(self) -> tuple[int, list[Record], Mapping[str, pa.DataType]]:
-        """How many records there are, the first of each slice, and the types of the further columns."""
+        """How many records there are, the first of each slice (not of Parquet), and the types of the further columns."""
+        if isinstance(self.records, ParquetRecords):
+            schema = self.records.schema
+            return self.records.rows, [], {name: schema.field(name).type for name in self.extra}
         rows, firsts, types = 0, [], ColumnTypes(self.extra)
         for record in self.records:
             if rows % self.slice_rows == 0:
@@ -220,12 +220,10 @@ class _File:
 
     @property
     def rows(self) -> int:
-        return self.records.rows if isinstance(self.records, ParquetRecords) else self._index[0]
+        return self._index[0]
 
     @property
     def types(self) -> Mapping[str, pa.DataType]:
-        if isinstance(self.records, ParquetRecords):
-            return {name: self.records.schema.field(name).type for name in self.extra}
         return self._index[2]
 
     def bounds(self, number: int) -> tuple[int, int]:
@@ -234,17 +232,14 @@ class _File:
 
     def read(self, number: int, types: Mapping[str, pa.DataType]) -> Slice:
         """Slice `number` of the file, with further columns of these types."""
-        start, stop = self.bounds(number)
         named = [name for name in dict.fromkeys((self.url_col, self.caption_col)) if name]
-        if isinstance(self.records, ParquetRecords):
-            table = self.records.table(start, stop, list(dict.fromkeys((*named, *types))))
-            rows = plain(table.select(named))
-            extra = [table[name] for name in types]
+        found = self._next(number, list(dict.fromkeys((*named, *types))))
+        if isinstance(found, pa.Table):
+            rows = plain(found.select(named))
+            extra = [found[name] for name in types]
         else:
-            wanted = (*named, *types)
-            found = islice(self._from(number), stop - start)
-            rows = [({name: each.fields.get(name) for name in wanted}, each.fault) for each in found]
-            columns = (arrow_column((row[name] for row, _ in rows), self.types[name]) for name in types)
+            rows = [(record.fields, record.fault) for record in found]
+            columns = (arrow_column((row.get(name) for row, _ in rows), self.types[name]) for name in types)
             extra = [pa.chunked_array([column]) for column in columns]
         further = [_as_type(column, type_) for column, type_ in zip(extra, types.values(), strict=True)]
         return Slice(
@@ -254,17 +249,23 @@ class _File:
             pa.Table.from_arrays(further, names=list(types)),
         )
 
-    def _from(self, number: int) -> Iterator[Record]:
-        """The records from slice `number` on."""
-        at, records = self._going or (number + 1, iter(()))
+    def _next(self, number: int, columns: Sequence[str]) -> list[Record] | pa.Table:
+        """Slice `number` as it is read, from where the last one ended if that is near."""
+        at, slices = self._going or (number + 1, iter(()))
         skipped = number - at
         # A compressed file is read from its beginning, unless what is left out now is far less than that.
         if skipped < 0 or (skipped and (self.records.seekable or 8 * skipped > number)):
-            records = self.records.iterate(self._index[1][number])
+            slices = self._slices(number, columns)
         else:
-            deque(islice(records, skipped * self.slice_rows), maxlen=0)
-        self._going = (number + 1, records)
-        return records
+            deque(islice(slices, skipped), maxlen=0)
+        self._going = (number + 1, slices)
+        return next(slices)
+
+    def _slices(self, number: int, columns: Sequence[str]) -> Iterator[list[Record] | pa.Table]:
+        if isinstance(self.records, ParquetRecords):
+            return self.records.tables(number * self.slice_rows, self.slice_rows, columns)
+        records = self.records.iterate(self._index[1][number])
+        return iter(lambda: list(islice(records, self.slice_rows)), [])
 
 
 def url_of(value: Any) -> str | None:

@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -26,6 +26,7 @@ from capfilt.stages.download.budget import STEP_BYTES, Budget, Share
 from capfilt.stages.download.resolver import Resolver
 from capfilt.stages.download.rests import Rests
 from capfilt.stages.download.robots import MAX_BYTES, RobotsCache, Rules, parse_robots
+from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.urls import Fault, Target, parse_url, redirected, short
 
 MAX_REDIRECTS = 10
@@ -71,34 +72,18 @@ class _TLSSocket(_Timed, ssl.SSLSocket):
     pass
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on one download: seconds of silence, seconds in all, bytes of body."""
-
-    timeout: float = 10.0
-    total_timeout: float = 30.0
-    max_bytes: int = 50_000_000
-
-
-@dataclass
 class SafeOpener:
     """Stands in for urllib's opener: `urllib.request.install_opener(SafeOpener(...))`.
 
     Attributes:
-        policy: which addresses may be asked.
-        limits: bounds on each download.
-        user_agent: what every request says it is.
-        robots_token: what robots.txt calls the crawler; empty: nobody asks.
+        settings: which addresses may be asked, bounds on each download, and how requests name the crawler.
         budget: of the bytes of bodies.
     """
 
-    policy: AddressPolicy = field(default_factory=AddressPolicy)
-    limits: Limits = field(default_factory=Limits)
-    user_agent: str = "capfilt"
-    robots_token: str = ""
-    budget: Budget = field(default_factory=Budget)
-
-    def __post_init__(self) -> None:
+    def __init__(self, settings: Settings | None = None, budget: Budget | None = None) -> None:
+        self.settings = settings or Settings()
+        self.budget = budget or Budget()
+        self._policy = AddressPolicy.of(self.settings.allow_host, self.settings.allow_private)
         self._resolver = Resolver()
         self._rests = Rests()
         self._robots = RobotsCache(self._ask_robots)
@@ -123,7 +108,7 @@ class SafeOpener:
 
     def deadline(self) -> Deadline:
         """Of a download that begins now."""
-        return Deadline(time.monotonic() + self.limits.total_timeout, self.limits.timeout)
+        return Deadline(time.monotonic() + self.settings.total_timeout, self.settings.timeout)
 
     def open(self, fullurl: str | urllib.request.Request, data: Any = None, timeout: Any = None) -> Body:
         """The body of a GET, redirects followed, not read yet. Raises Fault, and remembers it.
@@ -134,7 +119,7 @@ class SafeOpener:
         deadline = self.deadline()
         share = self._here.share = Share(self.budget)
         try:
-            target, response = self._follow(url, deadline, obey=bool(self.robots_token))
+            target, response = self._follow(url, deadline, obey=self.settings.robots)
             return self._accept(target, response, deadline, share)
         except Fault as fault:
             raise self.remember(fault) from None
@@ -171,7 +156,7 @@ class SafeOpener:
                 data = b""
                 while len(data) < MAX_BYTES and (chunk := response.read1(_CHUNK)):
                     data += chunk
-            return parse_robots(data, self.robots_token)
+            return parse_robots(data, self.settings.user_agent_token or "capfilt")
         except Exception as error:  # noqa: BLE001 - as in `open`
             fault = error if isinstance(error, Fault) else self.fault_of(error, deadline)
             words = f"{target.address}: robots.txt: {fault.message}"
@@ -191,7 +176,7 @@ class SafeOpener:
             connection.putrequest("GET", target.path, skip_host=True, skip_accept_encoding=True)
             for name, value in (
                 ("Host", target.address),
-                ("User-Agent", self.user_agent),
+                ("User-Agent", self.settings.user_agent),
                 ("Accept", "image/jpeg,image/png,image/webp,image/*;q=0.8,*/*;q=0.5"),
                 ("Accept-Encoding", "identity"),
                 ("Connection", "close"),
@@ -209,7 +194,7 @@ class SafeOpener:
     def _connect(self, target: Target, deadline: Deadline) -> socket.socket:
         left = min(deadline.idle, deadline.until - time.monotonic())
         addresses = self._resolver.addresses(target.host, left)
-        objections = [self.policy.objection(target.host, target.port, address) for address in addresses]
+        objections = [self._policy.objection(target.host, target.port, address) for address in addresses]
         allowed = [
             address for address, objection in zip(addresses, objections, strict=True) if objection is None
         ]
@@ -246,9 +231,9 @@ class SafeOpener:
         if 200 <= status < 300:
             self._rests.answered(target.host)
             length = response.length
-            if length is not None and length > self.limits.max_bytes:
+            if length is not None and length > self.settings.max_bytes:
                 response.close()
-                raise Fault("too_large", f"{length} bytes announced, more than {self.limits.max_bytes}")
+                raise Fault("too_large", f"{length} bytes announced, more than {self.settings.max_bytes}")
             return Body(self, response, deadline, share)
         words = f"HTTP {status} {short(response.reason or '')}".rstrip()
         response.close()
@@ -272,8 +257,10 @@ class SafeOpener:
         """An exception of the socket, TLS or HTTP layer as a Fault."""
         if isinstance(error, TimeoutError):
             if time.monotonic() >= deadline.until:
-                return Fault("timeout", f"not finished after {self.limits.total_timeout:g} s", transient=True)
-            return Fault("timeout", f"silent for {self.limits.timeout:g} s", transient=True)
+                return Fault(
+                    "timeout", f"not finished after {self.settings.total_timeout:g} s", transient=True
+                )
+            return Fault("timeout", f"silent for {self.settings.timeout:g} s", transient=True)
         if isinstance(error, ssl.SSLError):
             words = getattr(error, "verify_message", "") or error.reason or str(error)
             return Fault("connection", f"TLS: {words}")
@@ -318,7 +305,7 @@ class Body:
             raise self._opener.remember(fault) from None
 
     def _read(self) -> bytes:
-        announced, most = self._response.length, self._opener.limits.max_bytes
+        announced, most = self._response.length, self._opener.settings.max_bytes
         chunks: list[bytes] = []
         size = 0
         # One system call at a time: a drip of single bytes meets the deadline instead of filling a buffer for hours.

@@ -15,7 +15,8 @@ from capfilt.errors import UserError
 from capfilt.options import REQUIRED
 from capfilt.stages.base import Produced
 from capfilt.stages.download import DownloadOptions
-from capfilt.stages.download.rows import ANSWERED, answered, counts_of, settings_of, stats_of
+from capfilt.stages.download.rows import ANSWERED, answered, counts_of, stats_of
+from capfilt.stages.download.settings import settings_of
 from capfilt.stages.download.stage import WITHOUT, Download, Fetching, check
 from capfilt.stages.download.worker import shared_worker
 from capfilt.tables.contracts import DOWNLOAD_FAILURES, IMAGE_FAILURES

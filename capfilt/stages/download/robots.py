@@ -6,16 +6,11 @@ the first rule that fits, where the RFC takes the longest, and knows no `*` and 
 
 from __future__ import annotations
 
-import concurrent.futures
-import math
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote
 
-from capfilt.stages.download.resolver import KEEP_SECONDS, TRANSIENT_SECONDS
+from capfilt.stages.download.remembered import Remembered
 from capfilt.stages.download.urls import Fault, Target
 
 MAX_BYTES = 500 * 1024
@@ -45,57 +40,18 @@ class Rules:
         return next((allow for allow, pattern in self.rules if _fits(pattern, path)), True)
 
 
-class RobotsCache:
-    """The rules of each origin, asked for once. Those that nobody asked for longest make place for others."""
+class RobotsCache(Remembered[Target, Rules]):
+    """The rules of each origin, asked for once."""
 
     def __init__(self, ask: Callable[[Target], Rules], most: int = MAX_REMEMBERED) -> None:
-        self._ask, self._most = ask, most
-        # When it expires, what it counts for, the answer. Futures: who comes second waits for the first.
-        self._known: OrderedDict[
-            tuple[str, str, int], tuple[float, int, concurrent.futures.Future[Rules]]
-        ] = OrderedDict()
-        self._held = 0
-        self._lock = threading.Lock()
+        super().__init__(ask, most, seconds=ROBOTS_SECONDS, size=lambda rules: 1 + len(rules.rules))
 
     def rules(self, target: Target, until: float) -> Rules:
         """The rules of the target's origin, waited for until then (time.monotonic). Raises Fault."""
-        origin = (target.scheme, target.host, target.port)
-        with self._lock:
-            expires, _, answer = self._known.get(origin, (0.0, 0, None))
-            mine = answer is None or expires < time.monotonic()
-            if answer is None or mine:
-                answer = concurrent.futures.Future()
-                self._keep(origin, math.inf, 1, answer)
-            else:
-                self._known.move_to_end(origin)
-        if mine:
-            size, seconds = 1, ROBOTS_SECONDS
-            try:
-                rules = self._ask(target)
-                size += len(rules.rules)
-                answer.set_result(rules)
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the answer raises it
-                passing = isinstance(error, Fault) and error.transient
-                seconds = TRANSIENT_SECONDS if passing else KEEP_SECONDS
-                answer.set_exception(error)
-            with self._lock:
-                self._keep(origin, time.monotonic() + seconds, size, answer)
         try:
-            return answer.result(max(0.0, until - time.monotonic()))
-        except concurrent.futures.TimeoutError:
+            return self.get(replace(target, path="/robots.txt"), until)
+        except TimeoutError:
             raise Fault("timeout", f"{target.address}: waited for its robots.txt", transient=True) from None
-
-    def _keep(
-        self,
-        origin: tuple[str, str, int],
-        expires: float,
-        size: int,
-        answer: concurrent.futures.Future[Rules],
-    ) -> None:
-        self._held += size - self._known.pop(origin, (0.0, 0, None))[1]
-        self._known[origin] = expires, size, answer
-        while self._held > self._most and len(self._known) > 1:
-            self._held -= self._known.popitem(last=False)[1][1]
 
 
 def parse_robots(data: bytes, token: str) -> Rules:

@@ -9,10 +9,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-import capfilt
 from capfilt.formats.values import storable
-from capfilt.stages.download import DownloadOptions
-from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Row
 from capfilt.tables.manifest import Counts
 
@@ -24,30 +21,6 @@ ANSWERED = (
     "phash",
 )  # fmt: skip
 """The columns of the images table that fetching decides."""
-
-
-def settings_of(options: DownloadOptions, workers: int = 1) -> Settings:
-    """What the child of one of so many workers is told of the options.
-
-    What a host is to bear is shared out: workers know nothing of one another, and all of them may meet the same host.
-    """
-    token = options.user_agent_token.strip()
-    program = f"capfilt/{capfilt.__version__}"
-    values: dict[str, Any] = {name: getattr(options, name, None) for name in Settings.__dataclass_fields__}
-    values["user_agent"] = program if token.lower() in ("", "capfilt") else f"{token} {program}"
-    # As img2dataset's Downloader prepares them for its comparison with the header.
-    values["user_agent_token"] = token.lower()
-    values["disallowed_header_directives"] = [
-        directive.strip().lower() for directive in options.disallowed_header_directives
-    ]
-    values["host_concurrency"] //= workers
-    values["host_rate"] /= workers
-    return Settings.of(values)
-
-
-def bad_url(words: str) -> Row:
-    """The answer for a row of the list that cannot be read."""
-    return Row({"status": "failed_to_download", "failure": "bad_url", "error_message": words}, b"")
 
 
 def answered(answer: Row, key: str, encode_format: str) -> dict[str, Any]:

@@ -13,20 +13,16 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import UserError
+from capfilt.formats.values import check_further
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.lists import Slice, as_text, open_list
 from capfilt.stages.download.presets import layout
-from capfilt.stages.download.rows import (
-    answered,
-    bad_url,
-    counts_of,
-    settings_of,
-    stats_of,
-)
+from capfilt.stages.download.rows import answered, counts_of, stats_of
+from capfilt.stages.download.settings import settings_of
 from capfilt.stages.download.tally import DownloadTally
-from capfilt.stages.download.worker import MISSING, close_shared_worker, shared_worker
+from capfilt.stages.download.worker import MISSING, close_shared_worker, failed, shared_worker
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.shards import Part
@@ -114,7 +110,9 @@ class Download(Fetching):
 
     def process(self, shard: int) -> Produced:
         listed = self.list.read(shard)
-        answers = {row: bad_url(words) for row, words in enumerate(listed.faults) if words is not None}
+        answers = {
+            row: failed("bad_url", words) for row, words in enumerate(listed.faults) if words is not None
+        }
         wanted = [(row, url) for row, url in enumerate(listed.urls) if row not in answers]
         settings = settings_of(self.options, self.workers)
         answers |= shared_worker().run(wanted, settings, self._hashes(listed))
@@ -163,7 +161,7 @@ def check(options: DownloadOptions) -> None:
     for name in ("url_col",) if options.retry else ("url_list", "url_col"):
         if getattr(options, name).strip("\0") == "":
             # The list is the one that has no flag.
-            raise UserError(f"download: {'URL_LIST' if name == 'url_list' else _flag(name)} must be given")
+            raise UserError(f"download: {'URL_LIST' if name == 'url_list' else '--url-col'} must be given")
     if options.failure and not options.retry:
         raise UserError("--failure: only with --retry failed")
     # cv2 takes PNG's number as a compression level, and img2dataset refuses levels it has not.
@@ -172,15 +170,5 @@ def check(options: DownloadOptions) -> None:
             f"--encode-quality {options.encode_quality}: for png it is the compression level, give 0 to 9"
         )
     AddressPolicy.of(options.allow_host, options.allow_private)
-    for column in options.save_additional_columns:
-        if column in IMAGES.schema.names and column != "license":
-            raise UserError(
-                f"--save-additional-columns {column}: the images table has a column {column!r} of its own; "
-                "rename it in the list"
-            )
-        if options.save_additional_columns.count(column) > 1:
-            raise UserError(f"--save-additional-columns {column}: named twice")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    own = [name for name in IMAGES.schema.names if name != "license"]
+    check_further(options.save_additional_columns, own)

@@ -48,13 +48,18 @@ class Row:
     picture: bytes
 
 
+def failed(failure: str, words: str) -> Row:
+    """The answer for a URL that was never asked for, or that nobody lived to answer."""
+    return Row({"status": "failed_to_download", "failure": failure, "error_message": words}, b"")
+
+
 class _Died(Exception):
     """The child ended or fell silent; `begun` is the row it was decoding, if any."""
 
     def __init__(self, begun: int | None, words: str) -> None:
         super().__init__(words)
         self.begun = begun
-        self.words = words
+        self.row = failed("worker_died", f"the process that fetched it died: {words}")
 
 
 class Worker:
@@ -146,13 +151,13 @@ class Worker:
                     if death.begun is not None:
                         blame[death.begun] += 1
                         if blame[death.begun] == 2 or blame.total() > MAX_DEATHS:
-                            answers[death.begun] = _died(death)
+                            answers[death.begun] = death.row
                     else:
                         if len(asked) == 1:
-                            answers[asked[0][0]] = _died(death)
+                            answers[asked[0][0]] = death.row
                         size = max(1, len(asked) // 2)
                     if barren == MAX_BARREN:
-                        answers |= {row: _died(death) for row, _ in missing if row not in answers}
+                        answers |= {row: death.row for row, _ in missing if row not in answers}
             return answers
 
     def _ask(
@@ -249,17 +254,6 @@ class Worker:
             if lines:
                 words = f"{words}: {lines[-1].strip()[:200]}"
         return words
-
-
-def _died(death: _Died) -> Row:
-    return Row(
-        {
-            "status": "failed_to_download",
-            "failure": "worker_died",
-            "error_message": f"the process that fetched it died: {death.words}",
-        },
-        b"",
-    )
 
 
 # By process id: a forked process must neither speak into its parent's pipes nor end its parent's child.

@@ -18,8 +18,8 @@ from PIL import Image
 from capfilt.data.images import BadImage, decode, encode_jpeg, encode_png, phash, sha256
 from capfilt.errors import UserError
 from capfilt.formats.files import MAX_FILE_BYTES, read_file
-from capfilt.formats.source import Reading, SourceRow, counted, open_source
-from capfilt.formats.values import CAPTION_COLUMNS, storable
+from capfilt.formats.source import SourceRow, counted, open_source
+from capfilt.formats.values import CAPTION_COLUMNS, check_further, storable
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.ingest import IngestOptions
 from capfilt.stages.pictures import read_header
@@ -27,7 +27,7 @@ from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
-from capfilt.tables.workspace import Workspace, expanded
+from capfilt.tables.workspace import Workspace
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats stored byte for byte as they were found, when the picture is upright, of KEPT_MODES, opaque and not to be shrunk."""
@@ -53,20 +53,7 @@ class Ingest(ShardStage):
         _check(options)
         self.options = options
         self.output = workspace.dataset("images", options.dataset, output)
-        self.source = open_source(
-            options.source_path,
-            options.format,
-            Reading(
-                images=expanded(options.images) if options.images else None,
-                image_col=options.image_col,
-                caption_cols=options.caption_col,
-                extra=options.save_additional_columns,
-                splits=options.splits,
-                split=options.split or None,
-                limit=options.limit,
-                shard_size=options.shard_size,
-            ),
-        )
+        self.source = open_source(options.source_path, options.format, options)
         self._hashes: dict[int, str] = {}
 
     def identity(self) -> Mapping[str, Any]:
@@ -210,10 +197,4 @@ def _check(options: IngestOptions) -> None:
     """Raise UserError for the first option that cannot be."""
     if options.source_path.strip("\0") == "":
         raise UserError("ingest: SOURCE_PATH must be given")
-    for name in options.save_additional_columns:
-        if name in IMAGES.schema.names:
-            raise UserError(
-                f"--save-additional-columns {name}: the images table has a column {name!r} of its own; rename it first"
-            )
-        if options.save_additional_columns.count(name) > 1:
-            raise UserError(f"--save-additional-columns {name}: named twice")
+    check_further(options.save_additional_columns, IMAGES.schema.names)

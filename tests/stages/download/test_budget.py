@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from capfilt.stages.download.addresses import AddressPolicy
 from capfilt.stages.download.budget import Budget, Share
-from capfilt.stages.download.opener import Limits, SafeOpener
+from capfilt.stages.download.opener import SafeOpener
+from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.urls import Fault
 
 BODY = bytes(1_000_000)
@@ -64,9 +64,13 @@ def bodies():
     server.server_close()
 
 
+def settings(host, timeout, total_timeout):
+    return Settings(allow_host=(host,), timeout=timeout, total_timeout=total_timeout, max_bytes=2_000_000)
+
+
 def test_a_body_beyond_the_budget_waits_and_is_not_late(bodies):
     budget = Budget(1_200_000)
-    opener = SafeOpener(AddressPolicy.of([bodies], False), Limits(5.0, 0.5, 2_000_000), budget=budget)
+    opener = SafeOpener(settings(bodies, 5.0, 0.5), budget)
 
     def fetch():
         with opener.open(f"http://{bodies}/") as body:
@@ -90,7 +94,7 @@ def test_a_body_beyond_the_budget_waits_and_is_not_late(bodies):
 
 
 def test_a_body_that_fails_gives_back_what_it_booked(bodies):
-    opener = SafeOpener(AddressPolicy.of([bodies], False), Limits(1.0, 2.0, 2_000_000))
+    opener = SafeOpener(settings(bodies, 1.0, 2.0))
     with pytest.raises(Fault), opener.open(f"http://{bodies}/cut") as body:
         body.read()
     assert opener.budget.used == 0

@@ -24,8 +24,8 @@ from capfilt.stages.download.opener import _retry_after
 from capfilt.stages.download.rests import Rests
 from capfilt.stages.download.retry import Retry
 from capfilt.stages.download.robots import RobotsCache, Rules, parse_robots
-from capfilt.stages.download.rows import settings_of
 from capfilt.stages.download.schedule import Errand, Schedule
+from capfilt.stages.download.settings import settings_of
 from capfilt.stages.download.stage import Download
 from capfilt.stages.download.urls import Fault, parse_url
 from capfilt.stages.download.worker import close_shared_worker, shared_worker
@@ -270,7 +270,7 @@ def test_robots_txts_are_remembered_up_to_a_cap_the_last_asked_for():
 
 def test_a_robots_txts_passing_fault_is_forgotten_at_once_and_a_lasting_one_kept(monkeypatch):
     """Would catch: a server's bad second that forbids the whole host for two minutes."""
-    monkeypatch.setattr("capfilt.stages.download.robots.TRANSIENT_SECONDS", 0.05)
+    monkeypatch.setattr("capfilt.stages.download.remembered.TRANSIENT_SECONDS", 0.05)
     faults = [Fault("http_error", "HTTP 503", transient=True), Fault("connection", "TLS: no")]
     asked = []
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from capfilt.errors import UserError
 from capfilt.stages.download.addresses import AddressPolicy, parse_allowed_host, special_kind
-from capfilt.stages.download.opener import Limits, SafeOpener
+from capfilt.stages.download.opener import SafeOpener
 from capfilt.stages.download.resolver import Resolver
+from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.urls import Fault, parse_url
 from tests.stages.download.web import (
     GOOD,
@@ -128,7 +129,7 @@ def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(server, mo
         "capfilt.stages.download.opener._Socket.connect",
         lambda self, address: connected.append(address) or (_ for _ in ()).throw(ConnectionRefusedError()),
     )
-    opener = SafeOpener(limits=Limits(timeout=1, total_timeout=2))
+    opener = SafeOpener(Settings(timeout=1, total_timeout=2))
     for _ in range(2):
         with pytest.raises(Fault) as caught:
             opener.open(f"http://rebinding.example:{server.port}/good")
@@ -141,14 +142,14 @@ def test_a_name_server_without_an_answer_is_not_waited_for(monkeypatch):
     monkeypatch.setattr("capfilt.stages.download.resolver._resolve", lambda host: time.sleep(3))
     start = time.monotonic()
     with pytest.raises(Fault) as caught:
-        SafeOpener(limits=Limits(timeout=0.2, total_timeout=1)).open("http://slow.example/")
+        SafeOpener(Settings(timeout=0.2, total_timeout=1)).open("http://slow.example/")
     assert caught.value.failure == "dns"
     assert time.monotonic() - start < 1
 
 
 def test_proxies_of_the_environment_are_not_used(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    opener = SafeOpener(AddressPolicy.of([f"127.0.0.1:{server.port}"], False))
+    opener = SafeOpener(Settings(allow_host=(f"127.0.0.1:{server.port}",)))
     with opener.open(server.url("good")) as body:
         assert body.read() == GOOD
 
@@ -165,7 +166,7 @@ def test_tls_wants_a_certificate_it_can_verify():
 
     threading.Thread(target=refuse, daemon=True).start()
     port = listener.getsockname()[1]
-    opener = SafeOpener(AddressPolicy.of([f"localhost:{port}"], False), Limits(2, 3))
+    opener = SafeOpener(Settings(allow_host=(f"localhost:{port}",), timeout=2, total_timeout=3))
     with pytest.raises(Fault) as caught:
         opener.open(f"https://localhost:{port}/")
     listener.close()

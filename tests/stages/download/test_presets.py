@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from capfilt.errors import UserError
+from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.presets import PRESETS, fitting, layout
 
 
@@ -32,7 +33,7 @@ def test_lists_without_a_line_of_names_have_their_columns_in_published_order():
 @pytest.mark.parametrize("preset", ["LAION", "laion5b", "cc"])
 def test_an_unknown_preset_is_refused_with_the_choices(preset):
     with pytest.raises(UserError, match=f"--preset '{preset}'.*{', '.join(PRESETS)}"):
-        layout(preset, "url", "caption")
+        DownloadOptions(url_list="urls.txt", preset=preset)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ from capfilt.stages.download.rows import (
     ANSWERED,
     HOSTS_TOLD,
     answered,
-    bad_url,
     counts_of,
     host_of,
-    settings_of,
     stats_of,
 )
-from capfilt.stages.download.worker import Row
+from capfilt.stages.download.settings import settings_of
+from capfilt.stages.download.worker import Row, failed
 
 
 def table(*pairs):
@@ -37,13 +36,13 @@ def test_an_answer_fills_the_columns_that_fetching_decides_and_no_other():
     assert set(columns) == set(ANSWERED)
     assert columns["image"] == {"bytes": b"picture", "path": "000000007.webp"}
     assert (columns["width"], columns["height"]) == (3, None)
-    lost = answered(bad_url("no URL here"), "1", "jpg")
+    lost = answered(failed("bad_url", "no URL here"), "1", "jpg")
     assert (lost["status"], lost["failure"], lost["image"]) == ("failed_to_download", "bad_url", None)
     assert lost["error_message"] == "no URL here"
 
 
 def test_an_error_that_no_text_column_can_hold_is_told_readably():
-    words = answered(bad_url("lone \ud800 and nul \0"), "1", "jpg")["error_message"]
+    words = answered(failed("bad_url", "lone \ud800 and nul \0"), "1", "jpg")["error_message"]
     words.encode("utf-8")
     assert "lone" in words
 

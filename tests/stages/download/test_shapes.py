@@ -11,7 +11,7 @@ from PIL import Image
 from capfilt.data.images import BadImage
 from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.engine import Engine
-from capfilt.stages.download.rows import settings_of
+from capfilt.stages.download.settings import settings_of
 from capfilt.stages.download.shapes import check_shape
 from tests.stages.download.web import encoded, picture
 

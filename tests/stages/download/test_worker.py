@@ -9,12 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from capfilt.stages.download import DownloadOptions
 from capfilt.stages.download.settings import Settings
 from capfilt.stages.download.worker import Worker, shared_worker
 from tests.refusals import failed
@@ -77,13 +76,7 @@ while True:
     send({"done": len(rows)})
 """
 
-PLAIN = Settings.of(
-    {
-        **{field.name: getattr(DownloadOptions(url_list="x"), field.name, "") for field in fields(Settings)},
-        "timeout": 0.1,
-        "total_timeout": 0.1,
-    }
-)
+PLAIN = Settings(timeout=0.1, total_timeout=0.1)
 
 
 @pytest.fixture
