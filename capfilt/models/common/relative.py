@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+Array = npt.NDArray[np.float64]
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
 
@@ -95,10 +98,6 @@ def resized_table(table: Tensor, grid: Grid, new: Grid) -> Tensor:
 
 def _respaced(values: Tensor, old: int, new: int) -> Tensor:
     """[2 old - 1, ...] -> [2 new - 1, ...]."""
-    # Imported here: no other model needs it.
-    import numpy as np
-    from scipy.interpolate import make_interp_spline
-
     if old == new:
         return values
     if old == 1:
@@ -107,8 +106,33 @@ def _respaced(values: Tensor, old: int, new: int) -> Tensor:
     far = np.cumsum(ratio ** np.arange(old - 1))
     known = np.concatenate([-far[::-1], [0.0], far])
     wanted = np.arange(1 - new, new).clip(known[0], known[-1])
-    spline = make_interp_spline(known, values.numpy(), k=min(3, len(known) - 1))
-    return torch.from_numpy(np.ascontiguousarray(spline(wanted)))
+    return torch.from_numpy(_spline(known, values.flatten(1).numpy(), wanted)).view(-1, *values.shape[1:])
+
+
+def _spline(x: Array, y: Array, at: Array) -> Array:
+    """The cubic spline through y [n, m] at x [n], not-a-knot as SciPy's, at other places; through 3 points the parabola.
+
+    Written here: SciPy is none of what models run from.
+    """
+    count, steps = len(x), np.diff(x)
+    if count < 4:
+        return np.vander(at, count) @ np.linalg.solve(np.vander(x, count), y)
+    slopes = np.diff(y, axis=0) / steps[:, None]
+    system, wanted = np.zeros((count, count)), np.zeros_like(y)
+    for i in range(1, count - 1):
+        system[i, i - 1 : i + 2] = steps[i - 1], 2 * (steps[i - 1] + steps[i]), steps[i]
+        wanted[i] = 6 * (slopes[i] - slopes[i - 1])
+    # The third derivative does not jump at the second place, nor at the last but one.
+    system[0, :3] = steps[1], -(steps[0] + steps[1]), steps[0]
+    system[-1, -3:] = steps[-1], -(steps[-2] + steps[-1]), steps[-2]
+    bends = np.linalg.solve(system, wanted)
+    piece = np.clip(np.searchsorted(x, at) - 1, 0, count - 2)
+    left, right, step = (at - x[piece])[:, None], (x[piece + 1] - at)[:, None], steps[piece][:, None]
+    cubic = (bends[piece] * right**3 + bends[piece + 1] * left**3) / (6 * step)
+    first = y[piece] / step - bends[piece] * step / 6
+    last = y[piece + 1] / step - bends[piece + 1] * step / 6
+    found: Array = cubic + first * right + last * left
+    return found
 
 
 def _ratio(count: int, reach: int) -> float:

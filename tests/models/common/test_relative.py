@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from capfilt.models.common import relative
 from capfilt.models.common.layers import PreNormBlock, run_layer
 from capfilt.models.common.relative import RelativePositionBias, grid_index, offsets, resized_table
 
@@ -181,3 +183,14 @@ def test_a_table_is_resized_as_released():
     torch.testing.assert_close(found, want["base/relative_position_bias_table"], **CLOSE)
     patches = want["base/relative_position_index"]
     assert torch.equal(grid_index((5, 5), CPU), patches)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 9, 27])
+def test_the_spline_is_scipys(count):
+    """Would catch: another end condition, which only the outermost differences of a table would show."""
+    interpolate = pytest.importorskip("scipy.interpolate")
+    rng = np.random.default_rng(count)
+    x = np.sort(rng.uniform(-5, 5, count))
+    y, at = rng.normal(size=(count, 2)), np.linspace(x[0], x[-1], 40)
+    wanted = interpolate.make_interp_spline(x, y, k=min(3, count - 1))(at)
+    np.testing.assert_allclose(relative._spline(x, y, at), wanted, rtol=1e-7, atol=1e-8)
