@@ -294,7 +294,7 @@ def _made(family: Family) -> Any:
     preset = option(default, "size of the model", choices=family.presets, panel=MODEL)
     made = make_dataclass(
         name,
-        [("preset", str, preset)],
+        [("preset", "str", preset)],
         bases=(family.options, RetrainOptions),
         frozen=True,
         namespace={"family": family.name},
