@@ -86,7 +86,7 @@ def read_pickled(path: Path, mapped: bool = False) -> Any:
         raise UserError(
             f"{path}: holds objects besides tensors, which are not loaded; where you trust it, save its tensors alone"
         ) from error
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, zipfile.BadZipFile) as error:
         # Of a file that is no pickle some of these say no more than the byte they met.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: not a readable torch file ({reason}); was it downloaded whole?") from error

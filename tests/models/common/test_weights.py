@@ -138,7 +138,7 @@ def test_a_pickle_is_read_for_its_tensors_and_runs_nothing(tmp_path, mapped, zip
     assert not touched.exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut"])
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut", b"\x80", b"text", pickle.dumps({"a": 1}, 2)[:-3]])
 def test_a_broken_pickle_is_refused_by_name(tmp_path, data):
     (tmp_path / "model.pth").write_bytes(data)
     with pytest.raises(UserError, match=r"model\.pth") as caught:
