@@ -17,7 +17,7 @@ from capfilt.tables.visible import say
 
 
 def completer(kind: str, choices: Sequence[str] = ()) -> Callable[[typer.Context, str], list[str]]:
-    """What a shell offers for an option: its `choices`, or the names of what the workspace has of a `kind`.
+    """The words that a shell offers for an option: its `choices`, or the workspace's names of a `kind`.
 
     `kind` is a table, "model", "result" or "recipe". Where nothing is offered, a shell offers files.
     """

@@ -9,7 +9,7 @@ from tests.plugins.packages import install, use
 
 RECORD = """
 from dataclasses import dataclass
-from capfilt.models.family import PAIR_ROWS, Family, Kind
+from capfilt.models.family import PAIR_ROWS, RETRIEVAL, Family, Kind
 from capfilt.options import Checked, option
 
 @dataclass(frozen=True)
@@ -21,14 +21,15 @@ class ReadingOptions(Options):
     pass
 
 PICTO = Family(
-    "picto", "Picto", "picto.model",
+    "picto", "picto.model",
     (Kind("picto", "picto.model:PictoConfig", "picto.model:Picto", "Picto", "sees pictures", PAIR_ROWS, "as-found", "",
           parts={"vision": ("visual_encoder",), "head": ("head",)}),),
     Options, ("tiny",), ("loss",),
 )
 READER = Family(
-    "reader", "Reader", "picto.reading",
-    (Kind("reader", "picto.model:ReaderConfig", "picto.model:Reader", "Reader", "embeds texts", PAIR_ROWS, "as-found",
+    "reader", "picto.reading",
+    (Kind("reader-base", "picto.model:ReaderConfig", "picto.model:Reader", "Reader", "embeds texts", PAIR_ROWS, "as-found",
+          learns={RETRIEVAL: "picto.model:objective"},
           parts={"vision": ("visual_encoder",), "words": ("words",)}),),
     ReadingOptions, ("reading",), ("loss",), starts={"picto": "picto.model:begun", "blip": "picto.model:begun"},
 )

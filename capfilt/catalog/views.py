@@ -225,7 +225,7 @@ def _further_types(groups: Sequence[_Files], contract: Contract) -> dict[str, st
 
 
 def _comments(view: str, groups: Sequence[_Files], contract: Contract) -> dict[tuple[str, str], str]:
-    """What the columns of these files mean that the contract does not have, by (view, column)."""
+    """The meaning of the columns of these files that the contract does not have, by (view, column)."""
     found = {
         (view, name): meaning
         for group in groups

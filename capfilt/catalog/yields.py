@@ -35,7 +35,7 @@ ORDER BY 3 DESC, 2 DESC, 1 LIMIT {HOSTS}
 
 @dataclass(frozen=True)
 class Yield:
-    """What became of the images of one part.
+    """The outcomes of the images of one part.
 
     Attributes:
         name: the part's, behind its table's.

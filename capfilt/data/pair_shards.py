@@ -64,7 +64,7 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Counted:
-    """What a shard has.
+    """The contents of a shard, counted.
 
     Attributes:
         texts: of each row group, how many usable texts each source has.

@@ -60,7 +60,7 @@ class _Example(NamedTuple):
 
 @dataclass(frozen=True)
 class _Group:
-    """What a row group has: texts by source, all of them under "", and the encoded pictures that no cache holds."""
+    """The contents of a row group: texts by source (all under ""), and the encoded pictures that no cache holds."""
 
     examples: dict[str, list[_Example]]
     data: dict[int, bytes]
@@ -68,7 +68,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Request:
-    """What it takes to make a rank's share of one batch, in any process.
+    """A rank's share of one batch, as any process can make it.
 
     `places` are of its texts in the batch of all ranks. A picture is its bytes, its pixels, or why it cannot be seen.
     """
@@ -160,12 +160,12 @@ class Pairs:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """What is left out for a fault, by reason; of pictures that do not decode, those that batches were to show."""
+        """How many texts or pictures are left out for a fault, by reason; a picture, once a batch was to show it."""
         return self._skipped + Counter(self._met.values())
 
     @property
     def deselected(self) -> Mapping[str, int]:
-        """What is left out without a fault, by reason."""
+        """How many texts are left out without a fault, by reason."""
         return dict(self._deselected)
 
     def texts_by_source(self) -> dict[str, int]:
@@ -314,7 +314,7 @@ class Pairs:
     def _requests(
         self, plan: Iterator[_Step], sources: Sequence[str], reach: int
     ) -> Iterator[tuple[_Request, Tensor | None]]:
-        """What to make batches of; row groups are read in a thread, `reach` steps before the first batch that needs them."""
+        """The requests of the batches. A thread reads row groups `reach` steps before the first batch that needs them."""
         groups: dict[int, Future[_Group]] = {}
         last: dict[int, int] = {}
         waiting: deque[_Step] = deque()
@@ -566,7 +566,7 @@ class _Assemble(Dataset[_Made]):
         return [known[each.number] for each in examples]
 
     def _views(self, request: _Request, key: int, rows: list[int], sided: list[bool]) -> list[Pixels] | str:
-        """What the texts `rows` of one picture see of it, or why it cannot be seen."""
+        """The views that the texts `rows` have of one picture, or why it cannot be seen."""
         found = request.pictures[key]
         if isinstance(found, bytes):
             data = found

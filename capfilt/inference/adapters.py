@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capfilt.data.answers import closed_up
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.errors import RunError, UserError
+from capfilt.errors import RunError
 from capfilt.inference.answering import rank_answers
 from capfilt.inference.capabilities import capabilities
 from capfilt.inference.captioner import Caption, Captioner
@@ -26,7 +26,7 @@ from capfilt.models import build, kind_of
 from capfilt.models.common.config import Shape
 from capfilt.models.common.layouts.contents import Contents
 from capfilt.models.common.precision import auto_precision
-from capfilt.models.family import ABILITIES
+from capfilt.models.family import check_abilities
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,9 @@ def opened(contents: Contents, device: str | torch.device = "cpu", precision: st
 def adapted(model: Any, tokenizer: Any, *, precision: str = "auto", pair_batch: int = 256) -> Any:
     """The model with the methods of the protocols that its abilities name; see `OnDevice`.
 
-    pair_batch: texts matched at a time. Raises UserError where the model lacks a method of an ability.
+    pair_batch: texts matched at a time. UserError for an unknown ability, or one whose methods the model lacks.
     """
-    for ability in model.abilities:
-        for name in ABILITIES[ability]:
-            if not hasattr(model, name):
-                raise UserError(f"{type(model).__name__} has the ability {ability!r} and no {name}")
+    check_abilities(model, model.abilities)
     return _class(tuple(model.abilities))(model, tokenizer, precision=precision, pair_batch=pair_batch)
 
 
@@ -182,7 +179,7 @@ class Matches(Sees):
         texts: Sequence[str],
         read: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        way = self._by_image if hasattr(self._model, "prefill_cross") else self._by_pair
+        way = self._by_pair if hasattr(self._model, "match_pairs") else self._by_image
         return way(image_tokens, image_index, texts, read)
 
     def _by_image(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ PAIR_ROWS, EXAMPLE_ROWS = "pairs", "examples"
 pictures with classes)."""
 
 RETRIEVAL, CAPTIONING = "retrieval", "captioning"
-"""What a pretrained model can be finetuned for on pairs."""
+"""The finetunings of a pretrained model on pairs."""
 
 ANSWERS, CLASSES, PAIRS = "answers", "classes", "pairs"
 """The forms of a task: answers in words, classes of a text with one picture, statements about two pictures."""
@@ -32,10 +32,6 @@ TOKENIZERS = {
     "": "capfilt.data.tokenizer:NoTexts",
 }
 """Tokenizers by name, and where their classes are; "": of a model without a text side."""
-
-
-Start = Callable[..., Any]
-"""(pretrained model, seed=, drop_path=) -> the task's model; of CLASSES with task= and classes= as well."""
 
 
 CONFIG = ("from_dict", "to_dict", "for_vocabulary", "sized", "image_size", "vocab_size", "reading")
@@ -52,7 +48,7 @@ ABILITIES: Mapping[str, tuple[str, ...]] = {
     "answer": ("encode_image", "encode_question", "answer_logits", "prefill_cross", "writer"),
     "judge": ("judge", "labels", "pictures"),
 }
-"""What a model can do, and the methods that it then has: a model's `abilities` names some.
+"""The abilities of models, and the methods that each asks for: a model's `abilities` names some.
 
 features: `encode_image(images)`, tokens [B, N, D] or features [B, E] of pixels uint8 [B, 3, S, S].
 embed: `embed_image(encoded)` and `embed_text(ids, mask)`, fp32 unit vectors [B, E].
@@ -67,6 +63,20 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("text_encoder", "text_decoder"),
 }
 """The parts of a model with two towers, by name."""
+
+
+def check_abilities(model: Any, abilities: Iterable[str]) -> None:
+    """UserError naming an ability that does not exist, or a method of one that the model (or its class) lacks."""
+    who = model.__name__ if isinstance(model, type) else type(model).__name__
+    for ability in abilities:
+        if ability not in ABILITIES:
+            raise UserError(f"{who} has the ability {ability!r}: choose {', '.join(ABILITIES)}")
+        names = ABILITIES[ability]
+        if ability == "match" and not hasattr(model, "match_pairs"):
+            names += ("prefill_cross", "match_logits")
+        for name in names:
+            if not hasattr(model, name):
+                raise UserError(f"{who} has the ability {ability!r} and no {name}")
 
 
 def found(path: str) -> Any:
@@ -152,7 +162,6 @@ class Family:
 
     Attributes:
         name: the word that calls it: `capfilt retrain NAME`.
-        title: its name in prose.
         code: the module with its `PRESETS` (name to config) and its `objective`: (model, tokenizer, options, ranks) -> a torch
             module with `losses(batch, alpha, hardness)`, a dict of fp32 scalars with "loss", and `blocks()`. It may have
             `configured(config, options)`, the config that options ask for, and `start_vision` and `start_text`, (model,
@@ -169,7 +178,6 @@ class Family:
     """
 
     name: str
-    title: str
     code: str
     kinds: tuple[Kind, ...]
     options: type
@@ -200,13 +208,12 @@ class Family:
             config, model = self._found(kind.config_path), self._found(kind.model_path)
             for owner, names in ((config, CONFIG), (model, MODEL)):
                 self._check(owner, names)
+            # A property says it of a model alone: `capfilt.inference.adapted` checks that one.
             if isinstance(model.abilities, tuple):
-                unknown = [each for each in model.abilities if each not in ABILITIES]
-                if unknown:
-                    raise UserError(
-                        f"model family {self.name}: the ability {unknown[0]!r}: choose {', '.join(ABILITIES)}"
-                    )
-                self._check(model, tuple(name for each in model.abilities for name in ABILITIES[each]))
+                try:
+                    check_abilities(model, model.abilities)
+                except UserError as error:
+                    raise UserError(f"model family {self.name}: {error}") from error
             for path in (*kind.starts.values(), *kind.learns.values()):
                 self._found(path)
         for path in (*self.starts.values(), *([self.layouts] if self.layouts else [])):

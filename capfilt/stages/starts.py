@@ -36,7 +36,7 @@ class Start(ABC):
 
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
-        """What decides the model, beside the options. JSON-able."""
+        """All that decides the model, beside the options. JSON-able."""
 
     def origins(self) -> Mapping[str, Mapping[str, str]]:
         """As `ShardStage.origins`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from capfilt.models import Model, family_named
+from capfilt.models import Model, family_named, family_of
 from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
@@ -110,7 +110,7 @@ class FinetuneFilter(Train):
         start = Checkpoint(
             workspace, options.init, options.image_size, lambda kind: RETRIEVAL in kind.learns, self.name
         )
-        refuse_foreign(options, start.kind.name)
+        refuse_foreign(options, family_of(start.kind.model))
         self.compose(source, start)
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, ClassVar
 
 from capfilt.errors import UserError
-from capfilt.models import families, family_named
+from capfilt.models import families
 from capfilt.models.blip import FAMILY as BLIP
 from capfilt.models.blip import Options as BlipOptions
 from capfilt.models.common.options import MomentumOptions
@@ -15,9 +15,9 @@ from capfilt.options import AUGMENTATION, INPUTS, MACHINE, MODEL, OPTIMISER, SCH
 from capfilt.stages.command import StageCommand
 
 
-def refuse_foreign(options: Any, family: str) -> None:
+def refuse_foreign(options: Any, family: Family) -> None:
     """UserError naming an option of other families that is given and means nothing to this one."""
-    own = {each.name for each in fields(family_named(family).options)}
+    own = {each.name for each in fields(family.options)}
     for each in fields(options):
         value = getattr(options, each.name)
         if (
@@ -25,7 +25,9 @@ def refuse_foreign(options: Any, family: str) -> None:
             and each.name not in own
             and value != each.default
         ):
-            raise UserError(f"--{each.name.replace('_', '-')} {value}: does not apply to {family}; remove it")
+            raise UserError(
+                f"--{each.name.replace('_', '-')} {value}: does not apply to {family.name}; remove it"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from capfilt.data.tokenizer import ADDED, SPECIALS, Tokenizer
+from capfilt.errors import UserError
 from capfilt.inference.adapters import adapted, opened
 from capfilt.inference.capabilities import (
     AnswersQuestions,
@@ -62,6 +63,20 @@ def test_blip_is_what_the_protocols_ask_for(model, tokenizer):
     assert isinstance(able, EmbedsImagesAndTexts)
     assert isinstance(able, MatchesPairs)
     assert not isinstance(able, AnswersQuestions)
+
+
+@pytest.mark.parametrize(
+    ("ability", "methods", "why"),
+    [
+        ("draw", (), "the ability 'draw': choose features, embed, match"),
+        ("match", ("encode_image", "prefill_cross"), "the ability 'match' and no match_logits"),
+        ("match", ("encode_image", "match_logits"), "the ability 'match' and no prefill_cross"),
+    ],
+)
+def test_a_model_is_refused_whose_ability_is_unknown_or_lacks_a_method(ability, methods, why):
+    able = type("Able", (), {"abilities": (ability,), **dict.fromkeys(methods)})
+    with pytest.raises(UserError, match=f"Able has {why}"):
+        adapted(able(), None)
 
 
 def test_the_captioner_is_what_captioning_asks_for(model, tokenizer, images):

@@ -102,6 +102,20 @@ def test_a_family_that_sees_pictures_alone_is_trained_and_kept(foreign, workspac
     assert retrain(workspace, "picto") == path  # done already
 
 
+def test_another_packages_model_is_finetuned_as_a_filter(foreign, workspace, capsys):
+    """Catches the name of its class of models taken for its family's, and another family's option taken for its own."""
+    retrain(workspace, "reader", preset="reading")
+    place = ("-w", str(workspace.path), "--execution", "inline", "-q")
+    words = ["finetune", "filter", "--init", "made", "--human", "human", "--batch-size", "4", "--steps", "1"]
+    words += ["--out", "filter", *place]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--queue-size", "64"])
+    assert stopped.value.code == 2
+    assert "--queue-size 64: does not apply to reader; remove it" in capsys.readouterr().err
+    run(*words)
+    assert json.loads((workspace.model("filter") / "config.json").read_text())["model_type"] == "reader-base"
+
+
 def test_a_vocabulary_for_a_model_without_texts_is_refused(foreign, workspace, capsys, tmp_path):
     (tmp_path / "vocab.txt").write_text("a\n")
     said = refused(capsys, workspace, "picto", "--vocab", str(tmp_path / "vocab.txt"))

@@ -30,7 +30,6 @@ class Options(TowerOptions, MomentumOptions):
 
 FAMILY = Family(
     "albef",
-    "ALBEF",
     _CODE,
     (
         Kind(

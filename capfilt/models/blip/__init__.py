@@ -32,7 +32,6 @@ class Options(TowerOptions, MomentumOptions):
 
 FAMILY = Family(
     "blip",
-    "BLIP",
     _CODE,
     (
         Kind(

@@ -35,7 +35,6 @@ class Options(Checked):
 
 FAMILY = Family(
     "clip",
-    "CLIP",
     _CODE,
     (
         Kind(

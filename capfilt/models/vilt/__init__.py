@@ -40,7 +40,6 @@ class Options(VisionStart):
 
 FAMILY = Family(
     "vilt",
-    "ViLT",
     _CODE,
     (
         Kind(
