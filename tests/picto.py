@@ -64,9 +64,6 @@ class Picto(nn.Module):
     def encode_image(self, images):
         return self.visual_encoder(images)
 
-    def recompute_activations(self, on=True):
-        self.visual_encoder.recompute = on
-
     def guess(self, batch):
         return self.head(self.encode_image(batch.images)[:, 0])
 

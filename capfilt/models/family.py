@@ -37,9 +37,6 @@ TOKENIZERS = {
 CONFIG = ("from_dict", "to_dict", "for_vocabulary", "sized", "image_size", "vocab_size", "reading")
 """The attributes of a family's configurations: `models.common.config.Shape` has them."""
 
-MODEL = ("abilities", "recompute_activations")
-"""The attributes of a family's models, beside the methods of their abilities."""
-
 ABILITIES: Mapping[str, tuple[str, ...]] = {
     "features": ("encode_image",),
     "embed": ("encode_image", "embed_image", "embed_text"),
@@ -206,8 +203,8 @@ class Family:
             raise UserError(f"model family {self.name}: its PRESETS are not {', '.join(self.presets)}")
         for kind in self.kinds:
             config, model = self._found(kind.config_path), self._found(kind.model_path)
-            for owner, names in ((config, CONFIG), (model, MODEL)):
-                self._check(owner, names)
+            self._check(config, CONFIG)
+            self._check(model, ("abilities",))
             # A property says it of a model alone: `capfilt.inference.adapted` checks that one.
             if isinstance(model.abilities, tuple):
                 try:

@@ -30,6 +30,7 @@ from capfilt.data.tokenizer import Encodes
 from capfilt.data.transforms import Views
 from capfilt.errors import UserError
 from capfilt.models import Model, build, checkpoint, kind_of
+from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.export import homes, places
 from capfilt.stages.base import ModelStage, Report, option_values
@@ -269,7 +270,7 @@ class Train(ModelStage):
         where = distributed.device()
         model.to(where)
         frozen(model, kind_of(model), o.freeze)
-        model.recompute_activations(o.recompute)
+        recompute_activations(model, o.recompute)
         self.prepare(data, model, where)
         steps = o.steps or math.ceil(o.epochs * len(data) / o.batch_size)
         epoch = len(data) / o.batch_size

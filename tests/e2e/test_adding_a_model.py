@@ -125,7 +125,6 @@ MISSING = {
     "objective": ("def objective(", "def losses_of("),
     "abilities": ('    abilities = ("features", "embed")\n', ""),
     "embed_text": ("def embed_text(", "def embed_words("),
-    "recompute_activations": ("def recompute_activations(", "def recompute("),
     "losses": ("def losses(self", "def loss(self"),
     "blocks": ("def blocks(self", "def layers(self"),
     "Toys": ('"toy_family.model:Toy"', '"toy_family.model:Toys"'),

@@ -13,6 +13,7 @@ from capfilt.errors import UserError
 from capfilt.models import build, preset
 from capfilt.models.albef.model import PRESETS as ALBEF
 from capfilt.models.albef.model import Albef, AlbefConfig, without_end
+from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from tests.models.rows import rows
@@ -127,7 +128,7 @@ def test_recomputed_activations_change_no_gradient():
                 MICRO_ALBEF, text=dataclasses.replace(MICRO_ALBEF.text, dropout=0.3, attention_dropout=0.3)
             )
         ).train()
-        made.recompute_activations(on)
+        recompute_activations(made, on)
         torch.manual_seed(5)
         pixels, ids, mask = texts()
         made.match_logits(ids, mask, made.encode_image(pixels)).square().sum().backward()

@@ -15,6 +15,7 @@ from capfilt.models import build, checkpoint, preset
 from capfilt.models.clip.layouts import OPENAI, TRANSFORMERS
 from capfilt.models.clip.model import PRESETS as CLIP
 from capfilt.models.clip.model import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.layouts.contents import assemble, nested
 from capfilt.models.export import export, places
 from tests.models.interop.clips import RESNET, VIT, sharpened, texts
@@ -86,7 +87,7 @@ def test_a_frozen_resnet_keeps_its_statistics_too():
 def test_recomputed_activations_move_statistics_once():
     """Statistics that move twice a step, once more in the backward pass, and so forget twice as fast."""
     kept, again = sharpened(RESNET), sharpened(RESNET)
-    again.recompute_activations()
+    recompute_activations(again)
     expected, found = backwards(kept), backwards(again)
     assert found.keys() == expected.keys()
     for name, each in found.items():

@@ -14,6 +14,7 @@ import torch
 from capfilt.models import build
 from capfilt.models.blip.model import BlipConfig
 from capfilt.models.blip.tasks import NlvrConfig, nlvr_from_blip, vqa_from_blip
+from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from capfilt.models.common.weights import start_from
@@ -191,7 +192,7 @@ def test_recomputation_changes_no_gradient():
     )
     gradients = []
     for on in (False, True):
-        model.recompute_activations(on)
+        recompute_activations(model, on)
         model.zero_grad()
         tokens = model.train().encode_image(pictures().transpose(0, 1).flatten(0, 1))
         model.truth_logits(IDS, MASK, tokens).square().sum().backward()

@@ -18,6 +18,7 @@ from capfilt.models.blip import model as p
 from capfilt.models.blip.model import Blip, BlipConfig
 from capfilt.models.common import momentum as alignment
 from capfilt.models.common import objectives as o
+from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from tests.models.rows import MICRO, itc_by_hand, rows
@@ -192,7 +193,7 @@ def test_recomputed_activations_give_the_same_losses_and_gradients(momentum):
         trainer = p.BlipPretraining(
             build(config), p.PretrainingConfig(queue_size=8, momentum=momentum)
         ).train()
-        trainer.model.recompute_activations(on)
+        recompute_activations(trainer.model, on)
         torch.manual_seed(5)
         losses = trainer.losses(rows(), 0.4)
         losses["loss"].backward()
@@ -212,7 +213,7 @@ def test_recomputed_activations_give_the_same_losses_and_gradients(momentum):
 def test_recomputing_keeps_fewer_tensors_for_the_backward_pass():
     def kept(on):
         trainer = p.BlipPretraining(build(MICRO), p.PretrainingConfig(queue_size=0, momentum=None)).train()
-        trainer.model.recompute_activations(on)
+        recompute_activations(trainer.model, on)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor

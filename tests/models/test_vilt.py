@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from capfilt.models import build
-from capfilt.models.common.layers import PreNormBlock
+from capfilt.models.common.layers import PreNormBlock, recompute_activations
 from capfilt.models.vilt.model import Vilt, ViltConfig, ViltTextConfig, ViltVisionConfig
 from tests.refusals import refused
 
@@ -61,7 +61,7 @@ def test_a_padded_picture_of_another_size_is_seen_as_it_is_alone():
 def test_the_pooled_state_needs_no_other_state_of_the_last_block(recompute):
     """Would catch: a last block that drops what [CLS] attends to, or another token's residual."""
     model = widened(build(CONFIG)).train()
-    model.recompute_activations(recompute)
+    recompute_activations(model, recompute)
     (ids, mask), (pixels, there) = texts(), pictures()
     found = []
     for first in (False, True):
@@ -167,7 +167,7 @@ def test_recomputing_changes_no_gradient():
     gradients = []
     for recompute in (False, True):
         model = build(CONFIG, seed=2)
-        model.recompute_activations(recompute)
+        recompute_activations(model, recompute)
         model.match_logits(model.fuse(ids, mask, model.encode_image(pixels))).sum().backward()
         gradients.append(model.blocks[0].attn.qkv.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])

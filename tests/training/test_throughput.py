@@ -11,6 +11,7 @@ from torch import nn
 from capfilt.data.loader import Batch
 from capfilt.models import build
 from capfilt.models.blip.model import BlipConfig, BlipPretraining, PretrainingConfig
+from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from capfilt.training import throughput
@@ -61,7 +62,7 @@ def test_counting_leaves_the_run_as_it_was_and_recomputation_out():
     module = BlipPretraining(build(MICRO), PretrainingConfig(queue_size=13)).train()
     counted, given = [], batch(16)
     for on in (False, True):
-        module.model.recompute_activations(on)
+        recompute_activations(module.model, on)
         before = {name: value.clone() for name, value in module.state_dict().items()}
         torch.manual_seed(3)
         counted.append(throughput.flops_per_text(module, given, lambda few: module.losses(few, 0.4)))

@@ -19,6 +19,7 @@ from capfilt.models import build
 from capfilt.models.albef.model import AlbefConfig, AlbefObjective, AlbefPretraining
 from capfilt.models.blip.model import BlipConfig, BlipPretraining, PretrainingConfig
 from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipTraining, ClipVisionConfig
+from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.masking import IGNORED
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.common.text import TextConfig
@@ -142,7 +143,7 @@ def run(
     model = module.model
     if ranks.rank == ranks.world - 1:
         spoil(module, spoilt)
-    model.recompute_activations(recompute)
+    recompute_activations(model, recompute)
     if peak:
         throughput.peak_flops = lambda device: peak
 

@@ -168,10 +168,6 @@ class Albef(nn.Module):
 
     # Changing an existing model.
 
-    def recompute_activations(self, on: bool = True) -> None:
-        """As `Blip.recompute_activations`."""
-        self.visual_encoder.recompute = self.text_encoder.recompute = on
-
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""
         self.config = dataclasses.replace(self.config, vision=self.visual_encoder.resize(image_size))

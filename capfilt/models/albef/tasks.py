@@ -128,12 +128,6 @@ class AlbefClassifier(nn.Module):
             return head_logits(self.cls_head, tokens[:, 0])
         return self.seen_logits(ids, mask, self.prefill_cross(tokens))
 
-    def recompute_activations(self, on: bool = True) -> None:
-        """As `Blip.recompute_activations`."""
-        self.visual_encoder.recompute = on
-        if self.text_encoder is not None:
-            self.text_encoder.recompute = on
-
     def resize_image(self, image_size: int) -> None:
         """As `Albef.resize_image`: text assignment is learned at one size, statements at another."""
         self.config = dataclasses.replace(self.config, vision=self.visual_encoder.resize(image_size))

@@ -194,18 +194,6 @@ class Blip(nn.Module):
 
     # Changing an existing model.
 
-    def recompute_activations(self, on: bool = True) -> None:
-        """Whether training keeps every layer's activations or, with `on`, computes them again in the backward pass.
-
-        Every block of the vision tower and every layer of the three text passes; the released code does it for the last
-        few vision blocks. Not part of the config, since it changes no result.
-        """
-        self.visual_encoder.recompute = on
-        if self.config.half != "captioner":
-            self.text_encoder.recompute = on
-        if self.config.half != "filter":
-            self.text_decoder.bert.recompute = on
-
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""
         self.config = dataclasses.replace(self.config, vision=self.visual_encoder.resize(image_size))

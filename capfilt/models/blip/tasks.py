@@ -119,12 +119,6 @@ class BlipClassifier(nn.Module):
         """`class_logits` of texts ids int64 [B, L] seen with images [B, 1, 3, S, S]."""
         return self.class_logits(ids, mask, self.encode_image(images[:, 0]))
 
-    def recompute_activations(self, on: bool = True) -> None:
-        """As `Blip.recompute_activations`."""
-        self.visual_encoder.recompute = on
-        if self.text_encoder is not None:
-            self.text_encoder.recompute = on
-
 
 def fused_logits(
     encoder: TextTransformer, head: nn.Sequential, ids: Tensor, mask: Tensor | None, image_tokens: Tensor
@@ -212,10 +206,6 @@ class BlipNlvr(nn.Module):
     def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
         """`truth_logits` of sentences ids int64 [B, L] seen with images [B, 2, 3, S, S]."""
         return self.truth_logits(ids, mask, self.encode_image(images.transpose(0, 1).flatten(0, 1)))
-
-    def recompute_activations(self, on: bool = True) -> None:
-        """As `Blip.recompute_activations`."""
-        self.visual_encoder.recompute = self.text_encoder.recompute = on
 
 
 class TwinAttention(CrossAttention):

@@ -177,10 +177,6 @@ class Clip(nn.Module):
         """fp32 unit vectors [B, E]; a mask says nothing that the end token does not."""
         return _unit(self.encode_text(ids))
 
-    def recompute_activations(self, on: bool = True) -> None:
-        """Whether training computes every block's activations again in the backward pass instead of keeping them."""
-        self.visual_encoder.recompute = self.text_encoder.recompute = on
-
     def resize_image(self, image_size: int) -> None:
         """Takes images of another size from now on: the position embedding is resized, everything else stays."""
         vision = resized(self.config.vision, image_size)

@@ -53,11 +53,6 @@ class Answering(nn.Module, ABC):
     def begun(self, ids: Tensor) -> Tensor:
         """The beginnings of answers as the decoder takes them."""
 
-    def recompute_activations(self, on: bool = True) -> None:
-        """As `Blip.recompute_activations`."""
-        for tower in (self.visual_encoder, self.text_encoder, self.text_decoder.bert):
-            tower.recompute = on
-
     def encode_image(self, images: Tensor) -> Tensor:
         """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
         out: Tensor = self.visual_encoder(images)

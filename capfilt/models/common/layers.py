@@ -116,6 +116,16 @@ def blank_embedding(rows: int, width: int, padding_idx: int | None = None) -> nn
     return nn.Embedding(rows, width, padding_idx, _weight=torch.zeros(rows, width))
 
 
+def recompute_activations(model: nn.Module, on: bool = True) -> None:
+    """Whether training keeps the activations of every layer or, with `on`, computes them again in the backward pass.
+
+    It changes no result, and so is no part of a config. A module that goes by it hands its `recompute` to `run_layer`.
+    """
+    for module in model.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = on  # type: ignore[assignment]
+
+
 def run_layer(layer: nn.Module, *inputs: Any, recompute: bool = False) -> Tensor:
     """`layer(*inputs)`; with `recompute` its activations are not kept but computed again for the backward pass.
 

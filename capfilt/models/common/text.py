@@ -323,7 +323,7 @@ class TextTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # see `Blip.recompute_activations`
+        self.recompute = False  # see `layers.recompute_activations`
         self.embeddings: Embeddings = shared.embeddings if shared else Embeddings(config)
         cross = crossattention or (lambda index: Attention(config, image_width))
         layers = [

@@ -141,7 +141,7 @@ class VisionTower(Seeing):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # see `Blip.recompute_activations`
+        self.recompute = False  # see `layers.recompute_activations`
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
         self.see_through(config, config.width, CLIP_MEAN, CLIP_STD)

@@ -133,7 +133,7 @@ class ViltBody(nn.Module):
     def __init__(self, config: ViltConfig, pictures: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # see `recompute_activations`
+        self.recompute = False  # see `layers.recompute_activations`
         self.visual_encoder = Patches(config)
         self.text_embeddings = Embeddings(text_config(config))
         # Row 0 is the text's, row 1 + p is picture p's.
@@ -182,10 +182,6 @@ class ViltBody(nn.Module):
     def pool(self, states: States) -> Tensor:
         """[B, D], in (-1, 1): what the heads of whole pairs read, from the text's [CLS]."""
         return torch.tanh(self.pooler(states.text[:, 0]))
-
-    def recompute_activations(self, on: bool = True) -> None:
-        """Whether training computes every block's activations again in the backward pass instead of keeping them."""
-        self.recompute = on
 
     def resize_image(self, image_size: int) -> None:
         """Takes squares of another size from now on: positions are interpolated once and for all, all else stays."""
