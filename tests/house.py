@@ -24,7 +24,6 @@ DEEP: dict[str, str] = {}
 LONG = {
     "capfilt/data/pairs.py": "one pair source: order, crops, cache and resume hold each other up",
     "capfilt/formats/records.py": "one record reader for CSV, JSON and Parquet, with all its refusals",
-    "capfilt/models/vilt/model.py": "a family, readable from its config to its presets",
     "capfilt/tables/shards.py": "the one place that commits rows",
     "capfilt/tasks/filter_quality.py": "one protocol with its intervals",
 }

@@ -30,7 +30,7 @@ from capfilt.models.common.layers import (
 from capfilt.models.common.objectives import mean_cosine
 from capfilt.models.common.presets import TRUNK
 from capfilt.models.common.ranks import ALONE, Ranks
-from capfilt.models.common.trunk import resized, trunk_grid
+from capfilt.models.common.trunk import grid_of, resized
 from capfilt.models.common.vision import resize_position_embedding
 
 MAX_SCALE = 100.0
@@ -65,12 +65,8 @@ class ClipVisionConfig:
                 raise UserError(
                     f"vision.stages {self.stages!r} and vision.trunk {self.trunk!r}: give one of them"
                 )
-        elif self.trunk:
-            trunk_grid(self.trunk, self.image_size)
-        elif self.image_size % self.patch_size:
-            raise UserError(
-                f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
-            )
+        else:
+            grid_of(self)
         if (32 * self.width if self.stages else self.width) % self.heads:
             raise UserError(f"vision.heads {self.heads} does not divide the width")
 
@@ -82,9 +78,7 @@ class ClipVisionConfig:
     @property
     def grid(self) -> int:
         """Tokens per side."""
-        if self.trunk:
-            return trunk_grid(self.trunk, self.image_size)
-        return self.image_size // (32 if self.stages else self.patch_size)
+        return self.image_size // 32 if self.stages else grid_of(self)
 
     @property
     def tokens(self) -> int:

@@ -99,11 +99,20 @@ class Trunk(nn.Module):
 _ROWS = 4
 
 
-def trunk_grid(name: str, image_size: int) -> int:
-    """Tokens per side of a picture's square under the named trunk; UserError for an unknown name."""
-    if name not in TRUNKS:
-        raise UserError(f"vision.trunk is {name!r}: use '' (a ViT) or one of {', '.join(TRUNKS)}")
-    return -(-image_size // TRUNKS[name].stride)
+def grid_of(config: Any) -> int:
+    """Tokens per side of a vision config's square, under its trunk or in patches.
+
+    UserError for an unknown trunk, or a side that is no multiple of a patch's.
+    """
+    if config.trunk:
+        if config.trunk not in TRUNKS:
+            raise UserError(f"vision.trunk is {config.trunk!r}: use '' (a ViT) or one of {', '.join(TRUNKS)}")
+        return -(-int(config.image_size) // TRUNKS[config.trunk].stride)
+    if config.image_size % config.patch_size:
+        raise UserError(
+            f"vision.image_size {config.image_size} is no multiple of vision.patch_size {config.patch_size}"
+        )
+    return int(config.image_size) // int(config.patch_size)
 
 
 V = TypeVar("V", bound=Any)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from capfilt.errors import UserError
 from capfilt.models.common.layers import PreNormBlock, init_std, init_truncated, run_layer
-from capfilt.models.common.trunk import Seeing, resized, trunk_grid
+from capfilt.models.common.trunk import Seeing, grid_of, resized
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # BLIP, arXiv 2201.12086, code: CLIP's constants
 
@@ -42,19 +42,12 @@ class VisionConfig:
             raise UserError(f"vision.width {self.width} is no multiple of vision.heads {self.heads}")
         if self.stem not in ("patch", "conv"):
             raise UserError(f"vision.stem is {self.stem!r}: use 'patch' or 'conv'")
-        if self.trunk:
-            trunk_grid(self.trunk, self.image_size)
-        elif self.image_size % self.patch_size:
-            raise UserError(
-                f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
-            )
+        grid_of(self)
 
     @property
     def grid(self) -> int:
         """Tokens per side."""
-        if self.trunk:
-            return trunk_grid(self.trunk, self.image_size)
-        return self.image_size // self.patch_size
+        return grid_of(self)
 
     @property
     def tokens(self) -> int:

@@ -35,7 +35,7 @@ from capfilt.models.common.presets import TRUNK
 from capfilt.models.common.pretrained import copy_vit
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.common.text import Embeddings, Predictions, TextConfig
-from capfilt.models.common.trunk import Seeing, resized, trunk_grid
+from capfilt.models.common.trunk import Seeing, grid_of, resized
 from capfilt.models.vilt.transport import cosine_cost, transport_distance
 
 HEADS = ("both", "match", "words", "none")
@@ -56,19 +56,12 @@ class ViltVisionConfig:
     trunk_frozen: bool = True
 
     def __post_init__(self) -> None:
-        if self.trunk:
-            trunk_grid(self.trunk, self.image_size)
-        elif self.image_size % self.patch_size:
-            raise UserError(
-                f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}"
-            )
+        grid_of(self)
 
     @property
     def grid(self) -> int:
         """Patches per side of that square."""
-        if self.trunk:
-            return trunk_grid(self.trunk, self.image_size)
-        return self.image_size // self.patch_size
+        return grid_of(self)
 
 
 @dataclass(frozen=True)
