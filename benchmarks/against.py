@@ -53,8 +53,8 @@ def measure(args: argparse.Namespace, record: Record) -> None:
     for figure in args.figures:
         both = [np.array([run[figure] for run in found[tree]]) for tree in (ROOT, there)]
         ratios = both[0] / both[1]
-        for number, (here, there, ratio) in enumerate(zip(*both, ratios, strict=True), 1):
-            print(f"{figure} {number}: here {here:.4g}, there {there:.4g}, ratio {ratio:.4f}", flush=True)
+        for number, (new, old, ratio) in enumerate(zip(*both, ratios, strict=True), 1):
+            print(f"{figure} {number}: here {new:.4g}, there {old:.4g}, ratio {ratio:.4f}", flush=True)
         medians = np.median(rng.choice(ratios, (2000, pairs)), axis=1)
         low, high = np.quantile(medians, (0.05, 0.95))
         for where, values in zip(("here", "there"), both, strict=True):
