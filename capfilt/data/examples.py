@@ -21,15 +21,19 @@ from capfilt.tables.ids import text_id
 TRAINING_SPLITS: tuple[str | None, ...] = ("train", None)
 IMAGES_NEEDED = ("image_id", "source", "captions", "status", "image")
 PAIRS_NEEDED = ("image_id", "image", "texts")
+CAPTIONS_NEEDED = ("text_id", "image_id", "text")
+PAIR_ROWS, IMAGE_ROWS, TEXT_ROWS, EXAMPLE_ROWS = "pairs", "images", "texts", "examples"
+"""The rows that a model can learn from: pictures with their texts, either alone, or a task's examples (questions with answers,
+texts or pictures with classes)."""
 _SLICE = 128  # pictures decoded together: enough to keep the threads busy, few enough to hold at once
 
 
 class Text(NamedTuple):
-    """A text of a row; `key` is its `text_id`."""
+    """A text of a row; `key` is its `text_id`, None where the row is a picture alone and the text is none."""
 
     text: str | None
     source: str
-    key: str
+    key: str | None
     weight: float = 1.0
 
 
@@ -66,6 +70,16 @@ def pair_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
     return entries
 
 
+def picture_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
+    """The pictures of rows of an images or a pairs table, each with an empty text that stands for none."""
+    return [Entry(row, [Text("", row.get("source") or "kept", None)]) for row in rows]
+
+
+def caption_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
+    """The texts of rows of a captions table."""
+    return [Entry(row, [Text(row["text"], "synthetic", row["text_id"])]) for row in rows]
+
+
 def unweighted(table: pa.Table, where: str) -> pa.Table:
     """A table of pairs as it is; UserError, naming the image and `where` it lies, where a text has a weight other than 1,
     which no training honours.
@@ -91,13 +105,19 @@ def usable(
     splits: Sequence[str | None] | None,
     skipped: Counter[str],
     deselected: Counter[str],
+    rows: str = PAIR_ROWS,
 ) -> Iterator[Entry]:
-    """The entries that can be trained on, with the texts that can; what is left out is counted by its reason."""
+    """The entries that can be trained on, with the texts that can; what is left out is counted by its reason.
+
+    `rows` says as what: a text alone needs no picture, and a picture alone no text.
+    """
     for row, texts in entries:
-        if row.get("status") not in (None, "success"):
+        if rows != TEXT_ROWS and row.get("status") not in (None, "success"):
             skipped[row.get("failure") or row["status"]] += 1
         elif splits is not None and row.get("split") not in splits:
             deselected["split"] += 1
+        elif rows == IMAGE_ROWS:
+            yield Entry(row, texts)
         elif not texts:
             deselected["no_text"] += 1
         elif good := [text for text in texts if _is_usable(text, skipped)]:

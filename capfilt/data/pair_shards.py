@@ -21,13 +21,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.data.examples import (
+    CAPTIONS_NEEDED,
+    IMAGE_ROWS,
     IMAGES_NEEDED,
+    PAIR_ROWS,
     PAIRS_NEEDED,
+    TEXT_ROWS,
     TRAINING_SPLITS,
     Entry,
     Text,
+    caption_entries,
     image_entries,
     pair_entries,
+    picture_entries,
     slices,
     unweighted,
     usable,
@@ -48,7 +54,10 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class PairInput:
-    """A part to read pairs from: of images (their found texts), of pairs, or of images joined with verdicts."""
+    """A part to read pairs from: of images (their found texts), of pairs, or of images joined with verdicts.
+
+    Texts alone come from captions as well.
+    """
 
     part: Part
     verdicts: Part | None = None
@@ -79,10 +88,13 @@ class Counted:
 
 
 class PairShards:
-    """Reads the row groups of inputs; some files and verdicts are kept open for the next look."""
+    """Reads the row groups of inputs; some files and verdicts are kept open for the next look.
 
-    def __init__(self, inputs: Sequence[PairInput]) -> None:
-        self.inputs = list(inputs)
+    `rows` says as what: pairs, or pictures or texts alone. A picture alone counts as one text.
+    """
+
+    def __init__(self, inputs: Sequence[PairInput], rows: str = PAIR_ROWS) -> None:
+        self.inputs, self.rows = list(inputs), rows
         self._files: OrderedDict[tuple[int, int], pq.ParquetFile] = OrderedDict()
         self._kept: OrderedDict[tuple[int, int], tuple[dict[str, list[Text]], int]] = OrderedDict()
 
@@ -107,28 +119,30 @@ class PairShards:
         given = self.inputs[where.source]
         file = self._file(where.source, where.shard)
         name = given.part.info["table"]
-        needed = {"images": IMAGES_NEEDED, "pairs": PAIRS_NEEDED}[name]
-        if given.verdicts is not None:
+        needed = {"images": IMAGES_NEEDED, "pairs": PAIRS_NEEDED, "captions": CAPTIONS_NEEDED}[name]
+        if given.verdicts is not None or self.rows == IMAGE_ROWS:
             needed = ("image_id", "image")
         wanted = [column for column in needed if pictures or column != "image"]
         names = set(file.schema_arrow.names)
-        optional = [column for column in ("split", "status", "failure") if column not in wanted]
+        asked = ("split", "status", "failure", *(("source",) if self.rows == IMAGE_ROWS else ()))
+        optional = [column for column in asked if column not in wanted and name != "captions"]
         table = pa.table(
             file.read_row_group(where.group, columns=[c for c in (*wanted, *optional) if c in names])
         )
-        if name == "pairs" and not pictures:
+        if name == "pairs" and not pictures and self.rows != IMAGE_ROWS:
             unweighted(table, f"{given.part.path}, shard {where.shard:05d}")
         skipped = Counter() if skipped is None else skipped
         deselected = Counter() if deselected is None else deselected
         rows = [row for some in slices([table], name, wanted, optional) for row in some]
-        if given.verdicts is not None:
+        if self.rows == IMAGE_ROWS:
+            entries = picture_entries(rows)
+        elif given.verdicts is not None:
             kept, _ = self._verdicts(where.source, where.shard)
             entries = [Entry(row, kept.get(row["image_id"], [])) for row in rows]
-        elif name == "images":
-            entries = image_entries(rows)
         else:
-            entries = pair_entries(rows)
-        return list(usable(entries, TRAINING_SPLITS, skipped, deselected))
+            made = {"images": image_entries, "pairs": pair_entries, "captions": caption_entries}
+            entries = made[name](rows)
+        return list(usable(entries, TRAINING_SPLITS, skipped, deselected, self.rows))
 
     def _file(self, number: int, shard: int) -> pq.ParquetFile:
         return _cached(
@@ -157,7 +171,7 @@ class PairShards:
     def _remembered(self, number: int, shard: int) -> Counted:
         given = self.inputs[number]
         keeper = given.verdicts or given.part
-        path = keeper.record / f"{shard:05d}.pairs.json"
+        path = keeper.record / f"{shard:05d}.{self.rows}.json"
         mark = {"rule": RULE, "rows": [_hash_of(given.part, shard), _hash_of(given.verdicts, shard)]}
         with suppress(OSError, ValueError, TypeError):
             stands = unseal(path.read_bytes())
@@ -175,7 +189,7 @@ class PairShards:
         for group in range(self._file(number, shard).num_row_groups):
             entries = self.entries(RowGroup(number, shard, group), False, skipped, deselected)
             texts.append(dict(Counter(text.source for entry in entries for text in entry.texts)))
-            images.append(len(entries))
+            images.append(0 if self.rows == TEXT_ROWS else len(entries))
         if self.inputs[number].verdicts is not None:
             kept, deselected["verdict"] = self._verdicts(number, shard)
             here = set(self._file(number, shard).read(columns=["image_id"])["image_id"].to_pylist())
@@ -188,13 +202,16 @@ def _hash_of(part: Part | None, shard: int) -> str:
     return manifest.sha256 if manifest is not None else ""
 
 
-def refusal(given: PairInput, left_out: Counter[str]) -> UserError:
-    """The error about an input that gives no training pair, with the reasons."""
+_ONE = {PAIR_ROWS: "pair", IMAGE_ROWS: "picture", TEXT_ROWS: "text"}
+
+
+def refusal(given: PairInput, left_out: Counter[str], rows: str = PAIR_ROWS) -> UserError:
+    """The error about an input that gives nothing to train on, with the reasons."""
     joined = f" with {given.verdicts.path}" if given.verdicts is not None else ""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(left_out.items()) if count)
     return UserError(
-        f"{given.part.path}{joined}: gives no training pair (left out: {reasons or 'nothing, it is empty'}); name another "
-        "part, or leave it out"
+        f"{given.part.path}{joined}: gives no training {_ONE[rows]} (left out: {reasons or 'nothing, it is empty'}); name "
+        "another part, or leave it out"
     )
 
 

@@ -1,4 +1,4 @@
-"""Pairs of a picture and a text in batches: the one source of every training on pairs, in memory or from shards.
+"""Pairs of a picture and a text in batches, and pictures or texts alone: the one source of every training on them.
 
 Which texts count is `examples.py`'s, row groups are read by `pair_shards.py`, and `loader.py` says what a batch is.
 
@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from capfilt.data.cleaning import MAX_WORDS, clean
-from capfilt.data.examples import Text
+from capfilt.data.examples import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS, Text
 from capfilt.data.images import BadImage
 from capfilt.data.loader import Batch, Index, Mix, ahead, share
 from capfilt.data.pair_shards import PairInput, PairShards, RowGroup, refusal
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, cpu_workers
-from capfilt.data.tokenizer import MAX_TOKENS, Encodes
+from capfilt.data.tokenizer import MAX_TOKENS, Encodes, NoTexts
 from capfilt.data.transforms import Views, mentions_sides, training_picture, training_uint8
 from capfilt.errors import RunError
 
@@ -88,15 +88,17 @@ class _Made:
 
 
 class Pairs:
-    """The training pairs of some parts.
+    """The training pairs of some parts, or their pictures alone, or their texts alone.
 
     Args:
         inputs: the parts.
+        rows: PAIR_ROWS, IMAGE_ROWS or TEXT_ROWS of `capfilt.data.examples`. A batch of pictures alone has no ids (int64
+            [B, 0]); a batch of texts alone has neither pixels nor features.
         size: side of the pictures in pixels.
         cache: bytes of decoded pictures that stay in memory; 0 reads each picture whenever it is needed.
         workers: processes that decode; 0 decodes in threads of this one.
 
-    `len()` is the number of texts. Raises UserError for a part without such a column, or that gives no pair.
+    `len()` is the number of texts, or of pictures alone. Raises UserError for a part without such a column, or that gives no pair.
     """
 
     def __init__(
@@ -104,11 +106,12 @@ class Pairs:
         inputs: Sequence[PairInput],
         *,
         size: int,
+        rows: str = PAIR_ROWS,
         cache: int = MEMORY_LIMIT,
         workers: int = 0,
     ) -> None:
-        self.size, self._cache, self._workers = size, cache, workers
-        self._shards = PairShards(inputs)
+        self.size, self.rows, self._cache, self._workers = size, rows, cache, workers
+        self._shards = PairShards(inputs, rows)
         self._skipped, self._deselected = Counter[str](), Counter[str]()
         self._groups: list[RowGroup] = []
         texts: list[dict[str, int]] = []
@@ -144,11 +147,13 @@ class Pairs:
         """Raise UserError where an input has no pair, or none with a picture that decodes."""
         for group, where in enumerate(self._groups):
             if where.source == number and self._counts[""][group]:
+                if self.rows == TEXT_ROWS:
+                    return
                 data = self._read(group).data
                 if any(isinstance(self._square(data[key]), np.ndarray) for key in data):
                     return
                 left_out["no_picture"] += len(data)
-        raise refusal(self._shards.inputs[number], left_out)
+        raise refusal(self._shards.inputs[number], left_out, self.rows)
 
     def __len__(self) -> int:
         return int(self._first_text[-1])
@@ -180,8 +185,8 @@ class Pairs:
                     yield entry.row["image_id"], text
 
     def texts(self) -> Iterator[str]:
-        """The texts as found, in that order."""
-        return (text.text or "" for _, text in self.identities())
+        """The texts as found, in that order; none where pictures are alone."""
+        return (text.text or "" for _, text in self.identities() if self.rows != IMAGE_ROWS)
 
     @torch.no_grad()
     def with_features(self, compute: Callable[[Tensor], Tensor]) -> None:
@@ -243,6 +248,8 @@ class Pairs:
         """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
+        if self.rows == IMAGE_ROWS:
+            tokenizer, prompt = NoTexts(), ""
         mix = Mix(set(self._sources), mixing, seed)
         window = max(WINDOW, WINDOW_BATCHES * batch_size)
         orders = [
@@ -258,7 +265,14 @@ class Pairs:
         requests = self._requests(plan, mix.sources, math.ceil(reach) + 1)
         remembers = self._cache > 0 and not self._workers
         work = _Assemble(
-            tokenizer, self.size, max_text_tokens, max_words, prompt, views, {} if remembers else None
+            tokenizer,
+            self.size,
+            max_text_tokens,
+            max_words,
+            prompt,
+            views,
+            {} if remembers else None,
+            self.rows,
         )
         return self._deliver(work, requests)
 
@@ -271,13 +285,14 @@ class Pairs:
         return _decoded(data, lambda: training_picture(data, self.size))
 
     def _read(self, group: int) -> _Group:
-        """A row group from its shard, with all pictures that are not known to be broken."""
+        """A row group from its shard, with all pictures that are wanted and not known to be broken."""
         place, picture = int(self._first_text[group]), int(self._first_picture[group])
         examples: dict[str, list[_Example]] = {"": []}
         data = {}
-        for entry in self._shards.entries(self._groups[group], True):
+        seen = self.rows != TEXT_ROWS
+        for entry in self._shards.entries(self._groups[group], seen):
             image_id = entry.row["image_id"]
-            if picture not in self._broken:
+            if seen and picture not in self._broken:
                 data[picture] = (entry.row["image"] or {}).get("bytes") or b""
             for text in entry.texts:
                 one = _Example(place, picture, image_id, text.text or "", text.weight)
@@ -352,7 +367,7 @@ class Pairs:
                 pictures[one.picture] = self._broken[one.picture]
             elif one.picture in self._cached:
                 pictures[one.picture] = self._cached[one.picture]
-            else:  # nothing where features stand for it
+            elif self.rows != TEXT_ROWS:  # nothing where features stand for it
                 pictures[one.picture] = group.data.get(one.picture, b"")
         features = None
         if self._features is not None:
@@ -494,6 +509,7 @@ class _Assemble(Dataset[_Made]):
     prompt: str
     views: Views | None
     known: dict[int, _Read] | None
+    rows: str = PAIR_ROWS
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -507,7 +523,8 @@ class _Assemble(Dataset[_Made]):
         texts = self._read(request.examples)
         shown: list[Pixels | None] = [None] * len(request.examples)
         broken = {key: found for key, found in request.pictures.items() if isinstance(found, str)}
-        if features is None:
+        seen = self.rows != TEXT_ROWS
+        if features is None and seen:
             rows_of: dict[int, list[int]] = {}
             for row, example in enumerate(request.examples):
                 rows_of.setdefault(example.picture, []).append(row)
@@ -524,7 +541,7 @@ class _Assemble(Dataset[_Made]):
                     for row, view in zip(rows, found, strict=True):
                         shown[row] = view
         good = [row for row, each in enumerate(request.examples) if each.picture not in broken]
-        if len(good) < min(2, len(request.examples)):
+        if seen and len(good) < min(2, len(request.examples)):
             first = request.examples[0].image_id
             reasons = dict(Counter(broken.values()))
             return _Made(
@@ -536,7 +553,7 @@ class _Assemble(Dataset[_Made]):
         examples = [request.examples[row] for row in good]
         ids, mask = self.tokenizer.pad([texts[row][0] for row in good], None)
         pixels = None
-        if features is None:
+        if features is None and seen:
             pixels = torch.from_numpy(np.stack([view for view in shown if view is not None]))
         batch = Batch(
             ids=ids,
