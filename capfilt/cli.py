@@ -25,7 +25,7 @@ from typer.core import TyperCommand
 
 from capfilt import commands
 from capfilt.errors import RunError, UserError
-from capfilt.options import INPUTS, PANELS, PARTS, REQUIRED, panel_of
+from capfilt.options import INPUTS, PANELS, PARTS, REQUIRED, offered, panel_of
 from capfilt.stages.command import StageCommand
 from capfilt.stages.registry import STAGES, installed, stage_command, stages
 from capfilt.tables.visible import say, visible
@@ -42,7 +42,7 @@ def _parameters(command: StageCommand) -> list[inspect.Parameter]:
     found: dict[str, tuple[Any, Any]] = {"context": (typer.Context, inspect.Parameter.empty)}
     # The argument, inputs and the rest, whichever class declares them.
     for field in sorted(
-        dataclasses.fields(command.options),
+        offered(command.options),
         key=lambda each: (each.name != command.positional, each.metadata["kind"] not in (*PARTS, "model")),
     ):
         kind: Any = hints[field.name]
@@ -99,7 +99,7 @@ def _shared(command: StageCommand) -> dict[str, tuple[Any, Any]]:
         out = typer.Option("--out", help=text, show_default=False, rich_help_panel=INPUTS)
         shared["out"] = (Annotated[str, out], "")
     shared["workspace"] = (commands.WORKSPACE, ".")
-    if any(field.metadata["kind"] in PARTS for field in dataclasses.fields(command.options)):
+    if any(field.metadata["kind"] in PARTS for field in offered(command.options)):
         shared["allow_incomplete"] = (commands.ALLOW_INCOMPLETE, False)
     over = typer.Option(
         "--overwrite", help="first remove the output that stands, after asking", rich_help_panel=INPUTS
@@ -138,7 +138,7 @@ class _Panelled(TyperCommand):
 
 
 def _command_class(command: StageCommand) -> type[_Panelled]:
-    rare = {field.name for field in dataclasses.fields(command.options) if field.metadata["rare"]}
+    rare = {field.name for field in offered(command.options) if field.metadata["rare"]}
     return type("Command", (_Panelled,), {"rare": frozenset(rare | {"allow_incomplete", "yes"})})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import Field, field, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from capfilt.errors import UserError
 
@@ -99,6 +99,11 @@ def missing(options: Any) -> list[str]:
     return [name for name in open_ if not getattr(options, fields[name].metadata["unless"] or "_", "")]
 
 
+def offered(options: Any) -> list[Field[Any]]:
+    """The fields that are options of a dataclass of them."""
+    return [each for each in fields(options) if each.name not in getattr(options, "without", ())]
+
+
 class Checked:
     """Options that are what their metadata allows: making others raises UserError.
 
@@ -106,10 +111,15 @@ class Checked:
     """
 
     panel = INPUTS
+    without: ClassVar[frozenset[str]] = frozenset()
+    """Options that mean nothing here: no flag, no key of a recipe, and nothing but their default."""
 
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]
-            check(each, getattr(self, each.name))
+            value = getattr(self, each.name)
+            if each.name in self.without and value != each.default:
+                raise UserError(f"--{each.name.replace('_', '-')} {value}: does not apply here; remove it")
+            check(each, value)
 
 
 class Remembering(Checked):

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from capfilt.errors import MissingInput, UserError, naming
 from capfilt.execution.run import Executor, SharedExecutor, Summary, executor, outlook, run_command
-from capfilt.options import missing
+from capfilt.options import missing, offered
 from capfilt.resources import find_recipe
 from capfilt.stages.registry import stage_command
 from capfilt.tables.publish import replace
@@ -203,7 +203,7 @@ def _fill(value: Any, values: dict[str, Any]) -> Any:
 
 def _options(step: Step, chosen: dict[str, Any]) -> Any:
     kind = stage_command(step.stage).options
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in offered(kind)}
     for name in chosen:
         if name not in fields:
             raise UserError(

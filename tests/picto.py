@@ -9,7 +9,8 @@ from tests.plugins.packages import install, use
 
 RECORD = """
 from dataclasses import dataclass
-from capfilt.models.family import PAIR_ROWS, RETRIEVAL, Family, Kind
+from capfilt.data.rows import PAIR_ROWS
+from capfilt.models.family import RETRIEVAL, Family, Kind
 from capfilt.options import Checked, option
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class ReadingOptions(Options):
 
 PICTO = Family(
     "picto", "picto.model",
-    (Kind("picto", "picto.model:PictoConfig", "picto.model:Picto", "Picto", "sees pictures", PAIR_ROWS, "as-found", "",
+    (Kind("picto", "picto.model:PictoConfig", "picto.model:Picto", "Picto", "sees pictures", (PAIR_ROWS,), "as-found", "",
           parts={"vision": ("visual_encoder",), "head": ("head",)}),),
     Options, ("tiny",), ("loss",),
 )
 READER = Family(
     "reader", "picto.reading",
-    (Kind("reader-base", "picto.model:ReaderConfig", "picto.model:Reader", "Reader", "embeds texts", PAIR_ROWS, "as-found",
+    (Kind("reader-base", "picto.model:ReaderConfig", "picto.model:Reader", "Reader", "embeds texts", (PAIR_ROWS,), "as-found",
           learns={RETRIEVAL: "picto.model:objective"},
           parts={"vision": ("visual_encoder",), "words": ("words",)}),),
     ReadingOptions, ("reading",), ("loss",), starts={"picto": "picto.model:begun", "blip": "picto.model:begun"},

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.data.cleaning import clean
+from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.errors import UserError
 from capfilt.tables.contracts import CONTRACTS, MAX_TEXT_CHARACTERS
 from capfilt.tables.ids import text_id
@@ -22,9 +23,6 @@ TRAINING_SPLITS: tuple[str | None, ...] = ("train", None)
 IMAGES_NEEDED = ("image_id", "source", "captions", "status", "image")
 PAIRS_NEEDED = ("image_id", "image", "texts")
 CAPTIONS_NEEDED = ("text_id", "image_id", "text")
-PAIR_ROWS, IMAGE_ROWS, TEXT_ROWS, EXAMPLE_ROWS = "pairs", "images", "texts", "examples"
-"""The rows that a model can learn from: pictures with their texts, either alone, or a task's examples (questions with answers,
-texts or pictures with classes)."""
 _SLICE = 128  # pictures decoded together: enough to keep the threads busy, few enough to hold at once
 
 

@@ -22,11 +22,8 @@ import pyarrow.parquet as pq
 
 from capfilt.data.examples import (
     CAPTIONS_NEEDED,
-    IMAGE_ROWS,
     IMAGES_NEEDED,
-    PAIR_ROWS,
     PAIRS_NEEDED,
-    TEXT_ROWS,
     TRAINING_SPLITS,
     Entry,
     Text,
@@ -38,6 +35,7 @@ from capfilt.data.examples import (
     unweighted,
     usable,
 )
+from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.errors import RunError, UserError
 from capfilt.tables.publish import replace
 from capfilt.tables.sealed import seal, unseal

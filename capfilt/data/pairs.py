@@ -28,10 +28,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from capfilt.data.cleaning import MAX_WORDS, clean
-from capfilt.data.examples import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS, Text
+from capfilt.data.examples import Text
 from capfilt.data.images import BadImage
 from capfilt.data.loader import Batch, Index, Mix, ahead, share
 from capfilt.data.pair_shards import PairInput, PairShards, RowGroup, refusal
+from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, cpu_workers
 from capfilt.data.tokenizer import MAX_TOKENS, Encodes, NoTexts
 from capfilt.data.transforms import Views, mentions_sides, training_picture, training_uint8
@@ -98,7 +99,7 @@ class Pairs:
         cache: bytes of decoded pictures that stay in memory; 0 reads each picture whenever it is needed.
         workers: processes that decode; 0 decodes in threads of this one.
 
-    `len()` is the number of texts, or of pictures alone. Raises UserError for a part without such a column, or that gives no pair.
+    `len()` is the number of texts, or of pictures alone. Raises UserError for a part without such a column, or that gives none.
     """
 
     def __init__(

@@ -13,11 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from capfilt.data.rows import IMAGE_ROWS, ROWS
 from capfilt.errors import UserError
-
-PAIR_ROWS, EXAMPLE_ROWS = "pairs", "examples"
-"""The rows that a model learns from: pictures with their texts, or a task's examples (questions with answers, texts or
-pictures with classes)."""
 
 RETRIEVAL, CAPTIONING = "retrieval", "captioning"
 """The finetunings of a pretrained model on pairs."""
@@ -103,7 +100,8 @@ class Kind:
         config_path, model_path: the classes, each as "module:Class".
         who: its name in messages.
         does: its use, as a verb after its name.
-        rows: the rows it learns from, PAIR_ROWS or EXAMPLE_ROWS.
+        rows: the kinds of rows it learns from, of `capfilt.data.rows`. Of several, each step has a batch of each, and epochs
+            are those of the first.
         tokenizer_name: one of TOKENIZERS; "": the model has no text side, and its checkpoints no tokenizer.json.
         cleaning: how the released code cleans its texts, one of `capfilt.data.cleaning.CLEANINGS`.
         starts: by a task's form, the function that makes the task's model of this model, as "module:function": (model, seed=,
@@ -119,7 +117,7 @@ class Kind:
     model_path: str
     who: str
     does: str
-    rows: str
+    rows: tuple[str, ...]
     cleaning: str
     tokenizer_name: str = "wordpiece"
     starts: Mapping[str, str] = field(default_factory=dict)
@@ -160,7 +158,8 @@ class Family:
     Attributes:
         name: the word that calls it: `capfilt retrain NAME`.
         code: the module with its `PRESETS` (name to config) and its `objective`: (model, tokenizer, options, ranks) -> a torch
-            module with `losses(batch, alpha, hardness)`, a dict of fp32 scalars with "loss", and `blocks()`. It may have
+            module with `losses(batch, alpha, hardness)`, a dict of fp32 scalars with "loss", and `blocks()`. Where the kind
+            learns from several kinds of rows, `batch[rows]` is the batch of one of them. It may have
             `configured(config, options)`, the config that options ask for, and `start_vision` and `start_text`, (model,
             directory), which fill a tower with published weights.
         kinds: its classes of models, the pretrained one first.
@@ -202,6 +201,16 @@ class Family:
         if {*self.part("PRESETS")} != {*self.presets}:
             raise UserError(f"model family {self.name}: its PRESETS are not {', '.join(self.presets)}")
         for kind in self.kinds:
+            if not kind.rows or {*kind.rows} - {*ROWS}:
+                raise UserError(
+                    f"model family {self.name}: {kind.who} learns from {', '.join(kind.rows) or 'no rows'}; choose "
+                    f"{', '.join(ROWS)}"
+                )
+            if kind.rows == (IMAGE_ROWS,) and kind.tokenizer_name:
+                raise UserError(
+                    f"model family {self.name}: {kind.who} learns from {IMAGE_ROWS} alone, which have no "
+                    f"texts for its tokenizer {kind.tokenizer_name!r}; give it none"
+                )
             config, model = self._found(kind.config_path), self._found(kind.model_path)
             self._check(config, CONFIG)
             self._check(model, ("abilities",))

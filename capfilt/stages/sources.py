@@ -1,4 +1,4 @@
-"""The rows that a training learns from: pairs of a picture and a text, or a task's examples.
+"""The rows that a training learns from: pairs of a picture and a text, either alone, or a task's examples.
 
 Which rows make a batch is decided in `capfilt/data/`. Not here: where the model comes from (`starts.py`), the training
 (`training.py`).
@@ -18,11 +18,12 @@ import torch
 from capfilt.data.loader import Batch
 from capfilt.data.pair_shards import PairInput
 from capfilt.data.pairs import Pairs
+from capfilt.data.rows import EXAMPLE_ROWS, IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
+from capfilt.data.several import Several, StepBatch
 from capfilt.data.store import MEMORY_LIMIT
 from capfilt.data.task_corpus import NEEDED, TaskCorpus, from_examples, task_batches
 from capfilt.errors import UserError
 from capfilt.models import Model
-from capfilt.models.family import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
@@ -44,7 +45,7 @@ class Data(Protocol):
     def deselected(self) -> Mapping[str, int]:
         """Rows left out without a fault, by reason."""
 
-    def batches(self, *given: Any, **options: Any) -> Iterator[Batch]:
+    def batches(self, *given: Any, **options: Any) -> Iterator[Batch] | Iterator[StepBatch]:
         """This rank's share of batches, of a tokenizer and a batch size; options: `seed`, `steps`, `start_step`, `rank`,
         `world`, `parts`, `max_text_tokens`, `max_words`, `views`, and those of the source's `feed`.
         """
@@ -57,7 +58,7 @@ class Source(ABC, Generic[D]):
     """Rows to train on.
 
     Attributes:
-        rows: their kind, one of `capfilt.models.family`.
+        rows: their kind, one of `capfilt.data.rows`; of several, those after one another.
         unit: their name in messages.
     """
 
@@ -80,6 +81,10 @@ class Source(ABC, Generic[D]):
         """Further options of the data's `batches`."""
         return {}
 
+    def exposed(self, data: D) -> int:
+        """How many rows `named` names."""
+        return len(data)
+
     def prepare(self, data: D, model: Model, where: torch.device) -> None:
         """Change the data for a model that is on its device, before the first batch."""
 
@@ -98,16 +103,14 @@ class Source(ABC, Generic[D]):
         return 0, iter(())
 
 
-class PairSource(Source[Pairs]):
-    """Pairs of images parts (human and web), of pairs parts, and of images parts joined with verdicts."""
+class RowSource(Source[Pairs]):
+    """Rows of parts of tables, of one kind; `pair_inputs` are the parts."""
 
-    rows, unit = PAIR_ROWS, "texts"
+    pair_inputs: list[PairInput]
+    memory = MEMORY_LIMIT
 
-    def __init__(self, options: Any, workspace: Workspace, prompt: str = "") -> None:
-        self.options, self.prompt = options, prompt
-        if not any(getattr(options, name, ()) for name in ("human", "web", "pairs", "verdicts")):
-            raise UserError("give at least one part to train on (--human)")
-        shares(options.mix)
+    def __init__(self, options: Any) -> None:
+        self.options = options
         cached = options.cache_features
         for name, wrong, why in (
             ("stream", options.stream and cached, "features are cached for pictures that are held"),
@@ -118,6 +121,50 @@ class PairSource(Source[Pairs]):
                 raise UserError(f"--{name} and --cache-features: {why}")
         if options.loader_workers and not options.stream:
             raise UserError(f"--loader-workers {options.loader_workers}: only with --stream")
+
+    def inputs(self) -> list[Part]:
+        both = ((each.part, each.verdicts) for each in self.pair_inputs)
+        return [part for part in itertools.chain(*both) if part is not None]
+
+    def outlook(self) -> str:
+        return f"{sum(part.rows for part in self.inputs()):,} images"
+
+    def data(self, size: int) -> Pairs:
+        o = self.options
+        cache = 0 if o.stream else self.memory
+        return Pairs(self.pair_inputs, size=size, rows=self.rows, cache=cache, workers=o.loader_workers)
+
+    def prepare(self, data: Pairs, model: Model, where: torch.device) -> None:
+        if not self.options.cache_features or self.rows == TEXT_ROWS:
+            return
+        vision = model.config.vision
+        if not (getattr(vision, "trunk", "") and vision.trunk_frozen):
+            raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
+        data.with_features(lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)))
+
+    def account(self, data: Pairs) -> dict[str, Any]:
+        pictures = {} if self.rows == TEXT_ROWS else {"images": data.pictures}
+        texts = {} if self.rows == IMAGE_ROWS else {"texts": len(data)}
+        return {**texts, **pictures, "by_source": data.texts_by_source()}
+
+    def named(self, data: Pairs) -> Iterator[pa.Table]:
+        texts = ((text.key, image_id, text.source) for image_id, text in data.identities())
+        schema = pa.schema([(name, pa.string()) for name in ("text_id", "image_id", "source")])
+        while some := list(itertools.islice(texts, NAMED)):
+            yield pa.table(dict(zip(schema.names, zip(*some, strict=True), strict=True)), schema=schema)
+
+
+class PairSource(RowSource):
+    """Pairs of images parts (human and web), of pairs parts, and of images parts joined with verdicts."""
+
+    rows, unit = PAIR_ROWS, "texts"
+
+    def __init__(self, options: Any, workspace: Workspace, prompt: str = "") -> None:
+        if not any(getattr(options, name, ()) for name in ("human", "web", "pairs", "verdicts")):
+            raise UserError("give at least one part to train on (--human)")
+        shares(options.mix)
+        super().__init__(options)
+        self.prompt = prompt
         self.human = [workspace.input("images", name).check() for name in options.human]
         self.web = [workspace.input("images", name).check() for name in getattr(options, "web", ())]
         self.pairs = [workspace.input("pairs", name).check() for name in getattr(options, "pairs", ())]
@@ -133,40 +180,74 @@ class PairSource(Source[Pairs]):
                 )
             )
 
-    def inputs(self) -> list[Part]:
-        return [*self.human, *self.web, *self.pairs, *itertools.chain(*self.joined)]
-
-    def outlook(self) -> str:
-        return f"{sum(part.rows for part in self.inputs()):,} images"
-
-    def pair_inputs(self) -> list[PairInput]:
-        """The parts with the pairs."""
-        joined = [PairInput(images, verdicts) for images, verdicts in self.joined]
-        return [*(PairInput(part) for part in (*self.human, *self.web, *self.pairs)), *joined]
-
-    def data(self, size: int) -> Pairs:
-        o = self.options
-        cache = 0 if o.stream else MEMORY_LIMIT
-        return Pairs(self.pair_inputs(), size=size, cache=cache, workers=o.loader_workers)
+        whole = [PairInput(part) for part in (*self.human, *self.web, *self.pairs)]
+        self.pair_inputs = [*whole, *(PairInput(images, verdicts) for images, verdicts in self.joined)]
 
     def feed(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "mixing": shares(self.options.mix)}
 
-    def prepare(self, data: Pairs, model: Model, where: torch.device) -> None:
-        if not self.options.cache_features:
-            return
-        vision = model.config.vision
-        if not (getattr(vision, "trunk", "") and vision.trunk_frozen):
-            raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
-        data.with_features(lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)))
 
-    def account(self, data: Pairs) -> dict[str, Any]:
-        return {"texts": len(data), "images": data.pictures, "by_source": data.texts_by_source()}
+class AloneSource(RowSource):
+    """Pictures alone, of images and pairs parts, or texts alone, of captions parts too."""
 
-    def named(self, data: Pairs) -> Iterator[pa.Table]:
-        texts = ((text.key, image_id, text.source) for image_id, text in data.identities())
-        while some := list(itertools.islice(texts, NAMED)):
-            yield pa.table(dict(zip(("text_id", "image_id", "source"), zip(*some, strict=True), strict=True)))
+    def __init__(self, options: Any, workspace: Workspace, rows: str) -> None:
+        super().__init__(options)
+        self.rows, self.unit = rows, "pictures" if rows == IMAGE_ROWS else "texts"
+        tables = ("images", "pairs", "captions")[: 2 if rows == IMAGE_ROWS else 3]
+        names = getattr(options, rows)
+        if not names:
+            raise UserError(f"give at least one part of {rows} (--{rows})")
+        self.pair_inputs = []
+        for name in names:
+            table, slash, rest = name.partition("/")
+            found = (table, rest) if slash and table in tables else ("images", name)
+            self.pair_inputs.append(PairInput(workspace.input(*found).check()))
+
+
+class SeveralSource(Source[Several]):
+    """Rows of several kinds, of a source each; every step has a batch of each kind."""
+
+    def __init__(self, sources: Sequence[RowSource]) -> None:
+        self.sources = {source.rows: source for source in sources}
+        self.rows, self.unit = " and ".join(self.sources), "rows of each kind"
+        for source in sources:
+            source.memory = MEMORY_LIMIT // len(sources)
+
+    def inputs(self) -> list[Part]:
+        return [part for source in self.sources.values() for part in source.inputs()]
+
+    def outlook(self) -> str:
+        return ", ".join(f"{source.outlook()} for {rows}" for rows, source in self.sources.items())
+
+    def data(self, size: int) -> Several:
+        return Several({rows: source.data(size) for rows, source in self.sources.items()})
+
+    def feed(self) -> dict[str, Any]:
+        return {"feeds": {rows: source.feed() for rows, source in self.sources.items()}}
+
+    def exposed(self, data: Several) -> int:
+        return data.rows
+
+    def prepare(self, data: Several, model: Model, where: torch.device) -> None:
+        for rows, source in self.sources.items():
+            source.prepare(data.of[rows], model, where)
+
+    def account(self, data: Several) -> dict[str, Any]:
+        return {rows: source.account(data.of[rows]) for rows, source in self.sources.items()}
+
+    def named(self, data: Several) -> Iterator[pa.Table]:
+        for rows, source in self.sources.items():
+            for table in source.named(data.of[rows]):
+                yield table.add_column(0, "rows", pa.array([rows] * table.num_rows))
+
+
+def rows_source(rows: Sequence[str], options: Any, workspace: Workspace) -> Source[Any]:
+    """The source of the kinds of rows that a family's model learns from."""
+    sources = [
+        PairSource(options, workspace) if each == PAIR_ROWS else AloneSource(options, workspace, each)
+        for each in rows
+    ]
+    return sources[0] if len(sources) == 1 else SeveralSource(sources)
 
 
 class ExampleSource(Source[TaskCorpus]):

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from capfilt.data.cleaning import OF_QUESTIONS, trained
+from capfilt.data.rows import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.errors import UserError
 from capfilt.models import Model, build, checkpoint, kind_named, kind_of, kinds
-from capfilt.models.family import ANSWERS, CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, Family, Kind, found
+from capfilt.models.family import ANSWERS, CLASSES, PAIRS, Family, Kind, found
 from capfilt.tables.contracts import LABELS
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.workspace import Workspace
@@ -133,13 +134,15 @@ class Checkpoint(Start):
         image_size: int,
         able: Callable[[Kind], bool],
         stage: str,
-        rows: str = PAIR_ROWS,
+        rows: tuple[str, ...] = (PAIR_ROWS,),
     ) -> None:
         self.path, self.name = workspace.model(name), name
         made = checkpoint.read_config(self.path)
         self.kind = kind_named(str(made["model_type"]))
         if not able(self.kind):
-            other = f", which learns from {self.kind.rows}, and {stage} reads {rows}"
+            other = (
+                f", which learns from {' and '.join(self.kind.rows)}, and {stage} reads {' and '.join(rows)}"
+            )
             why = other if self.kind.rows != rows else ""
             known = " or ".join(each.one for each in kinds() if able(each))
             raise UserError(f"--init {self.path}: is {self.kind.one}{why}; start from {known}")
@@ -165,7 +168,9 @@ class Foreign(Checkpoint):
     def __init__(self, family: Family, workspace: Workspace, options: Any, stage: str) -> None:
         self.family, self.own, self.options = family, family.kinds[0], options
         able = (self.own.name, *family.starts)
-        super().__init__(workspace, options.init, options.image_size, lambda kind: kind.name in able, stage)
+        super().__init__(
+            workspace, options.init, options.image_size, lambda kind: kind.name in able, stage, self.own.rows
+        )
         self.mapped = self.kind.name != self.own.name
         self.new_vocabulary = self.mapped and self.own.tokenizer_name != self.kind.tokenizer_name
 
@@ -207,7 +212,7 @@ class ForTask(Checkpoint):
             options.image_size,
             lambda kind: form in (*kind.starts, *kind.forms),
             stage,
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
         )
 
     def becomes(self) -> Kind:

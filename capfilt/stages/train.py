@@ -17,7 +17,7 @@ from capfilt.models import Model, family_named, family_of
 from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
-from capfilt.stages.sources import PairSource
+from capfilt.stages.sources import PairSource, rows_source
 from capfilt.stages.starts import Checkpoint, Foreign, Preset, Start
 from capfilt.stages.training import Train
 from capfilt.stages.training_options import (
@@ -46,7 +46,7 @@ class Pretrain(Train):
         self.family.check()
         # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
         start: Start | None = None if getattr(options, "init", "") else Preset(self.family, options)
-        source = PairSource(options, workspace)
+        source = rows_source(self.family.kinds[0].rows, options, workspace)
         if start is None:
             start = Foreign(self.family, workspace, options, self.name)
         self.compose(source, start)

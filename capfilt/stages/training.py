@@ -326,7 +326,7 @@ class Train(ModelStage):
             tensorboard_path=self.output / "tensorboard" if o.tensorboard else None,
             state_path=state_path if o.save_every else None,
             fingerprint=self.fingerprint(),
-            examples=len(data),
+            examples=self.source.exposed(data),
             ranks=ranks,
             shard=o.shard,
         )

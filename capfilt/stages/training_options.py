@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, ClassVar
 
+from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.errors import UserError
 from capfilt.models import families
 from capfilt.models.blip import FAMILY as BLIP
@@ -271,6 +272,12 @@ class RetrainOptions(OptimisationOptions, ModelOptions):
     verdicts: tuple[str, ...] = option(
         (), "IMAGES=VERDICTS: images part with its verdicts part, instead of pairs; repeatable", panel=INPUTS
     )
+    images: tuple[str, ...] = option(
+        (), "part of pictures alone: of images, or pairs/NAME; repeatable", kind="images", later=True
+    )
+    texts: tuple[str, ...] = option(
+        (), "part of texts alone: images, pairs/NAME, captions/NAME; repeatable", kind="images", later=True
+    )
     init: str = option("", "checkpoint to start from, in place of a new model", kind="model")
     out: str = option("retrained", "name of the checkpoint to write")
 
@@ -299,13 +306,33 @@ def _made(family: Family) -> Any:
         [("preset", "str", preset)],
         bases=(family.options, RetrainOptions),
         frozen=True,
-        namespace={"family": family.name},
+        namespace={"family": family.name, "without": without(family.kinds[0].rows)},
     )
-    made.__doc__ = f"Step 3: train {family.kinds[0].one} on human, kept web and kept synthetic pairs."
+    made.__doc__ = f"Step 3: train {family.kinds[0].one} on {_LEARNED[family.kinds[0].rows[0]]}."
     # Other processes unpickle options by the name of their class.
     made.__module__ = __name__
     globals()[name] = made
     return made
+
+
+_LEARNED = {
+    PAIR_ROWS: "human, kept web and kept synthetic pairs",
+    IMAGE_ROWS: "pictures",
+    TEXT_ROWS: "texts",
+}
+
+
+def without(rows: tuple[str, ...]) -> frozenset[str]:
+    """The options of `RetrainOptions` that mean nothing to a model which learns from such rows."""
+    left = {IMAGE_ROWS, TEXT_ROWS} - {*rows}
+    if PAIR_ROWS not in rows:
+        left |= {"human", "web", "pairs", "verdicts", "mix"}
+    if not {PAIR_ROWS, IMAGE_ROWS} & {*rows}:
+        pictures = ("image_size", "patch_size", "cache_features")
+        left |= {*pictures, *(each.name for each in fields(AugmentationOptions))}
+    if not {PAIR_ROWS, TEXT_ROWS} & {*rows}:
+        left |= {"vocab", "vocab_size", "max_text_tokens", "max_words"}
+    return frozenset(left)
 
 
 def _class_of(family: str) -> str:

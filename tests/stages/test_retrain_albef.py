@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from capfilt.data.rows import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_command, run_stage
 from capfilt.models import FAMILIES, build, checkpoint, kinds, preset
 from capfilt.models.albef.model import Albef
 from capfilt.models.albef.tasks import AlbefClassifier, AlbefNlvr, AlbefVqa, vqa_from_albef
-from capfilt.models.family import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.stages.caption import CaptionOptions
 from capfilt.stages.caption.stage import CaptionStage
 from capfilt.stages.evaluate import EvaluateOptions
@@ -126,9 +126,11 @@ def test_a_model_of_other_rows_is_refused_before_any_is_read(pretrained, tmp_pat
 
 
 def test_what_retrain_offers_are_the_models_that_learn_from_pairs():
-    assert {kind.name for kind in kinds() if kind.rows == PAIR_ROWS} == {family.name for family in FAMILIES}
-    assert {kind.rows for kind in kinds() if kind.forms} == {EXAMPLE_ROWS}
-    assert all(kind.forms for kind in kinds() if kind.rows == EXAMPLE_ROWS)
+    assert {kind.name for kind in kinds() if kind.rows == (PAIR_ROWS,)} == {
+        family.name for family in FAMILIES
+    }
+    assert {kind.rows for kind in kinds() if kind.forms} == {(EXAMPLE_ROWS,)}
+    assert all(kind.forms for kind in kinds() if kind.rows == (EXAMPLE_ROWS,))
 
 
 def finetune(place, words, **options):

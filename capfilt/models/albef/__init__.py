@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from capfilt.data.rows import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.models.common.options import MomentumOptions, TowerOptions
-from capfilt.models.family import ANSWERS, CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, RETRIEVAL, Family, Kind
+from capfilt.models.family import ANSWERS, CLASSES, PAIRS, RETRIEVAL, Family, Kind
 from capfilt.options import option
 
 _CODE, _TASKS = "capfilt.models.albef.model", "capfilt.models.albef.tasks"
@@ -38,7 +39,7 @@ FAMILY = Family(
             f"{_CODE}:Albef",
             "ALBEF",
             "embeds and matches pictures and texts",
-            PAIR_ROWS,
+            (PAIR_ROWS,),
             "albef",
             learns={RETRIEVAL: f"{_CODE}:retrieval"},
             starts={
@@ -53,7 +54,7 @@ FAMILY = Family(
             f"{_TASKS}:AlbefVqa",
             "ALBEF for questions",
             "answers questions",
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
             "albef-questions",
             forms=(ANSWERS,),
         ),
@@ -63,7 +64,7 @@ FAMILY = Family(
             f"{_TASKS}:AlbefNlvr",
             "ALBEF for statements",
             "judges statements about pictures",
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
             "albef",
             starts={PAIRS: f"{_TASKS}:nlvr_from_albef"},
             forms=(PAIRS,),
@@ -74,7 +75,7 @@ FAMILY = Family(
             f"{_TASKS}:AlbefClassifier",
             "ALBEF with a classifier",
             "classifies pictures with texts",
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
             "albef",
             starts={CLASSES: f"{_TASKS}:classifier_from_albef"},
             forms=(CLASSES,),

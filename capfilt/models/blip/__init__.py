@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from capfilt.data.rows import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.models.common.options import MomentumOptions, TowerOptions
-from capfilt.models.family import (
-    ANSWERS,
-    CAPTIONING,
-    CLASSES,
-    EXAMPLE_ROWS,
-    PAIR_ROWS,
-    PAIRS,
-    RETRIEVAL,
-    Family,
-    Kind,
-)
+from capfilt.models.family import ANSWERS, CAPTIONING, CLASSES, PAIRS, RETRIEVAL, Family, Kind
 from capfilt.options import option
 
 _CODE, _TASKS = "capfilt.models.blip.model", "capfilt.models.blip.tasks"
@@ -40,7 +31,7 @@ FAMILY = Family(
             f"{_CODE}:Blip",
             "BLIP",
             "captions and scores",
-            PAIR_ROWS,
+            (PAIR_ROWS,),
             "blip",
             learns={CAPTIONING: f"{_CODE}:captioning", RETRIEVAL: f"{_CODE}:retrieval"},
             starts={
@@ -55,7 +46,7 @@ FAMILY = Family(
             f"{_TASKS}:BlipVqa",
             "BLIP for questions",
             "answers questions",
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
             "blip-questions",
             forms=(ANSWERS,),
         ),
@@ -65,7 +56,7 @@ FAMILY = Family(
             f"{_TASKS}:BlipNlvr",
             "BLIP for statements",
             "judges statements about pictures",
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
             "blip",
             forms=(PAIRS,),
         ),
@@ -75,7 +66,7 @@ FAMILY = Family(
             f"{_TASKS}:BlipClassifier",
             "BLIP with a classifier",
             "classifies pictures with texts",
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
             "blip",
             starts={CLASSES: f"{_TASKS}:classifier_from_blip"},
             forms=(CLASSES,),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.models.family import PAIR_ROWS, Family, Kind
+from capfilt.data.rows import PAIR_ROWS
+from capfilt.models.family import Family, Kind
 from capfilt.options import MODEL, Checked, option
 
 _CODE = "capfilt.models.clip.model"
@@ -43,7 +44,7 @@ FAMILY = Family(
             f"{_CODE}:Clip",
             "CLIP",
             "embeds pictures and texts",
-            PAIR_ROWS,
+            (PAIR_ROWS,),
             "clip",
             "byte-pair",
         ),

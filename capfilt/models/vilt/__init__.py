@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from capfilt.data.rows import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.models.common.options import VisionStart
-from capfilt.models.family import CLASSES, EXAMPLE_ROWS, PAIR_ROWS, PAIRS, RETRIEVAL, Family, Kind
+from capfilt.models.family import CLASSES, PAIRS, RETRIEVAL, Family, Kind
 from capfilt.options import option
 
 _CODE, _TASKS = "capfilt.models.vilt.model", "capfilt.models.vilt.tasks"
@@ -48,7 +49,7 @@ FAMILY = Family(
             f"{_CODE}:Vilt",
             "ViLT",
             "matches pictures with texts",
-            PAIR_ROWS,
+            (PAIR_ROWS,),
             "as-found",
             starts=_STARTS,
             learns={RETRIEVAL: f"{_TASKS}:retrieval"},
@@ -60,7 +61,7 @@ FAMILY = Family(
             f"{_TASKS}:ViltClassifier",
             "ViLT with a classifier",
             "classifies pictures with texts",
-            EXAMPLE_ROWS,
+            (EXAMPLE_ROWS,),
             "as-found",
             starts=_STARTS,
             parts=_PARTS,
