@@ -129,5 +129,7 @@ def use_families(site: Path, monkeypatch, record: str = RECORD) -> None:
         (site / "alone" / f"of_{name}.py").write_text(PRESET.format(name.title()))
     entries = {name: f"alone:{name.upper()}" for name in ("sees", "reads", "trio")}
     install(site, "alone_meta", "", {"capfilt.models": entries})
-    use(monkeypatch, site, "alone", "alone.model", *(f"alone.of_{name}" for name in ("sees", "reads", "trio")))
+    use(
+        monkeypatch, site, "alone", "alone.model", *(f"alone.of_{name}" for name in ("sees", "reads", "trio"))
+    )
     models._foreign.cache_clear()
