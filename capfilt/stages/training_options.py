@@ -272,12 +272,6 @@ class RetrainOptions(OptimisationOptions, ModelOptions):
     verdicts: tuple[str, ...] = option(
         (), "IMAGES=VERDICTS: images part with its verdicts part, instead of pairs; repeatable", panel=INPUTS
     )
-    images: tuple[str, ...] = option(
-        (), "part of pictures alone: of images, or pairs/NAME; repeatable", kind="images", later=True
-    )
-    texts: tuple[str, ...] = option(
-        (), "part of texts alone: images, pairs/NAME, captions/NAME; repeatable", kind="images", later=True
-    )
     init: str = option("", "checkpoint to start from, in place of a new model", kind="model")
     out: str = option("retrained", "name of the checkpoint to write")
 
@@ -300,10 +294,14 @@ def _made(family: Family) -> Any:
     """The options of `retrain FAMILY`: the family's own, whose defaults win, and the shared ones."""
     name = _class_of(family.name)
     default = "small" if "small" in family.presets else family.presets[0]
+    alone = [rows for rows in family.kinds[0].rows if rows in _ALONE]
     preset = option(default, "size of the model", choices=family.presets, panel=MODEL)
     made = make_dataclass(
         name,
-        [("preset", "str", preset)],
+        [
+            ("preset", "str", preset),
+            *((rows, "tuple[str, ...]", option((), _ALONE[rows], kind="images")) for rows in alone),
+        ],
         bases=(family.options, RetrainOptions),
         frozen=True,
         namespace={"family": family.name, "without": without(family.kinds[0].rows)},
@@ -315,6 +313,12 @@ def _made(family: Family) -> Any:
     return made
 
 
+_ALONE = {
+    IMAGE_ROWS: "part of pictures alone: of images, or pairs/NAME; repeatable",
+    TEXT_ROWS: "part of texts alone: images, pairs/NAME, captions/NAME; repeatable",
+}
+"""The inputs of rows that are no pairs, with their help."""
+
 _LEARNED = {
     PAIR_ROWS: "human, kept web and kept synthetic pairs",
     IMAGE_ROWS: "pictures",
@@ -324,7 +328,7 @@ _LEARNED = {
 
 def without(rows: tuple[str, ...]) -> frozenset[str]:
     """The options of `RetrainOptions` that mean nothing to a model which learns from such rows."""
-    left = {IMAGE_ROWS, TEXT_ROWS} - {*rows}
+    left: set[str] = set()
     if PAIR_ROWS not in rows:
         left |= {"human", "web", "pairs", "verdicts", "mix"}
     if not {PAIR_ROWS, IMAGE_ROWS} & {*rows}:

@@ -286,6 +286,6 @@ def test_a_family_with_rows_that_do_not_fit_is_refused(tmp_path, monkeypatch):
     ):
         site = tmp_path / name[:14].strip("('\"")
         use_families(site, monkeypatch, RECORD.replace(wrong, name))
-        with pytest.raises(UserError, match="model family sees: Sees learns from"):
+        with pytest.raises(UserError, match="model family sees: Sees"):
             family_named("sees").check()
     models._foreign.cache_clear()
