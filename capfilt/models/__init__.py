@@ -11,13 +11,13 @@ from functools import lru_cache
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.models import albef, blip, clip, vilt
+from capfilt.models import albef, blip, clip, locked, vilt
 from capfilt.models.family import Family, Kind
 
 Model = Any
 """A model of any family: a torch module with a `config`. Any, since families from elsewhere have classes of their own."""
 
-FAMILIES: tuple[Family, ...] = (blip.FAMILY, clip.FAMILY, vilt.FAMILY, albef.FAMILY)
+FAMILIES: tuple[Family, ...] = (blip.FAMILY, clip.FAMILY, vilt.FAMILY, albef.FAMILY, locked.FAMILY)
 
 
 GROUP = "capfilt.models"

@@ -160,7 +160,8 @@ class Family:
         code: the module with its `PRESETS` (name to config) and its `objective`: (model, tokenizer, options, ranks) -> a torch
             module with `losses(batch, alpha, hardness)`, a dict of fp32 scalars with "loss", and `blocks()`. Where the kind
             learns from several kinds of rows, `batch[rows]` is the batch of one of them. It may have
-            `configured(config, options)`, the config that options ask for, and `start_vision` and `start_text`, (model,
+            `configured(config, options)`, the config that options ask for, `vocabulary(config)`, the file of the
+            vocabulary that a preset's encoder brings ("" for none), and `start_vision` and `start_text`, (model,
             directory), which fill a tower with published weights.
         kinds: its classes of models, the pretrained one first.
         options: the dataclass of the options that this family alone has in training, with its own published defaults.

@@ -5,6 +5,7 @@ Not here: the rows that it learns from (`sources.py`), the training (`training.p
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -63,6 +64,13 @@ class Preset(Start):
         self.family, self.kind, self.options = family, family.kinds[0], options
         if options.vocab != "corpus" and not self.kind.tokenizer_name:
             raise UserError(f"--vocab {options.vocab}: {self.kind.one} reads no texts; leave it out")
+        vocabulary_of = getattr(importlib.import_module(family.code), "vocabulary", None)
+        if vocabulary_of and (own := vocabulary_of(self._config(1000))):
+            if options.vocab != "corpus":
+                raise UserError(
+                    f"--vocab {options.vocab}: the preset {options.preset} reads with its encoder's own; leave it out"
+                )
+            self.options = dataclasses.replace(options, vocab=own)
         for name in ("vocab", "vision_init", "text_init"):
             path = getattr(options, name, "")
             if path and path != "corpus" and not Path(path).exists():

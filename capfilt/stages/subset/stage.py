@@ -4,7 +4,8 @@ The column `planted` (list<string>, beside `captions`) says of each text what wa
 reads it. The kinds:
 
     true         the text as found
-    other_image  a text of another image of the same shard, drawn uniformly
+    other_image  a text of another image of the same share and shard, drawn uniformly; none of another share, whose texts
+                 a filter may have learned
     truncated    the first half of the words, "..." after them
     file_name    what a camera calls its files
 """
@@ -43,7 +44,7 @@ class Subset(ShardStage):
     """Rows in are images; those of other splits or outside the share are dropped, the rest kept."""
 
     name = "subset"
-    version = 2  # further columns keep their types
+    version = 3  # texts of other images are of the same share
     contract = IMAGES
 
     def __init__(self, options: SubsetOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -84,11 +85,9 @@ class Subset(ShardStage):
             made, taken = [], []
             for number, row in enumerate(batch.select(_READ).to_pylist()):
                 rows_in += 1
-                if o.splits and row["split"] not in o.splits:
-                    dropped["other_split"] += 1
-                    continue
-                if not o.share_from <= place(row["image_id"]) < o.share_to:
-                    dropped["outside_share"] += 1
+                if not self._within(row):
+                    other = o.splits and row["split"] not in o.splits
+                    dropped["other_split" if other else "outside_share"] += 1
                     continue
                 made.append(self._planted(row, donors, rng))
                 taken.append(number)
@@ -101,14 +100,15 @@ class Subset(ShardStage):
         table = pa.concat_tables(tables) if tables else IMAGES.table([])
         return Produced(table, Counts(rows_in, kept, dict(dropped), dict(failed)))
 
+    def _within(self, row: dict[str, Any]) -> bool:
+        o = self.options
+        return (not o.splits or row["split"] in o.splits) and o.share_from <= place(
+            row["image_id"]
+        ) < o.share_to
+
     def _donors(self, shard: int) -> list[tuple[str, str]]:
         table = self.images.read(shard, ["image_id", "captions", "split"]).to_pylist()
-        return [
-            (row["image_id"], text)
-            for row in table
-            if not self.options.splits or row["split"] in self.options.splits
-            for text in row["captions"]
-        ]
+        return [(row["image_id"], text) for row in table if self._within(row) for text in row["captions"]]
 
     def _planted(
         self, row: dict[str, Any], donors: list[tuple[str, str]], rng: np.random.Generator

@@ -1,0 +1,53 @@
+"""A CLIP with locked towers: small heads on frozen encoders of pictures and texts (LiT, arXiv 2111.07991): its record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from capfilt.data.rows import PAIR_ROWS
+from capfilt.models.family import Family, Kind
+from capfilt.options import AUGMENTATION, MACHINE, MODEL, OPTIMISER, SCHEDULE, Checked, option
+
+_CODE = "capfilt.models.locked.model"
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """Its own options. The defaults are those of benchmarks/bootstrapping.py on photographs: seconds on a processor."""
+
+    panel = MODEL
+    without = frozenset({"patch_size"})
+
+    learning_rate: float = option(1e-3, "peak", above=0, panel=OPTIMISER)
+    min_lr: float = option(0.0, "learning rate at the end", panel=OPTIMISER)
+    weight_decay: float = option(0.1, "weight decay of AdamW", panel=OPTIMISER)
+    beta2: float = option(0.98, "second beta of AdamW", later=True, below=1, rare=True, panel=OPTIMISER)
+    batch_size: int = option(256, "texts per step", least=1, panel=SCHEDULE)
+    epochs: float = option(10.0, "passes over the texts", panel=SCHEDULE)
+    warmup_steps: int = option(20, "steps of linear warm-up", panel=SCHEDULE)
+    max_text_tokens: int = option(64, "cut texts to N tokens", least=2)
+    cache_features: bool = option(
+        True, "compute the frozen encoder's features once", rare=True, panel=MACHINE
+    )
+    augment: bool = option(False, "random resized crops; needs --no-cache-features", panel=AUGMENTATION)
+
+
+FAMILY = Family(
+    "locked",
+    _CODE,
+    (
+        Kind(
+            "locked",
+            f"{_CODE}:LockedConfig",
+            f"{_CODE}:Locked",
+            "locked-tower CLIP",
+            "embeds pictures and texts",
+            (PAIR_ROWS,),
+            "as-found",
+            parts={"vision": ("visual_encoder",), "text": ("text_encoder",)},
+        ),
+    ),
+    Options,
+    ("lite2-minilm", "lite0-minilm", "lite2-scratch", "tiny"),
+    ("contrast", "accuracy", "scale"),
+)
