@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from capfilt.errors import UserError
 from capfilt.models import FAMILIES, families
 from capfilt.stages import (
+    calibrate,
     caption,
     download,
     duplicates,
@@ -48,6 +49,7 @@ STAGES: tuple[StageCommand, ...] = (
     task_options.FINETUNE_CLASSIFICATION,
     caption.COMMAND,
     score.COMMAND,
+    calibrate.COMMAND,
     select.COMMAND,
     *map(training_options.retrain, FAMILIES),
     evaluate.COMMAND,

@@ -258,7 +258,7 @@ CAPTIONS = Contract(
 
 SCORES = Contract(
     "scores",
-    1,
+    2,
     pa.schema(
         [
             _TEXT_ID,
@@ -266,7 +266,10 @@ SCORES = Contract(
             _ITM,
             _ITC,
             _field(
-                "itm_probability", pa.float32(), "itm_score calibrated to a probability, else null", null=True
+                "match_probability",
+                pa.float32(),
+                "probability that the text belongs to the picture, from `calibrate`; else null",
+                null=True,
             ),
             _FOLD,
             _FAILURE,

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from capfilt.calibration.fit import THRESHOLD
 from capfilt.errors import RunError
 from capfilt.inference.capabilities import EmbedsImagesAndTexts, MatchesPairs
-from capfilt.tasks.filter_quality import THRESHOLD, kendall_tau_c, roc_auc, spearman
+from capfilt.tasks.filter_quality import kendall_tau_c, roc_auc, spearman
 
 Floats = NDArray[np.float64]
 Scores = dict[str, Floats]

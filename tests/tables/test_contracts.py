@@ -61,7 +61,7 @@ def test_missing_wrong_and_unknown_columns_are_named():
 
 def test_a_part_s_further_columns_are_of_its_contract_and_of_no_other(tmp_path):
     contract = SCORES.extended({"clip_score": "a cosine"})
-    assert contract.score_names == ("itm_score", "itc_score", "itm_probability", "clip_score")
+    assert contract.score_names == ("itm_score", "itc_score", "match_probability", "clip_score")
     assert (SCORES.further, contract.further) == ({}, {"clip_score": "a cosine"})
     row = {"text_id": "t", "image_id": "i", "clip_score": 0.25}
     part = Part(tmp_path / "clip")

@@ -26,7 +26,7 @@ class SelectOptions(Checked):
     signals: tuple[str, ...] = option((), "signals part for --require to name; repeatable", kind="signals")
     out: str = option("capfilt", "name of the verdicts part and of the pairs part to write")
     pairs: bool = option(True, "also write the pairs part, with pictures", panel=INPUTS)
-    by: str = option("itm_score", "score to judge by: itm_score, itc_score, itm_probability or a plug-in's")
+    by: str = option("itm_score", "score to judge by: itm_score, itc_score, match_probability or a plug-in's")
     threshold: float = option(
         0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)", least=-math.inf
     )

@@ -26,7 +26,7 @@ from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, TEXT_SCHEMA, texts_of
 from capfilt.tables.workspace import Workspace
 
-_RANGES = {"itm_score": (0, 1), "itm_probability": (0, 1), "itc_score": (-1, 1)}
+_RANGES = {"itm_score": (0, 1), "match_probability": (0, 1), "itc_score": (-1, 1)}
 """From where to where the table's own scores are; a plug-in's are anywhere."""
 
 _KEY = ("image_id", "text_id")

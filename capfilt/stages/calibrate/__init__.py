@@ -1,0 +1,46 @@
+"""`calibrate`: its options and its record; the stages are judge.py and stage.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from capfilt.options import REQUIRED, ROWS, Checked, option
+from capfilt.stages.command import StageCommand
+from capfilt.stages.engine_options import EngineOptions
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(EngineOptions, Checked):
+    """Give every text a probability of belonging to its picture, and the corpus a share of true pairs. No labels.
+
+    A filter that embeds judges the texts, and human pairs that it never saw. The fit on those pairs becomes probabilities,
+    which the corpus's own share of true pairs moves (docs/calibration.md).
+    """
+
+    panel = ROWS
+
+    images: str = option(REQUIRED, "images part whose texts to judge", kind="images")
+    captions: tuple[str, ...] = option((), "captions part of the same images; repeatable", kind="captions")
+    filter: str = option(
+        "filter", "checkpoint that embeds pictures and texts, such as a locked", kind="model"
+    )
+    calibration: str = option(
+        REQUIRED, "images part of human pairs that no training of the filter saw", kind="images"
+    )
+    out: str = option("calibrated", "name of the scores part to write; NAME-judged beside it has the cosines")
+    method: str = option("platt", "fit: a logistic curve, or any rising one", choices=("platt", "isotonic"))
+    bank: int = option(2048, "random pairs that correct hubs", least=2, rare=True)
+    negatives: int = option(10, "foreign texts per calibration picture", least=1, rare=True)
+    resamples: int = option(200, "bootstrap draws of the share's interval", least=20, rare=True)
+    seed: int = option(0, "seed of bank, foreign texts and bootstrap")
+
+
+COMMAND = StageCommand(
+    ("calibrate",),
+    CalibrateOptions,
+    ("capfilt.stages.calibrate.judge:Judge", "capfilt.stages.calibrate.stage:Calibrate"),
+    (
+        "capfilt calibrate --images web --filter judge --calibration held-out",
+        "capfilt select --images web --scores calibrated --by match_probability --threshold 0.5",
+    ),
+)
