@@ -78,22 +78,22 @@ def caption_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
     return [Entry(row, [Text(row["text"], "synthetic", row["text_id"])]) for row in rows]
 
 
-def unweighted(table: pa.Table, where: str) -> pa.Table:
-    """A table of pairs as it is; UserError, naming the image and `where` it lies, where a text has a weight other than 1,
-    which no training honours.
-    """
+def weighed(table: pa.Table, where: str) -> pa.Table:
+    """A table of pairs as it is; UserError, naming the image and `where` it lies, where a text's weight is not from 0 to 1."""
     if "texts" not in table.column_names:
         return table  # for `slices` to say so
     # As `slices` reads it: a weight of another type is one too.
     texts = _as_promised(table.column("texts"), CONTRACTS["pairs"].schema.field("texts"), "pairs")
     weights = pc.struct_field(pc.list_flatten(texts), "weight")
-    odd = pc.fill_null(pc.not_equal(weights, 1), fill_value=False)
+    odd = pc.fill_null(
+        pc.invert(pc.and_(pc.greater_equal(weights, 0), pc.less_equal(weights, 1))), fill_value=False
+    )
     if pc.any(odd).as_py():
         place = pc.index(odd, value=True).as_py()
         row = pc.list_parent_indices(texts.combine_chunks())[place].as_py()
         raise UserError(
-            f"{where}: a text of image {table.column('image_id')[row].as_py()} has weight {weights[place].as_py():g}, which no "
-            "training honours; leave texts out, or mix sources with --mix, and set `texts.weight` to 1 or null"
+            f"{where}: a text of image {table.column('image_id')[row].as_py()} has weight "
+            f"{weights[place].as_py():g}; the share of epochs that shows the text is 0 to 1, or null for 1"
         )
     return table
 

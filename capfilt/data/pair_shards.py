@@ -13,8 +13,8 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import NamedTuple, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,8 +32,8 @@ from capfilt.data.examples import (
     pair_entries,
     picture_entries,
     slices,
-    unweighted,
     usable,
+    weighed,
 )
 from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.errors import RunError, UserError
@@ -77,12 +77,14 @@ class Counted:
         texts: of each row group, how many usable texts each source has.
         images: of each row group, how many pictures have a usable text.
         skipped, deselected: how much is left out for a fault, or without a fault, by reason.
+        weights: of each row group, the source and the weight of every usable text, in order; empty where all weights are 1.
     """
 
     texts: list[dict[str, int]]
     images: list[int]
     skipped: dict[str, int]
     deselected: dict[str, int]
+    weights: list[list[tuple[str, float]]] = field(default_factory=list)
 
 
 class PairShards:
@@ -128,7 +130,7 @@ class PairShards:
             file.read_row_group(where.group, columns=[c for c in (*wanted, *optional) if c in names])
         )
         if name == "pairs" and not pictures and self.rows != IMAGE_ROWS:
-            unweighted(table, f"{given.part.path}, shard {where.shard:05d}")
+            weighed(table, f"{given.part.path}, shard {where.shard:05d}")
         skipped = Counter() if skipped is None else skipped
         deselected = Counter() if deselected is None else deselected
         rows = [row for some in slices([table], name, wanted, optional) for row in some]
@@ -155,10 +157,12 @@ class PairShards:
             verdicts = self.inputs[number].verdicts
             if verdicts is None or shard not in verdicts.shards():
                 return kept, 0
-            table = verdicts.read(shard, VERDICT_COLUMNS)
+            # The rule says which score weighs its texts.
+            weight = verdicts.info["identity"].get("options", {}).get("weight", "")
+            table = verdicts.read(shard, [*VERDICT_COLUMNS, *([weight] if weight else [])])
             chosen = table.filter(pc.field("keep"))
             for row in chosen.to_pylist():
-                text = Text(row["text"], row["source"], row["text_id"])
+                text = Text(row["text"], row["source"], row["text_id"], _weight(row, weight))
                 kept.setdefault(row["image_id"], []).append(text)
             return kept, table.num_rows - chosen.num_rows
 
@@ -183,16 +187,25 @@ class PairShards:
 
     def _count(self, number: int, shard: int) -> Counted:
         skipped, deselected = Counter[str](), Counter[str]()
-        texts, images = [], []
+        texts, images, weights = [], [], []
         for group in range(self._file(number, shard).num_row_groups):
             entries = self.entries(RowGroup(number, shard, group), False, skipped, deselected)
             texts.append(dict(Counter(text.source for entry in entries for text in entry.texts)))
+            weights.append([(text.source, text.weight) for entry in entries for text in entry.texts])
             images.append(0 if self.rows == TEXT_ROWS else len(entries))
         if self.inputs[number].verdicts is not None:
             kept, deselected["verdict"] = self._verdicts(number, shard)
             here = set(self._file(number, shard).read(columns=["image_id"])["image_id"].to_pylist())
             skipped["no_image"] += sum(len(some) for key, some in kept.items() if key not in here)
-        return Counted(texts, images, dict(+skipped), dict(+deselected))
+        if all(weight == 1 for some in weights for _, weight in some):
+            weights = []
+        return Counted(texts, images, dict(+skipped), dict(+deselected), weights)
+
+
+def _weight(row: dict[str, Any], name: str) -> float:
+    """A human text has no score, and counts in full."""
+    found = row.get(name)
+    return 1.0 if found is None else float(found)
 
 
 def _hash_of(part: Part | None, shard: int) -> str:

@@ -13,6 +13,7 @@ order and no pixel: decoding and cropping are the same functions with and withou
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from array import array
 from collections import Counter, deque
@@ -36,7 +37,7 @@ from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, cpu_workers
 from capfilt.data.tokenizer import MAX_TOKENS, Encodes, NoTexts
 from capfilt.data.transforms import Views, mentions_sides, training_picture, training_uint8
-from capfilt.errors import RunError
+from capfilt.errors import RunError, UserError
 
 Pixels = npt.NDArray[np.uint8]
 _Read = tuple["array[int]", int, bool]
@@ -98,6 +99,7 @@ class Pairs:
         size: side of the pictures in pixels.
         cache: bytes of decoded pictures that stay in memory; 0 reads each picture whenever it is needed.
         workers: processes that decode; 0 decodes in threads of this one.
+        weighted: whether a text of weight w is drawn in the share w of the epochs, and not in all.
 
     `len()` is the number of texts, or of pictures alone. Raises UserError for a part without such a column, or that gives none.
     """
@@ -110,6 +112,7 @@ class Pairs:
         rows: str = PAIR_ROWS,
         cache: int = MEMORY_LIMIT,
         workers: int = 0,
+        weighted: bool = True,
     ) -> None:
         self.size, self.rows, self._cache, self._workers = size, rows, cache, workers
         self._shards = PairShards(inputs, rows)
@@ -117,11 +120,13 @@ class Pairs:
         self._groups: list[RowGroup] = []
         texts: list[dict[str, int]] = []
         images: list[int] = []
+        weights: list[list[tuple[str, float]]] = []
         left_out = [Counter[str]() for _ in inputs]
         for number, shard, counted in self._shards.counted():
             self._groups += [RowGroup(number, shard, group) for group in range(len(counted.texts))]
             texts += counted.texts
             images += counted.images
+            weights += counted.weights or [[]] * len(counted.texts)
             self._skipped.update(counted.skipped)
             self._deselected.update(counted.deselected)
             left_out[number] += Counter(counted.skipped) + Counter(counted.deselected)
@@ -133,6 +138,7 @@ class Pairs:
         self._counts[""] = sum(self._counts.values(), np.zeros(len(self._groups), np.int64))
         self._first_text = np.concatenate([[0], np.cumsum(self._counts[""])])
         self._first_picture = np.concatenate([[0], np.cumsum(images, dtype=np.int64)])
+        self._weights = self._weighed(weights, texts) if any(weights) and weighted else {}
         self._broken: dict[int, str] = {}
         self._met: dict[int, str] = {}
         self._texts: dict[int, dict[str, list[_Example]]] = {}
@@ -143,6 +149,26 @@ class Pairs:
         self._decoders = ThreadPoolExecutor(cpu_workers(), thread_name_prefix="capfilt-decode")
         for number, left in enumerate(left_out):
             self._refuse_barren(number, left)
+
+    def _weighed(
+        self, weights: list[list[tuple[str, float]]], texts: list[dict[str, int]]
+    ) -> dict[str, list[npt.NDArray[np.float64]]]:
+        """By source ("" for all), the weights of each row group's texts."""
+        full = [
+            some or [(source, 1.0) for source, count in found.items() for _ in range(count)]
+            for some, found in zip(weights, texts, strict=True)
+        ]
+        return {
+            source: [np.array([w for name, w in some if source in ("", name)], np.float64) for some in full]
+            for source in ("", *self._sources)
+        }
+
+    @property
+    def drawn(self) -> float:
+        """Texts per epoch: the sum of the weights."""
+        if not self._weights:
+            return float(len(self))
+        return float(sum(group.sum() for group in self._weights[""]))
 
     def _refuse_barren(self, number: int, left_out: Counter[str]) -> None:
         """Raise UserError where an input has no pair, or none with a picture that decodes."""
@@ -255,7 +281,7 @@ class Pairs:
         window = max(WINDOW, WINDOW_BATCHES * batch_size)
         orders = [
             # The window of each source lasts for as many batches.
-            _Order(self._counts[source], [seed, number], window * part, number)
+            _Order(self._counts[source], [seed, number], window * part, number, self._weights.get(source))
             for number, (source, part) in enumerate(zip(mix.sources, mix.shares, strict=True))
         ]
         reach = max(order.size / (batch_size * part) for order, part in zip(orders, mix.shares, strict=True))
@@ -444,8 +470,22 @@ def _plan(
 class _Order:
     """The endless order of one source's texts, a function of its counts per row group alone."""
 
-    def __init__(self, counts: Index, seed: Sequence[int], window: float, source: int = 0) -> None:
+    def __init__(
+        self,
+        counts: Index,
+        seed: Sequence[int],
+        window: float,
+        source: int = 0,
+        weights: Sequence[npt.NDArray[np.float64]] | None = None,
+    ) -> None:
         self._groups = np.flatnonzero(counts)
+        self._weights = (
+            None if weights is None else np.concatenate([weights[int(group)] for group in self._groups])
+        )
+        if self._weights is not None and not self._weights.sum():
+            raise UserError(
+                "every text to train on has the weight 0; leave such parts out, or train with --weights ignore"
+            )
         self._counts = counts[self._groups]
         self._seed, self._source = list(seed), source
         self._total = int(self._counts.sum())
@@ -476,27 +516,54 @@ class _Order:
 
     def _from(self, start: int) -> Iterator[npt.NDArray[Any]]:
         """Windows from a position on; the first may be the rest of one."""
+        if self._weights is not None:
+            yield from self._weighted_from(start)
         epoch, start = divmod(start, self._total)
         while True:
-            order = np.random.default_rng([*self._seed, epoch, 0]).permutation(len(self._groups))
-            ends = np.cumsum(self._counts[order])
-            cuts = np.flatnonzero(np.diff((ends - 1) * self._cuts // self._total)) + 1
-            for number, inside in enumerate(np.split(order, cuts)):
-                counts = self._counts[inside]
-                size = int(counts.sum())
-                if start >= size:
-                    start -= size
-                    continue
-                drawn = np.random.default_rng([*self._seed, epoch, 1 + number]).permutation(size)[start:]
-                start = 0
-                depth = np.searchsorted(np.cumsum(counts), drawn, side="right")
-                rows = np.empty(len(drawn), dtype=_ROW)
-                rows["epoch"], rows["source"] = epoch, self._source
-                rows["group"] = self._groups[inside[depth]]
-                rows["place"] = drawn - (np.cumsum(counts) - counts)[depth]
-                rows["depth"] = depth / len(inside)
-                yield rows
+            yield from self._windows_of(epoch, start, self._counts, None)
+            start = 0
             epoch += 1
+
+    def _weighted_from(self, start: int) -> Iterator[npt.NDArray[Any]]:
+        """As `_from`, where a text of weight w is in the share w of the epochs: as evenly spaced as its weight allows."""
+        assert self._weights is not None
+        phase = np.random.default_rng([*self._seed, 2**31]).random(len(self._weights))
+        group = np.repeat(np.arange(len(self._groups)), self._counts)
+        within = np.arange(len(group)) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
+        for epoch in itertools.count():
+            # Times before the end of this epoch, less those before its beginning.
+            taken = np.floor(self._weights * (epoch + 1) + phase) > np.floor(self._weights * epoch + phase)
+            counts = np.bincount(group[taken], minlength=len(self._groups))
+            if start < counts.sum():
+                yield from self._windows_of(epoch, start, counts, within[taken])
+                start = 0
+            else:
+                start -= int(counts.sum())
+
+    def _windows_of(
+        self, epoch: int, start: int, sizes: Index, places: npt.NDArray[np.int64] | None
+    ) -> Iterator[npt.NDArray[Any]]:
+        """The windows of one epoch from a position on; `sizes` are texts per row group, `places` theirs where not all are."""
+        total, first = int(sizes.sum()), np.cumsum(sizes) - sizes
+        order = np.random.default_rng([*self._seed, epoch, 0]).permutation(len(self._groups))
+        ends = np.cumsum(sizes[order])
+        cuts = np.flatnonzero(np.diff((ends - 1) * self._cuts // total)) + 1
+        for number, inside in enumerate(np.split(order, cuts)):
+            counts = sizes[inside]
+            size = int(counts.sum())
+            if start >= size:
+                start -= size
+                continue
+            drawn = np.random.default_rng([*self._seed, epoch, 1 + number]).permutation(size)[start:]
+            start = 0
+            depth = np.searchsorted(np.cumsum(counts), drawn, side="right")
+            place = drawn - (np.cumsum(counts) - counts)[depth]
+            rows = np.empty(len(drawn), dtype=_ROW)
+            rows["epoch"], rows["source"] = epoch, self._source
+            rows["group"] = self._groups[inside[depth]]
+            rows["place"] = place if places is None else places[first[inside[depth]] + place]
+            rows["depth"] = depth / len(inside)
+            yield rows
 
 
 @dataclass

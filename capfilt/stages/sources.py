@@ -81,6 +81,10 @@ class Source(ABC, Generic[D]):
         """Further options of the data's `batches`."""
         return {}
 
+    def epoch(self, data: D) -> float:
+        """How many rows an epoch has: all, or as many as their weights say."""
+        return len(data)
+
     def exposed(self, data: D) -> int:
         """How many rows `named` names."""
         return len(data)
@@ -132,7 +136,18 @@ class RowSource(Source[Pairs]):
     def data(self, size: int) -> Pairs:
         o = self.options
         cache = 0 if o.stream else self.memory
-        return Pairs(self.pair_inputs, size=size, rows=self.rows, cache=cache, workers=o.loader_workers)
+        weighted = o.weights == "draws"
+        return Pairs(
+            self.pair_inputs,
+            size=size,
+            rows=self.rows,
+            cache=cache,
+            workers=o.loader_workers,
+            weighted=weighted,
+        )
+
+    def epoch(self, data: Pairs) -> float:
+        return data.drawn
 
     def prepare(self, data: Pairs, model: Model, where: torch.device) -> None:
         if not self.options.cache_features or self.rows == TEXT_ROWS:
@@ -224,6 +239,10 @@ class SeveralSource(Source[Several]):
 
     def feed(self) -> dict[str, Any]:
         return {"feeds": {rows: source.feed() for rows, source in self.sources.items()}}
+
+    def epoch(self, data: Several) -> float:
+        rows, source = next(iter(self.sources.items()))
+        return source.epoch(data.of[rows])
 
     def exposed(self, data: Several) -> int:
         return data.rows

@@ -276,8 +276,9 @@ class Train(ModelStage):
         if not o.augment:
             during.enter_context(remembering(model, self.workspace))
         self.prepare(data, model, where)
-        steps = o.steps or math.ceil(o.epochs * len(data) / o.batch_size)
-        epoch = len(data) / o.batch_size
+        rows = self.source.epoch(data)
+        steps = o.steps or math.ceil(o.epochs * rows / o.batch_size)
+        epoch = rows / o.batch_size
         ramp = getattr(o, "alpha_ramp_epochs", 0.0)
         by_step = o.schedule in BY_STEP
         views = None
@@ -297,7 +298,7 @@ class Train(ModelStage):
                 "steps": steps,
                 "accumulate": accumulate,
                 "warmup_steps": min(o.warmup_steps, steps // 2) if by_step else o.warmup_steps,
-                "epoch_texts": 0 if by_step else len(data),
+                "epoch_texts": 0 if by_step else round(rows),
                 "betas": (0.9, o.beta2),
                 "alpha_ramp_steps": math.ceil(ramp * epoch),
                 "log_every": LOG_EVERY,

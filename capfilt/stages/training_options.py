@@ -170,6 +170,14 @@ class OptimisationOptions(LoopOptions):
     mix: tuple[str, ...] = option(
         (), "SOURCE=WEIGHT of web, human, synthetic texts; repeatable", later=True, panel=INPUTS, rare=True
     )
+    weights: str = option(
+        "draws",
+        "texts.weight: a text's share of epochs, or nothing",
+        later=True,
+        choices=("draws", "ignore"),
+        panel=INPUTS,
+        rare=True,
+    )
     stream: bool = option(False, "keep no decoded pictures: memory does not grow with the corpus", told=True)
     loader_workers: int = option(0, "with --stream: processes that decode; 0: threads", told=True, rare=True)
     cache_features: bool = option(False, "compute the frozen trunk's feature maps once", rare=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from capfilt.data.examples import unweighted
+from capfilt.data.examples import weighed
 from tests.refusals import refused
 
 
@@ -21,6 +21,6 @@ def test_a_weight_of_any_type_is_refused_with_its_image(kind):
         return pa.table({"image_id": ["x", "y", "z"][: len(rows)], "texts": pa.array(rows, pa.list_(entry))})
 
     alike = table([1, None], [], [1])
-    assert unweighted(alike, "here") is alike
+    assert weighed(alike, "here") is alike
     with refused("here", "image y", "weight 3"):
-        unweighted(pa.concat_tables([alike.slice(1), table([], [1, 3])]), "here")
+        weighed(pa.concat_tables([alike.slice(1), table([], [1, 3])]), "here")

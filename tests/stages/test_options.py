@@ -139,7 +139,7 @@ def test_the_panel_of_an_option_is_that_of_the_class_that_first_has_it():
         (FinetuneVqaOptions, "examples", INPUTS),  # by its kind
         (FinetuneVqaOptions, "out", INPUTS),  # by its name
         (FinetuneVqaOptions, "splits", INPUTS),  # by its own mark
-        (SelectOptions, "by", ROWS),
+        (SelectOptions, "on", ROWS),
     ):
         assert panel_of(options, options.__dataclass_fields__[name]) == panel, name
     for command in STAGES:

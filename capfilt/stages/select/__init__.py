@@ -26,13 +26,17 @@ class SelectOptions(Checked):
     signals: tuple[str, ...] = option((), "signals part for --require to name; repeatable", kind="signals")
     out: str = option("capfilt", "name of the verdicts part and of the pairs part to write")
     pairs: bool = option(True, "also write the pairs part, with pictures", panel=INPUTS)
-    by: str = option("itm_score", "score to judge by: itm_score, itc_score, match_probability or a plug-in's")
+    on: str = option("", "score to judge by; default: match_probability where there is one, else itm_score")
     threshold: float = option(
         0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)", least=-math.inf
     )
     keep_fraction: float = option(
         0.0, "keep this share of all scored texts instead; 0: by --threshold", most=1
     )
+    precision: float = option(
+        0.0, "keep the most texts whose mean match_probability is at least this", most=1, later=True
+    )
+    weight: str = option("", "score that weighs a kept text in trainings, from 0 to 1", later=True)
     sources: tuple[str, ...] = option(
         ("web", "synthetic"), "texts that may be kept, by source; repeatable", choices=SOURCES
     )
@@ -48,7 +52,8 @@ COMMAND = StageCommand(
     (
         "capfilt select --images cc12m --captions captioner --scores filter --threshold 0.5",
         "capfilt select --images cc12m --captions captioner --keep-fraction 0.3 --out top30 --no-pairs",
-        "capfilt select --images cc12m --scores clip --by clip_score --threshold 0.28 --out clip28",
+        "capfilt select --images cc12m --scores clip --on clip_score --threshold 0.28 --out clip28",
+        "capfilt select --images cc12m --scores calibrated --precision 0.9 --weight match_probability",
         "capfilt select --images cc12m --signals duplicates --require 'first AND width >= 200' --out unique",
     ),
     without="pairs",

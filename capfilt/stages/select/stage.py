@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capfilt.calibration.share import threshold_for
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, of_images, rows_for, shards_of
@@ -29,6 +30,7 @@ from capfilt.tables.workspace import Workspace
 _RANGES = {"itm_score": (0, 1), "match_probability": (0, 1), "itc_score": (-1, 1)}
 """From where to where the table's own scores are; a plug-in's are anywhere."""
 
+PROBABILITY = "match_probability"
 _KEY = ("image_id", "text_id")
 _OF_IMAGES = (*_KEY, "source", "captions", "image", "status", "failure", "error_message")
 """Columns of images that `--require` does not name: texts have them too, or they are not of the picture."""
@@ -52,10 +54,11 @@ class Select(ShardStage):
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
         if not options.sources:
             raise UserError(f"--sources: choose among {', '.join(SOURCES)}")
-        if options.keep_fraction and options.threshold != SelectOptions.threshold:
-            raise UserError(
-                f"--keep-fraction {options.keep_fraction:g} finds the threshold; give it or --threshold, not both"
-            )
+        cuts = {name: getattr(options, name) for name in ("threshold", "keep_fraction", "precision")}
+        given = [name for name, value in cuts.items() if value != getattr(SelectOptions, name)]
+        if len(given) > 1:
+            one, other = (f"--{name.replace('_', '-')} {cuts[name]:g}" for name in given[:2])
+            raise UserError(f"{one}, {other}: each finds the texts to keep; give one of them")
         if options.signals and not options.require:
             raise UserError(f"--signals {options.signals[0]}: is read for --require alone; give both")
         self.options = options
@@ -74,16 +77,33 @@ class Select(ShardStage):
             )
         contract = self.scores.contract
         # A plug-in tells which columns it fills; the others of its part are null.
-        choices = self.scores.info.get("identity", {}).get("columns") or SCORES.score_names
-        if options.by not in contract.score_names or options.by not in choices:
-            raise UserError(f"--by {options.by!r}: {self.scores.path} has {', '.join(choices)}; choose one")
-        least, most = _RANGES.get(options.by, (-math.inf, math.inf))
+        filled = self.scores.info.get("identity", {}).get("columns") or []
+        self.on = options.on or (PROBABILITY if PROBABILITY in filled else "itm_score")
+        choices = filled or SCORES.score_names
+        for name, score in (("on", self.on), *([("weight", options.weight)] if options.weight else [])):
+            if score not in contract.score_names or score not in choices:
+                raise UserError(
+                    f"--{name} {score!r}: {self.scores.path} has {', '.join(choices)}; choose one"
+                )
+        if options.weight and _RANGES.get(options.weight) != (0, 1):
+            raise UserError(
+                f"--weight {options.weight}: a weight is from 0 to 1; give {PROBABILITY} or itm_score"
+            )
+        if options.precision and self.on != PROBABILITY:
+            raise UserError(
+                f"--precision {options.precision:g}: needs {PROBABILITY}, which `capfilt calibrate` gives"
+            )
+        least, most = _RANGES.get(self.on, (-math.inf, math.inf))
         if not least <= options.threshold <= most:
             raise UserError(
-                f"--threshold {options.threshold:g}: {options.by} is from {least} to {most}; give such a number"
+                f"--threshold {options.threshold:g}: {self.on} is from {least} to {most}; give such a number"
             )
-        used = {} if options.by in VERDICTS.score_names else {options.by: contract.doc_of(options.by)}
-        self.contract = VERDICTS.extended(used)
+        used = [
+            name
+            for name in dict.fromkeys((self.on, options.weight))
+            if name and name not in VERDICTS.score_names
+        ]
+        self.contract = VERDICTS.extended({name: contract.doc_of(name) for name in used})
         if self.require:
             self.require.bind(self._tables(self.require.names))
 
@@ -107,28 +127,37 @@ class Select(ShardStage):
 
     @cached_property
     def threshold(self) -> float:
-        """The score from which a text is kept: given, or the quantile that keeps `keep_fraction`.
+        """The score from which a text is kept: given, or the quantile that keeps `keep_fraction`, or that of `precision`.
 
         The share is of the texts that have a score and that nothing but their score can drop. With ties at the quantile
         every tied text is kept, so a little more than the fraction may be. It is part of the identity, so it is found before
         the stage travels to workers, and travels along.
         """
-        if not self.options.keep_fraction:
+        if not (self.options.keep_fraction or self.options.precision):
             return self.options.threshold
-        by = self.options.by
+        by = self.on
         judged = map(self._judged, self.shards())
         values = np.concatenate([each.filter(each["counts"])[by].to_numpy() for each in judged])
         if not len(values):
             raise UserError(
                 f"{self.scores.path}: no text that may be kept has an {by}, so there is no quantile"
             )
+        if self.options.precision:
+            # Rounded as scores are, so that a text at the threshold is kept.
+            found = threshold_for(values, self.options.precision)
+            if math.isinf(found):
+                raise UserError(
+                    f"--precision {self.options.precision:g}: no set of texts has it; the highest {by} is {values.max():.3f}"
+                )
+            return found
         # The k-th largest score, counted exactly: a quantile function would interpolate or round.
         place = len(values) - max(1, round(self.options.keep_fraction * len(values)))
         return float(np.partition(values, place)[place])
 
     def identity(self) -> Mapping[str, Any]:
         return {
-            "options": option_values(self.options, without=("pairs",)),
+            # The score under the option's first name, so that older verdicts stay what they are.
+            "options": {**option_values(self.options, without=("pairs", "on")), "by": self.on},
             "threshold": self.threshold,
             "images": self.images.info["fingerprint"],
             "captions": [part.info["fingerprint"] for part in self.captions],
@@ -151,9 +180,9 @@ class Select(ShardStage):
         return input_hashes(shard, *self._parts())
 
     def remarks(self) -> list[str]:
-        counts, by = self.output.counts(), self.options.by
+        counts, by = self.output.counts(), self.on
         if counts.kept:
-            return []
+            return [] if self.options.on else [f"judged by {by} (--on), kept from {self.threshold:.4g} on"]
         unmet = counts.dropped.get("require_false", 0) + counts.dropped.get("require_null", 0)
         if unmet and not counts.dropped.get(f"{by}_below_threshold"):
             null = counts.dropped.get("require_null", 0)
@@ -185,7 +214,7 @@ class Select(ShardStage):
         scores = rows_for(texts, self.scores.read(shard), self.scores, shard)
         ids = images["image_id"]
         images = images.drop_columns(["captions"]).take(pc.index_in(texts["image_id"], value_set=ids))
-        value = scores[self.options.by]
+        value = scores[self.on]
         wrong = _where(pc.invert(pc.is_finite(value)), "not_finite")
         failure = pc.coalesce(texts["failure"], scores["failure"], wrong)
         lost = _where(pc.not_equal(images["status"], "success"), "no_image")
@@ -209,7 +238,7 @@ class Select(ShardStage):
         return judged.append_column("reason", pc.coalesce(failure, lost, *others))
 
     def process(self, shard: int) -> Produced:
-        judged, by = self._judged(shard), self.options.by
+        judged, by = self._judged(shard), self.on
         enough = pc.fill_null(pc.greater_equal(judged[by].cast(pa.float64()), self.threshold), False)
         keep = pc.and_(pc.is_null(judged["reason"]), enough)
         by_score = pc.if_else(enough, f"{by}_at_threshold", f"{by}_below_threshold")
@@ -246,6 +275,7 @@ class WritePairs(ShardStage):
     contract = PAIRS
 
     def __init__(self, options: SelectOptions, workspace: Workspace, output: Part | None = None) -> None:
+        self.weight = options.weight
         self.images = workspace.input("images", options.images)
         self.verdicts = workspace.part("verdicts", options.out)
         self.output = output or workspace.part("pairs", options.out)
@@ -267,7 +297,12 @@ class WritePairs(ShardStage):
         verdicts = self.verdicts.read(shard)
         for row in verdicts.filter(verdicts["keep"]).to_pylist():
             texts.setdefault(row["image_id"], []).append(
-                {"text": row["text"], "source": row["source"], "itm_score": row["itm_score"], "weight": 1.0}
+                {
+                    "text": row["text"],
+                    "source": row["source"],
+                    "itm_score": row["itm_score"],
+                    "weight": row[self.weight] if self.weight and row[self.weight] is not None else 1.0,
+                }
             )
         tables = []
         dropped: Counter[str] = Counter()
