@@ -163,7 +163,7 @@ def photographed(models: list[str], seed: int, precision: str) -> list[Step]:
             "scores": f"filter-{part}",
             "out": f"kept-{part}",
         }
-        rule |= {"on": "itc_score", "keep_fraction": 0.4}
+        rule |= {"by": "itc_score", "keep_fraction": 0.4}
         steps.append(Step(stage="select", name=f"select-{part}", options=rule))
     evaluate = {"images": "clean", "tasks": ["retrieval"], "limit": 300}
     train = vars(options["retrain-raw"])

@@ -16,7 +16,7 @@ CREATE TABLE scores (
         'no_answer', 'unknown_label'))
 );
 
-COMMENT ON TABLE scores IS 'a text under one scorer; in a plug-in''s part its own columns follow (contract version 2)';
+COMMENT ON TABLE scores IS 'a text under one scorer; in a plug-in''s part its own columns follow (contract version 1)';
 COMMENT ON COLUMN scores.text_id IS '128-bit hash of (image_id, source, text, generator, sample index), 32 hex digits';
 COMMENT ON COLUMN scores.image_id IS '128-bit hash of (dataset, key), 32 hex digits; unique across datasets';
 COMMENT ON COLUMN scores.itm_score IS 'softmax(itm_logits)[1] of the image-grounded encoder fed [ENC], in [0, 1]';

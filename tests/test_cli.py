@@ -300,7 +300,7 @@ def completed(workspace, monkeypatch, capsys):
         ("capfilt evaluate -w ws --model cap", ["captioner"]),
         ("capfilt compare -w ws ", ["first"]),
         ("capfilt caption -w nowhere --images ", []),
-        ("capfilt select -w ws --on ", []),
+        ("capfilt select -w ws --by ", []),
         ("capfilt run photographs-", ["photographs-gpu"]),
         ("capfilt recipe show blip-base", ["blip-base-129m", "blip-base-14m"]),
     ],

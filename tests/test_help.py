@@ -10,7 +10,6 @@ command gets five tries and its fastest counts, because the first run after an e
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ import pytest
 
 from capfilt import cli
 from capfilt.models import FAMILIES
-from capfilt.options import INPUTS, PANELS
+from capfilt.options import INPUTS, PANELS, offered
 from capfilt.stages.registry import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,9 +140,7 @@ def help_of(monkeypatch, capsys, *words, width=110):
 @pytest.mark.parametrize("command", STAGES, ids=lambda command: command.name)
 def test_help_is_in_panels_with_inputs_first_and_the_rare_options_apart(command, monkeypatch, capsys):
     """Help of 183 lines that began with --queue-size, and a rare option that nothing shows."""
-    fields = {
-        each.name: each for each in dataclasses.fields(command.options) if each.name != command.positional
-    }
+    fields = {each.name: each for each in offered(command.options) if each.name != command.positional}
     for flag in ("--help", "--help-all"):
         lines = help_of(monkeypatch, capsys, *command.words, flag)
         panels = [line[:-1] for line in lines if line[:1].strip() and line.endswith(":")]

@@ -402,7 +402,7 @@ VILT_VQA = {
             "finetune-nlvr",
             {**VILT_FINETUNING, "batch_size": 128, "head_rate": 1.0, "swap": 0.0},
         ),
-        ("blip-base-14m", "select-cc12m", {"threshold": 0.5, "on": "itm_score"}),
+        ("blip-base-14m", "select-cc12m", {"threshold": 0.5, "by": "itm_score"}),
         ("blip-base-14m", "caption-cc12m", {"method": "nucleus", "top_p": 0.9, "samples": 1}),
     ],
 )

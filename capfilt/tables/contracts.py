@@ -258,7 +258,7 @@ CAPTIONS = Contract(
 
 SCORES = Contract(
     "scores",
-    2,
+    1,
     pa.schema(
         [
             _TEXT_ID,

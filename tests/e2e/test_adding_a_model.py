@@ -112,7 +112,7 @@ def test_a_family_of_another_package_is_trained_killed_resumed_evaluated_and_jud
     result = json.loads((workspace.path / "runs" / "judged.json").read_text())
     assert 0 <= result["metrics"]["tr@1"] <= 100
     finish(run("score", "--images", "web", "--filter", "toy"))
-    half = ("--on", "itc_score", "--keep-fraction", "0.5", "--out", "half")
+    half = ("--by", "itc_score", "--keep-fraction", "0.5", "--out", "half")
     finish(run("select", "--images", "web", "--scores", "toy", *half))
     verdicts = [
         row for table in workspace.part("verdicts", "half").tables(["keep"]) for row in table.to_pylist()

@@ -42,6 +42,8 @@ from capfilt.models.common.masking import Masking
 from capfilt.models.common.task_objectives import AnsweringConfig, ClassifierTraining, VqaTraining
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
+from capfilt.models.locked.model import PRESETS as LOCKED_PRESETS
+from capfilt.models.locked.model import LockedTextConfig, LockedTraining, LockedVisionConfig
 from capfilt.models.vilt.model import (
     MatchingConfig,
     ViltConfig,
@@ -68,6 +70,13 @@ BLIP = BlipConfig(VISION, TEXT, embed_dim=6)
 ALBEF = AlbefConfig(VISION, dataclasses.replace(TEXT, vocab_size=VOCAB - len(ADDED)), embed_dim=6)
 VILT = ViltConfig(ViltVisionConfig(SIZE, 8), ViltTextConfig(VOCAB, 12), 8, 2, 2, 16, dropout=0.0)
 CLIP = ClipConfig(ClipVisionConfig(SIZE, 8, 8, 1, 2, 16), ClipTextConfig(VOCAB, 12, 8, 1, 2, 16), embed_dim=6)
+LOCKED = dataclasses.replace(
+    LOCKED_PRESETS["tiny"],
+    vision=LockedVisionConfig(SIZE, "pixels"),
+    text=LockedTextConfig(VOCAB, 8, 1, 2, 16, 12, encoder=""),
+    hidden=8,
+    embed_dim=6,
+)
 RESNET = dataclasses.replace(CLIP, vision=ClipVisionConfig(32, width=2, heads=2, stages="1-1-1-1"))
 CONV = dataclasses.replace(BLIP, vision=dataclasses.replace(VISION, width=32, stem="conv"))
 
@@ -121,6 +130,7 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "clip": lambda: _clip(CLIP),
     "clip_sigmoid": lambda: _clip(dataclasses.replace(CLIP, logit_bias=True, activation="gelu")),
     "clip_resnet": lambda: _clip(RESNET),
+    "locked": lambda: build(LOCKED, 3),
     "vilt": lambda: build(VILT, 3),
     "vilt_tied": lambda: build(dataclasses.replace(VILT, tied=True), 3),
     "vilt_classifier": lambda: classifier_from_vilt(_vilt(), "vqa", ANSWERS, 3),
@@ -248,6 +258,10 @@ def outputs(name: str, model: Any) -> dict[str, Tensor]:
             "image": model.embed_image(model.encode_image(batch.pixels)),
             "text": model.embed_text(batch.ids),
         }
+    if name == "locked":
+        batch = pairs()
+        image = model.embed_image(model.encode_image(batch.pixels))
+        return {"image": image, "text": model.embed_text(batch.ids, batch.mask)}
     if name.endswith("_vqa"):
         asked = questions()
         question = model.encode_question(asked.ids, asked.mask, model.encode_image(asked.pixels))
@@ -328,6 +342,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         "clip_sigmoid", lambda model: ClipTraining(model, ContrastConfig("sigmoid")), clip_pairs
     ),
     "clip resnet": Objective("clip_resnet", ClipTraining, lambda: clip_pairs(32)),
+    "locked": Objective("locked", LockedTraining, pairs),
     "vilt pretraining": Objective("vilt", _vilt_pretraining(), pairs),
     "vilt pretraining, some patches": Objective(
         "vilt", _vilt_pretraining(max_patches=3, alignment=0.5), pairs

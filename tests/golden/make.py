@@ -46,6 +46,7 @@ SAVED = (
         "blip_filter",
         "blip_pictures",
         "albef_retrieval",
+        "locked",
     ),
 )
 """The models of MODELS that are fixtures."""
@@ -143,7 +144,7 @@ def _rounded(value: Any) -> Any:
 
 
 def write_checkpoints() -> None:
-    for name in SAVED:
+    for name in [each for each in SAVED if not (CHECKPOINTS / each).exists()]:
         model = filled(MODELS[name]())
         checkpoint.save(CHECKPOINTS / name, model, tokenizer_of(model), {"made": "for tests"})
 
@@ -168,11 +169,11 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.fixtures:
-        for path, write in ((CHECKPOINTS, write_checkpoints), (WORKSPACE, write_workspace)):
-            if path.exists():
-                print(f"{path} stands and is left as it is")
-            else:
-                write()
+        write_checkpoints()
+        if WORKSPACE.exists():
+            print(f"{WORKSPACE} stands and is left as it is")
+        else:
+            write_workspace()
     if given.write:
         NUMBERS.write_text(json.dumps(_rounded(numbers()), indent=1, sort_keys=True) + "\n")
     lines = list(differences(numbers(), recorded()))

@@ -164,7 +164,7 @@ STAGES: Mapping[str, Callable[[Workspace, Path], ShardStage]] = {
     "duplicates": lambda ws, _: Duplicates(DuplicatesOptions(images="web"), ws),
     "select": lambda ws, _: Select(SelectOptions(**RULE, threshold=0.18, out="capfilt"), ws),
     "select-pairs": lambda ws, _: WritePairs(SelectOptions(**RULE, threshold=0.18, out="capfilt"), ws),
-    "select a share": lambda ws, _: Select(SelectOptions(**RULE, keep_fraction=0.5, on="itc_score", out="share"), ws),
+    "select a share": lambda ws, _: Select(SelectOptions(**RULE, keep_fraction=0.5, by="itc_score", out="share"), ws),
     "subset": lambda ws, _: Subset(
         SubsetOptions(images="web", dataset="noisy", share_to=0.9, wrong=0.3, truncated=0.3, file_name=0.2, seed=1), ws
     ),

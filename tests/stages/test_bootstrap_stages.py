@@ -497,7 +497,7 @@ def test_missing_inputs_and_wrong_options_are_one_line_and_write_nothing(workspa
         lambda: CaptionStage(CaptionOptions(images="web", top_p=0.0), workspace),
         lambda: ScoreStage(ScoreOptions(images="web", captions=("nowhere",)), workspace),
         lambda: Select(SelectOptions(images="web", scores="nowhere"), workspace),
-        lambda: Select(SelectOptions(images="web", on="beauty"), workspace),
+        lambda: Select(SelectOptions(images="web", by="beauty"), workspace),
         lambda: Select(SelectOptions(images="web", keep_fraction=2.0), workspace),
     ]
     for case in cases:
@@ -555,15 +555,15 @@ def test_a_score_that_is_no_number_is_kept_by_no_rule(workspace, value, rule):
 
 
 @pytest.mark.parametrize(
-    ("on", "threshold", "good"),
+    ("by", "threshold", "good"),
     [("itm_score", 1.5, False), ("itm_score", -0.1, False), ("itc_score", 1.01, False), ("itc_score", -0.5, True),
      ("itm_score", 1.0, True), ("itm_score", 0.0, True)],
 )  # fmt: skip
-def test_a_threshold_is_where_its_scores_are(workspace, on, threshold, good):
+def test_a_threshold_is_where_its_scores_are(workspace, by, threshold, good):
     put_scores(workspace, lambda row: 0.5)
-    options = SelectOptions(images="web", scores="chosen", on=on, threshold=threshold)
+    options = SelectOptions(images="web", scores="chosen", by=by, threshold=threshold)
     if good:
         Select(options, workspace)
         return
-    with refused(f"--threshold {threshold:g}", on):
+    with refused(f"--threshold {threshold:g}", by):
         Select(options, workspace)

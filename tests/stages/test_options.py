@@ -18,6 +18,7 @@ from capfilt.options import (
     SOURCES,
     SPLITS,
     missing,
+    offered,
     panel_of,
 )
 from capfilt.stages.base import option_values
@@ -34,7 +35,7 @@ from tests.refusals import refused
 NUMBERS = [
     (command.options, each)
     for command in STAGES
-    for each in dataclasses.fields(command.options)
+    for each in offered(command.options)
     if each.type in ("int", "float")
 ]
 """Every option of every stage that is a number."""
@@ -68,7 +69,7 @@ def test_shares_and_probabilities_end_at_one():
     """Catches 1.5 for a chance: every option that is named as one, whatever its stage."""
     shares_of = {
         "top_p", "keep_fraction", "mask_share", "label_smoothing", "share_from", "share_to", "wrong", "truncated", "file_name",
-        "swap", "drop_path", "alpha", "momentum", "ema", "beta2", "decay_rate", "crop_scale",
+        "swap", "drop_path", "precision", "alpha", "momentum", "ema", "beta2", "decay_rate", "crop_scale",
     }  # fmt: skip
     found = {each.name for _, each in NUMBERS if min(each.metadata["most"], each.metadata["below"]) <= 1}
     assert found == shares_of
@@ -139,7 +140,7 @@ def test_the_panel_of_an_option_is_that_of_the_class_that_first_has_it():
         (FinetuneVqaOptions, "examples", INPUTS),  # by its kind
         (FinetuneVqaOptions, "out", INPUTS),  # by its name
         (FinetuneVqaOptions, "splits", INPUTS),  # by its own mark
-        (SelectOptions, "on", ROWS),
+        (SelectOptions, "by", ROWS),
     ):
         assert panel_of(options, options.__dataclass_fields__[name]) == panel, name
     for command in STAGES:

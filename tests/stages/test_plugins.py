@@ -114,7 +114,7 @@ def test_the_guide_from_its_package_to_the_corpus(workspace, call, documented):
 
     # Another threshold is no GPU job; and the analyst and the report see the column with its meaning.
     again = ("select", "--images", "web", "--captions", "colours", "--scores", "colours", "--no-pairs")
-    assert call(*again, "--on", "colour_score", "--threshold", "2", "--out", "none") == (0, "")
+    assert call(*again, "--by", "colour_score", "--threshold", "2", "--out", "none") == (0, "")
     assert not any(row["keep"] for row in rows_of(workspace.part("verdicts", "none")))
     with open_catalog(workspace) as connection:
         found = connection.execute(
@@ -251,11 +251,11 @@ def test_only_columns_that_the_scorer_fills_can_be_judged_by(workspace, call, pr
     # The filter's columns are there, and null: everything would be dropped without a word.
     code, err = call(*select, "probe")
     assert code == 2
-    assert names(err, "--on itm_score", "first_score, second_score")
-    code, err = call(*select, "filter", "--on", "first_score")
+    assert names(err, "--by itm_score", "first_score, second_score")
+    code, err = call(*select, "filter", "--by", "first_score")
     assert code == 2
     assert "itm_score, itc_score, match_probability" in err
-    assert call(*select, "probe", "--on", "second_score", "--out", "second")[0] == 0
+    assert call(*select, "probe", "--by", "second_score", "--out", "second")[0] == 0
     row = rows_of(workspace.part("verdicts", "second"))[0]
     assert "second_score" in row
     assert "first_score" not in row
@@ -274,7 +274,7 @@ def test_a_clip_from_scoring_to_the_corpus(workspace, call, tmp_path, capsys):
     assert all(-1 <= value <= 1 for value in values)
     assert len(set(values)) > 5
     middle = sorted(values)[len(values) // 2]
-    select = ("select", "--images", "web", "--scores", "clip", "--on", "clip_score")
+    select = ("select", "--images", "web", "--scores", "clip", "--by", "clip_score")
     assert call(*select, "--threshold", middle, "--out", "above")[0] == 0
     kept = [row for row in rows_of(workspace.part("verdicts", "above")) if row["keep"]]
     assert len(kept) == sum(value >= middle for value in values)

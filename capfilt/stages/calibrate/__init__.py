@@ -41,6 +41,6 @@ COMMAND = StageCommand(
     ("capfilt.stages.calibrate.judge:Judge", "capfilt.stages.calibrate.stage:Calibrate"),
     (
         "capfilt calibrate --images web --filter judge --calibration held-out",
-        "capfilt select --images web --scores calibrated --on match_probability --threshold 0.5",
+        "capfilt select --images web --scores calibrated --by match_probability --threshold 0.5",
     ),
 )

@@ -26,7 +26,7 @@ class SelectOptions(Checked):
     signals: tuple[str, ...] = option((), "signals part for --require to name; repeatable", kind="signals")
     out: str = option("capfilt", "name of the verdicts part and of the pairs part to write")
     pairs: bool = option(True, "also write the pairs part, with pictures", panel=INPUTS)
-    on: str = option("", "score to judge by; default: match_probability where there is one, else itm_score")
+    by: str = option("itm_score", "score to judge by; of a calibrated part match_probability, unless given")
     threshold: float = option(
         0.5, "keep texts that score at least this (BLIP's author: 0.5 of the softmax)", least=-math.inf
     )
@@ -52,7 +52,7 @@ COMMAND = StageCommand(
     (
         "capfilt select --images cc12m --captions captioner --scores filter --threshold 0.5",
         "capfilt select --images cc12m --captions captioner --keep-fraction 0.3 --out top30 --no-pairs",
-        "capfilt select --images cc12m --scores clip --on clip_score --threshold 0.28 --out clip28",
+        "capfilt select --images cc12m --scores clip --by clip_score --threshold 0.28 --out clip28",
         "capfilt select --images cc12m --scores calibrated --precision 0.9 --weight match_probability",
         "capfilt select --images cc12m --signals duplicates --require 'first AND width >= 200' --out unique",
     ),

@@ -78,9 +78,11 @@ class Select(ShardStage):
         contract = self.scores.contract
         # A plug-in tells which columns it fills; the others of its part are null.
         filled = self.scores.info.get("identity", {}).get("columns") or []
-        self.on = options.on or (PROBABILITY if PROBABILITY in filled else "itm_score")
+        # A calibrated part has a probability, and no itm_score to take the default for.
+        unsaid = options.by == SelectOptions.by and options.by not in filled
+        self.by = PROBABILITY if unsaid and PROBABILITY in filled else options.by
         choices = filled or SCORES.score_names
-        for name, score in (("on", self.on), *([("weight", options.weight)] if options.weight else [])):
+        for name, score in (("by", self.by), *([("weight", options.weight)] if options.weight else [])):
             if score not in contract.score_names or score not in choices:
                 raise UserError(
                     f"--{name} {score!r}: {self.scores.path} has {', '.join(choices)}; choose one"
@@ -89,18 +91,18 @@ class Select(ShardStage):
             raise UserError(
                 f"--weight {options.weight}: a weight is from 0 to 1; give {PROBABILITY} or itm_score"
             )
-        if options.precision and self.on != PROBABILITY:
+        if options.precision and self.by != PROBABILITY:
             raise UserError(
                 f"--precision {options.precision:g}: needs {PROBABILITY}, which `capfilt calibrate` gives"
             )
-        least, most = _RANGES.get(self.on, (-math.inf, math.inf))
+        least, most = _RANGES.get(self.by, (-math.inf, math.inf))
         if not least <= options.threshold <= most:
             raise UserError(
-                f"--threshold {options.threshold:g}: {self.on} is from {least} to {most}; give such a number"
+                f"--threshold {options.threshold:g}: {self.by} is from {least} to {most}; give such a number"
             )
         used = [
             name
-            for name in dict.fromkeys((self.on, options.weight))
+            for name in dict.fromkeys((self.by, options.weight))
             if name and name not in VERDICTS.score_names
         ]
         self.contract = VERDICTS.extended({name: contract.doc_of(name) for name in used})
@@ -135,7 +137,7 @@ class Select(ShardStage):
         """
         if not (self.options.keep_fraction or self.options.precision):
             return self.options.threshold
-        by = self.on
+        by = self.by
         judged = map(self._judged, self.shards())
         values = np.concatenate([each.filter(each["counts"])[by].to_numpy() for each in judged])
         if not len(values):
@@ -156,8 +158,7 @@ class Select(ShardStage):
 
     def identity(self) -> Mapping[str, Any]:
         return {
-            # The score under the option's first name, so that older verdicts stay what they are.
-            "options": {**option_values(self.options, without=("pairs", "on")), "by": self.on},
+            "options": {**option_values(self.options, without=("pairs",)), "by": self.by},
             "threshold": self.threshold,
             "images": self.images.info["fingerprint"],
             "captions": [part.info["fingerprint"] for part in self.captions],
@@ -180,9 +181,13 @@ class Select(ShardStage):
         return input_hashes(shard, *self._parts())
 
     def remarks(self) -> list[str]:
-        counts, by = self.output.counts(), self.on
+        counts, by = self.output.counts(), self.by
         if counts.kept:
-            return [] if self.options.on else [f"judged by {by} (--on), kept from {self.threshold:.4g} on"]
+            return (
+                []
+                if self.by == self.options.by
+                else [f"judged by {by} (--by), kept from {self.threshold:.4g} on"]
+            )
         unmet = counts.dropped.get("require_false", 0) + counts.dropped.get("require_null", 0)
         if unmet and not counts.dropped.get(f"{by}_below_threshold"):
             null = counts.dropped.get("require_null", 0)
@@ -214,7 +219,7 @@ class Select(ShardStage):
         scores = rows_for(texts, self.scores.read(shard), self.scores, shard)
         ids = images["image_id"]
         images = images.drop_columns(["captions"]).take(pc.index_in(texts["image_id"], value_set=ids))
-        value = scores[self.on]
+        value = scores[self.by]
         wrong = _where(pc.invert(pc.is_finite(value)), "not_finite")
         failure = pc.coalesce(texts["failure"], scores["failure"], wrong)
         lost = _where(pc.not_equal(images["status"], "success"), "no_image")
@@ -238,7 +243,7 @@ class Select(ShardStage):
         return judged.append_column("reason", pc.coalesce(failure, lost, *others))
 
     def process(self, shard: int) -> Produced:
-        judged, by = self._judged(shard), self.on
+        judged, by = self._judged(shard), self.by
         enough = pc.fill_null(pc.greater_equal(judged[by].cast(pa.float64()), self.threshold), False)
         keep = pc.and_(pc.is_null(judged["reason"]), enough)
         by_score = pc.if_else(enough, f"{by}_at_threshold", f"{by}_below_threshold")
