@@ -1,0 +1,260 @@
+"""Catches probabilities that nobody calibrated, calibration pictures that trained the judge, and rows that workers decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from capfilt.cli import main
+from capfilt.execution.inline import InlineExecutor
+from capfilt.execution.run import run_stage
+from capfilt.stages.calibrate import CalibrateOptions
+from capfilt.stages.calibrate.judge import Judge
+from capfilt.stages.calibrate.stage import Calibrate, read
+from capfilt.stages.registry import stage_command
+from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.stage import Select, WritePairs
+from capfilt.stages.train import Retrain
+from capfilt.tables.contracts import CAPTIONS
+from capfilt.tables.ids import text_id
+from capfilt.tables.manifest import Counts
+from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
+from tests.worlds import COLOURS, failed_row, image_rows, write_images
+
+WRONG = 0.4
+
+
+def colourful(dataset, count, start, source="human", wrong=0.0, seed=0):
+    """Pictures of one colour with a text that names it, or, for the share `wrong`, another colour; and which are true."""
+    rng = np.random.default_rng(seed)
+    rows = image_rows(dataset, count, source=source, start=start)
+    names, truth = list(COLOURS), {}
+    for row in rows:
+        colour = next(name for name in names if name in row["captions"][0])
+        true = rng.random() >= wrong
+        said = colour if true else names[(names.index(colour) + 1 + rng.integers(3)) % 4]
+        row["captions"] = [f"a {said} square"]
+        truth[row["image_id"]] = true
+    return rows, truth
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A judge that tells colours, calibration pictures that it never saw, and web pairs of which some are wrong."""
+    made = Workspace(tmp_path_factory.mktemp("calibrate"))
+    rows, _ = colourful("human", 120, 0)
+    write_images(made.part("images", "human"), [rows])
+    rows, _ = colourful("held", 80, 1000)
+    write_images(made.part("images", "held"), [rows])
+    rows, truth = colourful("web", 240, 2000, "web", WRONG)
+    lost = failed_row("web", "lost")
+    write_images(made.part("images", "web"), [rows[:100], [*rows[100:], lost]])
+    written = [
+        {
+            "text_id": text_id(row["image_id"], "synthetic", "a square", "c", 0), "image_id": row["image_id"],
+            "text": "a square", "sample_index": 0, "captioner": "c", "decoding": "{}",
+        }
+        for row in rows[:5]
+    ]  # fmt: skip
+    part = made.part("captions", "c")
+    mark = part.begin(CAPTIONS, "test", {})
+    part.commit(0, CAPTIONS.table(written), Counts(5, 5, {}, {}), mark, 0.01)
+    part.commit(1, CAPTIONS.table([]), Counts(0, 0, {}, {}), mark, 0.01)
+    options = stage_command("retrain-locked").options(
+        preset="tiny", human=("human",), steps=120, batch_size=32, warmup_steps=5, vocab_size=600, learning_rate=1e-2,
+        out="judge",
+    )  # fmt: skip
+    run_stage(Retrain(options, made), InlineExecutor(), quiet=True)
+    return made, truth
+
+
+def calibrated(place, out="calibrated", **more):
+    options = CalibrateOptions(
+        **{"images": "web", "filter": "judge", "calibration": "held", "out": out, "resamples": 20, **more}
+    )
+    for stage in (Judge, Calibrate):
+        run_stage(stage(options, place), InlineExecutor(), quiet=True)
+    return place.part("scores", out)
+
+
+def rows_of(part):
+    return [row for table in part.tables() for row in table.to_pylist()]
+
+
+def test_probabilities_tell_true_texts_and_the_share_is_that_of_the_corpus(world):
+    place, truth = world
+    part = calibrated(place)
+    rows = [row for row in rows_of(part) if row["match_probability"] is not None]
+    assert len(rows) == 240
+    p = np.array([row["match_probability"] for row in rows])
+    true = np.array([truth[row["image_id"]] for row in rows])
+    assert p[true].mean() > 0.85
+    assert p[~true].mean() < 0.15
+    made = read(part)
+    assert made["share"] == pytest.approx(true.mean(), abs=0.06)
+    assert made["share_interval"][0] <= made["share"] <= made["share_interval"][1]
+    assert made["share"] <= made["share_bound"]
+    assert (made["images"], made["texts"]) == (80, 240)
+    # The expectation needs no labels, and is right here.
+    half = made["cuts"][0]
+    assert half["precision"] == pytest.approx(true[p >= 0.5].mean(), abs=0.1)
+    assert half["kept"] == pytest.approx((p >= 0.5).mean(), abs=1e-6)
+
+
+def test_a_synthetic_text_has_no_probability_and_is_counted(world):
+    place, _ = world
+    part = calibrated(place, "with-captions", captions=("c",))
+    rows = rows_of(part)
+    assert len(rows) == 245
+    assert sum(row["match_probability"] is None for row in rows) == 5
+    assert all(row["hub_score"] is not None for row in rows)
+    assert part.counts().dropped == {"synthetic_not_calibrated": 5}
+    # It decides nothing of the others.
+    plain = {row["text_id"]: row["match_probability"] for row in rows_of(calibrated(place))}
+    assert {row["text_id"]: row["match_probability"] for row in rows if row["text_id"] in plain} == plain
+
+
+def test_the_same_rows_again_and_another_fingerprint_for_another_fit(world):
+    place, _ = world
+    first = calibrated(place)
+    other = calibrated(place, "isotonic", method="isotonic")
+    assert first.info["fingerprint"] != other.info["fingerprint"]
+    assert rows_of(first) != rows_of(other)
+    assert [row["hub_score"] for row in rows_of(first)] == [row["hub_score"] for row in rows_of(other)]
+    again = calibrated(place, "again")
+    assert rows_of(again) == rows_of(first)
+    # A second run finds all done, the fit too.
+    summary = run_stage(Calibrate(_options("again"), place), InlineExecutor(), quiet=True)
+    assert summary.done_now == 0
+
+
+def _options(out, **more):
+    given = {"images": "web", "filter": "judge", "calibration": "held", "out": out, "resamples": 20, **more}
+    return CalibrateOptions(**given)
+
+
+def test_a_lost_shard_is_made_again_with_the_fit_that_stands(world):
+    place, _ = world
+    part = calibrated(place, "lost")
+    before = [(path.name, path.read_bytes()) for path in sorted(part.path.glob("*.parquet"))]
+    (part.path / "00001.parquet").unlink()
+    (part.record / "00001.manifest.json").unlink()
+    calibrated(place, "lost")
+    assert [(path.name, path.read_bytes()) for path in sorted(part.path.glob("*.parquet"))] == before
+
+
+def test_select_judges_by_it_finds_a_precision_and_weighs(world, capsys):
+    place, _ = world
+    calibrated(place)
+    rule = {"images": "web", "scores": "calibrated", "sources": ("web",)}
+    stage = Select(SelectOptions(**rule, out="half"), place)
+    assert stage.by == "match_probability"
+    run_stage(stage, InlineExecutor(), quiet=True)
+    assert any("judged by match_probability" in line for line in stage.remarks())
+    options = SelectOptions(**rule, out="sure", precision=0.95, weight="match_probability")
+    for each in (Select, WritePairs):
+        run_stage(each(options, place), InlineExecutor(), quiet=True)
+    verdicts = rows_of(place.part("verdicts", "sure"))
+    kept = [row["match_probability"] for row in verdicts if row["keep"]]
+    values = sorted(
+        (row["match_probability"] for row in verdicts if row["match_probability"] is not None), reverse=True
+    )
+    assert np.mean(kept) >= 0.95
+    more = values[: len(kept) + 1]
+    assert np.mean(more) < 0.95 or len(more) == len(kept)
+    weights = [text["weight"] for row in rows_of(place.part("pairs", "sure")) for text in row["texts"]]
+    assert sorted(weights) == pytest.approx(sorted(kept))
+
+
+def test_trainings_draw_verdicts_by_their_weight(world):
+    from capfilt.data.pair_shards import PairInput
+    from capfilt.data.pairs import Pairs
+
+    place, _ = world
+    calibrated(place)
+    options = SelectOptions(
+        images="web",
+        scores="calibrated",
+        sources=("web",),
+        threshold=0.0,
+        out="soft",
+        weight="match_probability",
+    )
+    for each in (Select, WritePairs):
+        run_stage(each(options, place), InlineExecutor(), quiet=True)
+    joined = Pairs([PairInput(place.part("images", "web"), place.part("verdicts", "soft"))], size=16)
+    written = Pairs([PairInput(place.part("pairs", "soft"))], size=16)
+    assert joined.drawn == pytest.approx(written.drawn)
+    assert 0 < joined.drawn < len(joined)
+
+
+def test_the_command_prints_the_share_and_what_thresholds_keep(world, capsys):
+    place, _ = world
+    words = [
+        "calibrate",
+        "--images",
+        "web",
+        "--filter",
+        "judge",
+        "--calibration",
+        "held",
+        "--out",
+        "told",
+        "--resamples",
+        "20",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "-w", str(place.path), "--execution", "inline"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "share of true pairs" in out
+    assert "p >= 0.5 keeps" in out
+
+
+def test_what_cannot_be_calibrated_is_refused(world, tmp_path):
+    place, _ = world
+    few, _ = colourful("few", 20, 5000)
+    write_images(place.part("images", "few"), [few])
+    mute = [{**row, "captions": []} for row in colourful("mute", 60, 6000)[0]]
+    write_images(place.part("images", "mute"), [mute])
+    for calibration, words in (
+        ("few", ("--calibration few", "20", "50")),
+        ("human", ("--calibration human", "trained judge")),
+        ("web", ("--calibration web", "judged")),
+        ("mute", ("--calibration mute", "texts")),
+    ):
+        with refused(*words):
+            calibrated(place, f"refused-{calibration}", calibration=calibration)
+    config = place.model("judge") / "exposures.parquet"
+    moved = config.rename(tmp_path / "exposures.parquet")
+    try:
+        made = read(calibrated(place, "unsaid"))
+    finally:
+        moved.rename(config)
+    assert "does not say" in made["warnings"][0]
+
+
+def test_a_calibration_that_changed_on_disk_is_refused(world):
+    place, _ = world
+    part = calibrated(place, "spoilt")
+    path = part.record / "calibration.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "share": 0.99}))
+    with refused("calibration.json", "run calibrate again"):
+        read(part)
+
+
+def test_rules_that_exclude_one_another(world):
+    place, _ = world
+    calibrated(place)
+    rule = SelectOptions(images="web", scores="calibrated", sources=("web",), out="none")
+    for more in ({"precision": 0.9, "keep_fraction": 0.3}, {"precision": 0.9, "threshold": 0.7}):
+        with refused("--precision 0.9", "give one of them"):
+            Select(dataclasses.replace(rule, **more), place)
+    with refused("--precision 0.9", "match_probability"):
+        Select(dataclasses.replace(rule, precision=0.9, by="itc_score"), place)
+    with refused("--weight itc_score"):
+        Select(dataclasses.replace(rule, weight="itc_score"), place)
