@@ -1,13 +1,12 @@
 -- Written from capfilt/tables/contracts.py by `just schemas`; a change made here is lost.
 
 CREATE TABLE scores (
-    text_id           VARCHAR NOT NULL,
-    image_id          VARCHAR NOT NULL,
-    itm_score         FLOAT,
-    itc_score         FLOAT,
-    match_probability FLOAT,
-    fold              INTEGER,
-    failure           VARCHAR,
+    text_id   VARCHAR NOT NULL,
+    image_id  VARCHAR NOT NULL,
+    itm_score FLOAT,
+    itc_score FLOAT,
+    fold      INTEGER,
+    failure   VARCHAR,
     PRIMARY KEY (text_id),
     CHECK (failure IN ('not_found', 'timeout', 'dns', 'connection', 'blocked_address', 'bad_url',
         'too_many_redirects', 'rate_limited', 'http_error', 'too_large', 'hash_mismatch', 'opted_out',
@@ -21,6 +20,5 @@ COMMENT ON COLUMN scores.text_id IS '128-bit hash of (image_id, source, text, ge
 COMMENT ON COLUMN scores.image_id IS '128-bit hash of (dataset, key), 32 hex digits; unique across datasets';
 COMMENT ON COLUMN scores.itm_score IS 'softmax(itm_logits)[1] of the image-grounded encoder fed [ENC], in [0, 1]';
 COMMENT ON COLUMN scores.itc_score IS 'cosine of the unimodal image and text embeddings, in [-1, 1]';
-COMMENT ON COLUMN scores.match_probability IS 'probability that the text belongs to the picture, from `calibrate`; else null';
 COMMENT ON COLUMN scores.fold IS 'fold of the image in cross-fitting; null where one checkpoint judged all';
 COMMENT ON COLUMN scores.failure IS 'why the row failed, from the closed list; null where it did not';

@@ -265,12 +265,6 @@ SCORES = Contract(
             _IMAGE_ID,
             _ITM,
             _ITC,
-            _field(
-                "match_probability",
-                pa.float32(),
-                "probability that the text belongs to the picture, from `calibrate`; else null",
-                null=True,
-            ),
             _FOLD,
             _FAILURE,
         ]

@@ -148,7 +148,9 @@ class Part:
             newer = version > contract.version
             contract.extended(info.get("columns", {}))
             numbers_of(info.get("planned", ""))
-            mark = _mark(info["stage"], [contract.name, version, *info.get("columns", {})], info["identity"])
+            mark = _mark(
+                info["stage"], [contract.name, version, *sorted(info.get("columns", {}))], info["identity"]
+            )
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not readable as a part's record ({error}); {cure}") from error
         if newer:
@@ -293,8 +295,8 @@ class Part:
         Raises UserError when the part stands and was written with another identity.
         """
         identity = json.loads(json.dumps(identity))
-        # Parts without further columns keep the fingerprints they had before there were any.
-        mark = _mark(stage, [contract.name, contract.version, *contract.further], identity)
+        # Parts without further columns keep the fingerprints they had before there were any. Records have columns in order.
+        mark = _mark(stage, [contract.name, contract.version, *sorted(contract.further)], identity)
         if self.exists and self.info["fingerprint"] != mark:
             change = _first_difference(
                 {"contract_version": self.info["contract_version"], **self.info.get("identity", {})},
@@ -675,7 +677,8 @@ class Part:
         contract = self.contract
         if manifest.contract_version == contract.version:
             for each in contract.schema:
-                found = file.schema_arrow.field(each.name).type
+                place = file.schema_arrow.get_field_index(each.name)
+                found = file.schema_arrow.field(place).type if place >= 0 else "not there"
                 if found != each.type:
                     raise ValueError(f"column {each.name!r} is {found}, the contract says {each.type}")
 

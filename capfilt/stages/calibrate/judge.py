@@ -32,7 +32,7 @@ from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS
 from capfilt.tables.workspace import Workspace
 
-HUB = "hub_score"
+HUB, PROBABILITY = "hub_score", "match_probability"
 COLUMNS: Mapping[str, str] = {
     "itc_score": "cosine of the image and text embeddings, in [-1, 1]",
     HUB: "that cosine less what picture and text have with random pairs (docs/calibration.md)",

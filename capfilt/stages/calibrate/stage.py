@@ -22,7 +22,7 @@ from capfilt.calibration.share import cut, em_share, posterior, upper_bound
 from capfilt.errors import UserError, naming
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.judge import BATCH, COLUMNS, HUB, Judging
+from capfilt.stages.calibrate.judge import BATCH, COLUMNS, HUB, PROBABILITY, Judging
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.pixels import pictures
 from capfilt.stages.training import EXPOSURES
@@ -36,6 +36,7 @@ from capfilt.tables.workspace import Workspace
 
 LEAST_IMAGES = 50
 FILE = "calibration.json"
+MEANING = "probability that the text belongs to the picture, in [0, 1]; null for a synthetic text"
 LEVEL = 0.95
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 MOST_RESAMPLED = 20_000
@@ -59,13 +60,13 @@ class Calibrate(ShardStage):
         if self.held_out.path == self.images.path:
             raise UserError(f"--calibration {options.calibration}: is the part that is judged; give another")
         self.judged = workspace.part("scores", f"{options.out}-judged")
-        self.contract = SCORES.extended({HUB: COLUMNS[HUB]})
+        self.contract = SCORES.extended({PROBABILITY: MEANING, HUB: COLUMNS[HUB]})
         self.output = output or workspace.part("scores", options.out)
 
     def identity(self) -> Mapping[str, Any]:
         return {
             "options": option_values(self.options, without=("batch_size", "precision", "draft", "compile")),
-            "columns": ["match_probability", *COLUMNS],
+            "columns": [PROBABILITY, *COLUMNS],
             # The share is of the whole part.
             "judged": self.judged.expect("scores").digest(),
             "calibration": self.held_out.digest(),
@@ -92,8 +93,7 @@ class Calibrate(ShardStage):
         values = self._probabilities(scores[HUB].to_numpy(zero_copy_only=False).astype(np.float64))
         null = np.isnan(values) | synthetic
         column = pa.array(values, pa.float32(), mask=null)
-        place = scores.column_names.index("match_probability")
-        table = scores.set_column(place, "match_probability", column)
+        table = scores.append_column(PROBABILITY, column)
         failed = Counter(scores["failure"].drop_null().to_pylist())
         dropped = int((synthetic & scores["failure"].is_null().to_numpy()).sum())
         kept = scores.num_rows - dropped - failed.total()
