@@ -19,7 +19,9 @@ from capfilt.stages.select import SelectOptions
 from capfilt.stages.select.stage import Select
 from capfilt.stages.subset import SubsetOptions
 from capfilt.stages.subset.stage import Subset
+from capfilt.stages.subset.stage import place as stand
 from capfilt.tables.contracts import IMAGES, SCORES
+from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
 from capfilt.tables.workspace import Workspace
@@ -81,6 +83,120 @@ def test_two_shares_split_the_images_and_noise_is_what_it_says(place):
     assert kinds["file_name"] / len(web) == pytest.approx(0.1, abs=0.06)
 
 
+def shares(place, **changes):
+    """(rows of the human share, rows of the web share), half of whose texts are another image's."""
+    run(Subset(SubsetOptions(images="clean", dataset="human", share_to=0.3), place))
+    noisy = {"dataset": "web", "role": "web", "share_from": 0.3, "texts": 1, "wrong": 0.5, **changes}
+    run(Subset(SubsetOptions(images="clean", **noisy), place))
+    return rows_of(place.part("images", "human")), rows_of(place.part("images", "web"))
+
+
+def planted(rows, kind):
+    return [
+        (row, text)
+        for row in rows
+        for text, said in zip(row["captions"], row["planted"], strict=True)
+        if said == kind
+    ]
+
+
+def owners(place):
+    """The key of the picture that has each text."""
+    return {text: row["key"] for row in rows_of(place.part("images", "clean")) for text in row["captions"]}
+
+
+def test_wrong_texts_come_from_the_share_itself_and_from_all_of_its_shards(place):
+    """Would catch: a look-up among the human texts that finds the noise; donors of one shard only."""
+    human, web = shares(place)
+    wrong = planted(web, "other_image")
+    assert len(wrong) > 80
+    assert not {text for _, text in wrong} & {text for row in human for text in row["captions"]}
+    of = owners(place)
+    keys = [row["key"] for row in rows_of(place.part("images", "clean"))]
+    assert {of[text] for _, text in wrong} <= {row["key"] for row in web}
+    crossed = [keys.index(of[text]) // 200 != keys.index(row["key"]) // 200 for row, text in wrong]
+    assert np.mean(crossed) == pytest.approx(0.5, abs=0.15)
+
+
+def test_donors_set_aside_leave_no_right_picture_to_find(place):
+    _, web = shares(place, share_to=0.7, donors_from=0.7, donors_to=1.0)
+    wrong = planted(web, "other_image")
+    assert len(wrong) > 50
+    of = owners(place)
+    aside = {row["key"] for row in rows_of(place.part("images", "clean")) if stand(row["image_id"]) >= 0.7}
+    assert {of[text] for _, text in wrong} <= aside
+    assert not aside & {row["key"] for row in web}
+
+
+def test_donors_of_other_splits_are_left_out(tmp_path):
+    """Would catch: texts of test pictures planted in training pairs."""
+    workspace = Workspace(tmp_path / "ws")
+    rows = image_rows("clean", 60, source="human", texts=1, split="train")
+    for number, row in enumerate(rows):
+        row |= {"captions": [f"picture {number}"], "split": "test" if number % 2 else "train"}
+    write_images(workspace.part("images", "clean"), [rows])
+    run(Subset(SubsetOptions(images="clean", dataset="web", splits=("train",), wrong=1.0), workspace))
+    made = rows_of(workspace.part("images", "web"))
+    assert len(made) == 30
+    assert {int(row["captions"][0].split()[1]) % 2 for row in made} == {0}
+
+
+def test_a_text_without_a_donor_stays_true_and_is_told(tmp_path):
+    """Would catch: texts called wrong that are the picture's own, or left as they are without a word."""
+    workspace = Workspace(tmp_path / "ws")
+    rows = image_rows("clean", 5, source="human", texts=1)
+    for row in rows:
+        row["captions"] = ["a picture", "a photograph"]
+    write_images(workspace.part("images", "clean"), [rows])
+    for option, kind in (("wrong", "other_image"), ("changed_word", "changed_word")):
+        stage = Subset(
+            SubsetOptions(images="clean", dataset=option.replace("_", ""), **{option: 1.0}), workspace
+        )
+        run(stage)
+        made = rows_of(stage.output)
+        assert {tuple(row["planted"]) for row in made} == {("true", "true")}
+        assert {tuple(row["captions"]) for row in made} == {("a picture", "a photograph")}
+        (line,) = stage.remarks()
+        assert line.startswith("10 texts")
+        assert kind in line
+
+
+def test_a_new_shard_makes_planted_noise_stale(place):
+    """Donors are of all shards: would catch rows that stand while the texts they were drawn from change."""
+    for wrong, moves in ((0.0, False), (0.5, True)):
+        stage = Subset(SubsetOptions(images="clean", dataset="x", wrong=wrong), place)
+        before = stage.identity()
+        part = place.part("images", "clean")
+        shard = len(part.shards())
+        rows = image_rows("clean", 3, source="human", texts=1)
+        for number, row in enumerate(rows):
+            row |= {"key": f"new{shard}{number}", "image_id": image_id("clean", f"new{shard}{number}")}
+        part.commit(shard, IMAGES.table(rows), Counts(3, 3), part.info["fingerprint"], 0.1)
+        again = Subset(SubsetOptions(images="clean", dataset="x", wrong=wrong), place)
+        assert (again.identity() != before) == moves
+
+
+def test_a_changed_word_is_one_word_that_the_texts_have_in_its_place(tmp_path):
+    workspace = Workspace(tmp_path / "ws")
+    rows = image_rows("clean", 120, source="human", texts=1)
+    for number, row in enumerate(rows):
+        colour, thing = ("Red", "blue", "green")[number % 3], ("ball", "kite")[number % 2]
+        row["captions"] = [f"{colour} {thing} {('in', 'over')[number % 5 % 2]} the air .", "it is up"]
+    write_images(workspace.part("images", "clean"), [rows])
+    run(Subset(SubsetOptions(images="clean", dataset="web", changed_word=0.5), workspace))
+    clean = {row["key"]: row["captions"] for row in rows}
+    made = rows_of(workspace.part("images", "web"))
+    changed = planted(made, "changed_word")
+    assert len(changed) == pytest.approx(60, abs=15)
+    for row, text in changed:
+        own = clean[row["key"]][0]
+        ((old, new),) = [(a, b) for a, b in zip(own.split(), text.split(), strict=True) if a != b]
+        kind = {"red", "green", "blue"} if old.lower() in {"red", "green", "blue"} else {"ball", "kite"}
+        assert new.lower() in kind - {old.lower()}
+        assert new[0].isupper() == old[0].isupper()
+    assert all(text in clean[row["key"]] for row, text in planted(made, "true"))
+
+
 def test_a_perfect_filter_is_graded_as_one(place):
     run(Subset(SubsetOptions(images="clean", dataset="web", role="web", texts=1, wrong=0.5), place))
     images = place.part("images", "web")
@@ -107,11 +223,29 @@ def test_a_perfect_filter_is_graded_as_one(place):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"share_from": 0.5, "share_to": 0.5}, {"wrong": 0.9, "truncated": 0.2}, {"role": "robot"}]
+    ("changes", "option"),
+    [
+        ({"share_from": 0.5, "share_to": 0.5}, "--share-from"),
+        ({"wrong": 0.9, "truncated": 0.2}, "--wrong"),
+        ({"wrong": 0.9, "changed_word": 0.2}, "--changed-word"),
+        ({"role": "robot"}, "--role"),
+        ({"wrong": 0.5, "share_to": 0.5, "donors_from": 0.4, "donors_to": 0.6}, "--donors-from"),
+        ({"wrong": 0.5, "share_from": 0.5, "donors_from": 0.0, "donors_to": 0.6}, "--donors-to"),
+        ({"wrong": 0.5, "share_to": 0.5, "donors_from": 0.8}, "--donors-to"),
+    ],
 )
-def test_impossible_shares_are_refused(place, changes):
-    with refused("--"):
+def test_impossible_shares_are_refused(place, changes, option):
+    with refused(option):
         Subset(SubsetOptions(images="clean", dataset="x", **changes), place)
+
+
+def test_a_share_without_a_donor_is_refused_before_the_work(place):
+    options = SubsetOptions(
+        images="clean", dataset="x", wrong=0.5, share_to=0.9, donors_from=0.9, donors_to=0.90001
+    )
+    with refused("--donors-from"):
+        run(Subset(options, place))
+    assert not place.part("images", "x").shards()
 
 
 def test_experts_are_graded_as_evaluate_grades_them(place, tmp_path):

@@ -3,7 +3,6 @@ interval, a headroom share quoted where there is no headroom, percentiles taken 
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -17,7 +16,7 @@ from capfilt.tasks.intervals import (
     bootstrap_mean,
     bootstrap_means,
     group_index,
-    headroom_recovered,
+    headroom,
     paired_difference,
     percentile_interval,
     resample_counts,
@@ -106,45 +105,114 @@ def test_percentiles_by_hand():
     assert math.isnan(percentile_interval(5.0, np.array([math.nan])).low)
 
 
+def _rates(*shares: float, pictures: int = 320) -> list[np.ndarray]:
+    """Hits [pictures] at each share, nested: who hits at a lower share hits at a higher one."""
+    return [np.arange(pictures) < share * pictures for share in shares]
+
+
 def test_headroom_by_hand():
     # raw 2/8, human only 4/8, oracle 8/8, curated 6/8: half of the way from human only to the oracle.
-    raw = [1, 1, 0, 0, 0, 0, 0, 0]
-    human = [1, 1, 1, 1, 0, 0, 0, 0]
-    curated = [1, 1, 1, 1, 1, 1, 0, 0]
-    oracle = [1] * 8
-    found = headroom_recovered(*(np.repeat(x, 40) for x in (curated, raw, human, oracle)))
-    assert found.share.value == pytest.approx(0.5)
-    assert found.baseline == "human_only"
-    assert found.headroom.value == pytest.approx(0.5)
-    assert found.certain == 1.0
-    assert 0.3 < found.share.low < 0.5 < found.share.high < 0.7
+    names = ("raw", "human", "curated", "oracle")
+    rows = {name: [hits] for name, hits in zip(names, _rates(0.25, 0.5, 0.75, 1.0), strict=True)}
+    found = headroom(rows, [range(320)], ["raw", "human"])
+    half = found["curated"]
+    assert half.value == pytest.approx(0.5)
+    assert half.baseline == "human"
+    assert half.gap == pytest.approx(0.5)
+    # The gap is the share of pictures that only the oracle gets: a binomial one.
+    assert half.separation == pytest.approx(0.5 / math.sqrt(0.25 / 320), rel=0.1)
+    assert 0.35 < half.low < 0.5 < half.high < 0.65
+    assert found["raw"].value == pytest.approx(-0.5)
 
 
-def test_headroom_is_one_at_the_oracle_and_zero_at_the_baseline():
+def test_headroom_agrees_with_a_plain_loop_over_drawn_pictures():
+    # Texts in an order of their own: rows, seeds and both terms must still meet the same draws of pictures.
     rng = np.random.default_rng(0)
-    raw, human, oracle = rng.random(400) < 0.2, rng.random(400) < 0.3, rng.random(400) < 0.6
-    top = headroom_recovered(oracle, raw, human, oracle).share
-    assert (top.value, top.low, top.high) == (1.0, 1.0, 1.0)
-    bottom = headroom_recovered(human, raw, human, oracle).share
-    assert bottom.value == 0.0
-    # The better trivial choice is picked in every resample, so its luck can only lower the share.
-    assert bottom.high == 0.0
+    pictures = [f"p{n}" for n in range(30)]
+    of_text = [pictures[n] for n in rng.permutation(np.repeat(np.arange(30), 3))]
+    chance = {"raw": 0.1, "mix": 0.2, "x": 0.5, "oracle": 0.9}
+    rows = {
+        name: [rng.random((2, 30)) < share, rng.random((3, 90)) < share] for name, share in chance.items()
+    }
+    found = headroom(rows, [pictures, of_text], ["raw", "mix"], resamples=300, seed=4)
+    shares, gaps = [], []
+    for counts in np.concatenate(list(resample_counts(30, 300, 4))):
+        figure = {}
+        for name, (images, texts) in rows.items():
+            weight = np.array([counts[pictures.index(picture)] for picture in of_text])
+            figure[name] = np.average(images.mean(0), weights=counts) + np.average(
+                texts.mean(0), weights=weight
+            )
+        best = max(figure["raw"], figure["mix"])
+        gaps.append(figure["oracle"] - best)
+        shares.append((figure["x"] - best) / gaps[-1])
+    assert (found["x"].low, found["x"].high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])))
+    assert found["x"].separation == pytest.approx(found["x"].gap / np.std(gaps, ddof=1))
 
 
-def test_the_baseline_is_the_better_trivial_choice():
-    ones, zeros, half = np.ones(10), np.zeros(10), np.tile([0.0, 1.0], 5)
-    assert headroom_recovered(ones, half, zeros, ones).baseline == "raw"
-    assert headroom_recovered(ones, zeros, half, ones).baseline == "human_only"
+@given(st.integers(0, 2**31), st.integers(1, 3), st.floats(-5, 5), st.floats(0.01, 100))
+@settings(max_examples=25, deadline=None)
+def test_headroom_is_of_the_rows_differences_alone(seed, seeds, added, scale):
+    # One constant more in all rows, or another unit, changes no share; the ends of the scale are exact.
+    rng = np.random.default_rng(seed)
+    texts = np.repeat(np.arange(60), 2)
+    means = {"raw": 0.1, "human": 0.2, "x": 0.4, "oracle": 0.8}
+    rows = {
+        name: [rng.normal(mean, 0.2, (seeds, 60)), rng.normal(mean, 0.2, (seeds, 120))]
+        for name, mean in means.items()
+    }
+    rows |= {"same": rows["oracle"], "again": rows["human"]}
+    found = headroom(rows, [range(60), texts], ["raw", "human"], resamples=200)
+    moved = {name: [scale * each + added for each in terms] for name, terms in rows.items()}
+    after = headroom(moved, [range(60), texts], ["raw", "human"], resamples=200)
+    for name in rows:
+        one, other = found[name], after[name]
+        assert (other.value, other.low, other.high, other.separation) == pytest.approx(
+            (one.value, one.low, one.high, one.separation), abs=1e-6, rel=1e-6
+        )
+    for name in ("oracle", "same"):
+        assert (found[name].value, found[name].low, found[name].high) == (1.0, 1.0, 1.0)
+    # The best trivial choice is picked in every resample, so its luck can only lower the share.
+    assert found[found["x"].baseline].value == found[found["x"].baseline].high == 0.0
+    assert found["again"] == found["human"]
 
 
-def test_without_headroom_no_share_is_claimed():
-    rng = np.random.default_rng(0)
-    human = rng.random(200) < 0.5
-    found = headroom_recovered(rng.random(200) < 0.5, rng.random(200) < 0.2, human, human)
-    assert math.isnan(found.share.value)
-    assert (found.share.low, found.share.high) == (-math.inf, math.inf)
-    assert found.certain == 0.0
-    assert json.loads(json.dumps(found.share.as_dict(), allow_nan=False))["value"] is None
+@pytest.mark.parametrize(
+    ("oracle", "separated"),
+    [pytest.param(0.5, False, id="none"), pytest.param(0.3, False, id="negative"),
+     pytest.param(0.52, False, id="small"), pytest.param(0.56, True, id="enough")],
+)  # fmt: skip
+def test_headroom_claims_no_share_of_a_gap_under_three_standard_errors(oracle, separated):
+    # 320 nested pictures: a gap of 0.02 (6 pictures) is 2.5 standard errors of itself, 0.06 is 4.5.
+    names = ("raw", "x", "oracle")
+    rows = {name: [hits] for name, hits in zip(names, _rates(0.5, 0.75, oracle), strict=True)}
+    found = headroom(rows, [range(320)], ["raw"])["x"]
+    assert (found.separation >= 3) == separated
+    assert math.isnan(found.value) == math.isnan(found.low) == math.isnan(found.high) == (not separated)
+    assert found.gap == pytest.approx(oracle - 0.5, abs=0.004)
+
+
+def test_headroom_averages_the_seeds():
+    low, high = _rates(0.6, 0.9)
+    rows = {"raw": [_rates(0.5)[0]], "oracle": [_rates(1.0)[0]], "x": [np.stack([low, high])]}
+    assert headroom(rows, [range(320)], ["raw"])["x"].value == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pictures", "trivial", "said"),
+    [
+        ({"raw": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "oracle"),
+        ({"oracle": [[0.0, 1.0]]}, [[1, 2]], [], "trivial"),
+        ({"raw": [[0.0]], "oracle": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "row raw: term 0"),
+        ({"raw": [], "oracle": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "row raw has 0 terms"),
+        ({"raw": [[0.0, 1.0]] * 2, "oracle": [[0.0, 1.0]] * 2}, [[1, 2], [1, 3]], ["raw"], "term 1"),
+        ({"raw": [[0.0, math.nan]], "oracle": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "finite"),
+    ],
+    ids=["no oracle", "nothing trivial", "shape", "terms", "pictures", "not finite"],
+)
+def test_headroom_refuses(rows, pictures, trivial, said):
+    with pytest.raises(ValueError, match=said):
+        headroom(rows, pictures, trivial)
 
 
 def test_groups_are_numbered_by_first_appearance():

@@ -13,7 +13,9 @@ class SubsetOptions(Checked):
     """Take a share of an images part, and plant known noise in it.
 
     A filter is measured where truth is known. The column `planted` of the new part says what was done to each text: true,
-    other_image, truncated or file_name. Only `grade` reads it.
+    other_image, truncated, file_name or changed_word. Only `grade` reads it.
+
+    Wrong texts come from the share that is kept, or from images set aside with --donors-from and --donors-to.
     """
 
     panel = ROWS
@@ -28,6 +30,15 @@ class SubsetOptions(Checked):
     wrong: float = option(0.0, "share of images that get another image's texts", most=1, panel=TEXTS)
     truncated: float = option(0.0, "share of images whose texts are cut short", most=1, panel=TEXTS)
     file_name: float = option(0.0, "share of images whose texts become a file name", most=1, panel=TEXTS)
+    changed_word: float = option(
+        0.0, "share of images whose texts get one word swapped for another of its kind", most=1, panel=TEXTS
+    )
+    donors_from: float = option(
+        0.0, "take wrong texts from images whose hash is at least this", most=1, panel=TEXTS
+    )
+    donors_to: float = option(
+        0.0, "take wrong texts from images whose hash is below this; default: those kept", most=1, panel=TEXTS
+    )
     seed: int = option(0, "seed of the planted noise", panel=TEXTS)
 
 
@@ -38,6 +49,7 @@ COMMAND = StageCommand(
     (
         "capfilt subset flickr --dataset human --share-to 0.15 --splits train",
         "capfilt subset flickr --dataset web --share-from 0.15 --wrong 0.5 --role web",
+        "capfilt subset flickr --dataset web --share-from 0.15 --share-to 0.8 --wrong 0.5 --donors-from 0.8 --donors-to 1",
     ),
     positional="images",
     out=True,
