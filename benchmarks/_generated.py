@@ -24,8 +24,13 @@ ROWS = ("none", "filter", "captioner", "both", "both, beam")
 BOOTSTRAP = ("ingest", "download", "pretrain", "finetune-captioner", "finetune-filter")
 
 
-def arms(train: dict[str, Any], evaluate: dict[str, Any], seed: int) -> list[Step]:
-    """The steps after the three models stand: captions twice, three rules twice, five models, five results."""
+def arms(
+    train: dict[str, Any], evaluate: dict[str, Any], seed: int, keep_fraction: float = 0.0
+) -> list[Step]:
+    """The steps after the three models stand: captions twice, four rules, five models, five results.
+
+    keep_fraction: of the rules that keep what the filter does; 0: by the threshold.
+    """
     steps = []
     for name, decoding in (("nucleus", {"method": "nucleus"}), ("beam", {"method": "beam", "num_beams": 3})):
         steps += [
@@ -36,11 +41,12 @@ def arms(train: dict[str, Any], evaluate: dict[str, Any], seed: int) -> list[Ste
             ),
             ("score", f"score-{name}", {"images": "web", "captions": [name], "out": name, "batch_size": 100}),
         ]
-    rules = {
-        "filter": ("nucleus", {"sources": ["web"]}),
+    share = {"keep_fraction": keep_fraction} if keep_fraction else {}
+    rules: dict[str, tuple[str, dict[str, Any]]] = {
+        "filter": ("nucleus", {"sources": ["web"], **share}),
         "captioner": ("nucleus", {"sources": ["web", "synthetic"], "threshold": 0.0}),
-        "both": ("nucleus", {}),
-        "both-beam": ("beam", {}),
+        "both": ("nucleus", share),
+        "both-beam": ("beam", share),
     }
     for rule, (name, options) in rules.items():
         choice = {"images": "web", "captions": [name], "scores": name, "out": rule, **options}
@@ -69,7 +75,7 @@ def run_seed(place: Workspace, seed: int, work: Executor, size: str) -> dict[str
         run(first, place, work)
     train = {k: v for k, v in vars(options["retrain-raw"]).items() if k not in ("out", "web", "pairs")}
     evaluate = {k: v for k, v in vars(options["evaluate-raw"]).items() if k not in ("out", "model")}
-    run_steps(arms(train, evaluate, seed), place, work)
+    run_steps(arms(train, evaluate, seed, options["select"].keep_fraction), place, work)
     found = {}
     for row in ROWS:
         metrics = json.loads((place.path / "runs" / f"{checkpoint_of(row)}.json").read_bytes())["metrics"]

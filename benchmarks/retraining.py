@@ -74,7 +74,9 @@ def bootstrapped(place: Workspace, seed: int, size: str, work: Executor) -> dict
         if not (place.path / "pairs" / "both").is_dir():
             run([(s, options[s.label]) for s in content.stages if s.label in BOOTSTRAP], place, work)
             wanted = ("caption-nucleus", "score-nucleus", "select-both")
-            steps = [step for step in arms({}, {}, seed) if step.label in wanted]
+            steps = [
+                step for step in arms({}, {}, seed, options["select"].keep_fraction) if step.label in wanted
+            ]
             run_steps(steps, place, work)
     return train
 
