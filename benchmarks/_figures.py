@@ -15,6 +15,7 @@ import numpy as np
 from _form import Record
 from _photographs import (
     FAMILIES,
+    JUDGE,
     METRICS,
     PRECISIONS,
     QUICK_STEPS,
@@ -41,11 +42,12 @@ _ERRORS = 3.0
 
 
 def protocol_of(args: argparse.Namespace) -> Protocol:
-    """The protocol that the options describe. UserError for rows without which there is no headroom."""
+    """The protocol that the options describe. UserError for a row without which there is no judge or no headroom."""
     family = FAMILIES[args.family]
     rows = tuple(dict.fromkeys(args.rows or ROWS))
-    if "oracle" not in rows or not any(ROWS[row].trivial for row in rows):
-        raise UserError(f"--rows {' '.join(rows)}: headroom needs oracle and a trivial row; add them")
+    absent = {JUDGE, "oracle"} - {*rows}
+    if absent:
+        raise UserError(f"--rows {' '.join(rows)}: judge and headroom need {' and '.join(sorted(absent))}")
     quick = args.quick
     return Protocol(
         data=args.data,

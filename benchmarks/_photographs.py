@@ -44,14 +44,12 @@ class Family:
     Attributes:
         train: options of its training, at every row.
         steps, rates: of which each row has its own best; `quick` replaces both, and options, at the quick size.
-        judge_steps: optimiser steps of the judge, which sees human pairs alone.
         evaluate: further options of `evaluate` on the test split.
     """
 
     train: Mapping[str, Any]
     steps: tuple[int, ...]
     rates: tuple[float, ...]
-    judge_steps: int
     quick: Mapping[str, Any]
     evaluate: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,14 +60,12 @@ FAMILIES = {
         {**_TRUNK, "batch_size": 256, "max_text_tokens": 30},
         (80, 140, 200, 300, 400),
         (5e-4, 1e-3),
-        400,
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
     ),
     "blip": Family(
         {**_TRUNK, "batch_size": 64, "queue_size": 0, "momentum": 0.0, "hardness_ramp_steps": 300},
         (100, 200, 400),
         (1e-3,),
-        400,
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
         {"tasks": ["retrieval", "captioning"], "method": "greedy"},
     ),
@@ -96,8 +92,9 @@ class Row:
     steps: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
+JUDGE = "human"
 _RAW = {"human": ["human"], "web": ["web"]}
-_SELECT = {"images": "web", "scores": "judge", "pairs": False}
+_SELECT = {"images": "web", "scores": "judge", "by": "match_probability", "pairs": False}
 ROWS = {
     "raw": Row("human + web", _RAW, trivial=True),
     "human": Row("human only", {"human": ["human"]}, trivial=True),
@@ -106,17 +103,12 @@ ROWS = {
     "cut": Row(
         "human + web at p >= 0.5",
         {"human": ["human"], "verdicts": ["web=cut"]},
-        steps=(("select", {**_SELECT, "by": "match_probability", "threshold": 0.5}),),
+        steps=(("select", {**_SELECT, "threshold": 0.5}),),
     ),
     "oracle": Row(
         "human + true web",
         {"human": ["human"], "verdicts": ["web=oracle"]},
-        steps=(
-            (
-                "select",
-                {**_SELECT, "by": "match_probability", "threshold": 0.0, "require": "planted[1] = 'true'"},
-            ),
-        ),
+        steps=(("select", {**_SELECT, "threshold": 0.0, "require": "planted[1] = 'true'"}),),
     ),
 }
 
@@ -189,8 +181,8 @@ def taken(data: Path, place: Path, quick: bool) -> Path:
     return made
 
 
-def corpora(protocol: Protocol, captions: Path, seed: int) -> list[Step]:
-    """The steps before any row: images of one draw, the judge, its probabilities of the web texts."""
+def parts(protocol: Protocol, captions: Path, seed: int) -> list[Step]:
+    """The steps that make a draw's images: human, calibration and web."""
     p = protocol
     # The share that an image falls into is a hash of its part's name and its key: another name, another split.
     clean = f"clean{seed}"
@@ -202,33 +194,38 @@ def corpora(protocol: Protocol, captions: Path, seed: int) -> list[Step]:
     share = {"images": clean, "splits": ["train"]}
     trained = (1 - CALIBRATION) * p.human
     noise = {"wrong": p.wrong, "truncated": p.truncated, "file_name": p.file_name, "seed": seed}
-    judge = {**p.train, "human": ["human"], "seed": seed, "learning_rate": p.rates[0], "out": "judge"}
-    judge["steps"] = max(p.steps) if p.quick else FAMILIES[p.family].judge_steps
-    scores = {"images": "web", "filter": "judge", "calibration": "calibration", "out": "judge"}
-    steps: list[tuple[str, str, Mapping[str, Any]]] = [
-        ("ingest", "ingest", {**source, "dataset": clean, "shard_size": 10_000}),
-        ("subset", "human", {**share, "dataset": "human", "share_to": trained}),
-        (
+    return [
+        # One shard, so that any web image can be a donor.
+        step("ingest", "ingest", {**source, "dataset": clean, "shard_size": 100_000}),
+        step("subset", "human", {**share, "dataset": "human", "share_to": trained}),
+        step(
             "subset",
             "calibration",
             {**share, "dataset": "calibration", "share_from": trained, "share_to": p.human},
         ),
-        (
+        step(
             "subset",
             "web",
             {**share, "dataset": "web", "role": "web", "share_from": p.human, "texts": 1, **noise},
         ),
-        (f"retrain-{p.family}", "judge", judge),
-        ("calibrate", "calibrate", scores),
     ]
+
+
+def judging(protocol: Protocol, judge: str) -> list[Step]:
+    """The steps that give every web text a probability by a checkpoint, and make of it each row's pairs."""
+    given = {"images": "web", "filter": judge, "calibration": "calibration", "out": "judge"}
+    steps = [step("calibrate", "calibrate", given)]
     for asked in PRECISIONS:
         name = precision_name(asked)
-        steps.append(
-            ("select", name, {**_SELECT, "by": "match_probability", "precision": asked, "out": name})
-        )
-    for row in p.rows:
-        steps += [(stage, f"{stage}-{row}", {**given, "out": row}) for stage, given in ROWS[row].steps]
-    return [Step(stage=stage, name=name, options=dict(options)) for stage, name, options in steps]
+        steps.append(step("select", name, {**_SELECT, "precision": asked, "out": name}))
+    for row in protocol.rows:
+        steps += [step(stage, f"{stage}-{row}", {**made, "out": row}) for stage, made in ROWS[row].steps]
+    return steps
+
+
+def step(stage: str, name: str, options: Mapping[str, Any]) -> Step:
+    """A step of a recipe."""
+    return Step(stage=stage, name=name, options=dict(options))
 
 
 def precision_name(asked: float) -> str:
@@ -242,16 +239,13 @@ def trained(protocol: Protocol, trial: Trial, seed: int) -> list[Step]:
     common = {**protocol.train, "seed": seed, "learning_rate": trial.rate}
     options = {**common, **row.data, "out": trial.name, "steps": trial.steps}
     if not row.first:
-        return [Step(stage=stage, name=trial.name, options=options)]
+        return [step(stage, trial.name, options)]
     last = trial.steps // 3
     before = {**common, **row.first, "out": f"{trial.name}-first", "steps": trial.steps - last}
     # A checkpoint has its own architecture and vocabulary.
     options = {name: value for name, value in options.items() if name not in ("preset", "vocab_size")}
     options |= {"steps": last, "init": before["out"]}
-    return [
-        Step(stage=stage, name=before["out"], options=before),
-        Step(stage=stage, name=trial.name, options=options),
-    ]
+    return [step(stage, before["out"], before), step(stage, trial.name, options)]
 
 
 def evaluated(trial: Trial, split: str, seed: int, further: Mapping[str, Any]) -> Step:
@@ -259,7 +253,7 @@ def evaluated(trial: Trial, split: str, seed: int, further: Mapping[str, Any]) -
     name = f"{split}-{trial.name}"
     options = {"model": trial.name, "images": f"clean{seed}", "split": split, "out": name, "rerank": 0}
     options |= {"tasks": ["retrieval"], "resamples": 0, **further}
-    return Step(stage="evaluate", name=name, options=options)
+    return step("evaluate", name, options)
 
 
 def result(place: Workspace, split: str, trial: Trial) -> Result:
@@ -320,12 +314,13 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
     """Run one draw, as far as it is not done yet. Returns its results."""
     clock = _Clock()
     captions = taken(Path(protocol.data), place.path, protocol.quick)
-    run_steps(corpora(protocol, captions, seed), place, work)
-    clock.lap("corpora and judge")
+    run_steps(parts(protocol, captions, seed), place, work)
+    clock.lap("images")
     rows = {}
-    for row in protocol.rows:
+    # The judge saw human pairs alone: the checkpoint of that row is it, as the val split chose it.
+    for row in (JUDGE, *(row for row in protocol.rows if row != JUDGE)):
         trials = [Trial(row, *each) for each in itertools.product(protocol.steps, protocol.rates)]
-        steps = [step for trial in trials for step in trained(protocol, trial, seed)]
+        steps = [each for trial in trials for each in trained(protocol, trial, seed)]
         run_steps([*steps, *(evaluated(trial, "val", seed, {}) for trial in trials)], place, work)
         sums = {trial: total(result(place, "val", trial).metrics) for trial in trials}
         best = chosen(place, row, sums)
@@ -333,7 +328,10 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
         found = result(place, "test", best)
         rows[row] = Outcome(best, found.metrics, pictures(found), sums[best])
         clock.lap(row)
-    return Draw(rows, judged(place), keys(place, seed), clock.laps)
+        if row == JUDGE:
+            run_steps(judging(protocol, best.name), place, work)
+            clock.lap("judge")
+    return Draw({row: rows[row] for row in protocol.rows}, judged(place), keys(place, seed), clock.laps)
 
 
 def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:

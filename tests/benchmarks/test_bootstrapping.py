@@ -66,16 +66,16 @@ def test_every_draw_has_its_own_disjoint_images(data, tmp_path):
     for seed in (0, 1):
         place = Workspace(tmp_path / f"seed{seed}")
         captions = _photographs.taken(data, place.path, quick=False)
-        steps = _photographs.corpora(protocol(data), captions, seed)
         with executor("inline") as work:
-            run_steps([step for step in steps if step.stage in ("ingest", "subset")], place, work)
+            run_steps(_photographs.parts(protocol(data), captions, seed), place, work)
         parts = [keys(place, name) for name in ("human", "calibration", "web")]
         assert sum(map(len, parts)) == len(set().union(*parts)) == 239  # of 240, one is of another source
         assert 8 <= len(parts[1]) <= 25  # 15% of 40% of 239 are 14
         found.append(parts)
     assert all(first != second for first, second in zip(*found, strict=True))
-    train = [step.options for step in steps if step.stage.startswith("retrain")]
-    assert all("calibration" not in options["human"] for options in train)
+    for row in _photographs.ROWS:
+        for step in _photographs.trained(protocol(data), _photographs.Trial(row, 30, 1e-3), 0):
+            assert "calibration" not in str(step.options)
 
 
 def test_a_choice_stands_once_it_is_made(tmp_path):
