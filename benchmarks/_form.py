@@ -43,6 +43,8 @@ if util.find_spec("capfilt") is None:
     # A plain checkout, without an install, can be measured too.
     sys.path.insert(0, str(ROOT))
 
+from capfilt.errors import UserError  # noqa: E402
+
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -117,7 +119,10 @@ def main(
         arguments(parser)
     args = parser.parse_args(words[1:])
     record = Record()
-    body(args, record)
+    try:
+        body(args, record)
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
     # After the body, so that the versions are those of what it imported.
     result = as_dict(name, words, args.seed, record)
     if args.json is not None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,8 @@ from typing import Any
 
 import numpy as np
 from _form import Record, main
-from bootstrapping import BOOTSTRAP, arms, run
+from _generated import BOOTSTRAP, arms
+from _recipes import run, run_steps, spread
 
 from capfilt import recipe as recipes
 from capfilt.execution.run import Executor, executor
@@ -74,8 +74,10 @@ def bootstrapped(place: Workspace, seed: int, size: str, work: Executor) -> dict
         if not (place.path / "pairs" / "both").is_dir():
             run([(s, options[s.label]) for s in content.stages if s.label in BOOTSTRAP], place, work)
             wanted = ("caption-nucleus", "score-nucleus", "select-both")
-            steps = [step for step in arms({}, {}, seed) if step.label in wanted]
-            run(recipes.resolve(recipes.Recipe(version=1, stages=steps), []), place, work)
+            steps = [
+                step for step in arms({}, {}, seed, options["select"].keep_fraction) if step.label in wanted
+            ]
+            run_steps(steps, place, work)
     return train
 
 
@@ -205,7 +207,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
             else:
                 place = Workspace(Path(args.workspace or scratch) / f"seed{seed}")
                 steps = generated(place, seed, size, args.models, args.precision, work)
-            run(recipes.resolve(recipes.Recipe(version=1, stages=steps), []), place, work)
+            run_steps(steps, place, work)
             for name in (step.label.removeprefix("evaluate-") for step in steps if step.stage == "evaluate"):
                 result = json.loads((place.path / "runs" / f"{name}.json").read_bytes())
                 found.setdefault(name.removesuffix(f"-seed{seed}"), []).append(result)
@@ -217,10 +219,10 @@ def measure(args: argparse.Namespace, record: Record) -> None:
             if not values:
                 cells.append("")
                 continue
-            mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            mean, deviation = spread(values)
             record.figure(f"{name} {metric}", mean)
-            record.figure(f"{name} {metric} spread", spread)
-            cells.append(f"{mean:.1f} +- {spread:.1f}")
+            record.figure(f"{name} {metric} spread", deviation)
+            cells.append(f"{mean:.1f} +- {deviation:.1f}")
         model, _, corpus = name.partition("-")
         lines.append(f"| {model} | {corpus} | {' | '.join(cells)} |")
     if args.markdown:

@@ -1,0 +1,226 @@
+"""Bootstrapping on real photographs: figures, tables and targets of the draws.
+
+What lives here: `measure`, how a judge is measured, the headroom of a row. What does not: the steps (`_photographs.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from _form import Record
+from _photographs import (
+    FAMILIES,
+    JUDGE,
+    METRICS,
+    PRECISIONS,
+    QUICK_STEPS,
+    ROWS,
+    Draw,
+    Protocol,
+    precision_name,
+    run_draw,
+)
+from _recipes import for_seeds, spread
+
+from capfilt.errors import UserError
+from capfilt.tasks.filter_quality import at_threshold, roc_auc
+from capfilt.tasks.intervals import bootstrap_means, percentile_interval
+
+TARGETS: Mapping[str, Sequence[tuple[str, str, float]]] = {
+    "clip": (),
+    "blip": (("headroom", ">=", 0.5),),
+}
+"""Figures that a family must reach, as means over the draws."""
+_BINS = 10
+_ERRORS = 3.0
+"""Standard errors by which the oracle must be above the best trivial row for headroom to mean anything."""
+
+
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    """The protocol that the options describe. UserError for a row without which there is no judge or no headroom."""
+    family = FAMILIES[args.family]
+    rows = tuple(dict.fromkeys(args.rows or ROWS))
+    absent = {JUDGE, "oracle"} - {*rows}
+    if absent:
+        raise UserError(f"--rows {' '.join(rows)}: judge and headroom need {' and '.join(sorted(absent))}")
+    quick = args.quick
+    return Protocol(
+        data=args.data,
+        family=args.family,
+        human=args.human,
+        wrong=args.wrong,
+        truncated=args.truncated,
+        file_name=args.file_name,
+        rows=rows,
+        steps=tuple(args.steps or (QUICK_STEPS if quick else family.steps)),
+        rates=tuple(args.rates or (family.rates[:1] if quick else family.rates)),
+        quick=quick,
+    )
+
+
+def measure(args: argparse.Namespace, record: Record) -> None:
+    """All draws, then means and spreads, the judge's figures and the headroom of every row."""
+    protocol = protocol_of(args)
+    count = 1 if args.quick else args.seeds
+    draws = for_seeds(args, count, partial(run_draw, protocol=protocol))
+    if any(draw.keys != draws[0].keys for draw in draws):
+        raise UserError(f"--data {args.data}: the draws have other test pictures; give another --workspace")
+    lines = [*rows_table(draws, record, args.seed), "", *judge_table(draws, record)]
+    print("\n".join(lines if args.markdown else plain(lines)))
+    record.target("rows measured", sum(len(draw.rows) for draw in draws), "==", len(protocol.rows) * count)
+    if not args.quick:
+        for name, comparison, limit in TARGETS[protocol.family]:
+            record.target(name, record.figures[name], comparison, limit)
+
+
+def rows_table(draws: Sequence[Draw], record: Record, seed: int) -> list[str]:
+    """The rows' table in Markdown; every figure of it goes into the record."""
+    names = [
+        *METRICS,
+        "sum",
+        *(["cider"] if all("cider" in _metrics(draw, "oracle") for draw in draws) else []),
+    ]
+    recovered = headroom({row: [draw.rows[row].pictures for draw in draws] for row in draws[0].rows}, seed)
+    heads = [
+        "trained on",
+        "steps, rate",
+        *(each.upper() if "@" in each else each for each in names),
+        "headroom",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in draws[0].rows:
+        cells = []
+        for name in names:
+            mean, deviation = spread([_metrics(draw, row)[name] for draw in draws])
+            record.figure(f"{row} {name}", mean)
+            record.figure(f"{row} {name} spread", deviation)
+            cells.append(f"{mean:.1f} +- {deviation:.1f}")
+        for name, value in recovered[row].items():
+            record.figure(f"{row} {name}", value)
+        trials = "; ".join(f"{draw.rows[row].trial.steps}, {draw.rows[row].trial.rate:g}" for draw in draws)
+        found = recovered[row]
+        shown = (
+            "n/a"
+            if math.isnan(found["headroom"])
+            else (f"{found['headroom']:.2f} [{found['headroom low']:.2f}, {found['headroom high']:.2f}]")
+        )
+        lines.append(f"| {ROWS[row].title} | {trials} | {' | '.join(cells)} | {shown} |")
+    curated = [row for row in draws[0].rows if not ROWS[row].trivial and row != "oracle"]
+    if curated:
+        # The val split says which curated row stands for curation, as it chose each row's steps.
+        best = max(curated, key=lambda row: sum(draw.rows[row].val for draw in draws))
+        record.figure("headroom", recovered[best]["headroom"])
+        lines += ["", f"Curated, by the val split: {ROWS[best].title}."]
+    seconds = {name: spread([draw.seconds[name] for draw in draws])[0] for name in draws[0].seconds}
+    for name, value in seconds.items():
+        record.figure(f"{name} seconds", value)
+    return lines
+
+
+def _metrics(draw: Draw, row: str) -> dict[str, float]:
+    found = draw.rows[row]
+    return {**found.metrics, "sum": float(found.pictures.mean())}
+
+
+def headroom(
+    rows: Mapping[str, Sequence[np.ndarray[Any, np.dtype[np.float64]]]], seed: int
+) -> dict[str, dict[str, float]]:
+    """What each row recovers of the way from the best trivial row to the oracle: value, low and high of 95%.
+
+    rows: of each row one array [N] per draw, over the same pictures; pictures are resampled once for all draws. The best
+    trivial row is found anew in every resample. NaN where the oracle is less than 3 standard errors above that row.
+    """
+    names = list(rows)
+    means, replicates = bootstrap_means([np.mean(rows[name], axis=0) for name in names], seed=seed)
+    table = np.concatenate([means[None], replicates])
+    base = table[:, [n for n, name in enumerate(names) if ROWS[name].trivial]].max(axis=1)
+    gap = table[:, names.index("oracle")] - base
+    undefined = gap[0] < _ERRORS * gap[1:].std()
+    found = {}
+    for number, name in enumerate(names):
+        share = np.full(len(table), math.nan)
+        np.divide(table[:, number] - base, gap, out=share, where=(gap > 0) & (not undefined))
+        interval = percentile_interval(float(share[0]), share[1:])
+        found[name] = {
+            "headroom": interval.value,
+            "headroom low": interval.low,
+            "headroom high": interval.high,
+        }
+    return found
+
+
+def judge_table(draws: Sequence[Draw], record: Record) -> list[str]:
+    """The judge's table in Markdown, a column per draw; means go into the record."""
+    found = [judge_figures(draw.texts) for draw in draws]
+    lines = [
+        f"| judge | {' | '.join(f'draw {n}' for n in range(len(draws)))} | mean |",
+        "|---" * (len(draws) + 2) + "|",
+    ]
+    for name in found[0]:
+        values = [each[name] for each in found]
+        mean, deviation = spread(values)
+        record.figure(name, mean)
+        record.figure(f"{name} spread", deviation)
+        lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} | {mean:.3f} |")
+    return lines
+
+
+def judge_figures(texts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """A judge's figures over web texts whose truth is known: shares and areas in [0, 1].
+
+    Truncated texts and file names are told apart: neither true nor another image's, they are in no other figure.
+    """
+    plain = [each for each in texts if each["kind"] in ("true", "other_image")]
+    true = np.array([each["kind"] == "true" for each in plain])
+    judged = np.array([each["probability"] for each in plain], dtype=np.float64)
+    cut = at_threshold(judged, true, 0.5)
+    found = {
+        "auc": roc_auc(judged, true),
+        "share planted": float(true.mean()),
+        "share estimated": float(judged.mean()),
+        "share error": abs(float(judged.mean() - true.mean())),
+        "ece": calibration_error(judged, true),
+        "kept true": cut.kept_true,
+        "precision": cut.precision,
+    }
+    for asked in PRECISIONS:
+        kept = np.array([each[precision_name(asked)] for each in plain])
+        found[f"precision at {asked:g}"] = float(true[kept].mean()) if kept.any() else math.nan
+        found[f"kept true at {asked:g}"] = float(kept[true].mean())
+    found["precision shortfall"] = max(
+        max(0.0, asked - found[f"precision at {asked:g}"]) for asked in PRECISIONS
+    )
+    for kind in ("truncated", "file_name"):
+        of_kind = [each["probability"] >= 0.5 for each in texts if each["kind"] == kind]
+        if of_kind:
+            found[f"kept {kind}"] = float(np.mean(of_kind))
+    return found
+
+
+def calibration_error(
+    probability: np.ndarray[Any, np.dtype[np.float64]], true: np.ndarray[Any, np.dtype[np.bool_]]
+) -> float:
+    """The mean distance between mean probability and share of true texts over ten equal bins, weighted by their texts.
+
+    Expected calibration error (arXiv 1706.04599, equation 3).
+    """
+    which = np.clip((probability * _BINS).astype(np.int64), 0, _BINS - 1)
+    gaps = [abs(float((probability[which == n] - true[which == n]).sum())) for n in range(_BINS)]
+    return sum(gaps) / len(probability)
+
+
+def plain(lines: Sequence[str]) -> list[str]:
+    """Markdown tables as columns for a terminal."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")
+    ]
+    widths = [
+        max((len(row[n]) for row in rows if len(row) > max(1, n)), default=0)
+        for n in range(max(map(len, rows)))
+    ]
+    return ["  ".join(f"{cell:<{widths[n]}}" for n, cell in enumerate(row)).rstrip() for row in rows]

@@ -1,0 +1,387 @@
+"""Bootstrapping on real photographs with planted noise: which steps there are, and how each row's own training is chosen.
+
+What lives here: families, rows, the steps of one draw, the choice on the val split. What does not: the figures and tables
+that are made of the results (`_headroom.py`).
+
+One draw has its own human and web images, planted noise, donors, calibration images, initial weights and sampling. Every row
+trains at each number of steps and learning rate. The val split chooses, the choice is written to a file, and then the test
+split is asked, once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _recipes import run_steps
+
+from capfilt.errors import UserError
+from capfilt.execution.run import Executor
+from capfilt.recipe import Step
+from capfilt.tables.publish import replace
+from capfilt.tables.workspace import Workspace
+from capfilt.tasks.comparison import Result
+
+METRICS = ("tr@1", "tr@10", "ir@1", "ir@10")
+"""What the val split chooses by: their sum. Ranks by ITC."""
+CALIBRATION = 0.15
+"""Share of the human images that neither heads, banks nor captioners see."""
+PRECISIONS = (0.8, 0.9, 0.95)
+SAMPLE = {"train": 400, "val": 50, "test": 50}
+"""Images of each split at the quick size."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models as judge and as what is retrained.
+
+    Attributes:
+        train: options of its training, at every row.
+        steps, rates: of which each row has its own best; `quick` replaces both, and options, at the quick size.
+        evaluate: further options of `evaluate` on the test split.
+    """
+
+    train: Mapping[str, Any]
+    steps: tuple[int, ...]
+    rates: tuple[float, ...]
+    quick: Mapping[str, Any]
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+
+
+_TRUNK = {"preset": "trunk", "vocab_size": 4000, "warmup_steps": 50, "cache_features": True, "save_every": 0}
+FAMILIES = {
+    "clip": Family(
+        {**_TRUNK, "batch_size": 256, "max_text_tokens": 30},
+        (80, 140, 200, 300, 400),
+        (5e-4, 1e-3),
+        {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
+    ),
+    "blip": Family(
+        {**_TRUNK, "batch_size": 64, "queue_size": 0, "momentum": 0.0, "hardness_ramp_steps": 300},
+        (100, 200, 400),
+        (1e-3,),
+        {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
+        {"tasks": ["retrieval", "captioning"], "method": "greedy"},
+    ),
+}
+QUICK_STEPS = (10, 20)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: on which pairs its model is trained.
+
+    Attributes:
+        title: as printed.
+        data: options of the training that name its pairs.
+        first: the same of a training before it, of two thirds of the steps; the row's own then has the last third.
+        trivial: whether curation is measured against it.
+        steps: stages that make the pairs, as (stage, options); `out` is the row's name.
+    """
+
+    title: str
+    data: Mapping[str, Any]
+    first: Mapping[str, Any] = field(default_factory=dict)
+    trivial: bool = False
+    steps: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+JUDGE = "human"
+_RAW = {"human": ["human"], "web": ["web"]}
+_SELECT = {"images": "web", "scores": "judge", "by": "match_probability", "pairs": False}
+ROWS = {
+    "raw": Row("human + web", _RAW, trivial=True),
+    "human": Row("human only", {"human": ["human"]}, trivial=True),
+    "mixed": Row("human:web drawn 4:1", {**_RAW, "mix": ["human=4", "web=1"]}, trivial=True),
+    "then": Row("human + web, then human", {"human": ["human"]}, first=_RAW, trivial=True),
+    "cut": Row(
+        "human + web at p >= 0.5",
+        {"human": ["human"], "verdicts": ["web=cut"]},
+        steps=(("select", {**_SELECT, "threshold": 0.5}),),
+    ),
+    "oracle": Row(
+        "human + true web",
+        {"human": ["human"], "verdicts": ["web=oracle"]},
+        steps=(("select", {**_SELECT, "threshold": 0.0, "require": "planted[1] = 'true'"}),),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all draws share.
+
+    Attributes:
+        data: folder with clean/captions.json (COCO captions with splits) and clean/images.
+        human: share of the training images whose captions are human pairs, calibration images included.
+        wrong, truncated, file_name: shares of the web images by what is planted in their text.
+    """
+
+    data: str
+    family: str
+    human: float
+    wrong: float
+    truncated: float
+    file_name: float
+    rows: tuple[str, ...]
+    steps: tuple[int, ...]
+    rates: tuple[float, ...]
+    quick: bool
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """Options of every training."""
+        chosen = FAMILIES[self.family]
+        return {**chosen.train, **(chosen.quick if self.quick else {})}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a row: its checkpoint is `name`."""
+
+    row: str
+    steps: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-{self.steps}-{self.rate:g}"
+
+
+def taken(data: Path, place: Path, quick: bool) -> Path:
+    """The captions of Flickr8k's images, or of a sample of them, as a file of the workspace.
+
+    Images that name another source are left out: neither the val nor the test split has any.
+    """
+    path = data / "clean" / "captions.json"
+    if not path.is_file():
+        raise UserError(f"--data {data}: has no clean/captions.json; name the folder that holds clean/")
+    content = json.loads(path.read_bytes())
+    images = [each for each in content["images"] if each.get("source", "flickr8k") == "flickr8k"]
+    if quick:
+        by_split = {name: [each for each in images if each["split"] == name] for name in SAMPLE}
+        images = [
+            each
+            for name, count in SAMPLE.items()
+            for each in by_split[name][:: max(1, len(by_split[name]) // count)][:count]
+        ]
+    ids = {each["id"] for each in images}
+    notes = [each for each in content["annotations"] if each["image_id"] in ids]
+    text = json.dumps({"images": images, "annotations": notes}).encode()
+    made = place / "captions.json"
+    if not made.exists() or made.read_bytes() != text:
+        place.mkdir(parents=True, exist_ok=True)
+        replace(made, text)
+    return made
+
+
+def parts(protocol: Protocol, captions: Path, seed: int) -> list[Step]:
+    """The steps that make a draw's images: human, calibration and web."""
+    p = protocol
+    # The share that an image falls into is a hash of its part's name and its key: another name, another split.
+    clean = f"clean{seed}"
+    source = {
+        "source_path": str(captions),
+        "images": str(Path(p.data) / "clean" / "images"),
+        "format": "coco",
+    }
+    share = {"images": clean, "splits": ["train"]}
+    trained = (1 - CALIBRATION) * p.human
+    noise = {"wrong": p.wrong, "truncated": p.truncated, "file_name": p.file_name, "seed": seed}
+    return [
+        # One shard, so that any web image can be a donor.
+        step("ingest", "ingest", {**source, "dataset": clean, "shard_size": 100_000}),
+        step("subset", "human", {**share, "dataset": "human", "share_to": trained}),
+        step(
+            "subset",
+            "calibration",
+            {**share, "dataset": "calibration", "share_from": trained, "share_to": p.human},
+        ),
+        step(
+            "subset",
+            "web",
+            {**share, "dataset": "web", "role": "web", "share_from": p.human, "texts": 1, **noise},
+        ),
+    ]
+
+
+def judging(protocol: Protocol, judge: str) -> list[Step]:
+    """The steps that give every web text a probability by a checkpoint, and make of it each row's pairs."""
+    given = {"images": "web", "filter": judge, "calibration": "calibration", "out": "judge"}
+    steps = [step("calibrate", "calibrate", given)]
+    for asked in PRECISIONS:
+        name = precision_name(asked)
+        steps.append(step("select", name, {**_SELECT, "precision": asked, "out": name}))
+    for row in protocol.rows:
+        steps += [step(stage, f"{stage}-{row}", {**made, "out": row}) for stage, made in ROWS[row].steps]
+    return steps
+
+
+def step(stage: str, name: str, options: Mapping[str, Any]) -> Step:
+    """A step of a recipe."""
+    return Step(stage=stage, name=name, options=dict(options))
+
+
+def precision_name(asked: float) -> str:
+    """The verdicts part of a precision that was asked for."""
+    return f"precision{100 * asked:.0f}"
+
+
+def trained(protocol: Protocol, trial: Trial, seed: int) -> list[Step]:
+    """The training of a trial: one stage, or two that follow each other."""
+    row, stage = ROWS[trial.row], f"retrain-{protocol.family}"
+    common = {**protocol.train, "seed": seed, "learning_rate": trial.rate}
+    options = {**common, **row.data, "out": trial.name, "steps": trial.steps}
+    if not row.first:
+        return [step(stage, trial.name, options)]
+    last = trial.steps // 3
+    before = {**common, **row.first, "out": f"{trial.name}-first", "steps": trial.steps - last}
+    # A checkpoint has its own architecture and vocabulary.
+    options = {name: value for name, value in options.items() if name not in ("preset", "vocab_size")}
+    options |= {"steps": last, "init": before["out"]}
+    return [step(stage, before["out"], before), step(stage, trial.name, options)]
+
+
+def evaluated(trial: Trial, split: str, seed: int, further: Mapping[str, Any]) -> Step:
+    """The result of a trial on a split, `runs/SPLIT-NAME.json`."""
+    name = f"{split}-{trial.name}"
+    options = {"model": trial.name, "images": f"clean{seed}", "split": split, "out": name, "rerank": 0}
+    options |= {"tasks": ["retrieval"], "resamples": 0, **further}
+    return step("evaluate", name, options)
+
+
+def result(place: Workspace, split: str, trial: Trial) -> Result:
+    """The result file of a trial on a split."""
+    name = f"{split}-{trial.name}"
+    path = place.result(name)
+    return Result(name, path, json.loads(path.read_bytes()))
+
+
+def chosen(place: Workspace, row: str, sums: Mapping[Trial, float]) -> Trial:
+    """The trial with the largest sum on val, the first of equals; `choices/ROW.json` says so from now on.
+
+    Raises UserError where a choice among other trials, or by other sums, was made before: the test split has been asked.
+    """
+    best = max(sums, key=lambda trial: sums[trial])
+    words = {"chosen": best.name, "val": {trial.name: round(total, 3) for trial, total in sums.items()}}
+    path = place.path / "choices" / f"{row}.json"
+    if path.exists() and json.loads(path.read_bytes()) != words:
+        raise UserError(f"{path}: another choice was made there; give another --workspace")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, (json.dumps(words, indent=1) + "\n").encode())
+    return best
+
+
+def total(metrics: Mapping[str, float]) -> float:
+    """The sum of the four recalls, of 400."""
+    return sum(metrics[name] for name in METRICS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row's chosen training on the test split.
+
+    Attributes:
+        metrics: figures in percent.
+        pictures: what each picture adds to the sum of the four recalls, float64 [N]; their mean is that sum.
+        val: the sum on the val split by which it was chosen.
+    """
+
+    trial: Trial
+    metrics: Mapping[str, float]
+    pictures: np.ndarray[Any, np.dtype[np.float64]]
+    val: float
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One seed: its rows, its web texts as judged, and the keys of its test pictures in order."""
+
+    rows: Mapping[str, Outcome]
+    texts: Sequence[Mapping[str, Any]]
+    keys: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) -> Draw:
+    """Run one draw, as far as it is not done yet. Returns its results."""
+    clock = _Clock()
+    captions = taken(Path(protocol.data), place.path, protocol.quick)
+    run_steps(parts(protocol, captions, seed), place, work)
+    clock.lap("images")
+    rows = {}
+    # The judge saw human pairs alone: the checkpoint of that row is it, as the val split chose it.
+    for row in (JUDGE, *(row for row in protocol.rows if row != JUDGE)):
+        trials = [Trial(row, *each) for each in itertools.product(protocol.steps, protocol.rates)]
+        steps = [each for trial in trials for each in trained(protocol, trial, seed)]
+        run_steps([*steps, *(evaluated(trial, "val", seed, {}) for trial in trials)], place, work)
+        sums = {trial: total(result(place, "val", trial).metrics) for trial in trials}
+        best = chosen(place, row, sums)
+        run_steps([evaluated(best, "test", seed, FAMILIES[protocol.family].evaluate)], place, work)
+        found = result(place, "test", best)
+        rows[row] = Outcome(best, found.metrics, pictures(found), sums[best])
+        clock.lap(row)
+        if row == JUDGE:
+            run_steps(judging(protocol, best.name), place, work)
+            clock.lap("judge")
+    return Draw({row: rows[row] for row in protocol.rows}, judged(place), keys(place, seed), clock.laps)
+
+
+def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What each test picture adds to the sum of the four recalls: float64 [N], in the corpus's order; the mean is the sum."""
+    parts = []
+    for name in METRICS:
+        units = found.units(name)
+        assert units is not None, f"{found.path}: {name} has no units"
+        sums = units.sums()[:, 0]
+        # Every query counts alike, so a picture with more texts weighs more.
+        parts.append(100.0 * sums * len(sums) / len(units.columns))
+    return np.sum(parts, axis=0)
+
+
+def judged(place: Workspace) -> list[dict[str, Any]]:
+    """Every web text's `planted` kind and `match_probability`, and by each precision asked for, whether it is kept."""
+    tables = place.part("images", "web").tables(["image_id", "planted"])
+    kinds = {row["image_id"]: row["planted"][0] for table in tables for row in table.to_pylist()}
+    columns = ["image_id", "match_probability"]
+    rows = [row for table in place.part("scores", "judge").tables(columns) for row in table.to_pylist()]
+    kept: dict[str, set[str]] = {}
+    for name in map(precision_name, PRECISIONS):
+        tables = place.part("verdicts", name).tables(["image_id", "keep"])
+        kept[name] = {row["image_id"] for table in tables for row in table.to_pylist() if row["keep"]}
+    return [
+        {
+            "kind": kinds[row["image_id"]],
+            "probability": row["match_probability"],
+            **{name: row["image_id"] in images for name, images in kept.items()},
+        }
+        for row in rows
+    ]
+
+
+def keys(place: Workspace, seed: int) -> tuple[str, ...]:
+    """The keys of the test pictures, in the order in which they are evaluated."""
+    tables = place.part("images", f"clean{seed}").tables(["key", "split", "status"])
+    rows = [row for table in tables for row in table.to_pylist()]
+    return tuple(row["key"] for row in rows if row["split"] == "test" and row["status"] == "success")
+
+
+class _Clock:
+    """Seconds of each piece of work, printed as it ends."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self._since
+        self._since = now
+        print(f"-- {name}: {self.laps[name]:,.1f} s", flush=True)
