@@ -27,16 +27,22 @@ from _photographs import (
 )
 from _recipes import for_seeds, spread
 
+from capfilt.calibration.share import calibration_error
 from capfilt.errors import UserError
 from capfilt.tasks.filter_quality import at_threshold, roc_auc
 from capfilt.tasks.intervals import bootstrap_means, percentile_interval
 
 TARGETS: Mapping[str, Sequence[tuple[str, str, float]]] = {
     "clip": (),
+    "locked": (
+        ("auc", ">=", 0.955),
+        ("share error", "<=", 0.03),
+        ("ece", "<=", 0.03),
+        ("headroom", ">=", 0.7),
+    ),
     "blip": (("headroom", ">=", 0.5),),
 }
 """Figures that a family must reach, as means over the draws."""
-_BINS = 10
 _ERRORS = 3.0
 """Standard errors by which the oracle must be above the best trivial row for headroom to mean anything."""
 
@@ -52,7 +58,7 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     return Protocol(
         data=args.data,
         family=args.family,
-        human=args.human,
+        human=max(args.human, 0.4) if quick else args.human,
         wrong=args.wrong,
         truncated=args.truncated,
         file_name=args.file_name,
@@ -200,18 +206,6 @@ def judge_figures(texts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if of_kind:
             found[f"kept {kind}"] = float(np.mean(of_kind))
     return found
-
-
-def calibration_error(
-    probability: np.ndarray[Any, np.dtype[np.float64]], true: np.ndarray[Any, np.dtype[np.bool_]]
-) -> float:
-    """The mean distance between mean probability and share of true texts over ten equal bins, weighted by their texts.
-
-    Expected calibration error (arXiv 1706.04599, equation 3).
-    """
-    which = np.clip((probability * _BINS).astype(np.int64), 0, _BINS - 1)
-    gaps = [abs(float((probability[which == n] - true[which == n]).sum())) for n in range(_BINS)]
-    return sum(gaps) / len(probability)
 
 
 def plain(lines: Sequence[str]) -> list[str]:

@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from capfilt.data.corpus import COLUMNS, Corpus, from_images
 from capfilt.data.example_set import ExampleSet, read_examples
 from capfilt.errors import MissingInput, UserError
-from capfilt.inference.adapters import capable, opened
+from capfilt.inference.adapters import Opened, capable, opened
 from capfilt.models import checkpoint, kind_of
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.evaluate import EvaluateOptions
+from capfilt.stages.remembering import remembering
 from capfilt.stages.results import ResultStage
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
@@ -42,7 +43,7 @@ class Evaluate(ResultStage):
         asking = [task.name for task in named if task.reads != CAPTIONS]
         if asking and not options.examples:
             raise UserError(f"--tasks {asking[0]}: name examples to evaluate on (--examples)")
-        self.checkpoint = workspace.model(options.model)
+        self.checkpoint, self.workspace = workspace.model(options.model), workspace
         config = checkpoint.shape_of(self.checkpoint)
         self.kind = kind_of(config)
         can = capable(config)
@@ -109,6 +110,10 @@ class Evaluate(ResultStage):
     def measure(self, report: Report) -> dict[str, Any]:
         contents, _ = checkpoint.open_any(self.checkpoint)
         model = opened(contents, device(), self.options.precision)
+        with remembering(contents.model, self.workspace):
+            return self._measured(model, report)
+
+    def _measured(self, model: Opened, report: Report) -> dict[str, Any]:
         data = _Data(self, model.image_size)
         result = _Result(self.options)
         unsuited = dict(self.unsuited)

@@ -145,13 +145,8 @@ class Select(ShardStage):
                 f"{self.scores.path}: no text that may be kept has an {by}, so there is no quantile"
             )
         if self.options.precision:
-            # Rounded as scores are, so that a text at the threshold is kept.
-            found = threshold_for(values, self.options.precision)
-            if math.isinf(found):
-                raise UserError(
-                    f"--precision {self.options.precision:g}: no set of texts has it; the highest {by} is {values.max():.3f}"
-                )
-            return found
+            # Where no set of texts has such a mean, nothing is kept: no probability is above 1.
+            return min(threshold_for(values, self.options.precision), 2.0)
         # The k-th largest score, counted exactly: a quantile function would interpolate or round.
         place = len(values) - max(1, round(self.options.keep_fraction * len(values)))
         return float(np.partition(values, place)[place])
