@@ -8,12 +8,14 @@ import json
 import numpy as np
 import pytest
 
+from capfilt.calibration.record import read
+from capfilt.catalog.report import render
 from capfilt.cli import main
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.calibrate import CalibrateOptions
 from capfilt.stages.calibrate.judge import Judge
-from capfilt.stages.calibrate.stage import Calibrate, read
+from capfilt.stages.calibrate.stage import Calibrate
 from capfilt.stages.registry import stage_command
 from capfilt.stages.select import SelectOptions
 from capfilt.stages.select.stage import Select, WritePairs
@@ -229,6 +231,7 @@ def test_what_cannot_be_calibrated_is_refused(world, tmp_path):
     ):
         with refused(*words):
             calibrated(place, f"refused-{calibration}", calibration=calibration)
+        assert not place.part("scores", f"refused-{calibration}").exists
     config = place.model("judge") / "exposures.parquet"
     moved = config.rename(tmp_path / "exposures.parquet")
     try:
@@ -242,9 +245,11 @@ def test_a_calibration_that_changed_on_disk_is_refused(world):
     place, _ = world
     part = calibrated(place, "spoilt")
     path = part.record / "calibration.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "share": 0.99}))
+    stands = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(stands), "share": 0.99}))
     with refused("calibration.json", "run calibrate again"):
         read(part)
+    path.write_bytes(stands)
 
 
 def test_rules_that_exclude_one_another(world):
@@ -258,3 +263,14 @@ def test_rules_that_exclude_one_another(world):
         Select(dataclasses.replace(rule, precision=0.9, by="itc_score"), place)
     with refused("--weight itc_score"):
         Select(dataclasses.replace(rule, weight="itc_score"), place)
+
+
+def test_the_report_shows_share_thresholds_and_reliability(world):
+    """Catches a calibration that nobody sees, and a report that a part without one breaks."""
+    place, _ = world
+    part = calibrated(place)
+    page = render(place, place.path / "runs")
+    assert "Calibration: calibrated" in page
+    assert "Calibration: calibrated-judged" not in page
+    assert f"{read(part)['share']:.3f}".rstrip("0") in page
+    assert "observed share over predicted probability of calibrated" in page

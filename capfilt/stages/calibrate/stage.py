@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.calibration.fit import Calibration, calibrate
+from capfilt.calibration.record import FILE, read
 from capfilt.calibration.share import cut, em_share, posterior, upper_bound
 from capfilt.errors import UserError, naming
 from capfilt.stages.base import Produced, ShardStage, option_values
@@ -29,13 +30,12 @@ from capfilt.stages.training import EXPOSURES
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.manifest import Counts
 from capfilt.tables.publish import replace
-from capfilt.tables.sealed import seal, unseal
+from capfilt.tables.sealed import seal
 from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
 
 LEAST_IMAGES = 50
-FILE = "calibration.json"
 MEANING = "probability that the text belongs to the picture, in [0, 1]; null for a synthetic text"
 LEVEL = 0.95
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -79,10 +79,15 @@ class Calibrate(ShardStage):
         return input_hashes(shard, self.images, self.judged)
 
     def begin(self) -> str:
-        mark = super().begin()
-        # Before it travels to workers, and once for all runs on the part.
-        self.fitted = self._remembered(mark) or self._keep(mark, self._fit())
-        return mark
+        # Before the part is begun, so that what cannot be calibrated leaves none, and before it travels to workers.
+        mark = self.output.identity_fingerprint(self.contract, self.name, self.full_identity())
+        made = read(self.output) if self.output.exists else None
+        if made is None or made.get("mark") != mark:
+            made = {"mark": mark, **self._fit()}
+        self.fitted = made
+        begun = super().begin()
+        replace(self.output.record / FILE, seal(made))
+        return begun
 
     def process(self, shard: int) -> Produced:
         scores = self.judged.read(shard)
@@ -131,14 +136,6 @@ class Calibrate(ShardStage):
     def fit(self) -> Calibration:
         """Scores to probabilities where half of the pairs are true."""
         return Calibration.from_dict(self.fitted["fit"])
-
-    def _remembered(self, mark: str) -> dict[str, Any] | None:
-        made = read(self.output)
-        return made if made is not None and made.get("mark") == mark else None
-
-    def _keep(self, mark: str, made: dict[str, Any]) -> dict[str, Any]:
-        replace(self.output.record / FILE, seal({"mark": mark, **made}))
-        return {"mark": mark, **made}
 
     def _fit(self) -> dict[str, Any]:
         judging = Judging(self.options, self.workspace, self.images)
@@ -275,18 +272,6 @@ class Calibrate(ShardStage):
             shares.append(em_share(_ratios(fit, found), _drawn(rng, images)[images]))
         low, high = np.quantile(shares, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
         return [float(low), float(high)]
-
-
-def read(part: Part) -> dict[str, Any] | None:
-    """The calibration of a scores part; None where it has none."""
-    path = part.record / FILE
-    if not path.is_file():
-        return None
-    try:
-        made: dict[str, Any] = unseal(path.read_bytes())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it and run calibrate again") from error
-    return made
 
 
 def _drawn(rng: np.random.Generator, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
