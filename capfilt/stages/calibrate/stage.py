@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -15,18 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from capfilt.calibration.fit import Calibration, calibrate
 from capfilt.calibration.record import FILE, read
 from capfilt.calibration.share import cut, em_share, posterior, upper_bound
-from capfilt.errors import UserError, naming
+from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.judge import BATCH, COLUMNS, HUB, PROBABILITY, Judging
+from capfilt.stages.calibrate.judge import BATCH, COLUMNS, HUB, PROBABILITY, Judging, trained_on
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.pixels import pictures
-from capfilt.stages.training import EXPOSURES
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.manifest import Counts
 from capfilt.tables.publish import replace
@@ -130,7 +129,7 @@ class Calibrate(ShardStage):
     # ------------------------------------------------------------------ the fit
 
     def _probabilities(self, scores: Floats) -> Floats:
-        return posterior(_ratios(self.fit, scores), float(self.fitted["share"]))
+        return posterior(ratios_of(self.fit, scores), float(self.fitted["share"]))
 
     @cached_property
     def fit(self) -> Calibration:
@@ -148,7 +147,7 @@ class Calibrate(ShardStage):
             )
         fit = calibrate(scores, truth, 0.5, method=self.options.method, link="identity")  # type: ignore[arg-type]
         corpus, images = self._corpus()
-        ratios = _ratios(fit, corpus)
+        ratios = ratios_of(fit, corpus)
         share = em_share(ratios)
         bound = upper_bound(corpus, scores[truth], (len(set(images)), len(set(owners))), LEVEL)
         interval = self._interval((np.array(owners), scores, truth), (np.array(images), corpus))
@@ -160,6 +159,7 @@ class Calibrate(ShardStage):
             )
         probabilities = posterior(ratios, share)
         return {
+            "options": asdict(self.options),
             "filter": str(self.options.filter),
             "calibration": self.held_out.name,
             "images": len(set(owners)),
@@ -184,13 +184,11 @@ class Calibrate(ShardStage):
         judged = set(pa.concat_tables(self.images.tables(["image_id"]))["image_id"].to_pylist())
         if shared := len(ids & judged):
             raise UserError(f"{given}: {shared:,} of its pictures are in --images too; give others")
-        path = judging.path / EXPOSURES
-        if not path.is_file():
+        seen = trained_on(judging.path)
+        if seen is None:
             return [
                 f"{judging.path} does not say which pictures trained it; none of {given} may be among them"
             ]
-        with naming(path):
-            seen = set(pq.read_table(path, columns=["image_id"])["image_id"].to_pylist())
         if both := len(ids & seen):
             raise UserError(
                 f"{given}: {both:,} of its {len(ids):,} pictures trained {self.options.filter}; give pictures that it never saw"
@@ -269,7 +267,7 @@ class Calibrate(ShardStage):
             if here.all() or not here.any():
                 continue
             fit = calibrate(scores[drawn], here, 0.5, method=self.options.method, link="identity")  # type: ignore[arg-type]
-            shares.append(em_share(_ratios(fit, found), _drawn(rng, images)[images]))
+            shares.append(em_share(ratios_of(fit, found), _drawn(rng, images)[images]))
         low, high = np.quantile(shares, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
         return [float(low), float(high)]
 
@@ -279,7 +277,7 @@ def _drawn(rng: np.random.Generator, groups: npt.NDArray[np.int64]) -> npt.NDArr
     return np.bincount(rng.integers(count, size=count), minlength=count)
 
 
-def _ratios(fit: Calibration, scores: Floats) -> Floats:
+def ratios_of(fit: Calibration, scores: Floats) -> Floats:
     """Log-likelihood ratios of scores [T], by a fit where half of the pairs are true; NaN stays NaN."""
     if fit.method == "platt":
         slope, intercept = fit.values
