@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from capfilt.options import REQUIRED, ROWS, Checked, option
@@ -25,7 +26,7 @@ class ProveOptions(Checked):
     wrong: float = option(0.6, "share of pictures that get a wrong text", above=0, below=1)
     noises: tuple[str, ...] = option(NOISES, "kinds of noise; repeatable", choices=NOISES)
     nearest: int = option(10, "pictures that a near text is taken from", least=1, rare=True)
-    threshold: float = option(0.5, "keep texts of at least this match_probability", most=1)
+    threshold: float = option(0.5, "keep texts of at least this match_probability", least=-math.inf)
     seed: int = option(0, "seed of the planted noise")
     out: str = option("proof", "name of the result in runs/")
 

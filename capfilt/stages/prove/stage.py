@@ -81,8 +81,8 @@ class Prove(ResultStage):
                 for name in ("auc", "planted", "estimated", "kept_true", "precision", "ece")
             )
             lines.append(
-                f"{noise}: AUC {auc}, share of true pairs {estimated} for {planted}; p >= {self.options.threshold:g} keeps {kept} of "
-                f"the true texts at precision {precision}; calibration error {ece}"
+                f"{noise}: AUC {auc}, share true {estimated} for {planted}; p >= {self.options.threshold:g} keeps {kept} "
+                f"of the true texts at precision {precision}; calibration error {ece}"
             )
         return [*lines, "these are human texts: the web's own noise is harder"]
 
