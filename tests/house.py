@@ -25,7 +25,6 @@ LONG = {
     "capfilt/data/pairs.py": "one pair source: order, crops, cache and resume hold each other up",
     "capfilt/formats/records.py": "one record reader for CSV, JSON and Parquet, with all its refusals",
     "capfilt/tables/shards.py": "the one place that commits rows",
-    "capfilt/tasks/filter_quality.py": "one protocol with its intervals",
 }
 """Files that are longer, and why."""
 

@@ -165,5 +165,5 @@ def test_a_record_that_cannot_be_used_is_warned_of_and_the_others_work(
     use(monkeypatch, site, "bad_family")
     models._foreign.cache_clear()
     with pytest.warns(RuntimeWarning, match=why):
-        assert [family.name for family in models.families()] == ["blip", "clip", "vilt", "albef"]
+        assert [family.name for family in models.families()] == ["blip", "clip", "vilt", "albef", "locked"]
     models._foreign.cache_clear()
