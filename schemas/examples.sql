@@ -37,4 +37,4 @@ COMMENT ON COLUMN examples.split IS 'train, val or test; null where the source h
 COMMENT ON COLUMN examples.failure IS 'why the row failed, from the closed list; null where it did not';
 COMMENT ON COLUMN examples.error_message IS 'the failure in words';
 COMMENT ON COLUMN examples.wrong_texts IS 'texts that are wrong of the picture, to be told from `text` (choice); null elsewhere, and before version 2';
-COMMENT ON COLUMN examples.category IS 'the source''s own name of the kind of example; null where it has none, and before version 2';
+COMMENT ON COLUMN examples.category IS 'the source''s own name of the kind of example; own_caption where a rated text is one of the picture''s own; null where there is none, and before version 2';

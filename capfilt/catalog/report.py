@@ -16,6 +16,7 @@ from typing import Any
 
 import duckdb
 
+from capfilt.calibration.record import read as read_calibration
 from capfilt.catalog.artefacts import (
     Model,
     Run,
@@ -122,6 +123,7 @@ def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = N
         yields=yielded,
         rules=rules_shown,
         scorers=scorers,
+        calibrations=list(_calibrations(found)),
         drawn=drawn,
         curves=list(_curves(drawn)),
         runs=runs,
@@ -234,6 +236,18 @@ def _scorer(connection: duckdb.DuckDBPyConnection, account: Account) -> dict[str
     name = account.part.name
     charts = list(_histograms(connection, score, None, rows, name))
     return {"name": name, "cut": None, "score": score, "charts": charts}
+
+
+def _calibrations(found: Sequence[Account]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(part, calibration, reliability curve) of every scores part that has a probability."""
+    for account in found:
+        made = read_calibration(account.part) if account.table == "scores" else None
+        if made is None:
+            continue
+        points = tuple((point["predicted"], point["observed"]) for point in made["fit"]["curve"])
+        lines = [Curve("calibration pairs", points, 0), Curve("perfect", ((0.0, 0.0), (1.0, 1.0)), 1)]
+        label = f"observed share over predicted probability of {account.part.name}"
+        yield account.part.name, made, curves(lines, label, "predicted probability")
 
 
 def _histograms(

@@ -17,7 +17,8 @@ from torch import Tensor
 from capfilt.data.examples import slices
 from capfilt.data.pictures import BuildOptions, Pictures
 from capfilt.data.store import Rows
-from capfilt.tables.contracts import TASKS
+from capfilt.tables.contracts import OWN_CAPTION, TASKS
+from capfilt.tables.texts import folded
 
 NEEDED = ("example_id", "key", "task", "image_ids", "text", "answers", "label", "failure")
 OPTIONAL = ("split", "wrong_texts", "category")
@@ -39,7 +40,7 @@ class ExampleSet:
         wrong_texts: of each example, texts that are not right for its picture.
         categories: E kinds of example by the source's own names, None where it has none.
         skipped: how many were left out for a fault, by failure: pictures by theirs, examples by theirs or `no_image`.
-        deselected: how many were left out without a fault: as `split`, `task`, `limit`.
+        deselected: how many were left out without a fault: as `split`, `task`, `limit`, `own_caption`.
         support: examples to learn from, where a task does.
     """
 
@@ -100,6 +101,9 @@ def read_examples(
         limit: only so many of them, a sample that is always the same; 0 for all.
         **options: as in `corpus.from_images`.
 
+    A rating whose text is one of the picture's own captions is left out: by its category, or because the images table has
+    that text with the picture, but for case and white space.
+
     Raises UserError for a column that is missing or wrong, RunError for a full disk.
     """
     if task not in TASKS:
@@ -113,6 +117,8 @@ def read_examples(
             deselected["split"] += 1
         elif row["failure"] is not None:
             skipped[row["failure"]] += 1
+        elif task == "rating" and row.get("category") == OWN_CAPTION:
+            deselected[OWN_CAPTION] += 1
         else:
             rows.append(row)
     if limit and len(rows) > limit:
@@ -121,14 +127,21 @@ def read_examples(
         rows = sorted(rows, key=lambda row: str(row["example_id"]))[:limit]
     found = Pictures(size, options, skipped)
     wanted = pa.array(sorted({key for row in rows for key in row["image_ids"]}), pa.string())
-    for some in slices(image_tables(wanted), "images", ("image_id", "image"), ("split",), wanted):
+    further = ("split", "captions") if task == "rating" else ("split",)
+    own: dict[str, set[str]] = {}
+    for some in slices(image_tables(wanted), "images", ("image_id", "image"), further, wanted):
         found.add(some)
+        if task == "rating":
+            for row in some:
+                own.setdefault(row["image_id"], set()).update(map(folded, row.get("captions") or ()))
     kept: list[tuple[dict[str, Any], tuple[int, ...]]] = []
     for row in rows:
         places = [found.row_of.get(key) for key in row["image_ids"]]
         here = tuple(place for place in places if place is not None)
         if not here or len(here) < len(places):
             skipped["no_image"] += 1
+        elif task == "rating" and folded(row["text"] or "") in own[row["image_ids"][0]]:
+            deselected[OWN_CAPTION] += 1
         else:
             kept.append((row, here))
     return ExampleSet(

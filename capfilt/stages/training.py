@@ -255,10 +255,10 @@ class Train(ModelStage):
         return bool(self.options.save_every)
 
     def run(self, report: Report) -> Mapping[str, Any]:
-        with distributed.joined() as ranks, contextlib.ExitStack() as during:
-            return self._run(ranks, report, during)
+        with distributed.joined() as ranks, contextlib.ExitStack() as self._during:
+            return self._run(ranks, report)
 
-    def _run(self, ranks: Ranks, report: Report, during: contextlib.ExitStack) -> Mapping[str, Any]:
+    def _run(self, ranks: Ranks, report: Report) -> Mapping[str, Any]:
         o = self.options
         if ranks.world > 1 and not self._shared(ranks.world):
             raise UserError(
@@ -274,7 +274,7 @@ class Train(ModelStage):
         frozen(model, kind_of(model), o.freeze)
         recompute_activations(model, o.recompute)
         if not o.augment:
-            during.enter_context(remembering(model, self.workspace))
+            self._during.enter_context(remembering(model, self.workspace))
         self.prepare(data, model, where)
         rows = self.source.epoch(data)
         steps = o.steps or math.ceil(o.epochs * rows / o.batch_size)

@@ -33,6 +33,9 @@ EXAMPLE_FAILURES = ("no_answer", "unknown_label")
 FAILURES = DOWNLOAD_FAILURES + IMAGE_FAILURES + TEXT_FAILURES + EXAMPLE_FAILURES
 """Why a row failed: the closed list of every `failure` column."""
 
+OWN_CAPTION = "own_caption"
+"""The category of a rating whose text is one of the picture's own captions."""
+
 LABELS: dict[str, tuple[str, ...]] = {
     "vqa": (),
     "nlvr": ("false", "true"),
@@ -425,7 +428,8 @@ EXAMPLES = Contract(
             _field(
                 "category",
                 pa.string(),
-                "the source's own name of the kind of example; null where it has none, and before version 2",
+                "the source's own name of the kind of example; own_caption where a rated text is one of the picture's own; "
+                "null where there is none, and before version 2",
                 null=True,
             ),
         ]

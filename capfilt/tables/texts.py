@@ -1,4 +1,4 @@
-"""The texts of an images shard: those found with the pictures, and synthetic ones from captions parts.
+"""The texts of an images shard: those found with the pictures, and synthetic ones from captions parts; when two are equal.
 
 What a text is worth is not known here; `score` and `select` ask the same function for the same rows.
 """
@@ -25,6 +25,11 @@ TEXT_SCHEMA = pa.schema(
 
 FOUND_COLUMNS = ("image_id", "source", "captions")
 """What `found_texts` reads of an images shard."""
+
+
+def folded(text: str) -> str:
+    """A text without what no reader sees: in one case, its words one space apart."""
+    return " ".join(text.casefold().split())
 
 
 def found_texts(images: pa.Table) -> pa.Table:

@@ -359,7 +359,10 @@ def rating(model: Any, examples: ExampleSet, options: EvaluateOptions, progress:
     except ValueError as error:
         raise Unsuited(f"rating: an answer is no number ({error}); ingest the ratings as numbers") from error
     found = pair_judging.judge_ratings(_scores(model, examples, options, progress), ratings)
-    protocol = "Kendall's tau-c with every single rating (mean: with a pair's mean); Spearman with the mean"
+    protocol = (
+        "Kendall's tau-c with every single rating (mean: with a pair's mean); Spearman with the mean; the pictures' own "
+        "captions left out"
+    )
     return _judged(found, examples, protocol, dict.fromkeys(found.metrics, 0.0))
 
 

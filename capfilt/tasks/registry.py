@@ -42,6 +42,7 @@ class Task:
             `data.corpus.Corpus` or `data.example_set.ExampleSet` of what it reads, options are `EvaluateOptions`.
         further: "module:function", called with the options, which gives what else the figures depend on, such as a file.
         support: the split it also learns or tunes on, unless another is named; then `data.support` holds those examples.
+        version: raised when the protocol changes its figures.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     run: str
     support: str = ""
     further: str = ""
+    version: int = 1
 
     def possible(self, can: Sequence[str]) -> bool:
         """Whether a model with these capabilities can do it."""
@@ -139,6 +141,7 @@ TASKS = (
         _JUDGES,
         ("tau_c_itm", "tau_c_itc"),
         "capfilt.tasks.evaluations:rating",
+        version=2,  # own captions are left out
     ),
     Task(
         "choice",

@@ -71,6 +71,25 @@ def test_every_row_is_there_or_counted(images):
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in batches]
 
 
+def test_own_captions_are_not_rated(images):
+    """Would catch: a tau-c that is flattered by the picture's own captions; one that a capital or a space hides."""
+    ids = images["image_id"].to_pylist()
+    rows = images.to_pylist()
+    rows[0]["captions"] = ["A dog  runs .", "another"]
+    rows[1]["captions"] = ["a cat"]
+    table = pa.Table.from_pylist(rows, images.schema)
+    rated = {"task": "rating", "answers": [{"answer": "4", "count": 3}]}
+    pairs = [(0, "a dog runs ."), (0, "a cat"), (1, "a dog runs ."), (1, "a cat"), (2, "a cat")]
+    examples = [example(n, [ids[image]], text=text, **rated) for n, (image, text) in enumerate(pairs)]
+    examples.append(example(9, [ids[2]], text="told by its category", category="own_caption", **rated))
+    found = read(examples, table, task="rating")
+    assert found.example_ids == [f"{number:032d}" for number in (1, 2, 4)]
+    assert found.deselected == {"own_caption": 3}
+    assert len(read(examples, table.drop(["captions"]), task="rating")) == 5
+    matches = [{**each, "task": "match", "answers": []} for each in examples]
+    assert len(read(matches, table)) == 6, "a match is asked about own captions"
+
+
 def test_a_sample_is_always_the_same(images):
     ids = images["image_id"].to_pylist()
     rows = [example(number, [ids[number % 4]]) for number in range(9)]

@@ -8,12 +8,16 @@ import json
 import numpy as np
 import pytest
 
+from capfilt.calibration.record import read
+from capfilt.catalog.report import render
 from capfilt.cli import main
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.stages.calibrate import CalibrateOptions
 from capfilt.stages.calibrate.judge import Judge
-from capfilt.stages.calibrate.stage import Calibrate, read
+from capfilt.stages.calibrate.stage import Calibrate
+from capfilt.stages.prove import ProveOptions
+from capfilt.stages.prove.stage import Prove
 from capfilt.stages.registry import stage_command
 from capfilt.stages.select import SelectOptions
 from capfilt.stages.select.stage import Select, WritePairs
@@ -229,6 +233,7 @@ def test_what_cannot_be_calibrated_is_refused(world, tmp_path):
     ):
         with refused(*words):
             calibrated(place, f"refused-{calibration}", calibration=calibration)
+        assert not place.part("scores", f"refused-{calibration}").exists
     config = place.model("judge") / "exposures.parquet"
     moved = config.rename(tmp_path / "exposures.parquet")
     try:
@@ -242,9 +247,11 @@ def test_a_calibration_that_changed_on_disk_is_refused(world):
     place, _ = world
     part = calibrated(place, "spoilt")
     path = part.record / "calibration.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "share": 0.99}))
+    stands = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(stands), "share": 0.99}))
     with refused("calibration.json", "run calibrate again"):
         read(part)
+    path.write_bytes(stands)
 
 
 def test_rules_that_exclude_one_another(world):
@@ -258,3 +265,73 @@ def test_rules_that_exclude_one_another(world):
         Select(dataclasses.replace(rule, precision=0.9, by="itc_score"), place)
     with refused("--weight itc_score"):
         Select(dataclasses.replace(rule, weight="itc_score"), place)
+
+
+def test_the_report_shows_share_thresholds_and_reliability(world):
+    """Catches a calibration that nobody sees, and a report that a part without one breaks."""
+    place, _ = world
+    part = calibrated(place)
+    page = render(place, place.path / "runs")
+    assert "Calibration: calibrated" in page
+    assert "Calibration: calibrated-judged" not in page
+    assert f"{read(part)['share']:.3f}".rstrip("0") in page
+    assert "observed share over predicted probability of calibrated" in page
+
+
+# ------------------------------------------------------------------ prove
+
+
+def proved(place, **more):
+    options = ProveOptions(**{"images": "proof", "scores": "calibrated", "out": "proof", **more})
+    stage = Prove(options, place)
+    stage.run(lambda *_: None)
+    return json.loads(stage.output.read_text()), stage.remarks()
+
+
+@pytest.fixture(scope="module")
+def proof(world):
+    place, _ = world
+    calibrated(place)
+    rows, _ = colourful("proof", 160, 9000)
+    write_images(place.part("images", "proof"), [rows[:80], rows[80:]])
+    return place
+
+
+def test_a_proof_finds_the_noise_that_it_planted(proof):
+    """Catches a proof of its own calibration pictures, and noise that is true of its picture."""
+    result, lines = proved(proof, wrong=0.5)
+    uniform = result["noises"]["uniform"]
+    assert 0.3 < uniform["planted"] < 0.7
+    assert uniform["auc"] > 0.95
+    assert uniform["estimated"] == pytest.approx(uniform["planted"], abs=0.1)
+    assert result["metrics"]["uniform_share_error"] == pytest.approx(
+        abs(uniform["estimated"] - uniform["planted"])
+    )
+    # Nearest pictures have the same colour, so their texts equal the own one: what cannot be made wrong is true.
+    assert result["noises"]["near"]["planted"] > uniform["planted"]
+    assert any(line.startswith("uniform: AUC") for line in lines)
+    assert "harder" in lines[-1]
+    assert proved(proof, wrong=0.5, out="again")[0]["noises"] == result["noises"]
+
+
+def test_a_proof_on_pictures_that_were_seen_is_refused(proof, tmp_path):
+    for images, words in (
+        ("human", ("--images human", "trained judge")),
+        ("held", ("--images held", "calibrated")),
+        ("web", ("--images web", "judged")),
+    ):
+        with refused(*words):
+            proved(proof, images=images, out=f"refused-{images}")
+    rows, _ = colourful("tiny", 10, 12_000)
+    write_images(proof.part("images", "tiny"), [rows])
+    with refused("--images tiny", "10", "50"):
+        proved(proof, images="tiny", out="refused-tiny")
+    with refused("--scores calibrated-judged", "calibrate"):
+        Prove(ProveOptions(images="proof", scores="calibrated-judged"), proof)
+    moved = proof.model("judge") / "exposures.parquet"
+    other = moved.rename(tmp_path / "exposures.parquet")
+    try:
+        with refused("--images proof", "does not say"):
+            proved(proof, out="unsaid")
+    finally:
+        other.rename(moved)

@@ -129,6 +129,28 @@ def test_a_blip_does_every_task_at_once(made):
     assert run(stage).done_before == 1
 
 
+def test_own_captions_are_no_part_of_ratings(made):
+    """Would catch: captions that evaluate does not ask the images part for, and so cannot leave out."""
+    rows = [row for table in made.part("examples", "all").tables() for row in table.to_pylist()]
+    rows = [row for row in rows if row["task"] == "rating" and row["split"] == "test"]
+    images = [row for table in made.part("images", "human").tables() for row in table.to_pylist()]
+    (own,) = (row["captions"][0] for row in images if [row["image_id"]] == rows[0]["image_ids"])
+    rows[0]["text"] = own.upper()
+    rows[1]["category"] = "own_caption"
+    part = made.part("examples", "rated")
+    part.commit(
+        0, EXAMPLES.table(rows), Counts(len(rows), len(rows)), part.begin(EXAMPLES, "examples", {}), 0.0
+    )
+    stage = evaluate(made, model="both", examples=("rated",), tasks=("rating",), out="rated")
+    run(stage)
+    told = json.loads(stage.output.read_bytes())["tasks"]["rating"]
+    assert told["counts"]["examples"] == len(rows) - 2
+    assert told["left_out"] == {"own_caption": 2}
+    assert stage.identity()["protocols"] == {"rating": 2}
+    other = evaluate(made, model="both", examples=("all",), tasks=("match",), out="other")
+    assert "protocols" not in other.identity()
+
+
 def test_few_shots_learn_from_the_training_split_alone(made):
     with refused("--tasks few-shot", "--split", "train"):
         run(evaluate(made, model="both", examples=("all",), tasks=("few-shot",), split="train", out="f"))

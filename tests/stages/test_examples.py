@@ -290,7 +290,10 @@ def test_ratings_keep_every_annotator(place):
         {"image": "30.jpg", "caption": "a cat", "ratings": [], "split": "test"},
         {"image": "30.jpg", "caption": "a cat", "ratings": ["good"], "split": "test"},
     )
-    rows = run(make(place, source, COCO))
+    stage = make(place, source, COCO)
+    # A part from before own captions were marked is made again.
+    assert stage.identity()["own_captions"] == "marked"
+    rows = run(stage)
     assert {row["task"] for row in rows} == {"rating"}
     assert rows[0]["answers"] == [{"answer": "1", "count": 2}, {"answer": "2", "count": 1}]
     assert (rows[0]["text"], rows[0]["key"]) == ("a dog", "#0")

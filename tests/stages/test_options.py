@@ -69,7 +69,8 @@ def test_shares_and_probabilities_end_at_one():
     """Catches 1.5 for a chance: every option that is named as one, whatever its stage."""
     shares_of = {
         "top_p", "keep_fraction", "mask_share", "label_smoothing", "share_from", "share_to", "wrong", "truncated", "file_name",
-        "swap", "drop_path", "precision", "alpha", "momentum", "ema", "beta2", "decay_rate", "crop_scale",
+        "swap", "drop_path", "precision", "changed_word", "donors_from", "donors_to", "alpha", "momentum", "ema", "beta2",
+        "decay_rate", "crop_scale",
     }  # fmt: skip
     found = {each.name for _, each in NUMBERS if min(each.metadata["most"], each.metadata["below"]) <= 1}
     assert found == shares_of

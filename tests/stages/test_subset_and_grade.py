@@ -249,7 +249,8 @@ def test_a_share_without_a_donor_is_refused_before_the_work(place):
 
 
 def test_experts_are_graded_as_evaluate_grades_them(place, tmp_path):
-    """Ratings of other pictures than those scored, a picture that is lost not counted, tau-c of other scores."""
+    """Ratings of other pictures than those scored, a picture that is lost not counted, tau-c of other scores, of means in the
+    place of single ratings, or with own captions."""
     rows = [row for table in place.part("images", "clean").tables() for row in table.to_pylist()][:6]
     lines = []
     for number, row in enumerate(rows):
@@ -259,7 +260,11 @@ def test_experts_are_graded_as_evaluate_grades_them(place, tmp_path):
             for text in ("a red square", "a blue square number 3")
         ]
     lines.append({"image": "lost.jpg", "caption": "a", "ratings": [1]})
-    (tmp_path / "expert.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    own = [
+        {"image": "2.jpg", "caption": "own", "caption_id": "2.jpg#0", "ratings": [4, 4]},
+        {"image": "2.jpg", "caption": "Own ", "caption_id": "3.jpg#1", "ratings": [4, 4]},
+    ]
+    (tmp_path / "expert.jsonl").write_text("\n".join(map(json.dumps, lines + own)))
     tiny_checkpoint(place.model("judge"))
     run(Subset(SubsetOptions(images="clean", dataset="few", role="web", share_to=0.1), place))
     images = place.part("images", "few")
@@ -275,18 +280,23 @@ def test_experts_are_graded_as_evaluate_grades_them(place, tmp_path):
         Grade(GradeOptions(images="few", verdicts="few", expert=expert, filter="judge", out="experts"), place)
     )
     result = json.loads((place.path / "runs" / "experts.json").read_bytes())
-    assert result["expert"] == {"texts": 12, "images": 6, "failed": {"file_missing": 1}}
+    counts = {"texts": 12, "ratings": 24, "images": 6, "own_captions": 2, "failed": {"file_missing": 1}}
+    assert result["expert"] == counts
     judge = Filter.load(place.model("judge"))
     known = [line for line in lines if line["image"] != "lost.jpg"]
     found = judge.score(
         [str(tmp_path / line["image"]) for line in known], [line["caption"] for line in known]
     )
     means = [np.mean(line["ratings"]) for line in known]
+    single = [rating for line in known for rating in line["ratings"]]
     for name in ("itm", "itc"):
-        expected = kendalltau(
-            means, [getattr(score, f"{name}_score") for score in found], variant="c"
-        ).statistic
+        values = [getattr(score, f"{name}_score") for score in found]
+        expected = kendalltau(means, values, variant="c").statistic
         assert result["metrics"][f"tau_c_mean_{name}"] == pytest.approx(expected)
+        expected = kendalltau(single, np.repeat(values, 2), variant="c").statistic
+        assert result["metrics"][f"tau_c_{name}"] == pytest.approx(expected)
+        low, high = (result["metrics"][f"tau_c_{name}_{end}"] for end in ("low", "high"))
+        assert low <= expected <= high
 
 
 @pytest.mark.parametrize(

@@ -314,12 +314,12 @@ def test_pictures_are_cropped_whole_and_once(place, monkeypatch, randaugment, st
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_weights_that_nothing_honours_are_refused_by_file_and_image(place, stream):
-    """A corpus of weighted texts, trained on as if each weighed the same."""
+def test_weights_that_cannot_be_are_refused_by_file_and_image(place, stream):
+    """A weight that no share of epochs can be, taken for another."""
     pairs = place.part("pairs", "weighted")
     mark = pairs.begin(PAIRS, "test", {})
     images = image_rows("web", 4)
-    for shard, weights in enumerate([(1.0, None, 1.0, 1.0), (1.0, 1.0, 0.25, 1.0)]):
+    for shard, weights in enumerate([(1.0, None, 1.0, 1.0), (1.0, 0.25, 1.25, 1.0)]):
         rows = [
             {
                 "image_id": row["image_id"],
@@ -332,7 +332,7 @@ def test_weights_that_nothing_honours_are_refused_by_file_and_image(place, strea
             for row, weight in zip(images, weights, strict=True)
         ]
         pairs.commit(shard, PAIRS.table(rows), Counts(4, 4), mark, 0.0)
-    with refused("weighted", "00001", images[2]["image_id"], "weight 0.25"):
+    with refused("weighted", "00001", images[2]["image_id"], "weight 1.25"):
         run(Retrain(Retrain_blip(pairs=("weighted",), stream=stream, out="unheard", **FAST), place))
 
 

@@ -4,6 +4,8 @@ and categories that take each other's examples."""
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import accuracy_score, roc_auc_score
 
+from capfilt.formats.examples.row import example_rows
+from capfilt.tables.contracts import OWN_CAPTION
 from capfilt.tasks.outcome import units
 from capfilt.tasks.pair_judging import (
     best_threshold,
@@ -113,6 +117,22 @@ def test_ratings_against_scipy_each_by_itself():
         100 * stats.kendalltau(means, score, variant="c").statistic
     )
     assert found.metrics["spearman_itc"] == pytest.approx(100 * stats.spearmanr(means, score).statistic)
+
+
+def test_the_real_ratings_without_own_captions(shared_data):
+    """Flickr8k-Expert as published: 127 of the pairs here are own captions, and 4,782 with three ratings each remain."""
+    task, rows = example_rows(shared_data / "tasks" / "itm_expert" / "data.jsonl")
+    kept = [row for row in rows if row.category != OWN_CAPTION]
+    assert (task, len(rows), len(kept)) == ("rating", 4909, 4782)
+    ratings = [[float(answer) for answer, count in row.answers for _ in range(count)] for row in kept]
+    assert {len(each) for each in ratings} == {3}
+    noise = np.array([zlib.crc32(row.text.encode()) % 997 / 997 for row in kept])
+    scores = 3 * noise + np.mean(ratings, axis=1)
+    found = judge_ratings({"itc": scores}, ratings)
+    single = np.array(ratings).ravel()
+    assert found.columns["tau_c_itc"][0].shape == single.shape == (14346,)
+    expected = stats.kendalltau(single, np.repeat(scores, 3), variant="c").statistic
+    assert found.metrics["tau_c_itc"] == pytest.approx(100 * expected)
 
 
 def test_choices_are_lost_by_a_tie_and_counted_by_kind():

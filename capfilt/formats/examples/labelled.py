@@ -2,8 +2,8 @@
 
 A record has a text (question, sentence or hypothesis), the pictures (`image`, or `images` in order; in NLVR's and NLVR2's own
 files they follow from the identifier), `answers` or `label`, `split`, and a key. With a `caption` it is a rating where it has
-`ratings`, a choice where it has a `negative_caption`, else a match; with a label and no text it is a classification. How
-records are read is `formats/records.py`.
+`ratings`, a choice where it has a `negative_caption`, else a match; with a label and no text it is a classification. Of
+ratings a `caption_id` tells whether the caption is the picture's own. How records are read is `formats/records.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.formats.examples.row import CAPTIONS, TEXTS, ExampleRow, Examples, example, no_annotations
+from capfilt.formats.examples.row import (
+    CAPTIONS,
+    TEXTS,
+    ExampleRow,
+    Examples,
+    example,
+    no_annotations,
+    own_captions,
+)
 from capfilt.formats.places import Place
 from capfilt.formats.records import SUFFIXES, EmptyFile, open_records
 from capfilt.formats.source import Given
 from capfilt.formats.values import split_named
-from capfilt.tables.contracts import LABELS
+from capfilt.tables.contracts import LABELS, OWN_CAPTION
 
 ORDERS = 6
 """NLVR draws every picture with its three boxes in each of their orders."""
@@ -39,12 +47,15 @@ def read(given: Given, annotations: Path | None) -> Examples:
         records = list(open_records(Place(str(given.path))))
     except EmptyFile:
         raise UserError(f"{given.path}: has no examples") from None
+    fields = [record.fields for record in records]
+    task = _task(fields, given.path)
+    own = own_captions(fields) if task == "rating" else [False] * len(records)
     rows = [
-        replace(row, fault=record.fault or "")
-        for number, record in enumerate(records)
+        replace(row, fault=record.fault or "", category=OWN_CAPTION if owned else row.category)
+        for number, (record, owned) in enumerate(zip(records, own, strict=True))
         for row in _rows(record.fields, number, given.path)
     ]
-    return _task([record.fields for record in records], given.path), rows
+    return task, rows
 
 
 def _task(records: list[dict[str, Any]], path: Path) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from capfilt.errors import UserError
 from capfilt.formats import EXAMPLE_FORMATS
 from capfilt.formats.source import Given
 from capfilt.formats.values import Keyed, optional_text, split_named, text_of, texts_in, unique
+from capfilt.tables.texts import folded
 
 KEYS = ("question_id", "identifier", "pair_id", "pairID", "example_id", "item_id", "id")
 TEXTS = {"question": "vqa", "hypothesis": "entailment", "sentence2": "entailment", "sentence": "nlvr"}
@@ -119,6 +120,25 @@ def example(fields: Mapping[str, Any], number: int) -> ExampleRow:
         wrong_texts=tuple(texts_in(wrong)),
         category=optional_text(fields.get("category", fields.get("answer_type"))),
     )
+
+
+def own_captions(records: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Whether each record's caption is one of its picture's own.
+
+    Flickr8k's `caption_id` is the name of the picture that a caption was written for, and a number: "NAME.jpg#2". A caption is
+    the picture's own where that is its picture, or where it equals, but for case and white space, one that is known
+    so. Records without it are never own.
+    """
+    owner_of = [text_of(record.get("caption_id") or "").rpartition("#")[0] for record in records]
+    texts = [
+        folded(text_of(next((record[name] for name in CAPTIONS if record.get(name) is not None), "")))
+        for record in records
+    ]
+    own: defaultdict[str, set[str]] = defaultdict(set)
+    for owner, text in zip(owner_of, texts, strict=True):
+        own[owner].add(text)
+    named = [text_of(record.get("image") or "").rpartition("/")[2] for record in records]
+    return [bool(name) and text in own.get(name, ()) for name, text in zip(named, texts, strict=True)]
 
 
 def counted(answers: Iterable[Any]) -> tuple[tuple[str, int], ...]:

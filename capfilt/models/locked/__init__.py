@@ -44,7 +44,7 @@ FAMILY = Family(
             "embeds pictures and texts",
             (PAIR_ROWS,),
             "as-found",
-            parts={"vision": ("visual_encoder",), "text": ("text_encoder",)},
+            parts={"text": ("text_encoder",)},
         ),
     ),
     Options,

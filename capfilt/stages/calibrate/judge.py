@@ -10,15 +10,17 @@ import hashlib
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import torch
 
 from capfilt.calibration.hubs import Bank
 from capfilt.data.cleaning import clean
-from capfilt.errors import UserError
+from capfilt.errors import UserError, naming
 from capfilt.models import checkpoint
 from capfilt.plugins.checkpoints import FamilyScorer
 from capfilt.plugins.registry import score_contract
@@ -28,6 +30,7 @@ from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.pixels import Clock, done, pictures, settle
 from capfilt.stages.remembering import remembering
 from capfilt.stages.score.stage import Asked, ScoreRows, texts_by_image
+from capfilt.stages.training import EXPOSURES
 from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS
 from capfilt.tables.workspace import Workspace
@@ -65,13 +68,19 @@ class Judging:
         self, images: Any, image_index: Sequence[int], texts: Sequence[str]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Unit vectors float32 [T, E] of each text's picture and of the texts."""
+        return self.seen(images)[np.asarray(image_index)], self.read(texts)
+
+    def seen(self, images: Any) -> npt.NDArray[np.float32]:
+        """Unit vectors float32 [B, E] of pictures."""
         model = self.scorer.model
-        seen = model.embed_images(model.encode_images(images)).float().cpu().numpy()
-        said = [
-            model.embed_texts(list(texts[start : start + BATCH])).float().cpu().numpy()
-            for start in range(0, len(texts), BATCH)
-        ]
-        return seen[np.asarray(image_index)], np.concatenate(said)
+        out: npt.NDArray[np.float32] = model.embed_images(model.encode_images(images)).float().cpu().numpy()
+        return out
+
+    def read(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Unit vectors float32 [T, E] of texts."""
+        embed = self.scorer.model.embed_texts
+        parts = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+        return np.concatenate([embed(list(some)).float().cpu().numpy() for some in parts])
 
     def _bank(self) -> Bank:
         wanted = self._drawn()
@@ -118,6 +127,15 @@ class Judging:
 
 def _first(texts: Sequence[str | None] | None) -> str | None:
     return next((text for text in texts or () if text and clean(text)), None)
+
+
+def trained_on(path: Path) -> set[str] | None:
+    """The image_ids that a checkpoint's training saw; None where the checkpoint does not say."""
+    exposures = path / EXPOSURES
+    if not exposures.is_file():
+        return None
+    with naming(exposures):
+        return set(pq.read_table(exposures, columns=["image_id"])["image_id"].to_pylist())
 
 
 class Judge(ShardStage):

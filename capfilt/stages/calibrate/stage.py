@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -15,27 +16,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from capfilt.calibration.fit import Calibration, calibrate
+from capfilt.calibration.record import FILE, read
 from capfilt.calibration.share import cut, em_share, posterior, upper_bound
-from capfilt.errors import UserError, naming
+from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.judge import BATCH, COLUMNS, HUB, PROBABILITY, Judging
+from capfilt.stages.calibrate.judge import BATCH, COLUMNS, HUB, PROBABILITY, Judging, trained_on
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.stages.pixels import pictures
-from capfilt.stages.training import EXPOSURES
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.manifest import Counts
 from capfilt.tables.publish import replace
-from capfilt.tables.sealed import seal, unseal
+from capfilt.tables.sealed import seal
 from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
 
 LEAST_IMAGES = 50
-FILE = "calibration.json"
 MEANING = "probability that the text belongs to the picture, in [0, 1]; null for a synthetic text"
 LEVEL = 0.95
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -79,10 +78,15 @@ class Calibrate(ShardStage):
         return input_hashes(shard, self.images, self.judged)
 
     def begin(self) -> str:
-        mark = super().begin()
-        # Before it travels to workers, and once for all runs on the part.
-        self.fitted = self._remembered(mark) or self._keep(mark, self._fit())
-        return mark
+        # Before the part is begun, so that what cannot be calibrated leaves none, and before it travels to workers.
+        mark = self.output.identity_fingerprint(self.contract, self.name, self.full_identity())
+        made = read(self.output) if self.output.exists else None
+        if made is None or made.get("mark") != mark:
+            made = {"mark": mark, **self._fit()}
+        self.fitted = made
+        begun = super().begin()
+        replace(self.output.record / FILE, seal(made))
+        return begun
 
     def process(self, shard: int) -> Produced:
         scores = self.judged.read(shard)
@@ -125,20 +129,12 @@ class Calibrate(ShardStage):
     # ------------------------------------------------------------------ the fit
 
     def _probabilities(self, scores: Floats) -> Floats:
-        return posterior(_ratios(self.fit, scores), float(self.fitted["share"]))
+        return posterior(ratios_of(self.fit, scores), float(self.fitted["share"]))
 
     @cached_property
     def fit(self) -> Calibration:
         """Scores to probabilities where half of the pairs are true."""
         return Calibration.from_dict(self.fitted["fit"])
-
-    def _remembered(self, mark: str) -> dict[str, Any] | None:
-        made = read(self.output)
-        return made if made is not None and made.get("mark") == mark else None
-
-    def _keep(self, mark: str, made: dict[str, Any]) -> dict[str, Any]:
-        replace(self.output.record / FILE, seal({"mark": mark, **made}))
-        return {"mark": mark, **made}
 
     def _fit(self) -> dict[str, Any]:
         judging = Judging(self.options, self.workspace, self.images)
@@ -151,7 +147,7 @@ class Calibrate(ShardStage):
             )
         fit = calibrate(scores, truth, 0.5, method=self.options.method, link="identity")  # type: ignore[arg-type]
         corpus, images = self._corpus()
-        ratios = _ratios(fit, corpus)
+        ratios = ratios_of(fit, corpus)
         share = em_share(ratios)
         bound = upper_bound(corpus, scores[truth], (len(set(images)), len(set(owners))), LEVEL)
         interval = self._interval((np.array(owners), scores, truth), (np.array(images), corpus))
@@ -163,6 +159,7 @@ class Calibrate(ShardStage):
             )
         probabilities = posterior(ratios, share)
         return {
+            "options": asdict(self.options),
             "filter": str(self.options.filter),
             "calibration": self.held_out.name,
             "images": len(set(owners)),
@@ -187,13 +184,11 @@ class Calibrate(ShardStage):
         judged = set(pa.concat_tables(self.images.tables(["image_id"]))["image_id"].to_pylist())
         if shared := len(ids & judged):
             raise UserError(f"{given}: {shared:,} of its pictures are in --images too; give others")
-        path = judging.path / EXPOSURES
-        if not path.is_file():
+        seen = trained_on(judging.path)
+        if seen is None:
             return [
                 f"{judging.path} does not say which pictures trained it; none of {given} may be among them"
             ]
-        with naming(path):
-            seen = set(pq.read_table(path, columns=["image_id"])["image_id"].to_pylist())
         if both := len(ids & seen):
             raise UserError(
                 f"{given}: {both:,} of its {len(ids):,} pictures trained {self.options.filter}; give pictures that it never saw"
@@ -272,21 +267,9 @@ class Calibrate(ShardStage):
             if here.all() or not here.any():
                 continue
             fit = calibrate(scores[drawn], here, 0.5, method=self.options.method, link="identity")  # type: ignore[arg-type]
-            shares.append(em_share(_ratios(fit, found), _drawn(rng, images)[images]))
+            shares.append(em_share(ratios_of(fit, found), _drawn(rng, images)[images]))
         low, high = np.quantile(shares, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
         return [float(low), float(high)]
-
-
-def read(part: Part) -> dict[str, Any] | None:
-    """The calibration of a scores part; None where it has none."""
-    path = part.record / FILE
-    if not path.is_file():
-        return None
-    try:
-        made: dict[str, Any] = unseal(path.read_bytes())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it and run calibrate again") from error
-    return made
 
 
 def _drawn(rng: np.random.Generator, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -294,7 +277,7 @@ def _drawn(rng: np.random.Generator, groups: npt.NDArray[np.int64]) -> npt.NDArr
     return np.bincount(rng.integers(count, size=count), minlength=count)
 
 
-def _ratios(fit: Calibration, scores: Floats) -> Floats:
+def ratios_of(fit: Calibration, scores: Floats) -> Floats:
     """Log-likelihood ratios of scores [T], by a fit where half of the pairs are true; NaN stays NaN."""
     if fit.method == "platt":
         slope, intercept = fit.values

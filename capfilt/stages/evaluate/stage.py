@@ -87,6 +87,7 @@ class Evaluate(ResultStage):
         return [f"left out {line}" for line in _grouped(said)]
 
     def identity(self) -> Mapping[str, Any]:
+        changed = {task.name: task.version for task in self.tasks if task.version > 1}
         return {
             # Those that were found out are as if they had been named.
             "options": option_values(self.options) | {"tasks": [task.name for task in self.tasks]},
@@ -94,6 +95,8 @@ class Evaluate(ResultStage):
             "images": self.images.digest(),
             "pictures": [part.digest() for part in self.pictures],
             "examples": [part.digest() for part in self.examples],
+            # Of protocols that changed: results of all others stand.
+            **({"protocols": changed} if changed else {}),
             "further": {task.name: task.depends(self.options) for task in self.tasks if task.further},
         }
 
@@ -244,7 +247,9 @@ class _Data:
         return read_examples(
             (table for part in self.stage.examples for table in part.tables()),
             lambda wanted: (
-                table for part in parts for table in part.holding(wanted, ("image_id", "image", "split"))
+                table
+                for part in parts
+                for table in part.holding(wanted, ("image_id", "image", "split", "captions"))
             ),
             task.reads,
             (split,) if split else None,

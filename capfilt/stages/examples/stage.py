@@ -61,6 +61,8 @@ class Examples(ShardStage):
                 for path in files
             ],
             "images": [part.digest() for part in self.images],
+            # Own captions are marked: rows of other tasks are as they were.
+            **({"own_captions": "marked"} if self._found[0] == "rating" else {}),
         }
 
     @cached_property

@@ -15,6 +15,7 @@ import torch
 from capfilt.data.images import BadImage
 from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
+from capfilt.formats.examples.row import own_captions
 from capfilt.formats.files import read_file
 from capfilt.inference.adapters import opened
 from capfilt.models import checkpoint
@@ -24,7 +25,13 @@ from capfilt.stages.results import ResultStage
 from capfilt.tables.ids import file_sha256, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-from capfilt.tasks.filter_quality import kendall_tau_c_interval, roc_auc, roc_auc_interval, spearman
+from capfilt.tasks.filter_quality import (
+    kendall_tau_c,
+    kendall_tau_c_interval,
+    roc_auc,
+    roc_auc_interval,
+    spearman,
+)
 from capfilt.tasks.pair_judging import score_pairs
 from capfilt.tasks.registry import check, chosen
 from capfilt.training.distributed import device
@@ -33,13 +40,13 @@ _BATCH = 32
 
 
 class Grade(ResultStage):
-    """Writes `runs/<out>.json`: ROC-AUC on planted noise, the share kept of each kind, tau-c against experts' means.
+    """Writes `runs/<out>.json`: ROC-AUC on planted noise, the share kept of each kind, tau-c against experts' ratings.
 
     All in [0, 1] or [-1, 1], where `evaluate` writes points of 100.
     """
 
     name = "grade"
-    version = 3
+    version = 4  # every rating is a point, own captions are left out
 
     def __init__(self, options: GradeOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -121,19 +128,30 @@ class Grade(ResultStage):
         model = opened(contents, device())
         check(chosen(["rating"]), model.can, f"{self.filter} ({model.what})")
         root = Path(self.options.expert_root or Path(self.options.expert).parent)
-        by_image: dict[str, list[tuple[str, float]]] = {}
+        lines: list[dict[str, Any]] = []
         with Path(self.options.expert).open() as file:
             for number, line in enumerate(file, start=1):
                 try:
                     row = json.loads(line)
-                    rating = sum(row["ratings"]) / len(row["ratings"])
-                    by_image.setdefault(row["image"], []).append((row["caption"], rating))
-                except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+                    ratings = [float(rating) for rating in row["ratings"]]
+                    if (
+                        not ratings
+                        or not isinstance(row["image"], str)
+                        or not isinstance(row["caption"], str)
+                    ):
+                        raise ValueError
+                except (ValueError, KeyError, TypeError) as error:
                     raise UserError(
                         f"{self.options.expert}, line {number}: needs image, caption, ratings"
                     ) from error
+                lines.append(row | {"ratings": ratings})
+        own = own_captions(lines)
+        by_image: dict[str, list[tuple[str, list[float]]]] = {}
+        for row, owned in zip(lines, own, strict=True):
+            if not owned:
+                by_image.setdefault(row["image"], []).append((row["caption"], row["ratings"]))
         failed: Counter[str] = Counter()
-        kept: list[tuple[str, list[tuple[str, float]]]] = []
+        kept: list[tuple[str, list[tuple[str, list[float]]]]] = []
         pictures = []
         for name, rows in sorted(by_image.items()):
             data = read_file(root / name)
@@ -157,12 +175,21 @@ class Grade(ResultStage):
             [text for _, rows in kept for text, _ in rows],
             progress=lambda what, done, of: report(done, of, {"texts": what}),
         )
-        ratings = [rating for _, rows in kept for _, rating in rows]
-        images = [kept[place][0] for place in places]
+        rated = [ratings for _, rows in kept for _, ratings in rows]
+        means = [sum(ratings) / len(ratings) for ratings in rated]
+        single = [rating for ratings in rated for rating in ratings]
+        pairs = np.repeat(np.arange(len(rated)), [len(ratings) for ratings in rated])
+        images = np.array(places, dtype=np.int64)[pairs]
         for name, found in scores.items():
-            interval = kendall_tau_c_interval(ratings, found, images, seed=self.options.seed)
-            metrics[f"tau_c_mean_{name}"] = interval.value
-            if name == "itm":
-                metrics["tau_c_mean_itm_low"], metrics["tau_c_mean_itm_high"] = interval.low, interval.high
-                metrics["spearman_itm"] = spearman(ratings, found)
-        return {"texts": len(ratings), "images": len(set(images)), "failed": dict(failed)}
+            interval = kendall_tau_c_interval(single, found[pairs], images, seed=self.options.seed)
+            metrics[f"tau_c_{name}"] = interval.value
+            metrics[f"tau_c_{name}_low"], metrics[f"tau_c_{name}_high"] = interval.low, interval.high
+            metrics[f"tau_c_mean_{name}"] = kendall_tau_c(means, found)
+            metrics[f"spearman_{name}"] = spearman(means, found)
+        return {
+            "texts": len(rated),
+            "ratings": len(single),
+            "images": len(kept),
+            "own_captions": sum(own),
+            "failed": dict(failed),
+        }

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from capfilt.formats.examples.row import example_rows
+from capfilt.tables.contracts import OWN_CAPTION
 from tests.formats.examples.written import lines, read
 
 
@@ -71,6 +72,30 @@ def test_any_file_of_records_is_read_with_the_one_reader(tmp_path, name):
         "what?",
         (("a dog", 1),),
     )
+
+
+def test_own_captions_are_known_by_their_ids_and_by_equal_texts(tmp_path):
+    """Would catch: a filter that is rated on the very captions that were written for the picture."""
+    path = tmp_path / "ratings.jsonl"
+    rated = [
+        ("clean/1.jpg", "1.jpg#2", "A dog ."),
+        ("clean/1.jpg", "2.jpg#0", "a cat"),
+        ("clean/1.jpg", "3.jpg#0", "a  dog ."),
+        ("clean/2.jpg", "1.jpg#2", "A dog ."),
+        ("clean/2.jpg", "2.jpg", "an id without a number"),
+        ("clean/2.jpg", None, "A CAT"),
+        ("clean/3.jpg", None, "a cat"),
+    ]
+    names = ("image", "caption_id", "caption")
+    records = [dict(zip(names, each, strict=True), ratings=[1, 2, 2]) for each in rated]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task, rows = example_rows(path)
+    assert task == "rating"
+    assert [row.category for row in rows] == [OWN_CAPTION, None, OWN_CAPTION, None, None, OWN_CAPTION, None]
+    records = [{**record, "label": "match", "ratings": None} for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task, rows = example_rows(path)
+    assert (task, {row.category for row in rows}) == ("match", {None})
 
 
 def test_a_line_that_cannot_be_read_is_a_row_that_says_so(tmp_path):

@@ -1,0 +1,205 @@
+"""`prove`: what a calibration is worth on human pairs with planted noise: ranking, share of true pairs, what is kept.
+
+Not here: the judge (`calibrate/judge.py`), the arithmetic (`capfilt.calibration`), noise in a corpus of its own (`subset`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from capfilt.calibration.fit import Calibration
+from capfilt.calibration.record import read
+from capfilt.calibration.share import calibration_error, em_share, posterior
+from capfilt.errors import UserError
+from capfilt.models import checkpoint
+from capfilt.stages.base import Report, option_values
+from capfilt.stages.calibrate import CalibrateOptions
+from capfilt.stages.calibrate.judge import BATCH, Judging, trained_on
+from capfilt.stages.calibrate.stage import ratios_of
+from capfilt.stages.pixels import pictures
+from capfilt.stages.prove import ProveOptions
+from capfilt.stages.results import ResultStage
+from capfilt.stages.subset.words import Swaps
+from capfilt.tables.shards import Part
+from capfilt.tables.workspace import Workspace
+from capfilt.tasks.filter_quality import at_threshold, roc_auc
+
+LEAST_IMAGES = 50
+
+Vectors = npt.NDArray[np.float32]
+
+
+class Prove(ResultStage):
+    """Writes `runs/<out>.json`: of each kind of noise the ROC-AUC, the share estimated and planted, what a threshold keeps."""
+
+    name = "prove"
+    version = 1
+
+    def __init__(self, options: ProveOptions, workspace: Workspace, output: Part | None = None) -> None:
+        self.options, self.workspace = options, workspace
+        if not options.noises:
+            raise UserError("--noises: give at least one")
+        self.images = workspace.input("images", options.images).check()
+        self.scores = workspace.input("scores", options.scores)
+        made = read(self.scores)
+        if made is None:
+            raise UserError(
+                f"--scores {options.scores}: has no calibration; give a part that calibrate wrote"
+            )
+        self.made = made
+        self.calibrated = CalibrateOptions(**made["options"])
+        self.output = workspace.result(options.out)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "options": option_values(self.options),
+            "images": self.images.digest(),
+            "scores": self.scores.digest(),
+            "calibration": self.made["mark"],
+        }
+
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        return checkpoint.origin(self.workspace.model(self.calibrated.filter), self.calibrated.filter)
+
+    def outlook(self) -> str:
+        return f"{self.scores.path} against noise planted in {self.images.path}"
+
+    def headline(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in metrics.items() if name.endswith(("_auc", "_share_error"))}
+
+    def remarks(self) -> list[str]:
+        lines = []
+        for noise, found in self._made().get("noises", {}).items():
+            auc, planted, estimated, kept, precision, ece = (
+                "–" if found[name] is None else f"{found[name]:.3f}"
+                for name in ("auc", "planted", "estimated", "kept_true", "precision", "ece")
+            )
+            lines.append(
+                f"{noise}: AUC {auc}, share true {estimated} for {planted}; p >= {self.options.threshold:g} keeps {kept} "
+                f"of the true texts at precision {precision}; calibration error {ece}"
+            )
+        return [*lines, "these are human texts: the web's own noise is harder"]
+
+    def measure(self, report: Report) -> dict[str, Any]:
+        judged = self.workspace.input("images", self.calibrated.images)
+        self._unseen(judged)
+        judging = Judging(self.calibrated, self.workspace, judged)
+        with judging.ready():
+            ids, seen, texts = self._embedded(judging)
+            if len(ids) < LEAST_IMAGES:
+                raise UserError(
+                    f"--images {self.options.images}: {len(ids)} pictures with a text; give {LEAST_IMAGES} or more"
+                )
+            noises = {}
+            for number, noise in enumerate(self.options.noises):
+                report(number, len(self.options.noises), {"noise": noise})
+                said, true = self._planted(noise, seen, texts)
+                read_as = judging.read(said)
+                noises[noise] = self._found(judging.bank.corrected(ids, seen, read_as), true)
+        metrics = {
+            f"{noise}_{name}": value
+            for noise, found in noises.items()
+            for name, value in {**found, "share_error": abs(found["estimated"] - found["planted"])}.items()
+            if value is not None
+        }
+        return {"metrics": metrics, "noises": noises, "texts": len(ids)}
+
+    def _unseen(self, judged: Part) -> None:
+        """UserError naming what has seen pictures of the part: the filter's training, its calibration, or its bank."""
+        ids = _ids(self.images)
+        given = f"--images {self.options.images}"
+        path = self.workspace.model(self.calibrated.filter)
+        trained = trained_on(path)
+        if trained is None:
+            raise UserError(
+                f"{given}: {path} does not say which pictures trained it, so that nothing can be proved of it"
+            )
+        for seen, what in (
+            (trained, f"trained {self.calibrated.filter}"),
+            (_ids(self.workspace.input("images", self.calibrated.calibration)), "calibrated it"),
+            (_ids(judged), f"are in {judged.path}, which it judged"),
+        ):
+            if both := len(ids & seen):
+                raise UserError(
+                    f"{given}: {both:,} of its {len(ids):,} pictures {what}; give pictures that it never saw"
+                )
+
+    def _embedded(self, judging: Judging) -> tuple[list[str], Vectors, list[list[str]]]:
+        """(image_ids, unit vectors [N, E], the texts of each picture) of the pictures that have a text."""
+        found = pa.concat_tables(self.images.tables(["image_id", "captions"])).to_pylist()
+        texts = {
+            row["image_id"]: [text for text in row["captions"] or () if text and text.strip()]
+            for row in found
+        }
+        ids: list[str] = []
+        vectors: list[Vectors] = []
+        for shard in self.images.shards():
+            for batch in pictures(self.images, shard, judging.scorer, BATCH):
+                chosen = [
+                    (row["image_id"], place)
+                    for row, place in zip(batch.rows, batch.place, strict=True)
+                    if place >= 0 and texts.get(row["image_id"])
+                ]
+                if chosen:
+                    ids += [image for image, _ in chosen]
+                    vectors.append(judging.seen(batch.images)[[place for _, place in chosen]])
+        return (
+            ids,
+            np.concatenate(vectors) if vectors else np.empty((0, 1), np.float32),
+            [texts[each] for each in ids],
+        )
+
+    def _planted(
+        self, noise: str, seen: Vectors, texts: list[list[str]]
+    ) -> tuple[list[str], npt.NDArray[np.bool_]]:
+        """A text per picture, and whether it is true. What cannot be made wrong stays true."""
+        o = self.options
+        rng = np.random.default_rng([o.seed, ["uniform", "near", "word"].index(noise)])
+        said = [str(rng.choice(own)) for own in texts]
+        true = rng.random(len(texts)) >= o.wrong
+        swaps = Swaps(text for own in texts for text in own) if noise == "word" else None
+        for place in np.flatnonzero(~true):
+            own = texts[place]
+            if swaps is not None:
+                other = swaps.changed(said[place], own, rng)
+            else:
+                if noise == "near":
+                    order = np.argsort(-(seen @ seen[place]), kind="stable")
+                    donors = order[order != place][: o.nearest]
+                else:
+                    donors = np.delete(np.arange(len(texts)), place)
+                # A donor's text that the picture has too is true of it.
+                able = [
+                    text for donor in rng.permutation(donors)[:50] for text in texts[donor] if text not in own
+                ]
+                other = str(rng.choice(able)) if able else None
+            if other is None:
+                true[place] = True
+            else:
+                said[place] = other
+        return said, true
+
+    def _found(self, scores: npt.NDArray[np.float64], true: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        ratios = ratios_of(Calibration.from_dict(self.made["fit"]), scores)
+        share = em_share(ratios)
+        p = posterior(ratios, share)
+        kept = at_threshold(p, true, self.options.threshold)
+        found = {
+            "auc": roc_auc(scores, true),
+            "planted": float(true.mean()),
+            "estimated": share,
+            "kept_true": kept.kept_true,
+            "precision": kept.precision,
+            "ece": calibration_error(p, true),
+        }
+        return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
+
+
+def _ids(part: Part) -> set[str]:
+    return {image for table in part.tables(["image_id"]) for image in table["image_id"].to_pylist()}
