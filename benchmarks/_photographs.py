@@ -1,7 +1,7 @@
 """Bootstrapping on real photographs with planted noise: which steps there are, and how each row's own training is chosen.
 
 What lives here: families, rows, the steps of one draw, the choice on the val split. What does not: the figures and tables
-that are made of the results (`_headroom.py`).
+that are made of the results (`_figures.py`).
 
 One draw has its own human and web images, planted noise, donors, calibration images, initial weights and sampling. Every row
 trains at each number of steps and learning rate. The val split chooses, the choice is written to a file, and then the test
@@ -58,7 +58,7 @@ _TRUNK = {"preset": "trunk", "vocab_size": 4000, "warmup_steps": 50, "cache_feat
 FAMILIES = {
     "locked": Family(
         {"preset": "lite2-minilm", "batch_size": 256, "warmup_steps": 20, "save_every": 0},
-        (80, 140, 200, 300, 400),
+        (40, 80, 140, 200, 300, 400),
         (5e-4, 1e-3),
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5},
     ),

@@ -22,6 +22,8 @@ from tests.worlds import COLOURS, jpeg
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import _figures
 import _photographs
+import bootstrapping
+from _form import main
 from _recipes import run_steps
 
 THINGS = ("dog", "ball", "tree", "car", "hat")
@@ -119,22 +121,32 @@ def test_pictures_add_up_to_the_recalls():
     assert pictures.mean() == pytest.approx(sum(metrics.values()))
 
 
+def draw(levels, keys, seed):
+    """A draw whose pictures add these sums, with what makes a picture hard alike in every row."""
+    rng = np.random.default_rng(seed)
+    ease = np.random.default_rng(1).normal(0, 60, len(keys))
+    rows = {
+        row: _photographs.Outcome(
+            _photographs.Trial(row, 80, 1e-3), {}, ease + level + rng.normal(0, 5, len(keys)), 0.0
+        )
+        for row, level in levels.items()
+    }
+    return _photographs.Draw(rows, [], keys, {})
+
+
 def test_headroom_is_measured_from_the_best_trivial_row():
-    rng = np.random.default_rng(1)
-    ease = rng.normal(0, 60, 400)  # what makes a picture hard is hard for every row
     levels = {"raw": 120, "human": 128, "mixed": 135, "cut": 145, "oracle": 155}
-    rows = {name: [ease + level + rng.normal(0, 5, 400) for _ in range(3)] for name, level in levels.items()}
-    found = _figures.headroom(rows, seed=0)
-    mean = {name: np.mean(values) for name, values in rows.items()}
+    draws = [draw(levels, tuple(map(str, range(400))), seed) for seed in range(3)]
+    mean = {row: np.mean([each.rows[row].pictures for each in draws]) for row in levels}
+    found = _figures.recovery(draws, seed=0)
     wanted = (mean["cut"] - mean["mixed"]) / (mean["oracle"] - mean["mixed"])
-    assert found["cut"]["headroom"] == pytest.approx(wanted)
-    assert found["cut"]["headroom low"] > 0.4  # unpaired, pictures alone would move it by 0.3
-    assert found["cut"]["headroom high"] < 0.6
-    assert found["human"]["headroom"] < 0
-    assert found["oracle"]["headroom low"] == found["oracle"]["headroom high"] == 1
-    # The oracle is a standard error or two above: no meaning.
-    close = {**rows, "oracle": [values + rng.normal(1, 10, 400) for values in rows["mixed"]]}
-    assert all(math.isnan(each["headroom"]) for each in _figures.headroom(close, seed=0).values())
+    assert found["cut"].value == pytest.approx(wanted)
+    # Unpaired, pictures alone would move it by a third.
+    assert 0.4 < found["cut"].low < found["cut"].value < found["cut"].high < 0.6
+    assert found["cut"].baseline == "mixed"
+    assert found["human"].value < 0
+    close = [draw({**levels, "oracle": 135.2}, tuple(map(str, range(400))), seed) for seed in range(3)]
+    assert math.isnan(_figures.recovery(close, seed=0)["cut"].value)
 
 
 def test_a_judge_is_measured_on_true_texts_and_those_of_other_images():
@@ -157,3 +169,30 @@ def test_a_judge_is_measured_on_true_texts_and_those_of_other_images():
     assert found["kept truncated"] == 0.5
     assert found["kept file_name"] == 0
     assert found["precision shortfall"] == pytest.approx(0.95 - 0.6)
+    kept_none = [{**each, _photographs.precision_name(0.95): False} for each in texts]
+    assert math.isnan(_figures.judge_figures(kept_none)["precision shortfall"])
+
+
+def test_the_whole_table_and_a_second_run_that_trains_nothing(data, tmp_path, capsys):
+    # Every row through the stages, with the judge's probabilities; the second run reads results and choices alone.
+    place = tmp_path / "w"
+    words = ["--quick", "--data", str(data), "--family", "locked", "--human", "0.6", "--markdown"]
+    words += ["--workspace", str(place)]
+    figures = []
+    for trainings in (16, 0):  # two numbers of steps for seven rows, one of which has two trainings
+        argv = ["benchmarks/bootstrapping.py", *words, "--json", str(tmp_path / "found.json")]
+        with pytest.raises(SystemExit) as stopped:
+            main("A table.", bootstrapping.measure, bootstrapping.add_arguments, argv)
+        assert stopped.value.code == 0
+        printed = capsys.readouterr().out
+        trained = [line for line in printed.splitlines() if line.startswith("retrain")]
+        assert len(trained) == 16
+        assert sum("done before" not in line for line in trained) == trainings
+        found = json.loads((tmp_path / "found.json").read_text())["figures"]
+        figures.append({name: value for name, value in found.items() if "seconds" not in name})
+    assert figures[0] == figures[1]
+    tested = {path.name for path in (place / "seed0" / "runs").glob("test-*.json")}
+    chosen = [json.loads(path.read_text())["chosen"] for path in (place / "seed0" / "choices").iterdir()]
+    assert tested == {f"test-{name}.json" for name in chosen}
+    assert len(chosen) == len(_photographs.ROWS)
+    assert all(f"| {row.title} |" in printed for row in _photographs.ROWS.values())
