@@ -234,6 +234,8 @@ def test_what_cannot_be_calibrated_is_refused(world, tmp_path):
         with refused(*words):
             calibrated(place, f"refused-{calibration}", calibration=calibration)
         assert not place.part("scores", f"refused-{calibration}").exists
+    with refused("--compile"):
+        calibrated(place, "refused-compile", compile=True)
     config = place.model("judge") / "exposures.parquet"
     moved = config.rename(tmp_path / "exposures.parquet")
     try:

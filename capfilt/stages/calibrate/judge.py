@@ -49,7 +49,8 @@ class Judging:
     def __init__(self, options: CalibrateOptions, workspace: Workspace, images: Part) -> None:
         self.options, self.workspace, self.images = options, workspace, images
         self.path = workspace.model(options.filter)
-        self.scorer = FamilyScorer(str(self.path), options.precision, "", "draft" if options.draft else "")
+        how = ("compiled" if options.compile else "", "draft" if options.draft else "")
+        self.scorer = FamilyScorer(str(self.path), options.precision, *how)
         if "embed" not in self.scorer.abilities:
             raise UserError(
                 f"--filter {options.filter}: it embeds no pictures and texts, and the hub correction needs that; give a "
