@@ -141,7 +141,7 @@ def calibrate(
         raise UserError("calibration: the held-out pairs hold one class only; give true and false texts")
     if link == "logit" and (score.min() < 0.0 or score.max() > 1.0):
         raise UserError("calibration: scores outside [0, 1]; use link 'identity' for cosines and logits")
-    weight = np.where(label, prior * len(label) / true, (1 - prior) * len(label) / (len(label) - true))
+    weight = class_weights(label, prior)
     knots: tuple[float, ...]
     values: tuple[float, ...]
     if method == "platt":
@@ -149,9 +149,15 @@ def calibrate(
     else:
         knots, values = _fit_isotonic(score, label, weight)
     fit = Calibration(method, link, prior, len(score), knots, values, None, 0.0, ())
-    before = _reliability(score, label, weight, bins)[1] if link == "logit" else None
-    curve, after = _reliability(fit(score), label, weight, bins)
+    before = reliability(score, label, weight, bins)[1] if link == "logit" else None
+    curve, after = reliability(fit(score), label, weight, bins)
     return replace(fit, error_before=before, error_after=after, curve=curve)
+
+
+def class_weights(label: NDArray[np.bool_], prior: float) -> Floats:
+    """Weights [T], of mean 1, by which the share of true texts is `prior`; both classes are there."""
+    true = int(label.sum())
+    return np.where(label, prior * len(label) / true, (1 - prior) * len(label) / (len(label) - true))
 
 
 def _fit_platt(x: Floats, label: NDArray[np.bool_], weight: Floats) -> tuple[float, ...]:
@@ -211,10 +217,10 @@ def _fit_isotonic(
     return tuple(knots), tuple(values)
 
 
-def _reliability(
-    probability: Floats, label: NDArray[np.bool_], weight: Floats, bins: int
+def reliability(
+    probability: Floats, label: NDArray[np.bool_], weight: Floats, bins: int = 10
 ) -> tuple[tuple[Bin, ...], float]:
-    """The filled bins, and the mean distance of predicted from observed, weighted by the bins' shares."""
+    """The filled ones of equal bins, and the mean distance of predicted from observed, weighted by the bins' shares."""
     which = np.clip((probability * bins).astype(np.int64), 0, bins - 1)
     curve, error = [], 0.0
     for number in np.unique(which).tolist():

@@ -16,7 +16,6 @@ from typing import Any
 
 import duckdb
 
-from capfilt.calibration.record import read as read_calibration
 from capfilt.catalog.artefacts import (
     Model,
     Run,
@@ -37,6 +36,7 @@ from capfilt.catalog.views import open_catalog
 from capfilt.catalog.yields import yields
 from capfilt.data.images import BadImage, decode, encode_jpeg
 from capfilt.errors import RunError, UserError
+from capfilt.tables.calibrations import read as read_calibration
 from capfilt.tables.contracts import SOURCES
 from capfilt.tables.publish import replace
 from capfilt.tables.visible import shortened, visible
@@ -244,7 +244,7 @@ def _calibrations(found: Sequence[Account]) -> Iterator[tuple[str, dict[str, Any
         made = read_calibration(account.part) if account.table == "scores" else None
         if made is None:
             continue
-        points = tuple((point["predicted"], point["observed"]) for point in made["fit"]["curve"])
+        points = tuple((point["predicted"], point["observed"]) for point in made["curve"])
         lines = [Curve("calibration pairs", points, 0), Curve("perfect", ((0.0, 0.0), (1.0, 1.0)), 1)]
         label = f"observed share over predicted probability of {account.part.name}"
         yield account.part.name, made, curves(lines, label, "predicted probability")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from capfilt.data.images import BadImage, decode
@@ -109,14 +110,18 @@ Rows = list[dict[str, Any]]
 Prepared = tuple[str | None, Any]
 
 
-def pictures(part: Part, shard: int, plugin: Plugin, batch_size: int) -> Iterator[Pictures]:
+def pictures(
+    part: Part, shard: int, plugin: Plugin, batch_size: int, only: Collection[str] | None = None
+) -> Iterator[Pictures]:
     """Batches of `batch_size` rows, the last of fewer; where they are cut depends on the shard and `batch_size` alone.
+
+    With `only`, rows of other image_ids are left out before anything of them is decoded.
 
     The plug-in's `prepare` is called in threads, and its `gather` in another; `prepare` raises BadImage for a picture that it
     cannot use. Anything else it raises for a picture that can be decoded is raised here. While a batch is worked on, the next
     one is being prepared and the one after it is read.
     """
-    cut = _cut(part, shard, batch_size)
+    cut = _cut(part, shard, batch_size, only)
     gather = plugin.gather if isinstance(plugin, Gathers) else None
     with (
         ThreadPoolExecutor(1) as reader,
@@ -140,10 +145,13 @@ def pictures(part: Part, shard: int, plugin: Plugin, batch_size: int) -> Iterato
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _cut(part: Part, shard: int, batch_size: int) -> Iterator[Rows]:
+def _cut(part: Part, shard: int, batch_size: int, only: Collection[str] | None) -> Iterator[Rows]:
     """The shard's rows, `batch_size` at a time whatever its row groups are; the last ones may be fewer."""
     rows: Rows = []
+    wanted = None if only is None else pa.array(only, pa.string())
     for group in part.batches(shard, ("image_id", "status", "image")):
+        if wanted is not None:
+            group = group.filter(pc.is_in(group["image_id"], value_set=wanted))
         taken = 0
         while taken < group.num_rows:
             more = group.slice(taken, batch_size - len(rows))

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from capfilt.calibration.record import read
+from capfilt.calibration.fit import calibrate, class_weights, reliability
+from capfilt.calibration.share import posterior
 from capfilt.catalog.report import render
 from capfilt.cli import main
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
-from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.judge import Judge
-from capfilt.stages.calibrate.stage import Calibrate
+from capfilt.models import checkpoint
+from capfilt.stages.calibrate import CalibrateOptions, judge
+from capfilt.stages.calibrate.held_out import trained_on
+from capfilt.stages.calibrate.judge import Judge, JudgePairs
+from capfilt.stages.calibrate.stage import Calibrate, ratios_of, told_apart
 from capfilt.stages.prove import ProveOptions
 from capfilt.stages.prove.stage import Prove
 from capfilt.stages.registry import stage_command
 from capfilt.stages.select import SelectOptions
 from capfilt.stages.select.stage import Select, WritePairs
 from capfilt.stages.train import Retrain
+from capfilt.tables.calibrations import read
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
-from tests.refusals import refused
+from tests.refusals import names, refused
 from tests.worlds import COLOURS, failed_row, image_rows, write_images
 
 WRONG = 0.4
@@ -80,7 +87,7 @@ def calibrated(place, out="calibrated", **more):
     options = CalibrateOptions(
         **{"images": "web", "filter": "judge", "calibration": "held", "out": out, "resamples": 20, **more}
     )
-    for stage in (Judge, Calibrate):
+    for stage in (JudgePairs, Judge, Calibrate):
         run_stage(stage(options, place), InlineExecutor(), quiet=True)
     return place.part("scores", out)
 
@@ -219,21 +226,44 @@ def test_the_command_prints_the_share_and_what_thresholds_keep(world, capsys):
     assert "p >= 0.5 keeps" in out
 
 
-def test_what_cannot_be_calibrated_is_refused(world, tmp_path):
+def test_what_cannot_be_calibrated_is_refused_before_anything_is_judged(world, tmp_path):
+    """Catches hours of judging before the first look at the calibration part, and noise or nothing taken for human pairs."""
     place, _ = world
     few, _ = colourful("few", 20, 5000)
     write_images(place.part("images", "few"), [few])
-    mute = [{**row, "captions": []} for row in colourful("mute", 60, 6000)[0]]
+    mute = [
+        {**row, "captions": row["captions"][: place < 6]}
+        for place, row in enumerate(colourful("mute", 60, 6000)[0])
+    ]
     write_images(place.part("images", "mute"), [mute])
-    for calibration, words in (
-        ("few", ("--calibration few", "20", "50")),
-        ("human", ("--calibration human", "trained judge")),
-        ("web", ("--calibration web", "judged")),
-        ("mute", ("--calibration mute", "texts")),
+    found, _ = colourful("found", 60, 7000, "web")
+    write_images(place.part("images", "found"), [found])
+    alike = [{**row, "captions": ["A  picture"]} for row in colourful("alike", 60, 8000)[0]]
+    write_images(place.part("images", "alike"), [alike])
+    hashes = [f"{number:064x}" for number in range(60)]
+    copies = [
+        {**row, "sha256": digest}
+        for row, digest in zip(colourful("copies", 60, 9000)[0], hashes, strict=True)
+    ]
+    write_images(place.part("images", "copies"), [copies])
+    hashed = [
+        {**row, "sha256": digest}
+        for row, digest in zip(colourful("hashed", 4, 9500, "web")[0], hashes, strict=False)
+    ]
+    write_images(place.part("images", "hashed"), [hashed])
+    for calibration, images, words in (
+        ("few", "web", ("--calibration few", "20", "50")),
+        ("mute", "web", ("--calibration mute", "6", "50")),
+        ("found", "web", ("--calibration found", "0", "human")),
+        ("alike", "web", ("--calibration alike", "one text")),
+        ("human", "web", ("--calibration human", "120", "trained judge")),
+        ("web", "web", ("--calibration web", "judged")),
+        ("copies", "hashed", ("--calibration copies", "4", "--images hashed")),
     ):
         with refused(*words):
-            calibrated(place, f"refused-{calibration}", calibration=calibration)
-        assert not place.part("scores", f"refused-{calibration}").exists
+            calibrated(place, f"refused-{calibration}", calibration=calibration, images=images)
+        for table, name in (("scores", ""), ("scores", "-judged"), ("signals", "-pairs")):
+            assert not place.part(table, f"refused-{calibration}{name}").exists
     with refused("--compile"):
         calibrated(place, "refused-compile", compile=True)
     config = place.model("judge") / "exposures.parquet"
@@ -245,6 +275,116 @@ def test_what_cannot_be_calibrated_is_refused(world, tmp_path):
     assert "does not say" in made["warnings"][0]
 
 
+def test_a_filter_that_ranks_own_texts_no_higher_is_refused(world, monkeypatch):
+    """Catches a share and probabilities by a judge that takes wrong texts for right ones."""
+    place, _ = world
+    read_right = judge.Judging.read
+    monkeypatch.setattr(judge.Judging, "read", lambda self, texts: -read_right(self, texts))
+    for method in ("platt", "isotonic"):
+        with refused("--filter judge", "higher"):
+            calibrated(place, f"turned-{method}", method=method)
+        assert not place.part("scores", f"turned-{method}").exists
+
+
+def test_checkpoints_that_the_filter_started_from_are_heard_too(world):
+    """Catches calibration pictures that trained the filter's ancestor, and such as no step ever drew."""
+    place, _ = world
+    whole = pq.read_table(place.model("judge") / "exposures.parquet")
+    seen = set(whole["image_id"].to_pylist())
+    assert trained_on(place.model("judge"), place) == seen
+    contents, _ = checkpoint.open_any(place.model("judge"))
+    parent, child = place.model("parent"), place.model("child")
+    checkpoint.save(parent, contents.model, contents.tokenizer, {})
+    origins = checkpoint.origin(parent, "parent")
+    checkpoint.save(child, contents.model, contents.tokenizer, {"origins": origins})
+    drawn = pa.table({"image_id": ["a", "b"], "exposures": [3, 0]})
+    pq.write_table(drawn, child / "exposures.parquet")
+    assert trained_on(child, place) == {"a"}  # its parent does not say
+    pq.write_table(pa.table({"image_id": ["c"], "exposures": [1]}), parent / "exposures.parquet")
+    assert trained_on(child, place) == {"a", "c"}
+    # Another checkpoint under the parent's name is no parent.
+    other = {f"{mark[:-1]}x": said for mark, said in origins.items()}
+    checkpoint.save(child, contents.model, contents.tokenizer, {"origins": other})
+    assert trained_on(child, place) == {"a"}
+
+
+def test_the_bank_decodes_its_own_pictures_alone_and_of_a_bounded_number_of_shards(world, monkeypatch):
+    """Catches every worker decoding the whole corpus for a bank of a few pairs."""
+    place, _ = world
+    options = _options("bank", bank=6)
+    judging = Judge(options, place).judging
+    prepared = []
+    whole = judging.scorer.prepare
+    judging.scorer.prepare = lambda data: prepared.append(data) or whole(data)
+    with judging.ready():
+        assert len(judging.bank.image_ids) == len(prepared) == 6
+    assert len(judging.drawn) == 2
+    monkeypatch.setattr(judge, "BANK_SHARDS", 1)
+    assert len(Judge(options, place).judging.drawn) == 1
+    assert Judge(options, place).judging.drawn != Judge(_options("bank", bank=6, seed=1), place).judging.drawn
+
+
+@pytest.mark.parametrize("kind", [JudgePairs, Judge])
+def test_rows_depend_on_no_worker(kind, world):
+    """Catches a bank or foreign texts that a worker draws for itself: each shard by a worker of its own, in reverse."""
+    place, _ = world
+    calibrated(place)
+    first = kind(_options("calibrated"), place)
+    rows = {shard: first.output.read(shard) for shard in first.shards()}
+    for shard in reversed(first.shards()):
+        worker = pickle.loads(pickle.dumps(first))
+        worker.setup()
+        made = worker.process(shard)
+        worker.teardown()
+        assert worker.contract.conform(made.table).equals(rows[shard])
+
+
+def test_each_picture_has_its_own_texts_and_distinct_foreign_ones(world):
+    place, _ = world
+    calibrated(place)
+    rows = rows_of(place.part("signals", "calibrated-pairs"))
+    texts = {row["image_id"]: row["captions"][0] for row in rows_of(place.part("images", "held"))}
+    named = {text_id(image, "human", text, "", 0): (image, text) for image, text in texts.items()}
+    assert len({(row["image_id"], row["text_id"]) for row in rows}) == len(rows)
+    for row in rows:
+        image, text = named[row["text_id"]]
+        assert row["own"] == (image == row["image_id"]) == (text == texts[row["image_id"]])
+        assert row["failure"] is None
+        assert row["hub_score"] is not None
+    foreign = [row["image_id"] for row in rows if not row["own"]]
+    assert all(foreign.count(image) == 10 for image in texts)
+
+
+def test_another_calibration_part_gives_another_fingerprint(world):
+    place, _ = world
+    rows, _ = colourful("other", 70, 15_000)
+    write_images(place.part("images", "other"), [rows])
+    one, two = calibrated(place), calibrated(place, "otherwise", calibration="other")
+    assert one.info["fingerprint"] != two.info["fingerprint"]
+    with refused("another identity", "calibrated-pairs"):
+        calibrated(place, calibration="other")
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_reliability_is_of_pictures_that_the_fit_did_not_see(method):
+    """Catches a calibration error of nought, by a curve that bends to the very pairs that it is judged by."""
+    rng = np.random.default_rng(0)
+    owners = np.repeat([f"{image}" for image in range(60)], 4)
+    scores, truth = rng.normal(size=240), rng.random(240) < 0.5
+    pairs = (owners, scores, truth)
+    told = told_apart(pairs, 0.5, method, 0)
+    weight = class_weights(truth, 0.5)
+    seen = posterior(ratios_of(calibrate(scores, truth, 0.5, method=method, link="identity"), scores), 0.5)
+    if method == "isotonic":
+        assert reliability(seen, truth, weight)[1] < 1e-9 < 0.02 < reliability(told, truth, weight)[1]
+    # Other truths of one picture change no probability of its own, and those of others.
+    turned = truth.copy()
+    turned[:4] = ~turned[:4]
+    moved = np.abs(told_apart((owners, scores, turned), 0.5, method, 0) - told) > 1e-12
+    assert moved.any()
+    assert not moved[:4].any()
+
+
 def test_a_calibration_that_changed_on_disk_is_refused(world):
     place, _ = world
     part = calibrated(place, "spoilt")
@@ -254,6 +394,18 @@ def test_a_calibration_that_changed_on_disk_is_refused(world):
     with refused("calibration.json", "run calibrate again"):
         read(part)
     path.write_bytes(stands)
+
+
+def test_a_precision_that_no_set_has_keeps_nothing_and_says_so(world):
+    place, _ = world
+    calibrated(place)
+    stage = Select(
+        SelectOptions(images="web", scores="calibrated", sources=("web",), out="never", precision=1.0), place
+    )
+    run_stage(stage, InlineExecutor(), quiet=True)
+    (line,) = stage.remarks()
+    best = max(row["match_probability"] or 0 for row in rows_of(place.part("scores", "calibrated")))
+    assert names(line, "nothing is kept", f"{best:.4g}", "--precision")
 
 
 def test_rules_that_exclude_one_another(world):

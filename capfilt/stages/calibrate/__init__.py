@@ -1,4 +1,4 @@
-"""`calibrate`: its options and its record; the stages are judge.py and stage.py."""
+"""`calibrate`: its options and its record; the stages are in judge.py and stage.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CalibrateOptions(EngineOptions, Checked):
     calibration: str = option(
         REQUIRED, "images part of human pairs that no training of the filter saw", kind="images"
     )
-    out: str = option("calibrated", "name of the scores part to write; NAME-judged beside it has the cosines")
+    out: str = option("calibrated", "name of the scores part; beside it, NAME-judged and signals NAME-pairs")
     method: str = option("platt", "fit: a logistic curve, or any rising one", choices=("platt", "isotonic"))
     bank: int = option(2048, "random pairs that correct hubs", least=2, rare=True)
     negatives: int = option(10, "foreign texts per calibration picture", least=1, rare=True)
@@ -38,7 +38,11 @@ class CalibrateOptions(EngineOptions, Checked):
 COMMAND = StageCommand(
     ("calibrate",),
     CalibrateOptions,
-    ("capfilt.stages.calibrate.judge:Judge", "capfilt.stages.calibrate.stage:Calibrate"),
+    (
+        "capfilt.stages.calibrate.judge:JudgePairs",
+        "capfilt.stages.calibrate.judge:Judge",
+        "capfilt.stages.calibrate.stage:Calibrate",
+    ),
     (
         "capfilt calibrate --images web --filter judge --calibration held-out",
         "capfilt select --images web --scores calibrated --by match_probability --threshold 0.5",

@@ -1,6 +1,6 @@
-"""The second half of `calibrate`: a fit on human pairs, the corpus's share of true pairs, and a probability per text.
+"""The last stage of `calibrate`: a fit on human pairs, the corpus's share of true pairs, and a probability per text.
 
-Not here: the arithmetic (`capfilt.calibration`), the cosines (`judge.py`).
+No model: it reads what `judge.py` wrote. Not here: the arithmetic (`capfilt.calibration`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.calibration.fit import Calibration, calibrate
-from capfilt.calibration.record import FILE, read
+from capfilt.calibration.fit import Calibration, calibrate, class_weights, reliability
 from capfilt.calibration.share import cut, em_share, posterior, upper_bound
 from capfilt.errors import UserError
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.judge import BATCH, COLUMNS, HUB, PROBABILITY, Judging, trained_on
+from capfilt.stages.calibrate.held_out import LEAST_IMAGES, check_unseen
+from capfilt.stages.calibrate.judge import COLUMNS, HUB, PROBABILITY
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
-from capfilt.stages.pixels import pictures
+from capfilt.tables.calibrations import FILE, read
 from capfilt.tables.contracts import SCORES
 from capfilt.tables.manifest import Counts
 from capfilt.tables.publish import replace
@@ -33,22 +33,26 @@ from capfilt.tables.sealed import seal
 from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, texts_of
 from capfilt.tables.workspace import Workspace
+from capfilt.tasks.filter_quality import roc_auc
 
-LEAST_IMAGES = 50
 MEANING = "probability that the text belongs to the picture, in [0, 1]; null for a synthetic text"
 LEVEL = 0.95
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+FOLDS = 5
+"""The calibration pairs are told by fits that saw none of the picture, or a curve that bends to each would look faultless."""
 MOST_RESAMPLED = 20_000
 """Texts that the bootstrap looks at: enough for an interval, few enough for hundreds of draws."""
 
 Floats = npt.NDArray[np.float64]
+Pairs = tuple[npt.NDArray[np.str_], Floats, npt.NDArray[np.bool_]]
+"""Image_ids, scores and truths of pairs."""
 
 
 class Calibrate(ShardStage):
     """Writes a row per judged text: `match_probability`, null for a synthetic text, and the signals behind it."""
 
     name = "calibrate"
-    version = 1
+    version = 2  # fitted on a part of pairs, of human texts alone
     accounts = "texts"
 
     def __init__(self, options: CalibrateOptions, workspace: Workspace, output: Part | None = None) -> None:
@@ -56,9 +60,8 @@ class Calibrate(ShardStage):
         self.images = workspace.input("images", options.images)
         self.captions = [workspace.input("captions", name) for name in options.captions]
         self.held_out = workspace.input("images", options.calibration)
-        if self.held_out.path == self.images.path:
-            raise UserError(f"--calibration {options.calibration}: is the part that is judged; give another")
         self.judged = workspace.part("scores", f"{options.out}-judged")
+        self.pairs = workspace.part("signals", f"{options.out}-pairs")
         self.contract = SCORES.extended({PROBABILITY: MEANING, HUB: COLUMNS[HUB]})
         self.output = output or workspace.part("scores", options.out)
 
@@ -68,7 +71,7 @@ class Calibrate(ShardStage):
             "columns": [PROBABILITY, *COLUMNS],
             # The share is of the whole part.
             "judged": self.judged.expect("scores").digest(),
-            "calibration": self.held_out.digest(),
+            "pairs": self.pairs.expect("signals").digest(),
         }
 
     def shards(self) -> list[int]:
@@ -116,7 +119,7 @@ class Calibrate(ShardStage):
         lines = [
             (
                 f"share of true pairs: {made['share']:.3f} [{low:.3f}, {high:.3f}], at most {made['share_bound']:.3f} "
-                f"({made['images']:,} calibration images)"
+                f"({made['images']:,} calibration images, calibration error {made['error']:.3f})"
             )
         ]
         lines += [
@@ -137,20 +140,20 @@ class Calibrate(ShardStage):
         return Calibration.from_dict(self.fitted["fit"])
 
     def _fit(self) -> dict[str, Any]:
-        judging = Judging(self.options, self.workspace, self.images)
-        warned = self._unseen(judging)
-        with judging.ready():
-            owners, scores, truth = self._pairs(judging)
-        if float(np.std(scores)) < 1e-9:
+        warned = check_unseen(self.options, self.workspace, self.held_out, self.images)
+        owners, scores, truth = self._pairs()
+        # A logistic curve would fall as gladly as it rises, and call what the filter ranks last the likeliest.
+        if (auc := roc_auc(scores, truth)) <= 0.5:
             raise UserError(
-                f"--filter {self.options.filter}: all calibration pairs have one score; give another filter"
+                f"--filter {self.options.filter}: ranks the calibration pictures' own texts no higher than others' (ROC-AUC "
+                f"{auc:.2f}); give a filter that is trained"
             )
-        fit = calibrate(scores, truth, 0.5, method=self.options.method, link="identity")  # type: ignore[arg-type]
+        fit = calibrate(scores, truth, 0.5, method=self.method, link="identity")
         corpus, images = self._corpus()
         ratios = ratios_of(fit, corpus)
         share = em_share(ratios)
         bound = upper_bound(corpus, scores[truth], (len(set(images)), len(set(owners))), LEVEL)
-        interval = self._interval((np.array(owners), scores, truth), (np.array(images), corpus))
+        interval = self._interval((owners, scores, truth), (np.array(images), corpus))
         if not 0.001 < share < 0.999:
             warned.append(f"the estimated share is {share:.3f}: judge and corpus do not fit each other")
         if share > bound or interval[0] > bound:
@@ -158,6 +161,11 @@ class Calibrate(ShardStage):
                 f"the estimated share {share:.3f} is above the bound {bound:.3f}: human texts are easier than the web's"
             )
         probabilities = posterior(ratios, share)
+        curve, error = reliability(
+            told_apart((owners, scores, truth), share, self.method, self.options.seed),
+            truth,
+            class_weights(truth, _within(share)),
+        )
         return {
             "options": asdict(self.options),
             "filter": str(self.options.filter),
@@ -168,73 +176,35 @@ class Calibrate(ShardStage):
             "share": share,
             "share_interval": interval,
             "share_bound": bound,
+            "curve": [vars(point) for point in curve],
+            "error": error,
             "cuts": [_plain(vars(cut(probabilities, threshold))) for threshold in THRESHOLDS],
             "warnings": warned,
         }
 
-    def _unseen(self, judging: Judging) -> list[str]:
-        """Warnings. UserError where a training of the filter saw a calibration picture, or the part has too few."""
-        table = pa.concat_tables(self.held_out.tables(["image_id", "status"]))
-        ids = set(table.filter(pc.equal(table["status"], "success"))["image_id"].to_pylist())
-        if len(ids) < LEAST_IMAGES:
-            raise UserError(
-                f"--calibration {self.options.calibration}: {len(ids)} pictures; a fit needs {LEAST_IMAGES} or more"
-            )
-        given = f"--calibration {self.options.calibration}"
-        judged = set(pa.concat_tables(self.images.tables(["image_id"]))["image_id"].to_pylist())
-        if shared := len(ids & judged):
-            raise UserError(f"{given}: {shared:,} of its pictures are in --images too; give others")
-        seen = trained_on(judging.path)
-        if seen is None:
-            return [
-                f"{judging.path} does not say which pictures trained it; none of {given} may be among them"
-            ]
-        if both := len(ids & seen):
-            raise UserError(
-                f"{given}: {both:,} of its {len(ids):,} pictures trained {self.options.filter}; give pictures that it never saw"
-            )
-        return []
+    @property
+    def method(self) -> Any:
+        """How scores are fitted."""
+        return self.options.method
 
-    def _pairs(self, judging: Judging) -> tuple[list[str], Floats, npt.NDArray[np.bool_]]:
-        """(image, hub score, truth) of calibration pairs: each picture with its own texts, and with texts of others."""
-        rng = np.random.default_rng(self.options.seed)
-        found = pa.concat_tables(self.held_out.tables(["image_id", "captions"])).to_pylist()
-        texts = {
-            row["image_id"]: [text for text in row["captions"] or () if text and text.strip()]
-            for row in found
-        }
-        every = [(image, text) for image, some in texts.items() for text in some]
-        if len({text for _, text in every}) < 2:
+    def _pairs(self) -> Pairs:
+        """The calibration pairs that have a score."""
+        table = pa.concat_tables(self.pairs.tables(["image_id", HUB, "own"]))
+        table = table.filter(pc.is_valid(table[HUB]))
+        owners = np.array(table["image_id"].to_pylist(), dtype=str)
+        scores = table[HUB].to_numpy().astype(np.float64)
+        truth = table["own"].to_numpy(zero_copy_only=False).astype(bool)
+        count = len(set(owners[truth].tolist()))
+        if count < LEAST_IMAGES:
             raise UserError(
-                f"--calibration {self.options.calibration}: its pictures have no texts to tell apart"
+                f"--calibration {self.options.calibration}: {count:,} of its pictures could be judged with their own texts; "
+                f"a fit needs {LEAST_IMAGES} or more"
             )
-        owners: list[str] = []
-        scores: list[Floats] = []
-        truth: list[bool] = []
-        for shard in self.held_out.shards():
-            for batch in pictures(self.held_out, shard, judging.scorer, BATCH):
-                asked: list[tuple[str, int, str, bool]] = []
-                for row, place in zip(batch.rows, batch.place, strict=True):
-                    own = texts.get(row["image_id"], [])
-                    if place < 0 or not own:
-                        continue
-                    asked += [(row["image_id"], place, text, True) for text in own]
-                    others = self._foreign(rng, every, row["image_id"], {*own})
-                    asked += [(row["image_id"], place, text, False) for text in others]
-                if asked:
-                    ids, index, said, true = (list(each) for each in zip(*asked, strict=True))
-                    seen, read = judging.embedded(batch.images, index, said)
-                    owners += ids
-                    truth += true
-                    scores.append(judging.bank.corrected(ids, seen, read))
-        return owners, np.concatenate(scores), np.array(truth)
-
-    def _foreign(
-        self, rng: np.random.Generator, every: list[tuple[str, str]], image: str, own: set[str]
-    ) -> list[str]:
-        drawn = (every[place] for place in rng.integers(len(every), size=20 * self.options.negatives))
-        others = [text for other, text in drawn if other != image and text not in own]
-        return others[: self.options.negatives]
+        if float(np.std(scores)) < 1e-9:
+            raise UserError(
+                f"--filter {self.options.filter}: all calibration pairs have one score; give another filter"
+            )
+        return owners, scores, truth
 
     def _corpus(self) -> tuple[Floats, list[str]]:
         """(hub scores, images) of the found texts of the part that is judged."""
@@ -250,7 +220,7 @@ class Calibrate(ShardStage):
             raise UserError(f"{self.judged.path}: no found text has a score; were its pictures downloaded?")
         return every, images
 
-    def _interval(self, pairs: tuple[Any, Floats, Any], corpus: tuple[Any, Floats]) -> list[float]:
+    def _interval(self, pairs: Pairs, corpus: tuple[Any, Floats]) -> list[float]:
         """The share's bootstrap interval: calibration images and images of the corpus are drawn again, and all is fitted."""
         rng = np.random.default_rng([self.options.seed, 1])
         keep = (
@@ -266,7 +236,7 @@ class Calibrate(ShardStage):
             here = truth[drawn]
             if here.all() or not here.any():
                 continue
-            fit = calibrate(scores[drawn], here, 0.5, method=self.options.method, link="identity")  # type: ignore[arg-type]
+            fit = calibrate(scores[drawn], here, 0.5, method=self.method, link="identity")
             shares.append(em_share(ratios_of(fit, found), _drawn(rng, images)[images]))
         low, high = np.quantile(shares, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
         return [float(low), float(high)]
@@ -277,6 +247,19 @@ def _drawn(rng: np.random.Generator, groups: npt.NDArray[np.int64]) -> npt.NDArr
     return np.bincount(rng.integers(count, size=count), minlength=count)
 
 
+def told_apart(pairs: Pairs, share: float, method: Any, seed: int) -> Floats:
+    """Probabilities [T] of pairs in a corpus with this share of true ones, by fits that saw no pair of the same picture."""
+    owners, scores, truth = pairs
+    _, image = np.unique(owners, return_inverse=True)
+    fold = np.random.default_rng(seed).permutation(int(image.max()) + 1)[image] % FOLDS
+    told = np.empty(len(scores))
+    for number in range(FOLDS):
+        rest = fold != number
+        fit = calibrate(scores[rest], truth[rest], 0.5, method=method, link="identity")
+        told[~rest] = posterior(ratios_of(fit, scores[~rest]), share)
+    return told
+
+
 def ratios_of(fit: Calibration, scores: Floats) -> Floats:
     """Log-likelihood ratios of scores [T], by a fit where half of the pairs are true; NaN stays NaN."""
     if fit.method == "platt":
@@ -285,6 +268,10 @@ def ratios_of(fit: Calibration, scores: Floats) -> Floats:
     edge = 1 / (fit.pairs + 2)
     p = np.clip(fit(scores), edge, 1 - edge)
     return np.log(p) - np.log1p(-p)
+
+
+def _within(share: float) -> float:
+    return min(max(share, 1e-3), 1 - 1e-3)
 
 
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -14,23 +14,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from capfilt.calibration.fit import Calibration
-from capfilt.calibration.record import read
 from capfilt.calibration.share import calibration_error, em_share, posterior
 from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.judge import BATCH, Judging, trained_on
+from capfilt.stages.calibrate.held_out import LEAST_IMAGES, trained_on
+from capfilt.stages.calibrate.judge import BATCH, Judging
 from capfilt.stages.calibrate.stage import ratios_of
 from capfilt.stages.pixels import pictures
 from capfilt.stages.prove import ProveOptions
 from capfilt.stages.results import ResultStage
 from capfilt.stages.subset.words import Swaps
+from capfilt.tables.calibrations import read
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.filter_quality import at_threshold, roc_auc
-
-LEAST_IMAGES = 50
 
 Vectors = npt.NDArray[np.float32]
 
@@ -115,7 +114,7 @@ class Prove(ResultStage):
         ids = _ids(self.images)
         given = f"--images {self.options.images}"
         path = self.workspace.model(self.calibrated.filter)
-        trained = trained_on(path)
+        trained = trained_on(path, self.workspace)
         if trained is None:
             raise UserError(
                 f"{given}: {path} does not say which pictures trained it, so that nothing can be proved of it"

@@ -196,6 +196,13 @@ class Select(ShardStage):
         if not count:
             return [f"nothing is kept: no text has an {by}; were these texts scored?"]
         least, most = pc.min_max(column).as_py().values()
+        if self.options.precision:
+            return [
+                (
+                    f"nothing is kept: the likeliest of {count:,} texts has a {by} of {most:.4g}, so no set has a mean of "
+                    f"{self.options.precision:g} (--precision)"
+                )
+            ]
         return [
             (
                 f"nothing is kept: {by} of {count:,} texts is between {least:.4g} and {most:.4g}, the threshold "
