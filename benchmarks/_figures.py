@@ -1,6 +1,6 @@
 """Bootstrapping on real photographs: figures, tables and targets of the draws.
 
-What lives here: `measure`, how a judge is measured, the headroom of a row. What does not: the steps (`_photographs.py`).
+`measure`, the figures of a judge and the headroom of a row live here. The steps do not (`_photographs.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The paper's ablation (BLIP, table 1 and table 2) on the generated world: what the captioner and the filter each add.
 
-What lives here: its steps, its rows and its table. What does not: real photographs (`_photographs.py`).
+Its steps, its rows and its table live here. Real photographs do not (`_photographs.py`).
 """
 
 from __future__ import annotations

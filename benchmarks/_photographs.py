@@ -1,7 +1,7 @@
 """Bootstrapping on real photographs with planted noise: which steps there are, and how each row's own training is chosen.
 
-What lives here: families, rows, the steps of one draw, the choice on the val split. What does not: the figures and tables
-that are made of the results (`_figures.py`).
+Families, rows, the steps of one draw and the choice on the val split live here. Figures and tables of the results do not
+(`_figures.py`).
 
 One draw has its own human and web images, planted noise, donors, calibration images, initial weights and sampling. Every row
 trains at each number of steps and learning rate. The val split chooses, the choice is written to a file, and then the test
@@ -29,7 +29,7 @@ from capfilt.tables.workspace import Workspace
 from capfilt.tasks.comparison import Result
 
 METRICS = ("tr@1", "tr@10", "ir@1", "ir@10")
-"""What the val split chooses by: their sum. Ranks by ITC."""
+"""The val split chooses by the sum of these. Ranks by ITC."""
 CALIBRATION = 0.15
 """Share of the human images that neither heads, banks nor captioners see."""
 PRECISIONS = (0.8, 0.9, 0.95)
@@ -126,7 +126,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """What all draws share.
+    """Settings that all draws share.
 
     Attributes:
         data: folder with clean/captions.json (COCO captions with splits) and clean/images.
@@ -350,7 +350,7 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
 
 
 def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """What each test picture adds to the sum of the four recalls: float64 [N], in the corpus's order; the mean is the sum."""
+    """Each test picture's part of the sum of the four recalls: float64 [N], in the corpus's order; the mean is the sum."""
     parts = []
     for name in METRICS:
         units = found.units(name)

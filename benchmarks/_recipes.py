@@ -1,6 +1,6 @@
 """Running recipe steps for several seeds, and how means over seeds are written.
 
-What lives here: `run`, `for_seeds`, `spread`. What does not: which steps there are (`_generated.py`, `_photographs.py`).
+`run`, `for_seeds` and `spread` live here. The steps themselves do not (`_generated.py`, `_photographs.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run_steps(steps: Sequence[Step], place: Workspace, work: Executor) -> None:
 
 
 def for_seeds(args: argparse.Namespace, count: int, one: Callable[[Workspace, int, Executor], T]) -> list[T]:
-    """What `one` returns of each of `count` seeds, each in a workspace of its own, `--jobs` seeds at a time."""
+    """The results of `one` for `count` seeds, each in a workspace of its own, `--jobs` seeds at a time."""
     seeds = range(args.seed, args.seed + count)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         places = [Workspace(Path(args.workspace or scratch) / f"seed{seed}") for seed in seeds]

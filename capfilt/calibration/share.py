@@ -70,7 +70,7 @@ class Cut:
 
 
 def cut(probabilities: ArrayLike, threshold: float) -> Cut:
-    """What keeping texts from `threshold` on is expected to do. Needs no labels: a mean of probabilities is a share."""
+    """The expected effect of keeping texts from `threshold` on. No labels: a mean of probabilities is a share."""
     p = np.asarray(probabilities, dtype=np.float64)
     kept = p >= threshold
     total, here = float(p.sum()), float(p[kept].sum())

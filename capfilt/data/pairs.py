@@ -94,7 +94,7 @@ class Pairs:
 
     Args:
         inputs: the parts.
-        rows: PAIR_ROWS, IMAGE_ROWS or TEXT_ROWS of `capfilt.data.examples`. A batch of pictures alone has no ids (int64
+        rows: PAIR_ROWS, IMAGE_ROWS or TEXT_ROWS. A batch of pictures alone has no ids (int64
             [B, 0]); a batch of texts alone has neither pixels nor features.
         size: side of the pictures in pixels.
         cache: bytes of decoded pictures that stay in memory; 0 reads each picture whenever it is needed.
@@ -557,11 +557,11 @@ class _Order:
             drawn = np.random.default_rng([*self._seed, epoch, 1 + number]).permutation(size)[start:]
             start = 0
             depth = np.searchsorted(np.cumsum(counts), drawn, side="right")
-            place = drawn - (np.cumsum(counts) - counts)[depth]
+            within = drawn - (np.cumsum(counts) - counts)[depth]
             rows = np.empty(len(drawn), dtype=_ROW)
             rows["epoch"], rows["source"] = epoch, self._source
             rows["group"] = self._groups[inside[depth]]
-            rows["place"] = place if places is None else places[first[inside[depth]] + place]
+            rows["place"] = within if places is None else places[first[inside[depth]] + within]
             rows["depth"] = depth / len(inside)
             yield rows
 

@@ -71,6 +71,7 @@ DOWNLOAD = (
 )
 CAPTION = "caption --images web --captioner captioner"
 BOTH = f"{CAPTION} --filter filter"
+CALIBRATE = "calibrate --images web --filter filter --calibration held --bank 4 --negatives 2 --resamples 20"
 SCORE = "score --images web --captions captioner --filter filter"
 
 
@@ -94,6 +95,7 @@ def cases(server) -> list[Case]:
         Case("score", SCORE, (CAPTION,), models=True),
         Case("caption --filter", BOTH, models=True),
         Case("select", "select --images web --captions captioner --threshold 0.2", (BOTH,), models=True),
+        Case("calibrate", CALIBRATE, models=True),
         Case("download", DOWNLOAD),
         Case("download --retry", "download --dataset fetched --retry failed", (DOWNLOAD,), changed=heals),
         Case("pretrain", f"pretrain --web web --out trained {TRAINED}", changed=logs_often),
@@ -112,6 +114,7 @@ def make_world(place: Path, models: bool) -> None:
     for number, row in enumerate(row for rows in shards for row in rows):
         row["phash"] = f"{number // 2:016x}" if row["status"] == "success" else None
     write_images(workspace.part("images", "web"), shards)
+    write_images(workspace.part("images", "held"), [image_rows("held", 52, source="human")])
     if models:
         tiny_checkpoint(workspace.model("captioner"), seed=1)
         # One vision tower, as `caption --filter` asks for.

@@ -41,9 +41,7 @@ def pairs_of(part: Part, negatives: int, seed: int, given: str) -> Pairs:
     What is drawn for a picture depends on the seed, the picture and the texts of all, in no order of shards. Raises UserError
     where fewer than LEAST_IMAGES pictures have a human text.
     """
-    tables = [_human_texts(part.read(shard, [*FOUND_COLUMNS, "status"])) for shard in part.shards()]
-    rows = [row for table in tables for row in table.to_pylist() if _usable(row["text"])]
-    rows.sort(key=lambda row: row["text_id"])
+    rows = human_texts(part)
     own: Pairs = {}
     for row in rows:
         own.setdefault(row["image_id"], []).append({**row, "own": True})
@@ -65,9 +63,14 @@ def pairs_of(part: Part, negatives: int, seed: int, given: str) -> Pairs:
     return pairs
 
 
-def _human_texts(images: pa.Table) -> pa.Table:
-    human = pc.and_(pc.equal(images["status"], "success"), pc.equal(images["source"], "human"))
-    return found_texts(images.filter(human))
+def human_texts(part: Part) -> list[dict[str, Any]]:
+    """The human texts of pictures that are there, as rows of `texts_of`, by text_id."""
+    rows: list[dict[str, Any]] = []
+    for shard in part.shards():
+        images = part.read(shard, [*FOUND_COLUMNS, "status"])
+        human = pc.and_(pc.equal(images["status"], "success"), pc.equal(images["source"], "human"))
+        rows += [row for row in found_texts(images.filter(human)).to_pylist() if _usable(row["text"])]
+    return sorted(rows, key=lambda row: row["text_id"])
 
 
 def _usable(text: str | None) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from capfilt.calibration.fit import Calibration
 from capfilt.calibration.share import calibration_error, em_share, posterior
@@ -19,11 +18,11 @@ from capfilt.errors import UserError
 from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.held_out import LEAST_IMAGES, trained_on
+from capfilt.stages.calibrate.held_out import LEAST_IMAGES, human_texts, trained_on
 from capfilt.stages.calibrate.judge import BATCH, Judging
 from capfilt.stages.calibrate.stage import ratios_of
 from capfilt.stages.pixels import pictures
-from capfilt.stages.prove import ProveOptions
+from capfilt.stages.prove import NOISES, ProveOptions
 from capfilt.stages.results import ResultStage
 from capfilt.stages.subset.words import Swaps
 from capfilt.tables.calibrations import read
@@ -93,7 +92,7 @@ class Prove(ResultStage):
             ids, seen, texts = self._embedded(judging)
             if len(ids) < LEAST_IMAGES:
                 raise UserError(
-                    f"--images {self.options.images}: {len(ids)} pictures with a text; give {LEAST_IMAGES} or more"
+                    f"--images {self.options.images}: {len(ids)} pictures with a human text; give {LEAST_IMAGES} or more"
                 )
             noises = {}
             for number, noise in enumerate(self.options.noises):
@@ -130,12 +129,10 @@ class Prove(ResultStage):
                 )
 
     def _embedded(self, judging: Judging) -> tuple[list[str], Vectors, list[list[str]]]:
-        """(image_ids, unit vectors [N, E], the texts of each picture) of the pictures that have a text."""
-        found = pa.concat_tables(self.images.tables(["image_id", "captions"])).to_pylist()
-        texts = {
-            row["image_id"]: [text for text in row["captions"] or () if text and text.strip()]
-            for row in found
-        }
+        """(image_ids, unit vectors [N, E], the texts of each picture) of the pictures that have a human text."""
+        texts: dict[str, list[str]] = {}
+        for row in human_texts(self.images):
+            texts.setdefault(row["image_id"], []).append(row["text"])
         ids: list[str] = []
         vectors: list[Vectors] = []
         for shard in self.images.shards():
@@ -143,7 +140,7 @@ class Prove(ResultStage):
                 chosen = [
                     (row["image_id"], place)
                     for row, place in zip(batch.rows, batch.place, strict=True)
-                    if place >= 0 and texts.get(row["image_id"])
+                    if place >= 0 and row["image_id"] in texts
                 ]
                 if chosen:
                     ids += [image for image, _ in chosen]
@@ -157,9 +154,9 @@ class Prove(ResultStage):
     def _planted(
         self, noise: str, seen: Vectors, texts: list[list[str]]
     ) -> tuple[list[str], npt.NDArray[np.bool_]]:
-        """A text per picture, and whether it is true. What cannot be made wrong stays true."""
+        """A text per picture, and whether it is true. A text that no wrong one can replace stays true."""
         o = self.options
-        rng = np.random.default_rng([o.seed, ["uniform", "near", "word"].index(noise)])
+        rng = np.random.default_rng([o.seed, NOISES.index(noise)])
         said = [str(rng.choice(own)) for own in texts]
         true = rng.random(len(texts)) >= o.wrong
         swaps = Swaps(text for own in texts for text in own) if noise == "word" else None
