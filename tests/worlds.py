@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 from PIL import Image
 
+from capfilt.models.common.ranks import Ranks
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
+from capfilt.training import distributed
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -52,6 +56,16 @@ def failed_row(dataset: str, key: str, failure: str = "not_found", **changes) ->
         "captions": ["a lost picture"], "status": "failed_to_download", "failure": failure, "image": None,
     }  # fmt: skip
     return {**row, **changes}
+
+
+def each_rank(monkeypatch, worlds=(1, 2)) -> Iterator[None]:
+    """One step for every rank of some numbers of them; a training that is run meanwhile takes itself for that one."""
+    for world in worlds:
+        for rank in range(world):
+            monkeypatch.setattr(
+                distributed, "joined", lambda rank=rank, world=world: nullcontext(Ranks(rank, world))
+            )
+            yield
 
 
 def write_images(part: Part, shards: list[list[dict]], identity: dict | None = None) -> Part:

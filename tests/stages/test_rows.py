@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import pyarrow.parquet as pq
@@ -17,7 +16,6 @@ from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import Views
 from capfilt.errors import UserError
 from capfilt.models import checkpoint, family_named
-from capfilt.models.common.ranks import Ranks
 from capfilt.stages import training
 from capfilt.stages.registry import stage_command
 from capfilt.stages.train import Retrain
@@ -25,9 +23,8 @@ from capfilt.tables.contracts import CAPTIONS, PAIRS
 from capfilt.tables.ids import text_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.workspace import Workspace
-from capfilt.training import distributed
 from tests.alone import RECORD, use_families
-from tests.worlds import failed_row, image_rows, write_images
+from tests.worlds import each_rank, failed_row, image_rows, write_images
 
 PICTURES, TEXTS = 10, 13
 """Usable ones of the part `web`: two rows lack captions, and one lacks its picture."""
@@ -200,24 +197,15 @@ def test_ranks_share_the_rows_of_every_kind(foreign, workspace, monkeypatch, fam
     """Catches ranks that see the same rows twice, or other rows than one process."""
     seen = {}
 
-    def train(module, batches, config, **_):
-        world = distributed.joined.world
+    def train(module, batches, config, *, ranks, **_):
         for step, batch in enumerate(batches(1)):
-            seen.setdefault(world, {}).setdefault(step, []).extend(batch.example.tolist())
+            seen.setdefault(ranks.world, {}).setdefault(step, []).extend(batch.example.tolist())
         raise MemoryError
 
     monkeypatch.setattr(training, "train", train)
-    for world in (1, 2):
-        for rank in range(world):
-
-            @contextlib.contextmanager
-            def joined(rank=rank, world=world):
-                yield Ranks(rank, world)
-
-            joined.world = world
-            monkeypatch.setattr(distributed, "joined", joined)
-            with pytest.raises(MemoryError):
-                stage_of(workspace, family).run(lambda *_: None)
+    for _ in each_rank(monkeypatch):
+        with pytest.raises(MemoryError):
+            stage_of(workspace, family).run(lambda *_: None)
     assert {step: sorted(some) for step, some in seen[1].items()} == {
         step: sorted(some) for step, some in seen[2].items()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -19,7 +18,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import build, checkpoint, preset
 from capfilt.models.blip.model import PretrainingConfig, retrieval
-from capfilt.models.common.ranks import ALONE, Ranks
+from capfilt.models.common.ranks import ALONE
 from capfilt.stages import sources, training
 from capfilt.stages.evaluate import EvaluateOptions
 from capfilt.stages.evaluate.stage import Evaluate
@@ -36,9 +35,8 @@ from capfilt.tables.contracts import PAIRS, VERDICTS
 from capfilt.tables.ids import file_sha256
 from capfilt.tables.manifest import Counts
 from capfilt.tables.texts import found_texts
-from capfilt.training import distributed
 from tests.refusals import refused
-from tests.worlds import failed_row, image_rows, write_images
+from tests.worlds import each_rank, failed_row, image_rows, write_images
 
 FAST = {
     "steps": 2, "batch_size": 4, "preset": "tiny", "vocab_size": 60, "queue_size": 8, "augment": False, "save_every": 1
@@ -201,28 +199,18 @@ def test_a_state_belongs_to_any_number_of_ranks_held_or_streamed(place, monkeypa
     """A run that is refused because another number of GPUs is free, or goes on with other texts than it would have seen."""
     states, seen = set(), {}
 
-    def train(module, batches, config, *, fingerprint, **_):
+    def train(module, batches, config, *, fingerprint, ranks, **_):
         states.add(fingerprint)
-        world = distributed.joined.world
-        found = [batch.example.tolist() for batch in batches(2)]
-        for step, some in enumerate(found):
-            seen.setdefault(world, {}).setdefault(step, []).extend(some)
+        for step, batch in enumerate(batches(2)):
+            seen.setdefault(ranks.world, {}).setdefault(step, []).extend(batch.example.tolist())
         raise MemoryError
 
     monkeypatch.setattr(training, "train", train)
-    for world in (1, 2):
-        for rank in range(world):
-
-            @contextlib.contextmanager
-            def joined(rank=rank, world=world):
-                yield Ranks(rank, world)
-
-            joined.world = world
-            monkeypatch.setattr(distributed, "joined", joined)
-            options = PretrainOptions(human=("human",), stream=stream, **{**FAST, "steps": 5})
-            stage = Pretrain(options, place)
-            with pytest.raises(MemoryError):
-                stage.run(lambda *_: None)
+    for _ in each_rank(monkeypatch):
+        options = PretrainOptions(human=("human",), stream=stream, **{**FAST, "steps": 5})
+        stage = Pretrain(options, place)
+        with pytest.raises(MemoryError):
+            stage.run(lambda *_: None)
     assert len(states) == 1
     assert seen[1] == seen[2]
     assert [len(some) for some in seen[1].values()] == [4, 4, 4]
