@@ -32,12 +32,15 @@ MAX_SCALE = 100.0
 
 @dataclass(frozen=True)
 class LockedVisionConfig:
-    """The picture encoder; its features are the mean of its map, and the means of `cells` x `cells` parts of it."""
+    """The picture encoder; its features are the mean of its map, and the means of `cells` x `cells` parts of it.
+
+    On Flickr8k's val split a head on the mean alone retrieved more than with 3 x 3 parts, at a tenth of the features.
+    """
 
     image_size: int = 256
     trunk: str = "efficientnet_lite2"  # "pixels": the pixels themselves, on a grid of 8 x 8
     trunk_frozen: bool = True
-    cells: int = 3
+    cells: int = 0
 
     def __post_init__(self) -> None:
         if self.trunk not in (*TRUNKS, "pixels"):
@@ -76,9 +79,10 @@ class LockedConfig(Shape):
 
     vision: LockedVisionConfig = field(default_factory=LockedVisionConfig)
     text: LockedTextConfig = field(default_factory=LockedTextConfig)
-    hidden: int = 512
+    # Hidden width and dropout were chosen on Flickr8k's val split: heads without dropout learn a thousand pictures by heart.
+    hidden: int = 1024
     embed_dim: int = 256
-    dropout: float = 0.2
+    dropout: float = 0.5
     max_text_tokens: int = 64
     max_words: int = 0
 
@@ -117,8 +121,11 @@ class Eye(Seeing):
         tokens = self.trunk(x)
         grid = math.isqrt(tokens.shape[1])
         whole = tokens.transpose(1, 2).unflatten(2, (grid, grid)).float()
-        parts = F.adaptive_avg_pool2d(whole, self.config.cells).flatten(2)
-        return torch.cat([whole.mean((2, 3))[:, None], parts.transpose(1, 2)], dim=1).to(torch.float16)
+        found = whole.mean((2, 3))[:, None]
+        if self.config.cells:
+            parts = F.adaptive_avg_pool2d(whole, self.config.cells).flatten(2)
+            found = torch.cat([found, parts.transpose(1, 2)], dim=1)
+        return found.to(torch.float16)
 
 
 class Head(nn.Module):
