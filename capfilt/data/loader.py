@@ -38,7 +38,7 @@ class Batch:
         image_index: int64 [B]; equal exactly where the `image_id` is equal.
         text_index: int64 [B]; equal exactly where the cleaned text is equal.
         example: int64 [B], the number of each text among all there are.
-        weight: float32 [B], the examples' weights.
+        weight: float32 [B], how much each example counts in the losses; None where all count alike.
         sided: bool [B], True where the text names left or right, so that a flip makes it false.
         texts: the texts as found.
         step, epoch: this batch's number from 0, and the epoch its first example belongs to.
@@ -51,7 +51,7 @@ class Batch:
     image_index: Tensor
     text_index: Tensor
     example: Tensor
-    weight: Tensor
+    weight: Tensor | None
     sided: Tensor
     texts: list[str]
     step: int

@@ -99,7 +99,8 @@ class Pairs:
         size: side of the pictures in pixels.
         cache: bytes of decoded pictures that stay in memory; 0 reads each picture whenever it is needed.
         workers: processes that decode; 0 decodes in threads of this one.
-        weighted: whether a text of weight w is drawn in the share w of the epochs, and not in all.
+        weights: what a text's weight does. draws: a text of weight w is drawn in the share w of the epochs. loss: it has that
+            weight in the batch, and all texts are drawn alike. ignore: nothing.
 
     `len()` is the number of texts, or of pictures alone. Raises UserError for a part without such a column, or that gives none.
     """
@@ -112,7 +113,7 @@ class Pairs:
         rows: str = PAIR_ROWS,
         cache: int = MEMORY_LIMIT,
         workers: int = 0,
-        weighted: bool = True,
+        weights: str = "draws",
     ) -> None:
         self.size, self.rows, self._cache, self._workers = size, rows, cache, workers
         self._shards = PairShards(inputs, rows)
@@ -120,13 +121,13 @@ class Pairs:
         self._groups: list[RowGroup] = []
         texts: list[dict[str, int]] = []
         images: list[int] = []
-        weights: list[list[tuple[str, float]]] = []
+        found_weights: list[list[tuple[str, float]]] = []
         left_out = [Counter[str]() for _ in inputs]
         for number, shard, counted in self._shards.counted():
             self._groups += [RowGroup(number, shard, group) for group in range(len(counted.texts))]
             texts += counted.texts
             images += counted.images
-            weights += counted.weights or [[]] * len(counted.texts)
+            found_weights += counted.weights or [[]] * len(counted.texts)
             self._skipped.update(counted.skipped)
             self._deselected.update(counted.deselected)
             left_out[number] += Counter(counted.skipped) + Counter(counted.deselected)
@@ -138,7 +139,9 @@ class Pairs:
         self._counts[""] = sum(self._counts.values(), np.zeros(len(self._groups), np.int64))
         self._first_text = np.concatenate([[0], np.cumsum(self._counts[""])])
         self._first_picture = np.concatenate([[0], np.cumsum(images, dtype=np.int64)])
-        self._weights = self._weighed(weights, texts) if any(weights) and weighted else {}
+        drawn = weights == "draws" and any(found_weights)
+        self._weights = self._weighed(found_weights, texts) if drawn else {}
+        self._lost = weights == "loss" and any(found_weights)
         self._broken: dict[int, str] = {}
         self._met: dict[int, str] = {}
         self._texts: dict[int, dict[str, list[_Example]]] = {}
@@ -300,6 +303,7 @@ class Pairs:
             views,
             {} if remembers else None,
             self.rows,
+            self._lost,
         )
         return self._deliver(work, requests)
 
@@ -578,6 +582,7 @@ class _Assemble(Dataset[_Made]):
     views: Views | None
     known: dict[int, _Read] | None
     rows: str = PAIR_ROWS
+    weighed: bool = False
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -629,7 +634,7 @@ class _Assemble(Dataset[_Made]):
             image_index=torch.tensor([_hash(each.image_id) for each in examples]),
             text_index=torch.tensor([texts[row][1] for row in good]),
             example=torch.tensor([each.number for each in examples]),
-            weight=torch.tensor([each.weight for each in examples], dtype=torch.float32),
+            weight=torch.tensor([each.weight for each in examples]) if self.weighed else None,
             sided=torch.tensor([texts[row][2] for row in good], dtype=torch.bool),
             texts=[each.text for each in examples],
             step=request.step,

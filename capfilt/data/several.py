@@ -29,6 +29,7 @@ class StepBatch:
 
     of: Mapping[str, Batch]
     first: Mapping[str, int]
+    weight = None
 
     def __getitem__(self, rows: str) -> Batch:
         return self.of[rows]

@@ -345,7 +345,7 @@ def task_batches(
             image_index=index if shown.shape[1] > 1 else index[:, 0],
             text_index=torch.from_numpy(rows),
             example=torch.from_numpy(rows),
-            weight=torch.ones(len(rows)),
+            weight=None,
             sided=keep,
             texts=[spoken[row] for row in spoken_rows.tolist()],
             step=step,

@@ -58,6 +58,9 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """The parts of a model with two towers, by name."""
 
+HEEDS: Mapping[str, str] = {"weights": "`Batch.weight`"}
+"""What a family's losses may go by beside the pairs themselves, and where a batch has it."""
+
 
 def check_abilities(model: Any, abilities: Iterable[str]) -> None:
     """UserError naming an ability that does not exist, or a method of one that the model (or its class) lacks."""
@@ -172,6 +175,7 @@ class Family:
         starts: by the `model_type` of another family, the function that starts a model of this one from it, as
             "module:function": (their model, options, tokenizer) -> model. The tokenizer is theirs where both kinds have one
             `tokenizer_name`, else a new one as `--vocab` says.
+        heeds: what its losses go by where a batch has it, of HEEDS.
     """
 
     name: str
@@ -183,6 +187,7 @@ class Family:
     version: int = 1
     starts: Mapping[str, str] = field(default_factory=dict)
     layouts: str = ""
+    heeds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

@@ -136,14 +136,13 @@ class RowSource(Source[Pairs]):
     def data(self, size: int) -> Pairs:
         o = self.options
         cache = 0 if o.stream else self.memory
-        weighted = o.weights == "draws"
         return Pairs(
             self.pair_inputs,
             size=size,
             rows=self.rows,
             cache=cache,
             workers=o.loader_workers,
-            weighted=weighted,
+            weights=o.weights,
         )
 
     def epoch(self, data: Pairs) -> float:

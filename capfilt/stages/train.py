@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from capfilt.errors import UserError
 from capfilt.models import Model, family_named, family_of
 from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
@@ -44,6 +45,10 @@ class Pretrain(Train):
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
         self.family.check()
+        if options.weights == "loss" and "weights" not in self.family.heeds:
+            raise UserError(
+                f"--weights loss: the losses of {self.family.name} take no weights; give --weights draws"
+            )
         # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
         start: Start | None = None if getattr(options, "init", "") else Preset(self.family, options)
         source = rows_source(self.family.kinds[0].rows, options, workspace)

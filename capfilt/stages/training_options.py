@@ -172,9 +172,9 @@ class OptimisationOptions(LoopOptions):
     )
     weights: str = option(
         "draws",
-        "texts.weight: a text's share of epochs, or nothing",
+        "texts.weight: a text's share of the epochs, its weight in the losses, or nothing",
         later=True,
-        choices=("draws", "ignore"),
+        choices=("draws", "loss", "ignore"),
         panel=INPUTS,
         rare=True,
     )

@@ -15,7 +15,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,8 +280,7 @@ class _Run:
                 "micro-batches, which the other ranks have; look at the part with `capfilt doctor --verify`"
             )
         found: dict[str, Tensor] = {}
-        for number, part in enumerate(parts):
-            share = len(part.example) / rows
+        for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
             with self.together.backward(last=number == len(parts) - 1):
                 losses = self._losses(part, alpha, hardness)
                 (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
@@ -326,6 +325,15 @@ class _Run:
         progress.window_steps += 1
         progress.rows += round(mean_rows * self.ranks.world)
         return {**values, "lr": rate, "alpha": alpha}
+
+    def _shares(self, parts: Sequence[Batch]) -> list[float | Tensor]:
+        """The share that each micro-batch has in the step's loss: by its texts, or by the sum of their weights on all ranks."""
+        if any(part.weight is None for part in parts):
+            rows = sum(len(part.example) for part in parts)
+            return [len(part.example) / rows for part in parts]
+        mine = torch.stack([part.weight.sum() for part in parts if part.weight is not None])
+        found = self.ranks.mean(mine.to(self.device))
+        return list(found / torch.where(found.sum() > 0, found.sum(), 1.0))
 
     def _losses(self, batch: Batch, alpha: float, hardness: float) -> dict[str, Tensor]:
         on_device = batch.to(self.device, non_blocking=True)

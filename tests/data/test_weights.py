@@ -59,7 +59,7 @@ def test_a_text_is_drawn_in_the_share_of_epochs_that_it_weighs(tmp_path):
 def test_weights_of_one_move_nothing(tmp_path):
     plain = seen(Pairs(corpus(tmp_path, [1.0] * 8, "plain"), size=16), 9, seed=5)
     null = seen(Pairs(corpus(tmp_path, [None] * 8, "null"), size=16), 9, seed=5)
-    ignored = seen(Pairs(corpus(tmp_path, WEIGHTS, "ignored"), size=16, weighted=False), 9, seed=5)
+    ignored = seen(Pairs(corpus(tmp_path, WEIGHTS, "ignored"), size=16, weights="ignore"), 9, seed=5)
     assert plain == null == ignored
 
 
@@ -83,3 +83,17 @@ def test_weights_that_cannot_be_are_refused(tmp_path):
     nothing = Pairs(corpus(tmp_path, [0.0, 0.0], "nothing"), size=16)
     with refused("--weights"):
         nothing.batches(WORDS, 2, steps=1)
+
+
+def test_weights_that_enter_the_losses_come_with_the_batch_and_move_no_order(tmp_path):
+    inputs = corpus(tmp_path, WEIGHTS, texts=2)
+    pairs = Pairs(inputs, size=16, weights="loss")
+    assert pairs.drawn == len(pairs) == 16
+    assert seen(pairs, 9, seed=5) == seen(Pairs(inputs, size=16, weights="ignore"), 9, seed=5)
+    weights = [1.0 if weight is None else weight for weight in WEIGHTS]
+    for batch in pairs.batches(WORDS, 4, steps=9, seed=5):
+        assert batch.weight.tolist() == pytest.approx([weights[each // 2] for each in batch.example.tolist()])
+    for same, how in ((WEIGHTS, "draws"), (WEIGHTS, "ignore"), ([1.0] * 8, "loss")):
+        others = Pairs(corpus(tmp_path / how, same), size=16, weights=how)
+        # Without weights, losses are computed as ever, to the last bit.
+        assert all(batch.weight is None for batch in others.batches(WORDS, 4, steps=2))

@@ -27,13 +27,18 @@ EQUAL = {
     "split weights in micro-batches": {"config": {"accumulate": 2, "ema": 0.9}, "shard": True},
     "a filter, averaged": {"objective": {"objectives": ["itc", "itm"]}, "config": {"ema": 0.9}},
     "a captioner": {"objective": {"objectives": ["lm"], "momentum": None}},
+    "weighted": {"weighted": True},
+    "weighted micro-batches": {"weighted": True, "config": {"accumulate": 3}},
     "recomputed": {"recompute": True},
     "recomputed and split": {"recompute": True, "shard": True, "peak": 1e9},
     "a clip": {"kind": "clip"},
+    "a weighted clip": {"kind": "clip", "weighted": True},
     "a clip, split": {"kind": "clip", "shard": True},
     "a vilt": {"kind": "vilt"},
+    "a weighted vilt": {"kind": "vilt", "weighted": True},
     "a vilt, split and recomputed": {"kind": "vilt", "shard": True, "recompute": True},
     "an albef": {"kind": "albef", "config": {"alpha": 0.4}},
+    "a weighted albef": {"kind": "albef", "config": {"alpha": 0.4}, "weighted": True},
     "an albef, split": {"kind": "albef", "shard": True},
 }
 STILL = {"ema": 0.9, "learning_rate": 1e-9}

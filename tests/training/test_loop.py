@@ -930,3 +930,29 @@ def test_every_rate_and_decay_is_a_number(value):
     for name in floats:
         with refused(name):
             TrainConfig(steps=1, **{name: value})
+
+
+class Apart(nn.Module):
+    """A loss of rows by themselves, their weighted mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(3 * 16 * 16, 1)
+
+    def losses(self, batch, alpha, hardness):
+        each = self.line(batch.pixels.flatten(1).float() / 255).square().squeeze(1)
+        return {"loss": (each * batch.weight).sum() / batch.weight.sum().clamp(min=1e-9)}
+
+
+def test_weights_in_micro_batches_are_those_of_the_step():
+    """Catches micro-batches that count by their texts, though one of them has most of the weight."""
+    found = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        module = Apart()
+        config = TrainConfig(steps=2, learning_rate=1e-2, warmup_steps=1, accumulate=accumulate)
+        weight = torch.tensor([1.0, 0.9, 0.0, 0.0, 0.1])
+        some = [dataclasses.replace(batch(step), weight=weight) for step in range(2)]
+        found.append((train(module, some, config).losses["loss"], module.line.weight.detach()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-5)

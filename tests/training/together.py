@@ -130,6 +130,7 @@ def main(out: Path) -> None:
 def run(
     out: Path, ranks: Ranks, config=None, objective=None, dropout=0.0, recompute=False, shard=False,
     uneven=False, peak=None, signal_at=0, number="SIGTERM", of_rank=0, kind="blip", spoilt=(),
+    weighted=False,
 ) -> None:  # fmt: skip
     """One training run; a signal is sent to one rank, once. The last rank's gradients at the steps `spoilt` are not finite."""
     out.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,8 @@ def run(
             tokenizer, 12, seed=3, steps=settings.steps, start_step=start,
             rank=ranks.rank, world=ranks.world, parts=settings.accumulate,
         ):  # fmt: skip
+            if weighted:
+                batch.weight = batch.example % 4 / 3
             if signal_at == batch.step + 1 and ranks.rank == of_rank and not (out / "sent").exists():
                 (out / "sent").touch()
                 os.kill(os.getpid(), getattr(signal, number))

@@ -26,7 +26,7 @@ from capfilt.models.common.config import ModelConfig
 from capfilt.models.common.layers import Pair, exact, init_normal, init_std, init_truncated, project
 from capfilt.models.common.masking import IGNORED, Masking
 from capfilt.models.common.momentum import Alignment, AlignmentConfig, Embeds, told
-from capfilt.models.common.objectives import distilled_losses
+from capfilt.models.common.objectives import distilled_losses, of_tokens
 from capfilt.models.common.presets import (
     SMALL_TEXT,
     SMALL_VISION,
@@ -289,11 +289,18 @@ class AlbefPretraining(Alignment):
             logits=model.match_states,
         )
         if "mlm" in objectives:
-            found["mlm"], figures["mlm_accuracy"] = self._name(ids, mask, cross, tokens_m, alpha)
+            named = self._name(ids, mask, cross, tokens_m, alpha, batch.weight)
+            found["mlm"], figures["mlm_accuracy"] = named
         return {"loss": self._weighed(found), **found, **figures}
 
     def _name(
-        self, ids: Tensor, mask: Tensor, cross: Sequence[Pair], tokens_m: Tensor | None, alpha: float
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cross: Sequence[Pair],
+        tokens_m: Tensor | None,
+        alpha: float,
+        weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """MLM: the loss of naming hidden tokens, and the share that is named right."""
         assert self.masking is not None
@@ -305,10 +312,12 @@ class AlbefPretraining(Alignment):
             with torch.no_grad():
                 teacher = self.momentum.mlm_logits(ids, mask, self.momentum.prefill_cross(tokens_m), hidden)
         labels = labels[hidden]
-        count = self.ranks.mean(hidden.sum()).clamp(min=1.0 / self.ranks.world)
         with torch.no_grad():
             right = (logits.argmax(dim=1) == labels).float().sum() / max(1, len(labels))
-        return distilled_losses(logits, labels, teacher, alpha).sum() / count, right
+        losses, weight = distilled_losses(logits, labels, teacher, alpha), of_tokens(weight, hidden)
+        if weight is None:
+            return losses.sum() / self.ranks.share(hidden.sum()), right
+        return (losses * weight).sum() / self.ranks.share(weight.sum()), right
 
 
 def objective(model: Albef, tokenizer: Any, options: Any, ranks: Ranks) -> AlbefPretraining:

@@ -316,12 +316,14 @@ class BlipPretraining(Alignment):
         if batch.ids.device.type != "cpu":
             logits = self.model.lm_logits(batch.ids, None, cross)
             return language_loss(
-                logits, batch.ids, batch.mask, config.prompt_length, config.label_smoothing, self.ranks
+                *(logits, batch.ids, batch.mask, config.prompt_length, config.label_smoothing),
+                *(self.ranks, batch.weight),
             )
         # Pads are skipped where looking at them costs nothing: see `length_chunks`.
         labels = F.pad(language_labels(batch.ids, batch.mask, config.prompt_length), (0, 1), value=-100)
         groups = length_chunks(batch.mask)
         said, predicted = [], []
+        weights: list[Tensor] = []
         for some, length in groups:
             near = (
                 cross
@@ -331,7 +333,10 @@ class BlipPretraining(Alignment):
             wanted = labels[some, :length]
             predicted.append(self.model.lm_logits(batch.ids[some, :length], None, near, wanted != -100))
             said.append(wanted[wanted != -100])
-        return token_loss(torch.cat(predicted), torch.cat(said), config.label_smoothing, self.ranks)
+            if batch.weight is not None:
+                weights.append(batch.weight[some, None].expand_as(wanted)[wanted != -100])
+        weight = torch.cat(weights) if weights else None
+        return token_loss(torch.cat(predicted), torch.cat(said), config.label_smoothing, self.ranks, weight)
 
 
 def _embed_text(towers: Blip | MomentumTowers, batch: Batch) -> Tensor:

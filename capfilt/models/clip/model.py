@@ -324,18 +324,20 @@ class ClipTraining(nn.Module):
         rows = self.ranks.rows(len(images))
         every_image, every_text = rows.gather(images), rows.gather(texts)
         own = torch.arange(rows.offset, rows.offset + len(images), device=images.device)
-        # The rows that a rank has on average, so that the mean over ranks is the mean over everyone's rows.
-        share = rows.total / self.ranks.world
+        weight = batch.weight
+        share = rows.share(weight)
         scale = self.model.logit_scale.float().exp()
         with full_precision(images):
             if self.config.loss == "softmax":
-                from_images = self._summed(_softmax_rows, images, every_text, own, scale)
-                from_texts = self._summed(_softmax_rows, texts, every_image, own, scale)
+                from_images = self._summed(_softmax_rows, images, every_text, own, weight, scale)
+                from_texts = self._summed(_softmax_rows, texts, every_image, own, weight, scale)
                 loss = (from_images + from_texts) / (2 * share)
             else:
                 assert self.model.logit_bias is not None
                 bias = self.model.logit_bias.float()
-                loss = self._summed(_sigmoid_rows, images, every_text, own, scale, bias) / share
+                others = None if weight is None else rows.gather(weight)
+                summed = self._summed(_sigmoid_rows, images, every_text, own, weight, scale, bias, others)
+                loss = summed / share
             hits = self._hits(images.detach(), every_text.detach(), own)
         return {
             "loss": loss,
@@ -356,7 +358,13 @@ class ClipTraining(nn.Module):
         return hits
 
     def _summed(
-        self, rows_of: nn.Module, mine: Tensor, every: Tensor, own: Tensor, *further: Tensor
+        self,
+        rows_of: nn.Module,
+        mine: Tensor,
+        every: Tensor,
+        own: Tensor,
+        weight: Tensor | None,
+        *further: Tensor | None,
     ) -> Tensor:
         """The sum over this rank's rows, some of them at a time."""
         size = self.config.chunk or len(mine)
@@ -364,27 +372,48 @@ class ClipTraining(nn.Module):
         total = mine.new_zeros(())
         for start in range(0, len(mine), size):
             part = slice(start, start + size)
-            total = total + run_layer(rows_of, mine[part], every, own[part], *further, recompute=chunked)
+            some = None if weight is None else weight[part]
+            given = mine[part], every, own[part], some, *further
+            total = total + run_layer(rows_of, *given, recompute=chunked)
         return total
 
 
 class _SoftmaxRows(nn.Module):
-    """Sum of cross-entropies of rows [n, E] against candidates [N, E]; row i's own candidate is `own[i]`."""
+    """Sum of cross-entropies of rows [n, E], of weight fp32 [n] or 1, against candidates [N, E]; row i's own candidate is
+    `own[i]`.
+    """
 
-    def forward(self, mine: Tensor, every: Tensor, own: Tensor, scale: Tensor) -> Tensor:
-        return F.cross_entropy(scale * (mine @ every.T), own, reduction="sum")
+    def forward(
+        self, mine: Tensor, every: Tensor, own: Tensor, weight: Tensor | None, scale: Tensor
+    ) -> Tensor:
+        logits = scale * (mine @ every.T)
+        if weight is None:
+            return F.cross_entropy(logits, own, reduction="sum")
+        return (F.cross_entropy(logits, own, reduction="none") * weight).sum()
 
 
 class _SigmoidRows(nn.Module):
     """Sum over all pairs of rows [n, E] and candidates [N, E] of -log sigmoid(z (scale * cosine + bias)); z is 1 for a row's
-    own candidate, else -1.
+    own candidate, else -1. A pair's weight is the mean of its row's, fp32 [n], and its candidate's, fp32 [N]; 1 without.
     """
 
-    def forward(self, mine: Tensor, every: Tensor, own: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        self,
+        mine: Tensor,
+        every: Tensor,
+        own: Tensor,
+        weight: Tensor | None,
+        scale: Tensor,
+        bias: Tensor,
+        others: Tensor | None,
+    ) -> Tensor:
         logits = scale * (mine @ every.T) + bias
         sign = torch.full_like(logits, -1.0)
         sign[torch.arange(len(own), device=own.device), own] = 1.0
-        return -F.logsigmoid(sign * logits).sum()
+        losses = -F.logsigmoid(sign * logits)
+        if weight is not None and others is not None:
+            losses = losses * (weight[:, None] + others) / 2
+        return losses.sum()
 
 
 _softmax_rows, _sigmoid_rows = _SoftmaxRows(), _SigmoidRows()

@@ -278,8 +278,8 @@ class Alignment(nn.Module):
             temperature,
             targets,
             valid,
-            # The rows that a rank has on average, so that the mean over ranks is the mean over everyone's rows.
-            rows.total / self.ranks.world,
+            rows.share(batch.weight),
+            batch.weight,
         )
         with torch.no_grad():
             own = self.config.own_negatives and momentum_embeds is not None
@@ -345,7 +345,10 @@ class Alignment(nn.Module):
             )
             for group, (some, length) in enumerate(groups)
         ]
-        return matching_loss(torch.cat(found_logits), pairs.label[order], pairs.keep[order], self.ranks)
+        weight = None if batch.weight is None else batch.weight.repeat(3)[order]
+        return matching_loss(
+            torch.cat(found_logits), pairs.label[order], pairs.keep[order], self.ranks, weight
+        )
 
 
 def told(options: Any) -> dict[str, Any]:

@@ -125,17 +125,20 @@ def contrastive_loss(
     temperature: Tensor | float,
     targets: tuple[Tensor, Tensor],
     valid: Tensor | None = None,
-    rows: float | None = None,
+    rows: float | Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """ITC: fp32 scalar (nats), the mean of image-to-text and text-to-image cross-entropy against `targets`.
 
     `image_embeds`, `text_embeds` [B, E] and the candidates [C, E] are L2-normalised; `targets` = (image-to-text,
     text-to-image), each [B, C]; `valid` bool [C] drops candidates from both softmaxes; `rows` is what sums over
-    rows are divided by, B by default. BLIP, arXiv 2201.12086, sec. 3.2, with the momentum targets of ALBEF,
-    arXiv 2107.07651, eq. 6. For independent random embeddings and one-hot
-    targets it is about ln C + 1 / (2 E temperature^2).
+    rows are divided by (`Rows.share`), B by default; `weight` fp32 [B] is each row's, 1 by default. BLIP,
+    arXiv 2201.12086, sec. 3.2, with the momentum targets of ALBEF, arXiv 2107.07651, eq. 6. For independent random
+    embeddings and one-hot targets it is about ln C + 1 / (2 E temperature^2).
     """
     image_to_text, text_to_image = targets
+    if weight is not None:
+        image_to_text, text_to_image = image_to_text * weight[:, None], text_to_image * weight[:, None]
     return (
         _soft_cross_entropy(similarities(image_embeds, text_candidates, temperature), image_to_text, valid)
         + _soft_cross_entropy(similarities(text_embeds, image_candidates, temperature), text_to_image, valid)
@@ -234,25 +237,30 @@ class Matching(NamedTuple):
 
 
 def matching_loss(
-    logits: Tensor, label: Tensor, keep: Tensor | None = None, ranks: Ranks = ALONE
+    logits: Tensor,
+    label: Tensor,
+    keep: Tensor | None = None,
+    ranks: Ranks = ALONE,
+    weight: Tensor | None = None,
 ) -> Matching:
     """ITM: mean cross-entropy over the kept rows, accuracy, and balanced accuracy (mean recall of the classes present).
 
-    `logits` [R, 2], `label` int64 [R] with 1 = match, `keep` bool [R]; with other `ranks`, the mean is over their rows
-    too (see `Rows`), the accuracies are of these rows. BLIP, arXiv 2201.12086, sec. 3.2. Two thirds of
-    the rows are negatives, so accuracy 0.667 with balanced accuracy 0.5 and loss 0.6365 is a head that learned nothing
-    but its prior. No row kept gives loss 0.
+    `logits` [R, 2], `label` int64 [R] with 1 = match, `keep` bool [R], `weight` fp32 [R] of the loss alone; with
+    other `ranks`, the mean is over their rows too (see `Rows`), the accuracies are of these rows. BLIP, arXiv 2201.12086,
+    sec. 3.2. Two thirds of the rows are negatives, so accuracy 0.667 with balanced accuracy 0.5 and loss 0.6365 is a head
+    that learned nothing but its prior. No row kept gives loss 0.
     """
     with full_precision(logits):
         logits = logits.float()
-        weight = torch.ones_like(label, dtype=torch.float32) if keep is None else keep.float()
-        rows = weight.sum().clamp(min=1.0)
+        kept = torch.ones_like(label, dtype=torch.float32) if keep is None else keep.float()
+        rows = kept.sum().clamp(min=1.0)
+        weight = kept if weight is None else kept * weight
         losses = F.cross_entropy(logits, label, reduction="none") * weight
-        loss = losses.sum() / ranks.mean(weight.sum()).clamp(min=1.0 / ranks.world)
+        loss = losses.sum() / ranks.share(weight.sum())
         with torch.no_grad():
-            right = (logits.argmax(dim=1) == label).float() * weight
-            matched = weight * (label == 1)
-            unmatched = weight * (label == 0)
+            right = (logits.argmax(dim=1) == label).float() * kept
+            matched = kept * (label == 1)
+            unmatched = kept * (label == 0)
             recall_matched = (right * matched).sum() / matched.sum().clamp(min=1.0)
             recall_unmatched = (right * unmatched).sum() / unmatched.sum().clamp(min=1.0)
             classes = (matched.sum() > 0).float() + (unmatched.sum() > 0).float()
@@ -278,25 +286,43 @@ def language_loss(
     prompt_length: int = 0,
     label_smoothing: float = 0.1,
     ranks: Ranks = ALONE,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """LM: fp32 scalar (nats per predicted token), shifted cross-entropy over the texts' own tokens up to [SEP].
 
     `logits` [B, L, V], `ids` int64 [B, L], `mask` bool [B, L]. The first `prompt_length` ids, counting the start slot,
     are given and not learned ("a picture of " gives 4: the start slot and three words). `label_smoothing` 0.1: BLIP,
     arXiv 2201.12086, sec. 3.2; with it the loss cannot fall below the entropy of the smoothed target, 1.3577 at a
-    vocabulary of 30524. No token to predict gives loss 0. With other `ranks`, the mean is over their tokens too.
+    vocabulary of 30524. No token to predict gives loss 0. With other `ranks`, the mean is over their tokens too. `weight`
+    fp32 [B] is that of each text's tokens, 1 by default.
     """
     labels = language_labels(ids, mask, prompt_length)
-    return token_loss(logits[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing, ranks)
+    weight = of_tokens(weight, torch.ones_like(labels, dtype=torch.bool))
+    return token_loss(logits[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing, ranks, weight)
 
 
-def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.1, ranks: Ranks = ALONE) -> Tensor:
-    """`language_loss` of logits [T, V] and labels int64 [T], -100 where nothing is to be predicted."""
+def of_tokens(weight: Tensor | None, where: Tensor) -> Tensor | None:
+    """fp32 [T], the weight of its text (fp32 [B]) for each token at which bool [B, L] is true; None of None."""
+    return None if weight is None else weight[:, None].expand_as(where)[where]
+
+
+def token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.1,
+    ranks: Ranks = ALONE,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`language_loss` of logits [T, V] and labels int64 [T], -100 where nothing is to be predicted; `weight` fp32 [T]."""
     with full_precision(logits):
-        total = F.cross_entropy(
-            logits.float(), labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="sum"
-        )
-        return total / ranks.mean((labels != -100).sum()).clamp(min=1.0 / ranks.world)
+        predicted = labels != -100
+        if weight is None:
+            total = F.cross_entropy(
+                logits.float(), labels, ignore_index=-100, label_smoothing=label_smoothing, reduction="sum"
+            )
+            return total / ranks.share(predicted.sum())
+        losses = distilled_losses(logits, labels, label_smoothing=label_smoothing)
+        return (losses * weight).sum() / ranks.share((weight * predicted).sum())
 
 
 def distilled_losses(

@@ -54,6 +54,13 @@ class Ranks:
             mean /= self.world
         return mean
 
+    def share(self, count: Tensor) -> Tensor:
+        """What a sum over this rank's rows is divided by, so that the mean over ranks is the mean over everyone's rows: the
+        mean of the ranks' counts (or sums of weights), fp32; 1 where nobody has any.
+        """
+        mean = self.mean(count)
+        return torch.where(mean > 0, mean, 1.0)
+
     def first(self, value: Tensor) -> Tensor:
         """Rank 0's tensor."""
         if self.world > 1:
@@ -69,8 +76,8 @@ ALONE = Ranks()
 class Rows:
     """A batch whose rows lie on several ranks: rank r has `counts[r]` of them, numbered on from rank to rank.
 
-    The gradient of what one rank does with another's rows flows back there. Where every rank's loss is divided by a mean
-    over ranks (`Ranks.mean`), the average of their gradients is then that of one process with all rows.
+    The gradient of what one rank does with another's rows flows back there. Where every rank's loss is divided by
+    `Ranks.share`, the average of their gradients is then that of one process with all rows.
     """
 
     counts: tuple[int, ...]
@@ -85,6 +92,10 @@ class Rows:
     @property
     def total(self) -> int:
         return sum(self.counts)
+
+    def share(self, weight: Tensor | None = None) -> float | Tensor:
+        """As `Ranks.share`, of these rows, or of the weights fp32 [n] of this rank's."""
+        return self.total / self.ranks.world if weight is None else self.ranks.share(weight.sum())
 
     def mine(self, whole: Tensor) -> Tensor:
         """This rank's rows of [total, ...]."""

@@ -221,7 +221,8 @@ class LockedTraining(nn.Module):
             1 / scale,
             (targets, targets),
             None,
-            rows.total / self.ranks.world,
+            rows.share(batch.weight),
+            batch.weight,
         )
         best = (images.detach() @ every_text.detach().T).argmax(dim=1)
         return {

@@ -73,4 +73,5 @@ FAMILY = Family(
     ("itm", "mlm", "wpa", "itm_balanced_accuracy"),
     3,  # texts are read as found, however many words they have
     layouts="capfilt.models.vilt.layouts:LAYOUTS",
+    heeds=("weights",),
 )

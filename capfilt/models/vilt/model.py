@@ -30,7 +30,7 @@ from capfilt.models.common.layers import (
     run_layer,
 )
 from capfilt.models.common.masking import IGNORED, Masking
-from capfilt.models.common.objectives import hard_negatives, matching_loss, token_loss
+from capfilt.models.common.objectives import hard_negatives, matching_loss, of_tokens, token_loss
 from capfilt.models.common.presets import TRUNK
 from capfilt.models.common.pretrained import copy_vit
 from capfilt.models.common.ranks import ALONE, Ranks
@@ -395,15 +395,16 @@ class ViltTraining(nn.Module):
         picture, label, keep = mismatched(batch.image_index, batch.text_index)
         image = model.encode_image(images[picture], limit=limit)
         states = model.fuse(batch.ids, batch.mask, image)
-        matching = matching_loss(model.match_logits(states), label, keep, self.ranks)
+        matching = matching_loss(model.match_logits(states), label, keep, self.ranks, batch.weight)
         found = {"itm": matching.loss}
         if self.config.alignment:
-            found["wpa"] = alignment_loss(states, batch.mask, image, label, keep, self.ranks)
+            counted = keep if batch.weight is None else keep * batch.weight
+            found["wpa"] = alignment_loss(states, batch.mask, image, label, counted, self.ranks)
         ids, said = self.masking(batch.ids, batch.mask)
         hidden = said != IGNORED
         seen = model.fuse(ids, batch.mask, model.encode_image(images, limit=limit)).text
         logits = model.word_logits(seen[hidden])
-        found["mlm"] = token_loss(logits, said[hidden], 0.0, self.ranks)
+        found["mlm"] = token_loss(logits, said[hidden], 0.0, self.ranks, of_tokens(batch.weight, hidden))
         loss = found["itm"] + found["mlm"] + self.config.alignment * found.get("wpa", 0.0)
         named = (logits.detach().argmax(dim=1) == said[hidden]).float().sum() / hidden.sum().clamp(min=1)
         return {
@@ -421,8 +422,7 @@ def mismatched(image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor,
     Half of the texts (the larger half of an odd number), drawn anew, get a picture that is not theirs; where there is none,
     keep is False.
     """
-    rows = len(image_index)
-    device = image_index.device
+    rows, device = len(image_index), image_index.device
     other, found = hard_negatives(torch.zeros(rows, rows, device=device), image_index, text_index)
     own = (torch.randperm(rows) < rows // 2).to(device)
     return torch.where(own, torch.arange(rows, device=device), other), own.long(), own | found
@@ -434,7 +434,7 @@ def alignment_loss(
     """Word-patch alignment: fp32 scalar, the transport distances of matching pairs minus those of others, over their count.
 
     Between the states of a text's tokens without [CLS] and [SEP], and of a picture's patches without its [CLS], by cosine.
-    mask: bool [B, L] of the texts. label, keep: int64 and bool [B], as of `matching_loss`.
+    mask: bool [B, L] of the texts. label: int64 [B], as of `matching_loss`; keep: bool [B], or weights fp32 [B].
     """
     words = mask.bool().clone()
     words[:, 0] = False
@@ -445,7 +445,7 @@ def alignment_loss(
         there = image.mask[:, 1:]
     distance = transport_distance(cosine_cost(states.text, patches), words, there)
     sign = torch.where(label == 1, 1.0, -1.0) * keep
-    return (distance * sign).sum() / ranks.mean(keep.sum()).clamp(min=1.0 / ranks.world)
+    return (distance * sign).sum() / ranks.share(keep.sum())
 
 
 def objective(model: Vilt, tokenizer: Any, options: Any, ranks: Ranks) -> ViltTraining:

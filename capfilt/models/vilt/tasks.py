@@ -159,7 +159,7 @@ class RankingTraining(nn.Module):
         scores = self.model.match_logits(states)[:, 1].view(rows, ways).masked_fill(~there, -math.inf)
         kept = there[:, 1:].any(dim=1)
         loss = -(scores.log_softmax(dim=1)[:, 0] * kept).sum()
-        count = self.ranks.mean(kept.sum()).clamp(min=1.0 / self.ranks.world)
+        count = self.ranks.share(kept.sum())
         right = (scores.detach().argmax(dim=1) == 0) & kept
         return {"loss": loss / count, "accuracy": right.sum() / kept.sum().clamp(min=1)}
 
