@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from capfilt.models.common.ranks import Ranks
-from capfilt.tables.contracts import IMAGES
+from capfilt.tables.contracts import IMAGES, VERDICTS
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
+from capfilt.tables.texts import found_texts
+from capfilt.tables.workspace import Workspace
 from capfilt.training import distributed
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
@@ -109,3 +111,32 @@ def tiny_vilt(
         preset("vilt", "tiny", tokenizer.vocab_size), width=32, depth=1, heads=2, hidden=64
     )
     checkpoint.save(directory, build(config, seed=seed), tokenizer, {})
+
+
+def judged(
+    workspace: Workspace,
+    images: str,
+    name: str,
+    probabilities: list[float | None],
+    reasons: dict[int, str] | None = None,
+    by: str = "match_probability",
+) -> Part:
+    """Verdicts on the found texts of an images part: kept at a probability of 0.5; `reasons` drop a text whatever it has."""
+    part, rule = workspace.part("images", images), workspace.part("verdicts", name)
+    contract = VERDICTS.extended({"match_probability": "that the text fits"})
+    mark = rule.begin(contract, "test", {"options": {"by": by}})
+    left = iter(enumerate(probabilities))
+    for shard in part.shards():
+        rows = []
+        for row in found_texts(part.read(shard)).to_pylist():
+            number, p = next(left)
+            keep, why = bool(p and p >= 0.5), (reasons or {}).get(number, "")
+            decided = "no_score" if p is None else f"{by}_{'at' if keep else 'below'}_threshold"
+            texts = {each: row[each] for each in ("text_id", "image_id", "source", "text")}
+            rows.append({**texts, "match_probability": p, "keep": keep, "reason": why or decided})
+        kept = sum(row["keep"] for row in rows)
+        lost = len(rows) - kept
+        rule.commit(
+            shard, contract.table(rows), Counts(len(rows), kept, {"no": lost} if lost else {}), mark, 0.1
+        )
+    return rule

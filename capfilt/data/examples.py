@@ -27,12 +27,18 @@ _SLICE = 128  # pictures decoded together: enough to keep the threads busy, few 
 
 
 class Text(NamedTuple):
-    """A text of a row; `key` is its `text_id`, None where the row is a picture alone and the text is none."""
+    """A text of a row; `key` is its `text_id`, None where the row is a picture alone and the text is none.
+
+    `probability` is the one that it fits, 0 where nobody judged it. Where `kept` is False, it stands for the texts of a picture
+    that a rule dropped, and is empty: the picture stays.
+    """
 
     text: str | None
     source: str
     key: str | None
     weight: float = 1.0
+    probability: float = 0.0
+    kept: bool = True
 
 
 class Entry(NamedTuple):
@@ -49,7 +55,8 @@ def image_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
         texts = []
         for index, text in enumerate(row["captions"] or []):
             key = text_id(row["image_id"], row["source"], text or "", "", index)
-            texts.append(Text(text, row["source"], key))
+            human = row["source"] == "human"
+            texts.append(Text(text, row["source"], key, probability=float(human)))
         entries.append(Entry(row, texts))
     return entries
 
@@ -63,7 +70,8 @@ def pair_entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
             found = found or {}
             text, origin, weight = found.get("text"), found.get("source") or "", found.get("weight")
             key = text_id(row["image_id"], origin, text or "", "", index)
-            texts.append(Text(text, origin, key, 1.0 if weight is None else weight))
+            weight = 1.0 if weight is None else weight
+            texts.append(Text(text, origin, key, weight, weight))
         entries.append(Entry(row, texts))
     return entries
 
@@ -114,7 +122,7 @@ def usable(
             skipped[row.get("failure") or row["status"]] += 1
         elif splits is not None and row.get("split") not in splits:
             deselected["split"] += 1
-        elif rows == IMAGE_ROWS:
+        elif rows == IMAGE_ROWS or not all(text.kept for text in texts):
             yield Entry(row, texts)
         elif not texts:
             deselected["no_text"] += 1

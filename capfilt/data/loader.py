@@ -44,6 +44,10 @@ class Batch:
         step, epoch: this batch's number from 0, and the epoch its first example belongs to.
         pixels: uint8 [B, 3, S, S], None where there are features.
         features: float16 [B, N, C] of a frozen trunk, None without.
+        dropped: bool [B], True where only the picture counts, since its text was dropped; None where every text counts.
+        soft: float32 [B], the weight of a dropped row's soft target, 0 without one; None where no row has one.
+        near_ids, near_mask: int64 and bool [B, K, L] beside `soft`, as `ids` and `mask`: a text of each of the K nearest
+            pictures.
     """
 
     ids: Tensor
@@ -58,6 +62,10 @@ class Batch:
     epoch: int
     pixels: Tensor | None = None
     features: Tensor | None = None
+    dropped: Tensor | None = None
+    soft: Tensor | None = None
+    near_ids: Tensor | None = None
+    near_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -47,6 +47,10 @@ V = TypeVar("V")
 RULE = 1
 """Of which texts count; raised when `examples.py` decides otherwise, so that shards are counted again."""
 VERDICT_COLUMNS = ("text_id", "image_id", "source", "text", "keep")
+DROPPED = "dropped"
+"""The source of pictures that stay though a rule dropped their texts."""
+PROBABILITIES = ("match_probability", "itm_score")
+_KEPT, _BELOW = "_at_threshold", "_below_threshold"
 _OPEN_FILES = 64
 
 
@@ -90,11 +94,12 @@ class Counted:
 class PairShards:
     """Reads the row groups of inputs; some files and verdicts are kept open for the next look.
 
-    `rows` says as what: pairs, or pictures or texts alone. A picture alone counts as one text.
+    `rows` says as what: pairs, or pictures or texts alone. A picture alone counts as one text. `dropped` says whether a picture
+    whose texts are all below the threshold of its verdicts stays: with an empty text of the source DROPPED.
     """
 
-    def __init__(self, inputs: Sequence[PairInput], rows: str = PAIR_ROWS) -> None:
-        self.inputs, self.rows = list(inputs), rows
+    def __init__(self, inputs: Sequence[PairInput], rows: str = PAIR_ROWS, dropped: bool = False) -> None:
+        self.inputs, self.rows, self.dropped = list(inputs), rows, dropped
         self._files: OrderedDict[tuple[int, int], pq.ParquetFile] = OrderedDict()
         self._kept: OrderedDict[tuple[int, int], tuple[dict[str, list[Text]], int]] = OrderedDict()
 
@@ -150,7 +155,7 @@ class PairShards:
         )
 
     def _verdicts(self, number: int, shard: int) -> tuple[dict[str, list[Text]], int]:
-        """The kept texts of a shard by image, and how many were not kept."""
+        """The kept texts of a shard by image, those of pictures that stay without, and how many texts were not kept."""
 
         def read() -> tuple[dict[str, list[Text]], int]:
             kept: dict[str, list[Text]] = {}
@@ -159,21 +164,40 @@ class PairShards:
                 return kept, 0
             # The rule says which score weighs its texts.
             weight = verdicts.info["identity"].get("options", {}).get("weight", "")
-            table = verdicts.read(shard, [*VERDICT_COLUMNS, *([weight] if weight else [])])
+            columns = None if self.dropped else [*VERDICT_COLUMNS, *([weight] if weight else [])]
+            table = verdicts.read(shard, columns)
             chosen = table.filter(pc.field("keep"))
             for row in chosen.to_pylist():
-                text = Text(row["text"], row["source"], row["text_id"], _weight(row, weight))
+                likely = 1.0 if row["source"] == "human" else _probability(row, _KEPT)
+                text = Text(row["text"], row["source"], row["text_id"], _weight(row, weight), likely)
                 kept.setdefault(row["image_id"], []).append(text)
+            if self.dropped:
+                left = pc.and_(pc.invert(table["keep"]), pc.ends_with(table["reason"], _BELOW))
+                for image_id, text in self._left(table.filter(left)).items():
+                    kept.setdefault(image_id, [text])
             return kept, table.num_rows - chosen.num_rows
 
         return _cached(self._kept, (number, shard), read, 16)
+
+    @staticmethod
+    def _left(table: pa.Table) -> dict[str, Text]:
+        """By image, what stands for its dropped texts: the likeliest of them."""
+        found: dict[str, Text] = {}
+        for row in table.to_pylist():
+            text = Text("", DROPPED, row["text_id"], 1.0, _probability(row, _BELOW), False)
+            if (
+                text.probability > found.get(row["image_id"], text).probability
+                or row["image_id"] not in found
+            ):
+                found[row["image_id"]] = text
+        return found
 
     # ------------------------------------------------------------------ counts
 
     def _remembered(self, number: int, shard: int) -> Counted:
         given = self.inputs[number]
         keeper = given.verdicts or given.part
-        path = keeper.record / f"{shard:05d}.{self.rows}.json"
+        path = keeper.record / f"{shard:05d}.{self.rows}{'.dropped' if self.dropped else ''}.json"
         mark = {"rule": RULE, "rows": [_hash_of(given.part, shard), _hash_of(given.verdicts, shard)]}
         with suppress(OSError, ValueError, TypeError):
             stands = unseal(path.read_bytes())
@@ -196,7 +220,9 @@ class PairShards:
         if self.inputs[number].verdicts is not None:
             kept, deselected["verdict"] = self._verdicts(number, shard)
             here = set(self._file(number, shard).read(columns=["image_id"])["image_id"].to_pylist())
-            skipped["no_image"] += sum(len(some) for key, some in kept.items() if key not in here)
+            skipped["no_image"] += sum(
+                text.kept for key, some in kept.items() if key not in here for text in some
+            )
         if all(weight == 1 for some in weights for _, weight in some):
             weights = []
         return Counted(texts, images, dict(+skipped), dict(+deselected), weights)
@@ -206,6 +232,12 @@ def _weight(row: dict[str, Any], name: str) -> float:
     """A human text has no score, and counts in full."""
     found = row.get(name)
     return 1.0 if found is None else float(found)
+
+
+def _probability(row: dict[str, Any], decided: str) -> float:
+    """The score that a rule decided by, where that is a probability; 0 elsewhere."""
+    by = (row.get("reason") or "").removesuffix(decided)
+    return float(row[by]) if by in PROBABILITIES and row[by] is not None else 0.0
 
 
 def _hash_of(part: Part | None, shard: int) -> str:

@@ -32,7 +32,8 @@ from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import Text
 from capfilt.data.images import BadImage
 from capfilt.data.loader import Batch, Index, Mix, ahead, share
-from capfilt.data.pair_shards import PairInput, PairShards, RowGroup, refusal
+from capfilt.data.neighbours import DOUBTED, NEIGHBOURS, SOFT_FROM, TRUSTED, Neighbours
+from capfilt.data.pair_shards import DROPPED, PairInput, PairShards, RowGroup, refusal
 from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.data.store import MEMORY_LIMIT, ArrayStore, cpu_workers
 from capfilt.data.tokenizer import MAX_TOKENS, Encodes, NoTexts
@@ -58,6 +59,8 @@ class _Example(NamedTuple):
     image_id: str
     text: str
     weight: float
+    probability: float
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class _Group:
 class _Request:
     """A rank's share of one batch, as any process can make it.
 
-    `places` are of its texts in the batch of all ranks. A picture is its bytes, its pixels, or why it cannot be seen.
+    `places` are of its texts in the batch of all ranks. A picture is its bytes, its pixels, or why it cannot be seen. `near`
+    has texts of each example's neighbours, none where its own text counts; None where no example has any.
     """
 
     step: int
@@ -80,6 +84,7 @@ class _Request:
     places: list[int]
     examples: list[_Example]
     pictures: dict[int, bytes | Pixels | str]
+    near: list[list[_Example]] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Pairs:
         workers: processes that decode; 0 decodes in threads of this one.
         weights: what a text's weight does. draws: a text of weight w is drawn in the share w of the epochs. loss: it has that
             weight in the batch, and all texts are drawn alike. ignore: nothing.
+        dropped: whether pictures stay whose texts a verdict dropped: see `PairShards`.
 
     `len()` is the number of texts, or of pictures alone. Raises UserError for a part without such a column, or that gives none.
     """
@@ -114,9 +120,10 @@ class Pairs:
         cache: int = MEMORY_LIMIT,
         workers: int = 0,
         weights: str = "draws",
+        dropped: bool = False,
     ) -> None:
         self.size, self.rows, self._cache, self._workers = size, rows, cache, workers
-        self._shards = PairShards(inputs, rows)
+        self._shards = PairShards(inputs, rows, dropped)
         self._skipped, self._deselected = Counter[str](), Counter[str]()
         self._groups: list[RowGroup] = []
         texts: list[dict[str, int]] = []
@@ -142,6 +149,7 @@ class Pairs:
         drawn = weights == "draws" and any(found_weights)
         self._weights = self._weighed(found_weights, texts) if drawn else {}
         self._lost = weights == "loss" and any(found_weights)
+        self._near: Neighbours[_Example] | None = None
         self._broken: dict[int, str] = {}
         self._met: dict[int, str] = {}
         self._texts: dict[int, dict[str, list[_Example]]] = {}
@@ -247,6 +255,22 @@ class Pairs:
             store.array[[key for key, _ in some]] = made.numpy()
         self._features, self._met = store, dict(self._broken)
 
+    def with_neighbours(self) -> None:
+        """Make batches give dropped pictures a soft target: texts of their neighbours; `with_features` comes first.
+
+        Raises UserError where there are too few pictures to be neighbours.
+        """
+        examples = [one for group in range(len(self._groups)) for one in self._texts[group][""]]
+        seen = [one for one in examples if one.picture not in self._broken]
+        if all(one.kept for one in seen):
+            return
+        assert self._features is not None
+        self._near = Neighbours(
+            {one.picture: one.image_id for one in seen if not one.kept},
+            [(one.picture, one.image_id, one) for one in seen if one.kept and one.probability > TRUSTED],
+            self._features,
+        )
+
     def batches(
         self,
         tokenizer: Encodes,
@@ -292,7 +316,8 @@ class Pairs:
             self._cached, self._used = {}, 0  # squares in place of whole pictures, or the other way round
         self._views = views
         plan = _plan(mix, orders, batch_size, start_step, steps, rank, world, parts)
-        requests = self._requests(plan, mix.sources, math.ceil(reach) + 1)
+        soft = (math.ceil(SOFT_FROM * steps), seed)
+        requests = self._requests(plan, mix.sources, math.ceil(reach) + 1, soft)
         remembers = self._cache > 0 and not self._workers
         work = _Assemble(
             tokenizer,
@@ -304,6 +329,7 @@ class Pairs:
             {} if remembers else None,
             self.rows,
             self._lost,
+            DROPPED in self._sources,
         )
         return self._deliver(work, requests)
 
@@ -326,7 +352,9 @@ class Pairs:
             if seen and picture not in self._broken:
                 data[picture] = (entry.row["image"] or {}).get("bytes") or b""
             for text in entry.texts:
-                one = _Example(place, picture, image_id, text.text or "", text.weight)
+                one = _Example(
+                    *(place, picture, image_id, text.text or ""), text.weight, text.probability, text.kept
+                )
                 examples[""].append(one)
                 examples.setdefault(text.source, []).append(one)
                 place += 1
@@ -358,9 +386,12 @@ class Pairs:
         return _Group(read.examples, left)
 
     def _requests(
-        self, plan: Iterator[_Step], sources: Sequence[str], reach: int
+        self, plan: Iterator[_Step], sources: Sequence[str], reach: int, soft: tuple[int, int]
     ) -> Iterator[tuple[_Request, Tensor | None]]:
-        """The requests of the batches. A thread reads row groups `reach` steps before the first batch that needs them."""
+        """The requests of the batches. A thread reads row groups `reach` steps before the first batch that needs them.
+
+        `soft` is the step from which neighbours' texts come with them, and the seed that draws these.
+        """
         groups: dict[int, Future[_Group]] = {}
         last: dict[int, int] = {}
         waiting: deque[_Step] = deque()
@@ -378,7 +409,7 @@ class Pairs:
                         return
                     if step is None or len(waiting) > reach:
                         due = waiting.popleft()
-                        yield self._request(due, groups, sources)
+                        yield self._request(due, groups, sources, soft)
                         for group in set(due.rows["group"].tolist()):
                             if last[group] == due.number:
                                 del groups[group], last[group]
@@ -386,7 +417,11 @@ class Pairs:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _request(
-        self, step: _Step, groups: Mapping[int, Future[_Group]], sources: Sequence[str]
+        self,
+        step: _Step,
+        groups: Mapping[int, Future[_Group]],
+        sources: Sequence[str],
+        soft: tuple[int, int],
     ) -> tuple[_Request, Tensor | None]:
         examples: list[_Example] = []
         pictures: dict[int, bytes | Pixels | str] = {}
@@ -404,7 +439,15 @@ class Pairs:
         if self._features is not None:
             seen = [one.picture for one in examples if one.picture not in self._broken]
             features = torch.from_numpy(self._features.read(np.array(seen, dtype=np.int64)))
-        return _Request(step.number, step.epoch, step.places, examples, pictures), features
+        near, (start, seed) = None, soft
+        if self._near is not None and step.number >= start:
+            near = [
+                []
+                if one.kept or one.picture in self._broken
+                else self._near.texts(one.picture, [seed, step.number, place])
+                for one, place in zip(examples, step.places, strict=True)
+            ]
+        return _Request(step.number, step.epoch, step.places, examples, pictures, near), features
 
     # ------------------------------------------------------------------ batches
 
@@ -583,6 +626,7 @@ class _Assemble(Dataset[_Made]):
     known: dict[int, _Read] | None
     rows: str = PAIR_ROWS
     weighed: bool = False
+    drops: bool = False
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -634,15 +678,36 @@ class _Assemble(Dataset[_Made]):
             image_index=torch.tensor([_hash(each.image_id) for each in examples]),
             text_index=torch.tensor([texts[row][1] for row in good]),
             example=torch.tensor([each.number for each in examples]),
-            weight=torch.tensor([each.weight for each in examples]) if self.weighed else None,
+            weight=torch.tensor([(each.weight if self.weighed else 1.0) * each.kept for each in examples])
+            if self.weighed or self.drops
+            else None,
             sided=torch.tensor([texts[row][2] for row in good], dtype=torch.bool),
             texts=[each.text for each in examples],
             step=request.step,
             epoch=request.epoch,
             pixels=pixels,
             features=features,
+            dropped=torch.tensor([not each.kept for each in examples]) if self.drops else None,
         )
+        if request.near is not None:
+            near = [request.near[row] for row in good]
+            batch.soft = torch.tensor(
+                [
+                    DOUBTED * (1 - one.probability) * bool(some)
+                    for one, some in zip(examples, near, strict=True)
+                ]
+            )
+            batch.near_ids, batch.near_mask = self._near(near)
         return _Made(batch, broken)
+
+    def _near(self, near: Sequence[Sequence[_Example]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, K, L]; those of an empty text where there are no neighbours."""
+        empty = self.tokenizer.encode_ragged([""], self.max_text_tokens, self.prompt, self.max_words)
+        read = (self._read(some) if some else [] for some in near)
+        rows = [[ids for ids, _, _ in some] or empty * NEIGHBOURS for some in read]
+        ids, mask = self.tokenizer.pad([row for some in rows for row in some], None)
+        shape = len(near), NEIGHBOURS, -1
+        return ids.view(shape), mask.view(shape)
 
     def _read(self, examples: Sequence[_Example]) -> list[_Read]:
         """Of each text its ids, its hash after cleaning, and whether it names a side."""

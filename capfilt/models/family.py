@@ -58,8 +58,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """The parts of a model with two towers, by name."""
 
-HEEDS: Mapping[str, str] = {"weights": "`Batch.weight`"}
-"""What a family's losses may go by beside the pairs themselves, and where a batch has it."""
+HEEDS: Mapping[str, str] = {"weights": "weight", "negatives": "dropped", "soft": "soft"}
+"""The marks of a row that a family's losses may go by, and the attribute of `Batch` that has them."""
 
 
 def check_abilities(model: Any, abilities: Iterable[str]) -> None:
@@ -175,7 +175,7 @@ class Family:
         starts: by the `model_type` of another family, the function that starts a model of this one from it, as
             "module:function": (their model, options, tokenizer) -> model. The tokenizer is theirs where both kinds have one
             `tokenizer_name`, else a new one as `--vocab` says.
-        heeds: what its losses go by where a batch has it, of HEEDS.
+        heeds: the marks of a row that its losses go by, of HEEDS.
     """
 
     name: str
@@ -196,6 +196,8 @@ class Family:
             raise UserError(f"model family {self.name}: it has no kinds")
         if not dataclasses.is_dataclass(self.options):
             raise UserError(f"model family {self.name}: its options are no dataclass")
+        if {*self.heeds} - {*HEEDS}:
+            raise UserError(f"model family {self.name}: heeds {self.heeds}; choose {', '.join(HEEDS)}")
 
     def part(self, name: str) -> Any:
         """An attribute of the family's code. UserError naming it where it is missing, or the module where there is none."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from capfilt.data.loader import Batch
-from capfilt.data.pair_shards import PairInput
+from capfilt.data.pair_shards import PROBABILITIES, PairInput
 from capfilt.data.pairs import Pairs
 from capfilt.data.rows import EXAMPLE_ROWS, IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
 from capfilt.data.several import Several, StepBatch
@@ -28,6 +28,8 @@ from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
 
 PICTURE_COLUMNS = ("image_id", "image", "split")
+LEFT_OUT = "leave-out"
+"""`--dropped`: no picture stays whose texts were dropped."""
 NAMED = 500_000
 """Texts named at a time, a row group each."""
 
@@ -125,6 +127,11 @@ class RowSource(Source[Pairs]):
                 raise UserError(f"--{name} and --cache-features: {why}")
         if options.loader_workers and not options.stream:
             raise UserError(f"--loader-workers {options.loader_workers}: only with --stream")
+        self.dropped = getattr(options, "dropped", LEFT_OUT)
+        if self.dropped != LEFT_OUT and not options.verdicts:
+            raise UserError(f"--dropped {self.dropped}: verdicts alone say what was dropped; give --verdicts")
+        if self.dropped == "soft" and not cached:
+            raise UserError("--dropped soft: finds neighbours by the features of --cache-features; give both")
 
     def inputs(self) -> list[Part]:
         both = ((each.part, each.verdicts) for each in self.pair_inputs)
@@ -143,6 +150,7 @@ class RowSource(Source[Pairs]):
             cache=cache,
             workers=o.loader_workers,
             weights=o.weights,
+            dropped=self.dropped != LEFT_OUT,
         )
 
     def epoch(self, data: Pairs) -> float:
@@ -155,6 +163,8 @@ class RowSource(Source[Pairs]):
         if not (getattr(vision, "trunk", "") and vision.trunk_frozen):
             raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
         data.with_features(lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)))
+        if self.dropped == "soft":
+            data.with_neighbours()
 
     def account(self, data: Pairs) -> dict[str, Any]:
         pictures = {} if self.rows == TEXT_ROWS else {"images": data.pictures}
@@ -187,12 +197,13 @@ class PairSource(RowSource):
             images, equals, verdicts = item.partition("=")
             if not equals:
                 raise UserError(f"--verdicts {item}: write IMAGES=VERDICTS, the names of two parts")
-            self.joined.append(
-                (
-                    workspace.input("images", images).check(),
-                    workspace.input("verdicts", verdicts).check(),
+            rule = workspace.input("verdicts", verdicts).check()
+            by = rule.info["identity"].get("options", {}).get("by", "")
+            if self.dropped == "soft" and by not in PROBABILITIES:
+                raise UserError(
+                    f"--dropped soft: {rule.path} was decided by {by or 'no score'}; choose verdicts by {PROBABILITIES[0]}"
                 )
-            )
+            self.joined.append((workspace.input("images", images).check(), rule))
 
         whole = [PairInput(part) for part in (*self.human, *self.web, *self.pairs)]
         self.pair_inputs = [*whole, *(PairInput(images, verdicts) for images, verdicts in self.joined)]

@@ -18,7 +18,7 @@ from capfilt.models import Model, family_named, family_of
 from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
-from capfilt.stages.sources import PairSource, rows_source
+from capfilt.stages.sources import LEFT_OUT, PairSource, rows_source
 from capfilt.stages.starts import Checkpoint, Foreign, Preset, Start
 from capfilt.stages.training import Train
 from capfilt.stages.training_options import (
@@ -48,6 +48,13 @@ class Pretrain(Train):
         if options.weights == "loss" and "weights" not in self.family.heeds:
             raise UserError(
                 f"--weights loss: the losses of {self.family.name} take no weights; give --weights draws"
+            )
+        dropped = getattr(options, "dropped", LEFT_OUT)
+        if dropped not in (LEFT_OUT, *self.family.heeds):
+            choices = [LEFT_OUT, *(each for each in ("negatives", "soft") if each in self.family.heeds)]
+            raise UserError(
+                f"--dropped {dropped}: the losses of {self.family.name} have no place for such pictures; give --dropped "
+                f"{' or '.join(choices)}"
             )
         # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
         start: Start | None = None if getattr(options, "init", "") else Preset(self.family, options)

@@ -280,6 +280,14 @@ class RetrainOptions(OptimisationOptions, ModelOptions):
     verdicts: tuple[str, ...] = option(
         (), "IMAGES=VERDICTS: images part with its verdicts part, instead of pairs; repeatable", panel=INPUTS
     )
+    dropped: str = option(
+        "leave-out",
+        "pictures whose texts --verdicts drop: negatives of ITC, or with a soft target too",
+        choices=("leave-out", "negatives", "soft"),
+        later=True,
+        panel=INPUTS,
+        rare=True,
+    )
     init: str = option("", "checkpoint to start from, in place of a new model", kind="model")
     out: str = option("retrained", "name of the checkpoint to write")
 
@@ -341,7 +349,7 @@ def without(rows: tuple[str, ...]) -> frozenset[str]:
     """The options of `RetrainOptions` that mean nothing to a model which learns from such rows."""
     left: set[str] = set()
     if PAIR_ROWS not in rows:
-        left |= {"human", "web", "pairs", "verdicts", "mix"}
+        left |= {"human", "web", "pairs", "verdicts", "mix", "dropped"}
     if not {PAIR_ROWS, IMAGE_ROWS} & {*rows}:
         pictures = ("image_size", "patch_size", "cache_features")
         left |= {*pictures, *(each.name for each in fields(AugmentationOptions))}

@@ -30,6 +30,10 @@ class Rows:  # what the objectives read of a capfilt.data.loader.Batch
     text_index: Tensor
     example: Tensor
     weight: Tensor | None = None
+    dropped: Tensor | None = None
+    soft: Tensor | None = None
+    near_ids: Tensor | None = None
+    near_mask: Tensor | None = None
     images = Batch.images
 
 

@@ -18,6 +18,7 @@ import torch
 from capfilt.training.distributed import shared_gpu
 from tests.training.together import launch
 
+DROPPED = [1, 3, 4, 8, 9, 10, 17, 22, 23, 31]
 # Without dropout, and with as many rows on each rank, two ranks are to do just what one process does.
 EQUAL = {
     "pretraining": {},
@@ -29,6 +30,13 @@ EQUAL = {
     "a captioner": {"objective": {"objectives": ["lm"], "momentum": None}},
     "weighted": {"weighted": True},
     "weighted micro-batches": {"weighted": True, "config": {"accumulate": 3}},
+    "dropped texts": {"dropped": DROPPED},
+    "dropped texts, split in micro-batches": {
+        "dropped": DROPPED,
+        "config": {"accumulate": 2, "ema": 0.9},
+        "shard": True,
+    },
+    "a clip with dropped texts": {"kind": "clip", "dropped": DROPPED},
     "recomputed": {"recompute": True},
     "recomputed and split": {"recompute": True, "shard": True, "peak": 1e9},
     "a clip": {"kind": "clip"},

@@ -130,9 +130,10 @@ def main(out: Path) -> None:
 def run(
     out: Path, ranks: Ranks, config=None, objective=None, dropout=0.0, recompute=False, shard=False,
     uneven=False, peak=None, signal_at=0, number="SIGTERM", of_rank=0, kind="blip", spoilt=(),
-    weighted=False,
+    weighted=False, dropped=(),
 ) -> None:  # fmt: skip
-    """One training run; a signal is sent to one rank, once. The last rank's gradients at the steps `spoilt` are not finite."""
+    """One training run; a signal is sent to one rank, once. The examples `dropped` have no text, and those that are odd a soft
+    target. The last rank's gradients at the steps `spoilt` are not finite."""
     out.mkdir(parents=True, exist_ok=True)
     loop.EXPOSED = 7  # fewer than there are: counts travel in pieces
     grids = PairInput(Part(out.parent / "grids"))
@@ -155,6 +156,13 @@ def run(
         ):  # fmt: skip
             if weighted:
                 batch.weight = batch.example % 4 / 3
+            if dropped:
+                batch.dropped = torch.isin(batch.example, torch.tensor(dropped))
+                batch.weight = (~batch.dropped).float()
+                batch.soft = batch.dropped * (batch.example % 2) * 0.3
+                batch.near_ids, batch.near_mask = (
+                    each[:, None].repeat(1, 5, 1) for each in (batch.ids.roll(1, 1), batch.mask)
+                )
             if signal_at == batch.step + 1 and ranks.rank == of_rank and not (out / "sent").exists():
                 (out / "sent").touch()
                 os.kill(os.getpid(), getattr(signal, number))

@@ -86,5 +86,5 @@ FAMILY = Family(
     ("itc", "itm", "mlm", "itm_balanced_accuracy"),
     3,  # texts are cleaned by ALBEF's rule
     layouts="capfilt.models.albef.layouts:LAYOUTS",
-    heeds=("weights",),
+    heeds=("weights", "negatives"),
 )

@@ -77,5 +77,5 @@ FAMILY = Family(
     ("itc", "itm", "lm", "itm_balanced_accuracy"),
     2,
     layouts="capfilt.models.blip.layouts:LAYOUTS",
-    heeds=("weights",),
+    heeds=("weights", "negatives", "soft"),
 )

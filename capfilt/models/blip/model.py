@@ -13,6 +13,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -294,17 +295,18 @@ class BlipPretraining(Alignment):
         cross = model.prefill_cross(tokens) if {"itm", "lm"} & set(objectives) else []
 
         def embeds() -> Embeds:
-            live = model.embed_image(tokens), _embed_text(model, batch)
+            live = model.embed_image(tokens), _embed_text(model, batch.ids, batch.mask)
             if towers is None:
                 return live, None
             with torch.no_grad():
-                return live, (towers.embed_image(images), _embed_text(towers, batch))
+                return live, (towers.embed_image(images), _embed_text(towers, batch.ids, batch.mask))
 
         found, figures = self._aligned(
             *(batch, rows, tokens, cross, alpha, hardness),
             embeds=embeds,
             texts=lambda near: near.gather_texts(batch.ids, batch.mask),
             logits=model.match_logits,
+            embed_text=partial(_embed_text, towers or model),
         )
         if "lm" in objectives:
             found["lm"] = self._write(batch, cross)
@@ -339,11 +341,9 @@ class BlipPretraining(Alignment):
         return token_loss(torch.cat(predicted), torch.cat(said), config.label_smoothing, self.ranks, weight)
 
 
-def _embed_text(towers: Blip | MomentumTowers, batch: Batch) -> Tensor:
-    groups = length_chunks(batch.mask)
-    embedded = [
-        towers.embed_text(batch.ids[some, :length], batch.mask[some, :length]) for some, length in groups
-    ]
+def _embed_text(towers: Blip | MomentumTowers, ids: Tensor, mask: Tensor) -> Tensor:
+    groups = length_chunks(mask)
+    embedded = [towers.embed_text(ids[some, :length], mask[some, :length]) for some, length in groups]
     return torch.cat(embedded)[torch.cat([some for some, _ in groups]).argsort()]
 
 

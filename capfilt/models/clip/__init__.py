@@ -56,5 +56,5 @@ FAMILY = Family(
     # 4, texts are repaired and the image side is initialised as released.
     4,
     layouts="capfilt.models.clip.layouts:LAYOUTS",
-    heeds=("weights",),
+    heeds=("weights", "negatives", "soft"),
 )

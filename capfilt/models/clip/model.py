@@ -27,7 +27,7 @@ from capfilt.models.common.layers import (
     full_precision,
     run_layer,
 )
-from capfilt.models.common.objectives import mean_cosine
+from capfilt.models.common.objectives import mean_cosine, soft_target_loss, stand_ins
 from capfilt.models.common.presets import TRUNK
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.common.trunk import grid_of, resized
@@ -325,18 +325,25 @@ class ClipTraining(nn.Module):
         every_image, every_text = rows.gather(images), rows.gather(texts)
         own = torch.arange(rows.offset, rows.offset + len(images), device=images.device)
         weight = batch.weight
-        share = rows.share(weight)
+        share, read = rows.share(weight), rows.gather_read(batch.dropped)
         scale = self.model.logit_scale.float().exp()
         with full_precision(images):
             if self.config.loss == "softmax":
-                from_images = self._summed(_softmax_rows, images, every_text, own, weight, scale)
-                from_texts = self._summed(_softmax_rows, texts, every_image, own, weight, scale)
+                from_images = self._summed(_softmax_rows, images, every_text, own, weight, scale, read)
+                from_texts = self._summed(_softmax_rows, texts, every_image, own, weight, scale, None)
                 loss = (from_images + from_texts) / (2 * share)
+                if batch.soft is not None:
+                    some, stood = stand_ins(batch, self.model, lambda ids, mask: self.model.embed_text(ids))
+                    loss = loss + soft_target_loss(
+                        *(images[some], stood, every_image, every_text, 1 / scale),
+                        *(batch.soft[some], share, read),
+                    )
             else:
                 assert self.model.logit_bias is not None
                 bias = self.model.logit_bias.float()
                 others = None if weight is None else rows.gather(weight)
-                summed = self._summed(_sigmoid_rows, images, every_text, own, weight, scale, bias, others)
+                given = (images, every_text, own, weight, scale, bias, others, read)
+                summed = self._summed(_sigmoid_rows, *given)
                 loss = summed / share
             hits = self._hits(images.detach(), every_text.detach(), own)
         return {
@@ -380,21 +387,32 @@ class ClipTraining(nn.Module):
 
 class _SoftmaxRows(nn.Module):
     """Sum of cross-entropies of rows [n, E], of weight fp32 [n] or 1, against candidates [N, E]; row i's own candidate is
-    `own[i]`.
+    `own[i]`. A candidate for which `read`, bool [N], is False is none.
     """
 
     def forward(
-        self, mine: Tensor, every: Tensor, own: Tensor, weight: Tensor | None, scale: Tensor
+        self,
+        mine: Tensor,
+        every: Tensor,
+        own: Tensor,
+        weight: Tensor | None,
+        scale: Tensor,
+        read: Tensor | None,
     ) -> Tensor:
         logits = scale * (mine @ every.T)
         if weight is None:
             return F.cross_entropy(logits, own, reduction="sum")
-        return (F.cross_entropy(logits, own, reduction="none") * weight).sum()
+        if read is not None:
+            logits = logits.masked_fill(~read, -math.inf)
+        losses = F.cross_entropy(logits, own, reduction="none")
+        # A row whose own candidate is none has the weight 0, and an infinite loss.
+        return torch.where(weight > 0, losses * weight, 0.0).sum()
 
 
 class _SigmoidRows(nn.Module):
     """Sum over all pairs of rows [n, E] and candidates [N, E] of -log sigmoid(z (scale * cosine + bias)); z is 1 for a row's
-    own candidate, else -1. A pair's weight is the mean of its row's, fp32 [n], and its candidate's, fp32 [N]; 1 without.
+    own candidate, else -1. A pair's weight is the mean of its row's, fp32 [n], and its candidate's, fp32 [N]; 1 without, and
+    0 where the candidate's `read`, bool [N], is False.
     """
 
     def forward(
@@ -406,6 +424,7 @@ class _SigmoidRows(nn.Module):
         scale: Tensor,
         bias: Tensor,
         others: Tensor | None,
+        read: Tensor | None,
     ) -> Tensor:
         logits = scale * (mine @ every.T) + bias
         sign = torch.full_like(logits, -1.0)
@@ -413,6 +432,8 @@ class _SigmoidRows(nn.Module):
         losses = -F.logsigmoid(sign * logits)
         if weight is not None and others is not None:
             losses = losses * (weight[:, None] + others) / 2
+        if read is not None:
+            losses = losses * read
         return losses.sum()
 
 
@@ -421,6 +442,10 @@ _softmax_rows, _sigmoid_rows = _SoftmaxRows(), _SigmoidRows()
 
 def objective(model: Clip, tokenizer: Any, options: Any, ranks: Ranks) -> ClipTraining:
     """The symmetric contrastive loss, or the sigmoid one, over the batches of all ranks."""
+    if options.contrast == "sigmoid" and getattr(options, "dropped", "") == "soft":
+        raise UserError(
+            "--dropped soft --contrast sigmoid: soft targets are a softmax's; give --dropped negatives"
+        )
     return ClipTraining(model, ContrastConfig(options.contrast, options.contrast_chunk), ranks)
 
 

@@ -126,6 +126,18 @@ def recompute_activations(model: nn.Module, on: bool = True) -> None:
             module.recompute = on  # type: ignore[assignment]
 
 
+@contextmanager
+def steady(module: nn.Module) -> Iterator[None]:
+    """Within it, the module draws nothing (dropout, drop-path); afterwards it and its parts are in the mode they were in."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
 def run_layer(layer: nn.Module, *inputs: Any, recompute: bool = False) -> Tensor:
     """`layer(*inputs)`; with `recompute` its activations are not kept but computed again for the backward pass.
 

@@ -20,6 +20,7 @@ from capfilt.models.common.layers import Pair
 from capfilt.models.common.objectives import (
     FeatureQueue,
     Matching,
+    both,
     contrastive_loss,
     contrastive_targets,
     ema_update,
@@ -30,6 +31,8 @@ from capfilt.models.common.objectives import (
     positives,
     scaled_momentum,
     similarities,
+    soft_target_loss,
+    stand_ins,
 )
 from capfilt.models.common.ranks import ALONE, Ranks, Rows
 
@@ -209,11 +212,13 @@ class Alignment(nn.Module):
         embeds: Callable[[], Embeds],
         texts: Callable[[Rows], tuple[Tensor, Tensor]],
         logits: Callable[[Tensor, Tensor, Sequence[Pair]], Tensor],
+        embed_text: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(losses with a gradient, figures without) of "itc" and "itm", those that are configured.
 
         cross: `prefill_cross` of the rows' image tokens. texts: gives (texts [N, L, ...], mask bool [N, L]) of all N rows
         that a row is contrasted with. logits: fp32 [R, 2] of R such texts, their mask, and as many images' keys and values.
+        embed_text: unit vectors of ids and mask, for soft targets (`Batch.soft`).
         """
         objectives = self.config.objectives
         losses: dict[str, Tensor] = {}
@@ -221,7 +226,7 @@ class Alignment(nn.Module):
         if not {"itc", "itm"} & set(objectives):
             return losses, figures
         with torch.set_grad_enabled(torch.is_grad_enabled() and "itc" in objectives):
-            contrast = self._contrast(batch, rows, *embeds(), alpha)
+            contrast = self._contrast(batch, rows, *embeds(), alpha, embed_text)
         if "itc" in objectives:
             losses["itc"] = contrast.loss
             figures["image_cosine"], figures["text_cosine"] = contrast.cosines
@@ -240,6 +245,7 @@ class Alignment(nn.Module):
         embeds: tuple[Tensor, Tensor],
         momentum_embeds: tuple[Tensor, Tensor] | None,
         alpha: float,
+        embed_text: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> Contrast:
         """ITC of the rows' image and text embeddings, against those of the towers (None: against themselves)."""
         (image, text), near = embeds, self._near(rows)
@@ -258,18 +264,21 @@ class Alignment(nn.Module):
             self.config.multi_positive,
             near.offset,
         )
-        valid = None
+        read, valid, legible = near.gather_read(batch.dropped), None, None
         if self.queue.filled:
             valid = torch.cat([torch.ones_like(image_index, dtype=torch.bool), queued.valid])
+        if read is not None:
+            legible = torch.cat([read, queued.valid])
         with torch.no_grad():
             image_to_text = text_to_image = None
             if momentum_embeds is not None and alpha > 0.0:
                 image_to_text = similarities(image_m, text_candidates, temperature)
                 text_to_image = similarities(text_m, image_candidates, temperature)
             targets = (
-                contrastive_targets(matches, alpha, image_to_text, valid),
+                contrastive_targets(matches, alpha, image_to_text, both(valid, legible)),
                 contrastive_targets(matches, alpha, text_to_image, valid),
             )
+        share = rows.share(batch.weight)
         loss = contrastive_loss(
             image,
             text,
@@ -278,9 +287,17 @@ class Alignment(nn.Module):
             temperature,
             targets,
             valid,
-            rows.share(batch.weight),
+            share,
             batch.weight,
+            legible,
         )
+        if batch.soft is not None:
+            assert embed_text is not None
+            index, stood = stand_ins(batch, self, embed_text)
+            loss = loss + soft_target_loss(
+                *(image[index], stood, image_all, text_all, temperature, batch.soft[index]),
+                *(share, read),
+            )
         with torch.no_grad():
             own = self.config.own_negatives and momentum_embeds is not None
             drawn = (
@@ -294,7 +311,9 @@ class Alignment(nn.Module):
             if near is not rows:
                 image_all, text_all = rows.gather(image_m.detach()), rows.gather(text_m.detach())
                 image_index, text_index = rows.gather(batch.image_index), rows.gather(batch.text_index)
-            self.queue.enqueue(image_all.detach(), text_all.detach(), image_index, text_index)
+                read = rows.gather_read(batch.dropped)
+            entries = (image_all.detach(), text_all.detach(), image_index, text_index)
+            self.queue.enqueue(*(entries if read is None else (each[read] for each in entries)))
         return Contrast(loss, *scores, (mean_cosine(image), mean_cosine(text)))
 
     def _match(
@@ -311,13 +330,14 @@ class Alignment(nn.Module):
         """ITM of the rows and their hard negatives; see `_aligned`."""
         near = self._near(rows)
         candidates = near.gather(batch.image_index), near.gather(batch.text_index)
+        read = near.gather_read(batch.dropped)
 
         def draw(scores: Tensor) -> tuple[Tensor, Tensor]:
             # Rank 0's draws for everyone: with the same random state it draws what one process would.
             uniform = near.mine(near.ranks.first(torch.rand(near.total, 1).to(scores.device)))
             index = batch.image_index, batch.text_index
             floor = self.config.negative_floor
-            return hard_negatives(hardness * scores, *index, candidates, uniform, floor=floor)
+            return hard_negatives(hardness * scores, *index, candidates, uniform, floor=floor, read=read)
 
         negative_text, found = draw(contrast.image_to_text)
         negative_image, _ = draw(contrast.text_to_image)

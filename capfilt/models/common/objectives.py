@@ -9,14 +9,15 @@ momentum distillation); MoCo, arXiv 1911.05722, sec. 3 (queue). Departures from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capfilt.models.common.layers import full_precision
+from capfilt.data.loader import Batch
+from capfilt.models.common.layers import full_precision, steady
 from capfilt.models.common.ranks import ALONE, Ranks
 
 OBJECTIVES = ("itc", "itm", "lm")
@@ -127,12 +128,14 @@ def contrastive_loss(
     valid: Tensor | None = None,
     rows: float | Tensor | None = None,
     weight: Tensor | None = None,
+    read: Tensor | None = None,
 ) -> Tensor:
     """ITC: fp32 scalar (nats), the mean of image-to-text and text-to-image cross-entropy against `targets`.
 
     `image_embeds`, `text_embeds` [B, E] and the candidates [C, E] are L2-normalised; `targets` = (image-to-text,
     text-to-image), each [B, C]; `valid` bool [C] drops candidates from both softmaxes; `rows` is what sums over
-    rows are divided by (`Rows.share`), B by default; `weight` fp32 [B] is each row's, 1 by default. BLIP,
+    rows are divided by (`Rows.share`), B by default; `weight` fp32 [B] is each row's, 1 by default; `read`
+    bool [C] drops the other texts alone, whose pictures remain candidates (see `Batch.dropped`). BLIP,
     arXiv 2201.12086, sec. 3.2, with the momentum targets of ALBEF, arXiv 2107.07651, eq. 6. For independent random
     embeddings and one-hot targets it is about ln C + 1 / (2 E temperature^2).
     """
@@ -140,9 +143,73 @@ def contrastive_loss(
     if weight is not None:
         image_to_text, text_to_image = image_to_text * weight[:, None], text_to_image * weight[:, None]
     return (
-        _soft_cross_entropy(similarities(image_embeds, text_candidates, temperature), image_to_text, valid)
+        _soft_cross_entropy(
+            similarities(image_embeds, text_candidates, temperature), image_to_text, both(valid, read)
+        )
         + _soft_cross_entropy(similarities(text_embeds, image_candidates, temperature), text_to_image, valid)
     ) / (2 * (len(image_embeds) if rows is None else rows))
+
+
+def both(valid: Tensor | None, read: Tensor | None) -> Tensor | None:
+    """bool [C], where both are true; one of them where the other is None."""
+    return valid if read is None else read if valid is None else valid & read
+
+
+def soft_target_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    image_candidates: Tensor,
+    text_candidates: Tensor,
+    temperature: Tensor | float,
+    weight: Tensor,
+    rows: float | Tensor,
+    read: Tensor | None = None,
+    sharpness: float = 0.05,
+    floor: float = 1e-4,
+) -> Tensor:
+    """ITC of pictures without a text of their own: fp32 scalar (nats), the mean of both directions, weighted, over `rows`.
+
+    `image_embeds` and `text_embeds` [n, E] are a picture's, and those that stand for its text (`stand_ins`). A picture's target
+    among the texts is q = softmax(text_embeds . texts / `sharpness`); its stand-in's among the pictures is
+    softmax(image_embeds . pictures / `sharpness`). Each direction has the cross-entropy of p with q, and the reverse one,
+    -sum p log max(q, `floor`), which an unlikely target cannot make large (SCE, arXiv 1908.06112, sec. 3; IN2R 2026).
+    Targets have no gradient. `weight` fp32 [n]; `rows`, `read` as in `contrastive_loss`.
+    """
+    total = torch.zeros((), device=image_embeds.device)
+    for queries, judges, candidates, valid in (
+        (image_embeds, text_embeds, text_candidates, read),
+        (text_embeds, image_embeds, image_candidates, None),
+    ):
+        logits = similarities(queries, candidates, temperature)
+        wanted = similarities(judges.detach(), candidates.detach(), sharpness)
+        if valid is not None:
+            logits, wanted = logits.masked_fill(~valid, -math.inf), wanted.masked_fill(~valid, -math.inf)
+        target, log_likely = wanted.softmax(dim=1), logits.log_softmax(dim=1)
+        likely = log_likely.exp()
+        if valid is not None:
+            log_likely = log_likely.masked_fill(~valid, 0.0)
+        each = (target * log_likely).sum(dim=1) + (likely * target.clamp(min=floor).log()).sum(dim=1)
+        total = total - (weight * each).sum()
+    return total / (2 * rows)
+
+
+@torch.no_grad()
+def stand_ins(
+    batch: Batch, model: nn.Module, embed: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(int64 [n], which rows of a batch have a soft target; fp32 unit vectors [n, E], the mean of their neighbours' texts).
+
+    `embed` makes unit vectors [R, E] of ids and mask [R, L], without draws of `model`'s. Where no row has a target, the first
+    one is told, whose weight is 0: weights that are split over ranks are run by all of them.
+    """
+    assert batch.soft is not None
+    assert batch.near_ids is not None
+    assert batch.near_mask is not None
+    index = batch.soft.nonzero()[:, 0]
+    index = index if len(index) else torch.zeros(1, dtype=torch.int64, device=batch.soft.device)
+    with steady(model):
+        found = embed(batch.near_ids[index].flatten(0, 1), batch.near_mask[index].flatten(0, 1))
+    return index, F.normalize(found.float().view(len(index), -1, found.shape[-1]).mean(dim=1), dim=-1)
 
 
 def similarities(queries: Tensor, candidates: Tensor, temperature: Tensor | float) -> Tensor:
@@ -168,14 +235,15 @@ def hard_negatives(
     uniform: Tensor | None = None,
     generator: torch.Generator | None = None,
     floor: float = 1e-4,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One in-batch negative per row, drawn with probability proportional to softmax(similarity) + `floor`.
 
     `similarity` [B, C] is a query (row) against the candidates (columns), divided by the temperature: images against
     texts draws a negative text per image, its counterpart a negative image per text. `candidates` are their image and
     text numbers, int64 [C] each; by default they are the rows themselves. A candidate of the same image, or with the
-    identical text, is never drawn. Returns (index int64 [B], found bool [B]); where a row has no candidate left, `found`
-    is False and its index (0) means nothing.
+    identical text, is never drawn, nor one for which `read` (bool [C]) is False. Returns (index int64 [B], found bool [B]);
+    where a row has no candidate left, `found` is False and its index (0) means nothing.
 
     `floor` 1e-4 is the released BLIP's. The draw is an inverse cumulative distribution over `uniform` [B, 1], by default
     from a CPU `generator` (default: torch's global one): the same seed draws alike on every device, and a non-finite
@@ -184,6 +252,8 @@ def hard_negatives(
     """
     images, texts = (image_index, text_index) if candidates is None else candidates
     allowed = (image_index[:, None] != images[None, :]) & (text_index[:, None] != texts[None, :])
+    if read is not None:
+        allowed = allowed & read
     found = allowed.any(dim=1)
     scores = similarity.detach().float()
     scores = torch.where(torch.isfinite(scores), scores, 0.0).masked_fill(~allowed, -math.inf)

@@ -108,6 +108,10 @@ class Rows:
         whole: Tensor = _Gather.apply(mine, self)  # type: ignore[no-untyped-call]
         return whole
 
+    def gather_read(self, dropped: Tensor | None) -> Tensor | None:
+        """bool [total], which rows' texts count, of `Batch.dropped` of each rank; None of None."""
+        return None if dropped is None else self.gather((~dropped).long()).bool()
+
     def gather_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """ids int64 and mask bool [n, L] of each rank -> [total, `length`]; what is added is masked."""
         if self.ranks.world == 1:

@@ -50,5 +50,5 @@ FAMILY = Family(
     Options,
     ("lite2-minilm", "lite0-minilm", "lite2-scratch", "tiny"),
     ("contrast", "accuracy", "scale"),
-    heeds=("weights",),
+    heeds=("weights", "negatives", "soft"),
 )

@@ -20,7 +20,14 @@ from capfilt.errors import UserError
 from capfilt.models.common.config import Shape
 from capfilt.models.common.layers import full_precision
 from capfilt.models.common.memo import Memo, keys_of
-from capfilt.models.common.objectives import contrastive_loss, contrastive_targets, mean_cosine, positives
+from capfilt.models.common.objectives import (
+    contrastive_loss,
+    contrastive_targets,
+    mean_cosine,
+    positives,
+    soft_target_loss,
+    stand_ins,
+)
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.common.sentence import SentenceEncoder, recipe_of
 from capfilt.models.common.text import TextConfig
@@ -211,19 +218,27 @@ class LockedTraining(nn.Module):
         every_image, every_text = rows.gather(images), rows.gather(texts)
         index, words = rows.gather(batch.image_index), rows.gather(batch.text_index)
         matches = positives(batch.image_index, batch.text_index, index, words, offset=rows.offset)
-        targets = contrastive_targets(matches)
+        read = rows.gather_read(batch.dropped)
+        targets = contrastive_targets(matches, valid=read), contrastive_targets(matches)
         scale = self.model.logit_scale.float().exp()
+        share = rows.share(batch.weight)
         loss = contrastive_loss(
             images,
             texts,
             every_image,
             every_text,
             1 / scale,
-            (targets, targets),
+            targets,
             None,
-            rows.share(batch.weight),
+            share,
             batch.weight,
+            read,
         )
+        if batch.soft is not None:
+            some, stood = stand_ins(batch, self.model, self.model.embed_text)
+            loss = loss + soft_target_loss(
+                *(images[some], stood, every_image, every_text, 1 / scale, batch.soft[some], share, read)
+            )
         best = (images.detach() @ every_text.detach().T).argmax(dim=1)
         return {
             "loss": loss,
