@@ -56,7 +56,7 @@ def pairs_of(*parts: Part, cache: int = 0, **options) -> Pairs:
     return Pairs([PairInput(part) for part in parts], size=SIZE, cache=cache, **options)
 
 
-TENSORS = ("ids", "mask", "image_index", "text_index", "example", "weight", "sided", "pixels")
+TENSORS = ("ids", "mask", "image_index", "text_index", "example", "sided", "pixels")
 
 
 def same(one: Batch, other: Batch) -> bool:
