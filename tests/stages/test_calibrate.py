@@ -492,7 +492,10 @@ def test_neighbours_are_signals_and_any_signal_can_be_left_out(neighbours, world
     for name in names:
         assert roc_auc([row[name] for row in rows], true) > 0.9, name
     assert roc_auc([row["match_probability"] for row in rows], true) > 0.95
-    less = calibrated(neighbours, "less", neighbours=("bank",), signals=("hub_score", "text_neighbours"))
+    less = calibrated(
+        neighbours, "less", judged="fused", neighbours=("bank",), signals=("hub_score", "text_neighbours")
+    )
+    assert not neighbours.part("scores", "less-judged").exists
     assert read(less)["fusion"]["names"] == ["hub_score", "text_neighbours"]
     assert less.info["fingerprint"] != part.info["fingerprint"]
     with refused("--signals itm_score"):

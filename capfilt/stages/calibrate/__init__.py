@@ -37,7 +37,10 @@ class CalibrateOptions(EngineOptions, Checked):
     neighbours: tuple[str, ...] = option(
         (), "images part of human pairs that nothing else here has; repeatable", kind="images"
     )
-    out: str = option("calibrated", "name of the scores part; beside it, NAME-judged and signals NAME-pairs")
+    out: str = option("calibrated", "name of the scores part")
+    judged: str = option(
+        "", "name of the judged parts, NAME-judged and NAME-pairs; default: that of --out", rare=True
+    )
     method: str = option("platt", "fit: a logistic curve, or any rising one", choices=("platt", "isotonic"))
     signals: tuple[str, ...] = option(
         (), "signals to fuse; repeatable; default: all but those of words", choices=SIGNALS
@@ -47,6 +50,11 @@ class CalibrateOptions(EngineOptions, Checked):
     negatives: int = option(10, "foreign texts per calibration picture", least=1, rare=True)
     resamples: int = option(200, "bootstrap draws of the share's interval", least=20, rare=True)
     seed: int = option(0, "seed of bank, foreign texts and bootstrap")
+
+    @property
+    def judged_as(self) -> str:
+        """The name of the judged parts, without what follows it."""
+        return self.judged or self.out
 
 
 COMMAND = StageCommand(

@@ -44,7 +44,15 @@ class Judge(ShardStage):
     accounts = "texts"
     uses_gpu = True
     rows_per_second = 10.0
-    not_mine: tuple[str, ...] = ("method", "signals", "folds", "negatives", "resamples", "batch_size")
+    not_mine: tuple[str, ...] = (
+        "judged",
+        "method",
+        "signals",
+        "folds",
+        "negatives",
+        "resamples",
+        "batch_size",
+    )
 
     def __init__(self, options: CalibrateOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options, self.workspace = options, workspace
@@ -53,7 +61,7 @@ class Judge(ShardStage):
         self.judging = Judging(options, workspace, self.corpus)
         self.columns = {name: MEANINGS[name] for name in self.judging.columns}
         self.contract = score_contract(self.columns)
-        self.output = workspace.part("scores", f"{options.out}-judged")
+        self.output = workspace.part("scores", f"{options.judged_as}-judged")
 
     @cached_property
     def mark(self) -> str:
@@ -119,7 +127,7 @@ class JudgePairs(Judge):
 
     name = "calibrate-pairs"
     version = 2  # near texts
-    not_mine = ("method", "signals", "folds", "resamples", "batch_size")
+    not_mine = ("judged", "method", "signals", "folds", "resamples", "batch_size")
 
     def __init__(self, options: CalibrateOptions, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace)
@@ -127,7 +135,7 @@ class JudgePairs(Judge):
         if self.images.path == self.corpus.path:
             raise UserError(f"--calibration {options.calibration}: is the part that is judged; give another")
         self.captions, self.contract = [], SIGNALS
-        self.output = workspace.part("signals", f"{options.out}-pairs")
+        self.output = workspace.part("signals", f"{options.judged_as}-pairs")
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "calibration": self.images.digest()}

@@ -53,8 +53,8 @@ class Calibrate(ShardStage):
         self.images = workspace.input("images", options.images)
         self.captions = [workspace.input("captions", name) for name in options.captions]
         self.held_out = workspace.input("images", options.calibration)
-        self.judged = workspace.part("scores", f"{options.out}-judged")
-        self.pairs = workspace.part("signals", f"{options.out}-pairs")
+        self.judged = workspace.part("scores", f"{options.judged_as}-judged")
+        self.pairs = workspace.part("signals", f"{options.judged_as}-pairs")
         self.signals = Judging(options, workspace, self.images).columns
         columns = {PROBABILITY: MEANING, **{name: MEANINGS[name] for name in self.signals}}
         self.contract = score_contract(columns)
@@ -72,7 +72,9 @@ class Calibrate(ShardStage):
 
     def identity(self) -> Mapping[str, Any]:
         return {
-            "options": option_values(self.options, without=("batch_size", "precision", "draft", "compile")),
+            "options": option_values(
+                self.options, without=("judged", "batch_size", "precision", "draft", "compile")
+            ),
             "columns": [PROBABILITY, *self.signals],
             "fused": self.fused,
             # The share is of the whole part.
