@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput
 from capfilt.models import checkpoint
 from capfilt.tables.workspace import Workspace
 
@@ -16,14 +16,14 @@ FOLD = "{fold}"
 
 
 def members(name: str, workspace: Workspace) -> list[Path]:
-    """The checkpoints of a set, by fold, or the one of a plain name. UserError for a set of fewer than 2."""
+    """The checkpoints of a set, by fold, or the one of a plain name. MissingInput for a set of fewer than 2."""
     if FOLD not in name:
         return [workspace.model(name)]
     found: list[Path] = []
     while (path := workspace.model(name.replace(FOLD, str(len(found))))).is_dir():
         found.append(path)
     if len(found) < 2:
-        raise UserError(f"{name}: a set has a checkpoint per fold, from 0; {path} is not there")
+        raise MissingInput(f"{name}: a set has a checkpoint per fold, from 0; {path} is not there")
     return found
 
 
