@@ -524,7 +524,7 @@ def test_a_set_judges_every_picture_by_the_checkpoint_of_its_fold(neighbours, wo
         for stage in (Select, WritePairs):
             run_stage(stage(rule, place), InlineExecutor(), quiet=True)
         options = stage_command("retrain-locked").options(
-            preset="tiny", human=("human",), verdicts=(f"web=not{fold}",), steps=20, batch_size=32, warmup_steps=5,
+            preset="tiny", human=("human",), verdicts=(f"web=not{fold}",), steps=60, batch_size=32, warmup_steps=5,
             vocab_size=600, learning_rate=1e-2, out=f"second-{fold}", seed=fold,
         )  # fmt: skip
         run_stage(Retrain(options, place), InlineExecutor(), quiet=True)
