@@ -11,16 +11,20 @@ from functools import partial
 from typing import Any
 
 from capfilt.models.common.memo import Memo, digest
+from capfilt.models.common.trunk import Seeing
 from capfilt.tables import features
 from capfilt.tables.workspace import Workspace
 
 
 @contextlib.contextmanager
-def remembering(model: Any, workspace: Workspace) -> Iterator[None]:
-    """Within it, encoders that have a `memo` look up what they saw before, and keep what is new in `features/`."""
+def remembering(model: Any, workspace: Workspace, pictures: bool = True) -> Iterator[None]:
+    """Within it, encoders that have a `memo` look up what they saw before, and keep what is new in `features/`.
+
+    pictures: whether those of pictures do too, which pay nothing where every epoch crops anew.
+    """
     memos = []
     for module in model.modules() if hasattr(model, "modules") else ():
-        if getattr(module, "encoder_name", ""):
+        if getattr(module, "encoder_name", "") and (pictures or not isinstance(module, Seeing)):
             name = f"{module.encoder_name}-{digest(module)}"
             memo = Memo(features.kept(workspace, name), partial(features.keep, workspace, name))
             module.memo = memo

@@ -66,10 +66,13 @@ class Preset(Start):
             raise UserError(f"--vocab {options.vocab}: {self.kind.one} reads no texts; leave it out")
         vocabulary_of = getattr(importlib.import_module(family.code), "vocabulary", None)
         if vocabulary_of and (own := vocabulary_of(self._config(1000))):
-            if options.vocab != "corpus":
-                raise UserError(
-                    f"--vocab {options.vocab}: the preset {options.preset} reads with its encoder's own; leave it out"
-                )
+            for name in ("vocab", "vocab_size"):
+                given = getattr(options, name)
+                if given != type(options).__dataclass_fields__[name].default:
+                    raise UserError(
+                        f"--{name.replace('_', '-')} {given}: the preset {options.preset} reads with its encoder's own; "
+                        "leave it out"
+                    )
             self.options = dataclasses.replace(options, vocab=own)
         for name in ("vocab", "vision_init", "text_init"):
             path = getattr(options, name, "")

@@ -118,7 +118,9 @@ class Eye(Seeing):
         x = self.normalise(pixels)
         if self.trunk is None:
             return F.adaptive_avg_pool2d(x, 8).flatten(1)[:, None].to(torch.float16)
-        tokens = self.trunk(x)
+        # What is remembered must not depend on the precision of who asked first.
+        with full_precision(x):
+            tokens: Tensor = self.trunk(x)
         grid = math.isqrt(tokens.shape[1])
         whole = tokens.transpose(1, 2).unflatten(2, (grid, grid)).float()
         found: Tensor = whole.mean((2, 3))[:, None]
@@ -249,7 +251,7 @@ def objective(model: Locked, tokenizer: Any, options: Any, ranks: Ranks) -> Lock
 
 def vocabulary(config: LockedConfig) -> str:
     """The file of the text encoder's own vocabulary; "" for one that is new."""
-    return str(recipe_of(config.text.encoder).directory() / "vocab.txt") if config.text.encoder else ""
+    return recipe_of(config.text.encoder).vocabulary() if config.text.encoder else ""
 
 
 _SCRATCH = LockedTextConfig(4000, 192, 3, 4, 768, 64, encoder="")
