@@ -77,14 +77,15 @@ def start_layers(name: str, config: Any, stacks: Sequence[TextTransformer]) -> N
 class SentenceEncoder(nn.Module):
     """A text transformer and how its states become a vector.
 
-    `pretrained` fills it from its package, unless it stands on the meta device.
+    `pretrained` fills it from its package, unless it stands on the meta device; `frozen` is of a pretrained one.
     """
 
-    def __init__(self, text: TextConfig, pooling: str, pretrained: str = "") -> None:
+    def __init__(self, text: TextConfig, pooling: str, pretrained: str = "", frozen: bool = True) -> None:
         super().__init__()
         if pooling not in POOLINGS:
             raise UserError(f"text.pooling is {pooling!r}: use one of {', '.join(POOLINGS)}")
-        self.pooling, self.frozen, self.encoder_name = pooling, bool(pretrained), pretrained
+        self.pooling, self.frozen = pooling, frozen and bool(pretrained)
+        self.encoder_name = pretrained if self.frozen else ""
         self.memo: Memo | None = None
         self.transformer = TextTransformer(text, 0, crossattention=lambda index: None)
         if pretrained:

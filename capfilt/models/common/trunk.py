@@ -161,10 +161,15 @@ class Seeing(nn.Module):
         """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
         return normalise(pixels, self.mean, self.std) if pixels.dtype == torch.uint8 else pixels
 
+    @property
+    def frozen(self) -> bool:
+        """Whether pictures have features that never change."""
+        return self.trunk is not None and self.trunk.frozen
+
     @torch.no_grad()
     def trunk_features(self, pixels: Tensor) -> Tensor:
         """float16 [B, G*G, C]: the frozen trunk's map of pixels [B, 3, S, S], to be cached and given for pixels."""
-        if self.trunk is None or not self.trunk.frozen:
+        if self.trunk is None or not self.frozen:
             raise UserError(
                 "features can be cached for a frozen trunk only: set vision.trunk and vision.trunk_frozen"
             )
@@ -173,7 +178,7 @@ class Seeing(nn.Module):
 
     def seen_once(self, images: Tensor) -> Tensor:
         """What several passes over the same `images` take, so that a frozen trunk runs once: its features, else `images`."""
-        if self.trunk is None or not self.trunk.frozen or images.dim() != 4:
+        if not self.frozen or images.dim() != 4:
             return images
         found: Tensor = self.trunk_features(images)
         return found
