@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 from capfilt.models.common.memo import Memo, digest
-from capfilt.models.common.trunk import Seeing
 from capfilt.tables import features
 from capfilt.tables.workspace import Workspace
 
@@ -24,7 +23,7 @@ def remembering(model: Any, workspace: Workspace, pictures: bool = True) -> Iter
     """
     memos = []
     for module in model.modules() if hasattr(model, "modules") else ():
-        if getattr(module, "encoder_name", "") and (pictures or not isinstance(module, Seeing)):
+        if getattr(module, "encoder_name", "") and (pictures or not hasattr(module, "trunk_features")):
             name = f"{module.encoder_name}-{digest(module)}"
             memo = Memo(features.kept(workspace, name), partial(features.keep, workspace, name))
             module.memo = memo

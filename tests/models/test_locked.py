@@ -211,7 +211,7 @@ def test_rates_that_cannot_be_are_refused(workspace):
             locked.LockedConfig(
                 locked.LockedVisionConfig(64, "pixels"), locked.PRESETS["lite2-scratch"].text
             ),
-            SimpleNamespace(encoder_lr=1e-4, preset="lite9"),
+            SimpleNamespace(encoder_lr=1e-4, encoders="", preset="lite9"),
         )
     trained(workspace, "made").run(lambda *_: None)
     with refused("--encoder-lr", "made", "frozen"):

@@ -429,7 +429,7 @@ def start_text(model: Blip, directory: str | Path) -> None:
     load_bert(directory, model.config, model.text_stacks)
 
 
-def vocabulary(config: BlipConfig) -> str:
+def vocabulary(config: BlipConfig, options: Any) -> str:
     """The file of the sentence encoder's vocabulary; "" without one."""
     return recipe_of(config.sentence).vocabulary() if config.sentence else ""
 

@@ -9,7 +9,7 @@ from capfilt.errors import UserError
 from capfilt.models.family import Family, Kind
 from capfilt.options import AUGMENTATION, MACHINE, MODEL, OPTIMISER, SCHEDULE, Checked, option
 
-_CODE = "capfilt.models.locked.model"
+_CODE, _OVER = "capfilt.models.locked.model", "capfilt.models.locked.over"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Options(Checked):
     epochs: float = option(10.0, "passes over the texts", panel=SCHEDULE)
     warmup_steps: int = option(20, "steps of linear warm-up", panel=SCHEDULE)
     max_text_tokens: int = option(64, "cut texts to N tokens", least=2)
+    encoders: str = option(
+        "", "checkpoint of a CLIP, which takes the place of both encoders", kind="path", later=True
+    )
     encoder_lr: float = option(
         0.0, "peak of pretrained encoders; 0: frozen; else needs --no-cache-features", least=0, later=True
     )
@@ -37,6 +40,10 @@ class Options(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.encoders and getattr(self, "init", ""):
+            raise UserError(
+                f"--encoders {self.encoders}: a checkpoint (--init) has its own; give one of them"
+            )
         if self.encoder_lr and self.cache_features:
             raise UserError(
                 f"--cache-features: with --encoder-lr {self.encoder_lr:g} pictures have other features after every step; "
@@ -57,6 +64,17 @@ FAMILY = Family(
             (PAIR_ROWS,),
             "as-found",
             parts={"text": ("text_encoder",)},
+        ),
+        Kind(
+            "locked_over",
+            f"{_OVER}:OverConfig",
+            f"{_OVER}:Over",
+            "locked-tower CLIP over a CLIP",
+            "embeds pictures and texts",
+            (PAIR_ROWS,),
+            "clip",
+            "byte-pair",
+            parts={"vision": ("visual_encoder",), "text": ("text_encoder",)},
         ),
     ),
     Options,

@@ -26,7 +26,9 @@ from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.common.sentence import SentenceEncoder, recipe_of
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.trunk import TRUNKS, Seeing, Trunk
+from capfilt.models.family import found
 
+_OVER = "capfilt.models.locked.over"  # by name: it is made of this module's heads
 MAX_SCALE = 100.0
 """CLIP, sec. 2.5: the learned scale of the logits is clipped here."""
 
@@ -133,8 +135,8 @@ class Eye(Seeing):
         with full_precision(pixels):
             if self.memo is None or pixels.dtype != torch.uint8:
                 return self._seen(pixels).to(torch.float16)
-            found = self.memo.of(keys_of(list(pixels)), lambda rows: self._seen(pixels[rows]))
-            return found.to(pixels.device)
+            features = self.memo.of(keys_of(list(pixels)), lambda rows: self._seen(pixels[rows]))
+            return features.to(pixels.device)
 
     def _seen(self, pixels: Tensor) -> Tensor:
         x = self.normalise(pixels)
@@ -143,11 +145,11 @@ class Eye(Seeing):
         tokens = self.trunk(x)
         grid = math.isqrt(tokens.shape[1])
         whole = tokens.transpose(1, 2).unflatten(2, (grid, grid)).float()
-        found: Tensor = whole.mean((2, 3))[:, None]
+        features: Tensor = whole.mean((2, 3))[:, None]
         if self.config.cells:
             parts = F.adaptive_avg_pool2d(whole, self.config.cells).flatten(2)
-            found = torch.cat([found, parts.transpose(1, 2)], dim=1)
-        return found
+            features = torch.cat([features, parts.transpose(1, 2)], dim=1)
+        return features
 
 
 class Head(nn.Module):
@@ -166,22 +168,24 @@ class Head(nn.Module):
         return out
 
 
-class Locked(nn.Module):
-    """See the module's docstring. Images are pixels uint8 [B, 3, S, S], or features float16 [B, V, C]; texts ids int64 [B, L]
-    with their mask, or vectors [B, D].
+class Heads(nn.Module):
+    """Two encoders and a head on each. Images are pixels uint8 [B, 3, S, S], or features float16 [B, V, C]; texts ids int64
+    [B, L] with their mask, or vectors [B, D].
+
+    seen, read: the shape of a picture's features (vectors, channels), and the width of a text's.
     """
 
     abilities = ("features", "embed")
 
-    def __init__(self, config: LockedConfig) -> None:
+    def __init__(
+        self, config: Any, eye: nn.Module, reader: nn.Module, seen: tuple[int, int], read: int
+    ) -> None:
         super().__init__()
         self.config = config
-        self.visual_encoder = Eye(config.vision)
-        self.text_encoder = SentenceEncoder(
-            config.text, config.text.pooling, config.text.encoder, config.frozen
-        )
-        self.image_head = Head(*config.vision.features, config)
-        self.text_head = Head(1, config.text.width, config)
+        self.visual_encoder = eye
+        self.text_encoder = reader
+        self.image_head = Head(*seen, config)
+        self.text_head = Head(1, read, config)
         # CLIP, sec. 2.5: log-parameterised, starts at 1 / 0.07.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -217,13 +221,22 @@ class Locked(nn.Module):
         return out
 
 
+class Locked(Heads):
+    """See the module's docstring."""
+
+    def __init__(self, config: LockedConfig) -> None:
+        text, eye = config.text, Eye(config.vision)
+        reader = SentenceEncoder(text, text.pooling, text.encoder, config.frozen)
+        super().__init__(config, eye, reader, config.vision.features, text.width)
+
+
 class LockedTraining(nn.Module):
     """A Locked and its loss: CLIP's, over the batches of all ranks, where texts of one picture are no negatives.
 
     encoder_rate: factor on the learning rate of pretrained encoders that learn.
     """
 
-    def __init__(self, model: Locked, ranks: Ranks = ALONE, encoder_rate: float = 0.0) -> None:
+    def __init__(self, model: Heads, ranks: Ranks = ALONE, encoder_rate: float = 0.0) -> None:
         super().__init__()
         self.model, self.ranks, self.encoder_rate = model, ranks, encoder_rate
 
@@ -274,7 +287,7 @@ class LockedTraining(nn.Module):
         }
 
 
-def objective(model: Locked, tokenizer: Any, options: Any, ranks: Ranks) -> LockedTraining:
+def objective(model: Heads, tokenizer: Any, options: Any, ranks: Ranks) -> LockedTraining:
     """CLIP's symmetric contrast of the heads' vectors. UserError where a checkpoint's encoders do not learn as asked."""
     if model.config.frozen != (options.encoder_lr == 0):
         state = "are frozen" if model.config.frozen else "learn; give a rate above 0"
@@ -282,8 +295,10 @@ def objective(model: Locked, tokenizer: Any, options: Any, ranks: Ranks) -> Lock
     return LockedTraining(model, ranks, options.encoder_lr / options.learning_rate)
 
 
-def configured(config: LockedConfig, options: Any) -> LockedConfig:
-    """Pretrained encoders that are frozen, or learn. UserError where there are none to learn."""
+def configured(config: LockedConfig, options: Any) -> Any:
+    """Pretrained encoders that are frozen, or learn; a CLIP's in place of both. UserError where there are none to learn."""
+    if options.encoders:
+        return found(f"{_OVER}:over")(config, options.encoders, options.encoder_lr == 0)
     if options.encoder_lr and not config.pretrained:
         raise UserError(
             f"--encoder-lr {options.encoder_lr:g}: the preset {options.preset} has no pretrained encoders"
@@ -292,9 +307,16 @@ def configured(config: LockedConfig, options: Any) -> LockedConfig:
     return dataclasses.replace(config, vision=vision)
 
 
-def vocabulary(config: LockedConfig) -> str:
+def vocabulary(config: Any, options: Any) -> str:
     """The file of the text encoder's own vocabulary; "" for one that is new."""
+    if options.encoders:
+        return str(found(f"{_OVER}:vocabulary")(options.encoders))
     return recipe_of(config.text.encoder).vocabulary() if config.text.encoder else ""
+
+
+def start_encoders(model: Any, directory: str) -> Any:
+    """Takes the towers of a CLIP's checkpoint; returns its tokenizer."""
+    return found(f"{_OVER}:start")(model, directory)
 
 
 _SCRATCH = LockedTextConfig(4000, 192, 3, 4, 768, 64, encoder="")
