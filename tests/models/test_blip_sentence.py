@@ -48,7 +48,7 @@ def model() -> Blip:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.open(vocabulary(CONFIG)).cleaned_as(BLIP)
+    return Tokenizer.open(vocabulary(CONFIG, None)).cleaned_as(BLIP)
 
 
 @pytest.fixture(scope="module")
