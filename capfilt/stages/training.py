@@ -273,8 +273,7 @@ class Train(ModelStage):
         model.to(where)
         frozen(model, kind_of(model), o.freeze)
         recompute_activations(model, o.recompute)
-        if not o.augment:
-            self._during.enter_context(remembering(model, self.workspace))
+        self._during.enter_context(remembering(model, self.workspace, pictures=not o.augment))
         self.prepare(data, model, where)
         rows = self.source.epoch(data)
         steps = o.steps or math.ceil(o.epochs * rows / o.batch_size)
