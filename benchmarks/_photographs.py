@@ -54,7 +54,7 @@ class Family:
     evaluate: Mapping[str, Any] = field(default_factory=dict)
 
 
-_TRUNK = {"preset": "trunk", "vocab_size": 4000, "warmup_steps": 50, "cache_features": True, "save_every": 0}
+_TRUNK = {"preset": "trunk", "warmup_steps": 50, "cache_features": True, "save_every": 0}
 FAMILIES = {
     "locked": Family(
         {"preset": "lite2-minilm", "batch_size": 256, "warmup_steps": 20, "save_every": 0},
@@ -62,7 +62,7 @@ FAMILIES = {
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5},
     ),
     "clip": Family(
-        {**_TRUNK, "batch_size": 256, "max_text_tokens": 30},
+        {**_TRUNK, "vocab_size": 4000, "batch_size": 256, "max_text_tokens": 30},
         tuple(itertools.product((80, 140, 200, 300, 400), (5e-4, 1e-3))),
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
     ),
