@@ -44,12 +44,13 @@ class Pretrain(Train):
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
         self.family.check()
-        # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
-        start: Start | None = None if getattr(options, "init", "") else Preset(self.family, options)
-        source = PairSource(options, workspace)
-        if start is None:
-            start = Foreign(self.family, workspace, options, self.name)
-        self.compose(source, start)
+
+        def start() -> Start:
+            if getattr(options, "init", ""):
+                return Foreign(self.family, workspace, options, self.name)
+            return Preset(self.family, options)
+
+        self.compose(start, lambda: PairSource(options, workspace))
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "family": self.family.name, "family_version": self.family.version}
@@ -75,11 +76,10 @@ class FinetuneCaptioner(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace, options.prompt)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: CAPTIONING in kind.learns, self.name
+        self.compose(
+            lambda: Checkpoint(workspace, options, lambda kind: CAPTIONING in kind.learns, self.name),
+            lambda: PairSource(options, workspace, options.prompt),
         )
-        self.compose(source, start)
 
     def initial(self, data: Any) -> tuple[Model, Any]:
         model, tokenizer = super().initial(data)
@@ -106,12 +106,13 @@ class FinetuneFilter(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: RETRIEVAL in kind.learns, self.name
-        )
-        refuse_foreign(options, family_of(start.kind.model))
-        self.compose(source, start)
+
+        def start() -> Start:
+            found = Checkpoint(workspace, options, lambda kind: RETRIEVAL in kind.learns, self.name)
+            refuse_foreign(options, family_of(found.kind.model))
+            return found
+
+        self.compose(start, lambda: PairSource(options, workspace))
 
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
         made: torch.nn.Module = found(self.start.kind.learns[RETRIEVAL])(
@@ -133,11 +134,10 @@ class FinetuneTextAssignment(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: kind.name == "albef", self.name
+        self.compose(
+            lambda: Checkpoint(workspace, options, lambda kind: kind.name == "albef", self.name),
+            lambda: PairSource(options, workspace),
         )
-        self.compose(source, start)
 
     def planned(self) -> None:
         # A step on the way to `finetune nlvr`, whose model is the one to export.

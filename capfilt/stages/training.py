@@ -14,7 +14,7 @@ import json
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 
 from capfilt.data.tokenizer import Encodes
 from capfilt.data.transforms import Views
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput, UserError
 from capfilt.models import Model, build, checkpoint, kind_of
 from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.ranks import ALONE, Ranks
@@ -100,15 +100,25 @@ class Train(ModelStage):
         if options.tensorboard:
             check_tensorboard()
 
-    def compose(self, source: Source[Any], start: Start) -> None:
-        """Take the rows and the model of this training. UserError for a part to freeze that the model has not."""
-        self.source, self.start = source, start
-        kind = start.becomes() if self.options.freeze else start.kind
-        for part in self.options.freeze:
-            if part not in kind.parts:
-                raise UserError(
-                    f"--freeze {part}: {kind.one} has no such part; choose {', '.join(kind.parts)}"
-                )
+    def compose(self, start: Callable[[], Start], source: Callable[[], Source[Any]]) -> None:
+        """Make the model and the rows of this training. UserError for a part to freeze that the model has not.
+
+        A wrong option of either is told before an input of the other is missed that an earlier step makes.
+        """
+        missed = None
+        try:
+            self.start = start()
+            kind = self.start.becomes() if self.options.freeze else self.start.kind
+            for part in self.options.freeze:
+                if part not in kind.parts:
+                    raise UserError(
+                        f"--freeze {part}: {kind.one} has no such part; choose {', '.join(kind.parts)}"
+                    )
+        except MissingInput as error:
+            missed = error
+        self.source = source()
+        if missed is not None:
+            raise missed
 
     @abstractmethod
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.errors import UserError
+from capfilt.errors import MissingInput, UserError
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint, kind_of, layouts, preset
@@ -18,6 +18,7 @@ from capfilt.models.family import CLASSES
 from capfilt.stages.registry import STAGES, stage_command
 from capfilt.stages.starts import ForTask
 from capfilt.tables.workspace import Workspace
+from tests.refusals import refused
 from tests.worlds import image_rows, tiny_checkpoint, write_images
 
 FAST = {"preset": "tiny", "steps": 1, "batch_size": 2, "vocab_size": 600, "precision": "fp32"}
@@ -156,3 +157,43 @@ def test_what_a_task_ends_as_is_known_before_its_examples(place, command, closed
     family = "vilt_classifier" if start == "vilt" else ends_as.replace("blip", start)
     assert found == family
     assert (kind.form == CLASSES) == ("classifier" in ends_as)
+
+
+PAIRED, ASKED = {"human": ("later",)}, {"examples": ("later",), "images": ("later",)}
+"""Parts that an earlier step of a recipe makes."""
+
+
+@pytest.mark.parametrize(
+    ("command", "parts", "wrong"),
+    [
+        ("finetune-captioner", PAIRED, "--freeze legs"),
+        ("finetune-filter", PAIRED, "--freeze legs"),
+        ("finetune-text-assignment", PAIRED, "--init"),  # of no ALBEF
+        ("finetune-vqa", ASKED, "--freeze legs"),
+        ("finetune-nlvr", ASKED, "--freeze legs"),
+        ("retrain-blip", PAIRED, "--freeze legs"),
+    ],
+)
+def test_a_wrong_start_is_told_before_its_inputs_are_there(place, command, parts, wrong):
+    """Would catch: a recipe that runs for a day, and then refuses the start of its last step."""
+    with refused(wrong):
+        built(place, command, **parts, init="init", freeze=("legs",))
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("finetune-captioner", {**PAIRED, "mix": ("human",)}, "--mix human"),
+        ("finetune-vqa", {**ASKED, "answer_weight": ("later",)}, "--answer-weight later"),
+    ],
+)
+def test_wrong_options_of_the_rows_are_told_before_their_start_is_there(place, command, options, said):
+    """Would catch: the same of the rows, while an earlier step's checkpoint is missed."""
+    with refused(said):
+        built(place, command, **options, init="nowhere")
+
+
+def test_a_start_that_is_missed_is_missed_once_the_rows_are_there(place):
+    """Would catch: a training that is built without its start."""
+    with refused("nowhere", error=MissingInput):
+        built(place, "finetune-captioner", human=("human",), init="nowhere")
