@@ -163,14 +163,13 @@ class Train(ModelStage):
     def forewarning(self) -> list[str]:
         config = self.planned()
         found = places(config) if config is not None else {}
-        if not found or None in found.values():
-            return []
-        return [f"{self.output.name}: no other project will read this model", *homes(self.options.out, found)]
+        return [] if None in found.values() else homes(self.options.out, found)
 
     def remarks(self) -> list[str]:
         config = checkpoint.shape_of(self.output)
         found = places(config, kind_of(config).tokenizer.load(self.output))
-        return homes(self.options.out, found)
+        early = self.forewarning()
+        return [line for line in homes(self.options.out, found) if line not in early]
 
     def identity(self) -> Mapping[str, Any]:
         return {

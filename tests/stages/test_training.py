@@ -41,11 +41,11 @@ def built(place, name, **options):
 @pytest.mark.parametrize(
     ("model", "options", "can", "cannot"),
     [
-        ("blip", {}, [], {"transformers": "--stem patch", "original": "--stem patch"}),
-        ("blip", {"stem": "patch"}, ["transformers"], {"original": "--vocab with bert-base-uncased's vocab.txt"}),
-        ("clip", {}, ["openai"], {"transformers": "a --preset that is no ResNet"}),
-        ("vilt", {}, ["transformers"], {}),
-        ("albef", {}, [], {"original": "--stem patch", "transformers": "an ALBEF"}),
+        ("blip", {}, [], "cannot go to transformers: .*; --stem patch"),
+        ("blip", {"stem": "patch"}, ["transformers"], ""),
+        ("clip", {}, ["openai"], ""),
+        ("vilt", {}, ["transformers"], ""),
+        ("albef", {}, [], "cannot go to original: .*; --stem patch"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -55,11 +55,9 @@ def test_a_training_says_where_its_model_can_go(place, tmp_path, capsys, model, 
     stage = built(place, f"retrain-{model}", human=("human",), out=out, **{**FAST, **options, **extra})
     summary = run_stage(stage, InlineExecutor(), quiet=False)
     early, late = capsys.readouterr().err, "\n".join(summary.lines())
-    assert ("no other project will read this model" in early) == (not can)
-    for layout, cure in cannot.items():
-        said = re.search(f"cannot go to {layout}: .*", late)
-        assert cure in said[0]
-        assert (said[0] in early) == (not can)
+    (line,) = re.findall("can(?:not)? go to .*", early + late)
+    assert bool(re.match(cannot or "can go to", line)), line
+    assert (line in early) == (not can)
     assert re.findall(r"can go to ([a-z, ]+):", late) == ([", ".join(can)] if can else [])
     for layout in layouts.names()[1:]:
         if layout in can:
@@ -100,10 +98,8 @@ def test_where_a_config_can_go_and_what_would_have_helped(kind, vocab, open_):
 
     found = places(config_of(kind, Vocabulary))
     assert [layout for layout, error in found.items() if error is None] == open_
-    lines = homes("x", found)
-    assert lines
-    if not open_:
-        assert len(lines) == len(layouts.names()) - 1
+    (line,) = homes("x", found)
+    assert line.startswith("can go to " + ", ".join(open_) if open_ else "cannot go to ")
     options = {name for command in STAGES for name in command.options.__dataclass_fields__}
     for error in found.values():
         for option in re.findall(r"--([a-z-]+)", error.cure if error else ""):
