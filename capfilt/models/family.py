@@ -233,9 +233,3 @@ class Family:
         if name not in presets:
             raise UserError(f"--preset {name!r} of {self.name}: choose {', '.join(presets)}")
         return presets[name].for_vocabulary(vocab_size)
-
-    def objective(self, model: Any, tokenizer: Any, options: Any, ranks: Any) -> Any:
-        """The model under the family's losses."""
-        module = self.part("objective")(model, tokenizer, options, ranks)
-        self._check(type(module), ("losses", "blocks"))
-        return module

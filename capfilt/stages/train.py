@@ -44,6 +44,7 @@ class Pretrain(Train):
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
         self.family.check()
+        self.objective = self.family.part("objective")
 
         def start() -> Start:
             if getattr(options, "init", ""):
@@ -54,10 +55,6 @@ class Pretrain(Train):
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "family": self.family.name, "family_version": self.family.version}
-
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = self.family.objective(model, tokenizer, self.options, ranks)
-        return made
 
 
 class Retrain(Pretrain):
@@ -80,17 +77,12 @@ class FinetuneCaptioner(Train):
             lambda: Checkpoint(workspace, options, lambda kind: CAPTIONING in kind.learns, self.name),
             lambda: PairSource(options, workspace, options.prompt),
         )
+        self.objective = found(self.start.kind.learns[CAPTIONING])
 
     def initial(self, data: Any) -> tuple[Model, Any]:
         model, tokenizer = super().initial(data)
         model.config = dataclasses.replace(model.config, prompt=self.options.prompt)
         return model, tokenizer
-
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = found(self.start.kind.learns[CAPTIONING])(
-            model, tokenizer, self.options, ranks
-        )
-        return made
 
 
 class FinetuneFilter(Train):
@@ -113,12 +105,7 @@ class FinetuneFilter(Train):
             return found
 
         self.compose(start, lambda: PairSource(options, workspace))
-
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = found(self.start.kind.learns[RETRIEVAL])(
-            model, tokenizer, self.options, ranks
-        )
-        return made
+        self.objective = found(self.start.kind.learns[RETRIEVAL])
 
 
 class FinetuneTextAssignment(Train):

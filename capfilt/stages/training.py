@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
@@ -29,7 +28,7 @@ import torch
 from capfilt.data.tokenizer import Encodes
 from capfilt.data.transforms import Views
 from capfilt.errors import MissingInput, UserError
-from capfilt.models import Model, build, checkpoint, kind_of
+from capfilt.models import Model, build, checkpoint, family_of, kind_of
 from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.export import homes, places
@@ -61,6 +60,7 @@ class Train(ModelStage):
         shown: figures of the loop that progress and summary show.
         source: the rows.
         start: the model that it starts from.
+        objective: puts the model under its losses, as `capfilt.models.family.Family` has it.
     """
 
     version = 3  # crops are the same on any number of ranks, of pairs the order too, held or streamed
@@ -68,6 +68,7 @@ class Train(ModelStage):
     shown: tuple[str, ...]
     source: Source[Any]
     start: Start
+    objective: Callable[[Any, Any, Any, Ranks], Any]
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options = options
@@ -120,9 +121,14 @@ class Train(ModelStage):
         if missed is not None:
             raise missed
 
-    @abstractmethod
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        """The model with its losses."""
+        """The model with its losses. UserError naming a method that they lack."""
+        made: torch.nn.Module = self.objective(model, tokenizer, self.options, ranks)
+        for name in ("losses", "blocks"):
+            if not hasattr(made, name):
+                family = family_of(type(model)).name
+                raise UserError(f"model family {family}: {type(made).__name__} has no {name}")
+        return made
 
     def planned(self) -> Any:
         """The config of the model to come, as far as it is known before any rows are read; None where nothing is."""
