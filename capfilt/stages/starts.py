@@ -89,7 +89,7 @@ class Preset(Start):
         model = build(self._sized(tokenizer), seed=self.options.seed)
         for side in ("vision", "text"):
             if directory := getattr(self.options, f"{side}_init", ""):
-                getattr(importlib.import_module(self.family.code), f"start_{side}")(model, directory)
+                self.family.part(f"start_{side}")(model, directory)
         return model, tokenizer
 
     def _config(self, vocab_size: int) -> Any:
