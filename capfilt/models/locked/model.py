@@ -121,7 +121,7 @@ class Eye(Seeing):
         tokens = self.trunk(x)
         grid = math.isqrt(tokens.shape[1])
         whole = tokens.transpose(1, 2).unflatten(2, (grid, grid)).float()
-        found = whole.mean((2, 3))[:, None]
+        found: Tensor = whole.mean((2, 3))[:, None]
         if self.config.cells:
             parts = F.adaptive_avg_pool2d(whole, self.config.cells).flatten(2)
             found = torch.cat([found, parts.transpose(1, 2)], dim=1)
