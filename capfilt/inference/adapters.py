@@ -160,6 +160,22 @@ class Embeds(Sees):
             out: Tensor = self._model.embed_text(*self._encode(texts))
         return out
 
+    def like_images(self, tokens: Tensor) -> Tensor:
+        """Unit vectors float32 [B, D] by which pictures are like pictures: `embed_images`, or a pretrained encoder's own."""
+        if not hasattr(self._model, "like_image"):
+            return self.embed_images(tokens)
+        with self._evaluating():
+            out: Tensor = self._model.like_image(self._sent(tokens))
+        return out
+
+    def like_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors float32 [T, D] by which texts are like texts: `embed_texts`, or a pretrained encoder's own."""
+        if not hasattr(self._model, "like_text"):
+            return self.embed_texts(texts)
+        with self._evaluating():
+            out: Tensor = self._model.like_text(*self._encode(texts))
+        return out
+
 
 Read = Callable[[Tensor], Tensor]
 """What is read of a pair's two logits [P, 2]: [P]."""

@@ -162,13 +162,21 @@ class Locked(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """fp32 [B, E] of images, not normalised."""
-        features = images if images.dim() == 3 else self.visual_encoder.trunk_features(images)
-        return self._headed(self.image_head, features)
+        """The encoder's features float16 [B, V, C]; the first is of the whole picture."""
+        out: Tensor = images if images.dim() == 3 else self.visual_encoder.trunk_features(images)
+        return out
 
     def embed_image(self, features: Tensor) -> Tensor:
-        """fp32 unit vectors [B, E] of `encode_image`'s."""
-        return F.normalize(features.float(), dim=-1)
+        """fp32 unit vectors [B, E] of features [B, V, C], or [B, C] of one."""
+        return F.normalize(self._headed(self.image_head, features), dim=-1)
+
+    def like_image(self, features: Tensor) -> Tensor:
+        """fp32 unit vectors [B, C] by which pictures are like pictures: the encoder's own, of features as above."""
+        return F.normalize((features[:, 0] if features.dim() == 3 else features).float(), dim=-1)
+
+    def like_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """fp32 unit vectors [B, D] by which texts are like texts: the encoder's own."""
+        return F.normalize(self.text_encoder(ids, mask).float(), dim=-1)
 
     def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """fp32 unit vectors [B, E] of texts, or of their encoder's vectors [B, D]."""
