@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
 from capfilt.stages.calibrate import CalibrateOptions, judging
+from capfilt.stages.calibrate import stage as stage_module
 from capfilt.stages.calibrate.held_out import near_texts, trained_on
 from capfilt.stages.calibrate.judge import Judge, JudgePairs
 from capfilt.stages.calibrate.stage import Calibrate
@@ -526,7 +528,12 @@ def test_a_set_judges_every_picture_by_the_checkpoint_of_its_fold(neighbours, wo
             vocab_size=600, learning_rate=1e-2, out=f"second-{fold}", seed=fold,
         )  # fmt: skip
         run_stage(Retrain(options, place), InlineExecutor(), quiet=True)
-    both = calibrated(place, "second", filter=("second-{fold}",), folds=2)
+    both = calibrated(place, "second", filter=("second-{fold}",), folds=2, previous="folded")
+    (line,) = [line for line in _remarks(place, "second") if line.startswith("since folded")]
+    assert names(line, "ROC-AUC", "share", "likely texts", "stop" if "stop" in line else "further")
+    assert any("web text" in line and "by heart" in line for line in read(both)["warnings"])
+    with refused("--previous folded-judged", "calibrate"):
+        calibrated(place, "no-previous", previous="folded-judged")
     cosines = {row["text_id"]: row["itc_score"] for row in rows_of(both)}
     for fold in (0, 1):
         # One checkpoint alone may judge what it saw, and says so.
@@ -544,6 +551,35 @@ def test_a_set_judges_every_picture_by_the_checkpoint_of_its_fold(neighbours, wo
         place.model(f"turned-{1 - fold}").symlink_to(place.model(f"second-{fold}"))
     with refused("turned-{fold}", "fold 0", "--require"):
         calibrated(place, "turned", filter=("turned-{fold}",), folds=2)
+
+
+def _remarks(place, out):
+    said = read(place.part("scores", out))["options"]
+    options = {name: tuple(each) if isinstance(each, list) else each for name, each in said.items()}
+    return Calibrate(CalibrateOptions(**options), place).remarks()
+
+
+@pytest.mark.parametrize(
+    ("auc", "share", "same", "told"),
+    [
+        (-0.1, 0.1, 0.5, "keep before"),
+        (0.1, 0.01, 0.5, "settled"),
+        (0.1, 0.1, 0.99, "settled"),
+        (0.1, 0.1, 0.5, "further"),
+    ],
+)
+def test_a_round_says_whether_another_one_is_worth_its_time(auc, share, same, told, monkeypatch):
+    """Catches rounds that go on for ever, and one that ranks worse and is kept."""
+    before = {"auc": 0.8, "share": 0.4}
+    monkeypatch.setattr(stage_module, "read", lambda part: before)
+    gone = round(100 * (1 - same) / (1 + same))
+    texts = {"before": set(range(100)), "now": set(range(gone, 100 + gone))}
+    monkeypatch.setattr(stage_module, "_likely", lambda part: texts[part.name])
+    made = Calibrate.__new__(Calibrate)
+    made.previous, made.output = SimpleNamespace(name="before"), SimpleNamespace(name="now")
+    line = made._progress({"auc": 0.8 + auc, "share": 0.4 + share})
+    assert told in line
+    assert f"{share:+.3f}" in line
 
 
 def test_several_filters_are_one_by_their_mean(neighbours):

@@ -42,6 +42,7 @@ class CalibrateOptions(EngineOptions, Checked):
         "", "name of the judged parts, NAME-judged and NAME-pairs; default: that of --out", rare=True
     )
     method: str = option("platt", "fit: a logistic curve, or any rising one", choices=("platt", "isotonic"))
+    previous: str = option("", "scores part of the round before, to be compared with", kind="scores")
     signals: tuple[str, ...] = option(
         (), "signals to fuse; repeatable; default: all but those of words", choices=SIGNALS
     )

@@ -33,6 +33,8 @@ LEAST_IMAGES = 50
 """Fewer pictures give a slope that nobody should trust."""
 MOST_IMAGES = 5000
 """More pictures move no figure that is printed, and every worker embeds them to find near ones."""
+MOST_EXPOSURES = 5
+"""A web text that is seen more often is learned by heart (docs/decisions/0007-small-corpora.md)."""
 NEAREST = 20
 """Pictures whose texts are near ones."""
 
@@ -171,6 +173,10 @@ def check_unseen(options: CalibrateOptions, workspace: Workspace, held_out: Part
                     f"--filter {name}: {len(own):,} pictures of fold {fold} trained {path.name}, which judges them; train it "
                     f"on verdicts of select --require 'fold <> {fold}'"
                 )
+            if (mean := _mean_exposures(path)) > MOST_EXPOSURES:
+                warned.append(
+                    f"{path.name} saw each web text {mean:.0f} times; from {MOST_EXPOSURES} on it knows wrong ones by heart"
+                )
             if own:
                 warned.append(
                     f"{len(own):,} of the pictures that are judged trained {path.name}: it may know them by heart"
@@ -211,6 +217,19 @@ def trained_on(path: Path, workspace: Workspace) -> set[str] | None:
         if place == path and found is None:
             return None
     return found
+
+
+def _mean_exposures(path: Path) -> float:
+    """How often a training showed a text of the web that it showed at all; 0 where it had none, or does not say."""
+    place = path / EXPOSURES
+    if not place.is_file():
+        return 0.0
+    with naming(place):
+        table = pq.read_table(place)
+    if not {"source", "exposures"} <= {*table.column_names}:
+        return 0.0
+    web = pc.and_(pc.equal(table["source"], "web"), pc.greater(table["exposures"], 0))
+    return float(pc.mean(table.filter(web)["exposures"]).as_py() or 0.0)
 
 
 def _ancestry(path: Path, workspace: Workspace) -> Iterator[Path]:

@@ -35,6 +35,8 @@ from capfilt.tables.workspace import Workspace
 
 PROBABILITY = "match_probability"
 MEANING = "probability that the text belongs to the picture, in [0, 1]; null for a synthetic text"
+SETTLED_SHARE, SETTLED_TEXTS = 0.02, 0.95
+"""A round that moves the share by less, or leaves more of the likely texts as they were, is the last."""
 NOT_FUSED = (WORDS, UNKNOWN)
 """Signals of the text alone, which the texts of other pictures have alike: fused where asked for only."""
 
@@ -59,6 +61,11 @@ class Calibrate(ShardStage):
         columns = {PROBABILITY: MEANING, **{name: MEANINGS[name] for name in self.signals}}
         self.contract = score_contract(columns)
         self.output = output or workspace.part("scores", options.out)
+        self.previous = workspace.input("scores", options.previous) if options.previous else None
+        if self.previous and read(self.previous) is None:
+            raise UserError(
+                f"--previous {options.previous}: has no calibration; give a part that calibrate wrote"
+            )
 
     @cached_property
     def fused(self) -> list[str]:
@@ -80,6 +87,7 @@ class Calibrate(ShardStage):
             # The share is of the whole part.
             "judged": self.judged.expect("scores").digest(),
             "pairs": self.pairs.expect("signals").digest(),
+            **({"previous": self.previous.digest()} if self.previous else {}),
         }
 
     def shards(self) -> list[int]:
@@ -138,12 +146,31 @@ class Calibrate(ShardStage):
             f"{name}: ROC-AUC {found['auc']:.3f} and {found['auc_near']:.3f}, weight {found['weight']:+.2f}"
             for name, found in made["signals"].items()
         ]
+        if self.previous:
+            lines.append(self._progress(made))
         lines += [
             f"p >= {each['threshold']:g} keeps {each['kept']:.1%}, of which {each['precision']:.1%} are expected to be true"
             for each in made["cuts"]
             if each["precision"] is not None
         ]
         return lines + [f"warning: {line}" for line in made["warnings"]]
+
+    def _progress(self, made: Mapping[str, Any]) -> str:
+        """How far this round is from the one before, and whether a further one is worth its time (docs/calibration.md)."""
+        assert self.previous is not None
+        before = read(self.previous)
+        assert before is not None
+        kept = [_likely(part) for part in (self.previous, self.output)]
+        alike = len(kept[0] & kept[1]) / max(1, len(kept[0] | kept[1]))
+        moved = made["share"] - before["share"]
+        told = (
+            f"since {self.previous.name}: ROC-AUC {made['auc'] - before['auc']:+.3f}, share {moved:+.3f}, "
+            f"likely texts {alike:.1%} the same"
+        )
+        if made["auc"] < before["auc"]:
+            return f"{told}; stop, and keep {self.previous.name}: this round ranks worse"
+        settled = abs(moved) < SETTLED_SHARE or alike > SETTLED_TEXTS
+        return f"{told}; {'stop: it has settled' if settled else 'a further round may help'}"
 
     # ------------------------------------------------------------------ the fit
 
@@ -229,6 +256,13 @@ class Calibrate(ShardStage):
         if not images:
             raise UserError(f"{self.judged.path}: no found text has a score; were its pictures downloaded?")
         return np.concatenate(values), images
+
+
+def _likely(part: Part) -> set[str]:
+    """The texts that are more likely true than not."""
+    tables = part.tables(["text_id", PROBABILITY])
+    likely = (table.filter(pc.greater_equal(table[PROBABILITY], 0.5)) for table in tables)
+    return {text for table in likely for text in table["text_id"].to_pylist()}
 
 
 def _matrix(table: pa.Table, names: list[str]) -> Floats:
