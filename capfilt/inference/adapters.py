@@ -177,6 +177,10 @@ class Embeds(Sees):
         return out
 
 
+Read = Callable[[Tensor], Tensor]
+"""What is read of a pair's two logits [P, 2]: [P]."""
+
+
 class Matches(Sees):
     """A cross-encoder. Where texts attend to keys and values of an image, those are computed once per image."""
 
@@ -188,22 +192,12 @@ class Matches(Sees):
         """`itm_score` float32 [P]: softmax of the two logits at "match"."""
         return self._matched(image_tokens, image_index, texts, lambda logits: logits.softmax(dim=1)[:, 1])
 
-    def _matched(
-        self,
-        image_tokens: Tensor,
-        image_index: Tensor,
-        texts: Sequence[str],
-        read: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def _matched(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str], read: Read) -> Tensor:
         way = self._by_pair if hasattr(self._model, "match_pairs") else self._by_image
         return way(image_tokens, image_index, texts, read)
 
     def _by_image(
-        self,
-        image_tokens: Tensor,
-        image_index: Tensor,
-        texts: Sequence[str],
-        read: Callable[[Tensor], Tensor],
+        self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str], read: Read
     ) -> Tensor:
         out = torch.empty(len(texts), dtype=torch.float32)
         images, counts = torch.unique_consecutive(image_index.cpu(), return_counts=True)
@@ -220,13 +214,7 @@ class Matches(Sees):
                 start += count
         return out
 
-    def _by_pair(
-        self,
-        image_tokens: Tensor,
-        image_index: Tensor,
-        texts: Sequence[str],
-        read: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def _by_pair(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str], read: Read) -> Tensor:
         number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         out = torch.empty(len(texts), dtype=torch.float32)
         with self._evaluating():

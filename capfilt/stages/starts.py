@@ -152,6 +152,7 @@ class Checkpoint(Start):
     """A checkpoint as it is.
 
     Args:
+        options: the stage's, of which `init` names the checkpoint.
         able: whether a kind of model can be trained so. UserError names the kinds that can, where this one cannot.
         stage, rows: the stage that trains, and the rows that it reads, for that message.
     """
@@ -159,13 +160,13 @@ class Checkpoint(Start):
     def __init__(
         self,
         workspace: Workspace,
-        name: str,
-        image_size: int,
+        options: Any,
         able: Callable[[Kind], bool],
         stage: str,
         rows: tuple[str, ...] = (PAIR_ROWS,),
     ) -> None:
-        self.path, self.name = workspace.model(name), name
+        self.options, self.name = options, options.init
+        self.path = workspace.model(self.name)
         made = checkpoint.read_config(self.path)
         self.kind = kind_named(str(made["model_type"]))
         if not able(self.kind):
@@ -175,7 +176,7 @@ class Checkpoint(Start):
             why = other if self.kind.rows != rows else ""
             known = " or ".join(each.one for each in kinds() if able(each))
             raise UserError(f"--init {self.path}: is {self.kind.one}{why}; start from {known}")
-        self.image_size = image_size or int(checkpoint.shape_of(self.path).image_size)
+        self.image_size = options.image_size or int(checkpoint.shape_of(self.path).image_size)
 
     def identity(self) -> Mapping[str, Any]:
         return {"init": checkpoint.fingerprint(self.path)}
@@ -195,12 +196,10 @@ class Foreign(Checkpoint):
     """A model of one family, made of a checkpoint of another by the function that the record has for it."""
 
     def __init__(self, family: Family, workspace: Workspace, options: Any, stage: str) -> None:
-        self.family, self.own, self.options = family, family.kinds[0], options
+        self.family, self.own = family, family.kinds[0]
         own = [kind.name for kind in family.kinds if kind.rows == self.own.rows]
         able = (*own, *family.starts)
-        super().__init__(
-            workspace, options.init, options.image_size, lambda kind: kind.name in able, stage, self.own.rows
-        )
+        super().__init__(workspace, options, lambda kind: kind.name in able, stage, self.own.rows)
         self.mapped = self.kind.name not in own
         if not self.mapped:
             self.own = self.kind
@@ -237,14 +236,9 @@ class ForTask(Checkpoint):
     """
 
     def __init__(self, workspace: Workspace, options: Any, form: str, task: str, stage: str) -> None:
-        self.form, self.task, self.options = form, task, options
+        self.form, self.task = form, task
         super().__init__(
-            workspace,
-            options.init,
-            options.image_size,
-            lambda kind: form in (*kind.starts, *kind.forms),
-            stage,
-            (EXAMPLE_ROWS,),
+            workspace, options, lambda kind: form in (*kind.starts, *kind.forms), stage, (EXAMPLE_ROWS,)
         )
 
     def becomes(self) -> Kind:

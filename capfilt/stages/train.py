@@ -44,19 +44,17 @@ class Pretrain(Train):
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
         self.family.check()
-        # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
-        start: Start | None = None if getattr(options, "init", "") else Preset(self.family, options)
-        source = rows_source(self.family.kinds[0].rows, options, workspace)
-        if start is None:
-            start = Foreign(self.family, workspace, options, self.name)
-        self.compose(source, start)
+        self.objective = self.family.part("objective")
+
+        def start() -> Start:
+            if getattr(options, "init", ""):
+                return Foreign(self.family, workspace, options, self.name)
+            return Preset(self.family, options)
+
+        self.compose(start, lambda: rows_source(self.family.kinds[0].rows, options, workspace))
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "family": self.family.name, "family_version": self.family.version}
-
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = self.family.objective(model, tokenizer, self.options, ranks)
-        return made
 
 
 class Retrain(Pretrain):
@@ -75,22 +73,16 @@ class FinetuneCaptioner(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace, options.prompt)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: CAPTIONING in kind.learns, self.name
+        self.compose(
+            lambda: Checkpoint(workspace, options, lambda kind: CAPTIONING in kind.learns, self.name),
+            lambda: PairSource(options, workspace, options.prompt),
         )
-        self.compose(source, start)
+        self.objective = found(self.start.kind.learns[CAPTIONING])
 
     def initial(self, data: Any) -> tuple[Model, Any]:
         model, tokenizer = super().initial(data)
         model.config = dataclasses.replace(model.config, prompt=self.options.prompt)
         return model, tokenizer
-
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = found(self.start.kind.learns[CAPTIONING])(
-            model, tokenizer, self.options, ranks
-        )
-        return made
 
 
 class FinetuneFilter(Train):
@@ -106,18 +98,14 @@ class FinetuneFilter(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: RETRIEVAL in kind.learns, self.name
-        )
-        refuse_foreign(options, family_of(start.kind.model))
-        self.compose(source, start)
 
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = found(self.start.kind.learns[RETRIEVAL])(
-            model, tokenizer, self.options, ranks
-        )
-        return made
+        def start() -> Start:
+            made = Checkpoint(workspace, options, lambda kind: RETRIEVAL in kind.learns, self.name)
+            refuse_foreign(options, family_of(made.kind.model))
+            return made
+
+        self.compose(start, lambda: PairSource(options, workspace))
+        self.objective = found(self.start.kind.learns[RETRIEVAL])
 
 
 class FinetuneTextAssignment(Train):
@@ -133,11 +121,10 @@ class FinetuneTextAssignment(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: kind.name == "albef", self.name
+        self.compose(
+            lambda: Checkpoint(workspace, options, lambda kind: kind.name == "albef", self.name),
+            lambda: PairSource(options, workspace),
         )
-        self.compose(source, start)
 
     def planned(self) -> None:
         # A step on the way to `finetune nlvr`, whose model is the one to export.

@@ -233,8 +233,6 @@ class FinetuneCaptionerOptions(OptimisationOptions):
 class FinetuneFilterOptions(MomentumOptions, OptimisationOptions):
     """Step 2: finetune the filter (ITC and ITM) on human pairs."""
 
-    panel = MODEL
-
     init: str = option("pretrained", "checkpoint to start from", kind="model")
     human: tuple[str, ...] = option((), "images part with human captions; repeatable", kind="images")
     learning_rate: float = option(1e-5, "peak (BLIP's retrieval: 1e-5 for ViT-B)", above=0)

@@ -460,7 +460,7 @@ def test_the_report_shows_share_thresholds_and_reliability(world):
     """Catches a calibration that nobody sees, and a report that a part without one breaks."""
     place, _ = world
     part = calibrated(place)
-    page = render(place, place.path / "runs")
+    page = render(place)
     assert "Calibration: calibrated" in page
     assert "Calibration: calibrated-judged" not in page
     assert f"{read(part)['share']:.3f}".rstrip("0") in page

@@ -38,7 +38,7 @@ from capfilt.models.common.pretrained import load_bert, load_vit
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.common.sentence import SentenceEncoder, recipe_of, start_layers
 from capfilt.models.common.text import SelfCache, TextConfig, TextDecoder, TextTransformer
-from capfilt.models.common.vision import VisionConfig, VisionTower
+from capfilt.models.common.vision import Towered, VisionConfig, VisionTower
 
 CAPTIONER_PARTS = ("visual_encoder", "text_decoder")
 
@@ -85,7 +85,7 @@ class BlipConfig(ModelConfig):
         return found
 
 
-class Blip(nn.Module):
+class Blip(Towered):
     """See the module's docstring. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
 
     Texts are `ids` int64 [B, L] = [CLS] ... [SEP] and padding, `mask` bool [B, L], as the tokenizer gives them:
@@ -140,11 +140,6 @@ class Blip(nn.Module):
         writes = ("write",) if self.config.half != "filter" else ()
         return ("features", *judges, *writes)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
-
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """fp32 unit vectors [B, E] from the [CLS] of image tokens [B, N, Dv]."""
         return project(self.vision_proj, image_tokens)
@@ -181,7 +176,7 @@ class Blip(nn.Module):
         """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
         states = self.text_encoder(
-            self._start(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
+            starting(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
         )
         return exact(self.itm_head, states[:, 0])
 
@@ -197,7 +192,7 @@ class Blip(nn.Module):
         where: bool [B, L] asks for these positions only, [T, V]: most of a small model's time goes into this projection.
         """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
-        states = self.text_decoder.bert(self._start(ids, self.config.text.dec_id), mask, cross, causal=True)
+        states = self.text_decoder.bert(starting(ids, self.config.text.dec_id), mask, cross, causal=True)
         return self.text_decoder.logits(states if where is None else states[where])
 
     # Writing, token by token.
@@ -227,7 +222,7 @@ class Blip(nn.Module):
         of each of an image's K texts, side by side: rows i*K .. i*K+K-1 belong to image i. Updates the cache.
         """
         if cache.length == 0:
-            ids = self._start(ids, self.config.text.dec_id)
+            ids = starting(ids, self.config.text.dec_id)
         states = self.text_decoder.bert(ids, cross=cross, cache=cache)
         return self.text_decoder.logits(states[:, -1])
 
@@ -245,11 +240,12 @@ class Blip(nn.Module):
         made, own = blank(Blip, dataclasses.replace(self.config, half=half)), self.state_dict()
         return assemble(Path(half), made, {name: own[name] for name in made.state_dict()})
 
-    @staticmethod
-    def _start(ids: Tensor, token: int) -> Tensor:
-        ids = ids.clone()
-        ids[:, 0] = token
-        return ids
+
+def starting(ids: Tensor, token: int) -> Tensor:
+    """A copy of texts int64 [B, L] with this token at position 0."""
+    ids = ids.clone()
+    ids[:, 0] = token
+    return ids
 
 
 @dataclass(frozen=True)
