@@ -46,12 +46,15 @@ class Family:
         grid: numbers of steps with a learning rate, of which each row has its own best.
         quick: options at the quick size.
         evaluate: further options of `evaluate` on the test split.
+        judge: the family that judges, with the steps and the rate that the val split chose for it most often; "" for itself,
+            as the val split chose the row of human pairs.
     """
 
     train: Mapping[str, Any]
     grid: tuple[tuple[int, float], ...]
     quick: Mapping[str, Any]
     evaluate: Mapping[str, Any] = field(default_factory=dict)
+    judge: tuple[str, int, float] = ("", 0, 0.0)
 
 
 _TRUNK = {"preset": "trunk", "warmup_steps": 50, "cache_features": True, "save_every": 0}
@@ -71,6 +74,7 @@ FAMILIES = {
         ((100, 1e-3), (200, 1e-3), (400, 1e-3)),
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
         {"tasks": ["retrieval", "captioning"], "method": "greedy"},
+        ("locked", 400, 5e-4),
     ),
 }
 QUICK = ((10, 1e-3), (20, 1e-3))
@@ -177,8 +181,17 @@ class Protocol:
     @property
     def train(self) -> dict[str, Any]:
         """Options of every training."""
-        chosen = FAMILIES[self.family]
+        return self.options_of(self.family)
+
+    def options_of(self, family: str) -> dict[str, Any]:
+        """Options of every training of a family."""
+        chosen = FAMILIES[family]
         return {**chosen.train, **(chosen.quick if self.quick else {})}
+
+    @property
+    def judge(self) -> str:
+        """The family that judges."""
+        return FAMILIES[self.family].judge[0] or self.family
 
 
 @dataclass(frozen=True)
@@ -276,10 +289,15 @@ def judging(protocol: Protocol, best: Trial, seed: int) -> list[Step]:
                 "out": name,
             }
             data = {"human": ["human"], "verdicts": [f"web={name}"], "out": f"{SECOND}-{fold}", "seed": seed}
-            options = {**protocol.train, **data, "learning_rate": best.rate, "steps": best.steps}
+            options = {
+                **protocol.options_of(protocol.judge),
+                **data,
+                "learning_rate": best.rate,
+                "steps": best.steps,
+            }
             steps += [
                 step("select", name, made),
-                step(f"retrain-{protocol.family}", f"{SECOND}-{fold}", options),
+                step(f"retrain-{protocol.judge}", f"{SECOND}-{fold}", options),
             ]
         both = {**given, "filter": [best.name, f"{SECOND}-{{fold}}"], "out": SECOND}
         steps.append(step("calibrate", SECOND, both))
@@ -386,7 +404,16 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
     run_steps(parts(protocol, captions, seed), place, work)
     clock.lap("images")
     rows: dict[str, Outcome] = {}
-    # The judge saw human pairs alone: the checkpoint of that row is it, as the val split chose it.
+    family, *settled = FAMILIES[protocol.family].judge
+    if family:
+        judge = Trial(f"judge-{family}", *(QUICK[0] if protocol.quick else settled))
+        options = {**protocol.options_of(family), "human": ["human"], "seed": seed, "out": judge.name}
+        made = step(
+            f"retrain-{family}", judge.name, {**options, "steps": judge.steps, "learning_rate": judge.rate}
+        )
+        run_steps([made, *judging(protocol, judge, seed)], place, work)
+        clock.lap("judge")
+    # The judge saw human pairs alone: without another family, the checkpoint of that row is it, as the val split chose it.
     for row in (JUDGE, *(row for row in protocol.rows if row != JUDGE)):
         like = ROWS[row].like
         grid = [(rows[like].trial.steps, rows[like].trial.rate)] if like else protocol.grid
@@ -399,7 +426,7 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
         found = result(place, "test", best)
         rows[row] = Outcome(best, found.metrics, pictures(found), sums[best])
         clock.lap(row)
-        if row == JUDGE:
+        if row == JUDGE and not family:
             run_steps(judging(protocol, best, seed), place, work)
             clock.lap("judge")
     parts_ = dict.fromkeys([JUDGED, *(ROWS[row].scores for row in protocol.rows if ROWS[row].scores)])
