@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from capfilt.models import Model, family_named, family_of
+from capfilt.errors import UserError
+from capfilt.inference.adapters import Opened, adapted
+from capfilt.models import Model, checkpoint, family_named, family_of
 from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
+from capfilt.stages.calibrate.compare import HeldOut
+from capfilt.stages.calibrate.held_out import trained_on
 from capfilt.stages.sources import PairSource, rows_source
 from capfilt.stages.starts import Checkpoint, Foreign, Preset, Start
 from capfilt.stages.training import Train
@@ -106,6 +111,48 @@ class FinetuneFilter(Train):
 
         self.compose(start, lambda: PairSource(options, workspace))
         self.objective = found(self.start.kind.learns[RETRIEVAL])
+        if options.against and not options.held_out:
+            raise UserError(f"--against {options.against[0]}: is compared on --held-out; give both")
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The pictures on which judges are compared."""
+        o = self.options
+        return HeldOut(o.held_out, o.against, self.workspace, o.seed) if o.held_out else None
+
+    def identity(self) -> Mapping[str, Any]:
+        if not self.held_out:
+            return super().identity()
+        against = [checkpoint.fingerprint(path) for path in self.held_out.against.values()]
+        return {**super().identity(), "held_out": self.held_out.part.digest(), "against": against}
+
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        if self.held_out:
+            # Before the training: none of the pictures may be one of its own, or of its ancestors.
+            self.held_out.refuse({image for image, _ in data.identities()}, "this filter")
+            before = trained_on(self.workspace.model(self.options.init), self.workspace)
+            self.held_out.refuse(before or set(), self.options.init)
+        return super().initial(data)
+
+    def judged(self, model: Any, tokenizer: Any, where: torch.device) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        own = Opened("", model.config.image_size, adapted(model.to(where).eval(), tokenizer))
+        return self.held_out.areas(own)
+
+    def remarks(self) -> list[str]:
+        lines = super().remarks()
+        if self.options.held_out:
+            figures = checkpoint.read_config(self.output)["extra"].get("figures", {})
+            found = {
+                name: area for name, area in figures.items() if name.endswith(("itc_score", "itm_score"))
+            }
+            order = sorted(found, key=lambda name: -found[name])
+            told = ", ".join(f"{name} {found[name]:.3f}" for name in order)
+            lines.append(
+                f"ROC-AUC on {self.options.held_out}: {told} (chance 0.5); trust {order[0]}, or fuse them by capfilt calibrate"
+            )
+        return lines
 
 
 class FinetuneTextAssignment(Train):

@@ -243,6 +243,10 @@ class FinetuneFilterOptions(MomentumOptions, OptimisationOptions):
     image_size: int = option(
         0, "side of the input in pixels; 0: the checkpoint's (BLIP's code: 384)", later=True
     )
+    held_out: str = option("", "images part of human pairs to compare judges on", kind="images", later=True)
+    against: tuple[str, ...] = option(
+        (), "with --held-out: another judge, such as a locked; repeatable", kind="model", later=True
+    )
     out: str = option("filter", "name of the checkpoint to write")
 
 
@@ -377,7 +381,10 @@ FINETUNE_FILTER = StageCommand(
     ("finetune", "filter"),
     FinetuneFilterOptions,
     ("capfilt.stages.train:FinetuneFilter",),
-    ("capfilt finetune filter --init pretrained --human coco",),
+    (
+        "capfilt finetune filter --init pretrained --human coco",
+        "capfilt finetune filter --init pretrained --human coco --held-out kept-back --against judge",
+    ),
 )
 
 FINETUNE_TEXT_ASSIGNMENT = StageCommand(

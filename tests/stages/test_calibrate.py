@@ -31,7 +31,7 @@ from capfilt.stages.prove.stage import Prove
 from capfilt.stages.registry import stage_command
 from capfilt.stages.select import SelectOptions
 from capfilt.stages.select.stage import Select, WritePairs
-from capfilt.stages.train import Retrain
+from capfilt.stages.train import FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.calibrations import read
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
@@ -590,6 +590,44 @@ def test_several_filters_are_one_by_their_mean(neighbours):
     for name in ("itc_score", "hub_score"):
         for key, row in both.items():
             assert row[name] == pytest.approx((one[key][name] + two[key][name]) / 2, abs=1e-5)
+
+
+# ------------------------------------------------------------------ judges side by side
+
+
+def test_finetuning_a_filter_compares_judges_on_pictures_that_none_saw(world):
+    """Catches a comparison on training pictures, after hours of training, and a judge that nobody compared."""
+    place, _ = world
+    small = {"human": ("human",), "steps": 2, "batch_size": 16, "warmup_steps": 1, "save_every": 0}
+    options = stage_command("pretrain").options(preset="tiny", vocab_size=300, out="ancestor", **small)
+    run_stage(Pretrain(options, place), InlineExecutor(), quiet=True)
+
+    def finetuned(out, **more):
+        made = stage_command("finetune-filter").options(init="ancestor", out=out, **small, **more)
+        stage = FinetuneFilter(made, place)
+        run_stage(stage, InlineExecutor(), quiet=True)
+        return stage
+
+    stage = finetuned("compared", held_out="held", against=("judge",))
+    figures = checkpoint.read_config(stage.output)["extra"]["figures"]
+    assert {"own itc_score", "own itm_score", "judge itc_score"} < figures.keys()
+    pairs = read_pairs(calibrated(place), place)
+    assert figures["judge itc_score"] == pytest.approx(roc_auc(*pairs), abs=1e-3)
+    line = stage.remarks()[-1]
+    assert names(line, "held", "judge itc_score", "trust judge itc_score")
+    with refused("--held-out human", "trained judge"):
+        finetuned("overlapping", held_out="human", against=("judge",))
+    with refused("--held-out human", "this filter"):
+        finetuned("its-own", held_out="human")
+    assert not place.model("its-own").exists()
+    with refused("--against judge", "--held-out"):
+        finetuned("alone", against=("judge",))
+
+
+def read_pairs(part, place):
+    """Cosines and truths of the calibration pairs but those of like pictures."""
+    rows = [row for row in rows_of(place.part("signals", f"{part.name}-pairs")) if not row["near"]]
+    return [row["itc_score"] for row in rows], [row["own"] for row in rows]
 
 
 # ------------------------------------------------------------------ prove
