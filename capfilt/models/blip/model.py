@@ -13,7 +13,6 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,13 +32,13 @@ from capfilt.models.common.presets import (
     SMALL_VISION,
     TINY_TEXT,
     TINY_VISION,
-    TRUNK_TEXT,
     TRUNK_VISION,
 )
 from capfilt.models.common.pretrained import load_bert, load_vit
 from capfilt.models.common.ranks import ALONE, Ranks
-from capfilt.models.common.text import SelfCache, TextDecoder, TextTransformer
-from capfilt.models.common.vision import VisionConfig, VisionTower
+from capfilt.models.common.sentence import SentenceEncoder, recipe_of, start_layers
+from capfilt.models.common.text import SelfCache, TextConfig, TextDecoder, TextTransformer
+from capfilt.models.common.vision import Towered, VisionConfig, VisionTower
 
 CAPTIONER_PARTS = ("visual_encoder", "text_decoder")
 
@@ -61,13 +60,32 @@ class BlipConfig(ModelConfig):
         "both"  # "captioner" or "filter": a checkpoint that was published with the modules of one only
     )
     max_words: int = 30  # BLIP, code: of captions
+    # A frozen sentence encoder: ITC's vector of a text is a projection of its, and the text side starts from its first layers.
+    sentence: str = ""
 
     def __post_init__(self) -> None:
         if self.half not in HALVES:
             raise UserError(f"half is {self.half!r}: use one of {', '.join(HALVES)}")
+        if self.sentence:
+            theirs, mine = recipe_of(self.sentence, "sentence").text, self.text
+            same = all(
+                getattr(mine, name) == getattr(theirs, name)
+                for name in ("width", "heads", "hidden", "max_positions")
+            )
+            if not same or mine.depth > theirs.depth:
+                raise UserError(
+                    f"sentence {self.sentence!r}: text has another width, heads, hidden or max_positions, or more layers"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `Shape.to_dict`, without a `sentence` that is none: configs are read by what knows no such field."""
+        found = super().to_dict()
+        if not self.sentence:
+            del found["sentence"]
+        return found
 
 
-class Blip(nn.Module):
+class Blip(Towered):
     """See the module's docstring. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
 
     Texts are `ids` int64 [B, L] = [CLS] ... [SEP] and padding, `mask` bool [B, L], as the tokenizer gives them:
@@ -79,12 +97,18 @@ class Blip(nn.Module):
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
         shared: TextTransformer | None = None
+        self.sentence: SentenceEncoder | None = None
         if config.half != "captioner":
             self.text_encoder = shared = TextTransformer(config.text, config.vision.width)
         if config.half != "filter":
             self.text_decoder = TextDecoder(config.text, config.vision.width, shared)
+        if config.sentence:
+            start_layers(config.sentence, config, self.text_stacks)
         if config.half == "captioner":
             return
+        if config.sentence:
+            recipe = recipe_of(config.sentence)
+            self.sentence = SentenceEncoder(recipe.text, recipe.pooling, config.sentence)
         self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.itm_head = nn.Linear(config.text.width, 2)
@@ -101,6 +125,12 @@ class Blip(nn.Module):
                 f"this model is a {self.config.half} and no {half}: it has no {', '.join(lacking[1:])}"
             )
 
+    @property
+    def text_stacks(self) -> list[TextTransformer]:
+        """The text transformers that it has: the encoder, the decoder's."""
+        read = [] if self.config.half == "captioner" else [self.text_encoder]
+        return read if self.config.half == "filter" else [*read, self.text_decoder.bert]
+
     # Images and texts by themselves.
 
     @property
@@ -109,11 +139,6 @@ class Blip(nn.Module):
         judges = ("embed", "match") if self.config.half != "captioner" else ()
         writes = ("write",) if self.config.half != "filter" else ()
         return ("features", *judges, *writes)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """fp32 unit vectors [B, E] from the [CLS] of image tokens [B, N, Dv]."""
@@ -126,7 +151,15 @@ class Blip(nn.Module):
 
     def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """fp32 unit vectors [B, E] of texts."""
-        return project(self.text_proj, self.text_encoder(ids, mask, first=True))
+        if self.sentence is None:
+            return project(self.text_proj, self.text_encoder(ids, mask, first=True))
+        return project(self.text_proj, self.sentence_states(ids, mask))
+
+    def sentence_states(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The sentence encoder's vectors of texts, float16 [B, 1, D]; only with one."""
+        assert self.sentence is not None
+        out: Tensor = self.sentence(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask)
+        return out[:, None]
 
     # Texts against images.
 
@@ -143,7 +176,7 @@ class Blip(nn.Module):
         """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
         states = self.text_encoder(
-            self._start(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
+            starting(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
         )
         return exact(self.itm_head, states[:, 0])
 
@@ -159,7 +192,7 @@ class Blip(nn.Module):
         where: bool [B, L] asks for these positions only, [T, V]: most of a small model's time goes into this projection.
         """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
-        states = self.text_decoder.bert(self._start(ids, self.config.text.dec_id), mask, cross, causal=True)
+        states = self.text_decoder.bert(starting(ids, self.config.text.dec_id), mask, cross, causal=True)
         return self.text_decoder.logits(states if where is None else states[where])
 
     # Writing, token by token.
@@ -189,7 +222,7 @@ class Blip(nn.Module):
         of each of an image's K texts, side by side: rows i*K .. i*K+K-1 belong to image i. Updates the cache.
         """
         if cache.length == 0:
-            ids = self._start(ids, self.config.text.dec_id)
+            ids = starting(ids, self.config.text.dec_id)
         states = self.text_decoder.bert(ids, cross=cross, cache=cache)
         return self.text_decoder.logits(states[:, -1])
 
@@ -207,11 +240,12 @@ class Blip(nn.Module):
         made, own = blank(Blip, dataclasses.replace(self.config, half=half)), self.state_dict()
         return assemble(Path(half), made, {name: own[name] for name in made.state_dict()})
 
-    @staticmethod
-    def _start(ids: Tensor, token: int) -> Tensor:
-        ids = ids.clone()
-        ids[:, 0] = token
-        return ids
+
+def starting(ids: Tensor, token: int) -> Tensor:
+    """A copy of texts int64 [B, L] with this token at position 0."""
+    ids = ids.clone()
+    ids[:, 0] = token
+    return ids
 
 
 @dataclass(frozen=True)
@@ -240,8 +274,9 @@ class MomentumTowers(nn.Module):
     def __init__(self, model: Blip) -> None:
         super().__init__()
         self.visual_encoder = copy.deepcopy(model.visual_encoder)
-        self.text_encoder = copy.deepcopy(model.text_encoder)
-        for layer in self.text_encoder.layers:
+        # A sentence encoder never moves: its vectors are the model's.
+        self.text_encoder = copy.deepcopy(model.text_encoder) if model.sentence is None else None
+        for layer in self.text_encoder.layers if self.text_encoder is not None else ():
             # Texts alone are read here, so the copy would carry a cross-attention per layer that nothing runs.
             layer.crossattention = None
         self.vision_proj = copy.deepcopy(model.vision_proj)
@@ -252,6 +287,7 @@ class MomentumTowers(nn.Module):
         return project(self.vision_proj, self.visual_encoder(images))
 
     def embed_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        assert self.text_encoder is not None
         return project(self.text_proj, self.text_encoder(ids, mask, first=True))
 
 
@@ -295,22 +331,26 @@ class BlipPretraining(Alignment):
         cross = model.prefill_cross(tokens) if {"itm", "lm"} & set(objectives) else []
 
         def embeds() -> Embeds:
-            live = model.embed_image(tokens), _embed_text(model, batch.ids, batch.mask)
+            states = self._sentences(batch.ids, batch.mask)
+            live = model.embed_image(tokens), _embed_text(model, batch.ids, batch.mask, states)
             if towers is None:
                 return live, None
             with torch.no_grad():
-                return live, (towers.embed_image(images), _embed_text(towers, batch.ids, batch.mask))
+                return live, (towers.embed_image(images), _embed_text(towers, batch.ids, batch.mask, states))
 
         found, figures = self._aligned(
             *(batch, rows, tokens, cross, alpha, hardness),
             embeds=embeds,
             texts=lambda near: near.gather_texts(batch.ids, batch.mask),
             logits=model.match_logits,
-            embed_text=partial(_embed_text, towers or model),
+            embed_text=lambda ids, mask: _embed_text(towers or model, ids, mask, self._sentences(ids, mask)),
         )
         if "lm" in objectives:
             found["lm"] = self._write(batch, cross)
         return {"loss": self._weighed(found), **found, **figures}
+
+    def _sentences(self, ids: Tensor, mask: Tensor) -> Tensor | None:
+        return None if self.model.sentence is None else self.model.sentence_states(ids, mask)
 
     def _write(self, batch: Batch, cross: Sequence[Pair]) -> Tensor:
         # No padding mask: pads come last, so no token before them sees one through the causal mask.
@@ -341,7 +381,10 @@ class BlipPretraining(Alignment):
         return token_loss(torch.cat(predicted), torch.cat(said), config.label_smoothing, self.ranks, weight)
 
 
-def _embed_text(towers: Blip | MomentumTowers, ids: Tensor, mask: Tensor) -> Tensor:
+def _embed_text(towers: Blip | MomentumTowers, ids: Tensor, mask: Tensor, states: Tensor | None) -> Tensor:
+    """states: of a sentence encoder, which both have in common."""
+    if states is not None:
+        return project(towers.text_proj, states)
     groups = length_chunks(mask)
     embedded = [towers.embed_text(ids[some, :length], mask[some, :length]) for some, length in groups]
     return torch.cat(embedded)[torch.cat([some for some, _ in groups]).argsort()]
@@ -386,7 +429,12 @@ def start_vision(model: Blip, directory: str | Path) -> None:
 
 def start_text(model: Blip, directory: str | Path) -> None:
     """Starts the text side from a transformers BERT."""
-    load_bert(directory, model.config, [model.text_encoder, model.text_decoder.bert])
+    load_bert(directory, model.config, model.text_stacks)
+
+
+def vocabulary(config: BlipConfig, options: Any) -> str:
+    """The file of the sentence encoder's vocabulary; "" without one."""
+    return recipe_of(config.sentence).vocabulary() if config.sentence else ""
 
 
 # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B/16 and ViT-L/16 with bert-base; drop-path as in the published code.
@@ -395,7 +443,10 @@ LARGE = BlipConfig(vision=VisionConfig(width=1024, depth=24, heads=16, hidden=40
 PRESETS: dict[str, BlipConfig] = {
     "tiny": BlipConfig(TINY_VISION, TINY_TEXT, embed_dim=128),
     "small": BlipConfig(SMALL_VISION, SMALL_TEXT),
-    "trunk": BlipConfig(TRUNK_VISION, TRUNK_TEXT),
+    # What is pretrained is taken, of pictures and of words.
+    "trunk": BlipConfig(
+        TRUNK_VISION, TextConfig(30524, 384, 3, 12, 1536, attention_dropout=0.0), sentence="minilm"
+    ),
     "base": BASE,
     "large": LARGE,
 }
