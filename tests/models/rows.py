@@ -29,6 +29,7 @@ class Rows:  # what the objectives read of a capfilt.data.loader.Batch
     image_index: Tensor
     text_index: Tensor
     example: Tensor
+    synthetic: Tensor | None = None
     images = Batch.images
 
 

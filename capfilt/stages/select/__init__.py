@@ -49,7 +49,7 @@ class SelectOptions(Checked):
     )
     rule: str = option(
         "each",
-        "which texts of a picture at their thresholds are kept: all, or as told above",
+        "keeps each text at its threshold, synthetic ones as fallback, or a picture's best",
         choices=("each", "fallback", "best"),
         later=True,
     )
