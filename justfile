@@ -56,7 +56,7 @@ bench:
 
 # write schemas/*.sql from the contracts
 schemas:
-    {{ python }} -m capfilt.tables.ddl --write schemas
+    {{ python }} tests/schemas.py
 
 # put imports and layout in order
 format:

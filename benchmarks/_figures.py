@@ -16,9 +16,10 @@ from _form import Record
 from _photographs import (
     FAMILIES,
     JUDGE,
+    JUDGED,
     METRICS,
     PRECISIONS,
-    QUICK_STEPS,
+    QUICK,
     ROWS,
     Draw,
     Protocol,
@@ -52,7 +53,7 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     """The protocol that the options describe. UserError for a row without which there is no judge or no headroom."""
     family = FAMILIES[args.family]
     rows = tuple(dict.fromkeys(args.rows or ROWS))
-    absent = {JUDGE, "oracle"} - {*rows}
+    absent = {JUDGE, "oracle", *(ROWS[row].like for row in rows if ROWS[row].like)} - {*rows}
     if absent:
         raise UserError(f"--rows {' '.join(rows)}: judge and headroom need {' and '.join(sorted(absent))}")
     quick = args.quick
@@ -64,10 +65,17 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
         truncated=args.truncated,
         file_name=args.file_name,
         rows=rows,
-        steps=tuple(args.steps or (QUICK_STEPS if quick else family.steps)),
-        rates=tuple(args.rates or (family.rates[:1] if quick else family.rates)),
+        grid=tuple(map(_trial, args.grid)) or (QUICK if quick else family.grid),
         quick=quick,
     )
+
+
+def _trial(text: str) -> tuple[int, float]:
+    steps, _, rate = text.partition(":")
+    try:
+        return int(steps), float(rate)
+    except ValueError as error:
+        raise UserError(f"--grid {text}: write STEPS:RATE, such as 400:1e-3") from error
 
 
 def measure(args: argparse.Namespace, record: Record) -> None:
@@ -77,7 +85,13 @@ def measure(args: argparse.Namespace, record: Record) -> None:
     draws = for_seeds(args, count, partial(run_draw, protocol=protocol))
     if any(draw.keys != draws[0].keys for draw in draws):
         raise UserError(f"--data {args.data}: the draws have other test pictures; give another --workspace")
-    lines = [*rows_table(draws, record, args.seed), "", *judge_table(draws, record)]
+    lines = [
+        *rows_table(draws, record, args.seed),
+        "",
+        *judge_table(draws, record),
+        "",
+        *changes_table(draws, record),
+    ]
     print("\n".join(lines if args.markdown else plain(lines)))
     record.target("rows measured", sum(len(draw.rows) for draw in draws), "==", len(protocol.rows) * count)
     if not args.quick:
@@ -113,7 +127,7 @@ def rows_table(draws: Sequence[Draw], record: Record, seed: int) -> list[str]:
         trials = "; ".join(f"{draw.rows[row].trial.steps}, {draw.rows[row].trial.rate:g}" for draw in draws)
         shown = "n/a" if math.isnan(found.value) else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
         lines.append(f"| {ROWS[row].title} | {trials} | {' | '.join(cells)} | {shown} |")
-    curated = [row for row in draws[0].rows if not ROWS[row].trivial and row != "oracle"]
+    curated = [row for row in draws[0].rows if not (ROWS[row].trivial or ROWS[row].like or row == "oracle")]
     if curated:
         # The val split says which curated row stands for curation, as it chose each row's steps.
         best = max(curated, key=lambda row: sum(draw.rows[row].val for draw in draws))
@@ -139,7 +153,7 @@ def _metrics(draw: Draw, row: str) -> dict[str, float]:
 
 def judge_table(draws: Sequence[Draw], record: Record) -> list[str]:
     """The judge's table in Markdown, a column per draw; means go into the record."""
-    found = [judge_figures(draw.texts) for draw in draws]
+    found = [judge_figures(draw.texts[JUDGED]) for draw in draws]
     lines = [
         f"| judge | {' | '.join(f'draw {n}' for n in range(len(draws)))} | mean |",
         "|---" * (len(draws) + 2) + "|",
@@ -150,6 +164,22 @@ def judge_table(draws: Sequence[Draw], record: Record) -> list[str]:
         record.figure(name, mean)
         record.figure(f"{name} spread", deviation)
         lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} | {mean:.3f} |")
+    return lines
+
+
+def changes_table(draws: Sequence[Draw], record: Record) -> list[str]:
+    """One change a row, in Markdown: ranking, error of the share, and the headroom that `rows_table` recorded."""
+    lines = ["| web pairs drawn | ROC-AUC | error of the share | headroom |", "|---|---|---|---|"]
+    for row in draws[0].rows:
+        scores = ROWS[row].scores
+        if not scores:
+            continue
+        found = [judge_figures(draw.texts[scores]) for draw in draws]
+        area, error = (spread([each[name] for each in found])[0] for name in ("auc", "share error"))
+        record.figure(f"{row} auc", area)
+        record.figure(f"{row} share error", error)
+        recovered = record.figures[f"{row} headroom"]
+        lines.append(f"| {ROWS[row].title} | {area:.3f} | {error:.3f} | {recovered:.2f} |")
     return lines
 
 

@@ -43,40 +43,42 @@ class Family:
 
     Attributes:
         train: options of its training, at every row.
-        steps, rates: of which each row has its own best; `quick` replaces both, and options, at the quick size.
+        grid: numbers of steps with a learning rate, of which each row has its own best.
+        quick: options at the quick size.
         evaluate: further options of `evaluate` on the test split.
+        judge: the family that judges, with the steps and the rate that the val split chose for it most often; "" for itself,
+            as the val split chose the row of human pairs.
     """
 
     train: Mapping[str, Any]
-    steps: tuple[int, ...]
-    rates: tuple[float, ...]
+    grid: tuple[tuple[int, float], ...]
     quick: Mapping[str, Any]
     evaluate: Mapping[str, Any] = field(default_factory=dict)
+    judge: tuple[str, int, float] = ("", 0, 0.0)
 
 
-_TRUNK = {"preset": "trunk", "vocab_size": 4000, "warmup_steps": 50, "cache_features": True, "save_every": 0}
+_TRUNK = {"preset": "trunk", "warmup_steps": 50, "cache_features": True, "save_every": 0}
 FAMILIES = {
     "locked": Family(
         {"preset": "lite2-minilm", "batch_size": 256, "warmup_steps": 20, "save_every": 0},
-        (40, 80, 140, 200, 300, 400),
-        (5e-4, 1e-3),
+        ((100, 1e-3), (200, 1e-3), (400, 5e-4), (400, 1e-3), (800, 5e-4)),
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5},
     ),
     "clip": Family(
-        {**_TRUNK, "batch_size": 256, "max_text_tokens": 30},
-        (80, 140, 200, 300, 400),
-        (5e-4, 1e-3),
+        {**_TRUNK, "vocab_size": 4000, "batch_size": 256, "max_text_tokens": 30},
+        tuple(itertools.product((80, 140, 200, 300, 400), (5e-4, 1e-3))),
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
     ),
     "blip": Family(
         {**_TRUNK, "batch_size": 64, "queue_size": 0, "momentum": 0.0, "hardness_ramp_steps": 300},
-        (100, 200, 400),
-        (1e-3,),
+        ((100, 1e-3), (200, 1e-3), (400, 1e-3)),
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
         {"tasks": ["retrieval", "captioning"], "method": "greedy"},
+        ("locked", 400, 5e-4),
     ),
 }
-QUICK_STEPS = (10, 20)
+QUICK = ((10, 1e-3), (20, 1e-3))
+"""The grid at the quick size."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Row:
         first: the same of a training before it, of two thirds of the steps; the row's own then has the last third.
         trivial: whether curation is measured against it.
         steps: stages that make the pairs, as (stage, options); `out` is the row's name.
+        like: a row whose steps and learning rate are this one's too: a change to that row's judge is measured, and no other.
+        scores: the scores part by which its pairs were chosen.
     """
 
     title: str
@@ -96,11 +100,35 @@ class Row:
     first: Mapping[str, Any] = field(default_factory=dict)
     trivial: bool = False
     steps: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    like: str = ""
+    scores: str = ""
 
 
-JUDGE = "human"
+JUDGE, JUDGED, SECOND = "human", "judge", "second"
+FOLDS = 4
+"""Of the second round."""
 _RAW = {"human": ["human"], "web": ["web"]}
-_SELECT = {"images": "web", "scores": "judge", "by": "match_probability", "pairs": False}
+_SELECT = {"images": "web", "scores": JUDGED, "by": "match_probability", "pairs": False}
+
+
+def _weighted(name: str, scores: str) -> dict[str, Any]:
+    """A row's data and steps: human pairs, and web pairs drawn by a part's probability."""
+    made = {**_SELECT, "scores": scores, "threshold": 0.0, "weight": "match_probability"}
+    return {
+        "data": {"human": ["human"], "verdicts": [f"web={name}"]},
+        "steps": (("select", made),),
+        "scores": scores,
+    }
+
+
+def _refitted(name: str, title: str, signals: Sequence[str]) -> Row:
+    """The row `weights` by other signals: nothing is judged again."""
+    row = _weighted(name, name)
+    fit = {"judged": JUDGED, "signals": list(signals)}
+    return Row(title, row["data"], steps=(("calibrate", fit), *row["steps"]), like="weights", scores=name)
+
+
+SIGNALS = ("itc_score", "hub_score", "image_neighbours", "text_neighbours")
 ROWS = {
     "raw": Row("human + web", _RAW, trivial=True),
     "human": Row("human only", {"human": ["human"]}, trivial=True),
@@ -110,12 +138,18 @@ ROWS = {
         "human + web at p >= 0.5",
         {"human": ["human"], "verdicts": ["web=cut"]},
         steps=(("select", {**_SELECT, "threshold": 0.5}),),
+        scores=JUDGED,
     ),
-    "weights": Row(
-        "human + web, drawn by p",
-        {"human": ["human"], "verdicts": ["web=weights"]},
-        steps=(("select", {**_SELECT, "threshold": 0.0, "weight": "match_probability"}),),
-    ),
+    "weights": Row("human + web, drawn by p", **_weighted("weights", JUDGED)),
+    "second": Row("the same, second round", **_weighted("second", SECOND)),
+    "cosine": _refitted("cosine", "by p of the cosine alone", SIGNALS[:1]),
+    "hub": _refitted("hub", "by p of the hub score alone", SIGNALS[1:2]),
+    **{
+        f"no-{left}": _refitted(
+            f"no-{left}", f"fused without {left}", [each for each in SIGNALS if each != left]
+        )
+        for left in SIGNALS
+    },
     "oracle": Row(
         "human + true web",
         {"human": ["human"], "verdicts": ["web=oracle"]},
@@ -141,15 +175,23 @@ class Protocol:
     truncated: float
     file_name: float
     rows: tuple[str, ...]
-    steps: tuple[int, ...]
-    rates: tuple[float, ...]
+    grid: tuple[tuple[int, float], ...]
     quick: bool
 
     @property
     def train(self) -> dict[str, Any]:
         """Options of every training."""
-        chosen = FAMILIES[self.family]
+        return self.options_of(self.family)
+
+    def options_of(self, family: str) -> dict[str, Any]:
+        """Options of every training of a family."""
+        chosen = FAMILIES[family]
         return {**chosen.train, **(chosen.quick if self.quick else {})}
+
+    @property
+    def judge(self) -> str:
+        """The family that judges."""
+        return FAMILIES[self.family].judge[0] or self.family
 
 
 @dataclass(frozen=True)
@@ -223,18 +265,48 @@ def parts(protocol: Protocol, captions: Path, seed: int) -> list[Step]:
     ]
 
 
-def judging(protocol: Protocol, judge: str) -> list[Step]:
-    """The steps that give every web text a probability by a checkpoint, and make of it each row's pairs."""
-    given = {"images": "web", "filter": judge, "calibration": "calibration", "out": "judge"}
-    steps = [step("calibrate", "calibrate", given)]
+def judging(protocol: Protocol, best: Trial, seed: int) -> list[Step]:
+    """The steps that give every web text a probability by a checkpoint, and make of it each row's pairs.
+
+    The second round trains a judge per fold, as the first one was trained, on human pairs and likely pairs of other folds.
+    """
+    given = {
+        "images": "web", "filter": [best.name], "calibration": "calibration", "neighbours": ["human"], "folds": FOLDS,
+    }  # fmt: skip
+    steps = [step("calibrate", "calibrate", {**given, "out": JUDGED})]
     for asked in PRECISIONS:
         name = precision_name(asked)
         steps.append(step("select", name, {**_SELECT, "precision": asked, "out": name}))
+    if any(ROWS[row].scores == SECOND for row in protocol.rows):
+        likely = {"keep_fraction": 0.3} if protocol.quick else {"threshold": 0.8}
+        for fold in range(FOLDS):
+            name = f"not{fold}"
+            made = {
+                **_SELECT,
+                **likely,
+                "weight": "match_probability",
+                "require": f"fold <> {fold}",
+                "out": name,
+            }
+            data = {"human": ["human"], "verdicts": [f"web={name}"], "out": f"{SECOND}-{fold}", "seed": seed}
+            options = {
+                **protocol.options_of(protocol.judge),
+                **data,
+                "learning_rate": best.rate,
+                "steps": best.steps,
+            }
+            steps += [
+                step("select", name, made),
+                step(f"retrain-{protocol.judge}", f"{SECOND}-{fold}", options),
+            ]
+        both = {**given, "filter": [best.name, f"{SECOND}-{{fold}}"], "out": SECOND}
+        steps.append(step("calibrate", SECOND, both))
     for row in protocol.rows:
         for stage, made in ROWS[row].steps:
             # A judge of a few steps is sure of nothing, so that 0.5 would keep no text.
             cut = {"threshold": 0.5, "keep_fraction": 0.4} if protocol.quick and made.get("threshold") else {}
-            steps.append(step(stage, f"{stage}-{row}", {**made, **cut, "out": row}))
+            common = given if stage == "calibrate" else {}
+            steps.append(step(stage, f"{stage}-{row}", {**common, **made, **cut, "out": row}))
     return steps
 
 
@@ -317,10 +389,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Draw:
-    """One seed: its rows, its web texts as judged, and the keys of its test pictures in order."""
+    """One seed: its rows, its web texts as judged, by scores part, and the keys of its test pictures in order."""
 
     rows: Mapping[str, Outcome]
-    texts: Sequence[Mapping[str, Any]]
+    texts: Mapping[str, Sequence[Mapping[str, Any]]]
     keys: tuple[str, ...]
     seconds: Mapping[str, float]
 
@@ -331,10 +403,21 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
     captions = taken(Path(protocol.data), place.path, protocol.quick)
     run_steps(parts(protocol, captions, seed), place, work)
     clock.lap("images")
-    rows = {}
-    # The judge saw human pairs alone: the checkpoint of that row is it, as the val split chose it.
+    rows: dict[str, Outcome] = {}
+    family, *settled = FAMILIES[protocol.family].judge
+    if family:
+        judge = Trial(f"judge-{family}", *(QUICK[0] if protocol.quick else settled))
+        options = {**protocol.options_of(family), "human": ["human"], "seed": seed, "out": judge.name}
+        made = step(
+            f"retrain-{family}", judge.name, {**options, "steps": judge.steps, "learning_rate": judge.rate}
+        )
+        run_steps([made, *judging(protocol, judge, seed)], place, work)
+        clock.lap("judge")
+    # The judge saw human pairs alone: without another family, the checkpoint of that row is it, as the val split chose it.
     for row in (JUDGE, *(row for row in protocol.rows if row != JUDGE)):
-        trials = [Trial(row, *each) for each in itertools.product(protocol.steps, protocol.rates)]
+        like = ROWS[row].like
+        grid = [(rows[like].trial.steps, rows[like].trial.rate)] if like else protocol.grid
+        trials = [Trial(row, *each) for each in grid]
         steps = [each for trial in trials for each in trained(protocol, trial, seed)]
         run_steps([*steps, *(evaluated(trial, "val", seed, {}) for trial in trials)], place, work)
         sums = {trial: total(result(place, "val", trial).metrics) for trial in trials}
@@ -343,10 +426,12 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
         found = result(place, "test", best)
         rows[row] = Outcome(best, found.metrics, pictures(found), sums[best])
         clock.lap(row)
-        if row == JUDGE:
-            run_steps(judging(protocol, best.name), place, work)
+        if row == JUDGE and not family:
+            run_steps(judging(protocol, best, seed), place, work)
             clock.lap("judge")
-    return Draw({row: rows[row] for row in protocol.rows}, judged(place), keys(place, seed), clock.laps)
+    parts_ = dict.fromkeys([JUDGED, *(ROWS[row].scores for row in protocol.rows if ROWS[row].scores)])
+    texts = {name: judged(place, name) for name in parts_}
+    return Draw({row: rows[row] for row in protocol.rows}, texts, keys(place, seed), clock.laps)
 
 
 def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -361,12 +446,12 @@ def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.sum(parts, axis=0)
 
 
-def judged(place: Workspace) -> list[dict[str, Any]]:
+def judged(place: Workspace, scores: str) -> list[dict[str, Any]]:
     """Every web text's `planted` kind and `match_probability`, and by each precision asked for, whether it is kept."""
     tables = place.part("images", "web").tables(["image_id", "planted"])
     kinds = {row["image_id"]: row["planted"][0] for table in tables for row in table.to_pylist()}
     columns = ["image_id", "match_probability"]
-    rows = [row for table in place.part("scores", "judge").tables(columns) for row in table.to_pylist()]
+    rows = [row for table in place.part("scores", scores).tables(columns) for row in table.to_pylist()]
     kept: dict[str, set[str]] = {}
     for name in map(precision_name, PRECISIONS):
         tables = place.part("verdicts", name).tables(["image_id", "keep"])

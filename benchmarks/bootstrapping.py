@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     real.add_argument("--truncated", type=float, default=0.0, help="web images with a cut text (default 0)")
     real.add_argument("--file-name", type=float, default=0.0, help="web images with a file name (default 0)")
     real.add_argument("--rows", nargs="+", default=[], choices=list(ROWS), help="which rows; default: all")
-    real.add_argument("--steps", nargs="+", type=int, default=[], help="numbers of steps to choose from")
-    real.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates to choose from")
+    real.add_argument(
+        "--grid", nargs="+", default=[], metavar="STEPS:RATE", help="steps and learning rates to choose from"
+    )
 
 
 def measure(args: argparse.Namespace, record: Record) -> None:

@@ -29,7 +29,8 @@ from training import stepper
 from capfilt.data.pair_shards import PairInput
 from capfilt.data.pairs import Pairs
 from capfilt.data.tokenizer import Tokenizer
-from capfilt.data.transforms import MEAN, STD, Views, normalise
+from capfilt.data.transforms import Views, normalise
+from capfilt.models.common.vision import CLIP_MEAN, CLIP_STD
 from capfilt.tables.contracts import IMAGES
 from capfilt.tables.ids import image_id
 from capfilt.tables.manifest import Counts
@@ -74,7 +75,7 @@ def write(root: Path, count: int, seed: int) -> Part:
 
 def statistics_of_clip() -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation by channel, [3, 1, 1] each."""
-    return torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
 
 
 class Plain(IterableDataset[tuple[torch.Tensor, str]]):

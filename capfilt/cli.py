@@ -197,11 +197,10 @@ def run_stages(
 
 def _show(path: str, output: str, options: Any, quiet: bool) -> None:
     """What a command has to show of the result it wrote."""
-    import importlib
+    import pkgutil
     from pathlib import Path
 
-    module, _, name = path.partition(":")
-    getattr(importlib.import_module(module), name)(Path(output), options, quiet, sys.stdout)
+    pkgutil.resolve_name(path)(Path(output), options, quiet, sys.stdout)
 
 
 def _epilog(examples: Sequence[str]) -> str:

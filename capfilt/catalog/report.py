@@ -54,29 +54,17 @@ _PRIOR = Reference(0.6365, "knows only its prior: 0.6365")
 """ITM's cross-entropy for a head that always answers one match in three: -(1/3 ln 1/3 + 2/3 ln 2/3)."""
 
 
-def write_report(
-    workspace: Workspace,
-    out_path: Path | str,
-    runs_dir: Path | str | None = None,
-    rules: Sequence[str] | None = None,
-) -> None:
-    """Write the report on `workspace` to `out_path`, replacing an older one in one step.
+def write_report(workspace: Workspace, out_path: Path | str) -> None:
+    """Write the report on `workspace` to the HTML file `out_path`, replacing an older one in one step.
 
     The same workspace gives the same bytes: samples are chosen by a hash of their image_id, and the date is that of the
     newest shard. Sections for which there is nothing yet are left out.
 
-    Args:
-        workspace: the workspace.
-        out_path: the HTML file.
-        runs_dir: directory of the evaluations' JSON files; default: `runs/` of the workspace.
-        rules: names of the verdicts parts to show; default: all.
-
     Raises:
-        UserError: when there is no such workspace, nothing in it, no such rule, or a part does not agree with its
-            manifests.
+        UserError: when there is no such workspace, nothing in it, or a part does not agree with its manifests.
         RunError: when a shard cannot be read or the file cannot be written.
     """
-    page = render(workspace, Path(runs_dir) if runs_dir is not None else workspace.path / "runs", rules)
+    page = render(workspace)
     path = Path(out_path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,26 +73,27 @@ def write_report(
         raise RunError(f"{path}: the report could not be written ({error.strerror or error})") from error
 
 
-def render(workspace: Workspace, runs_dir: Path, rules: Sequence[str] | None = None) -> str:
+def render(workspace: Workspace) -> str:
     """The report as text; see `write_report`."""
     if not workspace.path.is_dir():
         raise UserError(f"{workspace.path}: no such directory; name the workspace with --workspace")
     found = accounts(workspace)
     models = list(read_models(workspace.path / "models"))
-    runs = list(read_runs(runs_dir))
+    runs = list(read_runs(workspace.path / "runs"))
     summary = read_json(workspace.path / "summary.json")
     if not (found or models or runs or summary):
         raise UserError(
             f"{workspace.path}: holds no parts, models or runs; run a stage first, or name the workspace"
         )
-    chosen = _chosen_rules(found, rules)
-    judged = any(account.table == "verdicts" for account in found)
+    verdicts = [account for account in found if account.table == "verdicts"]
     with open_catalog(workspace, found) as connection:
         try:
-            rules_shown = [_rule(connection, account) for account in chosen]
+            rules_shown = [_rule(connection, account) for account in verdicts]
             yielded = list(yields(connection, found))
             scorers = [
-                _scorer(connection, account) for account in found if account.table == "scores" and not judged
+                _scorer(connection, account)
+                for account in found
+                if account.table == "scores" and not verdicts
             ]
         except duckdb.Error as error:
             # Manifests vouch for a file's end; what lies before it is read here first.
@@ -191,18 +180,6 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # -- scores and samples --------------------------------------------------------------------------------------
-
-
-def _chosen_rules(found: Sequence[Account], rules: Sequence[str] | None) -> list[Account]:
-    known = {account.part.name: account for account in found if account.table == "verdicts"}
-    if rules is None:
-        return list(known.values())
-    for rule in rules:
-        if rule not in known:
-            raise UserError(
-                f"rule {rule!r}: no verdicts part of that name; there is {', '.join(known) or 'none'}"
-            )
-    return [known[rule] for rule in dict.fromkeys(rules)]
 
 
 def _rule(connection: duckdb.DuckDBPyConnection, account: Account) -> dict[str, Any]:

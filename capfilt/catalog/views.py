@@ -25,7 +25,6 @@ from capfilt.formats.columns import TEXT, common_type, connected, in_type, liter
 from capfilt.resources import schema_dir
 from capfilt.tables import ids
 from capfilt.tables.contracts import CONTRACTS, IDENTIFIER, Contract
-from capfilt.tables.ddl import BY_HAND, sql_type
 from capfilt.tables.workspace import Workspace
 
 _SETTINGS = {
@@ -132,8 +131,33 @@ def _shown(schema: str, name: str) -> str:
     return name if schema == "main" else f"{schema}.{name if IDENTIFIER.fullmatch(name) else quoted(name)}"
 
 
+_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.binary(): "BLOB",
+    pa.bool_(): "BOOLEAN",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+}
+
+
+def sql_type(type_: pa.DataType) -> str:
+    """The DuckDB type of an Arrow type, as `duckdb_columns().data_type` spells it but for quotes around field names.
+
+    Raises ValueError for a type that no contract uses yet.
+    """
+    if pa.types.is_list(type_):
+        return f"{sql_type(type_.value_type)}[]"
+    if pa.types.is_struct(type_):
+        return f"STRUCT({', '.join(f'{field.name} {sql_type(field.type)}' for field in type_)})"
+    if type_ not in _TYPES:
+        raise ValueError(f"no SQL type is chosen for the Arrow type {type_}; add it to _TYPES")
+    return _TYPES[type_]
+
+
 def _script() -> str:
-    path = schema_dir() / BY_HAND
+    path = schema_dir() / "views.sql"
     if not path.is_file():
         raise RunError(f"{path}: is missing from this installation of capfilt; install capfilt again")
     return path.read_text(encoding="utf-8")

@@ -19,10 +19,6 @@ from torch import Tensor
 
 from capfilt.data.images import MAX_PIXELS, decode
 
-# CLIP's statistics (arXiv 2103.00020, official code), which BLIP's official code uses for every task.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 FILL = (128, 128, 128)  # BLIP, official code: what RandAugment shifts in from outside the picture
 
 

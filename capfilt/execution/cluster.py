@@ -34,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from capfilt.errors import RunError, UserError
 from capfilt.execution.placement import Node, Size, seats
+from capfilt.formats.places import first_line
 from capfilt.tables.visible import say
 
 # Ray's stubs know the types of remote functions but not those of actors' methods.
@@ -91,7 +92,7 @@ class Connection:
             ray.init(address=address, **options)
         except (ConnectionError, AuthenticationError) as error:
             raise UserError(
-                f"RAY_ADDRESS={address}: the cluster does not let this run in ({_first_line(error)}); if it has a token, set "
+                f"RAY_ADDRESS={address}: the cluster does not let this run in ({first_line(error)}); if it has a token, set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
         self._started = True
@@ -147,10 +148,6 @@ def _guard() -> subprocess.Popen[str]:
     guard.stdin.write(" ".join(str(process.pid) for process in started) + "\n")
     guard.stdin.flush()
     return guard
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def nodes() -> list[Node]:

@@ -213,24 +213,23 @@ def run_model(stage: ModelStage, work: Executor, *, quiet: bool = False) -> Summ
     start = time.monotonic()
     if stage.done():
         return _account(stage, start, done_before=1)
-    if not (quiet or launched_rank()):
-        for line in stage.forewarning():
-            say(f"capfilt: warning: {line}", err=True)
+    said = [] if quiet or launched_rank() else stage.forewarning()
+    for line in said:
+        say(f"capfilt: warning: {line}", err=True)
     # Stages of one name may run together: what they write tells them apart.
     name = f"{stage.name} {stage.output.stem}"
     with StageProgress(name, 0, stage.unit, quiet=quiet or launched_rank() > 0) as progress:
         figures = work.model(
             stage, lambda step, total, latest: progress.update(step, total=total, figures=latest)
         )
-    return _account(stage, start, done_now=1, figures=figures)
+    return _account(stage, start, said, done_now=1, figures=figures)
 
 
-def _account(stage: ModelStage, start: float, **done: Any) -> Summary:
+def _account(stage: ModelStage, start: float, said: Sequence[str] = (), **done: Any) -> Summary:
     seconds = time.monotonic() - start
     # Under torchrun another process may still have to publish the output.
-    return Summary(
-        stage.name, str(stage.output), seconds, table=[] if launched_rank() else stage.remarks(), **done
-    )
+    remarks = [] if launched_rank() else [line for line in stage.remarks() if line not in said]
+    return Summary(stage.name, str(stage.output), seconds, table=remarks, **done)
 
 
 def run_stage(stage: ShardStage | ModelStage, work: Executor, *, quiet: bool = False) -> Summary:

@@ -15,6 +15,9 @@ FORMATS = ("karpathy", "coco", "img2dataset", "webdataset", "parquet", "annotati
 EXAMPLE_FORMATS = ("class_folders", "daquar", "vqa_v2", "sugarcrepe", "easy_vqa", "labelled")
 """Questions, statements and labels of pictures, in the same manner."""
 
+ANSWERS_APART = ("vqa_v2",)
+"""Those of them whose answers are in a file of their own: `read` takes it as well."""
+
 
 @dataclass(frozen=True)
 class Reading(Checked):

@@ -160,6 +160,26 @@ class Embeds(Sees):
             out: Tensor = self._model.embed_text(*self._encode(texts))
         return out
 
+    def like_images(self, tokens: Tensor) -> Tensor:
+        """Unit vectors float32 [B, D] by which pictures are like pictures: `embed_images`, or a pretrained encoder's own."""
+        if not hasattr(self._model, "like_image"):
+            return self.embed_images(tokens)
+        with self._evaluating():
+            out: Tensor = self._model.like_image(self._sent(tokens))
+        return out
+
+    def like_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors float32 [T, D] by which texts are like texts: `embed_texts`, or a pretrained encoder's own."""
+        if not hasattr(self._model, "like_text"):
+            return self.embed_texts(texts)
+        with self._evaluating():
+            out: Tensor = self._model.like_text(*self._encode(texts))
+        return out
+
+
+Read = Callable[[Tensor], Tensor]
+"""What is read of a pair's two logits [P, 2]: [P]."""
+
 
 class Matches(Sees):
     """A cross-encoder. Where texts attend to keys and values of an image, those are computed once per image."""
@@ -172,22 +192,12 @@ class Matches(Sees):
         """`itm_score` float32 [P]: softmax of the two logits at "match"."""
         return self._matched(image_tokens, image_index, texts, lambda logits: logits.softmax(dim=1)[:, 1])
 
-    def _matched(
-        self,
-        image_tokens: Tensor,
-        image_index: Tensor,
-        texts: Sequence[str],
-        read: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def _matched(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str], read: Read) -> Tensor:
         way = self._by_pair if hasattr(self._model, "match_pairs") else self._by_image
         return way(image_tokens, image_index, texts, read)
 
     def _by_image(
-        self,
-        image_tokens: Tensor,
-        image_index: Tensor,
-        texts: Sequence[str],
-        read: Callable[[Tensor], Tensor],
+        self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str], read: Read
     ) -> Tensor:
         out = torch.empty(len(texts), dtype=torch.float32)
         images, counts = torch.unique_consecutive(image_index.cpu(), return_counts=True)
@@ -204,13 +214,7 @@ class Matches(Sees):
                 start += count
         return out
 
-    def _by_pair(
-        self,
-        image_tokens: Tensor,
-        image_index: Tensor,
-        texts: Sequence[str],
-        read: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def _by_pair(self, image_tokens: Tensor, image_index: Tensor, texts: Sequence[str], read: Read) -> Tensor:
         number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         out = torch.empty(len(texts), dtype=torch.float32)
         with self._evaluating():

@@ -73,33 +73,35 @@ def write(directory: Path, to: str, contents: Contents) -> str:
 
 
 def places(config: Shape, tokenizer: Any = None) -> dict[str, NoHome | None]:
-    """The layouts of others, each with why a model of this config has no place in it; None where it has one.
+    """The layouts of others that have a class for models of this config, each with why they have no place for it; None where
+    they have one.
 
     Without its tokenizer, which may still have to be learned, it is judged by the size of the vocabulary.
     """
     found: dict[str, NoHome | None] = {}
-    for name in layouts.names()[1:]:
-        try:
-            layouts.home(name, config).refusals(config, tokenizer)
-            found[name] = None
-        except NoHome as error:
-            found[name] = error
+    for layout in layouts.foreign():
+        if type(config) in layout.models:
+            try:
+                layout.refusals(config, tokenizer)
+                found[layout.name] = None
+            except NoHome as error:
+                found[layout.name] = error
     return found
 
 
 def homes(name: str, found: Mapping[str, NoHome | None]) -> list[str]:
-    """`places` in words, for the checkpoint at `name`."""
+    """`places` in one line, for the checkpoint at `name`; none where no other project has a class for its model."""
     open_ = [layout for layout, error in found.items() if error is None]
-    lines = []
     if open_:
-        lines.append(
+        return [
             f"can go to {', '.join(open_)}: capfilt export {name} --to {open_[0]} --out {Path(name).name}-{open_[0]}"
-        )
-    # A layout of other models is no news, unless nothing is left.
-    lines += [
+        ]
+    # One is enough to tell, and best one that an option would have opened.
+    closed = sorted(
+        ((layout, error) for layout, error in found.items() if error), key=lambda each: not each[1].cure
+    )
+    return [
         f"cannot go to {layout}: {error}"
         + (f"; {error.cure} in its first training allows it" if error.cure else "")
-        for layout, error in found.items()
-        if error is not None and (error.cure or not open_)
+        for layout, error in closed[:1]
     ]
-    return lines

@@ -107,7 +107,7 @@ class Kind:
         starts: by a task's form, the function that makes the task's model of this model, as "module:function": (model, seed=,
             drop_path=) -> model; for CLASSES with task= and classes= as well.
         learns: by RETRIEVAL and CAPTIONING, the function that puts the model under the losses of that finetuning, as
-            "module:function": (model, tokenizer, options, ranks) -> a module, as `Family.objective`.
+            "module:function": (model, tokenizer, options, ranks) -> a module, as the family's `objective`.
         parts: by the name of a part that can be frozen, the attributes of the model that hold it.
         forms: the forms of tasks whose finetuned model this is, and whose finetuning can continue from it.
     """
@@ -243,9 +243,3 @@ class Family:
         if name not in presets:
             raise UserError(f"--preset {name!r} of {self.name}: choose {', '.join(presets)}")
         return presets[name].for_vocabulary(vocab_size)
-
-    def objective(self, model: Any, tokenizer: Any, options: Any, ranks: Any) -> Any:
-        """The model under the family's losses."""
-        module = self.part("objective")(model, tokenizer, options, ranks)
-        self._check(type(module), ("losses", "blocks"))
-        return module

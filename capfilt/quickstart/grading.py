@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from capfilt.calibration.ranking import roc_auc
 from capfilt.quickstart import truth
 from capfilt.quickstart.textonly import text_only_auc
 from capfilt.quickstart.world import Scene
 from capfilt.tables.texts import found_texts
 from capfilt.tables.workspace import Workspace
-from capfilt.tasks.filter_quality import roc_auc
 
 THRESHOLD = 0.5
 

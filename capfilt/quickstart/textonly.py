@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from capfilt.tasks.filter_quality import roc_auc
+from capfilt.calibration.ranking import roc_auc
 
 _FOLDS = 5
 _STEPS = 120

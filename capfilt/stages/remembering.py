@@ -16,11 +16,14 @@ from capfilt.tables.workspace import Workspace
 
 
 @contextlib.contextmanager
-def remembering(model: Any, workspace: Workspace) -> Iterator[None]:
-    """Within it, encoders that have a `memo` look up what they saw before, and keep what is new in `features/`."""
+def remembering(model: Any, workspace: Workspace, pictures: bool = True) -> Iterator[None]:
+    """Within it, encoders that have a `memo` look up what they saw before, and keep what is new in `features/`.
+
+    pictures: whether those of pictures do too, which pay nothing where every epoch crops anew.
+    """
     memos = []
     for module in model.modules() if hasattr(model, "modules") else ():
-        if getattr(module, "encoder_name", ""):
+        if getattr(module, "encoder_name", "") and (pictures or not hasattr(module, "trunk_features")):
             name = f"{module.encoder_name}-{digest(module)}"
             memo = Memo(features.kept(workspace, name), partial(features.keep, workspace, name))
             module.memo = memo

@@ -152,10 +152,10 @@ class RowSource(Source[Pairs]):
     def prepare(self, data: Pairs, model: Model, where: torch.device) -> None:
         if not self.options.cache_features or self.rows == TEXT_ROWS:
             return
-        vision = model.config.vision
-        if not (getattr(vision, "trunk", "") and vision.trunk_frozen):
+        tower: Any = getattr(model, "visual_encoder", None)
+        if not getattr(tower, "frozen", False):
             raise UserError("--cache-features: only a frozen trunk has features to cache (--preset trunk)")
-        data.with_features(lambda pixels: model.visual_encoder.trunk_features(pixels.to(where)))
+        data.with_features(lambda pixels: tower.trunk_features(pixels.to(where)))
 
     def account(self, data: Pairs) -> dict[str, Any]:
         pictures = {} if self.rows == TEXT_ROWS else {"images": data.pictures}

@@ -64,24 +64,31 @@ class Preset(Start):
         self.family, self.kind, self.options = family, family.kinds[0], options
         if options.vocab != "corpus" and not self.kind.tokenizer_name:
             raise UserError(f"--vocab {options.vocab}: {self.kind.one} reads no texts; leave it out")
-        vocabulary_of = getattr(importlib.import_module(family.code), "vocabulary", None)
-        if vocabulary_of and (own := vocabulary_of(self._config(1000))):
-            if options.vocab != "corpus":
-                raise UserError(
-                    f"--vocab {options.vocab}: the preset {options.preset} reads with its encoder's own; leave it out"
-                )
+        _check_paths(options, *_STARTS)
+        config = self._config(1000)
+        self.kind = kind_of(config)
+        vocabulary_of = self._hook("vocabulary")
+        if vocabulary_of and (own := vocabulary_of(config, options)):
+            for name in ("vocab", "vocab_size"):
+                given = getattr(options, name)
+                if given != type(options).__dataclass_fields__[name].default:
+                    raise UserError(
+                        f"--{name.replace('_', '-')} {given}: the preset {options.preset} reads with its encoder's own; "
+                        "leave it out"
+                    )
             self.options = dataclasses.replace(options, vocab=own)
-        for name in ("vocab", "vision_init", "text_init"):
-            path = getattr(options, name, "")
-            if path and path != "corpus" and not Path(path).exists():
-                raise UserError(f"--{name.replace('_', '-')} {path}: no such file or directory")
-        self.image_size = int(options.image_size or self._config(1000).image_size)
+        _check_paths(self.options, "vocab")
+        self.image_size = int(options.image_size or config.image_size)
 
     def identity(self) -> Mapping[str, Any]:
         digests = vocabulary_identity(self.options)
-        for name in ("vision_init", "text_init"):
+        for name in _STARTS:
             if directory := getattr(self.options, name, ""):
-                digests[name] = file_sha256(Path(directory) / "model.safetensors")
+                digests[name] = (
+                    checkpoint.fingerprint(directory)
+                    if name == "encoders"
+                    else file_sha256(Path(directory) / "model.safetensors")
+                )
         return digests
 
     def planned(self) -> Any:
@@ -96,20 +103,34 @@ class Preset(Start):
     def initial(self, data: Any) -> tuple[Model, Any]:
         tokenizer = vocabulary(self.kind, self.options, data)
         model = build(self._sized(tokenizer), seed=self.options.seed)
-        for side in ("vision", "text"):
-            if directory := getattr(self.options, f"{side}_init", ""):
-                getattr(importlib.import_module(self.family.code), f"start_{side}")(model, directory)
+        for name, start in _STARTS.items():
+            if directory := getattr(self.options, name, ""):
+                tokenizer = self._hook(start)(model, directory) or tokenizer
         return model, tokenizer
 
+    def _hook(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.family.code), name, None)
+
     def _config(self, vocab_size: int) -> Any:
-        return self.family.preset(self.options.preset, vocab_size)
+        config = self.family.preset(self.options.preset, vocab_size)
+        configured = self._hook("configured")
+        return configured(config, self.options) if configured else config
 
     def _sized(self, tokenizer: Any) -> Any:
         """The preset for this tokenizer, with pictures and patches of the sizes that were asked for."""
         config = self._config(tokenizer.vocab_size)
-        config = config.sized(self.image_size, getattr(self.options, "patch_size", 0), tokenizer.pad_id)
-        configured = getattr(importlib.import_module(self.family.code), "configured", None)
-        return configured(config, self.options) if configured else config
+        return config.sized(self.image_size, getattr(self.options, "patch_size", 0), tokenizer.pad_id)
+
+
+_STARTS = {"vision_init": "start_vision", "text_init": "start_text", "encoders": "start_encoders"}
+"""Options that name published weights, and the function of a family's code that takes them; it may return their tokenizer."""
+
+
+def _check_paths(options: Any, *names: str) -> None:
+    for name in names:
+        path = getattr(options, name, "")
+        if path and path != "corpus" and not Path(path).exists():
+            raise UserError(f"--{name.replace('_', '-')} {path}: no such file or directory")
 
 
 def vocabulary(kind: Kind, options: Any, data: Any) -> Any:
@@ -131,6 +152,7 @@ class Checkpoint(Start):
     """A checkpoint as it is.
 
     Args:
+        options: the stage's, of which `init` names the checkpoint.
         able: whether a kind of model can be trained so. UserError names the kinds that can, where this one cannot.
         stage, rows: the stage that trains, and the rows that it reads, for that message.
     """
@@ -138,13 +160,13 @@ class Checkpoint(Start):
     def __init__(
         self,
         workspace: Workspace,
-        name: str,
-        image_size: int,
+        options: Any,
         able: Callable[[Kind], bool],
         stage: str,
         rows: tuple[str, ...] = (PAIR_ROWS,),
     ) -> None:
-        self.path, self.name = workspace.model(name), name
+        self.options, self.name = options, options.init
+        self.path = workspace.model(self.name)
         made = checkpoint.read_config(self.path)
         self.kind = kind_named(str(made["model_type"]))
         if not able(self.kind):
@@ -154,7 +176,7 @@ class Checkpoint(Start):
             why = other if self.kind.rows != rows else ""
             known = " or ".join(each.one for each in kinds() if able(each))
             raise UserError(f"--init {self.path}: is {self.kind.one}{why}; start from {known}")
-        self.image_size = image_size or int(checkpoint.shape_of(self.path).image_size)
+        self.image_size = options.image_size or int(checkpoint.shape_of(self.path).image_size)
 
     def identity(self) -> Mapping[str, Any]:
         return {"init": checkpoint.fingerprint(self.path)}
@@ -174,12 +196,13 @@ class Foreign(Checkpoint):
     """A model of one family, made of a checkpoint of another by the function that the record has for it."""
 
     def __init__(self, family: Family, workspace: Workspace, options: Any, stage: str) -> None:
-        self.family, self.own, self.options = family, family.kinds[0], options
-        able = (self.own.name, *family.starts)
-        super().__init__(
-            workspace, options.init, options.image_size, lambda kind: kind.name in able, stage, self.own.rows
-        )
-        self.mapped = self.kind.name != self.own.name
+        self.family, self.own = family, family.kinds[0]
+        own = [kind.name for kind in family.kinds if kind.rows == self.own.rows]
+        able = (*own, *family.starts)
+        super().__init__(workspace, options, lambda kind: kind.name in able, stage, self.own.rows)
+        self.mapped = self.kind.name not in own
+        if not self.mapped:
+            self.own = self.kind
         self.new_vocabulary = self.mapped and self.own.tokenizer_name != self.kind.tokenizer_name
 
     def becomes(self) -> Kind:
@@ -213,14 +236,9 @@ class ForTask(Checkpoint):
     """
 
     def __init__(self, workspace: Workspace, options: Any, form: str, task: str, stage: str) -> None:
-        self.form, self.task, self.options = form, task, options
+        self.form, self.task = form, task
         super().__init__(
-            workspace,
-            options.init,
-            options.image_size,
-            lambda kind: form in (*kind.starts, *kind.forms),
-            stage,
-            (EXAMPLE_ROWS,),
+            workspace, options, lambda kind: form in (*kind.starts, *kind.forms), stage, (EXAMPLE_ROWS,)
         )
 
     def becomes(self) -> Kind:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.options import INPUTS, MODEL, OPTIMISER, SPLITS, option
+from capfilt.options import INPUTS, OPTIMISER, SPLITS, option
 from capfilt.stages.command import StageCommand
 from capfilt.stages.training_options import LoopOptions
 
@@ -12,8 +12,6 @@ from capfilt.stages.training_options import LoopOptions
 @dataclass(frozen=True)
 class TaskOptions(LoopOptions):
     """What the stages that finetune for a task share: the recipes of BLIP's VQA and NLVR2 are these defaults."""
-
-    panel = MODEL
 
     examples: tuple[str, ...] = option((), "examples part; repeatable", kind="examples")
     images: tuple[str, ...] = option((), "images part with their pictures; repeatable", kind="images")
@@ -51,8 +49,6 @@ class TaskOptions(LoopOptions):
 class FinetuneVqaOptions(TaskOptions):
     """Finetune a model to answer questions about pictures. It writes (BLIP, section 5.3), or chooses."""
 
-    panel = MODEL
-
     answer_weight: tuple[str, ...] = option(
         (), "PART=WEIGHT of its answers (BLIP's code: Visual Genome 0.2); repeatable", panel=INPUTS, rare=True
     )
@@ -77,8 +73,6 @@ class FinetuneVqaOptions(TaskOptions):
 class FinetuneNlvrOptions(TaskOptions):
     """Finetune a model to judge statements about pictures. Two pictures: NLVR2 (BLIP, section 5.4); one: NLVR."""
 
-    panel = MODEL
-
     single: bool = option(False, "statements about one picture: a classifier, not a pair encoder", later=True)
     swap: float = option(
         0.5, "chance of showing a pair in the other order (BLIP's code: 0.5)", most=1, rare=True
@@ -94,8 +88,6 @@ class FinetuneNlvrOptions(TaskOptions):
 class FinetuneEntailmentOptions(TaskOptions):
     """Finetune a model for visual entailment. SNLI-VE, as ALBEF does."""
 
-    panel = MODEL
-
     learning_rate: float = option(2e-5, "peak (ALBEF's SNLI-VE: 2e-5)", above=0)
     epochs: float = option(5.0, "passes over the hypotheses (ALBEF's SNLI-VE: 5)")
     min_lr: float = option(1e-6, "learning rate at the end (ALBEF's SNLI-VE: 1e-6)")
@@ -107,8 +99,6 @@ class FinetuneEntailmentOptions(TaskOptions):
 @dataclass(frozen=True)
 class FinetuneClassificationOptions(TaskOptions):
     """Finetune a vision tower to classify pictures. A linear head on [CLS]; every weight is trained."""
-
-    panel = MODEL
 
     learning_rate: float = option(3e-5, "peak (none is published for classes)", above=0)
     epochs: float = option(10.0, "passes over the pictures")

@@ -48,8 +48,10 @@ class Finetune(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = ExampleSource(options, workspace, self.task, **self.reading())
-        self.compose(source, ForTask(workspace, options, self.form, self.task, self.name))
+        self.compose(
+            lambda: ForTask(workspace, options, self.form, self.task, self.name),
+            lambda: ExampleSource(options, workspace, self.task, **self.reading()),
+        )
 
     def reading(self) -> dict[str, Any]:
         """Further options of the source."""

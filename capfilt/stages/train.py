@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from capfilt.models import Model, family_named, family_of
+from capfilt.errors import UserError
+from capfilt.inference.adapters import Opened, adapted
+from capfilt.models import Model, checkpoint, family_named, family_of
 from capfilt.models.albef.tasks import ASSIGNED, TextAssignment, nlvr_from_albef
 from capfilt.models.common.ranks import Ranks
 from capfilt.models.family import CAPTIONING, RETRIEVAL, found
+from capfilt.stages.calibrate.compare import HeldOut
+from capfilt.stages.calibrate.held_out import trained_on
 from capfilt.stages.sources import PairSource, rows_source
 from capfilt.stages.starts import Checkpoint, Foreign, Preset, Start
 from capfilt.stages.training import Train
@@ -44,19 +49,17 @@ class Pretrain(Train):
         self.shown = self.family.shown
         super().__init__(options, workspace, output)
         self.family.check()
-        # A preset is made of options alone: a wrong one is told before a part is missed that an earlier step makes.
-        start: Start | None = None if getattr(options, "init", "") else Preset(self.family, options)
-        source = rows_source(self.family.kinds[0].rows, options, workspace)
-        if start is None:
-            start = Foreign(self.family, workspace, options, self.name)
-        self.compose(source, start)
+        self.objective = self.family.part("objective")
+
+        def start() -> Start:
+            if getattr(options, "init", ""):
+                return Foreign(self.family, workspace, options, self.name)
+            return Preset(self.family, options)
+
+        self.compose(start, lambda: rows_source(self.family.kinds[0].rows, options, workspace))
 
     def identity(self) -> Mapping[str, Any]:
         return {**super().identity(), "family": self.family.name, "family_version": self.family.version}
-
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = self.family.objective(model, tokenizer, self.options, ranks)
-        return made
 
 
 class Retrain(Pretrain):
@@ -75,22 +78,16 @@ class FinetuneCaptioner(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace, options.prompt)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: CAPTIONING in kind.learns, self.name
+        self.compose(
+            lambda: Checkpoint(workspace, options, lambda kind: CAPTIONING in kind.learns, self.name),
+            lambda: PairSource(options, workspace, options.prompt),
         )
-        self.compose(source, start)
+        self.objective = found(self.start.kind.learns[CAPTIONING])
 
     def initial(self, data: Any) -> tuple[Model, Any]:
         model, tokenizer = super().initial(data)
         model.config = dataclasses.replace(model.config, prompt=self.options.prompt)
         return model, tokenizer
-
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = found(self.start.kind.learns[CAPTIONING])(
-            model, tokenizer, self.options, ranks
-        )
-        return made
 
 
 class FinetuneFilter(Train):
@@ -106,18 +103,56 @@ class FinetuneFilter(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: RETRIEVAL in kind.learns, self.name
-        )
-        refuse_foreign(options, family_of(start.kind.model))
-        self.compose(source, start)
 
-    def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        made: torch.nn.Module = found(self.start.kind.learns[RETRIEVAL])(
-            model, tokenizer, self.options, ranks
-        )
-        return made
+        def start() -> Start:
+            made = Checkpoint(workspace, options, lambda kind: RETRIEVAL in kind.learns, self.name)
+            refuse_foreign(options, family_of(made.kind.model))
+            return made
+
+        self.compose(start, lambda: PairSource(options, workspace))
+        self.objective = found(self.start.kind.learns[RETRIEVAL])
+        if options.against and not options.held_out:
+            raise UserError(f"--against {options.against[0]}: is compared on --held-out; give both")
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The pictures on which judges are compared."""
+        o = self.options
+        return HeldOut(o.held_out, o.against, self.workspace, o.seed) if o.held_out else None
+
+    def identity(self) -> Mapping[str, Any]:
+        if not self.held_out:
+            return super().identity()
+        against = [checkpoint.fingerprint(path) for path in self.held_out.against.values()]
+        return {**super().identity(), "held_out": self.held_out.part.digest(), "against": against}
+
+    def initial(self, data: Any) -> tuple[Model, Any]:
+        if self.held_out:
+            # Before the training: none of the pictures may be one of its own, or of its ancestors.
+            self.held_out.refuse({image for image, _ in data.identities()}, "this filter")
+            before = trained_on(self.workspace.model(self.options.init), self.workspace)
+            self.held_out.refuse(before or set(), self.options.init)
+        return super().initial(data)
+
+    def judged(self, model: Any, tokenizer: Any, where: torch.device) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        own = Opened("", model.config.image_size, adapted(model.to(where).eval(), tokenizer))
+        return self.held_out.areas(own)
+
+    def remarks(self) -> list[str]:
+        lines = super().remarks()
+        if self.options.held_out:
+            figures = checkpoint.read_config(self.output)["extra"].get("figures", {})
+            found = {
+                name: area for name, area in figures.items() if name.endswith(("itc_score", "itm_score"))
+            }
+            order = sorted(found, key=lambda name: -found[name])
+            told = ", ".join(f"{name} {found[name]:.3f}" for name in order)
+            lines.append(
+                f"ROC-AUC on {self.options.held_out}: {told} (chance 0.5); trust {order[0]}, or fuse them by capfilt calibrate"
+            )
+        return lines
 
 
 class FinetuneTextAssignment(Train):
@@ -133,11 +168,10 @@ class FinetuneTextAssignment(Train):
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         super().__init__(options, workspace, output)
-        source = PairSource(options, workspace)
-        start = Checkpoint(
-            workspace, options.init, options.image_size, lambda kind: kind.name == "albef", self.name
+        self.compose(
+            lambda: Checkpoint(workspace, options, lambda kind: kind.name == "albef", self.name),
+            lambda: PairSource(options, workspace),
         )
-        self.compose(source, start)
 
     def planned(self) -> None:
         # A step on the way to `finetune nlvr`, whose model is the one to export.

@@ -14,8 +14,7 @@ import itertools
 import json
 import math
 import warnings
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,8 @@ import torch
 
 from capfilt.data.tokenizer import Encodes
 from capfilt.data.transforms import Views
-from capfilt.errors import UserError
-from capfilt.models import Model, build, checkpoint, kind_of
+from capfilt.errors import MissingInput, UserError
+from capfilt.models import Model, build, checkpoint, family_of, kind_of
 from capfilt.models.common.layers import recompute_activations
 from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.export import homes, places
@@ -63,6 +62,7 @@ class Train(ModelStage):
         shown: figures of the loop that progress and summary show.
         source: the rows.
         start: the model that it starts from.
+        objective: puts the model under its losses, as `capfilt.models.family.Family` has it.
     """
 
     version = 3  # crops are the same on any number of ranks, of pairs the order too, held or streamed
@@ -70,6 +70,7 @@ class Train(ModelStage):
     shown: tuple[str, ...]
     source: Source[Any]
     start: Start
+    objective: Callable[[Any, Any, Any, Ranks], Any]
 
     def __init__(self, options: Any, workspace: Workspace, output: Part | None = None) -> None:
         self.options, self.workspace = options, workspace
@@ -102,19 +103,34 @@ class Train(ModelStage):
         if options.tensorboard:
             check_tensorboard()
 
-    def compose(self, source: Source[Any], start: Start) -> None:
-        """Take the rows and the model of this training. UserError for a part to freeze that the model has not."""
-        self.source, self.start = source, start
-        kind = start.becomes() if self.options.freeze else start.kind
-        for part in self.options.freeze:
-            if part not in kind.parts:
-                raise UserError(
-                    f"--freeze {part}: {kind.one} has no such part; choose {', '.join(kind.parts)}"
-                )
+    def compose(self, start: Callable[[], Start], source: Callable[[], Source[Any]]) -> None:
+        """Make the model and the rows of this training. UserError for a part to freeze that the model has not.
 
-    @abstractmethod
+        A wrong option of either is told before an input of the other is missed that an earlier step makes.
+        """
+        missed = None
+        try:
+            self.start = start()
+            kind = self.start.becomes() if self.options.freeze else self.start.kind
+            for part in self.options.freeze:
+                if part not in kind.parts:
+                    raise UserError(
+                        f"--freeze {part}: {kind.one} has no such part; choose {', '.join(kind.parts)}"
+                    )
+        except MissingInput as error:
+            missed = error
+        self.source = source()
+        if missed is not None:
+            raise missed
+
     def module(self, model: Any, tokenizer: Any, ranks: Ranks) -> torch.nn.Module:
-        """The model with its losses."""
+        """The model with its losses. UserError naming a method that they lack."""
+        made: torch.nn.Module = self.objective(model, tokenizer, self.options, ranks)
+        for name in ("losses", "blocks"):
+            if not hasattr(made, name):
+                family = family_of(type(model)).name
+                raise UserError(f"model family {family}: {type(made).__name__} has no {name}")
+        return made
 
     def planned(self) -> Any:
         """The config of the model to come, as far as it is known before any rows are read; None where nothing is."""
@@ -155,9 +171,7 @@ class Train(ModelStage):
     def forewarning(self) -> list[str]:
         config = self.planned()
         found = places(config) if config is not None else {}
-        if not found or None in found.values():
-            return []
-        return [f"{self.output.name}: no other project will read this model", *homes(self.options.out, found)]
+        return [] if None in found.values() else homes(self.options.out, found)
 
     def remarks(self) -> list[str]:
         config = checkpoint.shape_of(self.output)
@@ -273,8 +287,7 @@ class Train(ModelStage):
         model.to(where)
         frozen(model, kind_of(model), o.freeze)
         recompute_activations(model, o.recompute)
-        if not o.augment:
-            self._during.enter_context(remembering(model, self.workspace))
+        self._during.enter_context(remembering(model, self.workspace, pictures=not o.augment))
         self.prepare(data, model, where)
         rows = self.source.epoch(data)
         steps = o.steps or math.ceil(o.epochs * rows / o.batch_size)

@@ -233,8 +233,6 @@ class FinetuneCaptionerOptions(OptimisationOptions):
 class FinetuneFilterOptions(MomentumOptions, OptimisationOptions):
     """Step 2: finetune the filter (ITC and ITM) on human pairs."""
 
-    panel = MODEL
-
     init: str = option("pretrained", "checkpoint to start from", kind="model")
     human: tuple[str, ...] = option((), "images part with human captions; repeatable", kind="images")
     learning_rate: float = option(1e-5, "peak (BLIP's retrieval: 1e-5 for ViT-B)", above=0)
@@ -244,6 +242,10 @@ class FinetuneFilterOptions(MomentumOptions, OptimisationOptions):
     alpha_ramp_epochs: float = option(1.0, "epochs over which alpha grows (BLIP's retrieval: 1)", rare=True)
     image_size: int = option(
         0, "side of the input in pixels; 0: the checkpoint's (BLIP's code: 384)", later=True
+    )
+    held_out: str = option("", "images part of human pairs to compare judges on", kind="images", later=True)
+    against: tuple[str, ...] = option(
+        (), "with --held-out: another judge, such as a locked; repeatable", kind="model", later=True
     )
     out: str = option("filter", "name of the checkpoint to write")
 
@@ -382,7 +384,10 @@ FINETUNE_FILTER = StageCommand(
     ("finetune", "filter"),
     FinetuneFilterOptions,
     ("capfilt.stages.train:FinetuneFilter",),
-    ("capfilt finetune filter --init pretrained --human coco",),
+    (
+        "capfilt finetune filter --init pretrained --human coco",
+        "capfilt finetune filter --init pretrained --human coco --held-out kept-back --against judge",
+    ),
 )
 
 FINETUNE_TEXT_ASSIGNMENT = StageCommand(

@@ -40,6 +40,11 @@ def text_id(image: str, source: str, text: str, generator: str, sample_index: in
     return _hash("text", image, source, text, generator, str(sample_index))
 
 
+def fold_of(image: str, folds: int) -> int:
+    """The fold, from 0, that the image with id `image` is in."""
+    return int(image[-8:], 16) % folds
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hex."""
     with naming(path), path.open("rb") as file:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capfilt.calibration.fit import THRESHOLD, check_prior, scored
+from capfilt.calibration.ranking import average_ranks, roc_auc
 from capfilt.tasks.intervals import (
     LEVEL,
     RESAMPLES,
@@ -32,20 +33,6 @@ Groups = Sequence[Hashable] | NDArray[np.generic] | None
 
 
 # Separation of true from false texts.
-
-
-def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """The probability that a true text scores above a false one, ties counting one half.
-
-    scores [T], labels [T] (true = the text belongs to its image). Rank-based (Mann-Whitney U), so exact. NaN
-    without both classes.
-    """
-    score, label = scored(scores, labels)
-    true, false = int(label.sum()), int((~label).sum())
-    if not true or not false:
-        return math.nan
-    wins = float(average_ranks(score)[label].sum()) - true * (true + 1) / 2
-    return wins / (true * false)
 
 
 def roc_auc_interval(
@@ -205,14 +192,6 @@ def spearman(ratings: ArrayLike, scores: ArrayLike) -> float:
     x, y = x - x.mean(), y - y.mean()
     norm = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / norm if norm > 0 else math.nan
-
-
-def average_ranks(values: ArrayLike) -> Floats:
-    """Ranks from 1, equal values sharing the mean of theirs: float64 [T]."""
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean: Floats = (last - (counts - 1) / 2)[inverse]
-    return mean
 
 
 # Shared parts.

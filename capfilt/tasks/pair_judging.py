@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from capfilt.calibration.fit import THRESHOLD
+from capfilt.calibration.ranking import roc_auc
 from capfilt.errors import RunError
 from capfilt.inference.capabilities import EmbedsImagesAndTexts, MatchesPairs
-from capfilt.tasks.filter_quality import kendall_tau_c, roc_auc, spearman
+from capfilt.tasks.filter_quality import kendall_tau_c, spearman
 
 Floats = NDArray[np.float64]
 Scores = dict[str, Floats]

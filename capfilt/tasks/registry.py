@@ -6,7 +6,7 @@ is added here, a model in `adapters`.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,17 +65,12 @@ class Task:
 
     def function(self) -> Callable[[Any, Any, Any, Progress], Outcome]:
         """What evaluates it."""
-        return _named(self.run)
+        found: Callable[..., Outcome] = pkgutil.resolve_name(self.run)
+        return found
 
     def depends(self, options: Any) -> Any:
         """What its figures depend on beside options and inputs: JSON-able."""
-        return _named(self.further)(options) if self.further else None
-
-
-def _named(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found
+        return pkgutil.resolve_name(self.further)(options) if self.further else None
 
 
 EMBEDS, FEATURES, MATCHES = "embeds images and texts", "embeds images", "matches pairs"

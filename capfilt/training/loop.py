@@ -90,9 +90,10 @@ def train(
             micro-batch, and perhaps `after_step()`, called when a step has moved the weights, for what follows them
             (momentum towers). A step's loss and figures are means over its micro-batches,
             weighted by their texts; a loss that compares texts with one another (ITC, ITM's negatives) sees those of its
-            own micro-batch only, and the queue. A `figures() -> {name: scalar}` is called once per log line, for what is
-            too slow for every step. A step whose loss or gradient is not finite on any rank is skipped on all ranks. It
-            moves the count of steps, which learning rate and ramps go by, and the random state, and nothing else: what
+            own micro-batch only, and the queue. `rates() -> {name: factor}` says which parameters have a learning
+            rate of their own. A `figures() -> {name: scalar}` is called once per log line, for what is too slow for
+            every step. A step whose loss or gradient is not finite on any rank is skipped on all ranks. It moves
+            the count of steps, which learning rate and ramps go by, and the random state, and nothing else: what
             `losses` changes must be buffers or extra state, which are put back.
         batches: an iterable, or a function from the number of the first step wanted to one, which spares a resumed run
             the batches it has had (`capfilt.data.pairs.Pairs.batches` by its `start_step`). An iterable that
@@ -182,6 +183,7 @@ class _Run:
         self.parameters = optim.trainable(module)
         self.device = next(iter(self.parameters.values())).device
         factors = {name: config.head_rate for name in self.parameters if ".cls_head." in name}
+        factors |= getattr(module, "rates", dict)()
         self.optimizer = optim.AdamW(
             self.parameters, config.betas, config.weight_decay, config.decay, factors=factors
         )

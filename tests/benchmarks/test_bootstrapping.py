@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 def protocol(data, **changes):
     given = {
         "data": str(data), "family": "clip", "human": 0.4, "wrong": 0.5, "truncated": 0.1, "file_name": 0.1,
-        "rows": ("raw", "oracle"), "steps": (1,), "rates": (1e-3,), "quick": True,
+        "rows": ("raw", "oracle"), "grid": ((1, 1e-3),), "quick": True,
     }  # fmt: skip
     return _photographs.Protocol(**{**given, **changes})
 
@@ -89,6 +89,19 @@ def test_a_choice_stands_once_it_is_made(tmp_path):
     assert json.loads((workspace.path / "choices" / "raw.json").read_text())["chosen"] == "raw-140-0.001"
     with pytest.raises(UserError, match="workspace"):
         _photographs.chosen(workspace, "raw", {**sums, trials[2]: 150.0})
+
+
+def test_a_second_round_judges_no_picture_that_trained_it(data):
+    """Catches fold checkpoints that train on their own fold, and a row whose steps are not those of the row that it is like."""
+    steps = _photographs.judging(
+        protocol(data, rows=tuple(_photographs.ROWS)), _photographs.Trial("human", 30, 1e-3), 0
+    )
+    by_name = {step.name: step for step in steps}
+    for fold in range(_photographs.FOLDS):
+        assert by_name[f"not{fold}"].options["require"] == f"fold <> {fold}"
+        assert by_name[f"second-{fold}"].options["verdicts"] == [f"web=not{fold}"]
+    assert by_name["second"].options["filter"] == ["human-30-0.001", "second-{fold}"]
+    assert by_name["calibrate-no-hub_score"].options["judged"] == "judge"
 
 
 def test_two_trainings_share_the_steps(data):
@@ -131,7 +144,7 @@ def draw(levels, keys, seed):
         )
         for row, level in levels.items()
     }
-    return _photographs.Draw(rows, [], keys, {})
+    return _photographs.Draw(rows, {}, keys, {})
 
 
 def test_headroom_is_measured_from_the_best_trivial_row():
@@ -179,14 +192,15 @@ def test_the_whole_table_and_a_second_run_that_trains_nothing(data, tmp_path, ca
     words = ["--quick", "--data", str(data), "--family", "locked", "--human", "0.6", "--markdown"]
     words += ["--workspace", str(place)]
     figures = []
-    for trainings in (16, 0):  # two numbers of steps for seven rows, one of which has two trainings
+    # Two numbers of steps for eight rows, one of which has two trainings; one for the rows that are like another; four folds.
+    for trainings in (18 + 6 + 4, 0):
         argv = ["benchmarks/bootstrapping.py", *words, "--json", str(tmp_path / "found.json")]
         with pytest.raises(SystemExit) as stopped:
             main("A table.", bootstrapping.measure, bootstrapping.add_arguments, argv)
         assert stopped.value.code == 0
         printed = capsys.readouterr().out
         trained = [line for line in printed.splitlines() if line.startswith("retrain")]
-        assert len(trained) == 16
+        assert len(trained) == 28
         assert sum("done before" not in line for line in trained) == trainings
         found = json.loads((tmp_path / "found.json").read_text())["figures"]
         figures.append({name: value for name, value in found.items() if "seconds" not in name})

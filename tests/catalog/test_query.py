@@ -101,7 +101,7 @@ def test_a_workspace_is_read_only(workspace: Workspace, tmp_path: Path, monkeypa
     [
         ("SELEC 1", "syntax error"),
         ("SELECT nope FROM scores", "column nope"),
-        ("SELECT * FROM missing", "views images captions texts scores"),
+        ("SELECT * FROM missing", "views captions texts scores"),
         ("SELECT CAST(text AS INT) FROM captions", "convert"),
         ("SELECT error('a' || chr(10) || chr(27) || 'b')", r"a \u001bb"),
         ("SELECT 'a", "unterminated"),

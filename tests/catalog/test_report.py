@@ -73,8 +73,12 @@ def page(report: Path) -> Page:
     return Page(report.read_text(encoding="utf-8"))
 
 
-def write(workspace: Workspace, path: Path, **options: object) -> Page:
-    write_report(workspace, path, **options)
+def write(workspace: Workspace, path: Path, rule: str = "") -> Page:
+    """The page; with `rule` that of this verdicts part alone."""
+    for other in workspace.parts("verdicts") if rule else ():
+        if other.name != rule:
+            shutil.rmtree(other.path)
+    write_report(workspace, path)
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -131,7 +135,7 @@ def hostile_report(builder, hostile: tuple[str, ...], tmp_path_factory: pytest.T
     summary = {"noise": {hostile[0]: 1}, "evaluation": {hostile[0]: {hostile[1]: 1}}, "filter": hostile[0]}
     (workspace.path / "summary.json").write_text(json.dumps(summary))
     # Five images, fewer than a group shows: every text is on the page.
-    write_report(workspace, folder / "r.html", rules=["hostile"])
+    write(workspace, folder / "r.html", "hostile")
     return folder / "r.html"
 
 
@@ -245,7 +249,7 @@ def test_pictures_are_small_jpegs_encoded_here(build_workspace: Workspace, tmp_p
     rule.commit(
         0, VERDICTS.table([verdict]), Counts(1, 1), rule.begin(VERDICTS, "select", {"version": 1}), 0.1
     )
-    page = write(build_workspace, tmp_path / "r.html", rules=["large"])
+    page = write(build_workspace, tmp_path / "r.html", "large")
     (source,) = page.values("img", "src")
     data = base64.b64decode(source.removeprefix("data:image/jpeg;base64,"))
     with Image.open(io.BytesIO(data)) as shown:
@@ -273,7 +277,7 @@ def test_a_broken_or_absent_picture_is_a_note_not_an_error(
     part.commit(
         0, VERDICTS.table(verdicts), Counts(2, 2), part.begin(VERDICTS, "select", {"version": 1}), 0.1
     )
-    page = write(build_workspace, tmp_path / "r.html", rules=["two"])
+    page = write(build_workspace, tmp_path / "r.html", "two")
     assert page.values("img", "src") == []
     assert "the picture is not in this workspace" in page.text
     assert re.search("truncated|not_an_image|decode_error", page.text)
@@ -298,15 +302,6 @@ def test_best_of_each_metric_is_bold(report: Path) -> None:
     assert '<td class="n">25.0</td>' in content
 
 
-def test_rules_can_be_chosen(workspace: Workspace, tmp_path: Path) -> None:
-    page = write(workspace, tmp_path / "r.html", rules=["best"])
-    assert "Scores and samples: best" in page.text
-    assert "Scores and samples: capfilt" not in page.text
-    with refused("verdicts", "mine", "best"):
-        write_report(workspace, tmp_path / "s.html", rules=["mine"])
-    assert not (tmp_path / "s.html").exists()
-
-
 def test_scores_without_verdicts_still_have_a_histogram(build_workspace: Workspace, tmp_path: Path) -> None:
     for name in ("verdicts", "pairs", "models", "runs"):
         shutil.rmtree(build_workspace.path / name)
@@ -325,13 +320,6 @@ def test_models_alone_make_a_report(tmp_path: Path) -> None:
     assert "no shard yet" in page.text
     assert "knows only its prior" in page.text
     assert "Funnel" not in page.text
-
-
-def test_results_kept_elsewhere(workspace: Workspace, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('{"name": "elsewhere", "metrics": {"cider": 101.5}}')
-    page = write(workspace, tmp_path / "r.html", runs_dir=tmp_path)
-    assert "elsewhere" in page.text
-    assert "101.5" in page.text
 
 
 def test_wrong_workspaces_and_targets(workspace: Workspace, tmp_path: Path) -> None:

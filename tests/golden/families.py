@@ -44,6 +44,7 @@ from capfilt.models.common.text import TextConfig
 from capfilt.models.common.vision import VisionConfig
 from capfilt.models.locked.model import PRESETS as LOCKED_PRESETS
 from capfilt.models.locked.model import LockedTextConfig, LockedTraining, LockedVisionConfig
+from capfilt.models.locked.over import OverConfig
 from capfilt.models.vilt.model import (
     MatchingConfig,
     ViltConfig,
@@ -131,6 +132,7 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "clip_sigmoid": lambda: _clip(dataclasses.replace(CLIP, logit_bias=True, activation="gelu")),
     "clip_resnet": lambda: _clip(RESNET),
     "locked": lambda: build(LOCKED, 3),
+    "locked_over": lambda: build(OverConfig(CLIP, hidden=8, embed_dim=6, dropout=0.0), 3),
     "vilt": lambda: build(VILT, 3),
     "vilt_tied": lambda: build(dataclasses.replace(VILT, tied=True), 3),
     "vilt_classifier": lambda: classifier_from_vilt(_vilt(), "vqa", ANSWERS, 3),
@@ -258,8 +260,8 @@ def outputs(name: str, model: Any) -> dict[str, Tensor]:
             "image": model.embed_image(model.encode_image(batch.pixels)),
             "text": model.embed_text(batch.ids),
         }
-    if name == "locked":
-        batch = pairs()
+    if name.startswith("locked"):
+        batch = pairs() if name == "locked" else clip_pairs()
         image = model.embed_image(model.encode_image(batch.pixels))
         return {"image": image, "text": model.embed_text(batch.ids, batch.mask)}
     if name.endswith("_vqa"):
@@ -343,6 +345,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
     "clip resnet": Objective("clip_resnet", ClipTraining, lambda: clip_pairs(32)),
     "locked": Objective("locked", LockedTraining, pairs),
+    "locked over a CLIP": Objective("locked_over", LockedTraining, clip_pairs),
     "vilt pretraining": Objective("vilt", _vilt_pretraining(), pairs),
     "vilt pretraining, some patches": Objective(
         "vilt", _vilt_pretraining(max_patches=3, alignment=0.5), pairs

@@ -47,6 +47,7 @@ SAVED = (
         "blip_pictures",
         "albef_retrieval",
         "locked",
+        "locked_over",
     ),
 )
 """The models of MODELS that are fixtures."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -168,3 +169,50 @@ def test_what_cannot_be_is_refused(workspace):
         trained(workspace, "made", patch_size=8)
     with refused("--vocab", "encoder"):
         trained(workspace, "made", preset="lite2-minilm", vocab="words.txt")
+
+
+def test_encoders_that_learn_move_by_a_rate_of_their_own(workspace):
+    """Catches encoders at the heads' rate, or at none: Adam's first step is the rate itself."""
+    options = {"encoder_lr": 1e-4, "cache_features": False, "steps": 1, "warmup_steps": 0, "clip_norm": 0.0}
+    stage = trained(workspace, "made", weight_decay=0.0, **options)
+    stage.run(lambda *_: None)
+    made = checkpoint.open_any(stage.output)[0].model
+    fresh = dict(build(made.config).named_parameters())
+    moved = {name: float((each - fresh[name]).detach().abs().max()) for name, each in made.named_parameters()}
+    assert moved["visual_encoder.trunk.net.conv.weight"] == pytest.approx(1e-4, rel=0.05)
+    assert moved["image_head.narrow.weight"] == pytest.approx(1e-2, rel=0.05)
+    # A text side that is new is none of the pretrained ones.
+    assert moved["text_encoder.transformer.embeddings.LayerNorm.weight"] == pytest.approx(1e-2, rel=0.05)
+    # What changes is not remembered.
+    assert not made.visual_encoder.encoder_name
+    assert not (workspace.path / "features").exists()
+    assert made.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).requires_grad
+
+
+def test_a_pretrained_text_encoder_learns_or_is_frozen_with_the_trunk():
+    text = locked.PRESETS["lite2-minilm"].text
+    for frozen in (True, False):
+        vision = locked.LockedVisionConfig(32, "small", trunk_frozen=frozen)
+        with torch.device("meta"):
+            model = locked.Locked(locked.LockedConfig(vision, text))
+        sides = (model.visual_encoder, model.text_encoder)
+        for side in sides:
+            assert all(each.requires_grad != frozen for each in side.parameters())
+        assert [bool(side.encoder_name) for side in sides] == [frozen, frozen]
+        rates = locked.LockedTraining(model, encoder_rate=0.1).rates()
+        assert len(rates) == sum(len([*side.parameters()]) for side in sides)
+
+
+def test_rates_that_cannot_be_are_refused(workspace):
+    with refused("--cache-features", "--encoder-lr"):
+        trained(workspace, "made", encoder_lr=1e-4)
+    with refused("--encoder-lr", "lite9"):
+        locked.configured(
+            locked.LockedConfig(
+                locked.LockedVisionConfig(64, "pixels"), locked.PRESETS["lite2-scratch"].text
+            ),
+            SimpleNamespace(encoder_lr=1e-4, encoders="", preset="lite9"),
+        )
+    trained(workspace, "made").run(lambda *_: None)
+    with refused("--encoder-lr", "made", "frozen"):
+        trained(workspace, "more", init="made", encoder_lr=1e-4, cache_features=False).run(lambda *_: None)

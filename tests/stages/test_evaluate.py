@@ -172,7 +172,7 @@ def _without_red(made):
 @pytest.mark.parametrize(
     ("kind", "task", "line"),
     [
-        ("captioner", "retrieval", "BLIP) embeds generates captioning, few-shot"),
+        ("captioner", "retrieval", "BLIP) generates captioning, few-shot"),
         ("filter", "captioning", "generates"),
         ("vqa", "captioning", "BLIP questions) embeds answers"),
         ("nlvr", "zero-shot", "BLIP statements) embeds classifies"),

@@ -204,7 +204,7 @@ def test_headroom_averages_the_seeds():
         ({"raw": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "oracle"),
         ({"oracle": [[0.0, 1.0]]}, [[1, 2]], [], "trivial"),
         ({"raw": [[0.0]], "oracle": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "row raw: term 0"),
-        ({"raw": [], "oracle": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "row raw has 0 terms"),
+        ({"raw": [], "oracle": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "raw has 0 terms"),
         ({"raw": [[0.0, 1.0]] * 2, "oracle": [[0.0, 1.0]] * 2}, [[1, 2], [1, 3]], ["raw"], "term 1"),
         ({"raw": [[0.0, math.nan]], "oracle": [[0.0, 1.0]]}, [[1, 2]], ["raw"], "finite"),
     ],

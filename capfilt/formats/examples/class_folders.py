@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from capfilt.errors import UserError
 from capfilt.formats.examples.row import ExampleRow, Examples
 from capfilt.formats.files import walk
@@ -16,7 +14,7 @@ def detect(given: Given) -> bool:
     return not given.is_file
 
 
-def read(given: Given, annotations: Path | None) -> Examples:
+def read(given: Given) -> Examples:
     """A classification of every picture that is in a folder."""
     rows = []
     for name in map(storable, walk(given.path).pictures):

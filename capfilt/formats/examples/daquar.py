@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from capfilt.errors import UserError
-from capfilt.formats.examples.row import ExampleRow, Examples, no_annotations
+from capfilt.formats.examples.row import ExampleRow, Examples
 from capfilt.formats.source import Given
 from capfilt.formats.values import decoded
 
@@ -19,14 +18,13 @@ def detect(given: Given) -> bool:
     return given.suffix == ".txt"
 
 
-def read(given: Given, annotations: Path | None) -> Examples:
+def read(given: Given) -> Examples:
     """An example per question.
 
     The picture is the last one that the question names ("... in the image3 ?"); names are left out of the text. A question
     that names none is a row without a picture, as the file has slips. An answer of several parts ("cup, book") is one
     answer, its parts in the alphabet's order: their set is what is right. Raises UserError where no question names a picture.
     """
-    no_annotations(given, annotations)
     path = given.path
     lines = [line.strip() for line in decoded(path.read_bytes()).splitlines()]
     lines = [line for line in lines if line]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from capfilt.errors import UserError
-from capfilt.formats.examples.row import Examples, example, no_annotations
+from capfilt.formats.examples.row import Examples, example
 from capfilt.formats.source import Given
 from capfilt.formats.values import text_of
 
@@ -15,9 +13,8 @@ def detect(given: Given) -> bool:
     return given.opening == "[["
 
 
-def read(given: Given, annotations: Path | None) -> Examples:
+def read(given: Given) -> Examples:
     """An example per list."""
-    no_annotations(given, annotations)
     rows = []
     for number, each in enumerate(given.json):
         if not (isinstance(each, list) and len(each) == 3 and isinstance(each[2], int)):

@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import UserError
-from capfilt.formats.examples.row import (
-    CAPTIONS,
-    TEXTS,
-    ExampleRow,
-    Examples,
-    example,
-    no_annotations,
-    own_captions,
-)
+from capfilt.formats.examples.row import CAPTIONS, TEXTS, ExampleRow, Examples, example, own_captions
 from capfilt.formats.places import Place
 from capfilt.formats.records import SUFFIXES, EmptyFile, open_records
 from capfilt.formats.source import Given
@@ -40,9 +32,8 @@ def detect(given: Given) -> bool:
     )
 
 
-def read(given: Given, annotations: Path | None) -> Examples:
+def read(given: Given) -> Examples:
     """An example per record; a record that cannot be read is a row that says so."""
-    no_annotations(given, annotations)
     try:
         records = list(open_records(Place(str(given.path))))
     except EmptyFile:

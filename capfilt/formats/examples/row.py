@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from capfilt.errors import UserError
-from capfilt.formats import EXAMPLE_FORMATS
+from capfilt.formats import ANSWERS_APART, EXAMPLE_FORMATS
 from capfilt.formats.source import Given
 from capfilt.formats.values import Keyed, optional_text, split_named, text_of, texts_in, unique
 from capfilt.tables.texts import folded
@@ -64,8 +64,11 @@ class Format(Protocol):
     def detect(self, given: Given) -> bool:
         """Whether a source is in this format. Raises UserError where it is broken."""
 
-    def read(self, given: Given, annotations: Path | None) -> Examples:
-        """The source's examples; `annotations` is the answers' file. Raises UserError when it is not what it should be."""
+    def read(self, given: Given, *annotations: Path) -> Examples:
+        """The source's examples. Raises UserError when it is not what it should be.
+
+        annotations: the answers' file, where there is one; only for ANSWERS_APART.
+        """
 
 
 def example_rows(path: Path, annotations: Path | None = None) -> Examples:
@@ -76,19 +79,15 @@ def example_rows(path: Path, annotations: Path | None = None) -> Examples:
     for name in EXAMPLE_FORMATS:
         module = cast(Format, import_module(f"capfilt.formats.examples.{name}"))
         if module.detect(given):
-            task, rows = module.read(given, annotations)
+            if annotations and name not in ANSWERS_APART:
+                raise UserError(
+                    f"--annotations {annotations}: {path} holds its own answers; only VQA v2's does not"
+                )
+            task, rows = module.read(given, *([annotations] if annotations else []))
             if not rows:
                 raise UserError(f"{path}: has no examples")
             return task, unique(rows)
     raise UserError(f"{path}: has no list `questions` (VQA v2) and is no list of records")
-
-
-def no_annotations(given: Given, annotations: Path | None) -> None:
-    """Raise UserError where answers are given that the format has itself."""
-    if annotations is not None:
-        raise UserError(
-            f"--annotations {annotations}: {given.path} holds its own answers; only VQA v2's does not"
-        )
 
 
 def example(fields: Mapping[str, Any], number: int) -> ExampleRow:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from capfilt.formats.examples.row import Examples, example, no_annotations
+from capfilt.formats.examples.row import Examples, example
 from capfilt.formats.source import Given
 
 
@@ -14,9 +12,8 @@ def detect(given: Given) -> bool:
     return isinstance(first, dict) and "negative_caption" in first
 
 
-def read(given: Given, annotations: Path | None) -> Examples:
+def read(given: Given) -> Examples:
     """A choice per record; the file's name is the category of all of them."""
-    no_annotations(given, annotations)
     name = given.path.name.partition(".")[0]
     rows = []
     for number, record in given.object.items():

@@ -17,7 +17,7 @@ def detect(given: Given) -> bool:
     return isinstance(given.object.get("questions"), list)
 
 
-def read(given: Given, annotations: Path | None) -> Examples:
+def read(given: Given, annotations: Path | None = None) -> Examples:
     """An example per question. Raises UserError where the answers are of no question."""
     found = None if annotations is None else _answers(annotations)
     subset = text_of(given.object.get("data_subtype") or "")

@@ -38,7 +38,7 @@ from capfilt.models.common.presets import (
 from capfilt.models.common.pretrained import load_bert, load_vit
 from capfilt.models.common.ranks import ALONE, Ranks, Rows
 from capfilt.models.common.text import Attention, Predictions, TextConfig, TextTransformer
-from capfilt.models.common.vision import VisionConfig, VisionTower
+from capfilt.models.common.vision import Towered, VisionConfig, VisionTower
 
 
 def bert() -> TextConfig:
@@ -72,7 +72,7 @@ class AlbefConfig(ModelConfig):
         return super().for_vocabulary(size - len(ADDED))
 
 
-class Albef(nn.Module):
+class Albef(Towered):
     """See the module's docstring. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
 
     Texts are `ids` int64 [B, L] = [CLS], words and padding, `mask` bool [B, L]: `without_end` of what the tokenizer gives.
@@ -110,11 +110,6 @@ class Albef(nn.Module):
     def taken(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Texts as this model reads them, of what the tokenizer gives."""
         return without_end(ids, mask)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """fp32 unit vectors [B, E] from the [CLS] of image tokens [B, N, Dv]."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from capfilt.data.loader import Batch
 from capfilt.errors import UserError
 from capfilt.models.albef.model import Albef, alone, bert, halves, tokens_known, without_end
-from capfilt.models.common.answering import Answering, VqaConfig
-from capfilt.models.common.classifier import ClassifierConfig, head_for, head_logits
+from capfilt.models.common.answering import Answering, VqaConfig, new_reading
+from capfilt.models.common.classifier import Classifier, ClassifierConfig, head_logits, is_head
 from capfilt.models.common.layers import Pair, blocks_of, full_precision, project, seeded
 from capfilt.models.common.objectives import distilled_losses, similarities
 from capfilt.models.common.text import Attention, TextConfig, TextDecoder, TextTransformer
@@ -79,34 +79,14 @@ class AlbefClassifierConfig(ClassifierConfig):
         return tokens_known(self.text)
 
 
-class AlbefClassifier(nn.Module):
+class AlbefClassifier(Classifier):
     """A head on the state of [CLS] after all layers: linear, ReLU, linear for entailment (ALBEF, code); ViLT's for VQA.
 
     Where its classes have no text, one linear layer on the vision tower's [CLS], as a BlipClassifier's.
     """
 
-    abilities = ("features", "judge")
-    pictures = 1
-
-    def __init__(self, config: AlbefClassifierConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = None if config.pictures_alone else self._reader()
-        self.cls_head = head_for(config)
-
-    def _reader(self) -> TextTransformer:
+    def reader(self) -> TextTransformer:
         return halves(self.config.text, self.config.vision.width)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What it was trained to tell apart."""
-        return self.config.classes
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
 
     def prefill_cross(self, image_tokens: Tensor) -> list[Pair]:
         """Keys and values, for the layers that look, of the tokens [B * pictures, N, Dv] of B texts' pictures: all first
@@ -121,12 +101,8 @@ class AlbefClassifier(nn.Module):
         states = self.text_encoder(*without_end(ids, mask), cross, first=True)
         return head_logits(self.cls_head, states[:, 0])
 
-    def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
-        """`seen_logits` with images [B, pictures, 3, S, S]; of pictures alone no text is read."""
-        tokens = self.encode_image(images.transpose(0, 1).flatten(0, 1))
-        if self.text_encoder is None:
-            return head_logits(self.cls_head, tokens[:, 0])
-        return self.seen_logits(ids, mask, self.prefill_cross(tokens))
+    def read_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
+        return self.seen_logits(ids, mask, self.prefill_cross(image_tokens))
 
     def resize_image(self, image_size: int) -> None:
         """As `Albef.resize_image`: text assignment is learned at one size, statements at another."""
@@ -151,11 +127,9 @@ class AlbefNlvr(AlbefClassifier):
     The two share the keys' and values' projections (ALBEF, sec. 5 and fig. 3b).
     """
 
-    abilities = ("features", "judge")
     pictures = 2
-    config: AlbefNlvrConfig
 
-    def _reader(self) -> TextTransformer:
+    def reader(self) -> TextTransformer:
         text, width = self.config.text, self.config.vision.width
         before = alone(text)
         doubled = dataclasses.replace(text, depth=text.depth + second_half(text).depth)
@@ -198,9 +172,7 @@ def vqa_from_albef(model: Albef, seed: int = 0, drop_path: float = 0.0) -> Albef
     config = AlbefVqaConfig(vision, model.config.text)
     made = seeded(AlbefVqa, config, seed)
 
-    def new(name: str) -> bool:
-        read = name.startswith("text_decoder.") and re.search(r"crossattention\.self\.(key|value)\.", name)
-        return bool(read) and vision.width != config.text.width
+    new = new_reading(config)
 
     def source(name: str) -> str:
         if name.startswith("text_decoder.cls.predictions."):
@@ -231,7 +203,7 @@ def classifier_from_albef(
     config = AlbefClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes))
     made = seeded(AlbefClassifier, config, seed)
     found = model.state_dict()
-    start_from(made, {name: found[name] for name in made.state_dict() if not _is_head(name)}, _is_head)
+    start_from(made, {name: found[name] for name in made.state_dict() if not is_head(name)}, is_head)
     return made
 
 
@@ -259,14 +231,8 @@ def nlvr_from_albef(
         )
 
     found = model.state_dict()
-    start_from(
-        made, {name: found[source(name)] for name in made.state_dict() if not _is_head(name)}, _is_head
-    )
+    start_from(made, {name: found[source(name)] for name in made.state_dict() if not is_head(name)}, is_head)
     return made
-
-
-def _is_head(name: str) -> bool:
-    return name.startswith("cls_head.")
 
 
 ASSIGNED = ("first", "second", "neither")

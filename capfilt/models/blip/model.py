@@ -32,13 +32,13 @@ from capfilt.models.common.presets import (
     SMALL_VISION,
     TINY_TEXT,
     TINY_VISION,
-    TRUNK_TEXT,
     TRUNK_VISION,
 )
 from capfilt.models.common.pretrained import load_bert, load_vit
 from capfilt.models.common.ranks import ALONE, Ranks
-from capfilt.models.common.text import SelfCache, TextDecoder, TextTransformer
-from capfilt.models.common.vision import VisionConfig, VisionTower
+from capfilt.models.common.sentence import SentenceEncoder, recipe_of, start_layers
+from capfilt.models.common.text import SelfCache, TextConfig, TextDecoder, TextTransformer
+from capfilt.models.common.vision import Towered, VisionConfig, VisionTower
 
 CAPTIONER_PARTS = ("visual_encoder", "text_decoder")
 
@@ -60,13 +60,32 @@ class BlipConfig(ModelConfig):
         "both"  # "captioner" or "filter": a checkpoint that was published with the modules of one only
     )
     max_words: int = 30  # BLIP, code: of captions
+    # A frozen sentence encoder: ITC's vector of a text is a projection of its, and the text side starts from its first layers.
+    sentence: str = ""
 
     def __post_init__(self) -> None:
         if self.half not in HALVES:
             raise UserError(f"half is {self.half!r}: use one of {', '.join(HALVES)}")
+        if self.sentence:
+            theirs, mine = recipe_of(self.sentence, "sentence").text, self.text
+            same = all(
+                getattr(mine, name) == getattr(theirs, name)
+                for name in ("width", "heads", "hidden", "max_positions")
+            )
+            if not same or mine.depth > theirs.depth:
+                raise UserError(
+                    f"sentence {self.sentence!r}: text has another width, heads, hidden or max_positions, or more layers"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `Shape.to_dict`, without a `sentence` that is none: configs are read by what knows no such field."""
+        found = super().to_dict()
+        if not self.sentence:
+            del found["sentence"]
+        return found
 
 
-class Blip(nn.Module):
+class Blip(Towered):
     """See the module's docstring. Images are pixels uint8 [B, 3, S, S], normalised floats, or trunk features.
 
     Texts are `ids` int64 [B, L] = [CLS] ... [SEP] and padding, `mask` bool [B, L], as the tokenizer gives them:
@@ -78,12 +97,18 @@ class Blip(nn.Module):
         self.config = config
         self.visual_encoder = VisionTower(config.vision)
         shared: TextTransformer | None = None
+        self.sentence: SentenceEncoder | None = None
         if config.half != "captioner":
             self.text_encoder = shared = TextTransformer(config.text, config.vision.width)
         if config.half != "filter":
             self.text_decoder = TextDecoder(config.text, config.vision.width, shared)
+        if config.sentence:
+            start_layers(config.sentence, config, self.text_stacks)
         if config.half == "captioner":
             return
+        if config.sentence:
+            recipe = recipe_of(config.sentence)
+            self.sentence = SentenceEncoder(recipe.text, recipe.pooling, config.sentence)
         self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.itm_head = nn.Linear(config.text.width, 2)
@@ -100,6 +125,12 @@ class Blip(nn.Module):
                 f"this model is a {self.config.half} and no {half}: it has no {', '.join(lacking[1:])}"
             )
 
+    @property
+    def text_stacks(self) -> list[TextTransformer]:
+        """The text transformers that it has: the encoder, the decoder's."""
+        read = [] if self.config.half == "captioner" else [self.text_encoder]
+        return read if self.config.half == "filter" else [*read, self.text_decoder.bert]
+
     # Images and texts by themselves.
 
     @property
@@ -108,11 +139,6 @@ class Blip(nn.Module):
         judges = ("embed", "match") if self.config.half != "captioner" else ()
         writes = ("write",) if self.config.half != "filter" else ()
         return ("features", *judges, *writes)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """fp32 unit vectors [B, E] from the [CLS] of image tokens [B, N, Dv]."""
@@ -125,7 +151,15 @@ class Blip(nn.Module):
 
     def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """fp32 unit vectors [B, E] of texts."""
-        return project(self.text_proj, self.text_encoder(ids, mask, first=True))
+        if self.sentence is None:
+            return project(self.text_proj, self.text_encoder(ids, mask, first=True))
+        return project(self.text_proj, self.sentence_states(ids, mask))
+
+    def sentence_states(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The sentence encoder's vectors of texts, float16 [B, 1, D]; only with one."""
+        assert self.sentence is not None
+        out: Tensor = self.sentence(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask)
+        return out[:, None]
 
     # Texts against images.
 
@@ -142,7 +176,7 @@ class Blip(nn.Module):
         """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
         states = self.text_encoder(
-            self._start(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
+            starting(ids, self.config.text.enc_id), mask, cross, image_mask, first=True
         )
         return exact(self.itm_head, states[:, 0])
 
@@ -158,7 +192,7 @@ class Blip(nn.Module):
         where: bool [B, L] asks for these positions only, [T, V]: most of a small model's time goes into this projection.
         """
         cross = self.prefill_cross(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
-        states = self.text_decoder.bert(self._start(ids, self.config.text.dec_id), mask, cross, causal=True)
+        states = self.text_decoder.bert(starting(ids, self.config.text.dec_id), mask, cross, causal=True)
         return self.text_decoder.logits(states if where is None else states[where])
 
     # Writing, token by token.
@@ -188,7 +222,7 @@ class Blip(nn.Module):
         of each of an image's K texts, side by side: rows i*K .. i*K+K-1 belong to image i. Updates the cache.
         """
         if cache.length == 0:
-            ids = self._start(ids, self.config.text.dec_id)
+            ids = starting(ids, self.config.text.dec_id)
         states = self.text_decoder.bert(ids, cross=cross, cache=cache)
         return self.text_decoder.logits(states[:, -1])
 
@@ -206,11 +240,12 @@ class Blip(nn.Module):
         made, own = blank(Blip, dataclasses.replace(self.config, half=half)), self.state_dict()
         return assemble(Path(half), made, {name: own[name] for name in made.state_dict()})
 
-    @staticmethod
-    def _start(ids: Tensor, token: int) -> Tensor:
-        ids = ids.clone()
-        ids[:, 0] = token
-        return ids
+
+def starting(ids: Tensor, token: int) -> Tensor:
+    """A copy of texts int64 [B, L] with this token at position 0."""
+    ids = ids.clone()
+    ids[:, 0] = token
+    return ids
 
 
 @dataclass(frozen=True)
@@ -241,8 +276,9 @@ class MomentumTowers(nn.Module):
     def __init__(self, model: Blip) -> None:
         super().__init__()
         self.visual_encoder = copy.deepcopy(model.visual_encoder)
-        self.text_encoder = copy.deepcopy(model.text_encoder)
-        for layer in self.text_encoder.layers:
+        # A sentence encoder never moves: its vectors are the model's.
+        self.text_encoder = copy.deepcopy(model.text_encoder) if model.sentence is None else None
+        for layer in self.text_encoder.layers if self.text_encoder is not None else ():
             # Texts alone are read here, so the copy would carry a cross-attention per layer that nothing runs.
             layer.crossattention = None
         self.vision_proj = copy.deepcopy(model.vision_proj)
@@ -253,6 +289,7 @@ class MomentumTowers(nn.Module):
         return project(self.vision_proj, self.visual_encoder(images))
 
     def embed_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        assert self.text_encoder is not None
         return project(self.text_proj, self.text_encoder(ids, mask, first=True))
 
 
@@ -296,11 +333,12 @@ class BlipPretraining(Alignment):
         cross = model.prefill_cross(tokens) if {"itm", "lm"} & set(objectives) else []
 
         def embeds() -> Embeds:
-            live = model.embed_image(tokens), _embed_text(model, batch)
+            states = None if model.sentence is None else model.sentence_states(batch.ids, batch.mask)
+            live = model.embed_image(tokens), _embed_text(model, batch, states)
             if towers is None:
                 return live, None
             with torch.no_grad():
-                return live, (towers.embed_image(images), _embed_text(towers, batch))
+                return live, (towers.embed_image(images), _embed_text(towers, batch, states))
 
         found, figures = self._aligned(
             *(batch, rows, tokens, cross, alpha, hardness),
@@ -338,7 +376,10 @@ class BlipPretraining(Alignment):
         return token_loss(torch.cat(predicted), torch.cat(said), config.label_smoothing, self.ranks)
 
 
-def _embed_text(towers: Blip | MomentumTowers, batch: Batch) -> Tensor:
+def _embed_text(towers: Blip | MomentumTowers, batch: Batch, states: Tensor | None) -> Tensor:
+    """states: of a sentence encoder, which both have in common."""
+    if states is not None:
+        return project(towers.text_proj, states)
     groups = length_chunks(batch.mask)
     embedded = [
         towers.embed_text(batch.ids[some, :length], batch.mask[some, :length]) for some, length in groups
@@ -387,7 +428,12 @@ def start_vision(model: Blip, directory: str | Path) -> None:
 
 def start_text(model: Blip, directory: str | Path) -> None:
     """Starts the text side from a transformers BERT."""
-    load_bert(directory, model.config, [model.text_encoder, model.text_decoder.bert])
+    load_bert(directory, model.config, model.text_stacks)
+
+
+def vocabulary(config: BlipConfig, options: Any) -> str:
+    """The file of the sentence encoder's vocabulary; "" without one."""
+    return recipe_of(config.sentence).vocabulary() if config.sentence else ""
 
 
 # BLIP, arXiv 2201.12086, sec. 4.1: ViT-B/16 and ViT-L/16 with bert-base; drop-path as in the published code.
@@ -396,7 +442,10 @@ LARGE = BlipConfig(vision=VisionConfig(width=1024, depth=24, heads=16, hidden=40
 PRESETS: dict[str, BlipConfig] = {
     "tiny": BlipConfig(TINY_VISION, TINY_TEXT, embed_dim=128),
     "small": BlipConfig(SMALL_VISION, SMALL_TEXT),
-    "trunk": BlipConfig(TRUNK_VISION, TRUNK_TEXT),
+    # What is pretrained is taken, of pictures and of words.
+    "trunk": BlipConfig(
+        TRUNK_VISION, TextConfig(30524, 384, 3, 12, 1536, attention_dropout=0.0), sentence="minilm"
+    ),
     "base": BASE,
     "large": LARGE,
 }

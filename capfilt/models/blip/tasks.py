@@ -19,9 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
-from capfilt.models.blip.model import Blip
-from capfilt.models.common.answering import Answering, VqaConfig
-from capfilt.models.common.classifier import ClassifierConfig, classifier_head, head_for, head_logits
+from capfilt.models.blip.model import Blip, starting
+from capfilt.models.common.answering import Answering, VqaConfig, new_reading
+from capfilt.models.common.classifier import (
+    Classifier,
+    ClassifierConfig,
+    classifier_head,
+    head_logits,
+    is_head,
+)
 from capfilt.models.common.config import ModelConfig
 from capfilt.models.common.layers import Pair, seeded, split_heads
 from capfilt.models.common.text import (
@@ -31,7 +37,7 @@ from capfilt.models.common.text import (
     TextDecoder,
     TextTransformer,
 )
-from capfilt.models.common.vision import VisionConfig, VisionTower
+from capfilt.models.common.vision import Towered, VisionConfig, VisionTower
 from capfilt.models.common.weights import start_from
 from capfilt.tables.contracts import LABELS
 
@@ -48,10 +54,10 @@ class BlipVqa(Answering):
         self.text_decoder = TextDecoder(config.text, config.text.width)
 
     def asked(self, ids: Tensor) -> Tensor:
-        return _start(ids, self.config.text.enc_id)
+        return starting(ids, self.config.text.enc_id)
 
     def begun(self, ids: Tensor) -> Tensor:
-        return _start(ids, self.config.text.dec_id)
+        return starting(ids, self.config.text.dec_id)
 
 
 def vqa_from_blip(model: Blip, seed: int = 0, drop_path: float = 0.1) -> BlipVqa:
@@ -65,68 +71,30 @@ def vqa_from_blip(model: Blip, seed: int = 0, drop_path: float = 0.1) -> BlipVqa
     vision = dataclasses.replace(model.config.vision, drop_path=drop_path)
     made = seeded(BlipVqa, VqaConfig(vision, model.config.text), seed)
 
-    def new(name: str) -> bool:
-        read = name.startswith("text_decoder.") and re.search(r"crossattention\.self\.(key|value)\.", name)
-        return bool(read) and vision.width != model.config.text.width
-
+    new = new_reading(made.config)
     found = model.state_dict()
     names = [name for name in made.state_dict() if name in found and not new(name)]
     start_from(made, {name: found[name] for name in names}, new)
     return made
 
 
-def _start(ids: Tensor, token: int) -> Tensor:
-    ids = ids.clone()
-    ids[:, 0] = token
-    return ids
-
-
-class BlipClassifier(nn.Module):
+class BlipClassifier(Classifier):
     """See the module's docstring. Images, ids and masks are as in `Blip`; position 0 is overwritten here as there."""
 
-    abilities = ("features", "judge")
-    pictures = 1
+    def reader(self) -> TextTransformer:
+        return TextTransformer(self.config.text, self.config.vision.width)
 
-    def __init__(self, config: ClassifierConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.visual_encoder = VisionTower(config.vision)
-        self.text_encoder = (
-            None if config.pictures_alone else TextTransformer(config.text, config.vision.width)
-        )
-        self.cls_head = head_for(config)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
-
-    def class_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
-        """fp32 logits [B, C] of texts ids int64 [B, L], mask bool [B, L], seen with image tokens [B, N, Dv].
-
-        A classifier of pictures alone reads no text.
-        """
-        if self.text_encoder is None:
-            return head_logits(self.cls_head, image_tokens[:, 0])
+    def read_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
+        assert self.text_encoder is not None
         return fused_logits(self.text_encoder, self.cls_head, ids, mask, image_tokens)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What it was trained to tell apart: the task's labels, or answers as most people spell them."""
-        return self.config.classes
-
-    def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
-        """`class_logits` of texts ids int64 [B, L] seen with images [B, 1, 3, S, S]."""
-        return self.class_logits(ids, mask, self.encode_image(images[:, 0]))
 
 
 def fused_logits(
     encoder: TextTransformer, head: nn.Sequential, ids: Tensor, mask: Tensor | None, image_tokens: Tensor
 ) -> Tensor:
     """fp32 logits [B, C] that `head` reads from position 0, made [ENC], of texts seen with their image tokens."""
-    ids = ids.clone()
-    ids[:, 0] = encoder.config.enc_id
-    return head_logits(head, encoder(ids, mask, encoder.cross_keys_values(image_tokens), first=True)[:, 0])
+    cross = encoder.cross_keys_values(image_tokens)
+    return head_logits(head, encoder(starting(ids, encoder.config.enc_id), mask, cross, first=True)[:, 0])
 
 
 def classifier_from_blip(
@@ -149,13 +117,9 @@ def classifier_from_blip(
         BlipClassifier, ClassifierConfig(vision, model.config.text, task=task, classes=tuple(classes)), seed
     )
     found = model.state_dict()
-    names = [name for name in made.state_dict() if name in found and not _is_head(name)]
-    start_from(made, {name: found[name] for name in names}, _is_head)
+    names = [name for name in made.state_dict() if name in found and not is_head(name)]
+    start_from(made, {name: found[name] for name in names}, is_head)
     return made
-
-
-def _is_head(name: str) -> bool:
-    return name.startswith("cls_head.")
 
 
 @dataclass(frozen=True)
@@ -167,7 +131,7 @@ class NlvrConfig(ModelConfig):
     max_words: int = 40  # BLIP, code: longest sentence
 
 
-class BlipNlvr(nn.Module):
+class BlipNlvr(Towered):
     """See the module's docstring. Ids and masks are as in `Blip`; position 0 is overwritten here as there.
 
     Images come in one batch of 2B, all first ones before all second ones.
@@ -190,11 +154,6 @@ class BlipNlvr(nn.Module):
             ),
         )
         self.cls_head = classifier_head(config.text.width, 2)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [2B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
 
     def truth_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
         """fp32 logits [B, 2], index 1 = true, of sentences ids int64 [B, L], mask bool [B, L], seen with their images.
@@ -267,7 +226,7 @@ def nlvr_from_blip(model: Blip, seed: int = 0, drop_path: float = 0.1) -> BlipNl
     start_from(
         made,
         {name: found[once] for name, once in names.items() if once in found},
-        new=lambda name: name.startswith("cls_head.") or ".merge_layer." in name,
+        new=lambda name: is_head(name) or ".merge_layer." in name,
     )
     return made
 

@@ -5,18 +5,19 @@ Not here: a family's own encoder and decoder (its `tasks.py`), the search for th
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from capfilt.errors import UserError
 from capfilt.models.common.config import ModelConfig
 from capfilt.models.common.layers import Pair
 from capfilt.models.common.objectives import distilled_losses, language_labels
 from capfilt.models.common.text import SelfCache, TextDecoder, TextTransformer
-from capfilt.models.common.vision import VisionConfig, VisionTower
+from capfilt.models.common.vision import Towered, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class VqaConfig(ModelConfig):
     max_words: int = 50  # BLIP, code
 
 
-class Answering(nn.Module, ABC):
+class Answering(Towered, ABC):
     """What the models that answer in words share: a question is read with its image, a decoder writes from its states.
 
     Questions and answers are ids int64 [B, L] = [CLS] ... [SEP] and padding, and a mask bool [B, L], as the tokenizer gives
@@ -37,7 +38,6 @@ class Answering(nn.Module, ABC):
 
     abilities = ("features", "answer")
     config: VqaConfig
-    visual_encoder: VisionTower
     text_encoder: TextTransformer
     text_decoder: TextDecoder
 
@@ -52,11 +52,6 @@ class Answering(nn.Module, ABC):
     @abstractmethod
     def begun(self, ids: Tensor) -> Tensor:
         """The beginnings of answers as the decoder takes them."""
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
-        out: Tensor = self.visual_encoder(images)
-        return out
 
     def encode_question(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
         """States [B, L, D] of questions, seen with image tokens [B, N, Dv]."""
@@ -112,6 +107,17 @@ class AnswerWriter:
             mask = mask[cache.kept]
         states = self.model.text_decoder.bert(ids, cross=cross, cross_mask=mask, cache=cache)
         return self.model.text_decoder.logits(states[:, -1])
+
+
+def new_reading(config: VqaConfig) -> Callable[[str], bool]:
+    """Whether a tensor of an answering model is new where it is made of a pretrained one: the decoder's keys and values, which
+    read the question's states and no image tokens any more, where the two have other widths.
+    """
+    wider = config.vision.width != config.text.width
+    return lambda name: wider and bool(_DECODER_READS.match(name))
+
+
+_DECODER_READS = re.compile(r"text_decoder\..*crossattention\.self\.(key|value)\.")
 
 
 def answer_loss(

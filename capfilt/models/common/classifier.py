@@ -6,13 +6,15 @@ Two heads are published: ALBEF's for entailment (arXiv 2107.07651, sec. 5 and co
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from capfilt.models.common.config import Classified, ModelConfig
 from capfilt.models.common.layers import full_precision, init_std, init_truncated
-from capfilt.models.common.vision import VisionConfig
+from capfilt.models.common.text import TextTransformer
+from capfilt.models.common.vision import Towered, VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,55 @@ class ClassifierConfig(Classified, ModelConfig):
     def pictures_alone(self) -> bool:
         """Whether no text is read."""
         return self.task == "classification"
+
+
+class Classifier(Towered, ABC):
+    """A vision tower, a reader of texts seen with its tokens (none for pictures alone), and a head.
+
+    Ids are int64 [B, L], masks bool [B, L], as the tokenizer gives them.
+    """
+
+    abilities = ("features", "judge")
+    pictures = 1
+    text_encoder: TextTransformer | None
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.vision)
+        self.text_encoder = None if config.pictures_alone else self.reader()
+        self.cls_head = head_for(config)
+
+    @abstractmethod
+    def reader(self) -> TextTransformer:
+        """The reader of texts."""
+
+    @abstractmethod
+    def read_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
+        """`class_logits` where texts are read."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it was trained to tell apart: the task's labels, or answers as most people spell them."""
+        return self.config.classes
+
+    def class_logits(self, ids: Tensor, mask: Tensor | None, image_tokens: Tensor) -> Tensor:
+        """fp32 logits [B, C] of texts seen with image tokens [B * pictures, N, Dv]: all first ones before all second ones.
+
+        A classifier of pictures alone reads no text.
+        """
+        if self.text_encoder is None:
+            return head_logits(self.cls_head, image_tokens[:, 0])
+        return self.read_logits(ids, mask, image_tokens)
+
+    def judge(self, ids: Tensor, mask: Tensor | None, images: Tensor) -> Tensor:
+        """`class_logits` of texts seen with images [B, pictures, 3, S, S]."""
+        return self.class_logits(ids, mask, self.encode_image(images.transpose(0, 1).flatten(0, 1)))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is of the head."""
+    return name.startswith("cls_head.")
 
 
 def head_for(config: ClassifierConfig) -> nn.Sequential:

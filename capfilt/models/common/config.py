@@ -108,7 +108,7 @@ class Classified(Shape):
         return super().from_dict(values)
 
 
-_FROM_ZERO = ("pad_id", "max_words")
+_FROM_ZERO = ("pad_id", "max_words", "cells")
 
 
 _MOST, _DEEPEST = 2**24, 1000

@@ -5,6 +5,7 @@ Read by tables of names (`common.layouts.names`); transformers itself is not nee
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def load_bert(
     stacks: Sequence[nn.Module],
     head: nn.Module | None = None,
     types: bool = False,
+    depth: int = 0,
 ) -> None:
     """Copies a transformers BERT into text transformers: embeddings, self-attention and feed-forward.
 
@@ -87,14 +89,18 @@ def load_bert(
         stacks: the text transformers to fill.
         head: a language head, filled where the directory has one.
         types: whether the type that all words have is added to the positions, for a transformer without types.
+        depth: the directory's layers, of which the first are taken; 0: as many as the model has.
     """
     directory = Path(directory)
     positions, words = config.text.max_positions, config.vocab_size - len(ADDED)
     sizes = {"max_position_embeddings": positions, "vocab_size": words}
-    _check_geometry(directory, ("bert",), config.text, sizes)
+    theirs = dataclasses.replace(config.text, depth=depth or config.text.depth)
+    _check_geometry(directory, ("bert",), theirs, sizes)
     found = _found(directory, ("bert.",), ("pooler.", f"{_MLM_HEAD}decoder.", *(() if types else (_TYPES,))))
     language = {name: each for name, each in found.items() if name.startswith(_MLM_HEAD)}
-    found = {name: each for name, each in found.items() if not name.startswith("cls.")}
+    beyond = (f"encoder.layer.{index}." for index in range(config.text.depth, theirs.depth))
+    left = ("cls.", *beyond)
+    found = {name: each for name, each in found.items() if not name.startswith(left)}
     if head is not None and language:
         _copy(directory, "BERT", (("**", f"{_MLM_HEAD}**"),), dict(head.named_parameters()), language)
     for stack in stacks:

@@ -6,15 +6,19 @@ A checkpoint has the weights of its own, and needs no package.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from capfilt.errors import UserError
+from capfilt.models.common.layers import full_precision
 from capfilt.models.common.memo import Memo, keys_of
 from capfilt.models.common.pretrained import load_bert
 from capfilt.models.common.text import TextConfig, TextTransformer
@@ -40,6 +44,10 @@ class SentenceRecipe:
             )
         return Path(spec.submodule_search_locations[0]) / self.folder
 
+    def vocabulary(self) -> str:
+        """The file of its vocabulary. UserError as `directory`."""
+        return str(self.directory() / "vocab.txt")
+
 
 SENTENCES = {
     # sentence-transformers/all-MiniLM-L6-v2 (its model card): bert-base-uncased's vocabulary, the mean of a text's tokens. Its
@@ -50,29 +58,39 @@ SENTENCES = {
 }
 
 
-def recipe_of(name: str) -> SentenceRecipe:
-    """The sentence encoder of this name; UserError for an unknown one."""
+def recipe_of(name: str, field: str = "text.encoder") -> SentenceRecipe:
+    """The sentence encoder of this name; UserError, naming the config's field, for an unknown one."""
     if name not in SENTENCES:
-        raise UserError(f"text.encoder is {name!r}: use '' (a new one) or one of {', '.join(SENTENCES)}")
+        raise UserError(f"{field} is {name!r}: use '' (a new one) or one of {', '.join(SENTENCES)}")
     return SENTENCES[name]
+
+
+def start_layers(name: str, config: Any, stacks: Sequence[TextTransformer]) -> None:
+    """Copies embeddings and first layers of a sentence encoder into text transformers of its width, unless they stand on the
+    meta device; config: the whole model's, as `load_bert` takes it.
+    """
+    if not next(stacks[0].parameters()).is_meta:
+        recipe = recipe_of(name)
+        load_bert(recipe.directory(), config, stacks, types=True, depth=recipe.text.depth)
 
 
 class SentenceEncoder(nn.Module):
     """A text transformer and how its states become a vector.
 
-    `pretrained` fills it from its package, unless it stands on the meta device.
+    `pretrained` fills it from its package, unless it stands on the meta device; `frozen` is of a pretrained one.
     """
 
-    def __init__(self, text: TextConfig, pooling: str, pretrained: str = "") -> None:
+    def __init__(self, text: TextConfig, pooling: str, pretrained: str = "", frozen: bool = True) -> None:
         super().__init__()
         if pooling not in POOLINGS:
             raise UserError(f"text.pooling is {pooling!r}: use one of {', '.join(POOLINGS)}")
-        self.pooling, self.frozen, self.encoder_name = pooling, bool(pretrained), pretrained
+        self.pooling, self.frozen = pooling, frozen and bool(pretrained)
+        self.encoder_name = pretrained if self.frozen else ""
         self.memo: Memo | None = None
         self.transformer = TextTransformer(text, 0, crossattention=lambda index: None)
-        if pretrained and not next(self.parameters()).is_meta:
+        if pretrained:
             config = SimpleNamespace(text=text, vocab_size=text.vocab_size)
-            load_bert(recipe_of(pretrained).directory(), config, [self.transformer], types=True)
+            start_layers(pretrained, config, [self.transformer])
         self.requires_grad_(not self.frozen)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -86,7 +104,9 @@ class SentenceEncoder(nn.Module):
 
     def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
         """fp32 vectors [B, D]: the mean over a text's tokens, or its first state."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        # What is remembered must not depend on the precision of who asked first.
+        exact = full_precision(ids) if self.frozen else contextlib.nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), exact:
             states: Tensor = self.transformer(ids, mask, first=self.pooling == "first").float()
             if self.pooling == "first":
                 return states[:, 0]

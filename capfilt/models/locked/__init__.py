@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from capfilt.data.rows import PAIR_ROWS
+from capfilt.errors import UserError
 from capfilt.models.family import Family, Kind
 from capfilt.options import AUGMENTATION, MACHINE, MODEL, OPTIMISER, SCHEDULE, Checked, option
 
-_CODE = "capfilt.models.locked.model"
+_CODE, _OVER = "capfilt.models.locked.model", "capfilt.models.locked.over"
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,28 @@ class Options(Checked):
     epochs: float = option(10.0, "passes over the texts", panel=SCHEDULE)
     warmup_steps: int = option(20, "steps of linear warm-up", panel=SCHEDULE)
     max_text_tokens: int = option(64, "cut texts to N tokens", least=2)
+    encoders: str = option(
+        "", "checkpoint of a CLIP, which takes the place of both encoders", kind="path", later=True
+    )
+    encoder_lr: float = option(
+        0.0, "peak of pretrained encoders; 0: frozen; else needs --no-cache-features", least=0, later=True
+    )
     cache_features: bool = option(
         True, "compute the frozen encoder's features once", rare=True, panel=MACHINE
     )
     augment: bool = option(False, "random resized crops; needs --no-cache-features", panel=AUGMENTATION)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoders and getattr(self, "init", ""):
+            raise UserError(
+                f"--encoders {self.encoders}: a checkpoint (--init) has its own; give one of them"
+            )
+        if self.encoder_lr and self.cache_features:
+            raise UserError(
+                f"--cache-features: with --encoder-lr {self.encoder_lr:g} pictures have other features after every step; "
+                "add --no-cache-features"
+            )
 
 
 FAMILY = Family(
@@ -45,6 +64,17 @@ FAMILY = Family(
             (PAIR_ROWS,),
             "as-found",
             parts={"text": ("text_encoder",)},
+        ),
+        Kind(
+            "locked_over",
+            f"{_OVER}:OverConfig",
+            f"{_OVER}:Over",
+            "locked-tower CLIP over a CLIP",
+            "embeds pictures and texts",
+            (PAIR_ROWS,),
+            "clip",
+            "byte-pair",
+            parts={"vision": ("visual_encoder",), "text": ("text_encoder",)},
         ),
     ),
     Options,

@@ -7,6 +7,7 @@ difference whether they were remembered.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,9 @@ from capfilt.models.common.ranks import ALONE, Ranks
 from capfilt.models.common.sentence import SentenceEncoder, recipe_of
 from capfilt.models.common.text import TextConfig
 from capfilt.models.common.trunk import TRUNKS, Seeing, Trunk
+from capfilt.models.family import found
 
+_OVER = "capfilt.models.locked.over"  # by name: it is made of this module's heads
 MAX_SCALE = 100.0
 """CLIP, sec. 2.5: the learned scale of the logits is clipped here."""
 
@@ -86,9 +89,20 @@ class LockedConfig(Shape):
     max_text_tokens: int = 64
     max_words: int = 0
 
+    @property
+    def frozen(self) -> bool:
+        """Whether pretrained encoders stay as they are."""
+        return self.vision.trunk_frozen
+
+    @property
+    def pretrained(self) -> tuple[str, ...]:
+        """The attributes of the model that hold pretrained encoders."""
+        seen = ("visual_encoder",) if self.vision.trunk in TRUNKS else ()
+        return (*seen, "text_encoder") if self.text.encoder else seen
+
 
 class Eye(Seeing):
-    """Features float16 [B, V, C] of pixels uint8 [B, 3, S, S] or normalised floats; nothing learns."""
+    """Features [B, V, C] of pixels uint8 [B, 3, S, S] or normalised floats; float16 where nothing learns."""
 
     def __init__(self, config: LockedVisionConfig) -> None:
         super().__init__()
@@ -98,34 +112,44 @@ class Eye(Seeing):
         self.constants = ((0.5,) * 3, (0.5,) * 3)
         if config.trunk in TRUNKS:
             recipe = TRUNKS[config.trunk]
-            self.trunk, self.constants = Trunk(recipe, config.image_size, True), (recipe.mean, recipe.std)
+            self.trunk = Trunk(recipe, config.image_size, config.trunk_frozen)
+            self.constants = (recipe.mean, recipe.std)
         self.set_normalisation()
+
+    @property
+    def frozen(self) -> bool:
+        return self.trunk is None or self.trunk.frozen
 
     @property
     def encoder_name(self) -> str:
         """Its name among features; "" where there is nothing worth keeping."""
         c = self.config
-        return f"{c.trunk}-{c.image_size}-{c.cells}" if self.trunk else ""
+        return f"{c.trunk}-{c.image_size}-{c.cells}" if self.trunk and self.frozen else ""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.trunk_features(pixels) if self.frozen else self._seen(pixels)
 
     @torch.no_grad()
     def trunk_features(self, pixels: Tensor) -> Tensor:
-        if self.memo is None or pixels.dtype != torch.uint8:
-            return self._seen(pixels)
-        found = self.memo.of(keys_of(list(pixels)), lambda rows: self._seen(pixels[rows]))
-        return found.to(pixels.device)
+        # What is remembered must not depend on the precision of who asked first.
+        with full_precision(pixels):
+            if self.memo is None or pixels.dtype != torch.uint8:
+                return self._seen(pixels).to(torch.float16)
+            features = self.memo.of(keys_of(list(pixels)), lambda rows: self._seen(pixels[rows]))
+            return features.to(pixels.device)
 
     def _seen(self, pixels: Tensor) -> Tensor:
         x = self.normalise(pixels)
         if self.trunk is None:
-            return F.adaptive_avg_pool2d(x, 8).flatten(1)[:, None].to(torch.float16)
+            return F.adaptive_avg_pool2d(x, 8).flatten(1)[:, None]
         tokens = self.trunk(x)
         grid = math.isqrt(tokens.shape[1])
         whole = tokens.transpose(1, 2).unflatten(2, (grid, grid)).float()
-        found = whole.mean((2, 3))[:, None]
+        features: Tensor = whole.mean((2, 3))[:, None]
         if self.config.cells:
             parts = F.adaptive_avg_pool2d(whole, self.config.cells).flatten(2)
-            found = torch.cat([found, parts.transpose(1, 2)], dim=1)
-        return found.to(torch.float16)
+            features = torch.cat([features, parts.transpose(1, 2)], dim=1)
+        return features
 
 
 class Head(nn.Module):
@@ -144,31 +168,43 @@ class Head(nn.Module):
         return out
 
 
-class Locked(nn.Module):
-    """See the module's docstring. Images are pixels uint8 [B, 3, S, S], or features float16 [B, V, C]; texts ids int64 [B, L]
-    with their mask, or vectors [B, D].
+class Heads(nn.Module):
+    """Two encoders and a head on each. Images are pixels uint8 [B, 3, S, S], or features float16 [B, V, C]; texts ids int64
+    [B, L] with their mask, or vectors [B, D].
+
+    seen, read: the shape of a picture's features (vectors, channels), and the width of a text's.
     """
 
     abilities = ("features", "embed")
 
-    def __init__(self, config: LockedConfig) -> None:
+    def __init__(
+        self, config: Any, eye: nn.Module, reader: nn.Module, seen: tuple[int, int], read: int
+    ) -> None:
         super().__init__()
         self.config = config
-        self.visual_encoder = Eye(config.vision)
-        self.text_encoder = SentenceEncoder(config.text, config.text.pooling, config.text.encoder)
-        self.image_head = Head(*config.vision.features, config)
-        self.text_head = Head(1, config.text.width, config)
+        self.visual_encoder = eye
+        self.text_encoder = reader
+        self.image_head = Head(*seen, config)
+        self.text_head = Head(1, read, config)
         # CLIP, sec. 2.5: log-parameterised, starts at 1 / 0.07.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """fp32 [B, E] of images, not normalised."""
-        features = images if images.dim() == 3 else self.visual_encoder.trunk_features(images)
-        return self._headed(self.image_head, features)
+        """The encoder's features [B, V, C], float16 where it is frozen; the first is of the whole picture."""
+        out: Tensor = images if images.dim() == 3 else self.visual_encoder(images)
+        return out
 
     def embed_image(self, features: Tensor) -> Tensor:
-        """fp32 unit vectors [B, E] of `encode_image`'s."""
-        return F.normalize(features.float(), dim=-1)
+        """fp32 unit vectors [B, E] of features [B, V, C], or [B, C] of one."""
+        return F.normalize(self._headed(self.image_head, features), dim=-1)
+
+    def like_image(self, features: Tensor) -> Tensor:
+        """fp32 unit vectors [B, C] by which pictures are like pictures: the encoder's own, of features as above."""
+        return F.normalize((features[:, 0] if features.dim() == 3 else features).float(), dim=-1)
+
+    def like_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """fp32 unit vectors [B, D] by which texts are like texts: the encoder's own."""
+        return F.normalize(self.text_encoder(ids, mask).float(), dim=-1)
 
     def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """fp32 unit vectors [B, E] of texts, or of their encoder's vectors [B, D]."""
@@ -185,12 +221,29 @@ class Locked(nn.Module):
         return out
 
 
-class LockedTraining(nn.Module):
-    """A Locked and its loss: CLIP's, over the batches of all ranks, where texts of one picture are no negatives."""
+class Locked(Heads):
+    """See the module's docstring."""
 
-    def __init__(self, model: Locked, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: LockedConfig) -> None:
+        text, eye = config.text, Eye(config.vision)
+        reader = SentenceEncoder(text, text.pooling, text.encoder, config.frozen)
+        super().__init__(config, eye, reader, config.vision.features, text.width)
+
+
+class LockedTraining(nn.Module):
+    """A Locked and its loss: CLIP's, over the batches of all ranks, where texts of one picture are no negatives.
+
+    encoder_rate: factor on the learning rate of pretrained encoders that learn.
+    """
+
+    def __init__(self, model: Heads, ranks: Ranks = ALONE, encoder_rate: float = 0.0) -> None:
         super().__init__()
-        self.model, self.ranks = model, ranks
+        self.model, self.ranks, self.encoder_rate = model, ranks, encoder_rate
+
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rate, by parameter."""
+        within = tuple(f"model.{name}." for name in self.model.config.pretrained)
+        return {name: self.encoder_rate for name, _ in self.named_parameters() if name.startswith(within)}
 
     def blocks(self) -> list[nn.Module]:
         """Nothing is large enough to be split over ranks."""
@@ -234,14 +287,36 @@ class LockedTraining(nn.Module):
         }
 
 
-def objective(model: Locked, tokenizer: Any, options: Any, ranks: Ranks) -> LockedTraining:
-    """CLIP's symmetric contrast of the heads' vectors."""
-    return LockedTraining(model, ranks)
+def objective(model: Heads, tokenizer: Any, options: Any, ranks: Ranks) -> LockedTraining:
+    """CLIP's symmetric contrast of the heads' vectors. UserError where a checkpoint's encoders do not learn as asked."""
+    if model.config.frozen != (options.encoder_lr == 0):
+        state = "are frozen" if model.config.frozen else "learn; give a rate above 0"
+        raise UserError(f"--encoder-lr {options.encoder_lr:g}: the encoders of {options.init} {state}")
+    return LockedTraining(model, ranks, options.encoder_lr / options.learning_rate)
 
 
-def vocabulary(config: LockedConfig) -> str:
+def configured(config: LockedConfig, options: Any) -> Any:
+    """Pretrained encoders that are frozen, or learn; a CLIP's in place of both. UserError where there are none to learn."""
+    if options.encoders:
+        return found(f"{_OVER}:over")(config, options.encoders, options.encoder_lr == 0)
+    if options.encoder_lr and not config.pretrained:
+        raise UserError(
+            f"--encoder-lr {options.encoder_lr:g}: the preset {options.preset} has no pretrained encoders"
+        )
+    vision = dataclasses.replace(config.vision, trunk_frozen=options.encoder_lr == 0)
+    return dataclasses.replace(config, vision=vision)
+
+
+def vocabulary(config: Any, options: Any) -> str:
     """The file of the text encoder's own vocabulary; "" for one that is new."""
-    return str(recipe_of(config.text.encoder).directory() / "vocab.txt") if config.text.encoder else ""
+    if options.encoders:
+        return str(found(f"{_OVER}:vocabulary")(options.encoders))
+    return recipe_of(config.text.encoder).vocabulary() if config.text.encoder else ""
+
+
+def start_encoders(model: Any, directory: str) -> Any:
+    """Takes the towers of a CLIP's checkpoint; returns its tokenizer."""
+    return found(f"{_OVER}:start")(model, directory)
 
 
 _SCRATCH = LockedTextConfig(4000, 192, 3, 4, 768, 64, encoder="")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from capfilt.data.loader import Batch
 from capfilt.errors import UserError
-from capfilt.models.common.classifier import classifier_head, head_logits
+from capfilt.models.common.classifier import classifier_head, head_logits, is_head
 from capfilt.models.common.config import Classified
 from capfilt.models.common.layers import blocks_of, seeded
 from capfilt.models.common.ranks import ALONE, Ranks
@@ -99,7 +99,7 @@ def classifier_from_vilt(
     found = {name: each for name, each in model.state_dict().items() if name.split(".")[0] not in _HEADS}
     types = found["modality"]
     found["modality"] = torch.cat([types[:2], types[1:2]])[: 1 + pictures]
-    start_from(made, found, lambda name: name.startswith("cls_head."))
+    start_from(made, found, is_head)
     return made
 
 

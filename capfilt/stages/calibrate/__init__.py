@@ -8,12 +8,17 @@ from capfilt.options import REQUIRED, ROWS, Checked, option
 from capfilt.stages.command import StageCommand
 from capfilt.stages.engine_options import EngineOptions
 
+SIGNALS = (
+    "itc_score", "hub_score", "itm_score", "image_neighbours", "text_neighbours", "words", "unknown_words",
+)  # fmt: skip
+"""The columns that a text may be judged by (`judging.py`)."""
+
 
 @dataclass(frozen=True)
 class CalibrateOptions(EngineOptions, Checked):
     """Give every text a probability of belonging to its picture, and the corpus a share of true pairs. No labels.
 
-    A filter that embeds judges the texts, and human pairs that it never saw. The fit on those pairs becomes probabilities,
+    Filters judge the texts, and human pairs that they never saw. A fit on those pairs turns all signals into one probability,
     which the corpus's own share of true pairs moves (docs/calibration.md).
     """
 
@@ -21,18 +26,36 @@ class CalibrateOptions(EngineOptions, Checked):
 
     images: str = option(REQUIRED, "images part whose texts to judge", kind="images")
     captions: tuple[str, ...] = option((), "captions part of the same images; repeatable", kind="captions")
-    filter: str = option(
-        "filter", "checkpoint that embeds pictures and texts, such as a locked", kind="model"
+    filter: tuple[str, ...] = option(
+        ("filter",),
+        "checkpoint that judges, or a set of one per fold, as NAME-{fold}; repeatable",
+        kind="model",
     )
     calibration: str = option(
         REQUIRED, "images part of human pairs that no training of the filter saw", kind="images"
     )
-    out: str = option("calibrated", "name of the scores part; beside it, NAME-judged and signals NAME-pairs")
+    neighbours: tuple[str, ...] = option(
+        (), "images part of human pairs that nothing else here has; repeatable", kind="images"
+    )
+    out: str = option("calibrated", "name of the scores part")
+    judged: str = option(
+        "", "name of the judged parts, NAME-judged and NAME-pairs; default: that of --out", rare=True
+    )
     method: str = option("platt", "fit: a logistic curve, or any rising one", choices=("platt", "isotonic"))
+    previous: str = option("", "scores part of the round before, to be compared with", kind="scores")
+    signals: tuple[str, ...] = option(
+        (), "signals to fuse; repeatable; default: all but those of words", choices=SIGNALS
+    )
+    folds: int = option(4, "folds by image, which the part names for a second round", least=2, rare=True)
     bank: int = option(2048, "random pairs that correct hubs", least=2, rare=True)
     negatives: int = option(10, "foreign texts per calibration picture", least=1, rare=True)
     resamples: int = option(200, "bootstrap draws of the share's interval", least=20, rare=True)
     seed: int = option(0, "seed of bank, foreign texts and bootstrap")
+
+    @property
+    def judged_as(self) -> str:
+        """The name of the judged parts, without what follows it."""
+        return self.judged or self.out
 
 
 COMMAND = StageCommand(
@@ -44,7 +67,7 @@ COMMAND = StageCommand(
         "capfilt.stages.calibrate.stage:Calibrate",
     ),
     (
-        "capfilt calibrate --images web --filter judge --calibration held-out",
+        "capfilt calibrate --images web --filter judge --calibration held-out --neighbours human",
         "capfilt select --images web --scores calibrated --by match_probability --threshold 0.5",
     ),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from capfilt.calibration.ranking import roc_auc
 from capfilt.data.images import BadImage
 from capfilt.data.transforms import decode_uint8
 from capfilt.errors import UserError
@@ -28,7 +29,6 @@ from capfilt.tables.workspace import Workspace
 from capfilt.tasks.filter_quality import (
     kendall_tau_c,
     kendall_tau_c_interval,
-    roc_auc,
     roc_auc_interval,
     spearman,
 )

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from capfilt.formats import FORMATS, Reading
-from capfilt.options import PICTURES, REQUIRED, ROWS, option
+from capfilt.options import PICTURES, REQUIRED, option
 from capfilt.stages.command import StageCommand
 
 
 @dataclass(frozen=True)
 class IngestOptions(Reading):
     """Bring other tools' images and captions into an images part."""
-
-    panel = ROWS
 
     source_path: str = option(
         REQUIRED, "captions JSON, folder of images, image list, img2dataset, tars or Parquet", kind="path"

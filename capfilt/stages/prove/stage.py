@@ -6,38 +6,39 @@ Not here: the judge (`calibrate/judge.py`), the arithmetic (`capfilt.calibration
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from capfilt.calibration.fit import Calibration
+from capfilt.calibration.judgement import Judgement
+from capfilt.calibration.ranking import roc_auc
 from capfilt.calibration.share import calibration_error, em_share, posterior
 from capfilt.errors import UserError
-from capfilt.models import checkpoint
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.calibrate import CalibrateOptions
 from capfilt.stages.calibrate.held_out import LEAST_IMAGES, human_texts, trained_on
-from capfilt.stages.calibrate.judge import BATCH, Judging
-from capfilt.stages.calibrate.stage import ratios_of
-from capfilt.stages.pixels import pictures
+from capfilt.stages.calibrate.judging import BATCH, Judging
+from capfilt.stages.folds import members, origins
+from capfilt.stages.pixels import Pictures, pictures
 from capfilt.stages.prove import NOISES, ProveOptions
 from capfilt.stages.results import ResultStage
 from capfilt.stages.subset.words import Swaps
 from capfilt.tables.calibrations import read
 from capfilt.tables.shards import Part
 from capfilt.tables.workspace import Workspace
-from capfilt.tasks.filter_quality import at_threshold, roc_auc
+from capfilt.tasks.filter_quality import at_threshold
 
 Vectors = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 
 
 class Prove(ResultStage):
     """Writes `runs/<out>.json`: of each kind of noise the ROC-AUC, the share estimated and planted, what a threshold keeps."""
 
     name = "prove"
-    version = 1
+    version = 2  # by fused signals
 
     def __init__(self, options: ProveOptions, workspace: Workspace, output: Part | None = None) -> None:
         self.options, self.workspace = options, workspace
@@ -51,7 +52,10 @@ class Prove(ResultStage):
                 f"--scores {options.scores}: has no calibration; give a part that calibrate wrote"
             )
         self.made = made
-        self.calibrated = CalibrateOptions(**made["options"])
+        said: dict[str, Any] = {
+            name: tuple(each) if isinstance(each, list) else each for name, each in made["options"].items()
+        }
+        self.calibrated = CalibrateOptions(**said)
         self.output = workspace.result(options.out)
 
     def identity(self) -> Mapping[str, Any]:
@@ -63,7 +67,7 @@ class Prove(ResultStage):
         }
 
     def origins(self) -> Mapping[str, Mapping[str, str]]:
-        return checkpoint.origin(self.workspace.model(self.calibrated.filter), self.calibrated.filter)
+        return origins(self.calibrated.filter, self.workspace)
 
     def outlook(self) -> str:
         return f"{self.scores.path} against noise planted in {self.images.path}"
@@ -88,18 +92,31 @@ class Prove(ResultStage):
         judged = self.workspace.input("images", self.calibrated.images)
         self._unseen(judged)
         judging = Judging(self.calibrated, self.workspace, judged)
+        judgement = Judgement.from_dict(self.made)
+        names = list(judgement.fusion.names)
+        columns = [judging.columns.index(name) for name in names]
         with judging.ready():
             ids, seen, texts = self._embedded(judging)
             if len(ids) < LEAST_IMAGES:
                 raise UserError(
                     f"--images {self.options.images}: {len(ids)} pictures with a human text; give {LEAST_IMAGES} or more"
                 )
-            noises = {}
-            for number, noise in enumerate(self.options.noises):
-                report(number, len(self.options.noises), {"noise": noise})
-                said, true = self._planted(noise, seen, texts)
-                read_as = judging.read(said)
-                noises[noise] = self._found(judging.bank.corrected(ids, seen, read_as), true)
+            planted = {noise: self._planted(noise, seen, texts) for noise in self.options.noises}
+            values: dict[str, list[Floats]] = {noise: [] for noise in planted}
+            done = 0
+            for batch, chosen in self._pictures(judging, set(ids)):
+                report(done, len(ids), {})
+                here = slice(done, done + len(chosen))
+                for noise, (said, _) in planted.items():
+                    found = judging.signals(
+                        batch.images, ids[here], [place for _, place in chosen], said[here]
+                    )
+                    values[noise].append(found[:, columns])
+                done = here.stop
+        noises = {
+            noise: self._found(judgement, np.concatenate(values[noise]), true)
+            for noise, (_, true) in planted.items()
+        }
         metrics = {
             f"{noise}_{name}": value
             for noise, found in noises.items()
@@ -112,44 +129,47 @@ class Prove(ResultStage):
         """UserError naming what has seen pictures of the part: the filter's training, its calibration, or its bank."""
         ids = _ids(self.images)
         given = f"--images {self.options.images}"
-        path = self.workspace.model(self.calibrated.filter)
-        trained = trained_on(path, self.workspace)
-        if trained is None:
-            raise UserError(
-                f"{given}: {path} does not say which pictures trained it, so that nothing can be proved of it"
-            )
-        for seen, what in (
-            (trained, f"trained {self.calibrated.filter}"),
-            (_ids(self.workspace.input("images", self.calibrated.calibration)), "calibrated it"),
-            (_ids(judged), f"are in {judged.path}, which it judged"),
-        ):
+        found: list[tuple[set[str], str]] = []
+        for path in (path for name in self.calibrated.filter for path in members(name, self.workspace)):
+            trained = trained_on(path, self.workspace)
+            if trained is None:
+                raise UserError(
+                    f"{given}: {path} does not say which pictures trained it, so that nothing can be proved of it"
+                )
+            found.append((trained, f"trained {path.name}"))
+        found.append((_ids(self.workspace.input("images", self.calibrated.calibration)), "calibrated it"))
+        found += [
+            (_ids(self.workspace.input("images", name)), f"are its neighbours in {name}")
+            for name in self.calibrated.neighbours
+        ]
+        found.append((_ids(judged), f"are in {judged.path}, which it judged"))
+        for seen, what in found:
             if both := len(ids & seen):
                 raise UserError(
                     f"{given}: {both:,} of its {len(ids):,} pictures {what}; give pictures that it never saw"
                 )
 
+    def _pictures(
+        self, judging: Judging, wanted: set[str]
+    ) -> Iterator[tuple[Pictures, list[tuple[str, int]]]]:
+        """Batches of the part, each with (image_id, place in the batch) of the wanted pictures that can be used."""
+        for shard in self.images.shards():
+            for batch in pictures(self.images, shard, judging, BATCH, only=wanted):
+                if decoded := batch.decoded:
+                    yield batch, list(zip(decoded, range(len(decoded)), strict=True))
+
     def _embedded(self, judging: Judging) -> tuple[list[str], Vectors, list[list[str]]]:
-        """(image_ids, unit vectors [N, E], the texts of each picture) of the pictures that have a human text."""
+        """(image_ids, unit vectors [N, D], the texts of each picture) of the pictures that have a human text."""
         texts: dict[str, list[str]] = {}
         for row in human_texts(self.images):
             texts.setdefault(row["image_id"], []).append(row["text"])
         ids: list[str] = []
         vectors: list[Vectors] = []
-        for shard in self.images.shards():
-            for batch in pictures(self.images, shard, judging.scorer, BATCH):
-                chosen = [
-                    (row["image_id"], place)
-                    for row, place in zip(batch.rows, batch.place, strict=True)
-                    if place >= 0 and row["image_id"] in texts
-                ]
-                if chosen:
-                    ids += [image for image, _ in chosen]
-                    vectors.append(judging.seen(batch.images)[[place for _, place in chosen]])
-        return (
-            ids,
-            np.concatenate(vectors) if vectors else np.empty((0, 1), np.float32),
-            [texts[each] for each in ids],
-        )
+        for batch, chosen in self._pictures(judging, set(texts)):
+            ids += [image for image, _ in chosen]
+            vectors.append(judging.alike(batch.images))
+        seen = np.concatenate(vectors) if vectors else np.empty((0, 1), np.float32)
+        return ids, seen, [texts[each] for each in ids]
 
     def _planted(
         self, noise: str, seen: Vectors, texts: list[list[str]]
@@ -181,8 +201,8 @@ class Prove(ResultStage):
                 said[place] = other
         return said, true
 
-    def _found(self, scores: npt.NDArray[np.float64], true: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        ratios = ratios_of(Calibration.from_dict(self.made["fit"]), scores)
+    def _found(self, judgement: Judgement, values: Floats, true: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        scores, ratios = judgement.scores(values), judgement.ratios(values)
         share = em_share(ratios)
         p = posterior(ratios, share)
         kept = at_threshold(p, true, self.options.threshold)

@@ -6,9 +6,10 @@ import pytest
 
 from capfilt.errors import UserError
 from capfilt.formats import EXAMPLE_FORMATS
-from capfilt.formats.examples.row import counted, example_rows, no_annotations
-from capfilt.formats.source import Given
+from capfilt.formats.examples.row import counted, example_rows
 from tests.formats.examples.written import lines, read
+from tests.formats.sources import touch
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(
@@ -50,12 +51,20 @@ def test_what_is_no_source_of_examples_is_refused_by_name(tmp_path, name, conten
         example_rows(tmp_path / "nowhere.json")
 
 
-def test_answers_of_their_own_leave_no_room_for_others(tmp_path):
-    (tmp_path / "source.jsonl").write_text("{}")
-    given = Given(tmp_path / "source.jsonl")
-    no_annotations(given, None)
-    with pytest.raises(UserError, match=r"--annotations .*answers\.json"):
-        no_annotations(given, tmp_path / "answers.json")
+@pytest.mark.parametrize("name", ["data.jsonl", "list.json", "sugar.json", "image.txt", "folders"])
+def test_answers_beside_a_source_that_has_its_own_are_refused(tmp_path, name):
+    """Would catch: --annotations that is given and not read, as once for folders of classes."""
+    touch(tmp_path, "folders/cat/1.jpg")
+    for file, content in {
+        "data.jsonl": '{"image": "a.jpg", "question": "red?", "answers": ["yes"]}\n' * 2,
+        "list.json": '[["red?", "yes", 1]]',
+        "sugar.json": '{"1": {"filename": "a.jpg", "caption": "a cat", "negative_caption": "a dog"}}',
+        "image.txt": "red in the image3 ?\nyes\n",
+    }.items():
+        (tmp_path / file).write_text(content)
+    assert example_rows(tmp_path / name)[1]
+    with refused("--annotations", "answers.json", tmp_path / name):
+        example_rows(tmp_path / name, tmp_path / "answers.json")
 
 
 def test_every_format_that_is_listed_can_be_asked():

@@ -302,6 +302,11 @@ def refuse_trunk(config: Shape, layout: str) -> None:
             f"vision.trunk {config.vision.trunk!r} has no home in {layout}, whose tower is a ViT",
             "a --preset other than trunk",
         )
+    if sentence := getattr(config, "sentence", ""):
+        raise NoHome(
+            f"sentence {sentence!r} has no home in {layout}, whose text side has one encoder",
+            "a --preset other than trunk",
+        )
 
 
 def refuse_convolutions(config: Shape, layout: str) -> None:

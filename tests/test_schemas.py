@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import duckdb
 import pyarrow as pa
 import pytest
 
+from capfilt.catalog.views import sql_type
 from capfilt.resources import schema_dir
-from capfilt.tables import ddl
 from capfilt.tables.contracts import CONTRACTS, FAILURES, Contract
+from tests import schemas
 
 TABLES = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS)
 
@@ -26,7 +22,7 @@ def connection():
 
 @TABLES
 def test_published_file_is_what_the_contract_writes(contract: Contract) -> None:
-    assert (schema_dir() / f"{contract.name}.sql").read_text() == ddl.files()[f"{contract.name}.sql"]
+    assert (schema_dir() / f"{contract.name}.sql").read_text() == schemas.files()[f"{contract.name}.sql"]
 
 
 @TABLES
@@ -55,7 +51,7 @@ def plain(type_: pa.DataType) -> object:
 
 @TABLES
 def test_comments_survive_in_the_database(connection, contract: Contract) -> None:
-    connection.execute(ddl.create_table(contract))
+    connection.execute(schemas.create_table(contract))
     columns = dict(
         connection.execute(
             "SELECT column_name, comment FROM duckdb_columns() WHERE table_name = ?", [contract.name]
@@ -72,7 +68,7 @@ def test_comments_survive_in_the_database(connection, contract: Contract) -> Non
 
 @TABLES
 def test_key_and_closed_lists_are_enforced(connection, contract: Contract) -> None:
-    connection.execute(ddl.create_table(contract))
+    connection.execute(schemas.create_table(contract))
     row = {
         field.name: filler(field)
         for field in contract.schema
@@ -104,66 +100,28 @@ def filler(field: pa.Field) -> object:
 
 
 def test_pictures_come_with_found_texts_only(connection) -> None:
-    sql = ddl.create_table(CONTRACTS["images"])
+    sql = schemas.create_table(CONTRACTS["images"])
     assert "CHECK (source IN ('web', 'human'))" in sql
-    assert "CHECK (source IN ('web', 'human', 'synthetic'))" in ddl.create_table(CONTRACTS["verdicts"])
+    assert "CHECK (source IN ('web', 'human', 'synthetic'))" in schemas.create_table(CONTRACTS["verdicts"])
 
 
 def test_a_type_or_name_without_sql_is_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
-        ddl.sql_type(pa.uint8())
+        sql_type(pa.uint8())
     broken = Contract(
         "t", 1, pa.schema([pa.field("a b", pa.string(), metadata={"doc": "x"})]), ("a b",), "doc"
     )
     with pytest.raises(ValueError, match="a b"):
-        ddl.create_table(broken)
+        schemas.create_table(broken)
 
 
 def test_quotes_in_comments_are_escaped(connection) -> None:
     field = pa.field("a", pa.string(), metadata={"doc": "it's; -- 'quoted'"})
-    connection.execute(ddl.create_table(Contract("t", 3, pa.schema([field]), ("a",), "a row's doc")))
+    connection.execute(schemas.create_table(Contract("t", 3, pa.schema([field]), ("a",), "a row's doc")))
     assert connection.execute("SELECT comment FROM duckdb_columns() WHERE table_name = 't'").fetchone()[
         0
     ] == ("it's; -- 'quoted'")
 
 
 def test_no_file_of_schemas_but_the_views_is_by_hand() -> None:
-    assert sorted(path.name for path in schema_dir().glob("*.sql")) == sorted([*ddl.files(), ddl.BY_HAND])
-
-
-def test_write_then_check_then_a_changed_missing_and_stray_file(tmp_path: Path, capsys) -> None:
-    directory = tmp_path / "schemas"
-    assert ddl.main(["--write", str(directory)]) == 0
-    assert ddl.main(["--check", str(directory)]) == 0
-    (directory / "views.sql").write_text("-- by hand")
-    assert ddl.main(["--check", str(directory)]) == 0
-
-    written = (directory / "scores.sql").read_text()
-    (directory / "scores.sql").write_text(written.replace("FLOAT", "DOUBLE"))
-    (directory / "pairs.sql").unlink()
-    (directory / "stray.sql").write_text("")
-    capsys.readouterr()
-    assert ddl.main(["--check", str(directory)]) == 1
-    problems = capsys.readouterr().err
-    assert [re.search(r"(\w+)\.sql", line)[1] for line in problems.splitlines()] == [
-        "scores",
-        "pairs",
-        "stray",
-    ]
-
-    assert ddl.write(directory) == ["scores.sql", "pairs.sql"]
-    assert (directory / "scores.sql").read_text() == written
-
-
-def test_check_of_no_directory_is_a_wrong_call(tmp_path: Path, capsys) -> None:
-    assert ddl.main(["--check", str(tmp_path / "absent")]) == 2
-    assert "absent" in capsys.readouterr().err
-
-
-def test_runs_as_a_module_without_duckdb() -> None:
-    # The justfile's command; tables is a floor that must run where DuckDB is not installed.
-    code = "import sys; sys.modules['duckdb'] = None; from capfilt.tables.ddl import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--check", str(schema_dir())], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in schema_dir().glob("*.sql")) == sorted([*schemas.files(), "views.sql"])
