@@ -41,6 +41,7 @@ class Batch:
         weight: float32 [B], how much each example counts in the losses; None where all count alike.
         sided: bool [B], True where the text names left or right, so that a flip makes it false.
         texts: the texts as found.
+        synthetic: bool [B], True where a captioner wrote the text; None as all False.
         step, epoch: this batch's number from 0, and the epoch its first example belongs to.
         pixels: uint8 [B, 3, S, S], None where there are features.
         features: float16 [B, N, C] of a frozen trunk, None without.
@@ -66,6 +67,7 @@ class Batch:
     soft: Tensor | None = None
     near_ids: Tensor | None = None
     near_mask: Tensor | None = None
+    synthetic: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -211,6 +213,24 @@ def _shares(present: AbstractSet[str], mixing: Mapping[str, float] | None) -> li
     if total <= 0:
         raise UserError("mixing: every weight is 0: give at least one source a weight")
     return [(source, weight / total) for source, weight in sorted(mixing.items()) if weight > 0]
+
+
+def capped(mixing: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float]:
+    """`mixing`, source to weight, with no source above its share in `most`; the other sources share the rest as before.
+
+    Raises UserError where only sources with such a bound are there.
+    """
+    total = sum(mixing.values())
+    over = {source: most[source] for source, weight in mixing.items() if weight > most.get(source, 1) * total}
+    left = sum(weight for source, weight in mixing.items() if source not in over)
+    if not over:
+        return dict(mixing)
+    if left <= 0:
+        raise UserError(
+            f"--{next(iter(over))}-share: there are no texts of other sources to give the rest; add a part that has some"
+        )
+    rest = 1 - sum(over.values())
+    return {source: over.get(source, weight / left * rest) for source, weight in mixing.items()}
 
 
 def _bounds(shares: Sequence[float]) -> npt.NDArray[np.uint64]:

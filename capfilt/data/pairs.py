@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from capfilt.data.cleaning import MAX_WORDS, clean
 from capfilt.data.examples import Text
 from capfilt.data.images import BadImage
-from capfilt.data.loader import Batch, Index, Mix, ahead, share
+from capfilt.data.loader import Batch, Index, Mix, ahead, capped, share
 from capfilt.data.neighbours import DOUBTED, NEIGHBOURS, SOFT_FROM, TRUSTED, Neighbours
 from capfilt.data.pair_shards import DROPPED, PairInput, PairShards, RowGroup, refusal
 from capfilt.data.rows import IMAGE_ROWS, PAIR_ROWS, TEXT_ROWS
@@ -58,6 +58,7 @@ class _Example(NamedTuple):
     picture: int
     image_id: str
     text: str
+    source: str
     weight: float
     probability: float
     kept: bool
@@ -177,9 +178,12 @@ class Pairs:
     @property
     def drawn(self) -> float:
         """Texts per epoch: the sum of the weights."""
+        return self._drawn("")
+
+    def _drawn(self, source: str) -> float:
         if not self._weights:
-            return float(len(self))
-        return float(sum(group.sum() for group in self._weights[""]))
+            return float(self._counts[source].sum())
+        return float(sum(group.sum() for group in self._weights[source]))
 
     def _refuse_barren(self, number: int, left_out: Counter[str]) -> None:
         """Raise UserError where an input has no pair, or none with a picture that decodes."""
@@ -280,6 +284,7 @@ class Pairs:
         seed: int = 0,
         start_step: int = 0,
         mixing: Mapping[str, float] | None = None,
+        most: Mapping[str, float] | None = None,
         views: Views | None = None,
         rank: int = 0,
         world: int = 1,
@@ -293,6 +298,7 @@ class Pairs:
         Args:
             batch_size: texts per batch, over all ranks. A picture that does not decode leaves its batch smaller.
             mixing: source to weight, as `Mix` takes them.
+            most: source to the largest share of the texts that it gives, whether mixed or not (`loader.capped`).
             views: a text's own view of its picture; all of it, as a square, where None.
             rank, world, parts: as in `loader.share`.
             max_text_tokens, max_words, prompt: of a text, as in `Tokenizer.encode_ragged`.
@@ -304,7 +310,7 @@ class Pairs:
             raise ValueError(f"rank {rank} of {world}")
         if self.rows == IMAGE_ROWS:
             tokenizer, prompt = NoTexts(), ""
-        mix = Mix(set(self._sources), mixing, seed)
+        mix = Mix(set(self._sources), self._capped(mixing, most or {}), seed)
         window = max(WINDOW, WINDOW_BATCHES * batch_size)
         orders = [
             # The window of each source lasts for as many batches.
@@ -333,6 +339,14 @@ class Pairs:
         )
         return self._deliver(work, requests)
 
+    def _capped(
+        self, mixing: Mapping[str, float] | None, most: Mapping[str, float]
+    ) -> Mapping[str, float] | None:
+        """`mixing` within the bounds; None where texts keep them as they are."""
+        shares = mixing or {source: self._drawn(source) for source in self._sources}
+        found = capped(shares, most)
+        return mixing if found == shares else found
+
     # ------------------------------------------------------------------ reading
 
     def _square(self, data: bytes) -> Pixels | str:
@@ -353,7 +367,8 @@ class Pairs:
                 data[picture] = (entry.row["image"] or {}).get("bytes") or b""
             for text in entry.texts:
                 one = _Example(
-                    *(place, picture, image_id, text.text or ""), text.weight, text.probability, text.kept
+                    *(place, picture, image_id, text.text or ""),
+                    *(text.source, text.weight, text.probability, text.kept),
                 )
                 examples[""].append(one)
                 examples.setdefault(text.source, []).append(one)
@@ -683,6 +698,7 @@ class _Assemble(Dataset[_Made]):
             else None,
             sided=torch.tensor([texts[row][2] for row in good], dtype=torch.bool),
             texts=[each.text for each in examples],
+            synthetic=torch.tensor([each.source == "synthetic" for each in examples], dtype=torch.bool),
             step=request.step,
             epoch=request.epoch,
             pixels=pixels,

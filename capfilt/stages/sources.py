@@ -209,7 +209,8 @@ class PairSource(RowSource):
         self.pair_inputs = [*whole, *(PairInput(images, verdicts) for images, verdicts in self.joined)]
 
     def feed(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "mixing": shares(self.options.mix)}
+        most = {"synthetic": getattr(self.options, "synthetic_share", 1.0)}
+        return {"prompt": self.prompt, "mixing": shares(self.options.mix), "most": most}
 
 
 class AloneSource(RowSource):

@@ -290,6 +290,9 @@ class RetrainOptions(OptimisationOptions, ModelOptions):
         panel=INPUTS,
         rare=True,
     )
+    synthetic_share: float = option(
+        1.0, "largest share of draws that synthetic texts take", later=True, most=1, panel=INPUTS
+    )
     init: str = option("", "checkpoint to start from, in place of a new model", kind="model")
     out: str = option("retrained", "name of the checkpoint to write")
 
@@ -351,7 +354,7 @@ def without(rows: tuple[str, ...]) -> frozenset[str]:
     """The options of `RetrainOptions` that mean nothing to a model which learns from such rows."""
     left: set[str] = set()
     if PAIR_ROWS not in rows:
-        left |= {"human", "web", "pairs", "verdicts", "mix", "dropped"}
+        left |= {"human", "web", "pairs", "verdicts", "mix", "dropped", "synthetic_share"}
     if not {PAIR_ROWS, IMAGE_ROWS} & {*rows}:
         pictures = ("image_size", "patch_size", "cache_features")
         left |= {*pictures, *(each.name for each in fields(AugmentationOptions))}

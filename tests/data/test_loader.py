@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capfilt.data.loader import Batch, Mix, Plan, TokenTable, ahead
+from capfilt.data.loader import Batch, Mix, Plan, TokenTable, ahead, capped
 from capfilt.data.tokenizer import Tokenizer
 from tests.refusals import refused
 
@@ -67,6 +67,25 @@ def test_mixing_holds_in_every_stretch(mixing: dict[str, float]) -> None:
     assert mix.counts(1000) == np.bincount(which[:1000], minlength=len(mix.sources)).tolist()
 
 
+@given(
+    st.dictionaries(st.sampled_from(["human", "web", "synthetic"]), st.floats(0.01, 100), min_size=2),
+    st.floats(0, 1),
+)
+def test_a_bound_caps_its_source_and_leaves_the_others_in_proportion(
+    mixing: dict[str, float], most: float
+) -> None:
+    found = capped(mixing, {"synthetic": most})
+    total = sum(mixing.values())
+    if mixing.get("synthetic", 0) <= most * total:
+        assert found == mixing
+        return
+    assert found["synthetic"] == most
+    assert sum(found.values()) == pytest.approx(1)
+    others = [name for name in mixing if name != "synthetic"]
+    for name in others:
+        assert found[name] * mixing[others[0]] == pytest.approx(found[others[0]] * mixing[name])
+
+
 def test_resuming_far_into_a_mixture_is_cheap() -> None:
     mixing = {"human": 1.0, "web": 3.0}
     started = time.perf_counter()
@@ -87,6 +106,8 @@ def test_wrong_options_say_what_to_do() -> None:
         Mix(present, {"human": 1}, 0)
     with refused("web", -1):
         Mix(present, {"human": 1, "web": -1}, 0)
+    with refused("--synthetic-share"):
+        capped({"synthetic": 2.0}, {"synthetic": 0.5})
     with refused("mixing", "every 0"):
         Mix(present, {"human": 0, "web": 0}, 0)
     with refused("batch_size 0"):

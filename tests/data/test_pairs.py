@@ -29,6 +29,8 @@ from capfilt.data.pairs import Pairs, _Order
 from capfilt.data.tokenizer import Tokenizer
 from capfilt.data.transforms import Views, training_picture, training_uint8
 from capfilt.errors import UserError
+from capfilt.tables.contracts import PAIRS
+from capfilt.tables.manifest import Counts
 from capfilt.tables.shards import Part
 from tests.refusals import failed
 from tests.worlds import failed_row, image_rows, jpeg, write_images
@@ -299,6 +301,48 @@ def test_shares_hold_over_texts_of_two_sources(tmp_path, tokenizer):
         assert max(counts) - min(counts) <= 1
     with pytest.raises(UserError, match="mixing"):
         source.batches(tokenizer, 10, steps=1, mixing={"human": 1})
+
+
+def test_synthetic_texts_take_their_share_at_most_and_are_marked(tmp_path, tokenizer):
+    """Would catch: a share that is of the texts and not of the draws, one that changes nothing else's order for nothing, and
+    a text marked as another."""
+    rows = image_rows("web", 30, split="train")
+    for row in rows:
+        texts = [("web", "a web text")] + [("synthetic", f"written {k}") for k in range(3)]
+        row["texts"] = [{"text": text, "source": source, "weight": 1.0} for source, text in texts]
+    part = Part(tmp_path / "pairs")
+    mark = part.begin(PAIRS, "test", {})
+    columns = ("image_id", "dataset", "key", "image", "texts", "split")
+    part.commit(
+        0, PAIRS.table([{name: row[name] for name in columns} for row in rows]), Counts(30, 30), mark, 0.0
+    )
+    source = pairs_of(part)
+    texts = [text for _, text in source.identities()]
+
+    def drawn(**more):
+        seen = []
+        for batch in source.batches(tokenizer, 10, steps=40, **more):
+            assert batch.synthetic.tolist() == [
+                texts[n].source == "synthetic" for n in batch.example.tolist()
+            ]
+            seen.append(batch.example.tolist())
+        return seen
+
+    def share(seen):
+        return np.mean([texts[n].source == "synthetic" for some in seen for n in some])
+
+    plain = drawn()
+    assert share(plain) == pytest.approx(0.75, abs=0.03)
+    assert drawn(most={"synthetic": 0.8}) == plain
+    for most in (0.25, 0.0):
+        assert share(drawn(most={"synthetic": most})) == pytest.approx(most, abs=0.01)
+    # The bound holds over a mix too.
+    assert share(drawn(mixing={"web": 1, "synthetic": 1}, most={"synthetic": 0.25})) == pytest.approx(
+        0.25, abs=0.01
+    )
+    assert share(drawn(mixing={"web": 1, "synthetic": 1}, most={"synthetic": 0.6})) == pytest.approx(
+        0.5, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("cache", [0, 10**9])

@@ -34,6 +34,7 @@ class Rows:  # what the objectives read of a capfilt.data.loader.Batch
     soft: Tensor | None = None
     near_ids: Tensor | None = None
     near_mask: Tensor | None = None
+    synthetic: Tensor | None = None
     images = Batch.images
 
 

@@ -329,6 +329,33 @@ def test_a_prompt_is_given_not_learned():
     assert plain.losses(batch)["lm"].item() != pytest.approx(prompted.losses(batch)["lm"].item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("chunk_rows", [2, 64])
+def test_synthetic_texts_are_contrasted_and_matched_and_not_written(monkeypatch, chunk_rows):
+    """Would catch: a language model that learns the captioner's mistakes, or a mean over texts that it does not learn."""
+    monkeypatch.setattr(alignment, "CHUNK_ROWS", chunk_rows)
+    model, batch = build(MICRO).eval(), rows(6)
+    written = torch.tensor([True, False, False, True, True, False])
+    given = dataclasses.replace(batch, synthetic=written)
+
+    def found(batch, **config):
+        return p.BlipPretraining(model, p.PretrainingConfig(queue_size=0, momentum=None, **config)).losses(
+            batch
+        )
+
+    torch.manual_seed(0)
+    plain = found(batch)
+    torch.manual_seed(0)
+    left = found(given, lm_synthetic=False)
+    assert [left[name].item() for name in ("itc", "itm")] == [plain[name].item() for name in ("itc", "itm")]
+    logits = model.lm_logits(batch.ids, batch.mask, model.encode_image(batch.pixels))[~written]
+    wanted = o.language_loss(logits, batch.ids[~written], batch.mask[~written]).item()
+    assert left["lm"].item() == pytest.approx(wanted, abs=1e-5)
+    assert found(given)["lm"].item() == plain["lm"].item() != pytest.approx(wanted, abs=1e-4)
+    none = found(dataclasses.replace(batch, synthetic=torch.ones(6, dtype=torch.bool)), lm_synthetic=False)
+    assert none["lm"].item() == 0
+    none["loss"].backward()
+
+
 def test_duplicates_fill_a_batch_without_negatives():
     batch = dataclasses.replace(rows(4), image_index=torch.zeros(4, dtype=torch.int64))
     found = p.BlipPretraining(build(MICRO), p.PretrainingConfig(queue_size=4)).train().losses(batch, 0.4)

@@ -52,7 +52,8 @@ def test_no_number_passes_that_is_none_or_out_of_its_range(options, each):
     """Catches NaN, which is in every range that is checked by comparing; an infinity; and what the help calls impossible."""
     options(**{each.name: each.default})
     for value in (math.nan, -math.inf, -1, *([] if each.default == math.inf else [math.inf])):
-        if value != -1 or each.name not in ("threshold", "length_penalty"):  # both may be below 0
+        # These may be below 0.
+        if value != -1 or each.name not in ("threshold", "synthetic_threshold", "length_penalty"):
             no_value(options, **{each.name: value})
     marks = each.metadata
     for bound, out in (("most", 1.5), ("below", 0.0), ("least", -0.5), ("above", 0.0)):
@@ -70,7 +71,7 @@ def test_shares_and_probabilities_end_at_one():
     shares_of = {
         "top_p", "keep_fraction", "mask_share", "label_smoothing", "share_from", "share_to", "wrong", "truncated", "file_name",
         "swap", "drop_path", "precision", "changed_word", "donors_from", "donors_to", "alpha", "momentum", "ema", "beta2",
-        "decay_rate", "crop_scale",
+        "decay_rate", "crop_scale", "caption_share", "synthetic_share",
     }  # fmt: skip
     found = {each.name for _, each in NUMBERS if min(each.metadata["most"], each.metadata["below"]) <= 1}
     assert found == shares_of

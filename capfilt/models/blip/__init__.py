@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from capfilt.data.rows import EXAMPLE_ROWS, PAIR_ROWS
 from capfilt.models.common.options import MomentumOptions, TowerOptions
 from capfilt.models.family import ANSWERS, CAPTIONING, CLASSES, PAIRS, RETRIEVAL, Family, Kind
-from capfilt.options import option
+from capfilt.options import TEXTS, option
 
 _CODE, _TASKS = "capfilt.models.blip.model", "capfilt.models.blip.tasks"
 
@@ -18,6 +18,10 @@ class Options(TowerOptions, MomentumOptions):
 
     label_smoothing: float = option(
         0.1, "label smoothing of the texts (BLIP's code: 0.1)", most=0.99, rare=True
+    )
+    # The captioner's own mistakes would be taught as language: on Flickr8k CIDEr fell with them.
+    lm_synthetic: bool = option(
+        False, "LM learns synthetic texts too, as BLIP's does; ITC and ITM always do", later=True, panel=TEXTS
     )
 
 
@@ -75,7 +79,7 @@ FAMILY = Family(
     Options,
     ("tiny", "small", "trunk", "base", "large"),
     ("itc", "itm", "lm", "itm_balanced_accuracy"),
-    2,
+    3,  # LM learns no synthetic text unless asked
     layouts="capfilt.models.blip.layouts:LAYOUTS",
     heeds=("weights", "negatives", "soft"),
 )

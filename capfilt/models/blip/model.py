@@ -263,6 +263,8 @@ class PretrainingConfig(AlignmentConfig):
     """Of the language model's targets (BLIP, sec. 3.2)."""
     prompt_length: int = 0
     """Ids at the start of each text, start slot included, that the language model is given and does not learn."""
+    lm_synthetic: bool = True
+    """Whether the language model learns the texts that a captioner wrote, as the paper's does."""
 
 
 class MomentumTowers(nn.Module):
@@ -354,15 +356,17 @@ class BlipPretraining(Alignment):
 
     def _write(self, batch: Batch, cross: Sequence[Pair]) -> Tensor:
         # No padding mask: pads come last, so no token before them sees one through the causal mask.
-        config = self.config
+        config, learned = self.config, batch.mask
+        if not config.lm_synthetic and batch.synthetic is not None:
+            learned = learned & ~batch.synthetic[:, None]
         if batch.ids.device.type != "cpu":
             logits = self.model.lm_logits(batch.ids, None, cross)
             return language_loss(
-                *(logits, batch.ids, batch.mask, config.prompt_length, config.label_smoothing),
+                *(logits, batch.ids, learned, config.prompt_length, config.label_smoothing),
                 *(self.ranks, batch.weight),
             )
         # Pads are skipped where looking at them costs nothing: see `length_chunks`.
-        labels = F.pad(language_labels(batch.ids, batch.mask, config.prompt_length), (0, 1), value=-100)
+        labels = F.pad(language_labels(batch.ids, learned, config.prompt_length), (0, 1), value=-100)
         groups = length_chunks(batch.mask)
         said, predicted = [], []
         weights: list[Tensor] = []
@@ -392,7 +396,9 @@ def _embed_text(towers: Blip | MomentumTowers, ids: Tensor, mask: Tensor, states
 
 def objective(model: Blip, tokenizer: Any, options: Any, ranks: Ranks) -> BlipPretraining:
     """ITC, ITM and LM (BLIP, sec. 3.2)."""
-    config = PretrainingConfig(label_smoothing=options.label_smoothing, **told(options))
+    config = PretrainingConfig(
+        label_smoothing=options.label_smoothing, lm_synthetic=options.lm_synthetic, **told(options)
+    )
     return BlipPretraining(model, config, ranks)
 
 

@@ -16,6 +16,10 @@ class SelectOptions(Checked):
     The condition of --require is one SQL expression on a text. It names text_id, image_id, source and text; columns of the
     image, such as width or license; scores, such as itc_score; and columns of signals, as PART.column, or column where one
     table alone has it.
+
+    The rule each judges every text alone (BLIP). With fallback, a picture that keeps no found text gets its best synthetic
+    text (Nguyen et al. 2023). With best, found and synthetic texts of a picture are ranked together, and the first --best are
+    kept (BLIP-2, which has no threshold). Every rule keeps only texts at their threshold.
     """
 
     panel = ROWS
@@ -43,6 +47,24 @@ class SelectOptions(Checked):
     require: str = option(
         "", "drop a text for which this SQL is not true, such as duplicates.first", later=True
     )
+    rule: str = option(
+        "each",
+        "keeps each text at its threshold, synthetic ones as fallback, or a picture's best",
+        choices=("each", "fallback", "best"),
+        later=True,
+    )
+    best: int = option(
+        1, "texts a picture keeps at most: of all (BLIP-2: 2), with fallback synthetic", least=1, later=True
+    )
+    synthetic_threshold: float = option(
+        0.0, "score from which a synthetic text may be kept; 0: as other texts", least=-math.inf, later=True
+    )
+    distinct: bool = option(
+        False, "drop degenerate and repeated captions; fallback and best always do", later=True
+    )
+    caption_share: float = option(
+        0.0, "drop a caption that more than this share of pictures has; 0: no bound", most=1, later=True
+    )
 
 
 COMMAND = StageCommand(
@@ -55,6 +77,8 @@ COMMAND = StageCommand(
         "capfilt select --images cc12m --scores clip --by clip_score --threshold 0.28 --out clip28",
         "capfilt select --images cc12m --scores calibrated --precision 0.9 --weight match_probability",
         "capfilt select --images cc12m --signals duplicates --require 'first AND width >= 200' --out unique",
+        "capfilt select --images cc12m --captions captioner --rule fallback --keep-fraction 0.3 --synthetic-threshold 0.7",
+        "capfilt select --images cc12m --captions captioner --rule best --best 2 --by itc_score --threshold -1",
     ),
     without="pairs",
 )

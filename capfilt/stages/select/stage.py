@@ -21,8 +21,11 @@ from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.inputs import captions_of, input_hashes, of_images, rows_for, shards_of
 from capfilt.stages.require import SECONDS, Requirement
 from capfilt.stages.select import SelectOptions
+from capfilt.stages.select.captions import bare, common_captions, faults, named_words
+from capfilt.stages.select.rules import BETTER_KEPT, EACH, FALLBACK, FOUND_KEPT, decided, ranked
 from capfilt.tables.contracts import IMAGES, PAIRS, SCORES, SOURCES, VERDICTS
 from capfilt.tables.manifest import Counts
+from capfilt.tables.sealed import fingerprint
 from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, TEXT_SCHEMA, texts_of
 from capfilt.tables.workspace import Workspace
@@ -31,6 +34,9 @@ _RANGES = {"itm_score": (0, 1), "match_probability": (0, 1), "itc_score": (-1, 1
 """From where to where the table's own scores are; a plug-in's are anywhere."""
 
 PROBABILITY = "match_probability"
+STATS = ("named_words", "named_words_kept", "synthetic_without_score")
+"""Of pictures with a kept synthetic text: named words of their found texts, and those that synthetic texts say. And synthetic
+texts without a score."""
 _KEY = ("image_id", "text_id")
 _OF_IMAGES = (*_KEY, "source", "captions", "image", "status", "failure", "error_message")
 """Columns of images that `--require` does not name: texts have them too, or they are not of the picture."""
@@ -42,8 +48,8 @@ _TABLES = ("texts", "images", "scores")
 class Select(ShardStage):
     """Writes a verdict for every text: keep or drop, with the reason.
 
-    Web and synthetic texts are judged independently; both, one or none of an image's texts may be kept (BLIP,
-    section 3.3, and its author's answers on the threshold).
+    By default web and synthetic texts are judged independently; both, one or none of an image's texts may be kept (BLIP,
+    section 3.3, and its author's answers on the threshold). `rules.py` has the other rules.
     """
 
     name = "select"
@@ -61,7 +67,12 @@ class Select(ShardStage):
             raise UserError(f"{one}, {other}: each finds the texts to keep; give one of them")
         if options.signals and not options.require:
             raise UserError(f"--signals {options.signals[0]}: is read for --require alone; give both")
+        if options.rule == EACH and options.best != SelectOptions.best:
+            raise UserError(
+                f"--best {options.best}: ranks nothing with --rule {EACH}; give --rule best or fallback"
+            )
         self.options = options
+        self.distinct = options.distinct or options.rule != EACH or options.caption_share > 0
         # Before the inputs are looked at, which may not be there yet when a recipe's steps are checked.
         self.require = Requirement(options.require, self.seconds) if options.require else None
         self.images = workspace.input("images", options.images)
@@ -96,10 +107,11 @@ class Select(ShardStage):
                 f"--precision {options.precision:g}: needs {PROBABILITY}, which `capfilt calibrate` gives"
             )
         least, most = _RANGES.get(self.by, (-math.inf, math.inf))
-        if not least <= options.threshold <= most:
-            raise UserError(
-                f"--threshold {options.threshold:g}: {self.by} is from {least} to {most}; give such a number"
-            )
+        for name in ("threshold", "synthetic_threshold"):
+            if not least <= (asked := getattr(options, name)) <= most:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {asked:g}: {self.by} is from {least} to {most}; give such a number"
+                )
         used = [
             name
             for name in dict.fromkeys((self.by, options.weight))
@@ -131,15 +143,18 @@ class Select(ShardStage):
     def threshold(self) -> float:
         """The score from which a text is kept: given, or the quantile that keeps `keep_fraction`, or that of `precision`.
 
-        The share is of the texts that have a score and that nothing but their score can drop. With ties at the quantile
-        every tied text is kept, so a little more than the fraction may be. It is part of the identity, so it is found before
-        the stage travels to workers, and travels along.
+        The share is of the texts that have a score and that nothing but their score can drop: of found texts alone where
+        synthetic ones are their fallback (Nguyen et al., section 4), or have a threshold of their own. With ties at the
+        quantile every tied text is kept, so a little more than the fraction may be. It is part of the identity, so it is
+        found before the stage travels to workers, and travels along.
         """
         if not (self.options.keep_fraction or self.options.precision):
             return self.options.threshold
         by = self.by
-        judged = map(self._judged, self.shards())
-        values = np.concatenate([each.filter(each["counts"])[by].to_numpy() for each in judged])
+        judged = (each.filter(each["counts"]) for each in map(self._judged, self.shards()))
+        if self.options.rule == FALLBACK or self.options.synthetic_threshold:
+            judged = (each.filter(pc.not_equal(each["source"], "synthetic")) for each in judged)
+        values = np.concatenate([each[by].to_numpy() for each in judged])
         if not len(values):
             raise UserError(
                 f"{self.scores.path}: no text that may be kept has an {by}, so there is no quantile"
@@ -151,10 +166,26 @@ class Select(ShardStage):
         place = len(values) - max(1, round(self.options.keep_fraction * len(values)))
         return float(np.partition(values, place)[place])
 
+    @cached_property
+    def common(self) -> frozenset[str]:
+        """The captions, without case and signs, that too many pictures have; found and taken along as `threshold` is."""
+        if not self.options.caption_share:
+            return frozenset()
+        columns = ["image_id", "text"]
+        shards = (
+            pa.concat_tables([part.read(shard, columns) for part in self.captions]) for shard in self.shards()
+        )
+        pairs = (
+            zip(each["image_id"].to_pylist(), map(bare, each["text"].to_pylist()), strict=True)
+            for each in (shards if self.captions else ())
+        )
+        return common_captions(pairs, self.options.caption_share)
+
     def identity(self) -> Mapping[str, Any]:
         return {
             "options": {**option_values(self.options, without=("pairs",)), "by": self.by},
             "threshold": self.threshold,
+            **({"common": fingerprint({"texts": sorted(self.common)})} if self.options.caption_share else {}),
             "images": self.images.info["fingerprint"],
             "captions": [part.info["fingerprint"] for part in self.captions],
             "scores": self.scores.info["fingerprint"],
@@ -176,6 +207,23 @@ class Select(ShardStage):
         return input_hashes(shard, *self._parts())
 
     def remarks(self) -> list[str]:
+        return [*self._outcome(), *self._told_of_captions()]
+
+    def _told_of_captions(self) -> list[str]:
+        """Lines on the synthetic texts, of the stats of all shards."""
+        said = Counter[str]()
+        for shard in self.output.shards() if self.captions else ():
+            said.update({name: count for name, count in self.output.stats(shard).items() if name in STATS})
+        lines = []
+        if words := said["named_words"]:
+            lines.append(
+                f"kept synthetic texts say {said['named_words_kept']:,} of {words:,} named words and numbers of the found texts"
+            )
+        if unscored := said["synthetic_without_score"]:
+            lines.append(f"warning: {unscored:,} synthetic texts have no {self.by}: dropped as no_score")
+        return lines
+
+    def _outcome(self) -> list[str]:
         counts, by = self.output.counts(), self.by
         if counts.kept:
             return (
@@ -241,15 +289,39 @@ class Select(ShardStage):
         judged = texts.set_column(texts.column_names.index("failure"), "failure", failure)
         for name in {*self.contract.score_names} & {*scores.column_names}:
             judged = judged.append_column(name, scores[name])
+        if self.distinct:
+            others.append(self._faults(judged, value, pc.coalesce(failure, lost, *others)))
         judged = judged.append_column("counts", pc.is_null(pc.coalesce(wrong, *others)))
         return judged.append_column("reason", pc.coalesce(failure, lost, *others))
 
+    def _faults(self, texts: pa.Table, value: pa.ChunkedArray, reason: pa.ChunkedArray) -> pa.Array:
+        """What is wrong with each synthetic text that has no other reason to be dropped, else null."""
+        images, said = texts["image_id"].to_pylist(), [bare(text) for text in texts["text"].to_pylist()]
+        synthetic = pc.equal(texts["source"], "synthetic").to_numpy()
+        able = np.flatnonzero(synthetic & pc.is_null(reason).to_numpy())
+        found = ((images[row], said[row]) for row in np.flatnonzero(~synthetic))
+        order = ranked(able, value.cast(pa.float64()).to_numpy(), texts["text_id"].to_pylist())
+        wrong = faults(order, images, said, found, self.common)
+        return pa.array([wrong.get(row) for row in range(texts.num_rows)], pa.string())
+
     def process(self, shard: int) -> Produced:
-        judged, by = self._judged(shard), self.by
-        enough = pc.fill_null(pc.greater_equal(judged[by].cast(pa.float64()), self.threshold), False)
-        keep = pc.and_(pc.is_null(judged["reason"]), enough)
-        by_score = pc.if_else(enough, f"{by}_at_threshold", f"{by}_below_threshold")
-        reason = pc.coalesce(judged["reason"], by_score)
+        judged, by, o = self._judged(shard), self.by, self.options
+        synthetic = pc.equal(judged["source"], "synthetic")
+        own = bool(o.synthetic_threshold)
+        threshold = pc.if_else(synthetic, o.synthetic_threshold if own else self.threshold, self.threshold)
+        value = judged[by].cast(pa.float64())
+        enough = pc.fill_null(pc.greater_equal(value, threshold), False)
+        able = pc.and_(pc.is_null(judged["reason"]), enough)
+        images, ids = (judged[name].to_pylist() for name in ("image_id", "text_id"))
+        by_rule = decided(
+            o.rule, o.best, images, ids, synthetic.to_numpy(), value.to_numpy(), able.to_numpy()
+        )
+        ruled = pa.array(by_rule, pa.string())
+        beaten = pc.fill_null(pc.is_in(ruled, value_set=pa.array([FOUND_KEPT, BETTER_KEPT])), False)
+        keep = pc.and_not(able, beaten)
+        cut = pc.if_else(synthetic, "synthetic_threshold" if own else "threshold", "threshold")
+        by_score = pc.binary_join_element_wise(by, pc.if_else(enough, "at", "below"), cut, "_")
+        reason = pc.coalesce(judged["reason"], ruled, by_score)
         failed = pc.is_valid(judged["failure"])
         table = judged.drop_columns(["failure", "counts", "reason"]).append_column("keep", keep)
         counts = Counts(
@@ -258,7 +330,30 @@ class Select(ShardStage):
             _tally(reason.filter(pc.invert(pc.or_(keep, failed)))),
             _tally(reason.filter(failed)),
         )
-        return Produced(self.contract.conform(table.append_column("reason", reason)), counts)
+        table = self.contract.conform(table.append_column("reason", reason))
+        return Produced(table, counts, _words_kept(table) if self.captions else {})
+
+
+def _words_kept(verdicts: pa.Table) -> dict[str, int]:
+    """STATS of the verdicts of a shard."""
+    synthetic = pc.equal(verdicts["source"], "synthetic")
+    written = verdicts.filter(pc.and_(synthetic, verdicts["keep"]))
+    said: dict[str, set[str]] = {}
+    for image, text in zip(written["image_id"].to_pylist(), written["text"].to_pylist(), strict=True):
+        said.setdefault(image, set()).update(bare(text).split())
+    found = verdicts.filter(
+        pc.and_(pc.invert(synthetic), pc.is_in(verdicts["image_id"], written["image_id"]))
+    )
+    named: dict[str, set[str]] = {}
+    for image, text in zip(found["image_id"].to_pylist(), found["text"].to_pylist(), strict=True):
+        named.setdefault(image, set()).update(named_words(text))
+    unscored = pc.and_(synthetic, pc.equal(verdicts["reason"], "no_score"))
+    counts = (
+        sum(map(len, named.values())),
+        sum(len(words & said[image]) for image, words in named.items()),
+        pc.sum(unscored).as_py() or 0,
+    )
+    return dict(zip(STATS, counts, strict=True))
 
 
 def _without(schema: pa.Schema, *names: str) -> pa.Schema:
