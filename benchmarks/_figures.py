@@ -52,7 +52,7 @@ TARGETS: Mapping[str, Sequence[tuple[str, str, float]]] = {
 def protocol_of(args: argparse.Namespace) -> Protocol:
     """The protocol that the options describe. UserError for a row without which there is no judge or no headroom."""
     family = FAMILIES[args.family]
-    rows = tuple(dict.fromkeys(args.rows or ROWS))
+    rows = tuple(dict.fromkeys(args.rows or family.rows or ROWS))
     absent = {JUDGE, "oracle", *(ROWS[row].like for row in rows if ROWS[row].like)} - {*rows}
     if absent:
         raise UserError(f"--rows {' '.join(rows)}: judge and headroom need {' and '.join(sorted(absent))}")

@@ -48,6 +48,7 @@ class Family:
         evaluate: further options of `evaluate` on the test split.
         judge: the family that judges, with the steps and the rate that the val split chose for it most often; "" for itself,
             as the val split chose the row of human pairs.
+        rows: its rows unless others are asked for; () for all.
     """
 
     train: Mapping[str, Any]
@@ -55,6 +56,7 @@ class Family:
     quick: Mapping[str, Any]
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     judge: tuple[str, int, float] = ("", 0, 0.0)
+    rows: tuple[str, ...] = ()
 
 
 _TRUNK = {"preset": "trunk", "warmup_steps": 50, "cache_features": True, "save_every": 0}
@@ -68,6 +70,7 @@ FAMILIES = {
         {**_TRUNK, "vocab_size": 4000, "batch_size": 256, "max_text_tokens": 30},
         tuple(itertools.product((80, 140, 200, 300, 400), (5e-4, 1e-3))),
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
+        rows=("raw", "human", "mixed", "then", "cut", "weights", "oracle"),
     ),
     "blip": Family(
         {**_TRUNK, "batch_size": 64, "queue_size": 0, "momentum": 0.0, "hardness_ramp_steps": 300},
@@ -75,6 +78,7 @@ FAMILIES = {
         {"preset": "tiny", "batch_size": 32, "warmup_steps": 5, "cache_features": False},
         {"tasks": ["retrieval", "captioning"], "method": "greedy"},
         ("locked", 400, 5e-4),
+        ("raw", "human", "mixed", "cut", "weights", "oracle"),
     ),
 }
 QUICK = ((10, 1e-3), (20, 1e-3))
@@ -128,6 +132,8 @@ def _refitted(name: str, title: str, signals: Sequence[str]) -> Row:
     return Row(title, row["data"], steps=(("calibrate", fit), *row["steps"]), like="weights", scores=name)
 
 
+_CUT = {"human": ["human"], "verdicts": ["web=cut"]}
+_WEIGHTS = _weighted("weights", JUDGED)
 SIGNALS = ("itc_score", "hub_score", "image_neighbours", "text_neighbours")
 ROWS = {
     "raw": Row("human + web", _RAW, trivial=True),
@@ -136,11 +142,18 @@ ROWS = {
     "then": Row("human + web, then human", {"human": ["human"]}, first=_RAW, trivial=True),
     "cut": Row(
         "human + web at p >= 0.5",
-        {"human": ["human"], "verdicts": ["web=cut"]},
+        _CUT,
         steps=(("select", {**_SELECT, "threshold": 0.5}),),
         scores=JUDGED,
     ),
-    "weights": Row("human + web, drawn by p", **_weighted("weights", JUDGED)),
+    "weights": Row("human + web, drawn by p", **_WEIGHTS),
+    "loss": Row(
+        "the same, p in the losses", {**_WEIGHTS["data"], "weights": "loss"}, like="weights", scores=JUDGED
+    ),
+    **{
+        dropped: Row(f"p >= 0.5, dropped ones {named}", {**_CUT, "dropped": dropped}, like="cut", scores=JUDGED)
+        for dropped, named in (("negatives", "as negatives"), ("soft", "with soft targets"))
+    },
     "second": Row("the same, second round", **_weighted("second", SECOND)),
     "cosine": _refitted("cosine", "by p of the cosine alone", SIGNALS[:1]),
     "hub": _refitted("hub", "by p of the hub score alone", SIGNALS[1:2]),
