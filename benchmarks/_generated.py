@@ -64,8 +64,8 @@ def checkpoint_of(row: str) -> str:
     return "on-" + row.replace(", ", "-")
 
 
-def run_seed(place: Workspace, seed: int, work: Executor, size: str) -> dict[str, dict[str, float]]:
-    """Run everything for one seed. Returns the metrics of each row."""
+def bootstrapped(place: Workspace, seed: int, work: Executor, size: str) -> dict[str, Any]:
+    """The quickstart's steps until captioner and filter stand. Returns the options of all of its steps."""
     chosen: Size = SIZES[size]
     with open_world(place, chosen, size, seed) as settings:
         _, content = recipes.load_recipe("quickstart")
@@ -73,6 +73,12 @@ def run_seed(place: Workspace, seed: int, work: Executor, size: str) -> dict[str
         options = {step.label: values for step, values in recipes.resolve(content, given)}
         first = [(step, options[step.label]) for step in content.stages if step.label in BOOTSTRAP]
         run(first, place, work)
+    return options
+
+
+def run_seed(place: Workspace, seed: int, work: Executor, size: str) -> dict[str, dict[str, float]]:
+    """Run everything for one seed. Returns the metrics of each row."""
+    options = bootstrapped(place, seed, work, size)
     train = {k: v for k, v in vars(options["retrain-raw"]).items() if k not in ("out", "web", "pairs")}
     evaluate = {k: v for k, v in vars(options["evaluate-raw"]).items() if k not in ("out", "model")}
     run_steps(arms(train, evaluate, seed, options["select"].keep_fraction), place, work)

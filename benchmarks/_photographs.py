@@ -25,6 +25,7 @@ from capfilt.errors import UserError
 from capfilt.execution.run import Executor
 from capfilt.recipe import Step
 from capfilt.tables.publish import replace
+from capfilt.tables.texts import FOUND_COLUMNS, found_texts
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.comparison import Result
 
@@ -151,7 +152,9 @@ ROWS = {
         "the same, p in the losses", {**_WEIGHTS["data"], "weights": "loss"}, like="weights", scores=JUDGED
     ),
     **{
-        dropped: Row(f"p >= 0.5, dropped ones {named}", {**_CUT, "dropped": dropped}, like="cut", scores=JUDGED)
+        dropped: Row(
+            f"p >= 0.5, dropped ones {named}", {**_CUT, "dropped": dropped}, like="cut", scores=JUDGED
+        )
         for dropped, named in (("negatives", "as negatives"), ("soft", "with soft targets"))
     },
     "second": Row("the same, second round", **_weighted("second", SECOND)),
@@ -477,6 +480,29 @@ def judged(place: Workspace, scores: str) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def by_text(
+    place: Workspace, images: str, scores: str, columns: Sequence[str]
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """The columns of every judged text of an images part, by the picture's key and the text."""
+    by_id = {
+        row["text_id"]: tuple(row[name] for name in columns)
+        for table in place.part("scores", scores).tables(["text_id", *columns])
+        for row in table.to_pylist()
+    }
+    part = place.part("images", images)
+    keys = {
+        row["image_id"]: row["key"] for table in part.tables(["image_id", "key"]) for row in table.to_pylist()
+    }
+    rows = (
+        row for shard in part.shards() for row in found_texts(part.read(shard, FOUND_COLUMNS)).to_pylist()
+    )
+    return {
+        (keys[row["image_id"]], row["text"]): by_id[row["text_id"]]
+        for row in rows
+        if None not in by_id.get(row["text_id"], (None,))
+    }
 
 
 def keys(place: Workspace, seed: int) -> tuple[str, ...]:

@@ -25,14 +25,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from _form import Record, main
-from _photographs import step, taken
+from _photographs import by_text, step, taken
 from _recipes import for_seeds, run_steps
 
 from capfilt.calibration.ranking import roc_auc
 from capfilt.errors import UserError
 from capfilt.execution.run import Executor
 from capfilt.tables.calibrations import read
-from capfilt.tables.texts import FOUND_COLUMNS, found_texts
 from capfilt.tables.workspace import Workspace
 
 SHARES = (0.0, 0.3, 0.6, 1.0)
@@ -72,27 +71,6 @@ def shuffled(table: pa.Table, share: float, seed: int) -> pa.Table:
     for name, values in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
     return table
-
-
-def judged_texts(place: Workspace, name: str) -> dict[tuple[str, str], float]:
-    """`match_probability` by image and text."""
-    by_id = {
-        row["text_id"]: row["match_probability"]
-        for table in place.part("scores", name).tables(["text_id", "match_probability"])
-        for row in table.to_pylist()
-    }
-    part = place.part("images", name)
-    rows = [
-        row for shard in part.shards() for row in found_texts(part.read(shard, FOUND_COLUMNS)).to_pylist()
-    ]
-    keys = {
-        row["image_id"]: row["key"] for table in part.tables(["image_id", "key"]) for row in table.to_pylist()
-    }
-    return {
-        (keys[row["image_id"]], row["text"]): by_id[row["text_id"]]
-        for row in rows
-        if by_id.get(row["text_id"]) is not None
-    }
 
 
 def run_one(place: Workspace, seed: int, work: Executor, data: Path, quick: bool) -> dict[str, Any]:
@@ -149,7 +127,10 @@ def run_one(place: Workspace, seed: int, work: Executor, data: Path, quick: bool
     names = [f"web{100 * share:.0f}" for share in SHARES]
     return {
         "made": {name: read(place.part("scores", name)) for name in names},
-        "texts": {name: judged_texts(place, name) for name in names},
+        "texts": {
+            name: {key: p for key, (p,) in by_text(place, name, name, ["match_probability"]).items()}
+            for name in names
+        },
         "table": table,
     }
 

@@ -553,6 +553,93 @@ def test_a_set_judges_every_picture_by_the_checkpoint_of_its_fold(neighbours, wo
         calibrated(place, "turned", filter=("turned-{fold}",), folds=2)
 
 
+# ------------------------------------------------------------------ synthetic texts
+
+
+def captioned(place, images, name, wrong, by="captioner", origins=None, text=None):
+    """Captions of an images part by colour, or another colour for the share `wrong`; which are true, by text_id."""
+    part, written = place.part("images", images), place.part("captions", name)
+    rng = np.random.default_rng([len(images), 7])
+    mark, truth = written.begin(CAPTIONS, "caption", {"captioner": by}, origins), {}
+    for shard in part.shards():
+        rows = []
+        for row in part.read(shard).to_pylist():
+            if row["status"] != "success":
+                continue
+            # The world's pictures have their colour by place.
+            colour = [*COLOURS][int(row["key"]) % 4]
+            true = rng.random() >= wrong
+            said = colour if true else [*COLOURS][([*COLOURS].index(colour) + 1 + rng.integers(3)) % 4]
+            words = text or f"a {said} square"
+            key = text_id(row["image_id"], "synthetic", words, by, 0)
+            truth[key] = bool(true)
+            rows.append(
+                {
+                    "text_id": key, "image_id": row["image_id"], "text": words, "sample_index": 0, "captioner": by,
+                    "decoding": "{}",
+                }
+            )  # fmt: skip
+        written.commit(shard, CAPTIONS.table(rows), Counts(len(rows), len(rows)), mark, 0.01)
+    return truth
+
+
+def test_synthetic_texts_have_a_probability_of_their_own(world):
+    """Catches a captioner's texts that pass because a captioner wrote them, and human texts that they change."""
+    place, _ = world
+    truth = captioned(place, "web", "made", 0.1)
+    captioned(place, "held", "made-held", 0.1)
+    part = calibrated(place, "spoken", captions=("made",), calibration_captions=("made-held",))
+    rows = [row for row in rows_of(part) if row["text_id"] in truth]
+    assert len(rows) == len(truth) == 240
+    p = np.array([row["match_probability"] for row in rows])
+    true = np.array([truth[row["text_id"]] for row in rows])
+    assert roc_auc(p, true) > 0.95
+    assert (p[true] >= 0.5).mean() > 0.9 > 0.1 > (p[~true] >= 0.5).mean()
+    made = read(part)["synthetic"]
+    assert made["share"] == 0.5
+    assert made["error"] < 0.15
+    assert part.counts().dropped == {}
+    assert any(
+        names(line, "synthetic texts", f"{made['auc_near']:.3f}") for line in _remarks(place, "spoken")
+    )
+    # They decide nothing of the others, and a page of the part is drawn.
+    plain = {row["text_id"]: row["match_probability"] for row in rows_of(calibrated(place))}
+    again = {row["text_id"]: row["match_probability"] for row in rows_of(part) if row["text_id"] in plain}
+    assert again == pytest.approx(plain, rel=1e-4)
+    assert "Calibration: spoken" in render(place)
+
+
+def test_synthetic_texts_that_are_hardly_told_from_changed_ones_have_no_probability(world, monkeypatch):
+    place, _ = world
+    captioned(place, "web", "made", 0.1)
+    captioned(place, "held", "made-held", 0.1)
+    monkeypatch.setattr(stage_module, "LEAST_AREA", 1.01)
+    part = calibrated(place, "off", captions=("made",), calibration_captions=("made-held",))
+    assert part.counts().dropped == {"synthetic_not_calibrated": 240}
+    assert any(names(line, "synthetic texts", "no probability") for line in read(part)["warnings"])
+
+
+def test_captions_that_calibrate_nothing_are_refused(world):
+    """Catches a captioner that knows the calibration pictures, another one's texts, and a judge that is the captioner."""
+    place, _ = world
+    captioned(place, "web", "made", 0.1)
+    captioned(place, "held", "other", 0.3, by="other")
+    captioned(place, "held", "known", 0.3, origins=checkpoint.origin(place.model("judge"), "judge"))
+    captioned(place, "held", "same", 0.3, text="square")
+    captioned(place, "held", "mute", 0.3, text="!")
+    held = {"captions": ("made",), "calibration": "held"}
+    for captions, more, words in (
+        ("other", held, ("--calibration-captions other", "--captions made")),
+        ("known", held, ("--filter judge", "captioner judge", "finetune")),
+        ("same", held, ("--calibration-captions same", "one text")),
+        ("mute", held, ("--calibration-captions mute", "0", "50")),
+        ("other", {}, ("--calibration-captions other", "--captions")),
+    ):
+        with refused(*words):
+            calibrated(place, f"refused-{captions}", calibration_captions=(captions,), **more)
+        assert not place.part("signals", f"refused-{captions}-pairs").exists
+
+
 def _remarks(place, out):
     said = read(place.part("scores", out))["options"]
     options = {name: tuple(each) if isinstance(each, list) else each for name, each in said.items()}

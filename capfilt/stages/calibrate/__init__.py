@@ -37,6 +37,12 @@ class CalibrateOptions(EngineOptions, Checked):
     neighbours: tuple[str, ...] = option(
         (), "images part of human pairs that nothing else here has; repeatable", kind="images"
     )
+    calibration_captions: tuple[str, ...] = option(
+        (),
+        "captions part of the calibration images, by the captioner of --captions; repeatable",
+        kind="captions",
+        later=True,
+    )
     out: str = option("calibrated", "name of the scores part")
     judged: str = option(
         "", "name of the judged parts, NAME-judged and NAME-pairs; default: that of --out", rare=True

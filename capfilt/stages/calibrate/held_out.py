@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from capfilt.errors import UserError, naming
 from capfilt.models import checkpoint
 from capfilt.stages.calibrate import CalibrateOptions
 from capfilt.stages.folds import members
+from capfilt.stages.subset.words import Swaps
 from capfilt.stages.training import EXPOSURES
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
-from capfilt.tables.ids import fold_of
+from capfilt.tables.ids import fold_of, text_id
 from capfilt.tables.shards import Part
 from capfilt.tables.texts import FOUND_COLUMNS, folded, found_texts
 from capfilt.tables.workspace import Workspace
@@ -61,8 +63,15 @@ def pairs_of(part: Part, negatives: int, seed: int, given: str) -> Pairs:
         raise UserError(
             f"{given}: {len(own):,} pictures with a human text; give {LEAST_IMAGES} or more (ingest --source human)"
         )
+    return _with_others(own, of_smallest_hash(own, MOST_IMAGES, seed), rows, negatives, seed, given)
+
+
+def _with_others(
+    own: Pairs, images: Iterable[str], rows: Sequence[dict[str, Any]], negatives: int, seed: int, given: str
+) -> Pairs:
+    """The images' own texts, each image's with so many of other images' among `rows`. UserError where none has another."""
     pairs: Pairs = {}
-    for image in of_smallest_hash(own, MOST_IMAGES, seed):
+    for image in images:
         texts = own[image]
         said = {folded(row["text"]) for row in texts}
         rng = np.random.default_rng([seed, *_hashed(image)])
@@ -73,6 +82,33 @@ def pairs_of(part: Part, negatives: int, seed: int, given: str) -> Pairs:
         pairs[image] = [*texts, *foreign]
     if not any(not row["own"] for some in pairs.values() for row in some):
         raise UserError(f"{given}: all of its pictures have one text, so that none is wrong; give others")
+    return pairs
+
+
+def generated_pairs(rows: Iterable[dict[str, Any]], negatives: int, seed: int, given: str) -> Pairs:
+    """As `pairs_of`, of texts that a captioner wrote: rows of `texts_of`. Near ones are own ones with one word changed.
+
+    Raises UserError where fewer than LEAST_IMAGES pictures have one.
+    """
+    usable = sorted((row for row in rows if _usable(row["text"])), key=lambda row: row["text_id"])
+    own: Pairs = {}
+    for row in usable:
+        own.setdefault(row["image_id"], []).append({**row, "own": True, "near": False})
+    if len(own) < LEAST_IMAGES:
+        raise UserError(
+            f"{given}: {len(own):,} calibration pictures have a caption; {LEAST_IMAGES} or more are needed"
+        )
+    swaps = Swaps(row["text"] for row in usable)
+    pairs = _with_others(own, sorted(own), usable, negatives, seed, given)
+    for image, texts in own.items():
+        rng = np.random.default_rng([seed, 2, *_hashed(image)])
+        said = [row["text"] for row in texts]
+        for place, row in enumerate(texts):
+            if (text := swaps.changed(row["text"], said, rng)) is not None:
+                name = text_id(image, "changed", text, "", place)
+                pairs[image].append(_foreign({**row, "text": text, "text_id": name}, image, near=True))
+    if not any(row["near"] for some in pairs.values() for row in some):
+        raise UserError(f"{given}: no caption has a word for which another one stands; give more captions")
     return pairs
 
 
@@ -184,6 +220,38 @@ def check_unseen(options: CalibrateOptions, workspace: Workspace, held_out: Part
     return warned
 
 
+def check_captioners(options: CalibrateOptions, workspace: Workspace, held_out: Part) -> None:
+    """UserError where --calibration-captions are by another captioner than --captions, where a calibration picture trained the
+    captioner, and where captioner and filter came from each other: such a judge knows what the captioner gets wrong no better.
+    """
+    given = f"--calibration-captions {' '.join(options.calibration_captions)}"
+    by = [
+        {
+            json.dumps(workspace.input("captions", name).info["identity"].get("captioner")): name
+            for name in names
+        }
+        for names in (options.captions, options.calibration_captions)
+    ]
+    if by[0].keys() != by[1].keys():
+        raise UserError(
+            f"{given}: not by the captioner of --captions {' '.join(options.captions)}; caption both alike"
+        )
+    filters = [path for name in options.filter for path in members(name, workspace)]
+    held = set(_present(held_out)["image_id"].to_pylist())
+    for name in options.calibration_captions:
+        for path in _parents(workspace.input("captions", name).info, workspace):
+            if count := len(held & (trained_on(path, workspace) or set())):
+                raise UserError(
+                    f"--calibration {options.calibration}: {count:,} of its pictures trained the captioner {path.name}; give "
+                    "pictures that it never saw"
+                )
+            for judge in filters:
+                if path in _ancestry(judge, workspace) or judge in _ancestry(path, workspace):
+                    raise UserError(
+                        f"--filter {judge.name}: it and the captioner {path.name} come from one another; finetune each alone"
+                    )
+
+
 def _present(part: Part) -> pa.Table:
     """The ids and hashes of the pictures that are there."""
     table = pa.concat_tables(part.tables(["image_id", "sha256", "status"]))
@@ -242,11 +310,16 @@ def _ancestry(path: Path, workspace: Workspace) -> Iterator[Path]:
             continue
         known.add(place)
         yield place
-        origins = checkpoint.read_config(place)["extra"].get("origins")
-        for mark, said in origins.items() if isinstance(origins, dict) else ():
-            try:
-                parent = workspace.model(said["given"])
-                if parent.is_dir() and checkpoint.fingerprint(parent) == mark:
-                    waiting.append(parent)
-            except (UserError, KeyError, TypeError):
-                continue  # it moved, or is a plug-in's
+        waiting += _parents(checkpoint.read_config(place)["extra"], workspace)
+
+
+def _parents(record: Mapping[str, Any], workspace: Workspace) -> Iterator[Path]:
+    """The checkpoints of a record's origins, as far as they are where it says and are what they were."""
+    origins = record.get("origins")
+    for mark, said in origins.items() if isinstance(origins, dict) else ():
+        try:
+            parent = workspace.model(said["given"])
+            if parent.is_dir() and checkpoint.fingerprint(parent) == mark:
+                yield parent
+        except (UserError, KeyError, TypeError):
+            continue  # it moved, or is a plug-in's

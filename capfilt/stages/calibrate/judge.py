@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,14 @@ from capfilt.errors import UserError
 from capfilt.plugins.registry import score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.held_out import Pairs, check_unseen, near_texts, pairs_of
+from capfilt.stages.calibrate.held_out import (
+    Pairs,
+    check_captioners,
+    check_unseen,
+    generated_pairs,
+    near_texts,
+    pairs_of,
+)
 from capfilt.stages.calibrate.judging import BATCH, MEANINGS, Judging, Vectors
 from capfilt.stages.folds import origins
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
@@ -32,6 +39,10 @@ from capfilt.tables.workspace import Workspace
 PAIR_COLUMNS: Mapping[str, tuple[str, str]] = {
     "own": ("bool", "whether the text is the picture's own"),
     "near": ("bool", "whether the text is one of a picture that is like this one"),
+    "synthetic": (
+        "bool",
+        "whether a captioner wrote the text, of near ones but for a word; null without its captions",
+    ),
     "failure": ("string", "why the pair has no score; null where it has"),
 }
 
@@ -46,6 +57,7 @@ class Judge(ShardStage):
     rows_per_second = 10.0
     not_mine: tuple[str, ...] = (
         "judged",
+        "calibration_captions",
         "method",
         "signals",
         "folds",
@@ -135,19 +147,24 @@ class JudgePairs(Judge):
         if self.images.path == self.corpus.path:
             raise UserError(f"--calibration {options.calibration}: is the part that is judged; give another")
         self.captions, self.contract = [], SIGNALS
+        self.written = [workspace.input("captions", name) for name in options.calibration_captions]
         self.output = workspace.part("signals", f"{options.judged_as}-pairs")
 
     def identity(self) -> Mapping[str, Any]:
-        return {**super().identity(), "calibration": self.images.digest()}
+        written = [part.info["fingerprint"] for part in self.written]
+        made = {**super().identity(), "calibration": self.images.digest()}
+        return {**made, **({"written": written} if written else {})}
 
     def begin(self) -> str:
         # The first stage of all, so that nothing is judged for a calibration that cannot be.
         check_unseen(self.options, self.workspace, self.images, self.corpus)
-        _ = self.pairs
+        if self.written:
+            check_captioners(self.options, self.workspace, self.images)
+        _ = self.pairs, self.generated
         return super().begin()
 
     def shards(self) -> list[int]:
-        _ = self.pairs
+        _ = self.pairs, self.generated
         return super().shards()
 
     @cached_property
@@ -155,6 +172,24 @@ class JudgePairs(Judge):
         """The pairs, by image; they travel to workers."""
         o = self.options
         return pairs_of(self.images, o.negatives, o.seed, f"--calibration {o.calibration}")
+
+    @cached_property
+    def generated(self) -> Pairs:
+        """The pairs with texts that a captioner wrote for the calibration pictures; none without --calibration-captions."""
+        o = self.options
+        if not self.written:
+            return {}
+        given = f"--calibration-captions {' '.join(o.calibration_captions)}"
+        rows = (row for texts in self._captioned() for row in texts if row["failure"] is None)
+        return generated_pairs(rows, o.negatives, o.seed, given)
+
+    def _captioned(self) -> Iterator[list[dict[str, Any]]]:
+        for shard in shards_of(self.images, *self.written):
+            found = self.images.read(shard, FOUND_COLUMNS)
+            captions = captions_of(self.images, found["image_id"], self.written, shard)
+            for image, texts in texts_by_image(found.slice(0, 0), captions).items():
+                if image in self.pairs:
+                    yield texts
 
     def setup(self) -> None:
         super().setup()
@@ -169,23 +204,33 @@ class JudgePairs(Judge):
         self.near = near_texts(self.pairs, ids, np.concatenate(seen), count, self.options.seed) if ids else {}
 
     def expected_rows(self, shard: int) -> int:
-        return sum(map(len, self._pairs(shard).values()))
+        return sum(len(self.pairs[image]) + len(self.generated.get(image, [])) for image in self._here(shard))
 
-    def _pairs(self, shard: int) -> Pairs:
-        ids = self.images.read(shard, ["image_id"])["image_id"].to_pylist()
-        return {image: self.pairs[image] for image in ids if image in self.pairs}
+    def _here(self, shard: int) -> list[str]:
+        ids: list[str] = self.images.read(shard, ["image_id"])["image_id"].to_pylist()
+        return [image for image in ids if image in self.pairs]
 
     def _texts(self, shard: int) -> dict[str, list[dict[str, Any]]]:
-        return {image: rows + self.near.get(image, []) for image, rows in self._pairs(shard).items()}
+        further = (self.near, self.generated)
+        return {
+            image: self.pairs[image] + [row for some in further for row in some.get(image, [])]
+            for image in self._here(shard)
+        }
 
     def _table(self, rows: ScoreRows) -> pa.Table:
         marks = {
-            (image, row["text_id"]): {name: row[name] for name in ("own", "near")}
-            for pairs in (self.pairs, self.near)
-            for image, some in pairs.items()
-            for row in some
+            (image, row["text_id"]): {
+                "own": row["own"],
+                "near": row["near"],
+                "synthetic": some is self.generated,
+            }
+            for some in (self.pairs, self.near, self.generated)
+            for image, texts in some.items()
+            for row in texts
         }
         columns = {**{name: ("float", doc) for name, doc in self.columns.items()}, **PAIR_COLUMNS}
+        if not self.written:
+            del columns["synthetic"]
         made = [
             {**dict.fromkeys(columns), **row, **marks[row["image_id"], row["text_id"]]} for row in rows.made
         ]
