@@ -8,9 +8,8 @@ a single fact changed (`choice`, 50 by chance), and captioning. The figures are 
 `--markdown` prints the table of the documentation.
 
 `--photographs DIR` instead: the same on the workspace that `capfilt run photographs` made, every seed on the same pairs.
-Curated are the two fifths of its web and synthetic texts that the filter's cosine holds for the best (at the filter's fixed 0.5
-of ITM it keeps next to nothing there). Every model sees through the recipe's frozen ImageNet trunk, and is asked for 300 images
-of Flickr8k's test split.
+Curated are that recipe's pairs, drawn by their probability. Every model sees through the recipe's frozen ImageNet trunk, and is
+asked for 300 images of Flickr8k's test split.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from typing import Any
 
 import numpy as np
 from _form import Record, main
-from _generated import BOOTSTRAP, arms
-from _recipes import run, run_steps, spread
+from _generated import arms, bootstrapped
+from _recipes import run_steps, spread
 
 from capfilt import recipe as recipes
 from capfilt.execution.run import Executor, executor
 from capfilt.quickstart.language import one_attribute_off, state, write
-from capfilt.quickstart.run import SIZES, Size, open_world
+from capfilt.quickstart.run import SIZES
 from capfilt.quickstart.truth import is_true
 from capfilt.quickstart.web import build_human
 from capfilt.recipe import Step
@@ -39,7 +38,7 @@ from capfilt.tables.workspace import Workspace
 
 PHOTOGRAPHS: Mapping[str, Mapping[str, Any]] = {
     "raw": {"web": ["web", "alt"]},
-    "curated": {"web": [], "pairs": ["kept-web", "kept-alt"]},
+    "curated": {"web": [], "pairs": ["curated-web", "curated-alt"]},
 }
 CORPORA: Mapping[str, Mapping[str, Any]] = {
     "raw": {"web": ["web"]},
@@ -63,22 +62,16 @@ TIMES_CHANCE = 5.0
 """What R@1 must be of a random order's, both ways."""
 
 
-def bootstrapped(place: Workspace, seed: int, size: str, work: Executor) -> dict[str, Any]:
+def corpus_of(place: Workspace, seed: int, size: str, work: Executor) -> dict[str, Any]:
     """Makes the world and its curated pairs where they are not there yet. Returns the quickstart's options of training."""
-    chosen: Size = SIZES[size]
-    _, content = recipes.load_recipe("quickstart")
-    with open_world(place, chosen, size, seed) as settings:
-        given = [f"{name}={value}" for name, value in {**settings, **chosen.settings, "seed": seed}.items()]
-        options = {step.label: values for step, values in recipes.resolve(content, given)}
-        train = vars(options["retrain-raw"])
-        if not (place.path / "pairs" / "both").is_dir():
-            run([(s, options[s.label]) for s in content.stages if s.label in BOOTSTRAP], place, work)
-            wanted = ("caption-nucleus", "score-nucleus", "select-both")
-            steps = [
-                step for step in arms({}, {}, seed, options["select"].keep_fraction) if step.label in wanted
-            ]
-            run_steps(steps, place, work)
-    return train
+    options = bootstrapped(place, seed, work, size)
+    wanted = ("caption-nucleus", "score-nucleus", "select-both")
+    run_steps(
+        [step for step in arms({}, {}, seed, options["select"].keep_fraction) if step.label in wanted],
+        place,
+        work,
+    )
+    return vars(options["retrain-raw"])
 
 
 def write_choices(path: Path, seed: int, images: int) -> Path:
@@ -143,7 +136,7 @@ def generated(
     place: Workspace, seed: int, size: str, models: list[str], precision: str, work: Executor
 ) -> list[Step]:
     """What is to be run on the generated world of this seed, which is made where it is not there yet."""
-    train = bootstrapped(place, seed, size, work)
+    train = corpus_of(place, seed, size, work)
     choices = write_choices(place.path / "world" / "choices.jsonl", seed, SIZES[size].human["test"])
     options = {"source_path": str(choices), "images": ["human"], "dataset": "changed"}
     evaluate = {"images": "human", "examples": ["changed"], "tasks": ["retrieval", "choice"]}
@@ -157,22 +150,9 @@ def photographed(models: list[str], seed: int, precision: str) -> list[Step]:
     """What is to be run on the photographs: the pairs are the same for every seed, a model's start and its batches are not."""
     _, content = recipes.load_recipe("photographs")
     options = {step.label: values for step, values in recipes.resolve(content, ["data=."])}
-    steps = []
-    for part in ("web", "alt"):
-        rule = {
-            "images": part,
-            "captions": [f"captioner-{part}"],
-            "scores": f"filter-{part}",
-            "out": f"kept-{part}",
-        }
-        rule |= {"by": "itc_score", "keep_fraction": 0.4}
-        steps.append(Step(stage="select", name=f"select-{part}", options=rule))
     evaluate = {"images": "clean", "tasks": ["retrieval"], "limit": 300}
     train = vars(options["retrain-raw"])
-    return [
-        *steps,
-        *compared(models, train, PHOTOGRAPHS, evaluate, SEEING, LONGER_SEEING, seed, precision),
-    ]
+    return compared(models, train, PHOTOGRAPHS, evaluate, SEEING, LONGER_SEEING, seed, precision)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

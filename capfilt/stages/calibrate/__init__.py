@@ -9,7 +9,8 @@ from capfilt.stages.command import StageCommand
 from capfilt.stages.engine_options import EngineOptions
 
 SIGNALS = (
-    "itc_score", "hub_score", "itm_score", "image_neighbours", "text_neighbours", "words", "unknown_words",
+    "itc_score", "hub_score", "itm_score", "image_neighbours", "text_neighbours", "caption_agreement", "words",
+    "unknown_words",
 )  # fmt: skip
 """The columns that a text may be judged by (`judging.py`)."""
 

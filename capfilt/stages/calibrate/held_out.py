@@ -23,12 +23,13 @@ from capfilt.errors import UserError, naming
 from capfilt.models import checkpoint
 from capfilt.stages.calibrate import CalibrateOptions
 from capfilt.stages.folds import members
+from capfilt.stages.inputs import captions_of, shards_of
 from capfilt.stages.subset.words import Swaps
 from capfilt.stages.training import EXPOSURES
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 from capfilt.tables.ids import fold_of, text_id
 from capfilt.tables.shards import Part
-from capfilt.tables.texts import FOUND_COLUMNS, folded, found_texts
+from capfilt.tables.texts import FOUND_COLUMNS, folded, found_texts, texts_of
 from capfilt.tables.workspace import Workspace
 
 LEAST_IMAGES = 50
@@ -83,6 +84,16 @@ def _with_others(
     if not any(not row["own"] for some in pairs.values() for row in some):
         raise UserError(f"{given}: all of its pictures have one text, so that none is wrong; give others")
     return pairs
+
+
+def written_for(images: Part, captions: Sequence[Part]) -> Iterator[dict[str, Any]]:
+    """The texts that captioners wrote for an images part, as rows of `texts_of`; those that failed are left out."""
+    for shard in shards_of(images, *captions):
+        found = images.read(shard, FOUND_COLUMNS)
+        written = captions_of(images, found["image_id"], captions, shard)
+        for row in texts_of(found.slice(0, 0), written).to_pylist():
+            if row["failure"] is None and row["text"]:
+                yield row
 
 
 def generated_pairs(rows: Iterable[dict[str, Any]], negatives: int, seed: int, given: str) -> Pairs:
@@ -239,7 +250,7 @@ def check_captioners(options: CalibrateOptions, workspace: Workspace, held_out: 
     filters = [path for name in options.filter for path in members(name, workspace)]
     held = set(_present(held_out)["image_id"].to_pylist())
     for name in options.calibration_captions:
-        for path in _parents(workspace.input("captions", name).info, workspace):
+        for path in parents(workspace.input("captions", name).info, workspace):
             if count := len(held & (trained_on(path, workspace) or set())):
                 raise UserError(
                     f"--calibration {options.calibration}: {count:,} of its pictures trained the captioner {path.name}; give "
@@ -310,10 +321,10 @@ def _ancestry(path: Path, workspace: Workspace) -> Iterator[Path]:
             continue
         known.add(place)
         yield place
-        waiting += _parents(checkpoint.read_config(place)["extra"], workspace)
+        waiting += parents(checkpoint.read_config(place)["extra"], workspace)
 
 
-def _parents(record: Mapping[str, Any], workspace: Workspace) -> Iterator[Path]:
+def parents(record: Mapping[str, Any], workspace: Workspace) -> Iterator[Path]:
     """The checkpoints of a record's origins, as far as they are where it says and are what they were."""
     origins = record.get("origins")
     for mark, said in origins.items() if isinstance(origins, dict) else ():

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from capfilt.stages.calibrate.held_out import (
     generated_pairs,
     near_texts,
     pairs_of,
+    written_for,
 )
 from capfilt.stages.calibrate.judging import BATCH, MEANINGS, Judging, Vectors
 from capfilt.stages.folds import origins
@@ -110,12 +111,13 @@ class Judge(ShardStage):
 
     def process(self, shard: int) -> Produced:
         texts = self._texts(shard)
+        captions = self._captions(texts)
         size = self.options.batch_size or BATCH
         engine, rows = Clock(), ScoreRows(self.columns)
         for batch in pictures(self.images, shard, self.judging, size):
             asked = rows.asked(batch, texts)
             with engine:
-                rows.add(asked, self._signals(batch.images, asked))
+                rows.add(asked, self._signals(batch.images, asked, captions))
         return done(self._table(rows), rows.counts(texts), self.judging, engine, size, size)
 
     def _texts(self, shard: int) -> dict[str, list[dict[str, Any]]]:
@@ -126,11 +128,20 @@ class Judge(ShardStage):
     def _table(self, rows: ScoreRows) -> pa.Table:
         return self.contract.table(rows.made)
 
-    def _signals(self, images: Any, asked: Asked) -> list[list[float]]:
+    def _captions(self, texts: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+        """What captioners wrote, by image."""
+        return {
+            image: [row["text"] for row in rows if row["source"] == "synthetic" and row["text"]]
+            for image, rows in texts.items()
+        }
+
+    def _signals(self, images: Any, asked: Asked, captions: Mapping[str, Sequence[str]]) -> list[list[float]]:
         if not asked.texts:
             return []
         ids = [entry["image_id"] for entry in asked.entries]
-        rows: list[list[float]] = self.judging.signals(images, ids, asked.image_index, asked.texts).tolist()
+        rows: list[list[float]] = self.judging.signals(
+            images, ids, asked.image_index, asked.texts, captions
+        ).tolist()
         return rows
 
 
@@ -180,16 +191,8 @@ class JudgePairs(Judge):
         if not self.written:
             return {}
         given = f"--calibration-captions {' '.join(o.calibration_captions)}"
-        rows = (row for texts in self._captioned() for row in texts if row["failure"] is None)
+        rows = (row for row in written_for(self.images, self.written) if row["image_id"] in self.pairs)
         return generated_pairs(rows, o.negatives, o.seed, given)
-
-    def _captioned(self) -> Iterator[list[dict[str, Any]]]:
-        for shard in shards_of(self.images, *self.written):
-            found = self.images.read(shard, FOUND_COLUMNS)
-            captions = captions_of(self.images, found["image_id"], self.written, shard)
-            for image, texts in texts_by_image(found.slice(0, 0), captions).items():
-                if image in self.pairs:
-                    yield texts
 
     def setup(self) -> None:
         super().setup()
@@ -216,6 +219,9 @@ class JudgePairs(Judge):
             image: self.pairs[image] + [row for some in further for row in some.get(image, [])]
             for image in self._here(shard)
         }
+
+    def _captions(self, texts: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+        return {image: [row["text"] for row in rows if row["own"]] for image, rows in self.generated.items()}
 
     def _table(self, rows: ScoreRows) -> pa.Table:
         marks = {

@@ -1,4 +1,4 @@
-"""Signals of how well a text fits a picture: cosine, hub correction, match, human neighbours, the text's own words.
+"""Signals of how well a text fits a picture: cosine, hub correction, match, human neighbours, captions, the text's own words.
 
 Not here: which pairs are judged (`judge.py`, `held_out.py`), how signals become one score (`capfilt.calibration`).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -35,6 +36,7 @@ from capfilt.tables.workspace import Workspace
 
 COSINE, HUB, MATCH = "itc_score", "hub_score", "itm_score"
 NEAR_PICTURES, NEAR_TEXTS = "image_neighbours", "text_neighbours"
+AGREEMENT = "caption_agreement"
 WORDS, UNKNOWN = "words", "unknown_words"
 MEANINGS: Mapping[str, str] = {
     COSINE: "cosine of the image and text embeddings, in [-1, 1]; of several filters the mean",
@@ -42,6 +44,7 @@ MEANINGS: Mapping[str, str] = {
     MATCH: "softmax of the match logits at the class match, in [0, 1]; of several filters the mean",
     NEAR_PICTURES: "best cosine of the text with the texts of each of the 10 nearest human pictures, the mean",
     NEAR_TEXTS: "cosine of the picture with the pictures of the 30 nearest human texts, the weighted mean",
+    AGREEMENT: "best cosine of the text with the texts that a captioner wrote for the picture; 0 without one",
     WORDS: "words of the text, as log(1 + count)",
     UNKNOWN: "share of the text's words that no human neighbour has, in [0, 1]",
 }
@@ -86,6 +89,8 @@ class Judging:
         found = [COSINE, HUB]
         found += [MATCH] * any(self._able(some, "match") for some in self.sets)
         found += [NEAR_PICTURES, NEAR_TEXTS] * bool(self.neighbours)
+        # Calibration pictures without captions could not say how much a text that agrees with them is worth.
+        found += [AGREEMENT] * bool(self.options.calibration_captions)
         return (*found, WORDS, *([UNKNOWN] * bool(self.neighbours)))
 
     # ------------------------------------------------------------------ as a plug-in
@@ -243,8 +248,12 @@ class Judging:
         image_ids: Sequence[str],
         image_index: Sequence[int],
         texts: Sequence[str],
+        captions: Mapping[str, Sequence[str]],
     ) -> npt.NDArray[np.float64]:
-        """float64 [T, columns] of texts; `image_ids` and `image_index`, the place in `images`, are of each text's picture."""
+        """float64 [T, columns] of texts; `image_ids` and `image_index`, the place in `images`, are of each text's picture.
+
+        `captions` are what captioners wrote, by image_id.
+        """
         index = np.asarray(image_index)
         found: dict[str, list[npt.NDArray[np.float64]]] = {}
         for some, banks in zip(self.sets, self.banks, strict=True):
@@ -267,6 +276,7 @@ class Judging:
             )
             out |= {NEAR_PICTURES: near[:, 0], NEAR_TEXTS: near[:, 1]}
             out[UNKNOWN] = np.array([self._unknown(text) for text in said])
+        out[AGREEMENT] = self._agreement(texts, [captions.get(image, ()) for image in image_ids])
         out[WORDS] = np.log1p([len(text.split()) for text in texts])
         return np.stack([out[name] for name in self.columns], axis=1)
 
@@ -293,6 +303,18 @@ class Judging:
             )
             found[MATCH] = np.empty(len(texts))
             found[MATCH][order] = as_array(values)
+        return found
+
+    def _agreement(self, texts: Sequence[str], captions: Sequence[Sequence[str]]) -> npt.NDArray[np.float64]:
+        """float64 [T] of texts and their pictures' captions (SIEVE, CVPR 2024: arXiv 2310.02110)."""
+        found = np.zeros(len(texts))
+        words = {text: place for place, text in enumerate(dict.fromkeys(itertools.chain(*captions)))}
+        if AGREEMENT in self.columns and words:
+            embed = self._first.model.like_texts
+            said, written = read(embed, texts), read(embed, list(words))
+            for row, own in enumerate(captions):
+                if own:
+                    found[row] = (written[[words[text] for text in own]] @ said[row]).max()
         return found
 
     def _unknown(self, text: str) -> float:

@@ -22,7 +22,7 @@ from capfilt.plugins.registry import score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
 from capfilt.stages.calibrate import CalibrateOptions
 from capfilt.stages.calibrate.held_out import LEAST_IMAGES, check_unseen
-from capfilt.stages.calibrate.judging import COSINE, HUB, MATCH, MEANINGS, UNKNOWN, WORDS, Judging
+from capfilt.stages.calibrate.judging import AGREEMENT, COSINE, HUB, MATCH, MEANINGS, UNKNOWN, WORDS, Judging
 from capfilt.stages.inputs import captions_of, input_hashes, shards_of
 from capfilt.tables.calibrations import FILE, read
 from capfilt.tables.ids import fold_of
@@ -120,10 +120,10 @@ class Calibrate(ShardStage):
         texts = texts_of(found, captions_of(self.images, found["image_id"], self.captions, shard))
         source = texts["source"].take(pc.index_in(scores["text_id"], value_set=texts["text_id"]))
         synthetic = pc.fill_null(pc.equal(source, "synthetic"), False).to_numpy()
-        signals = _matrix(scores, self.fused)
-        values = self.judgement.probabilities(signals)
+        values = self.judgement.probabilities(_matrix(scores, self.fused))
+        written = scores.filter(pa.array(synthetic))
         values[synthetic] = (
-            np.nan if self.generated is None else self.generated.probabilities(signals[synthetic])
+            self.generated.probabilities(_matrix(written, self.telling)) if self.generated else np.nan
         )
         null = np.isnan(values)
         column = pa.array(values, pa.float32(), mask=null)
@@ -197,6 +197,11 @@ class Calibrate(ShardStage):
         """Signals to probabilities."""
         return Judgement.from_dict(self.fitted)
 
+    @property
+    def telling(self) -> list[str]:
+        """The signals that become the score of a synthetic text, which agrees with itself."""
+        return [name for name in self.fused if name != AGREEMENT]
+
     @cached_property
     def generated(self) -> Judgement | None:
         """Signals of synthetic texts to probabilities; None where they have none."""
@@ -205,7 +210,7 @@ class Calibrate(ShardStage):
 
     def _fit(self) -> dict[str, Any]:
         warned = check_unseen(self.options, self.workspace, self.held_out, self.images)
-        known = self._known()
+        known = self._known(self.fused)
         corpus, images = self._corpus()
         made, figures = judged(
             self.fused,
@@ -246,7 +251,10 @@ class Calibrate(ShardStage):
         """The key `synthetic` of the calibration; adds to what is warned of."""
         if not self.options.calibration_captions:
             return {}
-        made, figures = judged_generated(self.fused, self._known(synthetic=True), method=self.method)
+        if not self.telling:
+            raise UserError(f"--signals {AGREEMENT}: says nothing of synthetic texts; add another signal")
+        known = self._known(self.telling, synthetic=True)
+        made, figures = judged_generated(self.telling, known, method=self.method)
         if figures["auc_near"] < LEAST_AREA:
             warned.append(
                 f"synthetic texts have no probability: the filter hardly tells them from the same with a word changed (ROC-AUC "
@@ -259,7 +267,7 @@ class Calibrate(ShardStage):
         """How scores are fitted."""
         return self.options.method
 
-    def _known(self, synthetic: bool = False) -> Known:
+    def _known(self, signals: list[str], synthetic: bool = False) -> Known:
         """The calibration pairs that have signals, of human texts or of synthetic ones."""
         marked = ["synthetic"] if self.options.calibration_captions else []
         columns = ["image_id", "own", "near", "failure", *marked, *self.signals]
@@ -269,7 +277,7 @@ class Calibrate(ShardStage):
             table = table.filter(pc.equal(table["synthetic"], synthetic))
         owners = np.array(table["image_id"].to_pylist(), dtype=str)
         own, near = (table[name].to_numpy(zero_copy_only=False).astype(bool) for name in ("own", "near"))
-        values = _matrix(table, self.fused)
+        values = _matrix(table, signals)
         count = len(set(owners[own].tolist()))
         if count < LEAST_IMAGES:
             raise UserError(

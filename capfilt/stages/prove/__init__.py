@@ -23,6 +23,12 @@ class ProveOptions(Checked):
 
     images: str = option(REQUIRED, "images part of human pairs that nothing was trained on", kind="images")
     scores: str = option("calibrated", "scores part that calibrate wrote", kind="scores")
+    captions: tuple[str, ...] = option(
+        (),
+        "captions part of those images, where the calibration has captions; repeatable",
+        kind="captions",
+        later=True,
+    )
     wrong: float = option(0.6, "share of pictures that get a wrong text", above=0, below=1)
     noises: tuple[str, ...] = option(NOISES, "kinds of noise; repeatable", choices=NOISES)
     nearest: int = option(10, "pictures that a near text is taken from", least=1, rare=True)

@@ -18,8 +18,8 @@ from capfilt.calibration.share import calibration_error, em_share, posterior
 from capfilt.errors import UserError
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.held_out import LEAST_IMAGES, human_texts, trained_on
-from capfilt.stages.calibrate.judging import BATCH, Judging
+from capfilt.stages.calibrate.held_out import LEAST_IMAGES, human_texts, parents, trained_on, written_for
+from capfilt.stages.calibrate.judging import AGREEMENT, BATCH, Judging
 from capfilt.stages.folds import members, origins
 from capfilt.stages.pixels import Pictures, pictures
 from capfilt.stages.prove import NOISES, ProveOptions
@@ -56,6 +56,12 @@ class Prove(ResultStage):
             name: tuple(each) if isinstance(each, list) else each for name, each in made["options"].items()
         }
         self.calibrated = CalibrateOptions(**said)
+        self.captions = [workspace.input("captions", name) for name in options.captions]
+        if AGREEMENT in made["fusion"]["names"] and not self.captions:
+            raise UserError(
+                f"--scores {options.scores}: judges by {AGREEMENT}; give --captions, by the same captioner for --images "
+                f"{options.images}"
+            )
         self.output = workspace.result(options.out)
 
     def identity(self) -> Mapping[str, Any]:
@@ -64,6 +70,7 @@ class Prove(ResultStage):
             "images": self.images.digest(),
             "scores": self.scores.digest(),
             "calibration": self.made["mark"],
+            **({"captions": [part.digest() for part in self.captions]} if self.captions else {}),
         }
 
     def origins(self) -> Mapping[str, Mapping[str, str]]:
@@ -95,6 +102,9 @@ class Prove(ResultStage):
         judgement = Judgement.from_dict(self.made)
         names = list(judgement.fusion.names)
         columns = [judging.columns.index(name) for name in names]
+        captions: dict[str, list[str]] = {}
+        for row in written_for(self.images, self.captions) if self.captions else ():
+            captions.setdefault(row["image_id"], []).append(row["text"])
         with judging.ready():
             ids, seen, texts = self._embedded(judging)
             if len(ids) < LEAST_IMAGES:
@@ -109,7 +119,7 @@ class Prove(ResultStage):
                 here = slice(done, done + len(chosen))
                 for noise, (said, _) in planted.items():
                     found = judging.signals(
-                        batch.images, ids[here], [place for _, place in chosen], said[here]
+                        batch.images, ids[here], [place for _, place in chosen], said[here], captions
                     )
                     values[noise].append(found[:, columns])
                 done = here.stop
@@ -137,6 +147,11 @@ class Prove(ResultStage):
                     f"{given}: {path} does not say which pictures trained it, so that nothing can be proved of it"
                 )
             found.append((trained, f"trained {path.name}"))
+        found += [
+            (trained_on(path, self.workspace) or set(), f"trained {path.name}")
+            for part in self.captions
+            for path in parents(part.info, self.workspace)
+        ]
         found.append((_ids(self.workspace.input("images", self.calibrated.calibration)), "calibrated it"))
         found += [
             (_ids(self.workspace.input("images", name)), f"are its neighbours in {name}")
