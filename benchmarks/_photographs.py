@@ -109,9 +109,11 @@ class Row:
     scores: str = ""
 
 
-JUDGE, JUDGED, SECOND = "human", "judge", "second"
+JUDGE, JUDGED, SECOND, JUDGES = "human", "judge", "second", "judges"
 FOLDS = 4
 """Of the second round."""
+MORE_JUDGES = (1000, 2000)
+"""What is added to the seed of a draw for the further judges of the row JUDGES."""
 _RAW = {"human": ["human"], "web": ["web"]}
 _SELECT = {"images": "web", "scores": JUDGED, "by": "match_probability", "pairs": False}
 
@@ -158,6 +160,7 @@ ROWS = {
         for dropped, named in (("negatives", "as negatives"), ("soft", "with soft targets"))
     },
     "second": Row("the same, second round", **_weighted("second", SECOND)),
+    "judges": Row("by p of three judges", **_weighted("judges", JUDGES), like="weights"),
     "cosine": _refitted("cosine", "by p of the cosine alone", SIGNALS[:1]),
     "hub": _refitted("hub", "by p of the hub score alone", SIGNALS[1:2]),
     **{
@@ -317,6 +320,19 @@ def judging(protocol: Protocol, best: Trial, seed: int) -> list[Step]:
             ]
         both = {**given, "filter": [best.name, f"{SECOND}-{{fold}}"], "out": SECOND}
         steps.append(step("calibrate", SECOND, both))
+    if any(ROWS[row].scores == JUDGES for row in protocol.rows):
+        names = [f"{JUDGES}-{more}" for more in MORE_JUDGES]
+        options = {
+            **protocol.options_of(protocol.judge),
+            "human": ["human"],
+            "learning_rate": best.rate,
+            "steps": best.steps,
+        }
+        for name, more in zip(names, MORE_JUDGES, strict=True):
+            steps.append(
+                step(f"retrain-{protocol.judge}", name, {**options, "out": name, "seed": seed + more})
+            )
+        steps.append(step("calibrate", JUDGES, {**given, "filter": [best.name, *names], "out": JUDGES}))
     for row in protocol.rows:
         for stage, made in ROWS[row].steps:
             # A judge of a few steps is sure of nothing, so that 0.5 would keep no text.
@@ -393,7 +409,7 @@ class Outcome:
 
     Attributes:
         metrics: figures in percent.
-        pictures: what each picture adds to the sum of the four recalls, float64 [N]; their mean is that sum.
+        pictures: what each picture adds to each of the four recalls, float64 [4, N]; their means are the recalls.
         val: the sum on the val split by which it was chosen.
     """
 
@@ -451,7 +467,7 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
 
 
 def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Each test picture's part of the sum of the four recalls: float64 [N], in the corpus's order; the mean is the sum."""
+    """Each test picture's part of the four recalls: float64 [4, N], pictures in the corpus's order; means are the recalls."""
     parts = []
     for name in METRICS:
         units = found.units(name)
@@ -459,7 +475,7 @@ def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
         sums = units.sums()[:, 0]
         # Every query counts alike, so a picture with more texts weighs more.
         parts.append(100.0 * sums * len(sums) / len(units.columns))
-    return np.sum(parts, axis=0)
+    return np.stack(parts)
 
 
 def judged(place: Workspace, scores: str) -> list[dict[str, Any]]:

@@ -130,8 +130,8 @@ def test_pictures_add_up_to_the_recalls():
     hits = {name: rng.random(len(groups[name[:2]])) < 0.4 for name in _photographs.METRICS}
     found, metrics = result_of(hits, groups)
     pictures = _photographs.pictures(found)
-    assert len(pictures) == 20
-    assert pictures.mean() == pytest.approx(sum(metrics.values()))
+    assert pictures.shape == (4, 20)
+    assert pictures.mean(axis=1) == pytest.approx([metrics[name] for name in _photographs.METRICS])
 
 
 def draw(levels, keys, seed):
@@ -140,7 +140,10 @@ def draw(levels, keys, seed):
     ease = np.random.default_rng(1).normal(0, 60, len(keys))
     rows = {
         row: _photographs.Outcome(
-            _photographs.Trial(row, 80, 1e-3), {}, ease + level + rng.normal(0, 5, len(keys)), 0.0
+            _photographs.Trial(row, 80, 1e-3),
+            {},
+            np.outer([0.1, 0.2, 0.3, 0.4], ease + level + rng.normal(0, 5, len(keys))),
+            0.0,
         )
         for row, level in levels.items()
     }
@@ -150,7 +153,7 @@ def draw(levels, keys, seed):
 def test_headroom_is_measured_from_the_best_trivial_row():
     levels = {"raw": 120, "human": 128, "mixed": 135, "cut": 145, "oracle": 155}
     draws = [draw(levels, tuple(map(str, range(400))), seed) for seed in range(3)]
-    mean = {row: np.mean([each.rows[row].pictures for each in draws]) for row in levels}
+    mean = {row: np.mean([each.rows[row].pictures.sum(axis=0) for each in draws]) for row in levels}
     found = _figures.recovery(draws, seed=0)
     wanted = (mean["cut"] - mean["mixed"]) / (mean["oracle"] - mean["mixed"])
     assert found["cut"].value == pytest.approx(wanted)
@@ -158,6 +161,11 @@ def test_headroom_is_measured_from_the_best_trivial_row():
     assert 0.4 < found["cut"].low < found["cut"].value < found["cut"].high < 0.6
     assert found["cut"].baseline == "mixed"
     assert found["human"].value < 0
+    by_recall = _figures.above(draws, "cut", seed=0)
+    for share, (value, low, high) in zip((0.1, 0.2, 0.3, 0.4), by_recall.values(), strict=True):
+        assert value == pytest.approx(share * (mean["cut"] - mean["mixed"]))
+        assert 0.8 * share * 10 < low < value < high < 1.2 * share * 10
+    assert _figures.above(draws, "human", seed=0)["tr@1"][2] < 0
     close = [draw({**levels, "oracle": 135.2}, tuple(map(str, range(400))), seed) for seed in range(3)]
     assert math.isnan(_figures.recovery(close, seed=0)["cut"].value)
 
@@ -192,15 +200,15 @@ def test_the_whole_table_and_a_second_run_that_trains_nothing(data, tmp_path, ca
     words = ["--quick", "--data", str(data), "--family", "locked", "--human", "0.6", "--markdown"]
     words += ["--workspace", str(place)]
     figures = []
-    # Two numbers of steps for eight rows, one of which has two trainings; one for the rows that are like another; four folds.
-    for trainings in (18 + 6 + 4, 0):
+    # Two numbers of steps for eight rows, one of which has two trainings; one for ten rows that are like another; six judges.
+    for trainings in (18 + 10 + 4 + 2, 0):
         argv = ["benchmarks/bootstrapping.py", *words, "--json", str(tmp_path / "found.json")]
         with pytest.raises(SystemExit) as stopped:
             main("A table.", bootstrapping.measure, bootstrapping.add_arguments, argv)
         assert stopped.value.code == 0
         printed = capsys.readouterr().out
         trained = [line for line in printed.splitlines() if line.startswith("retrain")]
-        assert len(trained) == 28
+        assert len(trained) == 34
         assert sum("done before" not in line for line in trained) == trainings
         found = json.loads((tmp_path / "found.json").read_text())["figures"]
         figures.append({name: value for name, value in found.items() if "seconds" not in name})
