@@ -29,6 +29,7 @@ from capfilt.tables.texts import FOUND_COLUMNS, found_texts
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.comparison import Result
 
+Parts = np.ndarray[Any, np.dtype[np.float64]]
 METRICS = ("tr@1", "tr@10", "ir@1", "ir@10")
 """The val split chooses by the sum of these. Ranks by ITC."""
 CALIBRATION = 0.15
@@ -410,22 +411,23 @@ class Outcome:
     Attributes:
         metrics: figures in percent.
         pictures: what each picture adds to each of the four recalls, float64 [4, N]; their means are the recalls.
-        val: the sum on the val split by which it was chosen.
+        val: the same of the val split, by the sum of whose means it was chosen.
     """
 
     trial: Trial
     metrics: Mapping[str, float]
-    pictures: np.ndarray[Any, np.dtype[np.float64]]
-    val: float
+    pictures: Parts
+    val: Parts
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One seed: its rows, its web texts as judged, by scores part, and the keys of its test pictures in order."""
+    """One seed: its rows, its web texts as judged, by scores part, and the keys of its test and val pictures in order."""
 
     rows: Mapping[str, Outcome]
     texts: Mapping[str, Sequence[Mapping[str, Any]]]
     keys: tuple[str, ...]
+    val_keys: tuple[str, ...]
     seconds: Mapping[str, float]
 
 
@@ -456,18 +458,24 @@ def run_draw(place: Workspace, seed: int, work: Executor, protocol: Protocol) ->
         best = chosen(place, row, sums)
         run_steps([evaluated(best, "test", seed, FAMILIES[protocol.family].evaluate)], place, work)
         found = result(place, "test", best)
-        rows[row] = Outcome(best, found.metrics, pictures(found), sums[best])
+        rows[row] = Outcome(best, found.metrics, pictures(found), pictures(result(place, "val", best)))
         clock.lap(row)
         if row == JUDGE and not family:
             run_steps(judging(protocol, best, seed), place, work)
             clock.lap("judge")
     parts_ = dict.fromkeys([JUDGED, *(ROWS[row].scores for row in protocol.rows if ROWS[row].scores)])
     texts = {name: judged(place, name) for name in parts_}
-    return Draw({row: rows[row] for row in protocol.rows}, texts, keys(place, seed), clock.laps)
+    return Draw(
+        {row: rows[row] for row in protocol.rows},
+        texts,
+        keys(place, seed, "test"),
+        keys(place, seed, "val"),
+        clock.laps,
+    )
 
 
-def pictures(found: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Each test picture's part of the four recalls: float64 [4, N], pictures in the corpus's order; means are the recalls."""
+def pictures(found: Result) -> Parts:
+    """Each picture's part of the four recalls: float64 [4, N], pictures in the corpus's order; means are the recalls."""
     parts = []
     for name in METRICS:
         units = found.units(name)
@@ -521,11 +529,11 @@ def by_text(
     }
 
 
-def keys(place: Workspace, seed: int) -> tuple[str, ...]:
-    """The keys of the test pictures, in the order in which they are evaluated."""
+def keys(place: Workspace, seed: int, split: str) -> tuple[str, ...]:
+    """The keys of a split's pictures, in the order in which they are evaluated."""
     tables = place.part("images", f"clean{seed}").tables(["key", "split", "status"])
     rows = [row for table in tables for row in table.to_pylist()]
-    return tuple(row["key"] for row in rows if row["split"] == "test" and row["status"] == "success")
+    return tuple(row["key"] for row in rows if row["split"] == split and row["status"] == "success")
 
 
 class _Clock:

@@ -16,7 +16,8 @@ With --data DIR, a folder with clean/captions.json (COCO captions with splits) a
 and web images, of planted noise, calibration images, initial weights and sampling. A judge that saw human pairs alone gives
 every web text a probability. Then a model per row, at its own best number of steps and learning rate, chosen on the val split
 by TR@1 + TR@10 + IR@1 + IR@10; the choice is written to choices/ before the test split is asked, once. Headroom is what a row
-recovers between the best trivial row and the oracle. Its interval resamples the test pictures, once for all seeds.
+recovers between the best trivial row and the oracle. Its interval resamples the test pictures, once for all seeds. Beside it
+stands the same of val and test pictures together: twice the pictures, and fair where val chose the same steps for all rows.
 
 All of it through the stages, as recipes run them: killed and started again with the same --workspace, it does what is missing.
 `--markdown` prints tables for the documentation.

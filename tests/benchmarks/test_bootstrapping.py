@@ -138,16 +138,11 @@ def draw(levels, keys, seed):
     """A draw whose pictures add these sums, with what makes a picture hard alike in every row."""
     rng = np.random.default_rng(seed)
     ease = np.random.default_rng(1).normal(0, 60, len(keys))
-    rows = {
-        row: _photographs.Outcome(
-            _photographs.Trial(row, 80, 1e-3),
-            {},
-            np.outer([0.1, 0.2, 0.3, 0.4], ease + level + rng.normal(0, 5, len(keys))),
-            0.0,
-        )
-        for row, level in levels.items()
-    }
-    return _photographs.Draw(rows, {}, keys, {})
+    rows = {}
+    for row, level in levels.items():
+        parts = np.outer([0.1, 0.2, 0.3, 0.4], ease + level + rng.normal(0, 5, len(keys)))
+        rows[row] = _photographs.Outcome(_photographs.Trial(row, 80, 1e-3), {}, parts, 2 * parts)
+    return _photographs.Draw(rows, {}, keys, tuple(f"val {key}" for key in keys), {})
 
 
 def test_headroom_is_measured_from_the_best_trivial_row():
@@ -160,6 +155,10 @@ def test_headroom_is_measured_from_the_best_trivial_row():
     # Unpaired, pictures alone would move it by a third.
     assert 0.4 < found["cut"].low < found["cut"].value < found["cut"].high < 0.6
     assert found["cut"].baseline == "mixed"
+    # Val's figures are twice the test's here: as large a share of as large a gap.
+    both = _figures.recovery(draws, seed=0, both=True)["cut"]
+    assert both.value == pytest.approx(wanted)
+    assert both.gap == pytest.approx(1.5 * found["cut"].gap)
     assert found["human"].value < 0
     by_recall = _figures.above(draws, "cut", seed=0)
     for share, (value, low, high) in zip((0.1, 0.2, 0.3, 0.4), by_recall.values(), strict=True):
