@@ -117,7 +117,11 @@ CASES = {loss: (lambda ranks, loss=loss: trained(loss, ranks), batch_of) for los
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_in_chunks_no_tensor_has_every_pair(loss):
     few, chunk = batch_of(), 3
-    more = {"ids": few.ids.repeat(3, 1), "pixels": few.pixels.repeat(3, 1, 1, 1), "weight": few.weight.repeat(3)}
+    more = {
+        "ids": few.ids.repeat(3, 1),
+        "pixels": few.pixels.repeat(3, 1, 1, 1),
+        "weight": few.weight.repeat(3),
+    }
     batch = dataclasses.replace(few, **more)
     rows, largest = len(batch.ids), 0
 
