@@ -149,7 +149,7 @@ def judged(
     return made, figures
 
 
-def judged_generated(
+def judged_synthetic(
     names: Sequence[str], known: Known, *, method: Method = "platt"
 ) -> tuple[Judgement, dict[str, Any]]:
     """The judgement of texts that a captioner wrote, and figures of it in plain numbers: auc, auc_near, curve and

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from capfilt.calibration.fit import sigmoid
-from capfilt.calibration.judgement import Known, judged_generated
+from capfilt.calibration.judgement import Known, judged_synthetic
 
 
 @pytest.mark.parametrize("method", ["platt", "isotonic"])
@@ -21,7 +21,7 @@ def test_a_probability_is_of_an_own_text_against_a_changed_one_at_even_odds(meth
         np.arange(6 * count) < count,
         (np.arange(6 * count) >= count) & (np.arange(6 * count) < 2 * count),
     )
-    made, figures = judged_generated(["cosine"], known, method=method)
+    made, figures = judged_synthetic(["cosine"], known, method=method)
     asked = np.linspace(-0.5, 1.5, 9)
     # Two normals of one deviation, a unit apart: the log-odds are x - 1/2.
     assert made.probabilities(asked[:, None]) == pytest.approx(sigmoid(asked - 0.5), abs=0.06)

@@ -96,7 +96,7 @@ def written_for(images: Part, captions: Sequence[Part]) -> Iterator[dict[str, An
                 yield row
 
 
-def generated_pairs(rows: Iterable[dict[str, Any]], negatives: int, seed: int, given: str) -> Pairs:
+def synthetic_pairs(rows: Iterable[dict[str, Any]], negatives: int, seed: int, given: str) -> Pairs:
     """As `pairs_of`, of texts that a captioner wrote: rows of `texts_of`. Near ones are own ones with one word changed.
 
     Raises UserError where fewer than LEAST_IMAGES pictures have one.

@@ -22,9 +22,9 @@ from capfilt.stages.calibrate.held_out import (
     Pairs,
     check_captioners,
     check_unseen,
-    generated_pairs,
     near_texts,
     pairs_of,
+    synthetic_pairs,
     written_for,
 )
 from capfilt.stages.calibrate.judging import BATCH, MEANINGS, Judging, Vectors
@@ -171,11 +171,11 @@ class JudgePairs(Judge):
         check_unseen(self.options, self.workspace, self.images, self.corpus)
         if self.written:
             check_captioners(self.options, self.workspace, self.images)
-        _ = self.pairs, self.generated
+        _ = self.pairs, self.synthetic
         return super().begin()
 
     def shards(self) -> list[int]:
-        _ = self.pairs, self.generated
+        _ = self.pairs, self.synthetic
         return super().shards()
 
     @cached_property
@@ -185,14 +185,14 @@ class JudgePairs(Judge):
         return pairs_of(self.images, o.negatives, o.seed, f"--calibration {o.calibration}")
 
     @cached_property
-    def generated(self) -> Pairs:
+    def synthetic(self) -> Pairs:
         """The pairs with texts that a captioner wrote for the calibration pictures; none without --calibration-captions."""
         o = self.options
         if not self.written:
             return {}
         given = f"--calibration-captions {' '.join(o.calibration_captions)}"
         rows = (row for row in written_for(self.images, self.written) if row["image_id"] in self.pairs)
-        return generated_pairs(rows, o.negatives, o.seed, given)
+        return synthetic_pairs(rows, o.negatives, o.seed, given)
 
     def setup(self) -> None:
         super().setup()
@@ -207,30 +207,30 @@ class JudgePairs(Judge):
         self.near = near_texts(self.pairs, ids, np.concatenate(seen), count, self.options.seed) if ids else {}
 
     def expected_rows(self, shard: int) -> int:
-        return sum(len(self.pairs[image]) + len(self.generated.get(image, [])) for image in self._here(shard))
+        return sum(len(self.pairs[image]) + len(self.synthetic.get(image, [])) for image in self._here(shard))
 
     def _here(self, shard: int) -> list[str]:
         ids: list[str] = self.images.read(shard, ["image_id"])["image_id"].to_pylist()
         return [image for image in ids if image in self.pairs]
 
     def _texts(self, shard: int) -> dict[str, list[dict[str, Any]]]:
-        further = (self.near, self.generated)
+        further = (self.near, self.synthetic)
         return {
             image: self.pairs[image] + [row for some in further for row in some.get(image, [])]
             for image in self._here(shard)
         }
 
     def _captions(self, texts: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
-        return {image: [row["text"] for row in rows if row["own"]] for image, rows in self.generated.items()}
+        return {image: [row["text"] for row in rows if row["own"]] for image, rows in self.synthetic.items()}
 
     def _table(self, rows: ScoreRows) -> pa.Table:
         marks = {
             (image, row["text_id"]): {
                 "own": row["own"],
                 "near": row["near"],
-                "synthetic": some is self.generated,
+                "synthetic": some is self.synthetic,
             }
-            for some in (self.pairs, self.near, self.generated)
+            for some in (self.pairs, self.near, self.synthetic)
             for image, texts in some.items()
             for row in texts
         }

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.calibration.judgement import Judgement, Known, judged, judged_generated
+from capfilt.calibration.judgement import Judgement, Known, judged, judged_synthetic
 from capfilt.errors import UserError
 from capfilt.plugins.registry import score_contract
 from capfilt.stages.base import Produced, ShardStage, option_values
@@ -123,7 +123,7 @@ class Calibrate(ShardStage):
         values = self.judgement.probabilities(_matrix(scores, self.fused))
         written = scores.filter(pa.array(synthetic))
         values[synthetic] = (
-            self.generated.probabilities(_matrix(written, self.telling)) if self.generated else np.nan
+            self.synthetic.probabilities(_matrix(written, self.telling)) if self.synthetic else np.nan
         )
         null = np.isnan(values)
         column = pa.array(values, pa.float32(), mask=null)
@@ -132,7 +132,7 @@ class Calibrate(ShardStage):
         table = table.set_column(table.schema.get_field_index("fold"), "fold", pa.array(folds, pa.int32()))
         failed = Counter(scores["failure"].drop_null().to_pylist())
         dropped = (
-            int((synthetic & scores["failure"].is_null().to_numpy()).sum()) if self.generated is None else 0
+            int((synthetic & scores["failure"].is_null().to_numpy()).sum()) if self.synthetic is None else 0
         )
         kept = scores.num_rows - dropped - failed.total()
         reasons = {"synthetic_not_calibrated": dropped} if dropped else {}
@@ -159,10 +159,10 @@ class Calibrate(ShardStage):
             f"{name}: ROC-AUC {found['auc']:.3f} and {found['auc_near']:.3f}, weight {found['weight']:+.2f}"
             for name, found in made["signals"].items()
         ]
-        if generated := made.get("synthetic"):
+        if found := made.get("synthetic"):
             lines.append(
-                f"synthetic texts: ROC-AUC {generated['auc']:.3f} against those of other pictures, {generated['auc_near']:.3f} "
-                f"against the same with a word changed; calibration error {generated['error']:.3f}"
+                f"synthetic texts: ROC-AUC {found['auc']:.3f} against those of other pictures, {found['auc_near']:.3f} "
+                f"against the same with a word changed; calibration error {found['error']:.3f}"
             )
         if self.previous:
             lines.append(self._progress(made))
@@ -203,7 +203,7 @@ class Calibrate(ShardStage):
         return [name for name in self.fused if name != AGREEMENT]
 
     @cached_property
-    def generated(self) -> Judgement | None:
+    def synthetic(self) -> Judgement | None:
         """Signals of synthetic texts to probabilities; None where they have none."""
         made = self.fitted.get("synthetic")
         return None if made is None or made["auc_near"] < LEAST_AREA else Judgement.from_dict(made)
@@ -236,7 +236,7 @@ class Calibrate(ShardStage):
                 f"the estimated share {share:.3f} is above the bound {bound:.3f}: human texts are easier than the web's"
             )
         return {
-            **self._fit_generated(warned),
+            **self._fit_synthetic(warned),
             "options": asdict(self.options),
             "filter": ", ".join(self.options.filter),
             "calibration": self.held_out.name,
@@ -247,14 +247,14 @@ class Calibrate(ShardStage):
             "warnings": warned,
         }
 
-    def _fit_generated(self, warned: list[str]) -> dict[str, Any]:
+    def _fit_synthetic(self, warned: list[str]) -> dict[str, Any]:
         """The key `synthetic` of the calibration; adds to what is warned of."""
         if not self.options.calibration_captions:
             return {}
         if not self.telling:
             raise UserError(f"--signals {AGREEMENT}: says nothing of synthetic texts; add another signal")
         known = self._known(self.telling, synthetic=True)
-        made, figures = judged_generated(self.telling, known, method=self.method)
+        made, figures = judged_synthetic(self.telling, known, method=self.method)
         if figures["auc_near"] < LEAST_AREA:
             warned.append(
                 f"synthetic texts have no probability: the filter hardly tells them from the same with a word changed (ROC-AUC "
