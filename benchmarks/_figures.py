@@ -167,7 +167,7 @@ def recovery(draws: Sequence[Draw], seed: int, both: bool = False) -> dict[str, 
 
 
 def _sum(pictures: Parts) -> Parts:
-    """What each picture adds to the sum of the recalls, [N]."""
+    """Each picture's part of the sum of the recalls, [N]."""
     out: Parts = pictures.sum(axis=0)
     return out
 

@@ -114,7 +114,7 @@ JUDGE, JUDGED, SECOND, JUDGES = "human", "judge", "second", "judges"
 FOLDS = 4
 """Of the second round."""
 MORE_JUDGES = (1000, 2000)
-"""What is added to the seed of a draw for the further judges of the row JUDGES."""
+"""Further judges of the row JUDGES have these numbers on top of the draw's seed."""
 _RAW = {"human": ["human"], "web": ["web"]}
 _SELECT = {"images": "web", "scores": JUDGED, "by": "match_probability", "pairs": False}
 

@@ -5,7 +5,10 @@ trained on its human pairs, and a calibration on its calibration images. The rat
 picture's own captions are left out, and no caption of a judged picture is read: they are of the test split.
 
     fused       match_probability; the other lines are its signals one by one
-    tau-c       with every single rating, and its interval over images; 0 is chance, and people's own ratings set the ceiling
+    words       the length of the text, which no picture decides
+    people      the first rating of each pair, by the mean of its others: a ceiling
+
+Every figure is tau-c with single ratings; 0 is chance. Intervals are over images.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from _recipes import for_seeds, run_steps
 from capfilt.errors import UserError
 from capfilt.execution.run import Executor
 from capfilt.formats.examples.row import own_captions
-from capfilt.stages.calibrate.judging import COSINE, HUB, NEAR_PICTURES, NEAR_TEXTS
+from capfilt.stages.calibrate.judging import COSINE, HUB, NEAR_PICTURES, NEAR_TEXTS, WORDS
 from capfilt.tables.publish import replace
 from capfilt.tables.workspace import Workspace
 from capfilt.tasks.filter_quality import kendall_tau_c_interval
@@ -34,6 +37,7 @@ COLUMNS = {
     "hub": HUB,
     "pictures": NEAR_PICTURES,
     "texts": NEAR_TEXTS,
+    "words": WORDS,
 }
 
 
@@ -101,11 +105,14 @@ def run_one(place: Workspace, seed: int, work: Executor, data: Path, quick: bool
     kept = [line for line in lines if (line["image"], line["caption"]) in found]
     repeats = [len(line["ratings"]) for line in kept]
     scores = np.array([found[line["image"], line["caption"]] for line in kept])
+    first, others = [line["ratings"][0] for line in kept], [np.mean(line["ratings"][1:]) for line in kept]
+    people = kendall_tau_c_interval(first, others, [names[line["image"]] for line in kept], seed=seed)
     return {
         "scores": np.repeat(scores, repeats, axis=0),
         "ratings": np.array([rating for line in kept for rating in line["ratings"]], dtype=float),
         "images": np.repeat([names[line["image"]] for line in kept], repeats),
         "pairs": len(kept),
+        "people": (people.value, people.low, people.high),
     }
 
 
@@ -129,6 +136,8 @@ def measure(args: argparse.Namespace, record: Record) -> None:
             record.figure(name, value)
         record.figure(f"{name} low", found[0].low)
         record.figure(f"{name} high", found[0].high)
+    for name, value in zip(("people", "people low", "people high"), draws[0]["people"], strict=True):
+        record.figure(name, value)
     record.target("pairs judged", draws[0]["pairs"], ">=", 1)
 
 

@@ -185,10 +185,7 @@ class PairShards:
         found: dict[str, Text] = {}
         for row in table.to_pylist():
             text = Text("", DROPPED, row["text_id"], 1.0, _probability(row, _BELOW), False)
-            if (
-                text.probability > found.get(row["image_id"], text).probability
-                or row["image_id"] not in found
-            ):
+            if text.probability > found.setdefault(row["image_id"], text).probability:
                 found[row["image_id"]] = text
         return found
 

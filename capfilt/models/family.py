@@ -58,8 +58,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """The parts of a model with two towers, by name."""
 
-HEEDS: Mapping[str, str] = {"weights": "weight", "negatives": "dropped", "soft": "soft"}
-"""The marks of a row that a family's losses may go by, and the attribute of `Batch` that has them."""
+HEEDS = ("weights", "negatives", "soft")
+"""The marks of a row that a family's losses may go by: `Batch.weight`, `dropped` and `soft`."""
 
 
 def check_abilities(model: Any, abilities: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ from capfilt.models.common.config import ModelConfig
 from capfilt.models.common.layers import Pair, exact, init_truncated, project
 from capfilt.models.common.layouts.contents import assemble, blank
 from capfilt.models.common.momentum import Alignment, AlignmentConfig, Embeds, length_chunks, told
-from capfilt.models.common.objectives import OBJECTIVES, language_labels, language_loss, token_loss
+from capfilt.models.common.objectives import OBJECTIVES, language_labels, language_loss, of_tokens, token_loss
 from capfilt.models.common.presets import (
     SMALL_TEXT,
     SMALL_VISION,
@@ -369,7 +369,6 @@ class BlipPretraining(Alignment):
         labels = F.pad(language_labels(batch.ids, learned, config.prompt_length), (0, 1), value=-100)
         groups = length_chunks(batch.mask)
         said, predicted = [], []
-        weights: list[Tensor] = []
         for some, length in groups:
             near = (
                 cross
@@ -379,9 +378,8 @@ class BlipPretraining(Alignment):
             wanted = labels[some, :length]
             predicted.append(self.model.lm_logits(batch.ids[some, :length], None, near, wanted != -100))
             said.append(wanted[wanted != -100])
-            if batch.weight is not None:
-                weights.append(batch.weight[some, None].expand_as(wanted)[wanted != -100])
-        weight = torch.cat(weights) if weights else None
+        order = torch.cat([some for some, _ in groups])
+        weight = None if batch.weight is None else of_tokens(batch.weight[order], labels[order] != -100)
         return token_loss(torch.cat(predicted), torch.cat(said), config.label_smoothing, self.ranks, weight)
 
 

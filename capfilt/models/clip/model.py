@@ -343,8 +343,7 @@ class ClipTraining(nn.Module):
                 bias = self.model.logit_bias.float()
                 others = None if weight is None else rows.gather(weight)
                 given = (images, every_text, own, weight, scale, bias, others, read)
-                summed = self._summed(_sigmoid_rows, *given)
-                loss = summed / share
+                loss = self._summed(_sigmoid_rows, *given) / share
             hits = self._hits(images.detach(), every_text.detach(), own)
         return {
             "loss": loss,

@@ -242,8 +242,8 @@ def hard_negatives(
     `similarity` [B, C] is a query (row) against the candidates (columns), divided by the temperature: images against
     texts draws a negative text per image, its counterpart a negative image per text. `candidates` are their image and
     text numbers, int64 [C] each; by default they are the rows themselves. A candidate of the same image, or with the
-    identical text, is never drawn, nor one for which `read` (bool [C]) is False. Returns (index int64 [B], found bool [B]);
-    where a row has no candidate left, `found` is False and its index (0) means nothing.
+    identical text, is never drawn, nor one for which `read` (bool [C]) is False. Returns (index int64 [B], found bool [B]).
+    A row without a candidate has the index 0, which means nothing, and `found` False.
 
     `floor` 1e-4 is the released BLIP's. The draw is an inverse cumulative distribution over `uniform` [B, 1], by default
     from a CPU `generator` (default: torch's global one): the same seed draws alike on every device, and a non-finite

@@ -55,8 +55,9 @@ class Ranks:
         return mean
 
     def share(self, count: Tensor) -> Tensor:
-        """What a sum over this rank's rows is divided by, so that the mean over ranks is the mean over everyone's rows: the
-        mean of the ranks' counts (or sums of weights), fp32; 1 where nobody has any.
+        """The mean of the ranks' counts, or sums of weights, fp32; 1 where nobody has any.
+
+        Each rank divides the sum over its rows by it. The mean over ranks is then the mean over everyone's rows.
         """
         mean = self.mean(count)
         return torch.where(mean > 0, mean, 1.0)

@@ -17,7 +17,7 @@ from capfilt.errors import UserError
 from capfilt.inference.adapters import Opened, opened
 from capfilt.models import checkpoint
 from capfilt.plugins.checkpoints import COLUMNS
-from capfilt.stages.calibrate.held_out import Pairs, pairs_of, trained_on
+from capfilt.stages.calibrate.held_out import Pairs, human_texts, pairs_of, trained_on
 from capfilt.stages.calibrate.judging import BATCH, as_array, read
 from capfilt.stages.pixels import pictures
 from capfilt.tables.shards import Part
@@ -35,7 +35,7 @@ class HeldOut:
     def __init__(self, name: str, against: tuple[str, ...], workspace: Workspace, seed: int) -> None:
         self.given = f"--held-out {name}"
         self.part = workspace.input("images", name)
-        self.pairs = pairs_of(self.part, NEGATIVES, seed, self.given)
+        self.pairs = pairs_of(human_texts(self.part), NEGATIVES, seed, self.given)
         self.against = {other: workspace.model(other) for other in against}
         for other, path in self.against.items():
             checkpoint.read_config(path)

@@ -50,29 +50,19 @@ Pairs = dict[str, list[dict[str, Any]]]
 """By image, its texts: rows as of `texts_of`, whether each is the image's `own`, and whether it is a `near` picture's."""
 
 
-def pairs_of(part: Part, negatives: int, seed: int, given: str) -> Pairs:
-    """Each picture that has human texts with all of them, and with `negatives` texts drawn from those of other pictures.
+def pairs_of(rows: Sequence[dict[str, Any]], negatives: int, seed: int, given: str) -> Pairs:
+    """Each picture of `rows`, as of `texts_of`, with all of its texts, and with `negatives` texts drawn from those of others.
 
-    What is drawn for a picture depends on the seed, the picture and the texts of all, in no order of shards. Raises UserError
-    where fewer than LEAST_IMAGES pictures have a human text.
+    A picture's draw depends on the seed, the picture and the texts of all, in no order of shards. Raises UserError where fewer
+    than LEAST_IMAGES pictures have a text, or where all have the same one.
     """
-    rows = human_texts(part)
     own: Pairs = {}
     for row in rows:
         own.setdefault(row["image_id"], []).append({**row, "own": True, "near": False})
     if len(own) < LEAST_IMAGES:
-        raise UserError(
-            f"{given}: {len(own):,} pictures with a human text; give {LEAST_IMAGES} or more (ingest --source human)"
-        )
-    return _with_others(own, of_smallest_hash(own, MOST_IMAGES, seed), rows, negatives, seed, given)
-
-
-def _with_others(
-    own: Pairs, images: Iterable[str], rows: Sequence[dict[str, Any]], negatives: int, seed: int, given: str
-) -> Pairs:
-    """The images' own texts, each image's with so many of other images' among `rows`. UserError where none has another."""
+        raise UserError(f"{given}: {len(own):,} pictures have such a text; give {LEAST_IMAGES} or more")
     pairs: Pairs = {}
-    for image in images:
+    for image in of_smallest_hash(own, MOST_IMAGES, seed):
         texts = own[image]
         said = {folded(row["text"]) for row in texts}
         rng = np.random.default_rng([seed, *_hashed(image)])
@@ -82,7 +72,7 @@ def _with_others(
         foreign = [_foreign(row, image, near=False) for row in [*able.values()][:negatives]]
         pairs[image] = [*texts, *foreign]
     if not any(not row["own"] for some in pairs.values() for row in some):
-        raise UserError(f"{given}: all of its pictures have one text, so that none is wrong; give others")
+        raise UserError(f"{given}: all pictures have one text, so that none is wrong; give others")
     return pairs
 
 
@@ -97,27 +87,18 @@ def written_for(images: Part, captions: Sequence[Part]) -> Iterator[dict[str, An
 
 
 def synthetic_pairs(rows: Iterable[dict[str, Any]], negatives: int, seed: int, given: str) -> Pairs:
-    """As `pairs_of`, of texts that a captioner wrote: rows of `texts_of`. Near ones are own ones with one word changed.
-
-    Raises UserError where fewer than LEAST_IMAGES pictures have one.
-    """
+    """As `pairs_of`, of texts that a captioner wrote. Near ones are own ones with one word changed."""
     usable = sorted((row for row in rows if _usable(row["text"])), key=lambda row: row["text_id"])
-    own: Pairs = {}
-    for row in usable:
-        own.setdefault(row["image_id"], []).append({**row, "own": True, "near": False})
-    if len(own) < LEAST_IMAGES:
-        raise UserError(
-            f"{given}: {len(own):,} calibration pictures have a caption; {LEAST_IMAGES} or more are needed"
-        )
+    pairs = pairs_of(usable, negatives, seed, given)
     swaps = Swaps(row["text"] for row in usable)
-    pairs = _with_others(own, sorted(own), usable, negatives, seed, given)
-    for image, texts in own.items():
+    for image, texts in pairs.items():
         rng = np.random.default_rng([seed, 2, *_hashed(image)])
-        said = [row["text"] for row in texts]
-        for place, row in enumerate(texts):
+        own = [row for row in texts if row["own"]]
+        said = [row["text"] for row in own]
+        for place, row in enumerate(own):
             if (text := swaps.changed(row["text"], said, rng)) is not None:
                 name = text_id(image, "changed", text, "", place)
-                pairs[image].append(_foreign({**row, "text": text, "text_id": name}, image, near=True))
+                texts.append(_foreign({**row, "text": text, "text_id": name}, image, near=True))
     if not any(row["near"] for some in pairs.values() for row in some):
         raise UserError(f"{given}: no caption has a word for which another one stands; give more captions")
     return pairs
@@ -231,21 +212,19 @@ def check_unseen(options: CalibrateOptions, workspace: Workspace, held_out: Part
     return warned
 
 
+def captioners(workspace: Workspace, names: Iterable[str]) -> set[str]:
+    """The marks of the captioners that wrote captions parts."""
+    return {json.dumps(workspace.input("captions", name).info["identity"].get("captioner")) for name in names}
+
+
 def check_captioners(options: CalibrateOptions, workspace: Workspace, held_out: Part) -> None:
     """UserError where --calibration-captions are by another captioner than --captions, where a calibration picture trained the
     captioner, and where captioner and filter came from each other: such a judge knows what the captioner gets wrong no better.
     """
-    given = f"--calibration-captions {' '.join(options.calibration_captions)}"
-    by = [
-        {
-            json.dumps(workspace.input("captions", name).info["identity"].get("captioner")): name
-            for name in names
-        }
-        for names in (options.captions, options.calibration_captions)
-    ]
-    if by[0].keys() != by[1].keys():
+    if captioners(workspace, options.captions) != captioners(workspace, options.calibration_captions):
         raise UserError(
-            f"{given}: not by the captioner of --captions {' '.join(options.captions)}; caption both alike"
+            f"--calibration-captions {' '.join(options.calibration_captions)}: not by the captioner of --captions "
+            f"{' '.join(options.captions)}; caption both alike"
         )
     filters = [path for name in options.filter for path in members(name, workspace)]
     held = set(_present(held_out)["image_id"].to_pylist())

@@ -22,6 +22,7 @@ from capfilt.stages.calibrate.held_out import (
     Pairs,
     check_captioners,
     check_unseen,
+    human_texts,
     near_texts,
     pairs_of,
     synthetic_pairs,
@@ -129,7 +130,7 @@ class Judge(ShardStage):
         return self.contract.table(rows.made)
 
     def _captions(self, texts: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
-        """What captioners wrote, by image."""
+        """The texts that captioners wrote, by image."""
         return {
             image: [row["text"] for row in rows if row["source"] == "synthetic" and row["text"]]
             for image, rows in texts.items()
@@ -182,7 +183,8 @@ class JudgePairs(Judge):
     def pairs(self) -> Pairs:
         """The pairs, by image; they travel to workers."""
         o = self.options
-        return pairs_of(self.images, o.negatives, o.seed, f"--calibration {o.calibration}")
+        given = f"--calibration {o.calibration}: human texts (ingest --source human)"
+        return pairs_of(human_texts(self.images), o.negatives, o.seed, given)
 
     @cached_property
     def synthetic(self) -> Pairs:

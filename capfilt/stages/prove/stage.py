@@ -18,7 +18,14 @@ from capfilt.calibration.share import calibration_error, em_share, posterior
 from capfilt.errors import UserError
 from capfilt.stages.base import Report, option_values
 from capfilt.stages.calibrate import CalibrateOptions
-from capfilt.stages.calibrate.held_out import LEAST_IMAGES, human_texts, parents, trained_on, written_for
+from capfilt.stages.calibrate.held_out import (
+    LEAST_IMAGES,
+    captioners,
+    human_texts,
+    parents,
+    trained_on,
+    written_for,
+)
 from capfilt.stages.calibrate.judging import AGREEMENT, BATCH, Judging
 from capfilt.stages.folds import members, origins
 from capfilt.stages.pixels import Pictures, pictures
@@ -57,7 +64,8 @@ class Prove(ResultStage):
         }
         self.calibrated = CalibrateOptions(**said)
         self.captions = [workspace.input("captions", name) for name in options.captions]
-        if AGREEMENT in made["fusion"]["names"] and not self.captions:
+        wanted = captioners(workspace, self.calibrated.captions)
+        if AGREEMENT in made["fusion"]["names"] and captioners(workspace, options.captions) != wanted:
             raise UserError(
                 f"--scores {options.scores}: judges by {AGREEMENT}; give --captions, by the same captioner for --images "
                 f"{options.images}"

@@ -1,26 +1,25 @@
-"""What is wrong with a caption whatever its score, and which named words of the web text it keeps. No pictures, no scores.
+"""Faults of a caption that no score sees, and the named words of the web text that it keeps. No pictures, no scores.
 
 Words are runs of letters and digits, compared without case; signs between them say nothing.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from capfilt.stages.subset.words import WORD
 from capfilt.tables.contracts import MAX_TEXT_CHARACTERS
 
 DEGENERATE, REPEATED, COMMON = "degenerate", "repeated", "common"
 
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _LOOKED_AT = 200
 """Words of a caption that are looked at: a captioner that repeats itself has begun by then."""
 
 
 def bare(text: str | None) -> str:
     """A text without case and punctuation: its words, one space apart; "" where it has none."""
-    return " ".join(word.casefold() for word in _WORD.findall((text or "")[:MAX_TEXT_CHARACTERS]))
+    return " ".join(word.casefold() for word in WORD.findall((text or "")[:MAX_TEXT_CHARACTERS]))
 
 
 def degenerate(text: str) -> bool:
@@ -79,7 +78,7 @@ def common_captions(shards: Iterable[Iterable[tuple[str, str]]], share: float) -
 
 def named_words(text: str | None) -> set[str]:
     """The words of a text that name something, without case: those with a capital after the first word, and numbers."""
-    words = _WORD.findall((text or "")[:MAX_TEXT_CHARACTERS])
+    words = WORD.findall((text or "")[:MAX_TEXT_CHARACTERS])
     return {
         word.casefold()
         for place, word in enumerate(words)

@@ -295,7 +295,7 @@ class Select(ShardStage):
         return judged.append_column("reason", pc.coalesce(failure, lost, *others))
 
     def _faults(self, texts: pa.Table, value: pa.ChunkedArray, reason: pa.ChunkedArray) -> pa.Array:
-        """What is wrong with each synthetic text that has no other reason to be dropped, else null."""
+        """The fault of each synthetic text that nothing else drops, else null."""
         images, said = texts["image_id"].to_pylist(), [bare(text) for text in texts["text"].to_pylist()]
         synthetic = pc.equal(texts["source"], "synthetic").to_numpy()
         able = np.flatnonzero(synthetic & pc.is_null(reason).to_numpy())

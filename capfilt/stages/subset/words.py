@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 _ENGLISH = (
     "a about above across after against all along also an and another any are around as at away back be been before "
@@ -21,7 +21,7 @@ _ENGLISH = (
     "over past she some such than that the their them then there these they this those through to together toward "
     "towards under up upon very was were what when where which while who whose will with"
 )
-FUNCTION_WORDS = frozenset(_ENGLISH.split())
+FUNCTIONWORDS = frozenset(_ENGLISH.split())
 """English words that say little of a picture. They are never swapped; frames are made of them and of all others."""
 
 
@@ -40,7 +40,7 @@ class Swaps:
         The place is drawn uniformly; the word as often as the frame has it. Words of `own`, the picture's
         texts, are not drawn, as they may be true of it.
         """
-        known = {word.casefold() for each in own for word in _WORD.findall(each)}
+        known = {word.casefold() for each in own for word in WORD.findall(each)}
         places = []
         for match, frame, _ in _framed(text):
             others = {word: count for word, count in self._frames.get(frame, {}).items() if word not in known}
@@ -58,10 +58,10 @@ class Swaps:
 
 def _framed(text: str) -> list[tuple[re.Match[str], tuple[str, str], str]]:
     """Every content word of a text: where it is, the words around it ("" at an end), and itself in lower case."""
-    matches = list(_WORD.finditer(text))
+    matches = list(WORD.finditer(text))
     words = ["", *(match.group().casefold() for match in matches), ""]
     return [
         (match, (words[place], words[place + 2]), words[place + 1])
         for place, match in enumerate(matches)
-        if words[place + 1] not in FUNCTION_WORDS
+        if words[place + 1] not in FUNCTIONWORDS
     ]
